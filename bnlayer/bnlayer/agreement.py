@@ -1,0 +1,155 @@
+"""Do the ranks of a job say the same? A pure judgement, used by the service and by MPI alike.
+
+Laws of this room:
+1. Ranks at different places wait for each other: `StallError`.
+2. Ranks at one place that believe different things disagree: `MismatchError`, which blames the fewest.
+3. A rank that left with a failure is lost: `PeerLostError`; one that left cleanly stalls those that wait.
+4. Everyone gets the same text; layer and step are those of the rank that is told.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from bnlayer.collective import Call
+from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A rank as errors name it."""
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})" if self.host else f"rank {self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why an exchange can't complete, the same for every rank.
+
+    Attributes:
+        kind: the class of the error.
+        text: its text.
+        ranks: whom it blames.
+    """
+
+    kind: type[CollectiveError]
+    text: str
+    ranks: tuple[int, ...]
+
+    def error(self, call: Call | None) -> CollectiveError:
+        """The error for one rank, which made `call` (None: it was not waiting)."""
+        place = call.place if call is not None else None
+        return self.kind(
+            self.text,
+            ranks=self.ranks,
+            layer=place.layer if place is not None else None,
+            step=place.step if place is not None else None,
+        )
+
+
+def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int, Peer]) -> Verdict | None:
+    """Say why these calls can't be answered; None if they can.
+
+    Args:
+        calls: what each waiting rank says.
+        left: ranks that have left, with the reason of their failure ("" for a clean leave).
+        peers: how to name the ranks; a rank not in it is named by its number alone.
+
+    Returns:
+        None if nobody has left and all calls are equal.
+    """
+    failed = {rank: reason for rank, reason in sorted(left.items()) if reason}
+    if failed:
+        who = "; ".join(f"{_name(rank, peers)} {reason}" for rank, reason in failed.items())
+        return Verdict(PeerLostError, f"{who}. {_waiting(calls, peers)}.", tuple(failed))
+    if not calls:
+        return None
+    if left:
+        who = f"{_names(left, peers)} left the job"
+        return Verdict(
+            StallError,
+            f"{who}, while {_waiting(calls, peers)}. Every rank must make the same calls; "
+            "look for an early return, a break, or a shard with fewer steps.",
+            tuple(sorted(left)),
+        )
+    if len({call.place for call in calls.values()}) > 1:
+        return Verdict(
+            StallError,
+            f"The ranks wait for each other: {_waiting(calls, peers)}. Every rank must call the same layers in the "
+            "same order, in the same mode; look for a skipped layer, or one in evaluation or frozen on some ranks.",
+            _minority({rank: call.place for rank, call in calls.items()}),
+        )
+    return _mismatch(calls, peers)
+
+
+def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict | None:
+    if len(set(calls.values())) == 1:
+        return None
+    believed = {rank: _beliefs(call) for rank, call in calls.items()}
+    names = [name for name in believed[min(believed)] if len({b.get(name) for b in believed.values()}) > 1]
+    blamed = _minority(dict(calls))
+    lines = []
+    for name in names:
+        held = defaultdict(list)
+        for rank, beliefs in sorted(believed.items()):
+            held[beliefs.get(name, "none")].append(rank)
+        ordered = sorted(held.items(), key=lambda item: (len(item[1]), item[1]))
+        lines.append(f"{name}: " + ", ".join(f"{_names(ranks, peers)} sent {value}" for value, ranks in ordered))
+    first = calls[min(calls)]
+    advice = f"check the configuration of {_names(blamed, {})}" if len(blamed) < len(calls) else "compare their code"
+    return Verdict(
+        MismatchError,
+        f"{first.place}: {'; '.join(lines)}. All ranks must build the same model and make the same calls; {advice}.",
+        blamed,
+    )
+
+
+def _beliefs(call: Call) -> dict[str, str]:
+    beliefs = {"operation": str(call.operation), "attempt": str(call.attempt)}
+    for field in fields(call.terms):
+        value = getattr(call.terms, field.name)
+        beliefs[field.name] = f"{value:016x}" if field.name == "grid" else str(value)
+    return beliefs
+
+
+def _minority(said: Mapping[int, object]) -> tuple[int, ...]:
+    """The ranks outside the largest group that says the same; all of them when two groups are largest."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for rank, value in said.items():
+        groups[value].append(rank)
+    largest = max(len(ranks) for ranks in groups.values())
+    if sum(len(ranks) == largest for ranks in groups.values()) > 1:
+        return tuple(sorted(said))
+    return tuple(sorted(rank for ranks in groups.values() if len(ranks) < largest for rank in ranks))
+
+
+def _waiting(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> str:
+    places: dict[str, list[int]] = defaultdict(list)
+    for rank, call in sorted(calls.items()):
+        at = str(call.place) if call.place.layer is not None else f"{call.operation} (number {call.place.step})"
+        places[at].append(rank)
+    if not places:
+        return "nobody waited for it"
+    return "; ".join(
+        f"{_names(ranks, peers)} {'waits' if len(ranks) == 1 else 'wait'} in {at}" for at, ranks in places.items()
+    )
+
+
+def _name(rank: int, peers: Mapping[int, Peer]) -> str:
+    return str(peers.get(rank, Peer(rank)))
+
+
+def _names(ranks: Iterable[int], peers: Mapping[int, Peer]) -> str:
+    ranks = sorted(ranks)
+    if len(ranks) == 1:
+        return _name(ranks[0], peers)
+    if any(rank in peers for rank in ranks) and len(ranks) <= 4:
+        return ", ".join(_name(rank, peers) for rank in ranks)
+    return "ranks " + ", ".join(str(rank) for rank in ranks)

@@ -1,0 +1,244 @@
+"""The one door between the layer and other ranks.
+
+The layer asks its collective for exact integer totals and knows nothing else of the world. What is said at
+the door is a `Call`: where the rank is (`Place`) and what it believes (`Terms`). All ranks must be at the
+same place and believe the same; `agreement.py` says who does not.
+
+Laws of this room:
+1. `exchange` returns the same words on every rank, whatever the order in which they were added.
+2. A world of one is a collective like any other: `Alone`.
+3. The process has one current collective, set by `bnworker.join()`; a layer's own `collective=` beats it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.environment import announced
+from bnlayer.state import LayerState
+
+
+class Operation(StrEnum):
+    """What a rank asks for."""
+
+    ENROLL = "enroll"
+    PROBE = "probe"
+    SUMS = "sums"
+    REDUCE = "allreduce"
+    BROADCAST = "broadcast"
+    BARRIER = "barrier"
+
+
+class Direction(StrEnum):
+    """Which half of a training step an exchange belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        layer: the layer's name; None for plain reductions, broadcasts and barriers.
+        direction: None when a layer enrolls, and where layer is None.
+        step: exchanges of this layer and direction (or plain operations) that came before, from 0.
+    """
+
+    layer: str | None
+    direction: Direction | None
+    step: int
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return f"a plain operation (number {self.step})"
+        if self.direction is None:
+            return f"the enrolment of layer {self.layer!r}"
+        return f"layer {self.layer!r} ({self.direction}, step {self.step})"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTerms:
+    """What every rank must believe of a layer for its integers to be added.
+
+    Attributes:
+        channels: C.
+        dtype: of the arithmetic, "float32" or "float64".
+        momentum, epsilon: the layer's.
+        masked: whether this call has a mask.
+        renorm: whether the layer renormalizes.
+        unbiased: whether the moving variance is the unbiased one (torch's convention).
+        flush_to_zero: whether this process rounds subnormal numbers to zero.
+        grid: fingerprint of the grid that the words are in units of; 0 for a probe or an enrolment.
+    """
+
+    channels: int
+    dtype: str
+    momentum: float
+    epsilon: float
+    masked: bool = False
+    renorm: bool = False
+    unbiased: bool = False
+    flush_to_zero: bool = False
+    grid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTerms:
+    """What every rank must believe of a plain operation.
+
+    Attributes:
+        op: "sum", "max" or "min"; "" for a broadcast or a barrier.
+        arrays: dtype and shape of each array, as text; empty for a broadcast, whose root alone knows them.
+        root: the broadcasting rank; -1 elsewhere.
+    """
+
+    op: str = ""
+    arrays: tuple[str, ...] = ()
+    root: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one rank says at the door, but for the numbers.
+
+    Attributes:
+        operation: what it asks for.
+        place: where it is.
+        terms: what it believes.
+        attempt: the round within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
+    """
+
+    operation: Operation
+    place: Place
+    terms: LayerTerms | PlainTerms
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What an exact exchange returns.
+
+    Attributes:
+        words: the reduced int64 words, of the shape that was sent.
+        version: the owner's version after it, where the owner is elsewhere; None otherwise.
+    """
+
+    words: NDArray[np.int64]
+    version: int | None = None
+
+
+@runtime_checkable
+class Collective(Protocol):
+    """A set of ranks that exchange exact statistics. `Alone`, and every world of `bnworker`, is one."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+
+    def enroll(self, call: Call, state: LayerState) -> LayerState:
+        """Make a layer known; every rank calls it once. Returns the owner's state, seeded by rank 0's."""
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """Reduce words exactly over the ranks: MAX for a probe, SUM for sums."""
+
+    def pull(self, layer: str) -> LayerState | None:
+        """The owner's state of a layer; None where each rank owns its own (alone, MPI)."""
+
+
+class Alone:
+    """The world of one rank: every exchange returns what was put in."""
+
+    rank = 0
+    world_size = 1
+    transport = "alone"
+
+    def enroll(self, call: Call, state: LayerState) -> LayerState:
+        """The layer's own state is the owner's."""
+        del call
+        return state
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """One rank's words are the total."""
+        del call
+        return Total(words)
+
+    def pull(self, layer: str) -> LayerState | None:
+        """Nobody else owns anything."""
+        del layer
+        return None
+
+
+_alone = Alone()
+_current: Collective | None = None
+
+
+def current() -> Collective:
+    """The process's current collective, for a layer with `synchronized=True` and no `collective=`.
+
+    Raises:
+        RuntimeError: nobody joined a world, but the environment announces more than one rank: training
+            on would be silently unsynchronized.
+    """
+    if _current is not None:
+        return _current
+    found = next((a for a in announced(os.environ) if a.world_size > 1), None)
+    if found is not None:
+        raise RuntimeError(
+            f"synchronized=True, but no world was joined, and {found.source} announces {found.world_size} ranks "
+            f"(this is rank {found.rank}). Call bnworker.join() before the first training call; "
+            "or set synchronized=False to train on local statistics."
+        )
+    return _alone
+
+
+def install(collective: Collective | None) -> Collective | None:
+    """Make a collective the process's current one; returns the one before. None: back to a world of one."""
+    global _current
+    before, _current = _current, collective
+    return before
+
+
+@contextmanager
+def installed(collective: Collective | None) -> Iterator[None]:
+    """Make a collective the current one for the length of a `with` block."""
+    before = install(collective)
+    try:
+        yield
+    finally:
+        install(before)
+
+
+_names: WeakKeyDictionary[Collective, WeakValueDictionary[str, object]] = WeakKeyDictionary()
+
+
+def claim(collective: Collective, name: str, layer: object) -> None:
+    """Take a layer's name within a collective, for as long as the layer lives.
+
+    Raises:
+        ValueError: another live layer of this process holds the name; their statistics would be mixed.
+    """
+    held = _names.setdefault(collective, WeakValueDictionary())
+    if held.get(name, layer) is not layer:
+        gc.collect()  # a layer in a reference cycle is dead, but not yet gone
+    if held.get(name, layer) is not layer:
+        raise ValueError(
+            f"Two live synchronized layers are named {name!r}: layers are known by name within a job. "
+            "Give each a name of its own: BatchNormalization(..., name=...)."
+        )
+    held[name] = layer

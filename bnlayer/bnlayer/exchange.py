@@ -1,0 +1,121 @@
+"""One exchange, as every rank and the owner see it: [probe,] sums [, probe, sums].
+
+Laws of this room:
+1. The next step is a pure function of the words reduced so far: rank and owner take it alike, and nobody has to
+   tell anybody.
+2. At most one probe per exchange: a channel just probed is accepted.
+3. Nothing is committed before the sums are accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.collective import Operation
+from bnlayer.gradients import Gradients, GradientSums
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moments import BatchStatistics, Moments
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardExchange:
+    """Agreeing on a batch's statistics.
+
+    Attributes:
+        grid: the grid in force.
+        epsilon: the layer's.
+        masked: whether the call has a mask.
+        need_C: the channels that the next probe regrids, or the last one did.
+        wants: what comes next; None once `statistics` stands.
+        attempt: rounds so far.
+        statistics: the result.
+    """
+
+    grid: Grid
+    epsilon: float
+    masked: bool
+    need_C: NDArray[np.bool_]
+    wants: Operation | None
+    attempt: int = 0
+    statistics: BatchStatistics | None = None
+
+    @classmethod
+    def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
+        """The exchange before anything was said."""
+        need = np.full(grid.pivot_C.shape, not grid.known)
+        return cls(grid, epsilon, masked, need, Operation.SUMS if grid.known else Operation.PROBE)
+
+    @property
+    def rows(self) -> int:
+        """How many words per channel the next contribution has."""
+        return 2 if self.wants is Operation.PROBE else Moments.rows(self.grid.precision.folds)
+
+    @property
+    def fingerprint(self) -> int:
+        """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
+        return self.grid.fingerprint if self.wants is Operation.SUMS else 0
+
+    def reduced(self, words: NDArray[np.int64]) -> ForwardExchange:
+        """The exchange after the words of all ranks were reduced."""
+        if self.wants is Operation.PROBE:
+            grid = self.grid.probed(words, self.need_C)
+            return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
+        moments = Moments(words, self.grid)
+        again = moments.refused(self.epsilon)
+        if again.any() and not self.need_C.any():
+            return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
+        statistics = moments.statistics(self.epsilon, self.masked)
+        return ForwardExchange(self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardExchange:
+    """Agreeing on a batch's gradient sums.
+
+    Attributes:
+        grid: the grid in force.
+        statistics: of the training call whose gradients these are.
+        need_C: the channels that the next probe regrids, or the last one did.
+        wants: what comes next; None once `gradients` stands.
+        attempt: rounds so far.
+        gradients: the result.
+    """
+
+    grid: BackwardGrid
+    statistics: BatchStatistics
+    need_C: NDArray[np.bool_]
+    wants: Operation | None
+    attempt: int = 0
+    gradients: Gradients | None = None
+
+    @classmethod
+    def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
+        """The exchange before anything was said."""
+        need = np.full(grid.gradient_C.shape, not grid.known)
+        wants = Operation.SUMS if grid.known else Operation.PROBE
+        return cls(grid.reaching(statistics.reach), statistics, need, wants)
+
+    @property
+    def rows(self) -> int:
+        """How many words per channel the next contribution has."""
+        return 2 if self.wants is Operation.PROBE else GradientSums.rows(self.grid.precision.folds)
+
+    @property
+    def fingerprint(self) -> int:
+        """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
+        return self.grid.fingerprint if self.wants is Operation.SUMS else 0
+
+    def reduced(self, words: NDArray[np.int64]) -> BackwardExchange:
+        """The exchange after the words of all ranks were reduced."""
+        if self.wants is Operation.PROBE:
+            grid = self.grid.probed(words, self.need_C)
+            return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
+        sums = GradientSums(words, self.grid)
+        again = sums.refused(self.statistics.poisoned)
+        if again.any() and not self.need_C.any():
+            return BackwardExchange(self.grid, self.statistics, again, Operation.PROBE, self.attempt + 1)
+        gradients = sums.gradients(self.statistics)
+        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)

@@ -1,0 +1,121 @@
+"""`GradientSums`: the exact Σ dy and Σ dy·(x − μ) of a batch, and the coefficients of the input gradient.
+
+Both sums run over ALL positions, masked ones included: a masked output depends on the mean and variance too.
+
+Shape suffixes: C channels, W words: per fold A_hi, A_lo; per fold B_hi, B_lo; two words of flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.grid import BackwardGrid
+from bnlayer.moments import BatchStatistics, two_folds
+from bnlayer.precision import power_of_two
+from bnlayer.words import as_float, counted, flags
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What follows from the sums, each (C,) float64, NaN where the channel is poisoned.
+
+    Attributes:
+        beta: dβ = Σ dy.
+        gamma: dγ = s·Σ dy·(x − μ).
+        offset: c1 of dx = ((dy − c1) − (x − rounded_mean)·slope)·γs.
+        slope: k = s²·B/D.
+        poisoned: bool, some value was not finite or lies outside every window.
+    """
+
+    beta: NDArray[np.float64]
+    gamma: NDArray[np.float64]
+    offset: NDArray[np.float64]
+    slope: NDArray[np.float64]
+    poisoned: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientSums:
+    """Exact sums of one or more shards' output gradients on a grid.
+
+    Attributes:
+        words: (W, C) int64, packed.
+        grid: what the words are in units of.
+    """
+
+    words: NDArray[np.int64]
+    grid: BackwardGrid
+
+    @staticmethod
+    def rows(folds: int) -> int:
+        """W: the number of words a channel has."""
+        return 4 * folds + 2
+
+    @classmethod
+    def pack(
+        cls,
+        grid: BackwardGrid,
+        gradients: list[NDArray[np.int64]],
+        products: list[NDArray[np.int64]],
+        misfit_C: NDArray[np.bool_],
+        not_finite_C: NDArray[np.bool_],
+        large_C: NDArray[np.bool_],
+        any_C: NDArray[np.bool_],
+    ) -> GradientSums:
+        """One shard's sums, [hi, lo] per fold, and what the pass saw: see `refused` for the flags."""
+        rows = [*gradients, *products, flags(misfit_C, not_finite_C), flags(large_C, any_C)]
+        return cls(np.ascontiguousarray(np.stack(rows), np.int64), grid)
+
+    @property
+    def misfit_C(self) -> NDArray[np.bool_]:
+        """Whether some |dy| or |x − mean| lies outside its window."""
+        return counted(self.words[-2])[0]
+
+    @property
+    def not_finite_C(self) -> NDArray[np.bool_]:
+        """Whether some unmasked dy is NaN or infinite."""
+        return counted(self.words[-2])[1]
+
+    def refused(self, forward_poisoned_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The channels that need a new grid, (C,) bool.
+
+        A value lies outside its window; or gradients are there, and all lie 2^20-fold below it.
+        """
+        large, any_nonzero = counted(self.words[-1])
+        return (self.misfit_C | (any_nonzero & ~large)) & ~(self.not_finite_C | forward_poisoned_C)
+
+    def gradients(self, statistics: BatchStatistics) -> Gradients:
+        """The gradients of gamma and beta and the coefficients of the input gradient.
+
+        B' = B − A·r        k = s²·B'/D        c1 = A/D − k·(r + μ·e/D)        dγ = s·B'        dβ = A
+
+        Args:
+            statistics: of the training call whose outputs the gradients belong to.
+        """
+        grid, s = self.grid, statistics.inverse_std
+        unit = grid.gradient_C - 51
+        both = grid.gradient_C + grid.deviation_C - 51
+        if grid.precision.folds == 2:
+            a = np.ldexp(_floats(two_folds(self.words[0:4], 52)), unit - 52)
+            b = np.ldexp(_floats(two_folds(self.words[4:8], 51)), both - 51)
+        else:
+            a = as_float(*self.words[0:2]) * power_of_two(unit)
+            b = as_float(*self.words[2:4]) * power_of_two(both)
+        b = b - a * statistics.residual
+        slope = s * s * b / statistics.divisor
+        offset = a / statistics.divisor - slope * (statistics.residual + statistics.mean_share)
+        poisoned = statistics.poisoned | self.not_finite_C | self.misfit_C
+        return Gradients(
+            beta=np.where(poisoned, np.nan, a),
+            gamma=np.where(poisoned, np.nan, s * b),
+            offset=offset,
+            slope=slope,
+            poisoned=poisoned,
+        )
+
+
+def _floats(values: list[int]) -> NDArray[np.float64]:
+    return np.array([float(value) for value in values], np.float64)

@@ -1,0 +1,165 @@
+"""The grids that all ranks share: what an integer of a sum is worth.
+
+A grid is found by a **probe**, a global MAX of integers, and then kept for as long as the data fits it; the
+ranks and the owner change it by these same pure functions of the same reduced words. It is part of a layer's
+state: the last bits of a statistic depend on it, so runs are compared at equal history.
+
+Shape suffixes: C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.precision import Precision, exponent_above, power_of_two, precision_of
+
+
+def _fingerprint(*arrays: NDArray[np.generic]) -> int:
+    """A 63-bit name of some arrays: equal grids have equal names on every machine."""
+    digest = blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The forward grid: d = x − pivot, |d| < 2^exponent.
+
+    Deviations are integers in units of u1 = 2^(exponent − 51), squared deviations in units of
+    u2 = 2^(2·exponent − 52).
+
+    Attributes:
+        dtype: the data's dtype, "float32" or "float64".
+        pivot_C: float64; for float32 data a float32 number.
+        exponent_C: int64.
+        known: whether a probe has found it.
+    """
+
+    dtype: str
+    pivot_C: NDArray[np.float64]
+    exponent_C: NDArray[np.int64]
+    known: bool
+
+    @classmethod
+    def unknown(cls, dtype: str, channels: int) -> Grid:
+        """The grid before the first probe."""
+        lowest = precision_of(dtype).lowest
+        return cls(dtype, np.zeros(channels), np.full(channels, lowest, np.int64), False)
+
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic of the data's dtype."""
+        return precision_of(self.dtype)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """The grid's name, sent with every contribution in its units."""
+        return _fingerprint(self.pivot_C, self.exponent_C)
+
+    @property
+    def window_C(self) -> NDArray[np.float64]:
+        """2^exponent: a deviation must lie below it."""
+        return power_of_two(self.exponent_C)
+
+    @property
+    def unit2_C(self) -> NDArray[np.float64]:
+        """The unit of a squared deviation."""
+        return power_of_two(2 * self.exponent_C - 52)
+
+    def probed(self, keys: NDArray[np.int64], need_C: NDArray[np.bool_]) -> Grid:
+        """The grid after a probe.
+
+            pivot = (hi + lo)/2, rounded to the data's dtype        exponent = frexp(max(hi − pivot, pivot − lo)) + 3
+
+        Args:
+            keys: (2, C) int64, the largest keys of x and of −x over all finite unmasked values.
+            need_C: the channels that take a new grid; the others keep theirs.
+
+        Returns:
+            A known grid; a channel without a value keeps its old one.
+        """
+        precision = self.precision
+        hi, lo = precision.unkey(keys[0]), -precision.unkey(keys[1])
+        found = need_C & (hi >= lo)
+        hi, lo = np.where(found, hi, 0.0), np.where(found, lo, 0.0)
+        # Halved before they are added, float64's largest numbers don't overflow; + 0.0 turns −0 into +0.
+        pivot = (hi / 2 + lo / 2).astype(precision.dtype).astype(np.float64) + 0.0
+        half_range = np.maximum(hi - pivot, pivot - lo)
+        # Three bits of room: the data may grow 8-fold before a value falls outside the window.
+        wide = np.minimum(exponent_above(half_range, precision.lowest) + 3, precision.highest)
+        exponent = np.where(half_range > 0, np.maximum(wide, precision.lowest), precision.lowest)
+        return Grid(self.dtype, np.where(found, pivot, self.pivot_C), np.where(found, exponent, self.exponent_C), True)
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardGrid:
+    """The backward grid: |dy| < 2^gradient, |x − mean| < 2^deviation.
+
+    Gradients are integers in units of 2^(gradient − 51), their products with deviations in units of
+    2^(gradient + deviation − 51).
+
+    Attributes:
+        dtype: the data's dtype.
+        gradient_C: int64.
+        deviation_C: int64.
+        known: whether a probe has found `gradient_C`.
+    """
+
+    dtype: str
+    gradient_C: NDArray[np.int64]
+    deviation_C: NDArray[np.int64]
+    known: bool
+
+    @classmethod
+    def unknown(cls, dtype: str, channels: int) -> BackwardGrid:
+        """The grid before the first probe."""
+        lowest = np.full(channels, precision_of(dtype).lowest, np.int64)
+        return cls(dtype, lowest, lowest, False)
+
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic of the data's dtype."""
+        return precision_of(self.dtype)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """The grid's name, sent with every contribution in its units."""
+        return _fingerprint(self.gradient_C, self.deviation_C)
+
+    def reaching(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
+        """The grid whose deviations hold every unmasked |x − mean| < 2^reach of the forward pass."""
+        floor = self.precision.deviation_floor
+        deviation = np.maximum(np.maximum(self.deviation_C, reach_C), floor)
+        return BackwardGrid(self.dtype, self.gradient_C, deviation, self.known)
+
+    def probed(self, exponents: NDArray[np.int64], need_C: NDArray[np.bool_]) -> BackwardGrid:
+        """The grid after a probe.
+
+        Args:
+            exponents: (2, C) int64, the largest exponents of |dy| and of |x − mean|, over finite values.
+            need_C: the channels that take a new grid.
+        """
+        precision = self.precision
+        # Eight bits of room: gradients shrink and grow faster than activations do.
+        wide = np.clip(exponents[0] + 8, precision.lowest, precision.highest + 20)
+        gradient = np.where(need_C & (exponents[0] > precision.lowest), wide, self.gradient_C)
+        deviation = np.where(need_C, np.maximum(self.deviation_C, exponents[1]), self.deviation_C)
+        return BackwardGrid(self.dtype, gradient, deviation, True)
+
+    def kept(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
+        """What the next backward pass starts from: a deviation that only masked values raised stays raised."""
+        precision = self.precision
+        raised = self.deviation_C > np.maximum(reach_C, precision.deviation_floor)
+        deviation = np.where(raised, self.deviation_C, precision.lowest)
+        return BackwardGrid(self.dtype, self.gradient_C, deviation, True)
+
+    def renewed(self, changed_C: NDArray[np.bool_]) -> BackwardGrid:
+        """What is left of it where the forward grid changed: raised deviations are forgotten."""
+        deviation = np.where(changed_C, self.precision.lowest, self.deviation_C)
+        return BackwardGrid(self.dtype, self.gradient_C, deviation, self.known)

@@ -1,0 +1,258 @@
+"""The kernels in NumPy: the oracle of every faster set, and what serves where there is none.
+
+Each pass goes through the data in blocks that fit a cache, so that its temporaries stay small. All sums are
+integers (see `bnlayer.words`), so the blocks can't be seen in the result.
+
+Shape suffixes: A axes before the channels, C channels, B axes after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.gradients import GradientSums
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moments import Moments
+from bnlayer.precision import exponent_above, power_of_two
+from bnlayer.words import LOW, carried, integers, product_error, remainder
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_] | None
+
+_BLOCK = 2**16  # elements: half a megabyte per float64 temporary, a handful of which fit a second-level cache
+
+
+def _blocks(shape: tuple[int, int, int]) -> Iterator[tuple[slice, slice]]:
+    """Slices of the first and last axis, together covering an (A, C, B) array."""
+    a, c, b = shape
+    step_b = b if c * b <= _BLOCK else max(1, _BLOCK // c)
+    step_a = max(1, _BLOCK // max(1, c * step_b))
+    for i in range(0, a, step_a):
+        for j in range(0, b, max(1, step_b)):
+            yield slice(i, i + step_a), slice(j, j + step_b)
+
+
+def _cut(mask: Mask, rows: slice, columns: slice) -> Mask:
+    return None if mask is None else mask[rows, :, columns]
+
+
+class _Sum:
+    """A running exact sum over blocks, [hi, lo] per fold."""
+
+    def __init__(self, channels: int, magics: list[NDArray[np.float64]]) -> None:
+        self._magics = magics
+        self._words = [np.zeros(channels, np.int64) for _ in range(2 * len(magics))]
+
+    def add(self, v: NDArray[np.float64], error: NDArray[np.float64] | None = None) -> None:
+        """Add a block of terms; `error` is what v itself lacks of the exact term, for the second fold."""
+        self._add(0, integers(v, self._magics[0]))
+        if len(self._magics) == 2:
+            rest = remainder(v, self._magics[0])
+            self._add(2, integers(rest if error is None else rest + error, self._magics[1]))
+
+    def _add(self, at: int, q: NDArray[np.int64]) -> None:
+        hi = self._words[at] + (q >> 32).sum((0, 2))
+        lo = self._words[at + 1] + (q & LOW).sum((0, 2))
+        self._words[at], self._words[at + 1] = carried(hi, lo)
+
+    @property
+    def words(self) -> list[NDArray[np.int64]]:
+        """The carried words."""
+        return self._words
+
+
+def _signed(exponent: NDArray[np.int64], folds: int, finer: int) -> list[NDArray[np.float64]]:
+    """Magic numbers for |v| < 2^exponent, and for what is rounded away, on a grid 2^finer finer."""
+    first = 3.0 * power_of_two(exponent)
+    return [m[:, None] for m in (first, np.ldexp(first, -finer))[:folds]]
+
+
+def _positive(exponent: NDArray[np.int64], folds: int) -> list[NDArray[np.float64]]:
+    """Magic numbers for 0 ≤ v < 4^exponent, and for what is rounded away, on a grid 2^51 finer."""
+    first = power_of_two(2 * exponent)
+    second = 1.5 * power_of_two(2 * exponent - 51)
+    return [m[:, None] for m in (first, second)[:folds]]
+
+
+def probe(x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
+    """The largest keys of x and of −x over all finite unmasked values.
+
+    Args:
+        x: (A, C, B), float32 or float64.
+        mask: broadcasts to x; True where a value counts.
+        grid: its precision says which keys.
+
+    Returns:
+        (2, C) int64.
+    """
+    precision = grid.precision
+    best = np.full((2, x.shape[1]), precision.no_key, np.int64)
+    for rows, columns in _blocks(_shape(x)):
+        block, m = x[rows, :, columns], _cut(mask, rows, columns)
+        live = np.isfinite(block) if m is None else np.isfinite(block) & m
+        for side, signed in enumerate((block, -block)):
+            keys = precision.key(np.ascontiguousarray(np.where(live, signed, -np.inf).astype(precision.dtype)))
+            best[side] = np.maximum(best[side], keys.max((0, 2), initial=precision.no_key))
+    return best
+
+
+def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
+    """The exact moments of a shard: Σ(x − pivot), Σ(x − pivot)², count, and what did not fit.
+
+    Args:
+        x: (A, C, B), float32 or float64.
+        mask: broadcasts to x; True where a value counts.
+        grid: what to count in.
+    """
+    folds, channels = grid.precision.folds, x.shape[1]
+    deviations = _Sum(channels, _signed(grid.exponent_C, folds, 52))
+    squares = _Sum(channels, _positive(grid.exponent_C, folds))
+    count = np.zeros(channels, np.int64)
+    misfit, not_finite = np.zeros(channels, bool), np.zeros(channels, bool)
+    pivot, window = grid.pivot_C[:, None], grid.window_C[:, None]
+    for rows, columns in _blocks(_shape(x)):
+        block, m = x[rows, :, columns], _cut(mask, rows, columns)
+        with np.errstate(over="ignore", invalid="ignore"):
+            d = block.astype(np.float64) - pivot
+            fits = np.abs(d) < window
+        if m is None:
+            count += block.shape[0] * block.shape[2]
+            good = bool(fits.all())
+        else:
+            m = np.broadcast_to(m, block.shape)
+            count += m.sum((0, 2))
+            good = False
+        if not good:
+            finite = np.isfinite(block)
+            counted = finite if m is None else finite & m
+            misfit |= (counted & ~fits).any((0, 2))
+            not_finite |= (~finite if m is None else m & ~finite).any((0, 2))
+            d = np.where(counted & fits, d, 0.0)
+        deviations.add(d)
+        squares.add(d * d, product_error(d, d) if folds == 2 else None)
+    return Moments.pack(grid, deviations.words, squares.words, count, misfit, not_finite)
+
+
+def normalize(x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array) -> Array:
+    """(x − mean)·scale + shift, one rounding per operation; NaN in poisoned channels.
+
+    Args:
+        x: (A, C, B).
+        mean_C, scale_C, shift_C: (C,), of x's dtype.
+        poisoned_C: (C,) bool.
+
+    Returns:
+        (A, C, B), contiguous, of x's dtype.
+    """
+    y = np.empty(x.shape, x.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(x, mean_C[:, None], out=y)
+        np.multiply(y, scale_C[:, None], out=y)
+        np.add(y, shift_C[:, None], out=y)
+    if poisoned_C.any():
+        y[:, poisoned_C, :] = np.nan
+    return y
+
+
+def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
+    """The exponents of the largest finite |dy| and |x − mean|.
+
+    Returns:
+        (2, C) int64; the grid's lowest exponent where there is none.
+    """
+    lowest = grid.precision.lowest
+    best = np.full((2, x.shape[1]), lowest, np.int64)
+    for rows, columns in _blocks(_shape(x)):
+        g, h = _factors(dy[rows, :, columns], x[rows, :, columns], mean_C)
+        for side, values in enumerate((g, h)):
+            largest = np.abs(values).max((0, 2), initial=0.0)
+            best[side] = np.maximum(best[side], exponent_above(largest, lowest))
+    return best
+
+
+def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid) -> GradientSums:
+    """The exact sums of a shard's output gradients: Σ dy and Σ dy·(x − mean) over all positions.
+
+    Args:
+        dy, x: (A, C, B), of one dtype.
+        mask: broadcasts to x; a dy that is not finite counts as 0 where it is False, and poisons where it is True.
+        mean_C: (C,), of x's dtype.
+        grid: what to count in.
+    """
+    folds, channels = grid.precision.folds, x.shape[1]
+    gradients = _Sum(channels, _signed(grid.gradient_C, folds, 52))
+    products = _Sum(channels, _signed(grid.gradient_C + grid.deviation_C, folds, 51))
+    seen = {name: np.zeros(channels, bool) for name in ("misfit", "not_finite", "large", "any")}
+    window, reach = power_of_two(grid.gradient_C)[:, None], power_of_two(grid.deviation_C)[:, None]
+    small = power_of_two(grid.gradient_C - 20)[:, None]
+    for rows, columns in _blocks(_shape(x)):
+        block, m = dy[rows, :, columns], _cut(mask, rows, columns)
+        g, h = _factors(block, x[rows, :, columns], mean_C)
+        size = np.abs(g)
+        outside = (size >= window) | (np.abs(h) >= reach)
+        finite = np.isfinite(block)
+        seen["not_finite"] |= (~finite if m is None else m & ~finite).any((0, 2))
+        seen["large"] |= (size >= small).any((0, 2))
+        seen["any"] |= (g != 0).any((0, 2))
+        if outside.any():
+            seen["misfit"] |= outside.any((0, 2))
+            g, h = np.where(outside, 0.0, g), np.where(outside, 0.0, h)
+        gradients.add(g)
+        products.add(g * h, product_error(g, h) if folds == 2 else None)
+    return GradientSums.pack(
+        grid, gradients.words, products.words, seen["misfit"], seen["not_finite"], seen["large"], seen["any"]
+    )
+
+
+def input_gradient(
+    dy: Array,
+    x: Array,
+    mask: Mask,
+    mean_C: Array,
+    offset_C: Array,
+    slope_C: Array,
+    scale_C: Array,
+    poisoned_C: Array,
+) -> Array:
+    """((dy − offset) − (x − mean)·slope)·scale where unmasked, dy·scale where masked; NaN in poisoned channels.
+
+    Args:
+        dy, x: (A, C, B), of one dtype.
+        mask: broadcasts to x.
+        mean_C, offset_C, slope_C, scale_C: (C,), of x's dtype.
+        poisoned_C: (C,) bool.
+
+    Returns:
+        (A, C, B), contiguous, of x's dtype.
+    """
+    dx = np.empty(x.shape, x.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows, columns in _blocks(_shape(x)):
+            out, g, m = dx[rows, :, columns], dy[rows, :, columns], _cut(mask, rows, columns)
+            np.subtract(x[rows, :, columns], mean_C[:, None], out=out)
+            np.multiply(out, slope_C[:, None], out=out)
+            np.subtract(g - offset_C[:, None], out, out=out)
+            if m is not None:
+                np.copyto(out, g, where=~m)
+            np.multiply(out, scale_C[:, None], out=out)
+    if poisoned_C.any():
+        dx[:, poisoned_C, :] = np.nan
+    return dx
+
+
+def _factors(dy: Array, x: Array, mean_C: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """dy and x − mean as float64; 0 where they are not finite, and no deviation where dy is 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        d = x - mean_C[:, None]
+    g = np.where(np.isfinite(dy), dy, 0).astype(np.float64)
+    h = np.where((g != 0) & np.isfinite(d), d, 0).astype(np.float64)
+    return g, h
+
+
+def _shape(x: Array) -> tuple[int, int, int]:
+    a, c, b = x.shape
+    return a, c, b

@@ -1,0 +1,184 @@
+"""`Moments`: the exact sum, sum of squares and count of a batch, and the statistics that follow from them.
+
+Adding the words of two shards is exact, so neither the number of shards nor their order can be seen in any of
+this. Everything below is a pure function of the reduced words, evaluated alike by every rank and by the owner.
+
+Shape suffixes: C channels, W words of a packed sum: per fold S_hi, S_lo; per fold T_hi, T_lo; count; flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.grid import Grid
+from bnlayer.precision import exponent_above, power_of_two
+from bnlayer.words import as_float, as_ints, counted, flags
+
+MASKED_COUNT_EPSILON = 1e-7  # Keras adds it to the sum of a mask (`backend.epsilon()`)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchStatistics:
+    """The statistics of one global batch, each (C,) float64.
+
+    Attributes:
+        count: N, the unmasked values of the channel over all ranks.
+        divisor: D = N + e, where e = 1e-7 with a mask and 0 without; 1 where that is 0.
+        mean: μ = Σx / D.
+        variance: v = Σ(x − μ)² / D, biased.
+        inverse_std: 1 / √(v + ε).
+        rounded_mean: μ rounded to the data's dtype (held in that dtype): what the kernels subtract.
+        residual: r = μ − rounded_mean, computed without cancellation.
+        mean_share: μ·e/D, 0 without a mask.
+        reach: int64, |x − rounded_mean| < 2^reach for every unmasked x.
+        poisoned: bool, an unmasked value was not finite, or lies outside every window.
+    """
+
+    count: NDArray[np.float64]
+    divisor: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    inverse_std: NDArray[np.float64]
+    rounded_mean: NDArray[np.floating]
+    residual: NDArray[np.float64]
+    mean_share: NDArray[np.float64]
+    reach: NDArray[np.int64]
+    poisoned: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Exact first and second moments of one or more shards on a grid.
+
+    Attributes:
+        words: (W, C) int64, packed.
+        grid: what the words are in units of.
+    """
+
+    words: NDArray[np.int64]
+    grid: Grid
+
+    @staticmethod
+    def rows(folds: int) -> int:
+        """W: the number of words a channel has."""
+        return 4 * folds + 2
+
+    @classmethod
+    def pack(
+        cls,
+        grid: Grid,
+        deviations: list[NDArray[np.int64]],
+        squares: list[NDArray[np.int64]],
+        count_C: NDArray[np.int64],
+        misfit_C: NDArray[np.bool_],
+        not_finite_C: NDArray[np.bool_],
+    ) -> Moments:
+        """One shard's moments from its sums, [hi, lo] per fold, and what the pass saw."""
+        rows = [*deviations, *squares, count_C, flags(misfit_C, not_finite_C)]
+        return cls(np.ascontiguousarray(np.stack(rows), np.int64), grid)
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both: exact, commutative, associative.
+
+        Raises:
+            ValueError: the two lie on different grids.
+        """
+        if self.grid.fingerprint != other.grid.fingerprint:
+            raise ValueError("Moments of different grids can't be added: probe again, on all ranks.")
+        return Moments(self.words + other.words, self.grid)
+
+    @property
+    def count_C(self) -> NDArray[np.int64]:
+        """N: the unmasked values."""
+        return np.asarray(self.words[-2])
+
+    @property
+    def misfit_C(self) -> NDArray[np.bool_]:
+        """Whether some |x − pivot| lies outside the window."""
+        return counted(self.words[-1])[0]
+
+    @property
+    def not_finite_C(self) -> NDArray[np.bool_]:
+        """Whether some unmasked value is NaN or infinite."""
+        return counted(self.words[-1])[1]
+
+    def mean_variance(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The mean deviation from the pivot and the biased variance, each (C,) float64; 0 without a value.
+
+        a = S·u1/N        V = max(T·u2/N − a², 0)
+        """
+        n = np.maximum(self.count_C, 1)
+        w = self.grid.exponent_C
+        if self.grid.precision.folds == 2:
+            return self._mean_variance_exact(n)
+        a = as_float(*self.words[0:2]) * power_of_two(w - 51) / n
+        second = as_float(*self.words[2:4]) * self.grid.unit2_C / n
+        return a, np.maximum(second - a * a, 0.0)
+
+    def _mean_variance_exact(self, n: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The same for two folds, in integers, rounded once at the end: T·N − S² cancels too much for floats."""
+        # The second folds are in units 2^52 (deviations) and 2^51 (squares) finer: both end at exponent − 103.
+        s = two_folds(self.words[0:4], 52)
+        t = two_folds(self.words[4:8], 51)
+        w, counts = self.grid.exponent_C, n.tolist()
+        a = np.array([si / ni for si, ni in zip(s, counts, strict=True)])
+        spread = [
+            max((ti * ni << 103) - si * si, 0) / (ni * ni << 103) for si, ti, ni in zip(s, t, counts, strict=True)
+        ]
+        return np.ldexp(a, w - 103), np.ldexp(np.array(spread), 2 * w - 103)
+
+    def refused(self, epsilon: float) -> NDArray[np.bool_]:
+        """The channels that need a new grid, (C,) bool.
+
+        A value lies outside the window; or the window has become too coarse for the spread:
+        V + ε < u2·min(2^22, 2^42/N). A poisoned channel asks for none: it stays so on any grid.
+        """
+        _, variance = self.mean_variance()
+        n = np.maximum(self.count_C, 1)
+        # 2^22 units of T bound the relative error of V + ε by 2^-22; many terms' roundings average out below it.
+        needed = self.grid.unit2_C * np.minimum(2.0**22, 2.0**42 / n)
+        ranged = (self.grid.exponent_C > self.grid.precision.lowest) & (self.count_C > 0)
+        coarse = (variance + epsilon < needed) & ranged
+        return (self.misfit_C | coarse) & ~self.not_finite_C
+
+    def statistics(self, epsilon: float, masked: bool) -> BatchStatistics:
+        """The batch's statistics, once its moments are accepted.
+
+        δ = (pivot + a)·e/D        μ = pivot + a − δ        v = (V + δ²)·N/D
+
+        Args:
+            epsilon: added to the variance before the root.
+            masked: whether the call has a mask, so that e = 1e-7.
+        """
+        grid, precision = self.grid, self.grid.precision
+        a, spread = self.mean_variance()
+        n = self.count_C.astype(np.float64)
+        e = MASKED_COUNT_EPSILON if masked else 0.0
+        divisor = np.where(n + e > 0, n + e, 1.0)
+        center = grid.pivot_C + a
+        delta = center * (e / divisor)
+        mean = center - delta
+        variance = (spread + delta * delta) * (n / divisor)
+        rounded = mean.astype(precision.dtype)
+        farthest = np.sqrt(n * (spread + 8.0 * grid.unit2_C)) + np.abs(delta) + precision.epsilon * np.abs(mean)
+        return BatchStatistics(
+            count=n,
+            divisor=divisor,
+            mean=mean,
+            variance=variance,
+            inverse_std=1.0 / np.sqrt(variance + epsilon),
+            rounded_mean=rounded,
+            residual=((grid.pivot_C - rounded.astype(np.float64)) + a) - delta,
+            mean_share=mean * (e / divisor),
+            reach=exponent_above(farthest, precision.lowest) + 1,
+            poisoned=self.not_finite_C | self.misfit_C,
+        )
+
+
+def two_folds(words: NDArray[np.int64], shift: int) -> list[int]:
+    """One integer per channel from two folds, the second in units 2^shift finer."""
+    coarse, fine = as_ints(*words[0:2]), as_ints(*words[2:4])
+    return [(c << shift) + f for c, f in zip(coarse, fine, strict=True)]

@@ -1,0 +1,83 @@
+"""The two arithmetics of exact sums: float32 data on one grid, float64 data on two.
+
+A window exponent w bounds the data of a channel: |x − pivot| < 2^w. It lies in [lowest, highest], so that
+every unit of the grid, down to the second fold of a squared deviation, is a normal or subnormal float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Constants of one arithmetic.
+
+    Attributes:
+        name: NumPy's name of the data's dtype.
+        folds: grids per sum: the second one takes what the first one rounds away.
+        lowest: window exponent that says "no range": a constant channel, or no data yet.
+        highest: largest window exponent.
+        deviation_floor: smallest window exponent of |x − mean| in a backward pass.
+        epsilon: one unit in the last place of 1, which bounds the rounding of the mean.
+        sign: mask that turns the negative numbers' bits into an ordered integer.
+    """
+
+    name: str
+    folds: int
+    lowest: int
+    highest: int
+    deviation_floor: int
+    epsilon: float
+    sign: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The data's dtype."""
+        return np.dtype(self.name)
+
+    def key(self, x: NDArray[Any]) -> NDArray[np.int64]:
+        """Integers in the order of the floats (−0 < +0), so that a MAX of integers finds the largest float."""
+        bits = x.view(np.int32 if self.folds == 1 else np.int64).astype(np.int64)
+        return bits ^ ((bits >> 63) & self.sign)
+
+    def unkey(self, keys: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The floats, as float64, whose keys these are."""
+        bits = keys ^ ((keys >> 63) & self.sign)
+        return bits.astype(np.int32 if self.folds == 1 else np.int64).view(self.dtype).astype(np.float64)
+
+    @property
+    def no_key(self) -> int:
+        """The key of −Inf: what a shard without a finite unmasked value contributes to a probe."""
+        return int(self.key(np.array([-np.inf], self.dtype))[0])
+
+
+SINGLE = Precision("float32", 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
+DOUBLE = Precision("float64", 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def precision_of(dtype: DTypeLike) -> Precision:
+    """The arithmetic for data of a dtype.
+
+    Raises:
+        ValueError: the dtype is neither float32 nor float64.
+    """
+    name = np.dtype(dtype).name
+    for precision in (SINGLE, DOUBLE):
+        if precision.name == name:
+            return precision
+    raise ValueError(f"Expected float32 or float64 for the arithmetic, received {name}.")
+
+
+def power_of_two(exponent: NDArray[np.int64]) -> NDArray[np.float64]:
+    """2^exponent, exactly. (exp2, log2 and power belong to libm, and differ between machines.)"""
+    return np.ldexp(1.0, exponent)
+
+
+def exponent_above(a: NDArray[np.float64], none: int) -> NDArray[np.int64]:
+    """The e with a < 2^e ≤ 2a, and `none` where a = 0."""
+    return np.where(a > 0, np.frexp(a)[1], none).astype(np.int64)

@@ -1,0 +1,138 @@
+"""A layer's exchanges with the other ranks: what is said at the door, and what comes of it.
+
+Laws of this room:
+1. What is asked next is decided by `exchange.py`, alike on every rank; this room only carries it out.
+2. A call's step counts the exchanges of its direction that were completed before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.collective import (
+    Call,
+    Collective,
+    Direction,
+    LayerTerms,
+    Operation,
+    Place,
+    Total,
+    claim,
+)
+from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.gradients import Gradients, GradientSums
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import kernels
+from bnlayer.moments import BatchStatistics
+from bnlayer.state import LayerState
+from bnlayer.view import View
+
+_TINIEST = np.float32(2.0**-149)  # the smallest subnormal: a process that flushes them to zero would differ
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardResult:
+    """An accepted forward exchange.
+
+    Attributes:
+        statistics: of the global batch.
+        grid: the one in force from now on.
+        version: the owner's, where the owner is elsewhere.
+    """
+
+    statistics: BatchStatistics
+    grid: Grid
+    version: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardResult:
+    """An accepted backward exchange.
+
+    Attributes:
+        total: from the sums over all ranks.
+        local_words: this rank's share of them.
+        grid: the one they are in units of.
+    """
+
+    total: Gradients
+    local_words: NDArray[np.int64]
+    grid: BackwardGrid
+
+
+class Rounds:
+    """The exchanges of one layer with one collective."""
+
+    def __init__(self, collective: Collective, name: str, dtype: str, momentum: float, epsilon: float) -> None:
+        self.collective = collective
+        self._name, self._dtype, self._momentum, self._epsilon = name, dtype, momentum, epsilon
+        self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
+
+    def enroll(self, layer: object, state: LayerState) -> LayerState:
+        """Make the layer known to the collective; the owner's state, which rank 0's seeded.
+
+        Raises:
+            ValueError: another live layer holds the name.
+        """
+        claim(self.collective, self._name, layer)
+        terms = LayerTerms(state.channels, self._dtype, self._momentum, self._epsilon)
+        return self.collective.enroll(Call(Operation.ENROLL, Place(self._name, None, 0), terms), state)
+
+    def forward(self, view: View, grid: Grid) -> ForwardResult:
+        """Agree on the statistics of the union of all ranks' batches."""
+        exchange = ForwardExchange.begin(grid, self._epsilon, view.mask is not None)
+        version = None
+        while exchange.wants is not None:
+            if exchange.wants is Operation.PROBE:
+                words = kernels().probe(view.x, view.mask, exchange.grid)
+            else:
+                words = kernels().moments(view.x, view.mask, exchange.grid).words
+            total = self._say(exchange, Direction.FORWARD, view, words)
+            version = total.version
+            exchange = exchange.reduced(total.words)
+        self._steps[Direction.FORWARD] += 1
+        assert exchange.statistics is not None
+        return ForwardResult(exchange.statistics, exchange.grid, version)
+
+    def backward(self, dy: NDArray[Any], view: View, statistics: BatchStatistics, grid: BackwardGrid) -> BackwardResult:
+        """Agree on the gradient sums of the union of all ranks' batches."""
+        exchange = BackwardExchange.begin(grid, statistics)
+        mean = statistics.rounded_mean
+        while True:
+            if exchange.wants is Operation.PROBE:
+                words = kernels().gradient_probe(dy, view.x, mean, exchange.grid)
+            else:
+                words = kernels().gradient_sums(dy, view.x, view.mask, mean, exchange.grid).words
+            exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, words).words)
+            if exchange.gradients is not None:
+                self._steps[Direction.BACKWARD] += 1
+                return BackwardResult(exchange.gradients, words, exchange.grid)
+
+    def _say(
+        self,
+        exchange: ForwardExchange | BackwardExchange,
+        direction: Direction,
+        view: View,
+        words: NDArray[np.int64],
+    ) -> Total:
+        assert exchange.wants is not None
+        terms = LayerTerms(
+            channels=view.x.shape[1],
+            dtype=self._dtype,
+            momentum=self._momentum,
+            epsilon=self._epsilon,
+            masked=view.mask is not None,
+            flush_to_zero=not _TINIEST * np.float32(1) > 0,
+            grid=exchange.fingerprint,
+        )
+        place = Place(self._name, direction, self._steps[direction])
+        return self.collective.exchange(Call(exchange.wants, place, terms, exchange.attempt), words)
+
+
+def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
+    """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
+    return GradientSums(result.local_words, result.grid).gradients(statistics)

@@ -1,0 +1,64 @@
+"""Sums as pairs of int64 words: addition without an order, and without overflow.
+
+A term v is rounded once to a multiple of u by adding a magic number M whose last place is u. The float64's bit
+pattern, read as int64, is linear in the rounded value, so `q = bits(v + M) − bits(M)` is v/u as an integer:
+
+    M = 1.5·2^52·u  for |v| ≤ 2^51·u        M = 2^52·u  for 0 ≤ v ≤ 2^52·u
+
+A sum of q is the pair (hi, lo) with hi = Σ(q >> 32) and lo = Σ(q & 0xffffffff). Only the carried pair is canonical:
+0 ≤ lo < 2^32. There is room for 2^40 terms and 2^20 ranks.
+
+Source: order-independent summation by pre-rounding, Demmel and Nguyen, "Parallel Reproducible Summation" (2015).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOW = 0xFFFF_FFFF
+_SPLITTER = 134_217_729.0  # 2^27 + 1: Veltkamp's constant, which halves a float64's 53 bits
+
+
+def integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
+    """v in units of the magic number's last place, rounded to nearest even."""
+    return (v + magic).view(np.int64) - magic.view(np.int64)
+
+
+def remainder(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What `integers` rounded away, exactly."""
+    return v - ((v + magic) - magic)
+
+
+def product_error(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """a·b − float64(a·b), exactly, barring underflow (Dekker's product, 1971)."""
+    a_big, b_big = _SPLITTER * a, _SPLITTER * b
+    a_hi, b_hi = a_big - (a_big - a), b_big - (b_big - b)
+    a_lo, b_lo = a - a_hi, b - b_hi
+    return a_lo * b_lo - (((a * b - a_hi * b_hi) - a_lo * b_hi) - a_hi * b_lo)
+
+
+def carried(hi: NDArray[np.int64], lo: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The canonical pair of the same value."""
+    return hi + (lo >> 32), lo & LOW
+
+
+def as_float(hi: NDArray[np.int64], lo: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The value of a pair as float64."""
+    hi, lo = carried(hi, lo)
+    return hi.astype(np.float64) * 2.0**32 + lo.astype(np.float64)
+
+
+def as_ints(hi: NDArray[np.int64], lo: NDArray[np.int64]) -> list[int]:
+    """The value of a pair, exactly."""
+    return [(h << 32) + low for h, low in zip(hi.tolist(), lo.tolist(), strict=True)]
+
+
+def flags(high: NDArray[np.bool_], low: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Two truths per channel in one word; its sum over the ranks counts both."""
+    return (high.astype(np.int64) << 32) | low
+
+
+def counted(word: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether any rank raised the high and the low flag."""
+    return (word >> 32) > 0, (word & LOW) > 0

@@ -1,0 +1,18 @@
+"""Short ways to ask a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bnlayer import BatchNormalization
+
+
+def gradients(bn: BatchNormalization) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The gradients of gamma and beta after a backward pass."""
+    found = [variable.gradient for variable in (bn.gamma, bn.beta) if variable is not None]
+    gamma, beta = found
+    assert gamma is not None
+    assert beta is not None
+    return gamma, beta
