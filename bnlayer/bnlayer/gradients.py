@@ -100,7 +100,7 @@ class GradientSums:
         both = grid.gradient_C + grid.deviation_C - 51
         if grid.precision.folds == 2:
             a = np.ldexp(_floats(two_folds(self.words[0:4], 52)), unit - 52)
-            b = np.ldexp(_floats(two_folds(self.words[4:8], 51)), both - 51)
+            b = np.ldexp(_floats(two_folds(self.words[4:8], 52)), both - 52)
         else:
             a = as_float(*self.words[0:2]) * power_of_two(unit)
             b = as_float(*self.words[2:4]) * power_of_two(both)

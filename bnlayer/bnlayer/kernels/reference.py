@@ -65,14 +65,17 @@ class _Sum:
         return self._words
 
 
-def _signed(exponent: NDArray[np.int64], folds: int, finer: int) -> list[NDArray[np.float64]]:
-    """Magic numbers for |v| < 2^exponent, and for what is rounded away, on a grid 2^finer finer."""
+def _signed(exponent: NDArray[np.int64], folds: int) -> list[NDArray[np.float64]]:
+    """Magic numbers for |v| < 2^exponent, and for what is rounded away, on a grid 2^52 finer."""
     first = 3.0 * power_of_two(exponent)
-    return [m[:, None] for m in (first, np.ldexp(first, -finer))[:folds]]
+    return [m[:, None] for m in (first, np.ldexp(first, -52))[:folds]]
 
 
 def _positive(exponent: NDArray[np.int64], folds: int) -> list[NDArray[np.float64]]:
-    """Magic numbers for 0 ≤ v < 4^exponent, and for what is rounded away, on a grid 2^51 finer."""
+    """Magic numbers for 0 ≤ v < 4^exponent, and for what is rounded away, on a grid 2^51 finer.
+
+    Room for twice a unit: what the product itself lacks of the square comes on top of what is rounded away.
+    """
     first = power_of_two(2 * exponent)
     second = 1.5 * power_of_two(2 * exponent - 51)
     return [m[:, None] for m in (first, second)[:folds]]
@@ -109,7 +112,7 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
         grid: what to count in.
     """
     folds, channels = grid.precision.folds, x.shape[1]
-    deviations = _Sum(channels, _signed(grid.exponent_C, folds, 52))
+    deviations = _Sum(channels, _signed(grid.exponent_C, folds))
     squares = _Sum(channels, _positive(grid.exponent_C, folds))
     count = np.zeros(channels, np.int64)
     misfit, not_finite = np.zeros(channels, bool), np.zeros(channels, bool)
@@ -184,8 +187,8 @@ def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: Backward
         grid: what to count in.
     """
     folds, channels = grid.precision.folds, x.shape[1]
-    gradients = _Sum(channels, _signed(grid.gradient_C, folds, 52))
-    products = _Sum(channels, _signed(grid.gradient_C + grid.deviation_C, folds, 51))
+    gradients = _Sum(channels, _signed(grid.gradient_C, folds))
+    products = _Sum(channels, _signed(grid.gradient_C + grid.deviation_C, folds))
     seen = {name: np.zeros(channels, bool) for name in ("misfit", "not_finite", "large", "any")}
     window, reach = power_of_two(grid.gradient_C)[:, None], power_of_two(grid.deviation_C)[:, None]
     small = power_of_two(grid.gradient_C - 20)[:, None]
@@ -202,7 +205,7 @@ def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: Backward
             seen["misfit"] |= outside.any((0, 2))
             g, h = np.where(outside, 0.0, g), np.where(outside, 0.0, h)
         gradients.add(g)
-        products.add(g * h, product_error(g, h) if folds == 2 else None)
+        products.add(g * h)
     return GradientSums.pack(
         grid, gradients.words, products.words, seen["misfit"], seen["not_finite"], seen["large"], seen["any"]
     )

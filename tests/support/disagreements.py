@@ -1,0 +1,395 @@
+"""Ranks that disagree, on every transport: what each of them is told, word for word.
+
+In each case the last rank does something else than the others. Two ranks blame both; of three, the last is blamed.
+Hosts and process ids are taken out of the texts here, and looked for on their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from bnlayer import BatchNormalization, CollectiveError, MismatchError, PeerLostError, StallError
+from bnworker import World
+from support.contract import BODIES, Body, rows_of
+
+_SAME_MODEL = "All ranks must build the same model and make the same calls; "
+_SAME_ORDER = (
+    "Every rank must call the same layers in the same order, in the same mode; "
+    "look for a skipped layer, or one in evaluation or frozen on some ranks."
+)
+_SAME_CALLS = "Every rank must make the same calls; look for an early return, a break, or a shard with fewer steps."
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """One way to disagree.
+
+    Attributes:
+        say: what a rank does, given whether it is the one that differs.
+        kind: the error.
+        text: by the number of ranks, the error's text, without hosts and process ids.
+        blames_all: whether of two ranks both are blamed.
+        layer, step: that the error holds on the ranks that don't differ.
+        odd_layer, odd_step: that it holds on the one that does; it raises nothing if `odd_leaves`.
+    """
+
+    say: Callable[[World, bool], object]
+    kind: type[CollectiveError]
+    text: dict[int, str]
+    blames_all: bool = True
+    layer: str | None = None
+    step: int = 0
+    odd_layer: str | None = None
+    odd_step: int = 0
+    odd_leaves: bool = False
+
+    def run(self, world: World) -> object:
+        """What each rank does and sees; returns the text, which must be the same on every rank."""
+        odd = world.rank == world.world_size - 1
+        if odd and self.odd_leaves:
+            self.say(world, odd)
+            return None
+        with pytest.raises(CollectiveError) as caught:
+            self.say(world, odd)
+        error = caught.value
+        assert type(error) is self.kind
+        blamed = (0, 1) if world.world_size == 2 and self.blames_all else (world.world_size - 1,)
+        expected = (self.odd_layer, self.odd_step) if odd else (self.layer, self.step)
+        assert without_hosts(str(error)) == self.text[world.world_size]
+        assert str(error) != without_hosts(str(error)), "the text names hosts and process ids"
+        assert (error.ranks, error.layer, error.step) == (blamed, *expected)
+        for later in (world.barrier, lambda: world.allreduce([1.0]), lambda: world.broadcast([1.0])):
+            with pytest.raises(self.kind) as again:
+                later()
+            assert again.value is not error
+            assert (str(again.value), again.value.ranks) == (str(error), error.ranks)
+        assert repr(world).endswith(f", ended by {self.kind.__name__})")
+        world.leave()
+        return None if self.odd_leaves else str(error)
+
+
+def without_hosts(text: str) -> str:
+    """A text without "(host n2, pid 4711)"."""
+    return re.sub(r" \(host [^,()]+, pid \d+\)", "", text)
+
+
+def stall(common: str, odd: str) -> dict[int, str]:
+    """The text for ranks that wait in different places."""
+    return {
+        2: f"The ranks wait for each other: rank 0 waits in {common}; rank 1 waits in {odd}. {_SAME_ORDER}",
+        3: f"The ranks wait for each other: rank 0, rank 1 wait in {common}; rank 2 waits in {odd}. {_SAME_ORDER}",
+    }
+
+
+def mismatch(place: str, *beliefs: tuple[str, str, str]) -> dict[int, str]:
+    """The text for ranks that believe different things: (what, common value, odd value) each."""
+    two = "; ".join(f"{name}: rank 0 sent {common}, rank 1 sent {odd}" for name, common, odd in beliefs)
+    three = "; ".join(f"{name}: rank 2 sent {odd}, rank 0, rank 1 sent {common}" for name, common, odd in beliefs)
+    return {
+        2: f"{place}: {two}. {_SAME_MODEL}compare their code.",
+        3: f"{place}: {three}. {_SAME_MODEL}check the configuration of rank 2.",
+    }
+
+
+def left(place: str) -> dict[int, str]:
+    """The text for ranks that wait for one that has left cleanly."""
+    return {
+        2: f"rank 1 left the job, while rank 0 waits in {place}. {_SAME_CALLS}",
+        3: f"rank 2 left the job, while rank 0, rank 1 wait in {place}. {_SAME_CALLS}",
+    }
+
+
+def lost(reason: str, place: str) -> dict[int, str]:
+    """The text for ranks that wait for one that has failed."""
+    return {
+        2: f"rank 1 {reason}. rank 0 waits in {place}.",
+        3: f"rank 2 {reason}. rank 0, rank 1 wait in {place}.",
+    }
+
+
+# ---- what the ranks do ----
+
+
+def layer(world: World, name: str = "bn", momentum: float = 0.99, dtype: str = "float32") -> BatchNormalization:
+    """A synchronized layer of this world."""
+    return BatchNormalization(name=name, synchronized=True, momentum=momentum, dtype=dtype, collective=world)
+
+
+def train(bn: BatchNormalization, world: World, mask: bool = False, channels: int = 4) -> None:
+    """One forward pass in training mode."""
+    x = rows_of(world.rank, channels=channels)
+    bn(x, training=True, mask=np.ones(len(x), bool) if mask else None)
+
+
+def different_layers(world: World, odd: bool) -> None:
+    """They begin with different layers."""
+    train(layer(world, "b" if odd else "a"), world)
+
+
+def different_order(world: World, odd: bool) -> None:
+    """They know the same layers, and call them in another order."""
+    a, b = layer(world, "a"), layer(world, "b")
+    train(a, world)
+    train(b, world)
+    train(b if odd else a, world)
+
+
+def skipped_backward(world: World, odd: bool) -> None:
+    """One forgets the backward pass."""
+    bn = layer(world)
+    train(bn, world)
+    if odd:
+        train(bn, world)
+    else:
+        bn.backward(rows_of(world.rank))
+
+
+def extra_step(world: World, odd: bool) -> None:
+    """One makes a step more before all meet elsewhere."""
+    bn = layer(world)
+    train(bn, world)
+    if not odd:
+        world.barrier()
+    else:
+        train(bn, world)
+
+
+def evaluating(world: World, odd: bool) -> None:
+    """One calls a layer in inference mode, and goes on to the next."""
+    a, b = layer(world, "a"), layer(world, "b")
+    train(a, world)
+    train(b, world)
+    a(rows_of(world.rank), training=not odd)
+    train(b, world)
+
+
+def different_masks(world: World, odd: bool) -> None:
+    """One has a mask."""
+    bn = layer(world)
+    train(bn, world)
+    train(bn, world, mask=odd)
+
+
+def one_restores(world: World, odd: bool) -> None:
+    """One takes over another grid."""
+    bn = layer(world)
+    train(bn, world)
+    if odd:
+        other = BatchNormalization(name="other")
+        other(np.full((2, 4), 5.0, np.float32), training=True)
+        state = bn.state
+        bn.restore(type(state)(state.moving_mean, state.moving_variance, other.state.forward, state.backward))
+    train(bn, world)
+
+
+def early_return(world: World, odd: bool) -> None:
+    """One has a step less, and leaves."""
+    bn = layer(world)
+    with world:
+        train(bn, world)
+        if not odd:
+            train(bn, world)
+
+
+def failure(world: World, odd: bool) -> None:
+    """One fails with an exception, which its `with` block lets through."""
+    bn = layer(world)
+    train(bn, world)
+    if not odd:
+        train(bn, world)
+        return
+    with pytest.raises(ValueError, match="no such file"), world:
+        raise ValueError("no such file\nand more")
+
+
+def failing_exit(world: World, odd: bool) -> None:
+    """One exits with a code."""
+    if not odd:
+        world.allreduce([1.0])
+        return
+    with pytest.raises(SystemExit), world:
+        raise SystemExit(3)
+
+
+def successful_exit(world: World, odd: bool) -> None:
+    """One exits as if all was done."""
+    if not odd:
+        world.barrier()
+        return
+    with pytest.raises(SystemExit), world:
+        raise SystemExit(0)
+
+
+def push_on_one(world: World, odd: bool) -> None:
+    """One replaces its statistics, the others don't."""
+    bn = layer(world)
+    train(bn, world)
+    if odd:
+        world.push(bn)
+    train(bn, world)
+
+
+ONE = "('float64[3]',)"
+
+DISAGREEMENTS = {
+    "layers": Disagreement(
+        different_layers,
+        StallError,
+        stall("the enrolment of layer 'a'", "the enrolment of layer 'b'"),
+        layer="a",
+        odd_layer="b",
+    ),
+    "order": Disagreement(
+        different_order,
+        StallError,
+        stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
+        layer="a",
+        step=1,
+        odd_layer="b",
+        odd_step=1,
+    ),
+    "direction": Disagreement(
+        skipped_backward,
+        StallError,
+        stall("layer 'bn' (backward, step 0)", "layer 'bn' (forward, step 1)"),
+        layer="bn",
+        odd_layer="bn",
+        odd_step=1,
+    ),
+    "step": Disagreement(
+        extra_step,
+        StallError,
+        stall("barrier (number 0)", "layer 'bn' (forward, step 1)"),
+        odd_layer="bn",
+        odd_step=1,
+    ),
+    "mode": Disagreement(
+        evaluating,
+        StallError,
+        stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
+        layer="a",
+        step=1,
+        odd_layer="b",
+        odd_step=1,
+    ),
+    "channels": Disagreement(
+        lambda world, odd: train(layer(world), world, channels=3 if odd else 4),
+        MismatchError,
+        mismatch("the enrolment of layer 'bn'", ("channels", "4", "3")),
+        layer="bn",
+        odd_layer="bn",
+    ),
+    "dtype": Disagreement(
+        lambda world, odd: train(layer(world, dtype="float64" if odd else "float32"), world),
+        MismatchError,
+        mismatch("the enrolment of layer 'bn'", ("dtype", "float32", "float64")),
+        layer="bn",
+        odd_layer="bn",
+    ),
+    "momentum": Disagreement(
+        lambda world, odd: train(layer(world, momentum=0.9 if odd else 0.99), world),
+        MismatchError,
+        mismatch("the enrolment of layer 'bn'", ("momentum", "0.99", "0.9")),
+        layer="bn",
+        odd_layer="bn",
+    ),
+    "masked": Disagreement(
+        different_masks,
+        MismatchError,
+        mismatch("layer 'bn' (forward, step 1)", ("masked", "False", "True")),
+        layer="bn",
+        step=1,
+        odd_layer="bn",
+        odd_step=1,
+    ),
+    "early-return": Disagreement(
+        early_return,
+        StallError,
+        left("layer 'bn' (forward, step 1)"),
+        blames_all=False,
+        layer="bn",
+        step=1,
+        odd_leaves=True,
+    ),
+    "failure": Disagreement(
+        failure,
+        PeerLostError,
+        lost("failed with ValueError: no such file", "layer 'bn' (forward, step 1)"),
+        blames_all=False,
+        layer="bn",
+        step=1,
+        odd_leaves=True,
+    ),
+    "failing-exit": Disagreement(
+        failing_exit,
+        PeerLostError,
+        lost("failed with SystemExit: 3", "allreduce (number 0)"),
+        blames_all=False,
+        odd_leaves=True,
+    ),
+    "successful-exit": Disagreement(
+        successful_exit, StallError, left("barrier (number 0)"), blames_all=False, odd_leaves=True
+    ),
+    "op": Disagreement(
+        lambda world, odd: world.allreduce([np.zeros(3)], op="max" if odd else "sum"),
+        MismatchError,
+        mismatch("a plain operation (number 0)", ("op", "sum", "max")),
+    ),
+    "shape": Disagreement(
+        lambda world, odd: world.allreduce([np.zeros(4 if odd else 3)]),
+        MismatchError,
+        mismatch("a plain operation (number 0)", ("arrays", ONE, "('float64[4]',)")),
+    ),
+    "array-dtype": Disagreement(
+        lambda world, odd: world.allreduce([np.zeros(3, np.int64 if odd else np.float64)]),
+        MismatchError,
+        mismatch("a plain operation (number 0)", ("arrays", ONE, "('int64[3]',)")),
+    ),
+    "number-of-arrays": Disagreement(
+        lambda world, odd: world.allreduce([np.zeros(3)] * (2 if odd else 1)),
+        MismatchError,
+        mismatch("a plain operation (number 0)", ("arrays", ONE, "('float64[3]', 'float64[3]')")),
+    ),
+    "root": Disagreement(
+        lambda world, odd: world.broadcast([1.0], root=1 if odd else 0),
+        MismatchError,
+        mismatch("a plain operation (number 0)", ("root", "0", "1")),
+    ),
+}
+
+for name, case in DISAGREEMENTS.items():
+    BODIES[f"disagree_{name}"] = Body(case.run, (2, 3), ("mpi", "service"))
+
+
+def _grids(world: World) -> object:
+    """Ranks whose grids differ: the text holds their fingerprints."""
+    odd = world.rank == world.world_size - 1
+    with pytest.raises(MismatchError) as caught:
+        one_restores(world, odd)
+    text = without_hosts(str(caught.value))
+    first, second = ("rank 0", "rank 1") if world.world_size == 2 else ("rank 2", "rank 0, rank 1")
+    assert re.match(
+        rf"layer 'bn' \(forward, step 1\): grid: {first} sent [0-9a-f]{{16}}, {second} sent [0-9a-f]{{16}}\. All", text
+    )
+    return str(caught.value)
+
+
+def _pushes(world: World) -> object:
+    """Where each rank owns its own statistics, a push on one of them is found out."""
+    odd = world.rank == world.world_size - 1
+    with pytest.raises(MismatchError) as caught:
+        push_on_one(world, odd)
+    text = without_hosts(str(caught.value))
+    sent = re.sub(r"\([0-9a-f]{8}\)", "(…)", text)
+    expected = mismatch("layer 'bn' (forward, step 1)", ("pushed", "nothing", "1 (…)"))
+    assert sent == expected[world.world_size]
+    return str(caught.value)
+
+
+BODIES["disagree_grid"] = Body(_grids, (2, 3), ("mpi", "service"))
+BODIES["disagree_pushes"] = Body(_pushes, (2, 3), ("mpi",))

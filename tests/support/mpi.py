@@ -1,0 +1,84 @@
+"""Starting ranks under the `mpiexec` of this environment, and leaving none behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Open MPI needs to be told that root may start it, and that ranks may outnumber cores; MPICH reads none of these.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended.
+
+    Attributes:
+        code: mpiexec's exit code.
+        out, err: what all ranks wrote.
+    """
+
+    code: int
+    out: str
+    err: str
+
+
+class Job:
+    """`mpiexec -n N python …` in a process group of its own, which does not outlive the `with` block.
+
+    Args:
+        world_size: N.
+        arguments: of the interpreter: a script and its arguments.
+        environ: variables beside this process's.
+    """
+
+    def __init__(
+        self, world_size: int, arguments: Sequence[str | Path], environ: Mapping[str, str] | None = None
+    ) -> None:
+        mpiexec = Path(sys.prefix, "bin", "mpiexec")
+        here = str(Path(__file__).parents[1])
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
+        self._process = subprocess.Popen(
+            [mpiexec, "-n", str(world_size), sys.executable, *arguments],
+            env={**inherited, **_OPEN_MPI, "PYTHONPATH": here, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def wait(self, limit_s: float) -> Ended:
+        """Wait for the job's end.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended within the limit.
+        """
+        out, err = self._process.communicate(timeout=limit_s)
+        return Ended(self._process.returncode, out, err)
+
+
+def run(
+    world_size: int, *arguments: str | Path, limit_s: float = 40, environ: Mapping[str, str] | None = None
+) -> Ended:
+    """Run a script on ranks under mpiexec, and wait for its end."""
+    with Job(world_size, arguments, environ) as job:
+        return job.wait(limit_s)
