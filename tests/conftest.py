@@ -1,0 +1,58 @@
+"""What holds for every test of this tree.
+
+1. The header names the MPI whose `mpiexec` this environment brings: one suite passes under several.
+2. A skipped test fails the run, unless `allowed-skips.txt` names it: a missing tool is no success.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ALLOWED = Path(__file__).with_name("allowed-skips.txt")
+_VENDORS = {"Open MPI": "Open MPI", "HYDRA": "MPICH"}
+
+
+def pytest_report_header() -> list[str]:
+    """Name the MPI of this environment and the skips that are allowed."""
+    return [f"mpi: {_mpi()}", f"allowed skips: {', '.join(_allowed_skips()) or 'none'}"]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Turn a run with a skip that nobody allowed into a failed one."""
+    if _forbidden_skips(session.config) and session.exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which skips made the run fail, and what to do."""
+    for node_id in _forbidden_skips(config):
+        terminalreporter.write_line(
+            f"FORBIDDEN SKIP {node_id}: provide what it needs, or add it to tests/{_ALLOWED.name}", red=True
+        )
+
+
+def _forbidden_skips(config: pytest.Config) -> list[str]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if isinstance(reporter, pytest.TerminalReporter) else []
+    allowed = tuple(_allowed_skips())
+    return [report.nodeid for report in skipped if not report.nodeid.startswith(allowed)]
+
+
+def _allowed_skips() -> list[str]:
+    lines = (line.strip() for line in _ALLOWED.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _mpi() -> str:
+    mpiexec = Path(sys.prefix, "bin", "mpiexec")
+    if not mpiexec.exists():
+        return f"none beside {sys.executable}"
+    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    vendor = next((name for sign, name in _VENDORS.items() if sign in answer), "unknown vendor")
+    version = next((word for word in answer.split() if word[0].isdigit()), "unknown version")
+    return f"{vendor} {version} ({mpiexec})"

@@ -1,0 +1,151 @@
+"""The files in deploy/ against the validators of their fields.
+
+The validators come with the environment, except systemd-analyze, which is the system's. A missing one fails
+the test. That each of them notices a mistake is tested beside it.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[2]
+_DOCKERFILE = _ROOT / "deploy/docker/Dockerfile"
+_UNIT = _ROOT / "deploy/systemd/bnlayer.service"
+_SBATCH = _ROOT / "deploy/slurm/train.sbatch"
+_SHELL_SCRIPTS = (_SBATCH, _ROOT / ".ci/run", _ROOT / ".ci/system-tools")
+
+# systemd-analyze rates from 0 (sealed) to 10 (open), here in tenths. Sockets alone make up most of our 1.3.
+_EXPOSURE_TENTHS = 15
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    """Unpinned bases, shell mistakes and late user switches do not enter the image."""
+    assert _run(_tool("hadolint"), _DOCKERFILE) == ""
+
+
+def test_hadolint_notices_a_mistake(tmp_path: Path) -> None:
+    """The check above can fail."""
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(_DOCKERFILE.read_text().replace("python:3.13-slim-bookworm AS", "python AS"))
+    assert "DL3006" in _run(_tool("hadolint"), broken)
+
+
+def test_the_image_gets_only_files_that_exist() -> None:
+    """Every COPY from the repository names something that is there and that .dockerignore lets through."""
+    ignore = _DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
+    admitted = {line[1:] for line in ignore if line.startswith("!")}
+    copied = {
+        source.rstrip("/")
+        for line in _DOCKERFILE.read_text().splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+        for source in line.split()[1:-1]
+    }
+    assert admitted == copied
+    assert [name for name in sorted(copied) if not (_ROOT / name).exists()] == []
+
+
+def test_the_image_installs_with_hashes_as_a_user_without_rights() -> None:
+    """Nothing unverified is installed, and the daemon does not run as root."""
+    lines = [line.strip() for line in _DOCKERFILE.read_text().splitlines()]
+    installs = [line for line in lines if "pip install" in line]
+    assert all("--require-hashes" in line or "--no-deps --no-build-isolation" in line for line in installs)
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
+
+
+def test_the_unit_passes_systemd_analyze(tmp_path: Path) -> None:
+    """No unknown key, no bad value. systemd-analyze exits 0 on unknown keys, so any output is a failure."""
+    assert _run(_tool("systemd-analyze"), "verify", _installed(_UNIT.read_text(), tmp_path)) == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("ProtectSystem=strict", "ProtectSystm=strict"),
+        ("TimeoutStopSec=15", "TimeoutStopSec=soon"),
+        ("[Install]", "[Instal]"),
+    ],
+)
+def test_systemd_analyze_notices_a_mistake(right: str, wrong: str, tmp_path: Path) -> None:
+    """The check above can fail, for a key, a value and a section."""
+    text = _UNIT.read_text()
+    assert right in text
+    assert _run(_tool("systemd-analyze"), "verify", _installed(text.replace(right, wrong), tmp_path)) != ""
+
+
+def test_the_unit_stays_hardened(tmp_path: Path) -> None:
+    """A unit that runs as root, or opens the system to the daemon in another way, is noticed."""
+    rate = ["security", "--offline=yes", "--no-pager", f"--threshold={_EXPOSURE_TENTHS}"]
+    unit = _installed(_UNIT.read_text(), tmp_path)
+    hardened = subprocess.run([_tool("systemd-analyze"), *rate, unit], capture_output=True, check=False)
+    assert hardened.returncode == 0, hardened.stdout.decode()
+
+    unit = _installed(_UNIT.read_text().replace("DynamicUser=yes\n", ""), tmp_path)
+    opened = subprocess.run([_tool("systemd-analyze"), *rate, unit], capture_output=True, check=False)
+    assert opened.returncode != 0
+
+
+@pytest.mark.parametrize("script", _SHELL_SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_pass_bash_and_shellcheck(script: Path) -> None:
+    """A batch script fails at once in review, not after an hour in the queue."""
+    assert _run("bash", "-n", script) == ""
+    assert _run(_tool("shellcheck"), script) == ""
+
+
+def test_shellcheck_notices_a_mistake(tmp_path: Path) -> None:
+    """The check above can fail."""
+    broken = tmp_path / "train.sbatch"
+    broken.write_text(_SBATCH.read_text().replace('"$SLURM_NTASKS"', "$SLURM_NTASKS"))
+    assert "SC2086" in _run(_tool("shellcheck"), broken)
+
+
+def test_the_batch_script_starts_one_rank_per_task(tmp_path: Path) -> None:
+    """With a stand-in for mpiexec: the command line that the allocation's variables give."""
+    mpiexec = tmp_path / "venv/bin/mpiexec"
+    mpiexec.parent.mkdir(parents=True)
+    mpiexec.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    mpiexec.chmod(0o755)
+    variables = {"SLURM_NTASKS": "6", "SLURM_JOB_ID": "17", "BNLAYER_VENV": str(tmp_path / "venv")}
+    done = subprocess.run(
+        ["bash", _SBATCH, "digits", "--epochs", "3"],
+        env={"PATH": "/usr/bin:/bin", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = "-n 6 bnlayer train --transport mpi --data digits --summary summary-17.json --epochs 3"
+    assert done.stdout.split() == expected.split()
+
+
+def test_the_batch_script_without_data_says_how_to_call_it() -> None:
+    """A forgotten argument is an error of its own, not mpiexec's."""
+    done = subprocess.run(["bash", _SBATCH], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "usage: sbatch train.sbatch DATA [more options of bnlayer train]\n",
+    )
+
+
+def _installed(unit: str, folder: Path) -> Path:
+    """A copy of the unit whose program exists on this machine, as it will on the one that runs it."""
+    path = folder / _UNIT.name
+    path.write_text(unit.replace("/opt/bnlayer/bin/bnlayer", sys.executable))
+    return path
+
+
+def _tool(name: str) -> str:
+    """Where a validator is: beside this Python, or on PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    assert found, f"{name} is missing; `make setup` brings it, or your system's package of that name"
+    return found
+
+
+def _run(*command: str | Path) -> str:
+    """Everything a command prints; whether it failed is for validators that say nothing."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    printed = done.stdout + done.stderr
+    assert printed or done.returncode == 0, f"{command} exits {done.returncode} and says nothing"
+    return printed
