@@ -1,0 +1,56 @@
+"""`python -m bnserver`: the statistics service as a process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bnserver.daemon import serve
+
+_ABOUT = """\
+Run the statistics service: it reduces what the ranks of a training job contribute, and owns the moving mean and
+variance of their layers. Many jobs can share it. Stop it with SIGTERM or Ctrl-C: the ranks are told, the jobs saved.
+"""
+_EXAMPLES = """\
+examples:
+  python -m bnserver --listen 127.0.0.1:50051 --state-dir state
+      ranks on this machine; what the service owns outlives it
+  python -m bnserver --listen 127.0.0.1:0 --ready-file address
+      a free port; the file 'address' then says which
+  python -m bnserver --listen 0.0.0.0:50051 --state-dir state --insecure
+      ranks on other machines, in plain text: on a network of your own only
+
+exit codes: 0 after an orderly end; 1 the service could not start, or could not save; 2 wrong arguments
+"""
+
+
+def main() -> int:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(
+        prog="bnserver",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--listen", required=True, metavar="HOST:PORT", help="where ranks connect; port 0 takes a free one"
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="where jobs are kept between two runs of the service; without it they end with the process",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="allow plain text on an address that other machines can reach"
+    )
+    parser.add_argument(
+        "--ready-file", type=Path, metavar="PATH", help="write the address to this file once ranks can join"
+    )
+    options = parser.parse_args()
+    return serve(options.listen, options.state_dir, insecure=options.insecure, ready_file=options.ready_file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What the owner owns: the moving statistics and grids of a job's layers.
+
+Laws of this room:
+1. A layer is updated exactly once per completed forward exchange, by the layer's own pure functions.
+2. The owner walks through an exchange as every rank does: it knows what must come next, and refuses the rest.
+3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it
+   completed is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bnlayer.collective import Call, Direction, LayerTerms
+from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.moments import BatchStatistics
+from bnlayer.state import LayerState
+from bnserver.core.events import Words
+
+
+class DisagreementError(Exception):
+    """The ranks agree with each other, but not with the owner; the text says how, and what to do."""
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer.
+
+    Attributes:
+        state: the authoritative one.
+        forward, backward: the exchange in progress.
+        statistics: of the latest training call: its backward pass needs them.
+    """
+
+    state: LayerState
+    forward: ForwardExchange | None = None
+    backward: BackwardExchange | None = None
+    statistics: BatchStatistics | None = None
+
+
+class Layers:
+    """The layers of one job, by name."""
+
+    def __init__(self, states: Mapping[str, LayerState]) -> None:
+        self._layers = {name: _Layer(state) for name, state in states.items()}
+
+    @property
+    def states(self) -> dict[str, LayerState]:
+        """Every layer's state."""
+        return {name: layer.state for name, layer in self._layers.items()}
+
+    def forget_unfinished(self) -> None:
+        """Begin a generation: the ranks know nothing of exchanges that were cut short."""
+        self._layers = {name: _Layer(layer.state) for name, layer in self._layers.items()}
+
+    def pulled(self, name: str) -> LayerState | None:
+        """The state of a layer; None if there is no such layer."""
+        layer = self._layers.get(name)
+        return layer.state if layer is not None else None
+
+    def pushed(self, name: str, state: LayerState) -> LayerState:
+        """Replace a layer's state, or make it known; returns the state with the owner's new version.
+
+        Raises:
+            DisagreementError: the layer has other channels or dtypes.
+        """
+        layer = self._layers.get(name)
+        if layer is None:
+            self._layers[name] = _Layer(_versioned(state, 1))
+            return self._layers[name].state
+        _check_kind(name, layer.state, state)
+        layer.state = _versioned(state, layer.state.version + 1)
+        return layer.state
+
+    def enrolled(self, name: str, seeds: Mapping[int, LayerState]) -> LayerState:
+        """The owner's state of a layer that all ranks named; rank 0's seeds one that is new.
+
+        Args:
+            name: the layer's.
+            seeds: every rank's own state.
+
+        Raises:
+            DisagreementError: a rank's state has other channels or dtypes than the owner's, or than rank 0's.
+        """
+        layer = self._layers.get(name)
+        state = layer.state if layer is not None else seeds[min(seeds)]
+        for seed in seeds.values():
+            _check_kind(name, state, seed)
+        if layer is None:
+            self._layers[name] = _Layer(state)
+        return state
+
+    def reduced(self, call: Call, terms: LayerTerms, words: Words) -> int:
+        """Take the words that all ranks reduced; returns the layer's version after them.
+
+        Raises:
+            DisagreementError: it is not what this layer's owner must hear next.
+        """
+        name = call.place.layer
+        layer = self._layers.get(name) if name is not None else None
+        if layer is None:
+            raise DisagreementError(f"The owner knows no layer {name!r}: enroll it first, on every rank.")
+        if (terms.channels, terms.dtype) != (layer.state.channels, layer.state.forward.dtype):
+            raise DisagreementError(
+                f"{call.place}: the ranks have {terms.channels} channels in {terms.dtype}, the owner has "
+                f"{layer.state.channels} in {layer.state.forward.dtype}. Enroll the layer anew, on every rank."
+            )
+        if call.place.direction is Direction.FORWARD:
+            return _forward(layer, call, terms, words)
+        return _backward(layer, call, terms, words)
+
+
+def _forward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
+    exchange = layer.forward
+    if exchange is None:
+        exchange = ForwardExchange.begin(layer.state.forward, terms.epsilon, terms.masked)
+    elif (exchange.epsilon, exchange.masked) != (terms.epsilon, terms.masked):
+        raise DisagreementError(f"{call.place}: epsilon or the mask changed in the middle of an exchange.")
+    _check_next(exchange, layer.state.version, call, terms)
+    exchange = exchange.reduced(words)
+    if exchange.statistics is None:
+        layer.forward = exchange
+        return layer.state.version
+    layer.forward = None
+    layer.statistics = exchange.statistics
+    layer.state = layer.state.after_forward(
+        exchange.statistics, exchange.grid, terms.momentum, synchronized=True, masked=terms.masked
+    )
+    return layer.state.version
+
+
+def _backward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
+    if layer.statistics is None:
+        raise DisagreementError(
+            f"{call.place}: the owner saw no training call, since the ranks joined, to which these gradients belong. "
+            "Call the layer in training mode first, on every rank."
+        )
+    exchange = layer.backward
+    if exchange is None:
+        exchange = BackwardExchange.begin(layer.state.backward, layer.statistics)
+    _check_next(exchange, layer.state.version, call, terms)
+    exchange = exchange.reduced(words)
+    if exchange.gradients is None:
+        layer.backward = exchange
+        return layer.state.version
+    layer.backward = None
+    layer.state = layer.state.after_backward(exchange.grid, exchange.statistics)
+    return layer.state.version
+
+
+def _check_next(exchange: ForwardExchange | BackwardExchange, version: int, call: Call, terms: LayerTerms) -> None:
+    said = (call.operation, call.attempt, terms.grid)
+    wanted = (exchange.wants, exchange.attempt, exchange.fingerprint)
+    if said == wanted:
+        return
+    raise DisagreementError(
+        f"{call.place}: the ranks sent {call.operation} (round {call.attempt}, grid {terms.grid:016x}), the owner "
+        f"expected {exchange.wants} (round {exchange.attempt}, grid {exchange.fingerprint:016x}) at its version "
+        f"{version}. The ranks agree with each other, but hold another state of the layer than its owner: call "
+        "world.pull(layer) on every rank before training goes on."
+    )
+
+
+def _check_kind(name: str, owned: LayerState, other: LayerState) -> None:
+    if _kind(owned) != _kind(other):
+        raise DisagreementError(
+            f"Layer {name!r}: the owner has {_kind(owned)}, received {_kind(other)}. Every rank must build the same "
+            "model, and the model that the job began with; a new model needs a new job name."
+        )
+
+
+def _kind(state: LayerState) -> str:
+    return f"{state.channels} channels in {state.forward.dtype} with {state.moving_mean.dtype.name} variables"
+
+
+def _versioned(state: LayerState, version: int) -> LayerState:
+    return LayerState(state.moving_mean, state.moving_variance, state.forward, state.backward, version)

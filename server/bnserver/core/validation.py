@@ -1,0 +1,155 @@
+"""What is let in: a contribution that has no meaning is refused before it touches anything.
+
+These are the checks of one contribution by itself. Whether the ranks agree is `bnlayer.agreement`'s question,
+whether they agree with the owner `layers`'s.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, PlainTerms
+from bnlayer.gradients import GradientSums
+from bnlayer.moments import Moments
+from bnlayer.precision import DOUBLE, SINGLE
+from bnlayer.state import LayerState
+from bnserver.core.events import Body, Contribute, Join, Words
+
+_NAME_CHARACTERS = 200  # of a job or a layer: it stands in every error and in file names
+_PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
+_EXCHANGES = (Operation.PROBE, Operation.SUMS)
+_MOST_TERMS = 2**40  # a channel of more would overflow its words
+_OPS = ("sum", "max", "min")
+
+
+class RefusedError(ValueError):
+    """A request has no meaning; the text says what was expected and what was received."""
+
+
+def check_join(join: Join) -> None:
+    """Refuse a join that names no possible place.
+
+    Raises:
+        RefusedError: with the reason.
+    """
+    if not 1 <= len(join.job) <= _NAME_CHARACTERS:
+        raise RefusedError(f"expected a job name of 1 to {_NAME_CHARACTERS} characters, received {len(join.job)}")
+    if join.world_size < 1 or not 0 <= join.peer.rank < join.world_size:
+        raise RefusedError(
+            f"expected 0 <= rank < world_size, received rank {join.peer.rank} and world_size {join.world_size}; "
+            "check how the ranks were started"
+        )
+    if not (join.timeout > 0 and join.join_timeout > 0):
+        raise RefusedError(f"expected a timeout above 0 s, received {min(join.timeout, join.join_timeout)}")
+
+
+def check(contribution: Contribute, world_size: int) -> None:
+    """Refuse a contribution that has no meaning.
+
+    Raises:
+        RefusedError: with the reason.
+    """
+    call, body = contribution.call, contribution.body
+    if isinstance(call.terms, LayerTerms):
+        _check_layer(call, call.terms, body)
+    else:
+        _check_plain(call, call.terms, body, world_size)
+
+
+def check_state(state: LayerState) -> None:
+    """Refuse a state that no layer can have.
+
+    Raises:
+        RefusedError: with the reason.
+    """
+    if state.channels < 1:
+        raise RefusedError("expected a state of 1 channel or more, received none")
+    if state.version < 0:
+        raise RefusedError(f"expected a version of 0 or more, received {state.version}")
+    for name, values in (("moving_mean", state.moving_mean), ("moving_variance", state.moving_variance)):
+        if not np.isfinite(values.astype(np.float64)).all():
+            raise RefusedError(f"expected finite numbers in {name}, received NaN or infinity")
+
+
+def _check_layer(call: Call, terms: LayerTerms, body: Body) -> None:
+    layer = call.place.layer
+    if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
+        raise RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {layer!r}")
+    if call.operation not in (Operation.ENROLL, *_EXCHANGES):
+        raise RefusedError(f"expected an operation of a layer for layer {layer!r}, received {call.operation}")
+    _check_terms(layer, terms)
+    if call.operation is Operation.ENROLL:
+        if not isinstance(body, LayerState) or call.place.direction is not None:
+            raise RefusedError(f"expected the state of layer {layer!r} and no direction in its enrolment")
+        if (body.channels, body.forward.dtype) != (terms.channels, terms.dtype):
+            raise RefusedError(
+                f"expected a state of {terms.channels} channels in {terms.dtype} for layer {layer!r}, received "
+                f"one of {body.channels} in {body.forward.dtype}"
+            )
+        check_state(body)
+        return
+    if call.place.direction is None:
+        raise RefusedError(f"expected a direction for the {call.operation} of layer {layer!r}, received none")
+    _check_words(call, terms, body)
+
+
+def _check_terms(layer: str, terms: LayerTerms) -> None:
+    if terms.channels < 1 or terms.dtype not in _PRECISIONS:
+        raise RefusedError(
+            f"expected 1 channel or more in {' or '.join(_PRECISIONS)} for layer {layer!r}, received "
+            f"{terms.channels} in {terms.dtype!r}"
+        )
+    if not (math.isfinite(terms.momentum) and math.isfinite(terms.epsilon) and terms.epsilon >= 0):
+        raise RefusedError(
+            f"expected a finite momentum and an epsilon of 0 or more for layer {layer!r}, received "
+            f"{terms.momentum} and {terms.epsilon}"
+        )
+    for name in ("renorm", "unbiased"):
+        if getattr(terms, name):
+            raise RefusedError(f"layer {layer!r} asks for {name}, which this service does not know; update it")
+
+
+def _check_words(call: Call, terms: LayerTerms, body: Body) -> None:
+    what = f"the {call.operation} of {call.place}"
+    shape = (_rows(call, terms), terms.channels)
+    if not isinstance(body, np.ndarray):
+        raise RefusedError(f"expected one array of int64 words for {what}")
+    words: Words = body
+    if words.dtype != np.int64 or words.shape != shape:
+        raise RefusedError(
+            f"expected int64 words of shape {shape} for {what}, received {words.dtype} of shape {words.shape}"
+        )
+    if call.operation is Operation.PROBE:
+        return
+    if call.place.direction is Direction.FORWARD:
+        count = words[-2]
+        if count.min() < 0 or count.max() > _MOST_TERMS:
+            raise RefusedError(f"expected counts from 0 to 2^40 for {what}, received {count.min()} to {count.max()}")
+    if words[-1].min() < 0:
+        raise RefusedError(f"expected flags of 0 or more for {what}, received {words[-1].min()}")
+
+
+def _rows(call: Call, terms: LayerTerms) -> int:
+    if call.operation is Operation.PROBE:
+        return 2
+    folds = _PRECISIONS[terms.dtype].folds
+    return Moments.rows(folds) if call.place.direction is Direction.FORWARD else GradientSums.rows(folds)
+
+
+def _check_plain(call: Call, terms: PlainTerms, body: Body, world_size: int) -> None:
+    if call.place.layer is not None or call.place.direction is not None:
+        raise RefusedError(f"expected no layer for the plain operation {call.operation}, received {call.place}")
+    match call.operation:
+        case Operation.REDUCE:
+            if terms.op not in _OPS or not isinstance(body, tuple):
+                raise RefusedError(f"expected arrays and one of {', '.join(_OPS)}, received {terms.op!r}")
+        case Operation.BROADCAST:
+            if not 0 <= terms.root < world_size:
+                raise RefusedError(f"expected a root from 0 to {world_size - 1}, received {terms.root}")
+        case Operation.BARRIER:
+            if body is not None:
+                raise RefusedError("expected no arrays in a barrier")
+        case _:
+            raise RefusedError(f"expected the terms of a layer for {call.operation}, received plain ones")

@@ -1,0 +1,136 @@
+"""The daemon: from the command line to a listening service, and to its orderly end.
+
+Order of things: lock the state directory, take the port, load what was saved, say that it is ready; on SIGTERM or
+SIGINT tell every rank, save every job, exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from bnproto.channel import SERVER_OPTIONS, SERVICE_NAME
+from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.core.service import Service
+from bnserver.exchanges import Exchanges
+from bnserver.store import Store, StoreError
+
+_GRACE_S = 2.0  # for ranks to hear that the service stops; the whole drain has 5 s
+
+OK, FAILED, USAGE = 0, 1, 2
+
+_log = logging.getLogger("bnserver")
+
+
+class ListenError(ValueError):
+    """The address to listen on is not allowed, or is none; the text says why, and what to do."""
+
+
+class StartError(RuntimeError):
+    """The service can't start; the text says why, and what to do."""
+
+
+def serve(listen: str, state_dir: Path | None = None, *, insecure: bool = False, ready_file: Path | None = None) -> int:
+    """Run the service until SIGTERM or SIGINT.
+
+    Args:
+        listen: HOST:PORT; port 0 takes a free one.
+        state_dir: where jobs are kept; None keeps them in memory alone.
+        insecure: allow plain text beyond this machine.
+        ready_file: receives the address, HOST:PORT, once ranks can join.
+
+    Returns:
+        The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        host = _host(listen)
+        if not insecure and not _loopback(host):
+            raise ListenError(
+                f"{listen} is reachable from other machines, and this service speaks plain text without a check of "
+                "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
+            )
+        asyncio.run(_serve(listen, host, state_dir, ready_file))
+    except ListenError as error:
+        print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
+        return USAGE
+    except (StartError, StoreError) as error:
+        print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
+        return FAILED
+    return OK
+
+
+async def _serve(listen: str, host: str, state_dir: Path | None, ready_file: Path | None) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    store = Store(state_dir) if state_dir is not None else None
+    try:
+        exchanges = Exchanges(secrets.randbits(63), store)
+        health_service = health.aio.HealthServicer()
+        await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        address = f"{host}:{_bind(server, listen)}"
+        await server.start()
+        try:
+            exchanges.open(Service(await asyncio.to_thread(store.load) if store is not None else ()))
+            await _set_health(health_service, HealthCheckResponse.SERVING)
+            _announce(address, ready_file)
+            await stop.wait()
+            _log.info("stopping: telling every rank, saving every job")
+            await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
+            await exchanges.close()
+        finally:
+            await server.stop(_GRACE_S)
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _host(listen: str) -> str:
+    host, separator, port = listen.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ListenError(f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}.")
+    return host
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> int:
+    try:
+        return server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise StartError(
+            f"Can't listen on {listen}: {error}. Another process may hold the port, or the host is not this machine's. "
+            "Stop that process, or listen elsewhere; port 0 takes a free one."
+        ) from error
+
+
+async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
+    # "" is the whole server, which the package would report as serving from the start.
+    for service in ("", SERVICE_NAME):
+        await servicer.set(service, status)
+
+
+def _announce(address: str, ready_file: Path | None) -> None:
+    print(f"bnserver listening on {address}", flush=True)  # noqa: T201 - launchers read this line
+    if ready_file is not None:
+        aside = ready_file.with_name(f"{ready_file.name}.part")
+        aside.write_text(address, encoding="utf-8")
+        aside.replace(ready_file)

@@ -1,0 +1,228 @@
+"""The rim of the service: streams in and out. It carries events to the core and does what the core says.
+
+One task per stream reads, one writes; between them stands a queue, so a rank that reads slowly holds up nobody
+but itself. All of them run in one event loop: the core is never entered twice at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import grpc.aio
+
+from bnlayer.reduction import reduce_in_rank_order
+from bnproto.failures import DETAILS_KEY, StatusParts, status_of
+from bnproto.v1 import statistics_pb2 as pb
+from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.core.effects import (
+    Closed,
+    Effect,
+    Failed,
+    Joined,
+    Owned,
+    Persist,
+    Reason,
+    Reduce,
+)
+from bnserver.core.events import Event, Lost, Stop, Tick
+from bnserver.core.service import Service
+from bnserver.store import Store, StoreError
+from bnserver.translation import Messages, Reader, Writer, failure_of
+
+_TICK_S = 0.1  # how late a deadline may be noticed
+# Adding this many bytes takes about a millisecond: less than the way to another thread and back is worth.
+_REDUCE_HERE_BYTES = 2**20
+
+_log = logging.getLogger("bnserver")
+
+Context = grpc.aio.ServicerContext[pb.ExchangeRequest, pb.ExchangeResponse]
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """What one stream's writer has to send; a status, or None for a clean end, is the last of it."""
+
+    queue: asyncio.Queue[pb.ExchangeResponse | StatusParts | None] = field(default_factory=asyncio.Queue)
+    generation: int = 0
+
+
+class Exchanges(rpc.StatisticsServiceServicer):
+    """Serves the streams of all ranks.
+
+    Args:
+        boot_id: names this run of the service.
+        store: where jobs are saved; None keeps them in memory alone.
+    """
+
+    def __init__(self, boot_id: int, store: Store | None) -> None:
+        self._writer = Writer(boot_id)
+        self._store = store
+        self._service = Service()
+        self._ready = asyncio.Event()
+        self._numbers = count(1)
+        self._outboxes: dict[int, _Outbox] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._saves: set[asyncio.Task[None]] = set()
+        self._unsaved: StoreError | None = None
+
+    def open(self, service: Service) -> None:
+        """Let ranks in: what was saved is loaded."""
+        self._service = service
+        self._ready.set()
+        self._start(self._tick(), self._tasks)
+
+    async def close(self) -> None:
+        """Tell every rank that the service stops, and save every job.
+
+        Raises:
+            StoreError: a job could not be saved.
+        """
+        self._unsaved = None
+        self._dispatch(Stop())
+        for job in self._service.jobs:
+            self._persist(job)
+        await asyncio.gather(*self._saves)
+        if self._unsaved is not None:
+            raise self._unsaved
+
+    async def Exchange(  # type: ignore[override]  # the stubs know generators alone, gRPC coroutines too
+        self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
+    ) -> None:
+        """One rank's stream, from join to leave."""
+        stream, outbox = next(self._numbers), _Outbox()
+        self._outboxes[stream] = outbox
+        reading = asyncio.create_task(self._read(stream, request_iterator))
+        try:
+            while True:
+                message = await outbox.queue.get()
+                if isinstance(message, pb.ExchangeResponse):
+                    await context.write(message)
+                elif message is None:
+                    return
+                else:
+                    await context.abort(message.code, message.message, ((DETAILS_KEY, message.details),))
+        finally:
+            reading.cancel()
+            del self._outboxes[stream]
+            self._dispatch(Lost(stream))
+
+    async def _read(self, stream: int, requests: AsyncIterator[pb.ExchangeRequest]) -> None:
+        await self._ready.wait()
+        reader = Reader(stream)
+        async for request in requests:
+            event = reader.read(request)
+            if event is not None:
+                self._dispatch(event)
+        self._dispatch(Lost(stream))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._dispatch(Tick())
+
+    def _dispatch(self, event: Event) -> None:
+        try:
+            for effect in self._service.handle(event, time.monotonic()):
+                self._perform(effect)
+        except Exception:  # noqa: BLE001 - this is the rim
+            # A fault of ours must neither hang a rank nor end the other jobs.
+            _log.exception("a fault of the service, while it handled %s", type(event).__name__)
+            stream = getattr(event, "stream", None)
+            if stream is not None:
+                text = "The service failed at what this rank sent; its log has the traceback."
+                self._perform(Failed(stream, Reason.INTERNAL, text))
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Joined():
+                self._joined(effect)
+            case Reduce():
+                self._reduce(effect)
+            case Owned():
+                streams = (effect.stream,)
+                self._send(streams, self._writer.owned(effect, self._generation(streams)))
+            case Failed():
+                _log.info("stream %d ends: %s: %s", effect.stream, effect.reason, effect.text)
+                self._end(effect.stream, status_of(failure_of(effect)))
+            case Closed():
+                self._close(effect.stream)
+            case Persist():
+                self._persist(effect.job)
+            case _:
+                self._send(effect.streams, self._writer.result(effect, self._generation(effect.streams)))
+
+    def _joined(self, effect: Joined) -> None:
+        _log.info("job %r, generation %d: %d ranks", effect.job, effect.generation, effect.world_size)
+        for stream in effect.streams:
+            self._outboxes[stream].generation = effect.generation
+        self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size))
+
+    def _generation(self, streams: tuple[int, ...]) -> int:
+        return next((self._outboxes[stream].generation for stream in streams if stream in self._outboxes), 0)
+
+    def _send(self, streams: tuple[int, ...], messages: Messages) -> None:
+        for stream in streams:
+            outbox = self._outboxes.get(stream)
+            if outbox is not None:
+                for message in messages:
+                    outbox.queue.put_nowait(message)
+
+    def _end(self, stream: int, status: StatusParts | None) -> None:
+        outbox = self._outboxes.get(stream)
+        if outbox is not None:
+            outbox.queue.put_nowait(status)
+
+    def _close(self, stream: int) -> None:
+        """Answer a goodbye; what is being saved is saved first."""
+        if not self._saves:
+            self._end(stream, None)
+            return
+        pending = tuple(self._saves)
+
+        async def later() -> None:
+            await asyncio.wait(pending)
+            self._end(stream, None)
+
+        self._start(later(), self._tasks)
+
+    def _reduce(self, effect: Reduce) -> None:
+        size = sum(array.nbytes for arrays in effect.contributions for array in arrays)
+        if size <= _REDUCE_HERE_BYTES:
+            self._send(effect.streams, self._reduced(effect, self._generation(effect.streams)))
+            return
+
+        async def elsewhere() -> None:
+            generation = self._generation(effect.streams)
+            messages = await asyncio.to_thread(self._reduced, effect, generation)
+            self._send(effect.streams, messages)
+
+        self._start(elsewhere(), self._tasks)
+
+    def _reduced(self, effect: Reduce, generation: int) -> Messages:
+        try:
+            arrays = tuple(reduce_in_rank_order(effect.op, effect.contributions))
+        except OverflowError as error:
+            return self._writer.overflowed(effect.sequence, generation, str(error))
+        return self._writer.reduced(effect.sequence, generation, arrays)
+
+    def _persist(self, job: str) -> None:
+        if self._store is not None:
+            self._start(self._save(self._store, job), self._saves)
+
+    async def _save(self, store: Store, job: str) -> None:
+        try:
+            await store.save(self._service.snapshot(job))
+        except StoreError as error:
+            _log.error("%s", error)
+            self._unsaved = error
+
+    def _start(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)

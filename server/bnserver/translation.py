@@ -1,0 +1,173 @@
+"""The wire's messages as the core's events, and its effects as messages. No decisions."""
+
+from __future__ import annotations
+
+from bnlayer.agreement import Peer
+from bnlayer.collective import LayerTerms, Operation
+from bnlayer.state import LayerState
+from bnproto.arrays import Joining, WireError, named, pack, unpack
+from bnproto.calls import call_of
+from bnproto.v1 import statistics_pb2 as pb
+from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Reason, Released, Totals
+from bnserver.core.events import Arrays, Body, Contribute, Event, Join, Leave, Malformed, Pull, Push
+
+Messages = list[pb.ExchangeResponse]
+
+_REASONS = {
+    Reason.MISMATCH: pb.ERROR_REASON_MISMATCH,
+    Reason.STALL: pb.ERROR_REASON_STALL,
+    Reason.PEER_LOST: pb.ERROR_REASON_PEER_LOST,
+    Reason.DEADLINE: pb.ERROR_REASON_DEADLINE,
+    Reason.INVALID: pb.ERROR_REASON_INVALID,
+    Reason.STOPPING: pb.ERROR_REASON_STOPPING,
+    Reason.INTERNAL: pb.ERROR_REASON_INTERNAL,
+}
+
+
+class Reader:
+    """Turns one stream's requests into events; a request whose payload has parts becomes one with its last part."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+        self._joined = False
+        self._waiting: tuple[pb.ExchangeRequest, Joining] | None = None
+
+    def read(self, request: pb.ExchangeRequest) -> Event | None:
+        """The event that a request brings; None if parts are missing, or for a heartbeat."""
+        try:
+            return self._event(request)
+        except (ValueError, KeyError) as error:
+            return Malformed(self._stream, str(error))
+
+    def _event(self, request: pb.ExchangeRequest) -> Event | None:
+        kind = request.WhichOneof("message")
+        if (kind == "join") is self._joined:
+            raise WireError("expected one join, as the first request of a stream")
+        if (kind == "part") is not (self._waiting is not None):
+            raise WireError(f"expected {'a part' if self._waiting else 'no part'} here, received {kind}")
+        match kind:
+            case "join":
+                self._joined = True
+                return self._join(request.join)
+            case "part":
+                return self._part(request.part)
+            case "contribution":
+                return self._whole(request, request.contribution.payload)
+            case "push":
+                return self._whole(request, request.push.payload)
+            case "pull":
+                return Pull(self._stream, request.pull.layer)
+            case "leave":
+                return Leave(self._stream, request.leave.reason)
+            case "heartbeat":
+                return None
+            case _:
+                raise WireError("expected a request, received an empty message")
+
+    def _join(self, join: pb.Join) -> Event:
+        if join.HasField("resume"):
+            raise WireError("this service can't take a rank back into a running generation: start the job again")
+        peer = Peer(join.rank, join.host, join.pid)
+        timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
+        return Join(self._stream, join.job, peer, join.world_size, *timeouts)
+
+    def _part(self, part: pb.Part) -> Event | None:
+        assert self._waiting is not None
+        request, joining = self._waiting
+        joining.add(part)
+        return self._taken(request, joining) if joining.complete else None
+
+    def _whole(self, request: pb.ExchangeRequest, payload: pb.Payload) -> Event | None:
+        joining = Joining(payload)
+        if joining.complete:
+            return self._taken(request, joining)
+        self._waiting = (request, joining)
+        return None
+
+    def _taken(self, request: pb.ExchangeRequest, joining: Joining) -> Event:
+        self._waiting = None
+        if request.WhichOneof("message") == "push":
+            state = LayerState.from_arrays(named(joining.payload, joining.data), request.push.dtype)
+            return Push(self._stream, request.push.layer, state)
+        message = request.contribution
+        call = call_of(message)
+        body: Body
+        if call.operation is Operation.ENROLL and isinstance(call.terms, LayerTerms):
+            body = LayerState.from_arrays(named(joining.payload, joining.data), call.terms.dtype)
+        elif call.operation in (Operation.PROBE, Operation.SUMS):
+            arrays = unpack(joining.payload, joining.data)
+            if len(arrays) != 1:
+                raise WireError(f"expected one array of words, received {len(arrays)}")
+            body = arrays[0]
+        elif message.HasField("payload"):
+            body = tuple(unpack(joining.payload, joining.data))
+        else:
+            body = None
+        return Contribute(self._stream, message.generation, message.sequence, call, body)
+
+
+class Writer:
+    """Turns effects into the responses of one run of the service."""
+
+    def __init__(self, boot_id: int) -> None:
+        self._boot_id = boot_id
+
+    def joined(self, generation: int, world_size: int) -> Messages:
+        """All ranks are there."""
+        message = pb.Joined(world_size=world_size)
+        return [pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, joined=message)]
+
+    def result(self, effect: Totals | Enrolled | Broadcast | Released, generation: int) -> Messages:
+        """What came of a contribution."""
+        version: int | None = None
+        names: tuple[str, ...] = ()
+        arrays: Arrays
+        match effect:
+            case Totals():
+                version, arrays = effect.version, (effect.words,)
+            case Enrolled():
+                state = effect.state.arrays()
+                version, names, arrays = effect.state.version, tuple(state), tuple(state.values())
+            case Broadcast():
+                arrays = effect.arrays
+            case Released():
+                return self._result(generation, pb.Result(sequence=effect.sequence), [])
+        payload, parts = pack(arrays, names)
+        return self._result(generation, pb.Result(sequence=effect.sequence, version=version, payload=payload), parts)
+
+    def reduced(self, sequence: int, generation: int, arrays: Arrays) -> Messages:
+        """What came of a plain reduction."""
+        payload, parts = pack(arrays)
+        return self._result(generation, pb.Result(sequence=sequence, payload=payload), parts)
+
+    def overflowed(self, sequence: int, generation: int, text: str) -> Messages:
+        """Why an integer sum does not fit its dtype."""
+        return self._result(generation, pb.Result(sequence=sequence, overflow=text), [])
+
+    def owned(self, effect: Owned, generation: int) -> Messages:
+        """The answer to a pull or a push."""
+        message, parts = pb.Owned(), list[pb.Part]()
+        if effect.state is not None:
+            state = effect.state.arrays()
+            payload, parts = pack(state.values(), tuple(state))
+            message = pb.Owned(known=True, dtype=effect.state.forward.dtype, payload=payload)
+        first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, owned=message)
+        return [first, *self._rest(generation, parts)]
+
+    def _result(self, generation: int, result: pb.Result, parts: list[pb.Part]) -> Messages:
+        first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, result=result)
+        return [first, *self._rest(generation, parts)]
+
+    def _rest(self, generation: int, parts: list[pb.Part]) -> Messages:
+        return [pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, part=part) for part in parts]
+
+
+def failure_of(effect: Failed) -> pb.Failure:
+    """Why a stream ends."""
+    return pb.Failure(
+        reason=_REASONS[effect.reason],
+        text=effect.text,
+        ranks=effect.ranks,
+        layer=effect.layer,
+        step=effect.step,
+    )

@@ -1,0 +1,405 @@
+"""Plays a scenario: commands in a text file, what the service then says to whom, compared as text.
+
+The core of the service is driven directly, with a clock that only `wait` moves. The ranks are small but real: they
+compute words with the reference kernels, walk through exchanges as the layer does, and keep a mirror of the owner's
+state, which must equal the owner's bit for bit after every exchange.
+
+A file is a list of blocks: commands, `----`, the expected lines, an empty line. `rank=*` stands for every rank that
+has joined. Below `in any order:`, indented commands are played in every order; all must give the same lines.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count, permutations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.agreement import Peer
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import reference
+from bnlayer.moments import BatchStatistics
+from bnlayer.reduction import reduce_in_rank_order
+from bnlayer.state import LayerState
+from bnproto.failures import error_of
+from bnserver.core.effects import (
+    Broadcast,
+    Closed,
+    Effect,
+    Enrolled,
+    Failed,
+    Joined,
+    Owned,
+    Persist,
+    Reduce,
+    Released,
+    Totals,
+)
+from bnserver.core.events import Body, Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.service import Service
+from bnserver.translation import failure_of
+
+Exchange = Generator[tuple[Call, NDArray[np.int64]], Totals, str]
+Options = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some commands, and what they bring about."""
+
+    comments: tuple[str, ...]
+    commands: tuple[str, ...]
+    expected: tuple[str, ...]
+
+
+def parse(text: str) -> list[Block]:
+    """The blocks of a scenario file."""
+    blocks = []
+    for chunk in text.strip().split("\n\n"):
+        before, _, after = chunk.partition("\n----")
+        lines = before.splitlines()
+        comments = tuple(line for line in lines if line.startswith("#"))
+        commands = tuple(line for line in lines if not line.startswith("#"))
+        blocks.append(Block(comments, commands, tuple(after.strip().splitlines())))
+    return blocks
+
+
+def render(blocks: list[Block]) -> str:
+    """The text of blocks."""
+    chunks = []
+    for block in blocks:
+        lines = [*block.comments, *block.commands]
+        if block.commands:
+            lines += ["----", *block.expected]
+        chunks.append("\n".join(lines))
+    return "\n\n".join(chunks) + "\n"
+
+
+def play(blocks: list[Block]) -> list[Block]:
+    """The blocks with what really happens; asserts that orders don't matter where the scenario says so."""
+    results = []
+    for variant in _orders(blocks):
+        scene = Scene()
+        results.append([replace(block, expected=tuple(scene.act(block.commands))) for block in variant])
+    told = {tuple(block.expected for block in result) for result in results}
+    assert len(told) == 1, f"the order is visible: {told}"
+    return [replace(block, expected=got.expected) for block, got in zip(blocks, results[0], strict=True)]
+
+
+def _orders(blocks: list[Block]) -> Iterator[list[Block]]:
+    """The blocks with every order of the commands below `in any order:`; one such list in a scenario."""
+    for number, block in enumerate(blocks):
+        if "in any order:" in block.commands:
+            start = block.commands.index("in any order:")
+            fixed, free = block.commands[:start], block.commands[start + 1 :]
+            for order in permutations(free):
+                yield [*blocks[:number], replace(block, commands=fixed + order), *blocks[number + 1 :]]
+            return
+    yield blocks
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank's end of its stream."""
+
+    name: str
+    rank: int
+    stream: int
+    job: str
+    generation: int = 0
+    sequence: int = 0
+    last: tuple[Call, Body] | None = None
+    layers: dict[str, Mirror] = field(default_factory=dict)
+    exchange: Exchange | None = None
+    rounds: int = 9
+
+
+@dataclass(slots=True)
+class Mirror:
+    """What a rank knows of a layer."""
+
+    terms: LayerTerms
+    state: LayerState
+    steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
+    x: NDArray[np.float32] | None = None
+    statistics: BatchStatistics | None = None
+
+
+class Scene:
+    """The service and its ranks."""
+
+    def __init__(self) -> None:
+        self._service = Service()
+        self._now = 0.0
+        self._streams = count(1)
+        self._ranks: dict[str, Rank] = {}
+        self._by_stream: dict[int, Rank] = {}
+        self._lines: dict[str, list[str]] = defaultdict(list)
+
+    def act(self, commands: tuple[str, ...]) -> list[str]:
+        """Carry out commands; returns what was said, rank by rank."""
+        for command in commands:
+            verb, *words = shlex.split(command)
+            options = dict(word.split("=", 1) for word in words)
+            names = list(self._ranks) if options.get("rank") == "*" else [options.get("as", options.get("rank", ""))]
+            for name in names:
+                getattr(self, f"_do_{verb}")(name, options)
+        lines, self._lines = self._lines, defaultdict(list)
+        return _grouped(lines)
+
+    # ---- commands ----
+
+    def _do_join(self, name: str, options: Options) -> None:
+        rank = Rank(name, int(options["rank"]), next(self._streams), options.get("job", "j"))
+        self._ranks[name] = self._by_stream[rank.stream] = rank
+        peer = Peer(rank.rank, f"n{name}", 100 + rank.stream)
+        timeout = float(options.get("timeout", 300))
+        world = int(options["world"])
+        self._handle(Join(rank.stream, rank.job, peer, world, timeout, timeout))
+
+    def _do_enroll(self, name: str, options: Options) -> None:
+        rank, channels = self._ranks[name], int(options.get("channels", 1))
+        terms = LayerTerms(
+            channels,
+            options.get("dtype", "float32"),
+            float(options.get("momentum", 0.9)),
+            float(options.get("epsilon", 0.001)),
+        )
+        state = LayerState(
+            np.full(channels, float(options.get("mean", 0)), np.float32),
+            np.ones(channels, np.float32),
+            Grid.unknown(terms.dtype, channels),
+            BackwardGrid.unknown(terms.dtype, channels),
+        )
+        rank.layers[options["layer"]] = Mirror(terms, state)
+        self._say(rank, Call(Operation.ENROLL, Place(options["layer"], None, 0), terms), state)
+
+    def _do_forward(self, name: str, options: Options) -> None:
+        """A training call; with `rounds=1` the rank falls silent after its first contribution."""
+        rank = self._ranks[name]
+        rank.rounds = int(options.get("rounds", 9))
+        self._begin(rank, _forward(rank.layers[options["layer"]], options))
+
+    def _do_backward(self, name: str, options: Options) -> None:
+        rank = self._ranks[name]
+        self._begin(rank, _backward(rank.layers[options["layer"]], options))
+
+    def _do_sums(self, name: str, options: Options) -> None:
+        """Raw words, one number for all of a channel's: for what no layer would send."""
+        terms = LayerTerms(int(options.get("channels", 1)), "float32", 0.9, 0.001)
+        words = np.full((int(options.get("rows", 6)), terms.channels), int(options["words"]), np.int64)
+        place = Place(options["layer"], Direction.FORWARD, int(options.get("step", 0)))
+        self._say(self._ranks[name], Call(Operation.SUMS, place, terms), words)
+
+    def _do_again(self, name: str, options: Options) -> None:
+        """The last contribution once more."""
+        rank = self._ranks[name]
+        assert rank.last is not None
+        rank.sequence -= 1
+        self._say(rank, *rank.last)
+
+    def _do_barrier(self, name: str, options: Options) -> None:
+        place = Place(None, None, int(options.get("step", 0)))
+        self._say(self._ranks[name], Call(Operation.BARRIER, place, PlainTerms()), None)
+
+    def _do_allreduce(self, name: str, options: Options) -> None:
+        array = _numbers(options["x"])[0].astype(options.get("dtype", "float32"))
+        terms = PlainTerms(options.get("op", "sum"), (f"{array.dtype.name}{list(array.shape)}",))
+        if "says" in options:
+            terms = replace(terms, arrays=(options["says"],))
+        self._say(self._ranks[name], Call(Operation.REDUCE, Place(None, None, 0), terms), (array,))
+
+    def _do_broadcast(self, name: str, options: Options) -> None:
+        rank, root = self._ranks[name], int(options["root"])
+        body = (_numbers(options["x"])[0],) if "x" in options else None
+        self._say(rank, Call(Operation.BROADCAST, Place(None, None, 0), PlainTerms(root=root)), body)
+
+    def _do_pull(self, name: str, options: Options) -> None:
+        self._handle(Pull(self._ranks[name].stream, options["layer"]))
+
+    def _do_push(self, name: str, options: Options) -> None:
+        """A state that was never probed."""
+        mean = _numbers(options["mean"])[0]
+        grids = Grid.unknown("float32", mean.size), BackwardGrid.unknown("float32", mean.size)
+        state = LayerState(mean, np.ones_like(mean), *grids)
+        self._handle(Push(self._ranks[name].stream, options["layer"], state))
+
+    def _do_leave(self, name: str, options: Options) -> None:
+        self._handle(Leave(self._ranks[name].stream, options.get("reason", "")))
+
+    def _do_crash(self, name: str, options: Options) -> None:
+        self._handle(Lost(self._ranks[name].stream))
+
+    def _do_babble(self, name: str, options: Options) -> None:
+        self._handle(Malformed(self._ranks[name].stream, options["text"]))
+
+    def _do_wait(self, name: str, options: Options) -> None:
+        self._now += float(options["seconds"])
+        self._handle(Tick())
+
+    def _do_stop(self, name: str, options: Options) -> None:
+        self._handle(Stop())
+
+    def _do_show(self, name: str, options: Options) -> None:
+        """The owner's state."""
+        state = self._service.snapshot("j").states[options["layer"]]
+        self._lines["owner"].append(_described(options["layer"], state))
+
+    # ---- what the ranks and the service say ----
+
+    def _begin(self, rank: Rank, exchange: Exchange) -> None:
+        rank.exchange = exchange
+        self._say(rank, *next(exchange))
+
+    def _say(self, rank: Rank, call: Call, body: Body) -> None:
+        rank.sequence += 1
+        rank.last = (call, body)
+        self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
+
+    def _handle(self, event: Event) -> None:
+        replies = [reply for effect in self._service.handle(event, self._now) for reply in self._hear(effect)]
+        for rank, call, words in replies:
+            self._say(rank, call, words)
+
+    def _hear(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
+        if isinstance(effect, Persist):
+            self._lines["service"].append(f"saves job {effect.job!r}")
+            return
+        streams = effect.streams if hasattr(effect, "streams") else (effect.stream,)
+        for stream in streams:
+            rank = self._by_stream[stream]
+            if not isinstance(effect, Totals):
+                self._lines[f"rank {rank.name}"].append(_said(effect, rank))
+                continue
+            assert rank.exchange is not None
+            rank.rounds -= 1
+            if rank.rounds == 0:
+                continue
+            try:
+                yield rank, *rank.exchange.send(effect)
+            except StopIteration as done:
+                self._lines[f"rank {rank.name}"].append(f"{done.value}, owner's version {effect.version}")
+                self._check_mirrors(rank)
+
+    def _check_mirrors(self, rank: Rank) -> None:
+        """A rank that applied the same functions to the same words holds the owner's bits."""
+        for name, owned in self._service.snapshot(rank.job).states.items():
+            if name in rank.layers:
+                mine = rank.layers[name].state.arrays()
+                assert all((mine[key] == array).all() for key, array in owned.arrays().items() if key != "flags")
+
+
+def _forward(mirror: Mirror, options: Options) -> Exchange:
+    x = _numbers(options["x"])
+    masked = "mask" in options
+    mask = None
+    if masked:
+        mask = np.array([word == "1" for word in options["mask"].split(",")]).reshape(-1, 1, 1)
+    exchange = ForwardExchange.begin(mirror.state.forward, mirror.terms.epsilon, masked)
+    view, said = x.reshape(*x.shape, 1), []
+    while exchange.wants is not None:
+        said.append(str(exchange.wants))
+        probe = exchange.wants is Operation.PROBE
+        words = (
+            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).words
+        )
+        terms = replace(mirror.terms, masked=masked, grid=exchange.fingerprint)
+        place = Place(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
+        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
+        exchange = exchange.reduced(total.words)
+    assert exchange.statistics is not None
+    mirror.x, mirror.statistics = x, exchange.statistics
+    mirror.steps[Direction.FORWARD] += 1
+    mirror.state = mirror.state.after_forward(
+        exchange.statistics, exchange.grid, mirror.terms.momentum, synchronized=True, masked=masked
+    )
+    return f"after {', '.join(said)}: {_described(options['layer'], mirror.state)}"
+
+
+def _backward(mirror: Mirror, options: Options) -> Exchange:
+    dy, x, statistics = _numbers(options["dy"]), mirror.x, mirror.statistics
+    if x is None or statistics is None:
+        # A rank that resumes without a training call; the owner refuses it, whatever it sends.
+        words = np.zeros((2, mirror.terms.channels), np.int64)
+        place = Place(options["layer"], Direction.BACKWARD, 0)
+        yield Call(Operation.PROBE, place, mirror.terms), words
+        return "nothing"
+    exchange, said = BackwardExchange.begin(mirror.state.backward, statistics), []
+    view, dy_view = x.reshape(*x.shape, 1), dy.reshape(*dy.shape, 1)
+    while exchange.gradients is None:
+        assert exchange.wants is not None
+        said.append(str(exchange.wants))
+        mean = statistics.rounded_mean
+        if exchange.wants is Operation.PROBE:
+            words = reference.gradient_probe(dy_view, view, mean, exchange.grid)
+        else:
+            words = reference.gradient_sums(dy_view, view, None, mean, exchange.grid).words
+        terms = replace(mirror.terms, grid=exchange.fingerprint)
+        place = Place(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
+        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
+        exchange = exchange.reduced(total.words)
+    mirror.steps[Direction.BACKWARD] += 1
+    mirror.state = mirror.state.after_backward(exchange.grid, statistics)
+    return f"after {', '.join(said)}: dbeta {_list(exchange.gradients.beta)}"
+
+
+def _said(effect: Any, rank: Rank) -> str:
+    match effect:
+        case Joined():
+            rank.generation, rank.sequence = effect.generation, 0
+            return f"joined generation {effect.generation} of job {effect.job!r}, {effect.world_size} ranks"
+        case Enrolled():
+            assert rank.last is not None
+            name = str(rank.last[0].place.layer)
+            rank.layers[name].state = effect.state
+            return f"enrolled: {_described(name, effect.state)}, owner's version {effect.state.version}"
+        case Reduce():
+            return f"total {_list(reduce_in_rank_order(effect.op, effect.contributions)[0])}"
+        case Broadcast():
+            return f"received {_list(effect.arrays[0])}"
+        case Released():
+            return "goes on"
+        case Owned():
+            if effect.state is None:
+                return "the owner has no such layer"
+            return f"owner's version {effect.state.version}: {_described('it', effect.state)}"
+        case Closed():
+            return "may go"
+        case Failed():
+            error = error_of(failure_of(effect))
+            where = f" (layer {error.layer!r}, step {error.step})" if error.step is not None else ""
+            return f"{type(error).__name__}{where}, ranks {list(error.ranks)}: {effect.text}"
+        case _:
+            raise AssertionError(effect)
+
+
+def _described(name: str, state: LayerState) -> str:
+    return f"{name} has mean {_list(state.moving_mean)}, variance {_list(state.moving_variance)}"
+
+
+def _numbers(text: str) -> NDArray[np.float32]:
+    """Rows between semicolons, channels between commas."""
+    return np.array([[float(word) for word in row.split(",")] for row in text.split(";")], np.float32)
+
+
+def _list(values: NDArray[Any]) -> str:
+    return str([float(f"{value:.9g}") for value in values.reshape(-1).tolist()])
+
+
+def _grouped(lines: dict[str, list[str]]) -> list[str]:
+    """Each speaker's lines in order; ranks that hear the same things stand together."""
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name in sorted(lines):
+        alike[tuple(lines[name])].append(name)
+    told = []
+    for said, names in alike.items():
+        who = names[0] if len(names) == 1 else "ranks " + ", ".join(name.removeprefix("rank ") for name in names)
+        told += [f"{who}: {line}" for line in said]
+    return told

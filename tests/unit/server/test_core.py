@@ -1,0 +1,212 @@
+"""Corners of the core that no transcript in `tests/scenarios` tells."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bnlayer.agreement import Peer
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.state import LayerState
+from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Reason, Reduce, Totals
+from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.generation import _DECISIONS
+from bnserver.core.layers import DisagreementError, Layers
+from bnserver.core.service import Service, Snapshot
+
+_TERMS = LayerTerms(1, "float32", 0.9, 0.001)
+_STATE = LayerState(
+    np.zeros(1, np.float32), np.ones(1, np.float32), Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1)
+)
+_BARRIER = Call(Operation.BARRIER, Place(None, None, 0), PlainTerms())
+
+
+def _join(service: Service, *streams: int, job: str = "j") -> list[Effect]:
+    joins = [Join(s, job, Peer(rank, "h", s), len(streams), 9.0, 9.0) for rank, s in enumerate(streams)]
+    return [effect for join in joins for effect in service.handle(join, 0.0)]
+
+
+def _enroll(service: Service, stream: int, generation: int = 1) -> list[Effect]:
+    call = Call(Operation.ENROLL, Place("a", None, 0), _TERMS)
+    return service.handle(Contribute(stream, generation, 1, call, _STATE), 0.0)
+
+
+def test_every_decision_is_in_the_table() -> None:
+    """What becomes of an operation follows from two truths; no pair of them is missing."""
+    assert set(_DECISIONS) == set(itertools.product((True, False), repeat=2))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Contribute(7, 1, 1, _BARRIER, None),
+        Pull(7, "a"),
+        Push(7, "a", _STATE),
+        Leave(7, ""),
+        Lost(7),
+        Tick(),
+    ],
+)
+def test_a_stream_without_a_seat_is_ignored(event: Event) -> None:
+    """What a rank sent before it heard that its generation is over comes too late, and changes nothing."""
+    assert Service().handle(event, 0.0) == []
+
+
+def test_nonsense_without_a_seat_is_answered() -> None:
+    """A client that can't be understood is told so, even before it has joined."""
+    (failed,) = Service().handle(Malformed(7, "expected a join"), 0.0)
+    assert isinstance(failed, Failed)
+    assert (failed.reason, failed.ranks) == (Reason.INVALID, ())
+    assert failed.text == "The service could not read what you sent: expected a join."
+
+
+def test_a_stream_loses_its_seat_with_its_connection() -> None:
+    """Numbers of streams are not used again, but what is late must not find a seat."""
+    service = Service()
+    _join(service, 1)
+    service.handle(Lost(1), 0.0)
+    assert service.handle(Leave(1, ""), 0.0) == []
+
+
+def test_a_refused_join_makes_no_job() -> None:
+    """Wrong joins leave nothing behind, however many there are."""
+    service = Service()
+    service.handle(Join(1, "j", Peer(5), 2, 9.0, 9.0), 0.0)
+    assert service.jobs == ()
+
+
+def test_a_job_goes_on_from_its_snapshot() -> None:
+    """What was saved is what the next run of the service owns, and generations go on counting."""
+    kept = Snapshot("j", 4, {"a": replace(_STATE, version=17)})
+    service = Service((kept,))
+    (joined,) = _join(service, 1)
+    assert isinstance(joined, Joined)
+    assert joined.generation == 5
+    (enrolled,) = _enroll(service, 1, generation=5)
+    assert isinstance(enrolled, Enrolled)
+    assert enrolled.state.version == 17
+    assert service.snapshot("j") == Snapshot("j", 5, {"a": kept.states["a"]})
+
+
+def test_a_contribution_to_another_generation_is_refused() -> None:
+    """A rank that believes to be in a generation that is over can't add to this one."""
+    service = Service()
+    _join(service, 1)
+    failed, *_ = service.handle(Contribute(1, 2, 1, _BARRIER, None), 0.0)
+    assert isinstance(failed, Failed)
+    assert "expected contributions to generation 1, which is running; received one to 2" in failed.text
+
+
+def test_a_contribution_before_all_have_joined_is_refused() -> None:
+    """Nobody can take part in a job that has not begun."""
+    service = Service()
+    service.handle(Join(1, "j", Peer(0), 2, 9.0, 9.0), 0.0)
+    failed, saved = service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
+    assert isinstance(failed, Failed)
+    assert "generation 1, which is not complete yet" in failed.text
+    assert saved == Persist("j")
+
+
+def test_another_call_while_one_waits_is_refused() -> None:
+    """The same number with another content is no repetition."""
+    service = Service()
+    _join(service, 1, 2)
+    service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
+    other = replace(_BARRIER, place=Place(None, None, 1))
+    failed, *_ = service.handle(Contribute(1, 1, 1, other, None), 0.0)
+    assert isinstance(failed, Failed)
+    assert "expected nothing while contribution 1 waits for its answer, received another" in failed.text
+
+
+def test_a_leave_while_its_own_call_waits_counts_as_gone() -> None:
+    """An interrupted rank says goodbye in the middle of an exchange: the others don't complete without it."""
+    service = Service()
+    _join(service, 1, 2)
+    service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
+    assert not any(isinstance(effect, Failed) for effect in service.handle(Leave(1, ""), 0.0))
+    (failed, saved) = service.handle(Contribute(2, 1, 1, _BARRIER, None), 0.0)
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.STALL
+    assert failed.text.startswith("rank 0 (host h, pid 1) left the job, while rank 1 (host h, pid 2) waits")
+    assert saved == Persist("j")
+
+
+def test_a_bad_push_costs_the_place() -> None:
+    """Numbers that are not finite never become the owner's."""
+    service = Service()
+    _join(service, 1)
+    bad = replace(_STATE, moving_mean=np.array([np.nan], np.float32))
+    failed, saved = service.handle(Push(1, "a", bad), 0.0)
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.INVALID
+    assert "expected finite numbers in moving_mean" in failed.text
+    assert saved == Persist("j")
+    assert service.snapshot("j").states == {}
+
+
+def test_a_stopped_service_tells_nobody_twice() -> None:
+    """After the stop all seats are empty."""
+    service = Service()
+    _join(service, 1)
+    (failed, _) = service.handle(Stop(), 0.0)
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.STOPPING
+    assert service.handle(Stop(), 0.0) == []
+
+
+def test_a_reduction_is_in_rank_order() -> None:
+    """Whoever comes first: the float sum starts with rank 0."""
+    service = Service()
+    _join(service, 1, 2)
+    call = Call(Operation.REDUCE, Place(None, None, 0), PlainTerms("sum", ("x",)))
+    service.handle(Contribute(2, 1, 1, call, (np.ones(1),)), 0.0)
+    (reduce,) = service.handle(Contribute(1, 1, 1, call, (np.zeros(1),)), 0.0)
+    assert isinstance(reduce, Reduce)
+    assert [arrays[0].tolist() for arrays in reduce.contributions] == [[0.0], [1.0]]
+    assert reduce.streams == (1, 2)
+
+
+def test_words_are_the_callers_own() -> None:
+    """Adding on arrival must not write into what a rank sent: it is the message's memory."""
+    service = Service()
+    _join(service, 1, 2)
+    _enroll(service, 1)
+    _enroll(service, 2)
+    call = Call(Operation.PROBE, Place("a", Direction.FORWARD, 0), _TERMS)
+    first, second = np.array([[1], [2]]), np.array([[3], [0]])
+    service.handle(Contribute(1, 1, 2, call, first), 0.0)
+    (totals,) = service.handle(Contribute(2, 1, 2, call, second), 0.0)
+    assert isinstance(totals, Totals)
+    assert totals.words.tolist() == [[3], [2]]
+    assert (first.tolist(), second.tolist()) == ([[1], [2]], [[3], [0]])
+
+
+@pytest.mark.parametrize(
+    ("place", "terms", "text"),
+    [
+        (Place("b", Direction.FORWARD, 0), _TERMS, "The owner knows no layer 'b': enroll it first, on every rank."),
+        (
+            Place("a", Direction.FORWARD, 0),
+            replace(_TERMS, channels=2),
+            "the ranks have 2 channels in float32",
+        ),
+    ],
+)
+def test_words_for_another_layer_are_refused(place: Place, terms: LayerTerms, text: str) -> None:
+    """All ranks may agree on a layer that their owner does not have."""
+    layers = Layers({"a": _STATE})
+    with pytest.raises(DisagreementError, match=text):
+        layers.reduced(Call(Operation.PROBE, place, terms), terms, np.zeros((2, terms.channels), np.int64))
+
+
+def test_a_mask_can_not_change_within_an_exchange() -> None:
+    """After the probe the ranks must send the sums of the same call."""
+    layers = Layers({"a": _STATE})
+    call = Call(Operation.PROBE, Place("a", Direction.FORWARD, 0), _TERMS)
+    layers.reduced(call, _TERMS, np.zeros((2, 1), np.int64))
+    masked = replace(_TERMS, masked=True)
+    call = Call(Operation.SUMS, Place("a", Direction.FORWARD, 0), masked, 1)
+    with pytest.raises(DisagreementError, match="epsilon or the mask changed in the middle of an exchange"):
+        layers.reduced(call, masked, np.zeros((6, 1), np.int64))

@@ -1,0 +1,120 @@
+"""What has no meaning is refused, by name, before it touches anything."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnlayer.agreement import Peer
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.state import LayerState
+from bnserver.core.events import Body, Contribute, Join
+from bnserver.core.validation import RefusedError, check, check_join, check_state
+
+_TERMS = LayerTerms(2, "float32", 0.9, 0.001)
+_FORWARD = Place("a", Direction.FORWARD, 0)
+_BACKWARD = Place("a", Direction.BACKWARD, 0)
+_ENROL = Place("a", None, 0)
+_PLAIN = Place(None, None, 0)
+_WORDS = np.zeros((6, 2), np.int64)
+_STATE = LayerState(
+    np.zeros(2, np.float32), np.ones(2, np.float32), Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2)
+)
+
+
+def _changed(words: np.ndarray[Any, np.dtype[np.int64]], row: int, value: int) -> np.ndarray[Any, Any]:
+    words = words.copy()
+    words[row, 1] = value
+    return words
+
+
+_GOOD: list[tuple[Call, Body]] = [
+    (Call(Operation.ENROLL, _ENROL, _TERMS), _STATE),
+    (Call(Operation.PROBE, _FORWARD, _TERMS), np.full((2, 2), -(2**60), np.int64)),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), _WORDS),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), _changed(_WORDS, -2, 2**40)),
+    (Call(Operation.SUMS, _BACKWARD, _TERMS), _changed(_WORDS, 0, -5)),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, dtype="float64")), np.zeros((10, 2), np.int64)),
+    (Call(Operation.REDUCE, _PLAIN, PlainTerms("sum")), ()),
+    (Call(Operation.BROADCAST, _PLAIN, PlainTerms(root=1)), None),
+    (Call(Operation.BARRIER, _PLAIN, PlainTerms()), None),
+]
+
+_BAD: list[tuple[Call, Body, str]] = [
+    (Call(Operation.SUMS, replace(_FORWARD, layer=None), _TERMS), _WORDS, "a layer name of 1 to 200 characters, rece"),
+    (Call(Operation.SUMS, replace(_FORWARD, layer=""), _TERMS), _WORDS, "received ''"),
+    (Call(Operation.SUMS, replace(_FORWARD, layer="x" * 201), _TERMS), _WORDS, "1 to 200 characters"),
+    (Call(Operation.BARRIER, _FORWARD, _TERMS), None, "an operation of a layer for layer 'a', received barrier"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, channels=0)), _WORDS, "1 channel or more in float32 or float64"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, dtype="int8")), _WORDS, "received 2 in 'int8'"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, momentum=np.nan)), _WORDS, "a finite momentum"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, epsilon=-1.0)), _WORDS, "epsilon of 0 or more"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, renorm=True)), _WORDS, "asks for renorm, which this service does"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, unbiased=True)), _WORDS, "asks for unbiased"),
+    (Call(Operation.ENROLL, _ENROL, _TERMS), None, "expected the state of layer 'a'"),
+    (Call(Operation.ENROLL, _FORWARD, _TERMS), _STATE, "no direction in its enrolment"),
+    (Call(Operation.ENROLL, _ENROL, replace(_TERMS, channels=3)), _STATE, "a state of 3 channels in float32 for layer"),
+    (Call(Operation.SUMS, _ENROL, _TERMS), _WORDS, "a direction for the sums of layer 'a', received none"),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), None, "one array of int64 words"),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), _WORDS[:5], r"of shape \(6, 2\) for the sums of layer 'a'.*\(5, 2\)"),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), _WORDS.astype(np.float64), "received float64"),
+    (Call(Operation.PROBE, _BACKWARD, _TERMS), _WORDS, r"of shape \(2, 2\)"),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), _changed(_WORDS, -2, -1), r"counts from 0 to 2\^40 .* received -1 to 0"),
+    (Call(Operation.SUMS, _FORWARD, _TERMS), _changed(_WORDS, -2, 2**40 + 1), r"counts from 0 to 2\^40"),
+    (Call(Operation.SUMS, _BACKWARD, _TERMS), _changed(_WORDS, -1, -1), "flags of 0 or more .* received -1"),
+    (Call(Operation.REDUCE, _FORWARD, PlainTerms("sum")), (), "no layer for the plain operation allreduce"),
+    (Call(Operation.REDUCE, _PLAIN, PlainTerms("mean")), (), "one of sum, max, min, received 'mean'"),
+    (Call(Operation.REDUCE, _PLAIN, PlainTerms("sum")), None, "expected arrays and one of"),
+    (Call(Operation.BROADCAST, _PLAIN, PlainTerms(root=2)), None, "a root from 0 to 1, received 2"),
+    (Call(Operation.BARRIER, _PLAIN, PlainTerms()), (), "no arrays in a barrier"),
+    (Call(Operation.SUMS, _PLAIN, PlainTerms()), _WORDS, "the terms of a layer for sums, received plain ones"),
+]
+
+
+@pytest.mark.parametrize(("call", "body"), _GOOD)
+def test_what_ranks_send_is_let_in(call: Call, body: Body) -> None:
+    """The checks refuse nothing that a layer or a world sends."""
+    check(Contribute(1, 1, 1, call, body), world_size=2)
+
+
+@pytest.mark.parametrize(("call", "body", "text"), _BAD)
+def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> None:
+    """Each refusal says what was expected and what was received."""
+    with pytest.raises(RefusedError, match=text):
+        check(Contribute(1, 1, 1, call, body), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (replace(_STATE, moving_mean=np.zeros(0, np.float32)), "1 channel or more"),
+        (replace(_STATE, version=-1), "a version of 0 or more, received -1"),
+        (replace(_STATE, moving_mean=np.array([0, np.nan], np.float32)), "finite numbers in moving_mean"),
+        (replace(_STATE, moving_variance=np.array([np.inf, 0], np.float32)), "finite numbers in moving_variance"),
+    ],
+)
+def test_impossible_states_are_refused(state: LayerState, text: str) -> None:
+    """A state enters the owner's through an enrolment or a push: NaN would be kept for good."""
+    with pytest.raises(RefusedError, match=text):
+        check_state(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"job": ""}, "a job name of 1 to 200 characters, received 0"),
+        ({"job": "x" * 201}, "received 201"),
+        ({"world_size": 0}, "0 <= rank < world_size, received rank 0 and world_size 0"),
+        ({"peer": Peer(2)}, "received rank 2 and world_size 2"),
+        ({"timeout": 0.0}, "a timeout above 0 s"),
+        ({"join_timeout": float("nan")}, "a timeout above 0 s"),
+    ],
+)
+def test_impossible_joins_are_refused(change: dict[str, Any], text: str) -> None:
+    """A join names a job, a place in it, and how long it waits."""
+    join = Join(1, "j", Peer(0), 2, 1.0, 1.0)
+    check_join(join)
+    with pytest.raises(RefusedError, match=text):
+        check_join(replace(join, **change))
