@@ -1,0 +1,123 @@
+"""The command line: help that teaches, one line for a user's error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+from bnworker.cli import app, main
+
+
+def run(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "bnworker.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env=environ,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ((), "bnlayer train --data digits --workers 2"),
+        (("train",), "mpiexec -n 3 bnlayer train"),
+        (("launch",), "bnlayer launch -n 4 -- python my_training.py --epochs 3"),
+        (("serve",), "bnlayer serve --listen 127.0.0.1:"),
+        (("doctor",), "bnlayer doctor --address 127.0.0.1:"),
+    ],
+)
+def test_help_teaches_by_example(command: tuple[str, ...], example: str) -> None:
+    """Every command's help shows one that can be copied."""
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert example in " ".join(result.stdout.split())
+
+
+def test_version() -> None:
+    """The installed distribution's."""
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"bnlayer {version('bnlayer')}\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`bnlayer --help` answers at once: half a second, interpreter included."""
+    code = (
+        "import sys, bnworker.cli; "
+        "print([name for name in ('numpy', 'grpc', 'sklearn', 'mpi4py', 'numba') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--data", "mnist"], "bnlayer: train: --data: received 'mnist'; this version accepts digits ("),
+        (["train", "--hidden", "64,x"], "bnlayer: train: --hidden: expected positive integers with commas, e.g."),
+        (["train", "--summary", "/"], "bnlayer: train: / is a folder: expected the name of a file."),
+        (["launch", "-n", "0", "--", "true"], "bnlayer: launch: expected at least 1 rank, received 0."),
+        (["launch", "-n", "2"], "bnlayer: launch: expected a command after --, received nothing; e.g. bnlayer"),
+    ],
+)
+def test_a_users_error_is_one_line(
+    arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, with exit code 2 and no traceback."""
+    monkeypatch.setattr(sys, "argv", ["bnlayer", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    captured = capsys.readouterr()
+    assert raised.value.code == 2
+    assert captured.err.startswith(line)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_unknown_options_are_usage_errors() -> None:
+    """Exit code 2, and the option is named."""
+    ended = run("train", "--batchsize", "3")
+    assert ended.returncode == 2
+    assert "--batchsize" in ended.stderr
+
+
+def test_a_rank_cannot_choose_the_number_of_workers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inside mpiexec the command is a rank; --workers would contradict it."""
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setattr(sys, "argv", ["bnlayer", "train", "--workers", "2"])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == (
+        "bnlayer: train: --workers 2, but MPICH's mpiexec started this process as rank 1 of 3. Leave out --workers "
+        "here, or start the command without MPICH's mpiexec.\n"
+    )
+
+
+def test_what_is_wrong_with_us_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug is not dressed up as a user's error."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("bnworker.data.check", broken)
+    monkeypatch.setattr(sys, "argv", ["bnlayer", "train"])
+    with pytest.raises(KeyError, match="a bug"):
+        main()
+
+
+def test_a_single_process(tmp_path: object) -> None:
+    """`--transport none` with one worker starts nothing else, and says that it is alone."""
+    ended = run("train", "--transport", "none", "--epochs", "1", "--steps", "2", "--hidden", "8")
+    assert ended.returncode == 0, ended.stderr
+    assert "epoch 1/1" in ended.stdout
+    assert "1 (alone)" in ended.stdout

@@ -1,0 +1,83 @@
+"""What is decided before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bnworker.launcher.starting import Job, LaunchError, check, environment
+
+FOLDER = Path("/tmp/launch")
+
+
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        ({"command": (), "ranks": 1}, "expected a command after --, received nothing; e.g. bnlayer launch -n 2"),
+        ({"command": ("x",), "ranks": 0}, "expected at least 1 rank, received 0."),
+        ({"command": ("x",), "ranks": 1, "transport": "smoke"}, "expected transport service, mpi or alone"),
+        (
+            {"command": ("x",), "ranks": 1, "transport": "mpi", "address": "h:1"},
+            "an address is for transport service, received transport mpi.",
+        ),
+    ],
+)
+def test_jobs_that_make_no_sense(job: dict[str, object], text: str) -> None:
+    """The user is told what was expected; the code is that of wrong usage."""
+    with pytest.raises(LaunchError) as raised:
+        Job(**job)  # type: ignore[arg-type]  # the table holds each argument's wrong values
+    assert str(raised.value).startswith(text)
+    assert raised.value.code == 2
+
+
+def test_the_ranks_environment() -> None:
+    """Every rank finds its job, and what an outer launcher announced is gone."""
+    outer = {"PATH": "/bin", "PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_PROCID": "0", "BNLAYER_ADDRESS": "elsewhere:1"}
+    inner = environment(Job(("x",), 2, name="mine"), FOLDER, "127.0.0.1:5", outer)
+    assert "PMI_RANK" not in inner
+    assert inner | {"PATH": "/bin"} == inner
+    assert {name: value for name, value in inner.items() if name.startswith("BNLAYER_")} == {
+        "BNLAYER_LAUNCH_DIR": "/tmp/launch",
+        "BNLAYER_TRANSPORT": "service",
+        "BNLAYER_WORLD_SIZE": "2",
+        "BNLAYER_JOB": "mine",
+        "BNLAYER_ADDRESS": "127.0.0.1:5",
+    }
+
+
+def test_a_job_without_a_name_gets_a_fresh_one() -> None:
+    """Two launches against one service are two jobs."""
+    names = {environment(Job(("x",), 1), FOLDER, None, {})["BNLAYER_JOB"] for _ in range(10)}
+    assert len(names) == 10
+
+
+def test_an_mpi_job_has_no_address() -> None:
+    """An address in the environment would make the ranks choose the service."""
+    inner = environment(Job(("x",), 1, "mpi"), FOLDER, None, {"BNLAYER_ADDRESS": "h:1"})
+    assert "BNLAYER_ADDRESS" not in inner
+    assert inner["BNLAYER_TRANSPORT"] == "mpi"
+
+
+def test_commands_that_cannot_run(tmp_path: Path) -> None:
+    """A shell's codes: 127 not found, 126 not executable."""
+    with pytest.raises(LaunchError, match="nonesuch: command not found") as raised:
+        check(Job(("nonesuch",), 1), {"PATH": str(tmp_path)})
+    assert raised.value.code == 127
+    plain = tmp_path / "plain"
+    plain.touch()
+    with pytest.raises(LaunchError, match="cannot be executed") as raised:
+        check(Job((str(plain),), 1), {})
+    assert raised.value.code == 126
+
+
+def test_no_mpiexec_inside_mpiexec() -> None:
+    """It fails in ways that nobody understands; through the service, ranks may start ranks."""
+    environ = {"PATH": "/bin", "PMI_RANK": "0", "PMI_SIZE": "2"}
+    with pytest.raises(LaunchError) as raised:
+        check(Job(("true",), 2, "mpi"), environ)
+    assert str(raised.value) == (
+        "MPICH's mpiexec started this process as rank 0; mpiexec cannot run inside mpiexec. "
+        "Run the command itself here, without the launcher."
+    )
+    check(Job(("true",), 2, "service"), environ)

@@ -1,0 +1,152 @@
+"""What a launcher decides: phases, signals and exit codes, without a process."""
+
+from __future__ import annotations
+
+import signal
+from itertools import product
+
+import pytest
+
+from bnworker.launcher.supervision import (
+    _AFTER,
+    GRACE_S,
+    MPIEXEC,
+    SERVICE,
+    TERMINATION_S,
+    Alarm,
+    Effect,
+    Ended,
+    Event,
+    Happening,
+    Interrupted,
+    Phase,
+    Supervision,
+    Tell,
+    TimeUp,
+)
+
+TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
+
+
+def play(ranks: int, *events: Event, mpiexec: bool = False) -> tuple[Supervision, list[Effect]]:
+    """A job after some events, and everything that was to be done."""
+    job = Supervision(frozenset(range(ranks)) | ({MPIEXEC} if mpiexec else set()))
+    done: list[Effect] = []
+    for event in events:
+        job, effects = job.handle(event)
+        done += effects
+    return job, done
+
+
+def test_every_pair_is_decided_or_cannot_happen() -> None:
+    """The table is complete: time is up only in phases that set an alarm."""
+    impossible = {(Phase.RUNNING, Happening.TIME_UP), (Phase.KILLING, Happening.TIME_UP)}
+    assert set(product(Phase, Happening)) - set(_AFTER) == impossible
+
+
+def test_phases_only_go_on() -> None:
+    """A job never goes back to an earlier phase."""
+    order = list(Phase)
+    assert all(order.index(after) >= order.index(before) for (before, _), after in _AFTER.items())
+
+
+def test_success_needs_everybody() -> None:
+    """The job is done when the last rank is, and its code is 0."""
+    job, done = play(2, Ended(1, 0))
+    assert (job.done, done) == (False, [])
+    job, done = play(2, Ended(1, 0), Ended(0, 0))
+    assert (job.done, job.exit_code(), done) == (True, 0, [])
+
+
+def test_a_failure_gives_the_others_time_then_ends_them() -> None:
+    """Grace, SIGTERM, SIGKILL, in this order, each after its time."""
+    job, done = play(3, Ended(1, 7), TimeUp(), TimeUp())
+    assert done == [Alarm(GRACE_S), Tell(TERM), Alarm(TERMINATION_S), Tell(KILL), Alarm(None)]
+    assert job.running == {0, 2}
+    assert job.exit_code() == 7
+
+
+def test_ranks_that_the_launcher_ended_do_not_count() -> None:
+    """A rank that dies of our SIGTERM, or answers it with an exit code, is not why the job failed."""
+    job, _ = play(3, Ended(1, 7), TimeUp(), Ended(0, -TERM), Ended(2, 3))
+    assert (job.done, job.exit_code()) == (True, 7)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ([Ended(0, 3), Ended(1, 4)], 3),
+        ([Ended(1, 4), Ended(0, 3)], 4),
+        ([Ended(0, 1), Ended(1, -KILL)], 137),  # killed outranks exited, whoever was seen first
+        ([Ended(0, 1, told=True), Ended(1, 7)], 7),  # told comes last, even if it came first
+        ([Ended(0, 1, told=True), Ended(1, 0)], 1),  # but it is a failure
+        ([Ended(0, 1, told=True), Ended(1, -signal.SIGSEGV)], 139),
+        ([Ended(SERVICE, -KILL), Ended(0, 1, told=True), Ended(1, 1, told=True)], 137),
+    ],
+)
+def test_the_exit_code_is_the_first_cause(ends: list[Ended], code: int) -> None:
+    """Law 3, case by case."""
+    assert play(2, *ends)[0].exit_code() == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_is_passed_on_and_sets_the_code(number: int, code: int) -> None:
+    """Whatever the ranks then exit with."""
+    job, done = play(2, Interrupted(number), Ended(0, 0), Ended(1, 5))
+    assert done == [Tell(number), Alarm(TERMINATION_S)]
+    assert job.exit_code() == code
+
+
+def test_output_that_nobody_reads_ends_the_job_as_a_broken_pipe() -> None:
+    """The ranks get SIGTERM, for they would not notice a SIGPIPE; the code is that of SIGPIPE."""
+    job, done = play(1, Interrupted(signal.SIGPIPE), Ended(0, -TERM))
+    assert done[0] == Tell(TERM)
+    assert job.exit_code() == 141
+
+
+def test_a_second_signal_kills() -> None:
+    """Ctrl-C twice: no more waiting."""
+    job, done = play(1, Interrupted(INT), Interrupted(INT))
+    assert done == [Tell(INT), Alarm(TERMINATION_S), Tell(KILL), Alarm(None)]
+    assert job.exit_code() == 130
+
+
+def test_a_signal_after_a_failure_keeps_the_failure() -> None:
+    """The first cause was the rank."""
+    assert play(2, Ended(0, 7), Interrupted(INT), Ended(1, -INT))[0].exit_code() == 7
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        # MPICH says 7 or a number made of everybody's; a rank said 7 itself.
+        ([Ended(1, 7), Ended(MPIEXEC, 9)], 7),
+        # mpiexec ended the others because rank 1 exited.
+        ([Ended(0, -TERM), Ended(1, 5), Ended(MPIEXEC, 5)], 5),
+        ([Ended(0, -KILL), Ended(1, 5), Ended(MPIEXEC, 5)], 5),
+        # Somebody killed rank 1: MPICH says 9, Open MPI 137.
+        ([Ended(1, -KILL), Ended(0, 1, told=True), Ended(MPIEXEC, 9)], 137),
+        ([Ended(1, -KILL), Ended(0, -TERM), Ended(MPIEXEC, 137)], 137),
+        ([Ended(1, -signal.SIGSEGV), Ended(0, -TERM), Ended(MPIEXEC, 139)], 139),
+        ([Ended(1, -signal.SIGSEGV), Ended(MPIEXEC, 11)], 139),
+        # MPI_Abort(3): mpiexec alone knows.
+        ([Ended(0, -KILL), Ended(1, -KILL), Ended(MPIEXEC, 3)], 3),
+        # It could not start them.
+        ([Ended(MPIEXEC, 213)], 213),
+        # All ranks were content, mpiexec was not.
+        ([Ended(0, 0), Ended(1, 0), Ended(MPIEXEC, 1)], 1),
+        ([Ended(0, 0), Ended(1, 0), Ended(MPIEXEC, 0)], 0),
+    ],
+)
+def test_under_mpiexec_its_own_signals_do_not_count(ends: list[Ended], code: int) -> None:
+    """Which of the deaths was the cause is told by the ranks' statuses and mpiexec's own code together."""
+    job, _ = play(2, *ends, mpiexec=True)
+    assert (job.done, job.exit_code()) == (True, code)
+
+
+def test_what_is_said_of_an_end() -> None:
+    """The line that the user reads."""
+    assert str(Ended(2, 7)) == "rank 2 exited with code 7"
+    assert str(Ended(2, -KILL)) == "rank 2 was killed by SIGKILL"
+    assert str(Ended(MPIEXEC, 1)) == "mpiexec exited with code 1"
+    assert str(Ended(SERVICE, -KILL)) == "the statistics service was killed by SIGKILL"

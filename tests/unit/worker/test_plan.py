@@ -1,0 +1,193 @@
+"""Which transport and which rank: arguments, variables, launchers, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bnworker.plan import Plan, plan
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_ID": "0"}
+OURS = {"BNLAYER_RANK": "1", "BNLAYER_WORLD_SIZE": "2"}
+SERVICE = {"BNLAYER_ADDRESS": "127.0.0.1:7000", "BNLAYER_JOB": "j"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "expected"),
+    [
+        ({}, {}, ("alone", 0, 1)),
+        (OPEN_MPI, {}, ("mpi", 1, 2)),
+        (MPICH, {}, ("mpi", 1, 2)),
+        (MPICH | SLURM, {}, ("mpi", 1, 2)),
+        (MPICH | TORCHRUN, {}, ("mpi", 1, 2)),
+        (OURS | MPICH, {}, ("mpi", 1, 2)),
+        (SERVICE | OURS, {}, ("service", 1, 2)),
+        (SERVICE | MPICH, {}, ("service", 1, 2)),
+        (SERVICE | TORCHRUN, {}, ("service", 2, 4)),
+        (SERVICE | TORCHRUN | SLURM, {}, ("service", 2, 4)),
+        (SERVICE | SLURM, {}, ("service", 3, 8)),
+        (SERVICE | SLURM | OURS, {}, ("service", 1, 2)),
+        (SERVICE | OURS | {"BNLAYER_TRANSPORT": "alone"}, {}, ("alone", 0, 1)),
+        (SERVICE | OURS | {"BNLAYER_TRANSPORT": "alone"}, {"transport": "service"}, ("service", 1, 2)),
+        (SERVICE | MPICH | {"BNLAYER_TRANSPORT": "mpi"}, {}, ("mpi", 1, 2)),
+        (SLURM, {"transport": "mpi"}, ("mpi", 3, 8)),
+        ({}, {"transport": "mpi"}, ("mpi", None, None)),
+        (SERVICE | OURS, {"rank": 5, "world_size": 6}, ("service", 5, 6)),
+        (SERVICE | OURS | OPEN_MPI, {"rank": 0}, ("service", 0, 2)),
+        (SERVICE, {"rank": 0, "world_size": 1}, ("service", 0, 1)),
+        ({}, {"address": "h:1", "job": "j", "rank": 0, "world_size": 3}, ("service", 0, 3)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, {}, ("alone", 0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {}, ("alone", 0, 1)),
+        ({"BNLAYER_ADDRESS": "", "BNLAYER_TRANSPORT": ""}, {}, ("alone", 0, 1)),
+    ],
+)
+def test_the_choice(environ: dict[str, str], arguments: dict[str, Any], expected: tuple[str, Any, Any]) -> None:
+    """Arguments beat BNLAYER_*, which beat MPI's variables, which beat torchrun's, which beat Slurm's."""
+    chosen = plan(environ, **arguments)
+    assert (chosen.transport, chosen.rank, chosen.world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "text"),
+    [
+        (
+            OURS | {"PMI_RANK": "0", "PMI_SIZE": "2"},
+            {},
+            (
+                "Two launchers disagree: BNLAYER_RANK=1 of 2, but PMI_RANK=0 of 2 (MPICH's mpiexec). "
+                "Start the ranks with one of them, or give rank= and world_size= to join()."
+            ),
+        ),
+        (
+            OURS | SERVICE | TORCHRUN,
+            {},
+            (
+                "Two launchers disagree: BNLAYER_RANK=1 of 2, but RANK=2 of 4 (torchrun). "
+                "Start the ranks with one of them, or give rank= and world_size= to join()."
+            ),
+        ),
+        (
+            TORCHRUN,
+            {},
+            (
+                "torchrun announces 4 ranks (this is rank 2), but not how they reach each other: give address= (or "
+                "BNLAYER_ADDRESS) of a statistics service, or transport='mpi'; transport='alone' trains each rank for "
+                "itself."
+            ),
+        ),
+        (
+            SLURM,
+            {},
+            (
+                "Slurm's srun announces 8 ranks (this is rank 3), but not how they reach each other: give address= (or "
+                "BNLAYER_ADDRESS) of a statistics service, or transport='mpi'; transport='alone' trains each rank for "
+                "itself."
+            ),
+        ),
+        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi' or 'service', received 'nccl'."),
+        (
+            {"BNLAYER_TRANSPORT": "grpc"},
+            {},
+            "BNLAYER_TRANSPORT: expected 'alone', 'mpi' or 'service', received 'grpc'.",
+        ),
+        (
+            OURS,
+            {"transport": "service"},
+            (
+                "transport 'service': missing the service's address (address= or BNLAYER_ADDRESS), "
+                "the job's name (job= or BNLAYER_JOB)."
+            ),
+        ),
+        (
+            SERVICE,
+            {},
+            (
+                "transport 'service': missing this process's rank (rank= or BNLAYER_RANK), "
+                "the number of ranks (world_size= or BNLAYER_WORLD_SIZE)."
+            ),
+        ),
+        (
+            SERVICE | {"BNLAYER_RANK": "0"},
+            {},
+            "BNLAYER_RANK is set, but BNLAYER_WORLD_SIZE is not: set both, or neither.",
+        ),
+        (
+            SERVICE | {"BNLAYER_WORLD_SIZE": "2"},
+            {},
+            "BNLAYER_WORLD_SIZE is set, but BNLAYER_RANK is not: set both, or neither.",
+        ),
+        (
+            SERVICE,
+            {"rank": 1},
+            (
+                "Expected both rank= and world_size=, received rank=1 and world_size=None, "
+                "and no launcher announces the other."
+            ),
+        ),
+        (SERVICE, {"rank": 2, "world_size": 2}, "Expected 0 <= rank < world_size, received rank 2 of 2."),
+        (
+            {},
+            {"rank": 1, "world_size": 2},
+            (
+                "transport 'alone' is a world of one: expected rank 0 of 1, received rank 1 of 2. "
+                "Give address= or transport='mpi' for more."
+            ),
+        ),
+    ],
+)
+def test_what_is_refused(environ: dict[str, str], arguments: dict[str, Any], text: str) -> None:
+    """Where guessing would train wrongly, the error names what is missing or contradicts."""
+    with pytest.raises(ValueError) as caught:
+        plan(environ, **arguments)
+    assert str(caught.value) == text
+
+
+def test_explicit_rank_settles_a_conflict() -> None:
+    """rank= and world_size= beat launchers that disagree."""
+    chosen = plan(SERVICE | OURS | TORCHRUN, rank=3, world_size=4)
+    assert (chosen.rank, chosen.reason) == (
+        3,
+        "the service's address is 127.0.0.1:7000; rank= and world_size= are given",
+    )
+
+
+def test_the_reason_names_winner_and_losers() -> None:
+    """What is logged says which of several launchers was believed."""
+    assert plan(MPICH | SLURM).reason == (
+        "MPICH's mpiexec started this process; PMI_RANK says the rank, which beats SLURM_PROCID=3"
+    )
+    assert plan(SLURM, transport="alone").reason == ("transport= says so, although Slurm's srun announces 8 ranks")
+
+
+@pytest.mark.parametrize(
+    ("environ", "argument", "expected"),
+    [
+        ({}, None, (None, None)),
+        ({"BNLAYER_TOKEN": "t"}, None, ("t", None)),
+        ({"BNLAYER_TOKEN_FILE": "/run/t"}, None, (None, "/run/t")),
+        ({"BNLAYER_TOKEN": "t", "BNLAYER_TOKEN_FILE": "/run/t"}, None, ("t", None)),
+        ({"BNLAYER_TOKEN": "t", "BNLAYER_TOKEN_FILE": "/run/t"}, "mine", ("mine", None)),
+    ],
+)
+def test_the_token(environ: dict[str, str], argument: str | None, expected: tuple[str | None, str | None]) -> None:
+    """The argument beats BNLAYER_TOKEN, which beats the file that BNLAYER_TOKEN_FILE names."""
+    chosen = plan(environ | SERVICE | OURS, token=argument)
+    assert (chosen.token, chosen.token_file) == expected
+
+
+def test_a_plan_for_the_service_holds_all_of_it() -> None:
+    """Arguments and variables come together."""
+    assert plan(OURS | {"BNLAYER_JOB": "j"}, address="h:1", job="k", token="t") == Plan(
+        "service",
+        1,
+        2,
+        "the service's address is h:1; BNLAYER_RANK says the rank",
+        "h:1",
+        "k",
+        "t",
+        None,
+    )

@@ -1,0 +1,36 @@
+"""The ranks of a job: `join()` makes this process one of them, over MPI or a statistics service.
+
+import bnworker
+
+with bnworker.join() as world:
+    total, = world.allreduce([loss])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
+    from bnworker.joining import join
+    from bnworker.world import World
+
+__all__ = [
+    "CollectiveError",
+    "MismatchError",
+    "PeerLostError",
+    "ServiceError",
+    "StallError",
+    "World",
+    "join",
+]
+
+_MODULES = {"World": "bnworker.world", "join": "bnworker.joining"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line shares this package, and must answer before NumPy is there."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES.get(name, "bnlayer.errors")), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,116 @@
+"""`join`: the effects of joining a job, after `plan.py` has decided how."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnworker.plan import Plan, plan
+from bnworker.presence import Presence
+from bnworker.transports import Transport
+from bnworker.transports.alone import AloneTransport
+from bnworker.world import World
+
+if TYPE_CHECKING:
+    from bnworker.transports.mpi import MPITransport
+
+logger = logging.getLogger("bnworker")
+
+
+def join(
+    transport: str | None = None,
+    address: str | None = None,
+    job: str | None = None,
+    token: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    timeout: float = 300,
+    deterministic: bool = False,
+) -> World:
+    """Make this process a rank of its job: over MPI, over a statistics service, or alone.
+
+    Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
+    `BNLAYER_JOB`, `BNLAYER_TOKEN` (or `BNLAYER_TOKEN_FILE`), `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
+    then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; MPI's
+    variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`.
+
+    Args:
+        transport: "alone", "mpi" or "service".
+        address: of the service, "HOST:PORT".
+        job: the job's name at the service.
+        token: the job's token; a listener on loopback without tokens needs none.
+        rank, world_size: who this process is.
+        timeout: seconds that joining, and each exchange, may take, outages of the service included.
+        deterministic: under MPI, add floats in rank order, as the service always does.
+
+    Returns:
+        The world, which is the process's current collective until it is left.
+
+    Raises:
+        ValueError: what is given or announced is incomplete, or contradicts itself.
+        ImportError: transport "mpi" without mpi4py or without an MPI.
+        RuntimeError: the process has joined already, or mpiexec belongs to another MPI than mpi4py.
+        CollectiveError: the service refuses, or not all ranks came in time.
+    """
+    if isinstance(timeout, bool) or not (timeout > 0 and math.isfinite(timeout)):
+        raise ValueError(f"join(timeout=): expected a number of seconds above 0, received {timeout!r}.")
+    Presence.refuse_second()
+    chosen = plan(
+        os.environ,
+        transport=transport,
+        address=address,
+        job=job,
+        token=token,
+        rank=rank,
+        world_size=world_size,
+    )
+    world = World(_opened(chosen, float(timeout), deterministic))
+    logger.info("rank %d of %d, transport %s: %s", world.rank, world.world_size, world.transport, chosen.reason)
+    return world
+
+
+def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
+    if chosen.transport == "alone":
+        return AloneTransport()
+    if chosen.transport == "mpi":
+        return _opened_mpi(chosen, timeout, deterministic)
+    from bnworker.transports.service import ServiceTransport
+
+    assert chosen.address is not None
+    assert chosen.job is not None
+    assert chosen.rank is not None
+    assert chosen.world_size is not None
+    token = chosen.token
+    if chosen.token_file is not None:
+        token = Path(chosen.token_file).read_text(encoding="utf-8").strip()
+    return ServiceTransport(chosen.address, chosen.job, chosen.rank, chosen.world_size, token=token, timeout=timeout)
+
+
+def _opened_mpi(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
+    transport = _initialize_mpi_or_exit(timeout)(timeout=timeout, deterministic=deterministic)
+    if chosen.rank is None or (chosen.rank, chosen.world_size) == (transport.rank, transport.world_size):
+        return transport
+    text = (
+        f"This process is rank {chosen.rank} of {chosen.world_size} ({chosen.reason}), but to mpi4py it is rank "
+        f"{transport.rank} of {transport.world_size}. Start it with the mpiexec of the MPI that mpi4py uses "
+        "(python -m mpi4py --mpi-lib-version), and give no other rank=, world_size= or BNLAYER_RANK."
+    )
+    transport.leave(f"failed with RuntimeError: {text}")
+    raise RuntimeError(text)
+
+
+def _initialize_mpi_or_exit(timeout: float) -> type[MPITransport]:
+    """Import the transport, which initializes MPI: that blocks until every rank does it, and can't be interrupted.
+
+    Where a rank never comes, only a C thread still runs: it prints where this one waits, and ends the process.
+    """
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    try:
+        from bnworker.transports.mpi import MPITransport
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return MPITransport

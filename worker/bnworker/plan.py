@@ -1,0 +1,173 @@
+"""Which transport, and which rank? A pure decision over an environment and the arguments of `join`.
+
+Laws of this room:
+1. An argument beats `BNLAYER_*`, which beat MPI's variables, which beat torchrun's, which beat Slurm's.
+2. Two sources that name different ranks are an error where guessing would train wrongly: `BNLAYER_RANK` against
+   MPI or torchrun. Slurm's variables are inherited by a batch script's children, so they only lose.
+3. Nothing is read here but the mapping: files, sockets and MPI are somebody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from bnlayer.environment import Announcement, announced
+
+TransportName = Literal["alone", "mpi", "service"]
+
+_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # Open MPI's and MPICH's mpiexec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to join.
+
+    Attributes:
+        transport: the way to the other ranks.
+        rank, world_size: as announced. None under mpi where nothing announced them: MPI knows.
+        address: of the service, "HOST:PORT"; None elsewhere, and so are the following.
+        job: the job's name at the service.
+        token: the job's token.
+        token_file: a file that holds it.
+        reason: why this transport and this rank, in words, for the log.
+    """
+
+    transport: TransportName
+    rank: int | None
+    world_size: int | None
+    reason: str
+    address: str | None = None
+    job: str | None = None
+    token: str | None = None
+    token_file: str | None = None
+
+
+def plan(
+    environ: Mapping[str, str],
+    *,
+    transport: str | None = None,
+    address: str | None = None,
+    job: str | None = None,
+    token: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Plan:
+    """Decide how to join.
+
+    Args:
+        environ: the variables, e.g. `os.environ`.
+        transport, address, job, token, rank, world_size: `join`'s arguments; None: not given.
+
+    Raises:
+        ValueError: something is missing, contradicts something else, or is out of range.
+    """
+    launchers = announced(environ)
+    address = address or environ.get("BNLAYER_ADDRESS") or None
+    chosen, why = _transport(environ, transport, address, launchers)
+    if chosen == "alone":
+        return _alone(rank, world_size, why, launchers)
+    rank, world_size, whence = _rank(environ, rank, world_size, launchers)
+    if chosen == "mpi":
+        return Plan("mpi", rank, world_size, f"{why}; {whence}")
+    job = job or environ.get("BNLAYER_JOB") or None
+    missing = [
+        f"{what} ({argument}= or {variable})"
+        for what, argument, variable, value in (
+            ("the service's address", "address", "BNLAYER_ADDRESS", address),
+            ("the job's name", "job", "BNLAYER_JOB", job),
+            ("this process's rank", "rank", "BNLAYER_RANK", rank),
+            ("the number of ranks", "world_size", "BNLAYER_WORLD_SIZE", world_size),
+        )
+        if value is None
+    ]
+    if missing:
+        raise ValueError(f"transport 'service': missing {', '.join(missing)}.")
+    token = token if token is not None else environ.get("BNLAYER_TOKEN")
+    token_file = environ.get("BNLAYER_TOKEN_FILE") if token is None else None
+    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, token, token_file)
+
+
+def _transport(
+    environ: Mapping[str, str], given: str | None, address: str | None, launchers: list[Announcement]
+) -> tuple[TransportName, str]:
+    """The transport and why."""
+    for value, source in ((given, "transport="), (environ.get("BNLAYER_TRANSPORT") or None, "BNLAYER_TRANSPORT")):
+        if value is not None and value not in get_args(TransportName):
+            raise ValueError(f"{source}: expected 'alone', 'mpi' or 'service', received {value!r}.")
+        if value is not None:
+            return cast("TransportName", value), f"{source} says so"
+    if address is not None:
+        return "service", f"the service's address is {address}"
+    mpi = next((launcher for launcher in launchers if launcher.variable in _MPI), None)
+    if mpi is not None:
+        return "mpi", f"{mpi.source} started this process"
+    many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
+    if many is not None:
+        raise ValueError(
+            f"{many.source} announces {many.world_size} ranks (this is rank {many.rank}), but not how they reach "
+            "each other: give address= (or BNLAYER_ADDRESS) of a statistics service, or transport='mpi'; "
+            "transport='alone' trains each rank for itself."
+        )
+    return "alone", "nothing announces other ranks"
+
+
+def _alone(rank: int | None, world_size: int | None, why: str, launchers: list[Announcement]) -> Plan:
+    if rank not in (None, 0) or world_size not in (None, 1):
+        raise ValueError(
+            f"transport 'alone' is a world of one: expected rank 0 of 1, received rank {rank} of {world_size}. "
+            "Give address= or transport='mpi' for more."
+        )
+    many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
+    if many is not None:
+        why += f", although {many.source} announces {many.world_size} ranks"
+    return Plan("alone", 0, 1, why)
+
+
+def _rank(
+    environ: Mapping[str, str], rank: int | None, world_size: int | None, launchers: list[Announcement]
+) -> tuple[int | None, int | None, str]:
+    """The rank, the number of ranks, and whence."""
+    if rank is None or world_size is None:
+        _refuse_half(environ)
+        _refuse_conflict(launchers)
+        best = launchers[0] if launchers else None
+        if best is None and (rank is None) != (world_size is None):
+            raise ValueError(
+                f"Expected both rank= and world_size=, received rank={rank} and world_size={world_size}, "
+                "and no launcher announces the other."
+            )
+        if best is None:
+            return None, None, "no launcher announces a rank"
+        whence = f"{best.variable} says the rank" if rank is None else "rank= is given"
+        rank = best.rank if rank is None else rank
+        world_size = best.world_size if world_size is None else world_size
+        losers = [f"{a.variable}={a.rank}" for a in launchers[1:] if (a.rank, a.world_size) != (rank, world_size)]
+        if losers:
+            whence += f", which beats {' and '.join(losers)}"
+    else:
+        whence = "rank= and world_size= are given"
+    if not 0 <= rank < world_size:
+        raise ValueError(f"Expected 0 <= rank < world_size, received rank {rank} of {world_size}.")
+    return rank, world_size, whence
+
+
+def _refuse_half(environ: Mapping[str, str]) -> None:
+    for one, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if f"BNLAYER_{one}" in environ and f"BNLAYER_{other}" not in environ:
+            raise ValueError(f"BNLAYER_{one} is set, but BNLAYER_{other} is not: set both, or neither.")
+
+
+def _refuse_conflict(launchers: list[Announcement]) -> None:
+    ours = next((a for a in launchers if a.variable == "BNLAYER_RANK"), None)
+    if ours is None:
+        return
+    for other in launchers:
+        if other.variable == "SLURM_PROCID" or (other.rank, other.world_size) == (ours.rank, ours.world_size):
+            continue
+        raise ValueError(
+            f"Two launchers disagree: BNLAYER_RANK={ours.rank} of {ours.world_size}, but "
+            f"{other.variable}={other.rank} of {other.world_size} ({other.source}). "
+            "Start the ranks with one of them, or give rank= and world_size= to join()."
+        )

@@ -1,0 +1,81 @@
+"""A joined world's presence in its process: the current collective, and the good-bye when the process ends.
+
+Laws of this room:
+1. A process has at most one joined world, and it is `bnlayer`'s current collective until it is left.
+2. However a process ends, short of a crash, the other ranks are told: of a normal exit, or of the exception.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import ClassVar
+
+from bnlayer import collective
+
+_REASON_LENGTH = 200  # of a failure's text as other ranks are told it: their own errors must stay readable
+
+
+class Presence:
+    """What a world puts into its process, and takes out of it again.
+
+    Args:
+        world: the world that becomes current.
+        depart: leaves it, given the reason; "" for a clean end.
+
+    Raises:
+        RuntimeError: another world is joined.
+    """
+
+    _live: ClassVar[Presence | None] = None
+
+    def __init__(self, world: collective.Collective, depart: Callable[[str], None]) -> None:
+        self.refuse_second()
+        self.world = world
+        self._depart = depart
+        self._before = collective.install(world)
+        self._hook_before = sys.excepthook
+        # Kept, because each access to a bound method makes a new one, and `end` must know its own.
+        self._hook = self._on_exception
+        sys.excepthook = self._hook
+        atexit.register(self._at_exit)
+        Presence._live = self
+
+    @classmethod
+    def refuse_second(cls) -> None:
+        """Raise if the process has a joined world.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        if cls._live is not None:
+            raise RuntimeError(
+                f"This process has joined already: {cls._live.world!r}. Use it, or leave it first (world.leave())."
+            )
+
+    def end(self) -> None:
+        """Take everything out again."""
+        Presence._live = None
+        collective.install(self._before)
+        atexit.unregister(self._at_exit)
+        if sys.excepthook is self._hook:
+            sys.excepthook = self._hook_before
+
+    def _at_exit(self) -> None:
+        self._depart("")
+
+    def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Print the traceback first: leaving may take a while, and may end the process."""
+        self._hook_before(kind, error, trace)
+        self._depart(failure(error))
+
+
+def failure(error: BaseException | None) -> str:
+    """How other ranks are told of an exception; "" if it is none, or a successful exit."""
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return ""
+    text = str(error).strip().partition("\n")[0]
+    reason = f"failed with {type(error).__name__}" + (f": {text}" if text else "")
+    return reason if len(reason) <= _REASON_LENGTH else reason[: _REASON_LENGTH - 1] + "…"

@@ -1,0 +1,58 @@
+"""What a world needs from a way to reach other ranks.
+
+Laws of this room:
+1. A rank has at most one outstanding call. Every rank makes the same calls, or all of them get the same error.
+2. A transport validates nothing and remembers no errors: `World` does.
+3. Words are reduced exactly: MAX for a probe, SUM for sums. Wrap-around is impossible by their design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.collective import Call, Total
+from bnlayer.state import LayerState
+
+
+class Transport(Protocol):
+    """One rank's end of the exchanges. `alone`, `mpi` and `service` are the ones there are."""
+
+    @property
+    def name(self) -> str:
+        """`"alone"`, `"mpi"` or `"service"`."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+
+    def enroll(self, call: Call, state: LayerState) -> LayerState:
+        """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """Reduce words over the ranks."""
+
+    def pull(self, layer: str) -> LayerState | None:
+        """The owner's state of a layer; None where each rank owns its own."""
+
+    def push(self, layer: str, state: LayerState) -> LayerState | None:
+        """Replace the owner's state; returns it with its new version, or None where each rank owns its own."""
+
+    def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Reduce arrays as `bnlayer.reduction` says; `call.terms` names the op, dtypes and shapes."""
+
+    def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
+        """The arrays of the rank that `call.terms` names; None on every other rank."""
+
+    def barrier(self, call: Call) -> None:
+        """Return when every rank has called it."""
+
+    def leave(self, reason: str) -> None:
+        """Say good-bye: "" for a clean leave, otherwise what failed. Never raises; quick after an error."""

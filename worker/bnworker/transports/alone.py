@@ -1,0 +1,60 @@
+"""The world of one rank: what is put in comes out, under the same dtype rules as everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.collective import Call, PlainTerms, Total
+from bnlayer.reduction import reduce_in_rank_order
+from bnlayer.state import LayerState
+
+
+class AloneTransport:
+    """One rank, which owns everything and waits for nobody."""
+
+    name = "alone"
+    rank = 0
+    world_size = 1
+
+    def enroll(self, call: Call, state: LayerState) -> LayerState:
+        """The layer's own state is the owner's."""
+        del call
+        return state
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """One rank's words are the total."""
+        del call
+        return Total(words)
+
+    def pull(self, layer: str) -> LayerState | None:
+        """Nobody else owns anything."""
+        del layer
+        return None
+
+    def push(self, layer: str, state: LayerState) -> LayerState | None:
+        """Nobody else owns anything."""
+        del layer, state
+        return None
+
+    def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """The arrays of one rank, copied."""
+        assert isinstance(call.terms, PlainTerms)
+        return reduce_in_rank_order(call.terms.op, [arrays])
+
+    def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
+        """The root's arrays; the only rank is the root."""
+        del call
+        assert arrays is not None
+        return list(arrays)
+
+    def barrier(self, call: Call) -> None:
+        """Everybody is here."""
+        del call
+
+    def leave(self, reason: str) -> None:
+        """There is nobody to tell."""
+        del reason

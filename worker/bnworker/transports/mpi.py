@@ -1,0 +1,295 @@
+"""Exchanges over MPI: every rank owns a mirror of the moving statistics, kept alike by the same exact totals.
+
+An exchange is a header, which finds out in one small MAX whether all ranks say the same, and then the data. Where
+they don't, they exchange what they said, and all raise the same error. Leaving is such a header too, so a rank
+that returns early, or fails, is noticed at the others' next exchange.
+
+Laws of this room:
+1. No data moves before all ranks have said the same, so buffers always match.
+2. After an agreed error the communicator is sound, and the process may end as usual.
+3. After a wait that did not complete, it is not: when the process ends, it ends the whole job (`MPI_Abort`),
+   because finalizing would wait for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.agreement import Peer, judge
+from bnlayer.collective import Call, Operation, PlainTerms, Total
+from bnlayer.errors import CollectiveError, PeerLostError
+from bnlayer.reduction import Terms, combined, decode, dtype_named, encode
+from bnlayer.state import LayerState
+from bnworker.transports.spoken import heard, name_of, pushed_state, speak
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no MPI to load
+    raise ImportError(
+        "transport 'mpi' needs mpi4py and an MPI: pip install 'bnlayer[mpich]' brings both, "
+        f"'bnlayer[mpi]' uses the MPI of this machine ({error})."
+    ) from error
+
+from bnworker.transports.patience import Patience, Wait, complete
+
+_LEAVING = 0  # the header of a rank that leaves; `name_of` is never 0
+_CHUNK = 2**24  # elements per collective: 128 MiB, far below the 2^31 bytes that old MPIs can count
+_CARD = 512  # bytes in which a rank gives its host and process id
+_FAILED_LEAVE_S = 5.0  # others who compute for longer than this are ended with the job
+_ABORT_GRACE_S = 1.0  # for the other ranks to print their errors
+
+
+class MPITransport:
+    """One rank of an MPI communicator.
+
+    Args:
+        comm: an intracommunicator, duplicated here; None: `COMM_WORLD`.
+        timeout: seconds that joining, and each exchange, may take.
+        deterministic: add floats in rank order: the same bits as over the service, for more traffic.
+
+    Raises:
+        PeerLostError: not all ranks joined in time.
+    """
+
+    name = "mpi"
+
+    def __init__(
+        self, comm: MPI.Intracomm | None = None, *, timeout: float = 300.0, deterministic: bool = False
+    ) -> None:
+        base = MPI.COMM_WORLD if comm is None else comm
+        self.rank = base.rank
+        self.world_size = base.size
+        self._timeout = timeout
+        self._deterministic = deterministic
+        self._pushed: dict[str, str] = {}
+        self._round = 0
+        self._over = False
+        self._sound = True
+        self._header = np.empty(2, np.int64)
+        self._greatest = np.empty(2, np.int64)
+        atexit.register(self._at_exit)
+        self._comm, self._peers = self._meet(base)
+        self._patience = Patience(self._comm, self._peers)
+
+    # ---- the transport ----
+
+    def enroll(self, call: Call, state: LayerState) -> LayerState:
+        """Rank 0's state becomes everyone's."""
+        wait = self._agree(call, speak(call))
+        mine = list(state.arrays().values()) if self.rank == 0 else None
+        received = self._send_from(0, mine, wait)
+        names = state.arrays()
+        return LayerState.from_arrays(dict(zip(names, received, strict=True)), state.forward.dtype)
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """Reduce words over the ranks, by MPI's own MAX or SUM of int64."""
+        layer = call.place.layer or ""
+        wait = self._agree(call, speak(call, str(words.shape), self._pushed.get(layer, "nothing")))
+        op = MPI.MAX if call.operation is Operation.PROBE else MPI.SUM
+        return Total(self._reduced(words, op, wait))
+
+    def pull(self, layer: str) -> LayerState | None:
+        """Every rank owns its own."""
+        del layer
+        return None
+
+    def push(self, layer: str, state: LayerState) -> LayerState | None:
+        """Every rank owns its own; the next exchange of the layer finds out whether all pushed the same."""
+        self._pushed[layer] = pushed_state(self._pushed.get(layer, "nothing"), state)
+        return None
+
+    def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Reduce arrays as `bnlayer.reduction` says, but for the order of floats unless deterministic."""
+        assert isinstance(call.terms, PlainTerms)
+        op = call.terms.op
+        wait = self._agree(call, speak(call))
+        terms = encode(op, arrays)
+        words = self._reduced(terms.words, MPI.SUM if op == "sum" else MPI.MAX, wait)
+        if self._deterministic:
+            floats = self._added_in_rank_order(terms.floats, wait)
+        else:
+            floats = self._reduced(terms.floats, MPI.SUM, wait)
+        return decode(op, Terms(floats, words), arrays)
+
+    def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
+        """The root's arrays."""
+        assert isinstance(call.terms, PlainTerms)
+        wait = self._agree(call, speak(call))
+        return self._send_from(call.terms.root, arrays, wait)
+
+    def barrier(self, call: Call) -> None:
+        """The header alone is a barrier."""
+        self._agree(call, speak(call))
+
+    def leave(self, reason: str) -> None:
+        """Tell the others, and wait until all have heard it: for the timeout, or 5 s after a failure."""
+        if self._over or not self._sound:
+            return
+        try:
+            self._agree(None, b"", reason)
+            self._patience.drain()
+        except CollectiveError as error:
+            sys.stderr.write(f"bnworker: rank {self.rank} could not leave in order: {error}\n")
+
+    # ---- agreeing ----
+
+    def _agree(self, call: Call | None, said: bytes, reason: str = "") -> Wait:
+        """Return when all ranks have said the same; None is said by a rank that leaves.
+
+        Raises:
+            CollectiveError: they have not; not raised where this rank leaves and all others came.
+        """
+        timeout = min(self._timeout, _FAILED_LEAVE_S) if reason else self._timeout
+        wait = Wait(self._round, call, timeout, time.monotonic())
+        self._round += 1
+        name = _LEAVING if call is None else name_of(said)
+        self._header[:] = name, -name
+        request = self._comm.Iallreduce([self._header, MPI.INT64_T], [self._greatest, MPI.INT64_T], MPI.MAX)
+        self._complete(request, wait)
+        greatest, least = int(self._greatest[0]), -int(self._greatest[1])
+        if greatest == least:
+            self._over = call is None
+        else:
+            self._disagree(call, said, reason, wait)
+        return wait
+
+    def _disagree(self, call: Call | None, said: bytes, reason: str, wait: Wait) -> None:
+        """Exchange what was said, and end the world for everyone in the same way."""
+        words = self._gathered(json.dumps([None if call is None else said.decode(), reason]).encode(), wait)
+        self._over = True
+        self._patience.drain()
+        told = [json.loads(word) for word in words]
+        calls = {rank: heard(text.encode()) for rank, (text, _) in enumerate(told) if text is not None}
+        left = {rank: why for rank, (text, why) in enumerate(told) if text is None}
+        if call is None:
+            return
+        verdict = judge(calls, left, {peer.rank: peer for peer in self._peers})
+        assert verdict is not None, "unequal texts are unequal calls"
+        raise verdict.error(call)
+
+    # ---- moving data ----
+
+    def _reduced(self, array: NDArray[Any], op: MPI.Op, wait: Wait) -> NDArray[Any]:
+        total = np.empty_like(array, order="C")
+        for send, receive in zip(_chunks(np.ascontiguousarray(array)), _chunks(total), strict=True):
+            self._complete(self._comm.Iallreduce(send, receive, op), wait)
+        return total
+
+    def _added_in_rank_order(self, floats: NDArray[np.float64], wait: Wait) -> NDArray[np.float64]:
+        total = np.empty_like(floats)
+        for send, receive in zip(_chunks(floats), _chunks(total), strict=True):
+            rows = np.empty((self.world_size, send.size), np.float64)
+            self._complete(self._comm.Iallgather(send, rows), wait)
+            no_words = np.empty(0, np.int64)
+            added = Terms(rows[0], no_words)
+            for row in rows[1:]:
+                added = combined("sum", added, Terms(row, no_words))
+            receive[:] = added.floats
+        return total
+
+    def _send_from(self, root: int, arrays: Sequence[NDArray[Any]] | None, wait: Wait) -> list[NDArray[Any]]:
+        described = b""
+        data = np.empty(0, np.uint8)
+        if arrays is not None:
+            described = json.dumps([[array.dtype.name, array.shape] for array in arrays]).encode()
+            data = np.frombuffer(b"".join(array.tobytes() for array in arrays), np.uint8)
+        sizes = np.array([len(described), data.size], np.int64)
+        self._complete(self._comm.Ibcast(sizes, root), wait)
+        text = np.frombuffer(described, np.uint8) if arrays is not None else np.empty(sizes[0], np.uint8)
+        self._complete(self._comm.Ibcast(text, root), wait)
+        if arrays is not None:
+            for chunk in _chunks(data):
+                self._complete(self._comm.Ibcast(chunk, root), wait)
+            return list(arrays)
+        data = np.empty(sizes[1], np.uint8)
+        for chunk in _chunks(data):
+            self._complete(self._comm.Ibcast(chunk, root), wait)
+        return _unpacked(text.tobytes(), data)
+
+    def _gathered(self, mine: bytes, wait: Wait) -> list[bytes]:
+        """What every rank gives, by rank."""
+        lengths = np.empty(self.world_size, np.int64)
+        self._complete(self._comm.Iallgather(np.array([len(mine)], np.int64), lengths), wait)
+        everything = np.empty(int(lengths.sum()), np.uint8)
+        counts = lengths.tolist()
+        request = self._comm.Iallgatherv(np.frombuffer(mine, np.uint8), [everything, counts, MPI.UINT8_T])
+        self._complete(request, wait)
+        ends = np.cumsum(lengths).tolist()
+        return [everything[end - count : end].tobytes() for end, count in zip(ends, counts, strict=True)]
+
+    def _complete(self, request: MPI.Request, wait: Wait) -> None:
+        """Wait for a request; a wait that does not complete makes the communicator unsound."""
+        with self._unsound_unless_completed():
+            self._patience.complete(request, wait)
+
+    # ---- the beginning and the end ----
+
+    def _meet(self, base: MPI.Intracomm) -> tuple[MPI.Intracomm, list[Peer]]:
+        """Duplicate the communicator, so that nobody else's messages are taken for ours; learn the others' names."""
+        start = time.monotonic()
+        comm, request = base.Idup()
+        self._complete_joining(request, start)
+        card = json.dumps([socket.gethostname()[: _CARD // 2], os.getpid()]).encode().ljust(_CARD)
+        cards = np.empty((self.world_size, _CARD), np.uint8)
+        self._complete_joining(comm.Iallgather(np.frombuffer(card, np.uint8), cards), start)
+        return comm, [Peer(rank, *json.loads(row.tobytes())) for rank, row in enumerate(cards)]
+
+    def _complete_joining(self, request: MPI.Request, start: float) -> None:
+        def check(waited: float) -> None:
+            if waited >= self._timeout:
+                raise PeerLostError(
+                    f"rank {self.rank} has joined, but within {self._timeout:g} s not all of the {self.world_size} "
+                    "ranks of the MPI job have. Every rank must call bnworker.join()."
+                )
+
+        with self._unsound_unless_completed():
+            complete(request, start, check)
+
+    @contextmanager
+    def _unsound_unless_completed(self) -> Iterator[None]:
+        sound, self._sound = self._sound, False
+        yield
+        self._sound = sound
+
+    def _at_exit(self) -> None:
+        """Leave, where the world was not left; end the whole job, where MPI can't be finalized."""
+        self.leave("")
+        if self._sound or MPI.Is_finalized():
+            return
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"bnworker: rank {self.rank} ends the whole MPI job: an exchange did not complete, "
+            "so finalizing MPI would wait for ever.\n"
+        )
+        sys.stderr.flush()
+        time.sleep(_ABORT_GRACE_S)
+        MPI.COMM_WORLD.Abort(1)
+
+
+def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Flat views of a contiguous array, none longer than one collective may be; none of an empty one."""
+    flat = array.reshape(-1)
+    return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
+
+
+def _unpacked(described: bytes, data: NDArray[np.uint8]) -> list[NDArray[Any]]:
+    arrays = []
+    start = 0
+    for name, shape in json.loads(described):
+        dtype = dtype_named(name)
+        end = start + math.prod(shape) * dtype.itemsize
+        arrays.append(np.frombuffer(data[start:end].tobytes(), np.uint8).view(dtype).reshape(shape).copy())
+        start = end
+    return arrays

@@ -1,0 +1,173 @@
+"""Waiting for MPI: until a deadline, without burning a core, and knowing at the end who did not come.
+
+A blocking collective never times out, so every wait tests a request. A rank that has waited for half its time
+sends every other rank a note of where it waits; a rank that gets a note about its own round answers with one.
+Who has sent none by the deadline is missing. The first rank to find that out tells the others, so all say the
+same.
+
+Laws of this room:
+1. A wait ends by its deadline, whatever the other ranks do.
+2. A rank that waits in this round or a later one is never blamed.
+3. After a wait that did not complete, the communicator can't be used any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from bnlayer.agreement import Peer, Verdict, judge
+from bnlayer.collective import Call, Direction, Operation, Place, PlainTerms
+from bnlayer.errors import CollectiveError, PeerLostError
+
+_SPIN_S = 50e-6  # a small collective between running ranks takes 2 to 12 µs
+_YIELD_S = 1e-3  # ranks of one step are rarely further apart; yielding costs nothing when cores are free
+_SLEEP_SHARE = 0.05  # of the time waited so far: a late answer is seen at most this much later
+_LONGEST_SLEEP_S = 2e-3
+_TAG = 1
+
+# MPI may still write into the buffers of a request that was given up, and they live as long as it does.
+_abandoned: list[MPI.Request] = []
+
+
+@dataclass(slots=True)
+class Wait:
+    """One exchange's wait, which may take several requests.
+
+    Attributes:
+        round: number of the exchange, the same on every rank.
+        call: what this rank waits for; None when it is leaving.
+        timeout: seconds that the whole exchange may take.
+        start: when it began, on the monotonic clock.
+        announced: whether the other ranks have a note of it.
+    """
+
+    round: int
+    call: Call | None
+    timeout: float
+    start: float
+    announced: bool = False
+
+
+def complete(request: MPI.Request, start: float, check: Callable[[float], None]) -> None:
+    """Return when a request has completed.
+
+    Args:
+        request: what to wait for.
+        start: when its exchange began, on the monotonic clock.
+        check: called now and then with the seconds since then; ends the wait by raising.
+
+    Raises:
+        PeerLostError: MPI itself has failed.
+    """
+    try:
+        if not request.Test():
+            _poll(request, start, check)
+    except MPI.Exception as error:
+        raise PeerLostError(f"MPI failed, a rank may have crashed: {error}.") from error
+    except BaseException:
+        _abandoned.append(request)
+        raise
+
+
+def _poll(request: MPI.Request, start: float, check: Callable[[float], None]) -> None:
+    spin_until = time.monotonic() + _SPIN_S
+    while time.monotonic() < spin_until:
+        if request.Test():
+            return
+    yield_until = spin_until + _YIELD_S
+    while not request.Test():
+        now = time.monotonic()
+        if now < yield_until:
+            os.sched_yield()
+            continue
+        check(now - start)
+        time.sleep(min(_LONGEST_SLEEP_S, _SLEEP_SHARE * (now - start)))
+
+
+class Patience:
+    """Waits for requests on one communicator, and exchanges notes with the other ranks meanwhile.
+
+    Args:
+        comm: a communicator of the transport's own.
+        peers: how errors name the ranks.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, peers: Sequence[Peer]) -> None:
+        self._comm = comm
+        self._peers = {peer.rank: peer for peer in peers}
+        self._notes: dict[int, tuple[int, Call | None]] = {}
+        self._told: tuple[int, Verdict] | None = None
+        self._sends: list[MPI.Request] = []
+
+    def complete(self, request: MPI.Request, wait: Wait) -> None:
+        """Return when a request has completed.
+
+        Raises:
+            PeerLostError: it has not by the deadline, or MPI has failed.
+        """
+        complete(request, wait.start, lambda waited: self._look_around(wait, waited))
+
+    def drain(self) -> None:
+        """Receive the notes that crossed an exchange which completed after all."""
+        self._read_notes()
+        MPI.Request.Testall(self._sends)
+
+    def _look_around(self, wait: Wait, waited: float) -> None:
+        self._read_notes()
+        if self._told is not None and self._told[0] == wait.round:
+            raise self._told[1].error(wait.call)
+        asked = any(number == wait.round for number, _ in self._notes.values())
+        if not wait.announced and (asked or waited >= wait.timeout / 2):
+            wait.announced = True
+            self._send_note(wait, None, range(self._comm.size))
+        if waited >= wait.timeout:
+            raise self._overdue(wait)
+
+    def _overdue(self, wait: Wait) -> CollectiveError:
+        here = {rank: call for rank, (number, call) in self._notes.items() if number >= wait.round}
+        here[self._comm.rank] = wait.call
+        absent = f"did not come within {wait.timeout:g} s"
+        missing = {rank: absent for rank in self._peers if rank not in here}
+        waiting = {rank: call for rank, call in here.items() if call is not None}
+        verdict = judge(waiting, missing, self._peers) if missing else None
+        if verdict is None:
+            text = f"All ranks came, but MPI did not complete their exchange within {wait.timeout:g} s."
+            verdict = Verdict(PeerLostError, text, ())
+        self._send_note(wait, verdict, sorted(here))
+        return verdict.error(wait.call)
+
+    def _send_note(self, wait: Wait, verdict: Verdict | None, ranks: Sequence[int]) -> None:
+        call = wait.call
+        where = None if call is None else [call.operation, *_place(call.place)]
+        told = None if verdict is None else [verdict.text, verdict.ranks]
+        note = np.frombuffer(json.dumps([wait.round, where, told]).encode(), np.uint8)
+        for rank in ranks:
+            if rank != self._comm.rank:
+                self._sends.append(self._comm.Isend(note, rank, _TAG))
+
+    def _read_notes(self) -> None:
+        status = MPI.Status()
+        while self._comm.Iprobe(MPI.ANY_SOURCE, _TAG, status):
+            buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            self._comm.Recv(buffer, status.source, _TAG)
+            number, where, told = json.loads(buffer.tobytes())
+            self._notes[status.source] = (number, None if where is None else _call(*where))
+            if told is not None:
+                self._told = (number, Verdict(PeerLostError, told[0], tuple(told[1])))
+
+
+def _place(place: Place) -> tuple[str | None, str | None, int]:
+    return place.layer, place.direction, place.step
+
+
+def _call(operation: str, layer: str | None, direction: str | None, step: int) -> Call:
+    """A call as a note tells it: where, without the terms."""
+    place = Place(layer, None if direction is None else Direction(direction), step)
+    return Call(Operation(operation), place, PlainTerms())

@@ -1,0 +1,84 @@
+"""What a rank says at the door, as text: compared by its hash, sent whole only where the ranks disagree.
+
+A rank under MPI owns a mirror of the moving statistics, so it also says what was pushed into its mirror, and of
+what shape its words are: ranks whose mirrors were replaced differently would drift apart without a sound.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.state import LayerState
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorTerms(LayerTerms):
+    """What a rank with its own mirror believes of a layer.
+
+    Attributes:
+        shape: of the words, as text.
+        pushed: what was pushed into the mirror, as text.
+    """
+
+    shape: str = ""
+    pushed: str = ""
+
+
+_PLAIN = tuple(field.name for field in fields(PlainTerms))
+_MIRROR = tuple(field.name for field in fields(MirrorTerms))
+_LAYER = tuple(field.name for field in fields(LayerTerms))
+# One spelling for each value: 1 and 1.0, or a NumPy scalar, are the same belief.
+_SPELL = {"channels": int, "momentum": float, "epsilon": float, "grid": int, "root": int}
+
+
+def speak(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
+    """A call as text: equal for equal calls, on every machine.
+
+    Args:
+        call: the call.
+        shape: of the words that belong to it; "" without.
+        pushed: what was pushed into this rank's mirror of the layer.
+    """
+    terms: list[object]
+    if isinstance(call.terms, LayerTerms):
+        terms = [_spelt(call.terms, name) for name in _LAYER] + [shape, pushed]
+    else:
+        terms = [_spelt(call.terms, name) for name in _PLAIN]
+    place = call.place
+    said = [call.operation, place.layer, place.direction, int(place.step), int(call.attempt), terms]
+    return json.dumps(said, separators=(",", ":")).encode()
+
+
+def heard(text: bytes) -> Call:
+    """The call that `speak` made text of."""
+    operation, layer, direction, step, attempt, values = json.loads(text)
+    terms: MirrorTerms | PlainTerms
+    if len(values) == len(_MIRROR):
+        terms = MirrorTerms(**dict(zip(_MIRROR, values, strict=True)))
+    else:
+        op, arrays, root = values
+        terms = PlainTerms(op, tuple(arrays), root)
+    place = Place(layer, None if direction is None else Direction(direction), step)
+    return Call(Operation(operation), place, terms, attempt)
+
+
+def name_of(text: bytes) -> int:
+    """A number from 1 to 2^62 that stands for a text."""
+    return (int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 2) + 1
+
+
+def pushed_state(before: str, state: LayerState) -> str:
+    """How a mirror speaks of its pushes after one more: their number, and a name for all that was pushed."""
+    number, _, chain = before.partition(" ")
+    digest = blake2b(chain.encode(), digest_size=4)
+    for array in state.arrays().values():
+        digest.update(array.tobytes())
+    return f"{(0 if number == 'nothing' else int(number)) + 1} ({digest.hexdigest()})"
+
+
+def _spelt(terms: LayerTerms | PlainTerms, name: str) -> object:
+    value = getattr(terms, name)
+    return _SPELL[name](value) if name in _SPELL else value

@@ -1,0 +1,317 @@
+"""`World`: this process as one of the ranks of a job.
+
+Laws of this room:
+1. A `CollectiveError` ends the world: every later exchange raises it again at once.
+2. User input is checked here, before anything is sent; a transport gets what it can reduce.
+3. An exception that leaves the `with` block is told to the other ranks.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bnlayer.collective import Call, Operation, Place, PlainTerms, Total
+from bnlayer.errors import CollectiveError
+from bnlayer.reduction import OPS, refusal
+from bnlayer.state import LayerState
+from bnworker import told
+from bnworker.presence import Presence, failure
+from bnworker.statistics import Statistics
+from bnworker.transports import Transport
+
+T = TypeVar("T")
+
+
+class Layer(Protocol):
+    """What `pull` and `push` need of a layer; `BatchNormalization` is one."""
+
+    @property
+    def name(self) -> str:
+        """The name that the job knows it by."""
+
+    @property
+    def state(self) -> LayerState:
+        """Its moving statistics and grids."""
+
+    def restore(self, state: LayerState) -> None:
+        """Replace them."""
+
+
+class World:
+    """The ranks of a job, as one of them sees them.
+
+    Every rank must make the same calls in the same order. One that can't be completed raises a
+    `CollectiveError` on every rank that is alive, with the same text; the world is then over.
+
+        with bnworker.join() as world:
+            gradients = world.allreduce(gradients)
+
+    Args:
+        transport: this rank's end of the exchanges.
+        install: whether to become the process's current collective and to say good-bye when it ends. Without
+            it several worlds live in one process, for tests.
+
+    Raises:
+        RuntimeError: the process has a joined world already.
+
+    Attributes:
+        statistics: what was exchanged so far.
+    """
+
+    def __init__(self, transport: Transport, *, install: bool = True) -> None:
+        self.statistics = Statistics()
+        self._transport = transport
+        self._plain = 0
+        self._error: CollectiveError | None = None
+        self._left = False
+        self._presence = Presence(self, self._depart) if install else None
+
+    # ---- who am I ----
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        return self._transport.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self._transport.world_size
+
+    @property
+    def transport(self) -> str:
+        """How the ranks reach each other: "alone", "mpi" or "service"."""
+        return self._transport.name
+
+    def shard(self, n: int) -> slice:
+        """This rank's part of n rows: contiguous, and as even as can be.
+
+            n = q·W + m:        ranks 0 to m − 1 hold q + 1 rows, the others q
+
+        Args:
+            n: the number of rows, at least 0.
+
+        Returns:
+            The slice; over all ranks they cover 0 … n − 1 in order, once.
+
+        Raises:
+            TypeError: n is no integer.
+            ValueError: n is negative.
+        """
+        n = operator.index(n)
+        if n < 0:
+            raise ValueError(f"shard(n): expected n >= 0, received {n}.")
+        each, more = divmod(n, self.world_size)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+    # ---- plain operations ----
+
+    def allreduce(self, arrays: Iterable[ArrayLike], op: Literal["sum", "max", "min"] = "sum") -> list[NDArray[Any]]:
+        """Reduce arrays element by element over all ranks.
+
+        Floats are added in float64 and rounded once; integers exactly. NaN and Inf pass through a sum, and a
+        NaN anywhere is the maximum and the minimum. The service adds floats in rank order, and so does MPI
+        after `join(deterministic=True)`: the same bits for the same ranks.
+
+        Args:
+            arrays: of float16, bfloat16, float32, float64, integers, or (for max and min) bool. Every rank
+                gives the same number, dtypes and shapes. Numbers count as arrays without axes.
+            op: "sum", "max" or "min".
+
+        Returns:
+            New arrays of the dtypes and shapes that came in, the same on every rank.
+
+        Raises:
+            TypeError: an array's dtype can't be reduced, or `arrays` is not a list of arrays.
+            ValueError: op is another.
+            OverflowError: on every rank: a sum of integers does not fit its dtype.
+            CollectiveError: the ranks disagree, or one is lost.
+        """
+        if op not in OPS:
+            raise ValueError(f"allreduce(op=): expected one of {', '.join(OPS)}, received {op!r}.")
+        checked = _checked("allreduce", arrays, op)
+        described = tuple(f"{array.dtype.name}{list(array.shape)}" for array in checked)
+        call = self._call(Operation.REDUCE, PlainTerms(op, described))
+        return self._through(call, checked, lambda: self._transport.reduce(call, checked), lambda reduced: reduced)
+
+    def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
+        """Give every rank the root's arrays.
+
+        Args:
+            arrays: the root's; what other ranks give is not looked at. Dtypes and shapes travel along.
+            root: the rank whose arrays these are.
+
+        Returns:
+            New arrays, the same on every rank.
+
+        Raises:
+            TypeError: on the root: an array's dtype can't travel, or `arrays` is not a list of arrays.
+            ValueError: root is no rank.
+            CollectiveError: the ranks disagree, or one is lost.
+        """
+        root = operator.index(root)
+        if not 0 <= root < self.world_size:
+            raise ValueError(f"broadcast(root=): expected 0 <= root < {self.world_size}, received {root}.")
+        mine = None
+        if root == self.rank:
+            mine = [array.copy() for array in _checked("broadcast", () if arrays is None else arrays, "max")]
+        call = self._call(Operation.BROADCAST, PlainTerms(root=root))
+        return self._through(call, mine or (), lambda: self._transport.broadcast(call, mine), lambda received: received)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it.
+
+        Raises:
+            CollectiveError: the ranks disagree, or one is lost.
+        """
+        call = self._call(Operation.BARRIER, PlainTerms())
+        self._through(call, (), lambda: self._transport.barrier(call), lambda _: ())
+
+    # ---- the layer's door ----
+
+    def enroll(self, call: Call, state: LayerState) -> LayerState:
+        """Make a layer known to all ranks; a layer calls it. Returns the owner's state."""
+        return self._through(
+            call,
+            tuple(state.arrays().values()),
+            lambda: self._transport.enroll(call, state),
+            lambda seeded: tuple(seeded.arrays().values()),
+        )
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """Reduce exact words over all ranks; a layer calls it."""
+        return self._through(
+            call, (words,), lambda: self._transport.exchange(call, words), lambda total: (total.words,)
+        )
+
+    def pull(self, layer: Layer | str) -> LayerState | None:
+        """Fetch the owner's moving statistics of a layer, and put them into it.
+
+        Any rank may call it at any time; inference never does. Under "alone" and "mpi" each rank owns its
+        own, and nothing happens.
+
+        Args:
+            layer: the layer; or its name, and nothing is put anywhere.
+
+        Returns:
+            What was fetched; None where each rank owns its own.
+
+        Raises:
+            ValueError: the layer is not built.
+            CollectiveError: the service refuses, or stays away.
+        """
+        self._alive()
+        name = layer if isinstance(layer, str) else layer.name
+        state = self._latched(lambda: self._transport.pull(name))
+        if state is not None and not isinstance(layer, str):
+            layer.restore(state)
+        return state
+
+    def push(self, layer: Layer) -> None:
+        """Make a layer's moving statistics the owner's, e.g. after loading weights.
+
+        Under "service" any rank may call it, and the last one wins; the others `pull`. Under "mpi" each rank
+        owns its own: all must push the same, or the next exchange is a `MismatchError`.
+
+        Raises:
+            ValueError: the layer is not built.
+            CollectiveError: the service refuses, or stays away.
+        """
+        self._alive()
+        state = layer.state
+        taken = self._latched(lambda: self._transport.push(layer.name, state))
+        if taken is not None:
+            layer.restore(taken)
+
+    # ---- the end ----
+
+    def leave(self) -> None:
+        """Leave the job cleanly. `with` does it, and so does a normal exit; a second time does nothing."""
+        self._depart("")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depart(failure(error))
+
+    def __repr__(self) -> str:
+        left = ", left" if self._left else ""
+        ended = left if self._error is None else f", ended by {type(self._error).__name__}"
+        return f"World(rank={self.rank}, world_size={self.world_size}, transport={self.transport!r}{ended})"
+
+    def _depart(self, reason: str) -> None:
+        if self._left:
+            return
+        self._left = True
+        if self._presence is not None:
+            self._presence.end()
+        self._transport.leave(reason)
+
+    # ---- one exchange ----
+
+    def _call(self, operation: Operation, terms: PlainTerms) -> Call:
+        call = Call(operation, Place(None, None, self._plain), terms)
+        self._plain += 1
+        return call
+
+    def _through(
+        self,
+        call: Call,
+        sent: Sequence[NDArray[Any]],
+        action: Callable[[], T],
+        received: Callable[[T], Sequence[NDArray[Any]]],
+    ) -> T:
+        """Make one exchange, count it, and remember the error that ends the world."""
+        self._alive()
+        self.statistics.bytes_sent += sum(array.nbytes for array in sent)
+        start = time.perf_counter()
+        try:
+            result = self._latched(action)
+        finally:
+            self.statistics.waiting_seconds += time.perf_counter() - start
+        self.statistics.completed(call, sum(array.nbytes for array in received(result)))
+        return result
+
+    def _alive(self) -> None:
+        if self._error is not None:
+            raise self._error.again()
+        if self._left:
+            raise RuntimeError(f"{self!r}: this world was left; make exchanges inside `with bnworker.join()`.")
+
+    def _latched(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except CollectiveError as error:
+            self._error = error
+            told.tell()
+            raise
+
+
+def _checked(function: str, arrays: Iterable[ArrayLike], op: str) -> list[NDArray[Any]]:
+    """The arrays, contiguous and in native byte order.
+
+    Raises:
+        TypeError: an array's dtype is refused, or there is one array instead of a list.
+    """
+    if isinstance(arrays, np.ndarray | str | bytes) or not isinstance(arrays, Iterable):
+        received = f"one of dtype {arrays.dtype}" if isinstance(arrays, np.ndarray) else type(arrays).__name__
+        raise TypeError(f"{function}(arrays): expected a list of arrays, received {received}; write [x].")
+    checked = []
+    for index, given in enumerate(arrays):
+        array = np.asarray(given)
+        why = refusal(op, array.dtype)
+        if why is not None:
+            raise TypeError(f"{function}(arrays): array {index}: {why}.")
+        checked.append(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
+    return checked
