@@ -1,0 +1,84 @@
+"""One rank of a job that ends badly: it joins as a user does, and writes what it is told.
+
+mpiexec -n N python ending_rank.py WAY FOLDER
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import bnworker
+from bnlayer.environment import announced
+from bnworker import CollectiveError
+
+TIMEOUT_S = 2.0
+
+
+def main(way: str, folder: Path) -> None:
+    """Two barriers, and the last rank does not come to the second one."""
+    if way == "never-joins" and announced(os.environ)[0].rank > 0:
+        time.sleep(60)
+        return
+    world = bnworker.join(timeout=TIMEOUT_S)
+    (folder / f"{world.rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    world.barrier()
+    if world.rank == world.world_size - 1:
+        WAYS[way](world)
+        return
+    if way == "is-interrupted":
+        time.sleep(60)
+    start = time.monotonic()
+    try:
+        world.barrier()
+    except CollectiveError as error:
+        answer = [type(error).__name__, str(error), error.ranks, time.monotonic() - start]
+        (folder / f"{world.rank}.json").write_text(json.dumps(answer), encoding="utf-8")
+        raise
+
+
+def freeze(world: bnworker.World) -> None:
+    """Stop, as under a debugger or on a machine that swaps."""
+    del world
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fail(world: bnworker.World) -> None:
+    """An exception that nobody catches, outside any `with` block."""
+    del world
+    raise ValueError("no such file")
+
+
+def exit_3(world: bnworker.World) -> None:
+    """A failing exit inside a `with` block."""
+    with world:
+        sys.exit(3)
+
+
+def interrupt(world: bnworker.World) -> None:
+    """Ctrl-C in the middle of an exchange."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    world.barrier()
+
+
+def sleep(world: bnworker.World) -> None:
+    """Compute for longer than the others wait."""
+    del world
+    time.sleep(60)
+
+
+WAYS = {
+    "freezes": freeze,
+    "fails": fail,
+    "exits-3": exit_3,
+    "returns": lambda world: None,
+    "crashes": lambda world: os.kill(os.getpid(), signal.SIGKILL),
+    "is-slow": sleep,
+    "is-interrupted": interrupt,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

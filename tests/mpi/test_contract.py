@@ -1,0 +1,41 @@
+"""The contract of every transport, under mpiexec with one, two and three ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import disagreements, mpi
+from support.contract import names
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+
+assert disagreements.DISAGREEMENTS  # they are bodies of the contract too
+
+Outcomes = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcomes]:
+    """What every rank saw in every body, by the number of ranks; one start of mpiexec for each number."""
+    seen = {}
+    for world_size in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"ranks-{world_size}-")
+        ended = mpi.run(world_size, Path(__file__).with_name("contract_rank.py"), folder, limit_s=90)
+        assert ended.code == 0, ended.out + ended.err
+        files = [folder / f"{rank}.json" for rank in range(world_size)]
+        seen[world_size] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(world_size, name) for world_size in (1, 2, 3) for name in names("mpi", world_size)]
+)
+def test_contract(outcomes: dict[int, Outcomes], world_size: int, name: str) -> None:
+    """Each body passes on every rank, and all ranks see the same."""
+    ranks = [rank[name] for rank in outcomes[world_size]]
+    for number, rank in enumerate(ranks):
+        assert "failed" not in rank, f"rank {number}: {rank['failed']}"
+    told = [rank["saw"] for rank in ranks if rank["saw"] is not None]
+    assert all(saw == told[0] for saw in told)

@@ -1,0 +1,118 @@
+"""Jobs that end badly under mpiexec: nobody hangs, everybody is told, nothing is left behind."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import mpi
+from support.disagreements import without_hosts
+
+pytestmark = [pytest.mark.mpi, pytest.mark.fault]
+
+TIMEOUT_S = 2.0  # of ending_rank.py
+
+
+def end(world_size: int, way: str, folder: Path) -> tuple[mpi.Ended, list[Any]]:
+    """Let the last rank end in some way; how the job ended, and what each of the others was told."""
+    script = Path(__file__).with_name("ending_rank.py")
+    ended = mpi.run(world_size, script, way, folder, limit_s=30)
+    for file in folder.glob("*.pid"):
+        until_gone(int(file.read_text(encoding="utf-8")))
+    return ended, [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+
+
+def until_gone(pid: int) -> None:
+    """Return when a process is gone: mpiexec may end a little before the last rank does."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, f"process {pid} was left behind"
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("way", "kind", "what"),
+    [
+        ("fails", "PeerLostError", "failed with ValueError: no such file"),
+        ("exits-3", "PeerLostError", "failed with SystemExit: 3"),
+        ("returns", "StallError", "left the job"),
+    ],
+)
+def test_leaving_is_told_at_once(world_size: int, way: str, kind: str, what: str, tmp_path: Path) -> None:
+    """An exception, a failing exit and an early return reach the others within a second; the job fails."""
+    ended, told = end(world_size, way, tmp_path)
+    assert ended.code != 0
+    assert len(told) == world_size - 1
+    for name, text, ranks, seconds in told:
+        assert name == kind
+        assert without_hosts(text).startswith(f"rank {world_size - 1} {what}")
+        assert ranks == [world_size - 1]
+        assert seconds < 1.0
+    assert len({text for _, text, _, _ in told}) == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("way", ["freezes", "is-slow"])
+def test_who_does_not_come_is_named_at_the_deadline(world_size: int, way: str, tmp_path: Path) -> None:
+    """A rank that is stopped (SIGSTOP), or computes for longer than the timeout; the job ends, and fails."""
+    ended, told = end(world_size, way, tmp_path)
+    assert ended.code != 0
+    assert len(told) == world_size - 1
+    waiting = "rank 0 waits" if world_size == 2 else "rank 0, rank 1 wait"
+    for name, text, ranks, seconds in told:
+        assert name == "PeerLostError"
+        assert without_hosts(text) == (
+            f"rank {world_size - 1} did not come within 2 s. {waiting} in barrier (number 1)."
+        )
+        assert ranks == [world_size - 1]
+        assert TIMEOUT_S <= seconds < TIMEOUT_S + 1.0
+    assert len({text for _, text, _, _ in told}) == 1
+    assert "ends the whole MPI job" in ended.err
+
+
+def test_a_crash_ends_the_job(tmp_path: Path) -> None:
+    """kill -9 of a rank: mpiexec ends all of them, non-zero."""
+    ended, _ = end(3, "crashes", tmp_path)
+    assert ended.code != 0
+
+
+def test_an_interrupted_exchange_ends_the_job(tmp_path: Path) -> None:
+    """Ctrl-C in one rank's exchange: it can't leave in order any more, so it ends all ranks."""
+    ended, _ = end(2, "is-interrupted", tmp_path)
+    assert ended.code != 0
+    assert "KeyboardInterrupt" in ended.err
+    assert "ends the whole MPI job" in ended.err
+
+
+def test_joining_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """A rank that never joins: MPI's own initialization can't be interrupted, so it is ended from outside."""
+    ended, _ = end(2, "never-joins", tmp_path)
+    assert ended.code != 0
+    assert "in _initialize_mpi_or_exit" in ended.err
+
+
+def test_an_mpiexec_of_another_mpi_is_noticed() -> None:
+    """Each rank would be alone in a world of its own, and train for itself."""
+    code = "import bnworker; bnworker.join(transport='mpi', rank=1, world_size=2)"
+    ended = mpi.run(1, "-c", code)
+    assert ended.code != 0
+    assert (
+        "RuntimeError: This process is rank 1 of 2 (transport= says so; rank= and world_size= are given)" in ended.err
+    )
+    assert "but to mpi4py it is rank 0 of 1. Start it with the mpiexec of the MPI that mpi4py uses" in ended.err
+
+
+def test_two_worlds_one_after_the_other() -> None:
+    """A world that was left can be followed by another; nothing of the first remains."""
+    code = (
+        "import bnworker, numpy as np\n"
+        "for _ in range(3):\n"
+        "    with bnworker.join(timeout=10) as world:\n"
+        "        assert world.allreduce([world.rank])[0] == 1\n"
+    )
+    ended = mpi.run(2, "-c", code)
+    assert ended.code == 0, ended.err

@@ -1,0 +1,38 @@
+"""`bnlayer train` over MPI: under our launcher and under mpiexec itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnworker.launcher.mpi import Vendor, environment
+from support.training import FIFTY_STEPS, Trained, same_result, trained
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One process on the same global batches."""
+    return trained(tmp_path_factory.mktemp("alone"), "--transport=none", *FIFTY_STEPS)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_launchers_ranks(alone: Trained, workers: int, tmp_path: Path) -> None:
+    """Fifty float64 steps over MPI, against one process."""
+    run = trained(tmp_path, "--transport=mpi", f"--workers={workers}", *FIFTY_STEPS)
+    assert (run.summary["transport"], run.summary["world_size"]) == ("mpi", workers)
+    assert "[0] epoch 1/20  loss " in run.out
+    same_result(alone, run)
+
+
+def test_mpiexecs_own_ranks(alone: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mpiexec -n 3 bnlayer train`: the command is a rank, and one rank alone shows and writes."""
+    for name, value in environment(Vendor.OPEN_MPI, 99, {}).items():  # MPICH reads none of these
+        monkeypatch.setenv(name, value)
+    run = trained(tmp_path, *FIFTY_STEPS, before=[Path(sys.prefix, "bin", "mpiexec"), "-n", "3"])
+    assert (run.summary["transport"], run.summary["world_size"]) == ("mpi", 3)
+    assert run.out.count("epoch 1/20") == 1
+    same_result(alone, run)

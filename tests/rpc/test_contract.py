@@ -1,0 +1,33 @@
+"""The contract of every transport, over a service with one, two and three ranks."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from support import disagreements
+from support.contract import names
+from support.service import daemon, run_threads
+
+pytestmark = pytest.mark.rpc
+
+assert disagreements.DISAGREEMENTS  # they are bodies of the contract too
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of one service for all jobs."""
+    with daemon() as at:
+        yield at
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(world_size, name) for world_size in (1, 2, 3) for name in names("service", world_size)]
+)
+def test_contract(address: str, world_size: int, name: str) -> None:
+    """Each body passes on every rank, and all ranks see the same."""
+    ranks = run_threads(address, f"{name}-{world_size}", world_size, name)
+    for saw in ranks:
+        if isinstance(saw, BaseException):
+            raise saw
+    told = [saw for saw in ranks if saw is not None]
+    assert all(saw == told[0] for saw in told)

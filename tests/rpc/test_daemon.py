@@ -1,0 +1,256 @@
+"""The daemon from outside: how it starts, what it refuses, how it ends, and what outlives it."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bnlayer import BatchNormalization, PeerLostError, ServiceError
+from bnproto.channel import CLIENT_OPTIONS, SERVICE_NAME
+from bnworker import World
+from bnworker.transports.service import ServiceTransport
+
+pytestmark = pytest.mark.rpc
+
+_X = np.arange(12, dtype=np.float32).reshape(6, 2)
+
+
+def _world(address: str, rank: int = 0, world_size: int = 1, timeout: float = 20.0) -> World:
+    return World(ServiceTransport(address, "job", rank, world_size, timeout=timeout), install=False)
+
+
+def _trained(address: str, steps: int) -> tuple[bytes, int]:
+    """The owner's statistics after a run of some steps."""
+    with _world(address) as world:
+        layer = BatchNormalization(synchronized=True, name="a", collective=world)
+        for step in range(steps):
+            layer(_X + step, training=True)
+        world.pull(layer)
+        state = layer.state
+        return state.moving_mean.tobytes() + state.moving_variance.tobytes(), state.version
+
+
+def _refused(start: Callable[..., Any], *arguments: str) -> tuple[int, str]:
+    code, out, err = start("-m", "bnserver", *arguments).end(within=20)
+    assert out == ""
+    return code, err
+
+
+# ---- starting ----
+
+
+def test_ready_file_and_line_say_the_same(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """Launchers read either; the file appears as a whole, when ranks can join."""
+    ready = tmp_path / "address"
+    service = serve("--ready-file", str(ready))
+    assert ready.read_text(encoding="utf-8") == service.address
+    assert list(tmp_path.iterdir()) == [ready]
+    with _world(service.address) as world:
+        world.barrier()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "example.org:50051"])
+def test_plain_text_beyond_this_machine_must_be_asked_for(start: Callable[..., Any], listen: str) -> None:
+    """Secure by default: anybody who reaches the port could join any job."""
+    code, err = _refused(start, "--listen", listen)
+    assert code == 2
+    assert f"bnserver: {listen} is reachable from other machines" in err
+    assert "say --insecure if the network is your own" in err
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1", "127.0.0.1:", ":50051", "127.0.0.1:http", "127.0.0.1:65536"])
+def test_an_address_has_a_host_and_a_port(start: Callable[..., Any], listen: str) -> None:
+    """A typing error is told as one."""
+    code, err = _refused(start, "--listen", listen)
+    assert code == 2
+    assert f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
+
+
+def test_insecure_listens_everywhere(start: Callable[..., Any]) -> None:
+    """Where the network is one's own."""
+    service = start("-m", "bnserver", "--listen", "0.0.0.0:0", "--insecure")
+    port = service.line().rpartition(":")[2]
+    with _world(f"127.0.0.1:{port}") as world:
+        world.barrier()
+
+
+def test_a_taken_port_is_told(serve: Callable[..., Any], start: Callable[..., Any]) -> None:
+    """By default gRPC would share the port between two daemons, silently."""
+    address = serve().address
+    code, err = _refused(start, "--listen", address)
+    assert code == 1
+    assert f"bnserver: Can't listen on {address}:" in err
+    assert "Another process may hold the port" in err
+
+
+def test_a_state_directory_has_one_daemon(serve: Callable[..., Any], start: Callable[..., Any], tmp_path: Path) -> None:
+    """Two owners of the same statistics would overwrite each other; the second is told who holds them."""
+    first = serve("--state-dir", str(tmp_path))
+    code, err = _refused(start, "--listen", "127.0.0.1:0", "--state-dir", str(tmp_path))
+    assert code == 1
+    holder = f"pid {first.popen.pid} on host {socket.gethostname()}"
+    assert f"bnserver: The state directory {tmp_path} is in use by {holder}." in err
+
+
+def test_a_lock_ends_with_its_daemon(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """After kill -9 the next daemon starts: the kernel gave the lock back."""
+    first = serve("--state-dir", str(tmp_path))
+    first.end(signal.SIGKILL)
+    serve("--state-dir", str(tmp_path))
+
+
+def test_a_corrupt_snapshot_stops_the_start(
+    serve: Callable[..., Any], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Moving statistics are never lost silently: the file is named, and left as it is."""
+    service = serve("--state-dir", str(tmp_path))
+    _trained(service.address, 2)
+    service.end(signal.SIGTERM)
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, err = _refused(start, "--listen", "127.0.0.1:0", "--state-dir", str(tmp_path))
+    assert code == 1
+    assert f"bnserver: The snapshot {path} is corrupt: its digest does not match its content." in err
+    assert path.read_bytes() == data
+
+
+def test_help_teaches(start: Callable[..., Any]) -> None:
+    """The flags, an example of each use, the exit codes."""
+    code, out, _ = start("-m", "bnserver", "--help").end(within=20)
+    assert code == 0
+    for word in ("--listen HOST:PORT", "--state-dir DIR", "--insecure", "--ready-file PATH", "exit codes:"):
+        assert word in out
+
+
+# ---- health ----
+
+
+def test_health_says_when_ranks_can_join(serve: Callable[..., Any]) -> None:
+    """For the whole server and for the service by name; an unknown service is unknown."""
+    with grpc.insecure_channel(serve().address, CLIENT_OPTIONS) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE_NAME):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+            health.Check(health_pb2.HealthCheckRequest(service="else"), timeout=10)
+
+
+# ---- ending, and what outlives it ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_drain_tells_waiting_ranks_and_ends_in_time(serve: Callable[..., Any], number: int) -> None:
+    """Whoever waits is told why, at once; the daemon exits 0 within 5 s."""
+    service = serve()
+    told: list[ServiceError] = []
+
+    def waits(rank: int) -> None:
+        world = _world(service.address, rank, 3)
+        try:
+            if rank != 2:
+                world.barrier()
+            else:
+                parked.wait(10)
+        except ServiceError as error:
+            told.append(error)
+        world.leave()
+
+    parked = threading.Event()
+    ranks = [threading.Thread(target=waits, args=(rank,), daemon=True) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    _until_stderr(service, "3 ranks")
+    begin = time.monotonic()
+    code, _, _ = service.end(number)
+    assert code == 0
+    assert time.monotonic() - begin < 5.0
+    parked.set()
+    for rank in ranks:
+        rank.join(10)
+    text = "The service is stopping. Start the job again once it is back: the moving statistics are kept."
+    assert [(str(error), error.ranks) for error in told] == [(text, ())] * 2
+
+
+def test_statistics_outlive_a_drain(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """A run over two daemons gives the bits of a run over one."""
+    first = serve("--state-dir", str(tmp_path / "two"))
+    _trained(first.address, 3)
+    assert first.end(signal.SIGTERM)[0] == 0
+    second = serve("--state-dir", str(tmp_path / "two"))
+    got = _trained(second.address, 2)
+    whole = serve("--state-dir", str(tmp_path / "one"))
+    _trained(whole.address, 3)
+    assert got == _trained(whole.address, 2)
+    assert got[1] == 5
+
+
+def test_what_the_last_rank_left_behind_outlives_kill_9(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """When `leave` returns on the last rank, the job is on disk."""
+    first = serve("--state-dir", str(tmp_path))
+    before = _trained(first.address, 3)
+    first.end(signal.SIGKILL)
+    second = serve("--state-dir", str(tmp_path))
+    with _world(second.address) as world:
+        state = ServiceTransport.pull(world._transport, "a")  # type: ignore[arg-type]  # below the layer: what is owned
+        assert state is not None
+        assert (state.moving_mean.tobytes() + state.moving_variance.tobytes(), state.version) == before
+
+
+def test_without_a_state_directory_nothing_stays(serve: Callable[..., Any]) -> None:
+    """In memory alone: another daemon knows nothing of the job."""
+    first = serve()
+    _trained(first.address, 1)
+    first.end(signal.SIGTERM)
+    assert _trained(serve().address, 1)[1] == 1
+
+
+def test_a_disk_that_is_full_is_told(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """A job that can't be saved is no orderly end; what was saved before is still there."""
+    service = serve("--state-dir", str(tmp_path))
+    _trained(service.address, 1)
+    (path,) = tmp_path.glob("*.safetensors")
+    before = path.read_bytes()
+    path.with_suffix(".part").mkdir()  # stands in the way of the next write
+    _trained(service.address, 1)
+    code, _, err = service.end(signal.SIGTERM)
+    assert code == 1
+    assert f"bnserver: Job 'job' could not be saved to {path}:" in err
+    assert path.read_bytes() == before
+
+
+def test_the_next_generation_goes_on_after_a_lost_rank(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
+    """One job, two attempts: the second begins with what the first one completed."""
+    service = serve()
+    lost = run_rank(service.address, 1, 2, "time.sleep(60)")
+    with _world(service.address, 0, 2) as world:
+        assert lost.line() == "joined"
+        lost.end(signal.SIGKILL)
+        with pytest.raises(PeerLostError):
+            world.barrier()
+    assert _trained(service.address, 2)[1] == 2
+
+
+def _until_stderr(process: Any, text: str) -> None:
+    """Read the log until a line holds a text."""
+    stream = process.popen.stderr
+    while text not in (line := stream.readline()):
+        assert line, f"the log ended without {text!r}"
+
+
+def test_no_process_is_left_behind(serve: Callable[..., Any]) -> None:
+    """The daemon has no children: killing it is enough."""
+    pid = serve().popen.pid
+    assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
+    assert os.getpgid(pid) == os.getpgid(0)

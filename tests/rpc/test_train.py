@@ -1,0 +1,138 @@
+"""`bnlayer train` through the service: what it learns, what it writes, what it sends."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.training import FIFTY_STEPS, same_result, trained
+
+pytestmark = [pytest.mark.rpc, pytest.mark.timeout(120)]
+
+
+@pytest.mark.slow
+def test_two_workers_learn_the_digits(tmp_path: Path) -> None:
+    """The main job, with its default settings: 97 % of the test rows, within half a minute."""
+    run = trained(tmp_path, "--data", "digits", "--workers", "2")
+    summary = run.summary
+    assert summary["test_accuracy"] >= 0.97
+    assert summary["seconds"] <= 30
+    assert (summary["transport"], summary["world_size"]) == ("service", 2)
+    assert (summary["epochs"], summary["steps"], summary["moving_version"]) == (20, 460, 460)
+    assert [(layer["name"], layer["channels"]) for layer in summary["layers"]] == [("bn_1", 128), ("bn_2", 64)]
+    for layer in summary["layers"]:
+        for name in ("moving_mean", "moving_variance"):
+            assert np.float32(layer[name]).tobytes() == run.tensors[f"{layer['name']}/state/{name}"].tobytes()
+    assert re.search(r"^epoch 20/20  loss 0\.\d{4}  accuracy 9[789]\.\d\d%  [\d,]+ rows/s$", run.out, re.MULTILINE)
+    assert "2 (service)" in run.out
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_does_not_matter(workers: int, tmp_path: Path) -> None:
+    """Fifty float64 steps through the service, against one process on the same global batches."""
+    alone = trained(tmp_path / "alone", "--transport=none", *FIFTY_STEPS)
+    assert alone.summary["transport"] == "alone"
+    together = trained(tmp_path / "together", f"--workers={workers}", *FIFTY_STEPS)
+    assert (together.summary["transport"], together.summary["world_size"]) == ("service", workers)
+    same_result(alone, together)
+
+
+def test_more_workers_than_rows(tmp_path: Path) -> None:
+    """A rank without rows takes part in every exchange, and changes nothing."""
+    options = ("--dtype=float64", "--steps=12", "--batch-size=2", "--hidden=6")
+    alone = trained(tmp_path / "alone", "--transport=none", *options)
+    same_result(alone, trained(tmp_path / "together", "--workers=3", *options))
+
+
+def test_without_synchronization_the_result_is_another(tmp_path: Path) -> None:
+    """Unsynchronized replicas do differ: the tests above see the exchange, not an accident."""
+    alone = trained(tmp_path / "alone", "--transport=none", *FIFTY_STEPS)
+    replicas = trained(tmp_path / "replicas", "--transport=none", "--workers=2", *FIFTY_STEPS)
+    assert (replicas.summary["transport"], replicas.summary["replicas"]) == ("alone", 2)
+    assert np.abs(alone.tensors["bn_1/state/moving_mean"] - replicas.tensors["bn_1/state/moving_mean"]).max() > 1e-4
+    assert "one of 2 unsynchronized replicas" in replicas.out
+
+
+def test_one_worker_goes_the_same_way(tmp_path: Path) -> None:
+    """By default through a service as well: nothing is special about one."""
+    run = trained(tmp_path, "--steps=3", "--hidden=4")
+    assert (run.summary["transport"], run.summary["world_size"]) == ("service", 1)
+
+
+@pytest.mark.slow
+def test_what_is_exchanged(tmp_path: Path) -> None:
+    """One exchange per layer and direction, but for a few probes; its bytes follow from channels, not from rows."""
+    run = trained(tmp_path, "--workers=2", "--epochs=30", "--steps=500", "--hidden=32,16")
+    counts = run.summary["exchanges"]
+    for layer in ("bn_1", "bn_2"):
+        assert counts[f"{layer} enroll"] == 1
+        for direction, probes in (("forward", 2), ("backward", 6)):
+            probed = counts[f"{layer} {direction} probe"]
+            assert 1 <= probed <= probes, (layer, direction)
+            # The first probe comes before the first sums; each later one between two sums of one exchange.
+            assert counts[f"{layer} {direction} sums"] == 500 + probed - 1
+    assert counts["broadcast"] == 1
+    assert counts["allreduce"] == 500 + run.summary["epochs"]
+    assert len(counts) == 2 * 5 + 2
+    assert run.summary["bytes_sent"] == _bytes(counts, run.summary["epochs"])
+
+
+def _bytes(counts: dict[str, int], epochs: int) -> int:
+    """What rank 0 sends of a float32 model 64 → 32 → 16 → 10. Rows do not occur here."""
+    dense = 4 * (64 * 32 + 32 * 16 + 16 * 10 + 10)
+    total = (dense + 4 * 2 * (32 + 16)) + 500 * (dense + 8) + epochs * 16  # broadcast; steps; evaluations
+    for layer, channels in (("bn_1", 32), ("bn_2", 16)):
+        total += channels * (2 * 4 + 4 * 8) + 3 * 8  # enrolment: moving statistics, grids, flags
+        for direction in ("forward", "backward"):
+            total += channels * 8 * 2 * counts[f"{layer} {direction} probe"]
+            total += channels * 8 * 6 * counts[f"{layer} {direction} sums"]
+    return total
+
+
+# Every pull compares what the layer has by itself with what the owner has, before it takes it over.
+MIRROR = """
+import bnworker
+from bnworker.data import load
+from bnworker.training import Settings, train
+
+compared = 0
+
+class Comparing(bnworker.World):
+    def pull(self, layer):
+        global compared
+        if layer.state.version:
+            own, owners = layer.state.arrays(), super().pull(layer.name).arrays()
+            for name in own:
+                assert own[name].dtype == owners[name].dtype
+                assert own[name].tobytes() == owners[name].tobytes(), (layer.name, name)
+            compared += 1
+        return super().pull(layer)
+
+with bnworker.join() as world:
+    world.__class__ = Comparing
+    train(Settings(epochs=3, hidden=(12, 7), dtype=DTYPE, steps=40), load("digits", DTYPE), world)
+    print(world.rank, compared)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_rank_has_the_owners_statistics(dtype: str) -> None:
+    """Bit for bit, without having pulled them: ranks apply the same function to the same bytes."""
+    code = f"DTYPE = {dtype!r}\n{MIRROR}"
+    command = [sys.executable, "-m", "bnworker.cli", "launch", "-n", "3", "--", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "[0] 0 4", "[1] 1 4", "[2] 2 4"]
+
+
+def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path) -> None:
+    """Every rank says so in one line; the exit code is 1, and no summary is written."""
+    run = trained(tmp_path, "--workers=2", "--learning-rate=1e30", "--steps=20", "--hidden=4", code=1)
+    assert re.search(r"^bnlayer: train: rank 0: DivergedError: The loss of step \d+ is", run.err, re.MULTILINE)
+    assert "Traceback" not in run.err
+    assert not (tmp_path / "out" / "summary.json").exists()

@@ -1,0 +1,80 @@
+"""Launches as processes of their own, and handles that tell whether a process is gone."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PYTHON = sys.executable
+_GONE_S = 10.0  # a killed process is gone in milliseconds; this is for a machine that does other things
+
+
+def arguments(ranks: int, *command: str, options: Sequence[str] = ()) -> list[str]:
+    """The command line of a launch."""
+    return [PYTHON, "-m", "bnworker.cli", "launch", "-n", str(ranks), *options, "--", *command]
+
+
+def launch(ranks: int, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """A launch from start to end."""
+    return subprocess.run(
+        arguments(ranks, *command, options=options), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def script(text: str) -> tuple[str, str, str]:
+    """A rank's program; `rank` is its number."""
+    return PYTHON, "-c", "import os, signal, sys, time\nrank = int(os.environ['BNLAYER_RANK'])\n" + text
+
+
+@contextmanager
+def launched(ranks: int, *command: str, options: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A launch under way."""
+    process = subprocess.Popen(
+        arguments(ranks, *command, options=options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def pids(process: subprocess.Popen[str], count: int) -> list[int]:
+    """The pids that ranks wrote, one a line: `[0] PID`."""
+    assert process.stdout is not None
+    return [int(process.stdout.readline().split()[-1]) for _ in range(count)]
+
+
+def gone(handles: Sequence[int]) -> bool:
+    """Whether processes have ended; asked of handles, which are not reused as pids are."""
+    deadline = time.monotonic() + _GONE_S
+    waiting = list(handles)
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        ended, _, _ = select.select(waiting, [], [], left)
+        waiting = [handle for handle in waiting if handle not in ended]
+    return not waiting
+
+
+@contextmanager
+def watched(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Handles of processes; what still runs at the end is killed."""
+    handles = [os.pidfd_open(number) for number in numbers]
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.close(handle)
+
+
+def children(pid: int) -> list[int]:
+    """The pids of a process's children: ranks, service and guardian."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))

@@ -1,0 +1,90 @@
+"""The promise, made by real processes: any number of ranks, over any transport, gives one process's bits.
+
+As a script it is one rank, which joins as its environment says and writes what it saw:
+
+    mpiexec -n N python same_bits.py FOLDER [cut]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import bnworker
+from bnlayer import BatchNormalization
+from bnlayer.collective import Call, Collective, Total
+from support.families import FAMILIES, draw
+from support.layers import gradients
+
+STEPS, ROWS, CHANNELS = 5, 32, 3
+SHARDS = {1: (32,), 2: (13, 19), 3: (7, 0, 25), 4: (7, 0, 24, 1)}
+
+Seen = dict[str, list[list[str]]]
+
+
+def cases() -> Iterator[tuple[str, str, str, bool]]:
+    """Name, family, dtype and whether masked."""
+    for family in FAMILIES:
+        for dtype in ("float32", "float64"):
+            for masked in (False, True):
+                yield f"{family} {dtype} {'masked' if masked else 'unmasked'}", family, dtype, masked
+
+
+def train(collective: Collective) -> Seen:
+    """Train this rank's shard of every case; outputs, gradients and state after each step, as hexadecimal bytes."""
+    rows = SHARDS[collective.world_size]
+    start = sum(rows[: collective.rank])
+    mine = slice(start, start + rows[collective.rank])
+    seen: Seen = {}
+    for name, family, dtype, masked in cases():
+        bn = BatchNormalization(synchronized=True, name=name, dtype=dtype, collective=collective)
+        seen[name] = []
+        for step in range(STEPS):
+            x = draw(family, 0, step, (ROWS, CHANNELS), dtype)
+            dy = draw("jump", 1, step, (ROWS, CHANNELS), dtype)
+            mask = np.random.default_rng([2, step]).random(ROWS) < (0.7, 1.0, 0.3)[step % 3]
+            y = bn(x[mine], training=True, mask=mask[mine] if masked else None)
+            dx = bn.backward(dy[mine])
+            state = [array for what, array in bn.state.arrays().items() if what != "flags"]
+            seen[name].append([array.tobytes().hex() for array in (y, dx, *gradients(bn), *state)])
+    return seen
+
+
+def union(ranks: list[Seen]) -> Seen:
+    """What the ranks saw as one: outputs and input gradients end to end; all else must be equal on all of them."""
+    joined: Seen = {}
+    for name, steps in ranks[0].items():
+        joined[name] = []
+        for step, first in enumerate(steps):
+            each = [rank[name][step] for rank in ranks]
+            assert all(other[2:] == first[2:] for other in each), f"{name}, step {step}: the ranks differ"
+            joined[name].append(["".join(one[i] for one in each) for i in (0, 1)] + first[2:])
+    return joined
+
+
+def read(folder: Path, world_size: int) -> list[Seen]:
+    """What every rank wrote, in rank order."""
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world_size)]
+
+
+def cut_out(call: Call, words: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Total:
+    """An exchange that exchanges nothing."""
+    del call
+    return Total(words)
+
+
+def main(folder: Path, *, cut: bool) -> None:
+    """One rank."""
+    with bnworker.join(timeout=30) as world:
+        if cut:
+            world._transport.exchange = cut_out  # type: ignore[method-assign]  # what the test breaks
+        seen = train(world)
+        (folder / f"{world.rank}.json").write_text(json.dumps(seen), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), cut="cut" in sys.argv[2:])

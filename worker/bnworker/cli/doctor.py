@@ -1,0 +1,110 @@
+"""`bnlayer doctor`: what is installed, and what it can reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+_PACKAGES = ("bnlayer", "numpy", "ml_dtypes", "grpcio", "protobuf", "safetensors", "numba", "mpi4py", "scikit-learn")
+_REACH_S = 5.0  # a service on the other side of the world answers within a second
+
+
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", envvar="BNLAYER_ADDRESS", help="A service to try to reach."),
+    ] = None,
+) -> None:
+    """Say what is installed, which MPI and kernels are in use, and whether a service can be reached.
+
+    `bnlayer doctor --address 127.0.0.1:7431`
+
+    Exit code 1 if the address was given and nothing answers there.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("python", f"{platform.python_version()} ({sys.executable})")
+    table.add_row("system", f"{platform.platform()}, {len(os.sched_getaffinity(0))} usable cores")
+    for package in _PACKAGES:
+        table.add_row(package, _installed(package))
+    table.add_row("kernels", _kernels())
+    table.add_row("MPI library", _mpi_library())
+    table.add_row("mpiexec", _mpiexec())
+    table.add_row("ranks announced", _ranks())
+    reached = _reach(address) if address else None
+    table.add_row("service", "no address given (--address)" if reached is None else reached[1])
+    Console().print(table)
+    raise typer.Exit(1 if reached is not None and not reached[0] else 0)
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _kernels() -> str:
+    from bnlayer.kernels import kernels
+
+    return kernels().__name__.rpartition(".")[2]
+
+
+def _mpi_library() -> str:
+    """Asked in a process of its own: importing mpi4py starts MPI, which may abort."""
+    import subprocess
+
+    asked = subprocess.run(
+        [sys.executable, "-m", "mpi4py", "--mpi-lib-version"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if asked.returncode != 0:
+        return "none that mpi4py can use; pip install 'bnlayer[mpich]' brings one"
+    return _first_line(asked.stdout)
+
+
+def _mpiexec() -> str:
+    from bnworker.launcher import mpi
+
+    found = mpi.find(os.environ)
+    return f"{found} ({mpi.vendor(mpi.version(found))})" if found else "none beside this Python, nor on PATH"
+
+
+def _ranks() -> str:
+    from bnlayer.environment import announced
+
+    try:
+        found = announced(os.environ)
+    except ValueError as error:
+        return str(error)
+    return "; ".join(f"{a.source}: rank {a.rank} of {a.world_size}" for a in found) or "none"
+
+
+def _reach(address: str) -> tuple[bool, str]:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # its types lack the methods
+            answer = check(health_pb2.HealthCheckRequest(), timeout=_REACH_S)
+        except grpc.RpcError as error:
+            return False, f"{address} does not answer: {error.code().name}: {error.details()}"
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    return status == "SERVING", f"{address} answers: {status}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

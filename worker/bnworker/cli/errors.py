@@ -1,0 +1,15 @@
+"""What ends a command with one line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class CommandError(Exception):
+    """The command cannot do what it was asked for.
+
+    Attributes:
+        code: what it exits with: 2 where the user can mend it, 1 where it just failed.
+    """
+
+    def __init__(self, message: object, code: int = 2) -> None:
+        super().__init__(str(message))
+        self.code = code

@@ -1,0 +1,64 @@
+"""`bnlayer launch`: any program, N ranks."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from bnworker.cli.errors import CommandError
+
+
+class LaunchTransport(StrEnum):
+    """How the ranks reach each other."""
+
+    service = "service"
+    mpi = "mpi"
+
+
+def launch(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND [ARGUMENT]...", help="The program of every rank.", show_default=False),
+    ] = None,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", help="How many ranks.")] = 1,
+    transport: Annotated[
+        LaunchTransport, typer.Option(help="Through the statistics service, or as MPI ranks under mpiexec.")
+    ] = LaunchTransport.service,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            envvar="BNLAYER_ADDRESS",
+            help="Of a running service; without it one is started for this job, on a free loopback port.",
+        ),
+    ] = None,
+    job: Annotated[
+        str | None, typer.Option(envvar="BNLAYER_JOB", help="The job's name; a fresh one if not given.")
+    ] = None,
+) -> None:
+    """Run a program as N ranks on this machine.
+
+    Four ranks of your own program, which calls `bnworker.join()`:
+
+    `bnlayer launch -n 4 -- python my_training.py --epochs 3`
+
+    The same under MPI: `bnlayer launch -n 4 --transport mpi -- python my_training.py --epochs 3`
+
+    Every line of output carries its rank: `[2] epoch 1`. The ranks' standard input is empty. When a rank fails, the
+    others get 5 s, then SIGTERM, then SIGKILL, and the exit code is that of the first that failed (128 + signal if
+    one ended it; 127 if there is no such command). Nothing is left running, background processes of the ranks
+    included. Each rank finds BNLAYER_TRANSPORT, BNLAYER_RANK, BNLAYER_WORLD_SIZE, BNLAYER_JOB and, with a service,
+    BNLAYER_ADDRESS.
+    """
+    from bnworker.launcher import Job, LaunchError
+    from bnworker.launcher import launch as run
+
+    # A service's address may stand in the environment of somebody who runs an MPI job.
+    used = address if transport is LaunchTransport.service else None
+    try:
+        code = run(Job(tuple(command or ()), ranks, transport.value, used or None, job or None))
+    except LaunchError as error:
+        raise CommandError(f"launch: {error}", error.code) from None
+    raise typer.Exit(code)

@@ -1,0 +1,36 @@
+"""`bnlayer serve`: the statistics service as a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0: any free one.")
+    ] = "127.0.0.1:7431",
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the moving statistics are kept; without it, in memory alone."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without encryption: for trusted networks.")
+    ] = False,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Gets the address once the service listens.")
+    ] = None,
+) -> None:
+    """Run the statistics service until SIGTERM.
+
+    On one host: `bnlayer serve --listen 127.0.0.1:7431 --state-dir /var/lib/bnlayer`
+
+    Then, for each job: `bnlayer launch -n 4 --address 127.0.0.1:7431 --job mine -- python my_training.py`
+
+    It prints `bnserver listening on HOST:PORT` when it is ready. SIGTERM and SIGINT drain it: exit code 0 within 5 s.
+    """
+    from bnserver.daemon import serve as run
+
+    raise typer.Exit(run(listen, state_dir, insecure=insecure, ready_file=ready_file))

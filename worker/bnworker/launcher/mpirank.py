@@ -1,0 +1,90 @@
+"""Stands between mpiexec and one rank: the rank's output and end go to the launcher, not through mpiexec.
+
+    python -I -S mpirank.py FOLDER COMMAND…
+
+mpiexec mixes the output of its ranks, and says of a failed job only one number. So each rank gets named pipes
+in the launcher's folder: `N.out` and `N.err` for its output, `N.end` for "PID" when it starts and its status
+when it ends. Where the folder is not there (another host), the rank keeps mpiexec's output.
+
+Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
+did. Standard library alone: it starts once per rank, before the rank does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+
+
+def _become_the_rank(parent: int, command: list[str]) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked to watch it
+        os._exit(128 + signal.SIGKILL)
+    try:
+        os.execvp(command[0], command)  # noqa: S606 - the rank takes this process's place
+    except OSError as error:
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def _redirect(folder: Path, rank: str) -> int:
+    """Send the output to the launcher; returns where to report, /dev/null where the launcher is elsewhere."""
+    if not (folder / f"{rank}.end").is_fifo():
+        return os.open(os.devnull, os.O_WRONLY)
+    for name, descriptor in (("out", 1), ("err", 2)):
+        pipe = os.open(folder / f"{rank}.{name}", os.O_WRONLY)
+        os.dup2(pipe, descriptor, inheritable=True)
+        os.close(pipe)
+    return os.open(folder / f"{rank}.end", os.O_WRONLY)
+
+
+def _end_like(status: int) -> None:
+    if status < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has left its core already
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def main() -> None:
+    """Run the rank; end as it ends."""
+    folder, command = Path(sys.argv[1]), sys.argv[2:]
+    rank = next(os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
+    report = _redirect(folder, rank)
+    os.environ["BNLAYER_RANK"] = rank
+    # Blocked until they can be passed on. Handlers, unlike "ignore", do not survive the rank's exec.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)
+    me = os.getpid()
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
+        os.setpgid(0, 0)
+        _become_the_rank(me, command)
+    with suppress(PermissionError, ProcessLookupError):  # the child did it, and has become the rank, or ended
+        os.setpgid(child, child)
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(child, number)
+
+    for number in _PASSED:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
+    os.write(report, f"{child}\n".encode())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.write(report, f"{status}\n".encode())
+    _end_like(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""A job from start to end.
+
+    guardian → service → ranks …… all ended → service → guardian's sweep → last output → exit code
+
+The launcher follows `supervision`; here is what it does, not what it decides.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from bnworker.launcher import starting
+from bnworker.launcher.reactor import Reactor, Sink, Stream, signals
+from bnworker.launcher.starting import Job, LaunchError
+from bnworker.launcher.supervision import (
+    MPIEXEC,
+    SERVICE,
+    Alarm,
+    Ended,
+    Event,
+    Interrupted,
+    Phase,
+    Supervision,
+    Tell,
+    TimeUp,
+)
+from bnworker.told import was_told
+
+# Python, NumPy and gRPC on a cold disk beside busy ranks; a start takes half a second otherwise.
+_SERVICE_START_S = 60.0
+# The service drains within 5 s.
+_SERVICE_STOP_S = 6.0
+# The guardian gives up after 10 s.
+_SWEEP_S = 12.0
+
+# Signals that ask the ranks for something, and say nothing of the job's end.
+_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+
+_LISTENING = b"bnserver listening on "
+
+
+def launch(job: Job, environ: Mapping[str, str] = os.environ) -> int:
+    """Run a job to its end; leaves nothing running.
+
+    Must be called in the main thread (it receives signals), in a process that may wait for it.
+
+    Args:
+        job: what to run.
+        environ: the variables that its processes inherit.
+
+    Returns:
+        The exit code: see `supervision`.
+
+    Raises:
+        LaunchError: it could not be started.
+    """
+    starting.check(job, environ)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    folder = Path(tempfile.mkdtemp(prefix="bnlayer-launch-"))
+    guardian = starting.start_guardian(folder, environ)
+    run = _Run(job, folder)
+    try:
+        with signals(run.reactor, run.signalled):
+            try:
+                run.start(environ)
+                run.reactor.pump(lambda: run.supervision.done)
+            finally:
+                run.finish(guardian)
+    finally:
+        guardian.kill()  # it ended, or would sweep for ever
+        guardian.wait()
+    return run.supervision.exit_code()
+
+
+class _Run:
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.reactor = Reactor()
+        self.supervision = Supervision(frozenset())
+        self._job = job
+        self._folder = folder
+        self._out = Sink(self.reactor, 1, self._unread)
+        self._err = Sink(self.reactor, 2, self._unread)
+        self._streams: list[Stream] = []
+        self._groups: dict[int, int] = {}  # who: the process group that hears signals for it
+        self._service: subprocess.Popen[bytes] | None = None
+        self._finishing = False
+        self._impatient = False
+
+    # ---- start ----
+
+    def start(self, environ: Mapping[str, str]) -> None:
+        """Start everything, unless a signal comes first."""
+        address = self._job.address
+        if self._job.embeds_service:
+            address = self._start_service(starting.environment(self._job, self._folder, None, environ))
+        if self.supervision.phase is not Phase.RUNNING:
+            return
+        inner = starting.environment(self._job, self._folder, address, environ)
+        if self._job.transport == "mpi":
+            self._start_mpi(inner)
+            return
+        for rank in range(self._job.ranks):
+            process = starting.start_rank(self._job, rank, inner)
+            self._supervise(rank, process)
+            self._show(process, str(rank), self._out)
+
+    def _start_service(self, environ: Mapping[str, str]) -> str:
+        self._service = process = starting.start_service(environ)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._stream(starting.detach(process.stderr), "service", self._err)
+        said = bytearray()
+        speaks = starting.detach(process.stdout)
+
+        def ready() -> None:
+            chunk = os.read(speaks, 4096)
+            said.extend(chunk or b"\n")  # its end ends the waiting
+
+        self.reactor.watch(speaks, ready)
+        self.reactor.pump(lambda: b"\n" in said or self.supervision.phase is not Phase.RUNNING, _SERVICE_START_S)
+        self.reactor.forget(speaks)
+        self._stream(speaks, "service", self._err)
+        line = bytes(said).partition(b"\n")[0]
+        if self.supervision.phase is Phase.RUNNING and not line.startswith(_LISTENING):
+            raise LaunchError("the statistics service for this job did not start; what it said stands above.", 1)
+        self._on_end(process, self._service_ended)
+        return line.removeprefix(_LISTENING).decode()
+
+    def _start_mpi(self, environ: Mapping[str, str]) -> None:
+        process = starting.start_mpiexec(self._job, self._folder, environ)
+        self._supervise(MPIEXEC, process)
+        self._show(process, "mpiexec", self._err)
+        for rank in range(self._job.ranks):
+            self.supervision = replace(self.supervision, running=self.supervision.running | {rank})
+            for name, sink in (("out", self._out), ("err", self._err)):
+                self._stream(self._opened(f"{rank}.{name}"), str(rank), sink)
+            report = self._opened(f"{rank}.end")
+            self.reactor.watch(report, partial(self._reported, rank, report))
+
+    def _opened(self, pipe: str) -> int:
+        return os.open(self._folder / pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def _supervise(self, who: int, process: subprocess.Popen[bytes]) -> None:
+        self._groups[who] = process.pid
+        self.supervision = replace(self.supervision, running=self.supervision.running | {who})
+        self._on_end(process, partial(self._ended, who))
+
+    def _on_end(self, process: subprocess.Popen[bytes], ended: Callable[[int], None]) -> None:
+        handle = os.pidfd_open(process.pid)
+
+        def ready() -> None:
+            self.reactor.forget(handle)
+            os.close(handle)
+            ended(process.wait())
+
+        self.reactor.watch(handle, ready)
+
+    def _show(self, process: subprocess.Popen[bytes], name: str, out: Sink) -> None:
+        for pipe, sink in ((process.stdout, out), (process.stderr, self._err)):
+            if pipe is not None:
+                self._stream(starting.detach(pipe), name, sink)
+
+    def _stream(self, descriptor: int, name: str, sink: Sink) -> None:
+        self._streams.append(Stream(self.reactor, descriptor, name, sink))
+
+    # ---- what happens ----
+
+    def signalled(self, number: int) -> None:
+        """The launcher got a signal."""
+        if self._finishing:
+            self._impatient = True
+        elif number in _PASSED_ON:
+            self._tell(number)
+        else:
+            self._handle(Interrupted(number))
+
+    def _unread(self) -> None:
+        """Nobody reads the output any more: as if the launcher had got the signal that this is for others."""
+        if not self._finishing:
+            self._handle(Interrupted(signal.SIGPIPE))
+
+    def _reported(self, rank: int, report: int) -> None:
+        for line in os.read(report, 4096).split():
+            if rank not in self._groups:
+                self._groups[rank] = int(line)
+            else:
+                self._ended(rank, int(line))
+
+    def _ended(self, who: int, status: int) -> None:
+        self._groups.pop(who, None)
+        self._handle(Ended(who, status, told=who >= 0 and was_told(self._folder, who)))
+
+    def _service_ended(self, status: int) -> None:
+        self._service = None
+        if not self._finishing:
+            self._handle(Ended(SERVICE, status or 1))  # even in peace: no rank can go on without it
+
+    def _handle(self, event: Event) -> None:
+        before = self.supervision
+        self.supervision, effects = before.handle(event)
+        if isinstance(event, Ended) and len(self.supervision.ended) > len(before.ended) and event.status != 0:
+            self._say(str(event))
+        for effect in effects:
+            match effect:
+                case Tell(number):
+                    self._tell(number)
+                case Alarm(seconds):
+                    self.reactor.ring(seconds, lambda: self._handle(TimeUp()))
+
+    # ---- what is done ----
+
+    def _tell(self, number: int) -> None:
+        """Send a signal to the ranks; mpiexec, which would end them at once, hears only the last one."""
+        ranks = {who for who in self._groups if who >= 0}
+        for who in self._groups if number == signal.SIGKILL or not ranks else ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(self._groups[who], number)
+        if ranks and number not in _PASSED_ON:
+            self._say(f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}")
+
+    def _say(self, text: str) -> None:
+        self._err.put(f"bnlayer launch: {text}\n".encode())
+
+    # ---- the end ----
+
+    def finish(self, guardian: subprocess.Popen[bytes]) -> None:
+        """End the service, sweep up what is left, write the last output."""
+        self._finishing = True
+        if self._service is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._service.pid, signal.SIGTERM)
+            self.reactor.pump(lambda: self._service is None, _SERVICE_STOP_S)
+        swept = [False]
+        self._on_end(guardian, lambda _: swept.__setitem__(0, True))
+        assert guardian.stdin is not None
+        with suppress(BrokenPipeError):  # somebody killed it
+            guardian.stdin.write(b".")
+            guardian.stdin.close()
+        self.reactor.pump(lambda: swept[0], _SWEEP_S)
+        for stream in self._streams:
+            stream.drain()
+        self.reactor.pump(lambda: self._impatient or (self._out.empty and self._err.empty))

@@ -1,0 +1,174 @@
+"""The processes of a job: what their environment says, and how they are started.
+
+Laws of this room:
+1. Exec or spawn only: a fork of a process with threads may deadlock.
+2. Every process leads a session of its own: a signal from the terminal reaches the launcher alone, which
+   passes it on; and reads nothing: its standard input is empty.
+3. Everything carries `BNLAYER_LAUNCH_DIR`; the guardian, which must outlive the rest, does not.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from bnlayer.environment import announced
+from bnworker.launcher import mpi
+from bnworker.told import FOLDER
+
+_HERE = Path(__file__).parent
+
+
+class LaunchError(Exception):
+    """The job could not be started.
+
+    Attributes:
+        code: what the launcher exits with.
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        command: the program of every rank, and its arguments.
+        ranks: how many.
+        transport: "service", "mpi" or "alone".
+        address: of a service that runs already, "HOST:PORT"; None: one is started for this job.
+        name: the job's; None: a fresh one.
+        foreground: rank 0 writes to the launcher's own output, without a prefix (not under mpiexec).
+    """
+
+    command: tuple[str, ...]
+    ranks: int
+    transport: str = "service"
+    address: str | None = None
+    name: str | None = None
+    foreground: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise LaunchError("expected a command after --, received nothing; e.g. bnlayer launch -n 2 -- python x.py")
+        if self.ranks < 1:
+            raise LaunchError(f"expected at least 1 rank, received {self.ranks}.")
+        if self.transport not in ("service", "mpi", "alone"):
+            raise LaunchError(f"expected transport service, mpi or alone, received {self.transport!r}.")
+        if self.address is not None and self.transport != "service":
+            raise LaunchError(f"an address is for transport service, received transport {self.transport}.")
+
+    @property
+    def embeds_service(self) -> bool:
+        """Whether a service must be started."""
+        return self.transport == "service" and self.address is None
+
+
+def environment(job: Job, folder: Path, address: str | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a job's processes; `rank_environment` adds the rank.
+
+    Ranks that an outer launcher announced are taken out: these processes have others.
+    """
+    outer = {found.variable for found in announced(environ)} | {"BNLAYER_ADDRESS"}
+    inner = {name: value for name, value in environ.items() if name not in outer}
+    inner |= {
+        FOLDER: str(folder),
+        "BNLAYER_TRANSPORT": job.transport,
+        "BNLAYER_WORLD_SIZE": str(job.ranks),
+        "BNLAYER_JOB": job.name or f"job-{secrets.token_hex(6)}",
+    }
+    if address is not None:
+        inner["BNLAYER_ADDRESS"] = address
+    return inner
+
+
+def check(job: Job, environ: Mapping[str, str]) -> None:
+    """Make sure that a job can be started, before anything is.
+
+    Raises:
+        LaunchError: the command was not found (127), or may not be executed (126): a shell's codes; or this process
+            is an MPI rank itself.
+    """
+    outer = next((found for found in announced(environ) if "mpiexec" in found.source), None)
+    if job.transport == "mpi" and outer is not None:
+        raise LaunchError(
+            f"{outer.source} started this process as rank {outer.rank}; mpiexec cannot run inside mpiexec. "
+            "Run the command itself here, without the launcher."
+        )
+    name = job.command[0]
+    if shutil.which(name, path=environ.get("PATH")) is not None:
+        return
+    if "/" in name and Path(name).exists():
+        raise LaunchError(f"{name}: it is there, but cannot be executed; is it meant for an interpreter?", 126)
+    raise LaunchError(f"{name}: command not found", 127)
+
+
+def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start the guardian; it acts when its standard input ends."""
+    clean = {name: value for name, value in environ.items() if name != FOLDER}
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(_HERE / "guardian.py"), f"{FOLDER}={folder}", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=clean,
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def start_service(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a statistics service for this job alone: a free loopback port, nothing kept."""
+    return _start([sys.executable, "-m", "bnserver", "--listen", "127.0.0.1:0"], environ, subprocess.PIPE)
+
+
+def start_rank(job: Job, rank: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start one rank."""
+    output = None if job.foreground and rank == 0 else subprocess.PIPE
+    return _start(list(job.command), {**environ, "BNLAYER_RANK": str(rank)}, output)
+
+
+def start_mpiexec(job: Job, folder: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start all ranks through mpiexec, each behind `mpirank.py`; `folder` gets their pipes.
+
+    Raises:
+        LaunchError: there is no mpiexec.
+    """
+    mpiexec = mpi.find(environ)
+    if mpiexec is None:
+        raise LaunchError(
+            "transport mpi needs mpiexec: there is none beside this Python, nor on PATH. "
+            "Install one, e.g. pip install 'bnlayer[mpich]'."
+        )
+    for rank in range(job.ranks):
+        for name in ("out", "err", "end"):
+            os.mkfifo(folder / f"{rank}.{name}", 0o600)
+    needed = mpi.environment(mpi.vendor(mpi.version(mpiexec)), job.ranks, environ)
+    shim = [sys.executable, "-I", "-S", str(_HERE / "mpirank.py"), str(folder)]
+    command = [mpiexec, "-n", str(job.ranks), *shim, *job.command]
+    return _start(command, {**environ, **needed}, subprocess.PIPE)
+
+
+def _start(command: list[str], environ: Mapping[str, str], output: int | None) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
+        )
+    except OSError as error:
+        raise LaunchError(f"{command[0]}: {error.strerror}", 126) from error
+
+
+def detach(pipe: IO[bytes]) -> int:
+    """A descriptor of a pipe's own, so that the reactor alone closes it."""
+    descriptor = os.dup(pipe.fileno())
+    pipe.close()
+    return descriptor

@@ -1,0 +1,214 @@
+"""What a launcher does when ranks end, time passes or a signal comes: decisions alone, no process, no clock.
+
+Laws of this room:
+1. A failed rank does not end the job at once: the others are just being told of it, and may still say so.
+2. After the grace they get SIGTERM, after another one SIGKILL; a second signal from outside shortens the wait.
+3. The exit code is that of the first cause: the first rank that failed on its own, or the signal from outside.
+   A rank killed by a signal outranks ranks that exited; a rank that was told of another's failure (a
+   `CollectiveError`) comes last; ranks that the launcher itself ended never count.
+4. What is not in the table cannot happen.
+
+Statuses are those of `subprocess`: an exit code, or minus the number of the signal that killed the process.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+# Ranks stop waiting for a lost peer within a second; what remains is for traceback and teardown.
+GRACE_S = 5.0
+# As long as a well-behaved program may need to write a last checkpoint; batch systems allow 5 to 30 s.
+TERMINATION_S = 5.0
+
+# Not ranks, but they end as ranks do, and ranks cannot live without them.
+MPIEXEC = -1
+SERVICE = -2
+
+
+class Phase(StrEnum):
+    """How far the job has come."""
+
+    RUNNING = "running"
+    GRACE = "grace"  # a rank failed, the others are being told
+    TERMINATING = "terminating"  # SIGTERM, or the signal from outside, was sent
+    KILLING = "killing"  # SIGKILL was sent
+
+
+class Happening(StrEnum):
+    """What can happen, as the table sees it."""
+
+    SUCCEEDED = "a process exited with 0"
+    FAILED = "a process failed"
+    INTERRUPTED = "the launcher got a signal"
+    TIME_UP = "the time of a phase is over"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process ended.
+
+    Attributes:
+        who: a rank, `MPIEXEC` or `SERVICE`.
+        status: as in `subprocess`.
+        told: whether it had been told of another rank's failure.
+    """
+
+    who: int
+    status: int
+    told: bool = False
+
+    @property
+    def code(self) -> int:
+        """The status as a shell would say it: 128 + signal."""
+        return self.status if self.status >= 0 else 128 - self.status
+
+    def __str__(self) -> str:
+        name = {MPIEXEC: "mpiexec", SERVICE: "the statistics service"}.get(self.who, f"rank {self.who}")
+        if self.status < 0:
+            return f"{name} was killed by {signal.Signals(-self.status).name}"
+        return f"{name} exited with code {self.status}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The launcher got a signal that asks it to end."""
+
+    signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimeUp:
+    """The alarm rang."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Effect: send a signal to every process that still runs."""
+
+    signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Effect: ring after so many seconds, in place of any earlier alarm; None: don't ring."""
+
+    seconds: float | None
+
+
+Event = Ended | Interrupted | TimeUp
+Effect = Tell | Alarm
+
+_AFTER = {
+    (Phase.RUNNING, Happening.SUCCEEDED): Phase.RUNNING,
+    (Phase.RUNNING, Happening.FAILED): Phase.GRACE,
+    (Phase.RUNNING, Happening.INTERRUPTED): Phase.TERMINATING,
+    (Phase.GRACE, Happening.SUCCEEDED): Phase.GRACE,
+    (Phase.GRACE, Happening.FAILED): Phase.GRACE,
+    (Phase.GRACE, Happening.INTERRUPTED): Phase.TERMINATING,
+    (Phase.GRACE, Happening.TIME_UP): Phase.TERMINATING,
+    (Phase.TERMINATING, Happening.SUCCEEDED): Phase.TERMINATING,
+    (Phase.TERMINATING, Happening.FAILED): Phase.TERMINATING,
+    (Phase.TERMINATING, Happening.INTERRUPTED): Phase.KILLING,
+    (Phase.TERMINATING, Happening.TIME_UP): Phase.KILLING,
+    (Phase.KILLING, Happening.SUCCEEDED): Phase.KILLING,
+    (Phase.KILLING, Happening.FAILED): Phase.KILLING,
+    (Phase.KILLING, Happening.INTERRUPTED): Phase.KILLING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """A job under way.
+
+    Attributes:
+        running: who still runs.
+        phase: how far the job has come.
+        ended: who ended before the launcher began to end them, in order.
+        interrupted: the signal from outside, where it was the first cause.
+    """
+
+    running: frozenset[int]
+    phase: Phase = Phase.RUNNING
+    ended: tuple[Ended, ...] = ()
+    interrupted: int | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nobody runs any more."""
+        return not self.running
+
+    def handle(self, event: Event) -> tuple[Supervision, list[Effect]]:
+        """The job after an event, and what to do about it."""
+        phase = _AFTER[self.phase, _happening(event)]
+        after = replace(self, phase=phase)
+        if isinstance(event, Ended):
+            counts = phase in (Phase.RUNNING, Phase.GRACE)
+            after = replace(
+                after,
+                # mpiexec ends last: a rank that has not reported by then never will
+                running=frozenset() if event.who == MPIEXEC else self.running - {event.who},
+                ended=(*self.ended, event) if counts else self.ended,
+            )
+        elif isinstance(event, Interrupted) and self.phase is Phase.RUNNING:
+            after = replace(after, interrupted=event.signal)
+        if phase is self.phase:
+            return after, []
+        return after, list(_on_entering(phase, event))
+
+    def exit_code(self) -> int:
+        """The launcher's exit code, by law 3."""
+        if self.interrupted is not None:
+            return 128 + self.interrupted
+        failures = [end for end in self.ended if end.status != 0]
+        mpiexec = next((end for end in failures if end.who == MPIEXEC), None)
+        ranks = [end for end in failures if end.who != MPIEXEC]
+        if mpiexec is not None and ranks:
+            return _confirmed(ranks, mpiexec).code
+        return _first_cause(failures).code if failures else 0
+
+
+def _happening(event: Event) -> Happening:
+    match event:
+        case Ended(status=0):
+            return Happening.SUCCEEDED
+        case Ended():
+            return Happening.FAILED
+        case Interrupted():
+            return Happening.INTERRUPTED
+        case TimeUp():
+            return Happening.TIME_UP
+
+
+def _on_entering(phase: Phase, event: Event) -> Iterable[Effect]:
+    if phase is Phase.GRACE:
+        yield Alarm(GRACE_S)
+    elif phase is Phase.TERMINATING:
+        # Processes that don't write would not notice a SIGPIPE.
+        passed_on = isinstance(event, Interrupted) and event.signal != signal.SIGPIPE and event.signal
+        yield Tell(passed_on or signal.SIGTERM)
+        yield Alarm(TERMINATION_S)
+    elif phase is Phase.KILLING:
+        yield Tell(signal.SIGKILL)
+        yield Alarm(None)
+
+
+def _first_cause(failures: list[Ended]) -> Ended:
+    """Killed by a signal, before failed on its own, before told of another's failure; then the first."""
+    return min(failures, key=lambda end: 0 if end.status < 0 else 2 if end.told else 1)
+
+
+def _confirmed(ranks: list[Ended], mpiexec: Ended) -> Ended:
+    """The rank that made mpiexec end the job.
+
+    mpiexec kills the other ranks when one fails or calls `MPI_Abort`: SIGTERM and SIGKILL may be its own
+    doing, and count only where its exit code speaks of them (MPICH's says n for signal n, Open MPI's 128 + n).
+    """
+    own = [end for end in ranks if end.status not in (-signal.SIGTERM, -signal.SIGKILL)]
+    said = [end for end in own if not end.told and mpiexec.code in (end.code, -end.status)]
+    killed = [end for end in ranks if end not in own and mpiexec.code in (end.code, -end.status)]
+    if said or killed:
+        return (said or killed)[0]
+    return _first_cause(own) if own else mpiexec
