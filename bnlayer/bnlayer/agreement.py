@@ -17,6 +17,9 @@ from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
 
 
+_SHOWN = 300  # characters of one value in an error: a list of a thousand arrays would bury the sentence
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A rank as errors name it."""
@@ -94,6 +97,8 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
         return None
     believed = {rank: _beliefs(call) for rank, call in calls.items()}
     names = [name for name in believed[min(believed)] if len({b.get(name) for b in believed.values()}) > 1]
+    if "operation" in names:
+        names = ["operation"]  # different operations have different terms: naming those too would only distract
     blamed = _minority(dict(calls))
     lines = []
     for name in names:
@@ -115,7 +120,8 @@ def _beliefs(call: Call) -> dict[str, str]:
     beliefs = {"operation": str(call.operation), "attempt": str(call.attempt)}
     for field in fields(call.terms):
         value = getattr(call.terms, field.name)
-        beliefs[field.name] = f"{value:016x}" if field.name == "grid" else str(value)
+        text = f"{value:016x}" if field.name == "grid" else str(value)
+        beliefs[field.name] = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
     return beliefs
 
 

@@ -27,6 +27,8 @@ _KINDS: dict[str, np.dtype[Any]] = {
     )
 }
 _KINDS["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+# `dtype.name` is computed at every access, and slower than everything else here: native dtypes are looked up.
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 class WireError(ValueError):
@@ -123,7 +125,7 @@ class Joining:
 
 
 def _name_of(array: NDArray[Any]) -> str:
-    name = array.dtype.name
+    name = _NAMES.get(array.dtype) or array.dtype.name
     if name not in _KINDS:
         raise WireError(f"expected arrays of {', '.join(_KINDS)}; received {name!r}")
     return name

@@ -129,8 +129,8 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
 
 
 def _announce(address: str, ready_file: Path | None) -> None:
-    print(f"bnserver listening on {address}", flush=True)  # noqa: T201 - launchers read this line
     if ready_file is not None:
         aside = ready_file.with_name(f"{ready_file.name}.part")
         aside.write_text(address, encoding="utf-8")
         aside.replace(ready_file)
+    print(f"bnserver listening on {address}", flush=True)  # noqa: T201 - launchers read this line

@@ -119,7 +119,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
             event = reader.read(request)
             if event is not None:
                 self._dispatch(event)
-        self._dispatch(Lost(stream))
+        self._dispatch(Lost(stream))  # it hung up without a goodbye; a connection that broke cancels `Exchange`
 
     async def _tick(self) -> None:
         while True:

@@ -14,7 +14,6 @@ from mpi4py import MPI
 
 from bnworker import World
 from bnworker.transports import mpi
-from support import disagreements
 from support.contract import BODIES, names
 
 SMALL_CHUNK = 100_000  # elements: every larger array takes several collectives
@@ -22,7 +21,6 @@ SMALL_CHUNK = 100_000  # elements: every larger array takes several collectives
 
 def main(folder: Path) -> None:
     """Run the bodies; a failing one is told to the other ranks, so that they go on to the next."""
-    assert disagreements.DISAGREEMENTS
     warnings.simplefilter("error")
     mpi._CHUNK = SMALL_CHUNK
     seen = {}

@@ -15,10 +15,11 @@ from bnlayer.environment import announced
 from bnworker import CollectiveError
 
 TIMEOUT_S = 2.0
+LATE_S = 1.4  # so late that this rank's own half of the timeout is not over when another's whole is
 
 
 def main(way: str, folder: Path) -> None:
-    """Two barriers, and the last rank does not come to the second one."""
+    """A barrier, and a reduction in which the last rank does not take part as it should."""
     if way == "never-joins" and announced(os.environ)[0].rank > 0:
         time.sleep(60)
         return
@@ -30,9 +31,11 @@ def main(way: str, folder: Path) -> None:
         return
     if way == "is-interrupted":
         time.sleep(60)
+    if way == "is-slow" and world.rank == 1:
+        time.sleep(LATE_S)
     start = time.monotonic()
     try:
-        world.barrier()
+        world.allreduce([1.0])
     except CollectiveError as error:
         answer = [type(error).__name__, str(error), error.ranks, time.monotonic() - start]
         (folder / f"{world.rank}.json").write_text(json.dumps(answer), encoding="utf-8")
@@ -43,6 +46,12 @@ def freeze(world: bnworker.World) -> None:
     """Stop, as under a debugger or on a machine that swaps."""
     del world
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def freeze_midway(world: bnworker.World) -> None:
+    """Stop after all have agreed, when the data should move."""
+    world._transport._reduced = lambda *_: freeze(world)  # type: ignore[attr-defined]  # of the MPI transport
+    world.allreduce([1.0])
 
 
 def fail(world: bnworker.World) -> None:
@@ -61,7 +70,7 @@ def interrupt(world: bnworker.World) -> None:
     """Ctrl-C in the middle of an exchange."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
-    world.barrier()
+    world.allreduce([1.0])
 
 
 def sleep(world: bnworker.World) -> None:
@@ -72,6 +81,7 @@ def sleep(world: bnworker.World) -> None:
 
 WAYS = {
     "freezes": freeze,
+    "freezes-midway": freeze_midway,
     "fails": fail,
     "exits-3": exit_3,
     "returns": lambda world: None,

@@ -1,6 +1,5 @@
 """Daemons and ranks as processes of their own, gone after each test."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -44,9 +43,7 @@ def start() -> Iterator[Start]:
 
     def starter(*arguments: str) -> Process:
         command = [sys.executable, *arguments]
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-        )
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         children.append(child)
         return Process(child)
 

@@ -139,7 +139,7 @@ def test_help_teaches(start: Callable[..., Any]) -> None:
 def test_health_says_when_ranks_can_join(serve: Callable[..., Any]) -> None:
     """For the whole server and for the service by name; an unknown service is unknown."""
     with grpc.insecure_channel(serve().address, CLIENT_OPTIONS) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)  # its types lack the calls
         for name in ("", SERVICE_NAME):
             answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

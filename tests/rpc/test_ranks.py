@@ -49,10 +49,10 @@ def test_kill_9_is_told_within_a_second(serve: Callable[..., Any], run_rank: Cal
     world.barrier()
     begin = time.monotonic()
     lost.signal(signal.SIGKILL)
+    told = other.line()
+    assert time.monotonic() - begin < 1.0
     with pytest.raises(PeerLostError) as caught:
         world.barrier()
-    assert time.monotonic() - begin < 1.0
-    told = other.line()
     world.leave()
     gone = f"rank 2 (host {_HOST}, pid {lost.popen.pid}) was lost: its connection broke without a goodbye. "
     assert str(caught.value).startswith(gone)
@@ -78,6 +78,16 @@ def test_a_rank_that_computes_hears_of_it_at_its_next_call(
     world.leave()
 
 
+def test_hanging_up_without_a_goodbye_is_a_loss(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
+    """A client that ends its requests, but not its connection."""
+    service = serve()
+    rude = run_rank(service.address, 1, 2, "world._transport._stream._requests.put(None)\ntime.sleep(60)")
+    with _world(service.address, 0, 2) as world:
+        assert rude.line() == "joined"
+        with pytest.raises(PeerLostError, match="was lost: its connection broke without a goodbye"):
+            world.barrier()
+
+
 def test_a_rank_that_fails_says_what_of(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
     """The reason travels: a ValueError on one rank is read on all."""
     service = serve()
@@ -87,6 +97,16 @@ def test_a_rank_that_fails_says_what_of(serve: Callable[..., Any], run_rank: Cal
             world.barrier()
         text = f"rank 1 (host {_HOST}, pid {failing.popen.pid}) failed with ValueError: no such file. rank 0 "
         assert str(caught.value).startswith(text)
+
+
+def test_a_long_reason_arrives_whole(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
+    """A job of a thousand ranks has errors far longer than what gRPC lets through by default."""
+    service = serve()
+    run_rank(service.address, 1, 2, "world._transport.leave('failed with ' + 'ä' * 100_000)")
+    with _world(service.address, 0, 2) as world:
+        with pytest.raises(PeerLostError) as caught:
+            world.barrier()
+        assert "failed with " + "ä" * 100_000 in str(caught.value)
 
 
 def test_ctrl_c_ends_a_rank_that_waits(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
@@ -239,7 +259,7 @@ def test_a_taken_rank_is_refused(serve: Callable[..., Any]) -> None:
 def test_another_world_size_is_refused(serve: Callable[..., Any]) -> None:
     """Both numbers are named."""
     service = serve()
-    with _world(service.address, 0, 1), pytest.raises(MismatchError, match="with world size 2, but rank 0 .* with 1"):
+    with _world(service.address, 0, 1), pytest.raises(MismatchError, match=r"with world size 2, but rank 0 .* with 1"):
         _world(service.address, 1, 2)
 
 

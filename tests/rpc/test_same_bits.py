@@ -35,7 +35,7 @@ def run(address: str, world_size: int, folder: Path, *arguments: str) -> None:
         "BNLAYER_ADDRESS": address,
         "BNLAYER_JOB": folder.name,
         "BNLAYER_WORLD_SIZE": str(world_size),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))),
     }
     ranks = [
         subprocess.Popen(

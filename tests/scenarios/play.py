@@ -4,8 +4,8 @@ The core of the service is driven directly, with a clock that only `wait` moves.
 compute words with the reference kernels, walk through exchanges as the layer does, and keep a mirror of the owner's
 state, which must equal the owner's bit for bit after every exchange.
 
-A file is a list of blocks: commands, `----`, the expected lines, an empty line. `rank=*` stands for every rank that
-has joined. Below `in any order:`, indented commands are played in every order; all must give the same lines.
+`rank=*` stands for every rank that has joined. Below `in any order:`, commands are played in every order; all must give
+the same lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count, permutations
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -45,64 +45,21 @@ from bnserver.core.effects import (
 from bnserver.core.events import Body, Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.service import Service
 from bnserver.translation import failure_of
+from scenarios.transcript import Block, orders
 
 Exchange = Generator[tuple[Call, NDArray[np.int64]], Totals, str]
 Options = dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Some commands, and what they bring about."""
-
-    comments: tuple[str, ...]
-    commands: tuple[str, ...]
-    expected: tuple[str, ...]
-
-
-def parse(text: str) -> list[Block]:
-    """The blocks of a scenario file."""
-    blocks = []
-    for chunk in text.strip().split("\n\n"):
-        before, _, after = chunk.partition("\n----")
-        lines = before.splitlines()
-        comments = tuple(line for line in lines if line.startswith("#"))
-        commands = tuple(line for line in lines if not line.startswith("#"))
-        blocks.append(Block(comments, commands, tuple(after.strip().splitlines())))
-    return blocks
-
-
-def render(blocks: list[Block]) -> str:
-    """The text of blocks."""
-    chunks = []
-    for block in blocks:
-        lines = [*block.comments, *block.commands]
-        if block.commands:
-            lines += ["----", *block.expected]
-        chunks.append("\n".join(lines))
-    return "\n\n".join(chunks) + "\n"
-
-
 def play(blocks: list[Block]) -> list[Block]:
     """The blocks with what really happens; asserts that orders don't matter where the scenario says so."""
     results = []
-    for variant in _orders(blocks):
+    for variant in orders(blocks):
         scene = Scene()
         results.append([replace(block, expected=tuple(scene.act(block.commands))) for block in variant])
     told = {tuple(block.expected for block in result) for result in results}
     assert len(told) == 1, f"the order is visible: {told}"
     return [replace(block, expected=got.expected) for block, got in zip(blocks, results[0], strict=True)]
-
-
-def _orders(blocks: list[Block]) -> Iterator[list[Block]]:
-    """The blocks with every order of the commands below `in any order:`; one such list in a scenario."""
-    for number, block in enumerate(blocks):
-        if "in any order:" in block.commands:
-            start = block.commands.index("in any order:")
-            fixed, free = block.commands[:start], block.commands[start + 1 :]
-            for order in permutations(free):
-                yield [*blocks[:number], replace(block, commands=fixed + order), *blocks[number + 1 :]]
-            return
-    yield blocks
 
 
 @dataclass(slots=True)

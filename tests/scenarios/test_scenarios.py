@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.play import parse, play, render
+from scenarios.play import play
+from scenarios.transcript import parse, render
 
 _FILES = sorted(Path(__file__).parent.glob("*.txt"))
 

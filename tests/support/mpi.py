@@ -46,11 +46,11 @@ class Job:
         self, world_size: int, arguments: Sequence[str | Path], environ: Mapping[str, str] | None = None
     ) -> None:
         mpiexec = Path(sys.prefix, "bin", "mpiexec")
-        here = str(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
         self._process = subprocess.Popen(
             [mpiexec, "-n", str(world_size), sys.executable, *arguments],
-            env={**inherited, **_OPEN_MPI, "PYTHONPATH": here, **(environ or {})},
+            env={**inherited, **_OPEN_MPI, "PYTHONPATH": path, **(environ or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -75,7 +75,14 @@ def test_plain_operations_are_compared_too() -> None:
     barrier = Call(Operation.BARRIER, Place(None, None, 3), PlainTerms())
     verdict = judge({0: reduction(3), 1: barrier}, {}, {})
     assert verdict is not None
-    assert "operation: rank 0 sent allreduce, rank 1 sent barrier" in verdict.text
+    assert verdict.text.startswith(
+        "a plain operation (number 3): operation: rank 0 sent allreduce, rank 1 sent barrier. All ranks"
+    )
+    many = tuple(f"float32[{n}]" for n in range(1000))
+    other = Call(Operation.REDUCE, Place(None, None, 3), PlainTerms("sum", many))
+    verdict = judge({0: reduction(3), 1: other}, {}, {})
+    assert verdict is not None
+    assert len(verdict.text) < 700
 
 
 def test_different_places_are_a_stall_and_name_the_minority() -> None:

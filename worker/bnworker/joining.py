@@ -43,7 +43,8 @@ def join(
         address: of the service, "HOST:PORT".
         job: the job's name at the service.
         token: the job's token; a listener on loopback without tokens needs none.
-        rank, world_size: who this process is.
+        rank: who this process is, from 0.
+        world_size: the number of ranks.
         timeout: seconds that joining, and each exchange, may take, outages of the service included.
         deterministic: under MPI, add floats in rank order, as the service always does.
 

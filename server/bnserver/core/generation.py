@@ -23,6 +23,7 @@ from bnserver.core.events import Body, Contribute, Words
 from bnserver.core.validation import RefusedError
 
 _GRACE_S = 0.4  # ranks that can't complete are told within 1 s: this, one tick, and the way there
+_RANKS_SHOWN = 20  # of those that never came, which may be all of a large job
 
 
 class Decision(Enum):
@@ -235,4 +236,6 @@ def _where(call: Call) -> str:
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
-    return f"Rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rank) for rank in ranks)}"
+    shown = ", ".join(str(rank) for rank in ranks[:_RANKS_SHOWN])
+    more = f" and {len(ranks) - _RANKS_SHOWN} more" if len(ranks) > _RANKS_SHOWN else ""
+    return f"Rank{'s' if len(ranks) > 1 else ''} {shown}{more}"

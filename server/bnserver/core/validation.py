@@ -21,6 +21,7 @@ _NAME_CHARACTERS = 200  # of a job or a layer: it stands in every error and in f
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
 _EXCHANGES = (Operation.PROBE, Operation.SUMS)
 _MOST_TERMS = 2**40  # a channel of more would overflow its words
+_MOST_RANKS = 2**20  # the words have room for no more
 _OPS = ("sum", "max", "min")
 
 
@@ -36,10 +37,10 @@ def check_join(join: Join) -> None:
     """
     if not 1 <= len(join.job) <= _NAME_CHARACTERS:
         raise RefusedError(f"expected a job name of 1 to {_NAME_CHARACTERS} characters, received {len(join.job)}")
-    if join.world_size < 1 or not 0 <= join.peer.rank < join.world_size:
+    if not 0 <= join.peer.rank < join.world_size <= _MOST_RANKS:
         raise RefusedError(
-            f"expected 0 <= rank < world_size, received rank {join.peer.rank} and world_size {join.world_size}; "
-            "check how the ranks were started"
+            f"expected 0 <= rank < world_size <= {_MOST_RANKS}, received rank {join.peer.rank} and world_size "
+            f"{join.world_size}; check how the ranks were started"
         )
     if not (join.timeout > 0 and join.join_timeout > 0):
         raise RefusedError(f"expected a timeout above 0 s, received {min(join.timeout, join.join_timeout)}")
@@ -71,6 +72,13 @@ def check_state(state: LayerState) -> None:
     for name, values in (("moving_mean", state.moving_mean), ("moving_variance", state.moving_variance)):
         if not np.isfinite(values.astype(np.float64)).all():
             raise RefusedError(f"expected finite numbers in {name}, received NaN or infinity")
+    grid, precision = state.forward, _PRECISIONS[state.forward.dtype]
+    exponents = grid.exponent_C
+    if not np.isfinite(grid.pivot_C).all() or exponents.min() < precision.lowest or exponents.max() > precision.highest:
+        raise RefusedError(
+            f"expected a grid of finite pivots and of exponents from {precision.lowest} to {precision.highest}, "
+            f"received exponents from {exponents.min()} to {exponents.max()}"
+        )
 
 
 def _check_layer(call: Call, terms: LayerTerms, body: Body) -> None:

@@ -90,6 +90,17 @@ def test_a_job_goes_on_from_its_snapshot() -> None:
     assert service.snapshot("j") == Snapshot("j", 5, {"a": kept.states["a"]})
 
 
+def test_of_many_missing_ranks_some_are_named() -> None:
+    """The text stays readable, and fits a status, where a whole job never came."""
+    service = Service()
+    service.handle(Join(1, "j", Peer(0), 1000, 9.0, 9.0), 0.0)
+    failed, _ = service.handle(Tick(), 9.0)
+    assert isinstance(failed, Failed)
+    assert failed.text.startswith("Ranks 1, 2, 3, ")
+    assert "19, 20 and 979 more of 1000 did not join in time; rank 0 waited." in failed.text
+    assert failed.ranks == tuple(range(1, 1000))
+
+
 def test_a_contribution_to_another_generation_is_refused() -> None:
     """A rank that believes to be in a generation that is over can't add to this one."""
     service = Service()

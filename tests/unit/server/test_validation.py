@@ -92,6 +92,12 @@ def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> No
         (replace(_STATE, moving_mean=np.zeros(0, np.float32)), "1 channel or more"),
         (replace(_STATE, version=-1), "a version of 0 or more, received -1"),
         (replace(_STATE, moving_mean=np.array([0, np.nan], np.float32)), "finite numbers in moving_mean"),
+        (replace(_STATE, forward=replace(_STATE.forward, pivot_C=np.array([0, np.nan]))), "a grid of finite pivots"),
+        (replace(_STATE, forward=replace(_STATE.forward, exponent_C=np.array([0, 127]))), "exponents from 0 to 127"),
+        (
+            replace(_STATE, forward=replace(_STATE.forward, exponent_C=np.array([0, -161]))),
+            "from -160 to 126, received",
+        ),
         (replace(_STATE, moving_variance=np.array([np.inf, 0], np.float32)), "finite numbers in moving_variance"),
     ],
 )
@@ -106,7 +112,8 @@ def test_impossible_states_are_refused(state: LayerState, text: str) -> None:
     [
         ({"job": ""}, "a job name of 1 to 200 characters, received 0"),
         ({"job": "x" * 201}, "received 201"),
-        ({"world_size": 0}, "0 <= rank < world_size, received rank 0 and world_size 0"),
+        ({"world_size": 0}, "0 <= rank < world_size <= 1048576, received rank 0 and world_size 0"),
+        ({"world_size": 2**20 + 1}, "received rank 0 and world_size 1048577"),
         ({"peer": Peer(2)}, "received rank 2 and world_size 2"),
         ({"timeout": 0.0}, "a timeout above 0 s"),
         ({"join_timeout": float("nan")}, "a timeout above 0 s"),

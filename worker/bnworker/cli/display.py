@@ -20,12 +20,14 @@ class Display:
     Args:
         steps, epochs: how many there will be.
         shown: False on all ranks but one: nothing is shown.
+        plain: lines even if the output looks like a terminal: Open MPI gives its ranks one, wherever its own
+            output goes.
     """
 
-    def __init__(self, steps: int, epochs: int, *, shown: bool) -> None:
+    def __init__(self, steps: int, epochs: int, *, shown: bool, plain: bool) -> None:
         self._epochs = epochs
         self._shown = shown
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._console = Console(file=sys.stdout, highlight=False, force_terminal=False if plain else None)
         self._accuracy = ""
         self._progress: Progress | None = None
         if shown and self._console.is_terminal:

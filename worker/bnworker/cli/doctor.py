@@ -72,7 +72,7 @@ def _mpi_library() -> str:
     )
     if asked.returncode != 0:
         return "none that mpi4py can use; pip install 'bnlayer[mpich]' brings one"
-    return _first_line(asked.stdout)
+    return " ".join(asked.stdout.partition("\n")[0].split())
 
 
 def _mpiexec() -> str:
@@ -104,7 +104,3 @@ def _reach(address: str) -> tuple[bool, str]:
             return False, f"{address} does not answer: {error.code().name}: {error.details()}"
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     return status == "SERVING", f"{address} answers: {status}"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]

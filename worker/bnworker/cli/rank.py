@@ -63,7 +63,7 @@ def run(
 
 def _train(data: str, loaded: Dataset, settings: Settings, world: World, replica: Replica, files: Files) -> None:
     first = world.rank == 0 and replica.index == 0
-    display = Display(settings.total_steps(loaded.rows), settings.epochs, shown=first)
+    display = Display(settings.total_steps(loaded.rows), settings.epochs, shown=first, plain=world.transport == "mpi")
     try:
         with display:
             outcome = train(settings, loaded, world, replica, display.watch)

@@ -11,7 +11,7 @@ import typer
 def serve(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0: any free one.")
-    ] = "127.0.0.1:7431",
+    ] = "127.0.0.1:50051",
     state_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where the moving statistics are kept; without it, in memory alone."),
@@ -25,9 +25,9 @@ def serve(
 ) -> None:
     """Run the statistics service until SIGTERM.
 
-    On one host: `bnlayer serve --listen 127.0.0.1:7431 --state-dir /var/lib/bnlayer`
+    On one host: `bnlayer serve --listen 127.0.0.1:50051 --state-dir /var/lib/bnlayer`
 
-    Then, for each job: `bnlayer launch -n 4 --address 127.0.0.1:7431 --job mine -- python my_training.py`
+    Then, for each job: `bnlayer launch -n 4 --address 127.0.0.1:50051 --job mine -- python my_training.py`
 
     It prints `bnserver listening on HOST:PORT` when it is ready. SIGTERM and SIGINT drain it: exit code 0 within 5 s.
     """

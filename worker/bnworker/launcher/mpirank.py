@@ -1,13 +1,16 @@
 """Stands between mpiexec and one rank: the rank's output and end go to the launcher, not through mpiexec.
 
-    python -I -S mpirank.py FOLDER COMMAND…
+    python -I -S mpirank.py FOLDER RANKS COMMAND…
 
 mpiexec mixes the output of its ranks, and says of a failed job only one number. So each rank gets named pipes
 in the launcher's folder: `N.out` and `N.err` for its output, `N.end` for "PID" when it starts and its status
 when it ends. Where the folder is not there (another host), the rank keeps mpiexec's output.
 
 Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
-did. Standard library alone: it starts once per rank, before the rank does.
+did. If the rank was told of another's failure (`N.told`), it first waits for that one: mpiexec ends all ranks when
+the first fails, and would end the one that knows why.
+
+Standard library alone: it starts once per rank, before the rank does.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import os
 import resource
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_PATIENCE_S = 5.0  # the launcher's grace
+_PAUSE_S = 0.01
 _PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_signalled: list[int] = []  # signals that came
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
@@ -47,6 +54,15 @@ def _redirect(folder: Path, rank: str) -> int:
     return os.open(folder / f"{rank}.end", os.O_WRONLY)
 
 
+def _wait_for_the_cause(folder: Path, ranks: range) -> None:
+    """Return when every rank has ended or was told of a failure, or a signal says that it is over anyway."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline and not _signalled:
+        if all((folder / f"{rank}.ended").exists() or (folder / f"{rank}.told").exists() for rank in ranks):
+            return
+        time.sleep(_PAUSE_S)
+
+
 def _end_like(status: int) -> None:
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has left its core already
@@ -58,7 +74,7 @@ def _end_like(status: int) -> None:
 
 def main() -> None:
     """Run the rank; end as it ends."""
-    folder, command = Path(sys.argv[1]), sys.argv[2:]
+    folder, ranks, command = Path(sys.argv[1]), range(int(sys.argv[2])), sys.argv[3:]
     rank = next(os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
     report = _redirect(folder, rank)
     os.environ["BNLAYER_RANK"] = rank
@@ -73,16 +89,25 @@ def main() -> None:
     with suppress(PermissionError, ProcessLookupError):  # the child did it, and has become the rank, or ended
         os.setpgid(child, child)
 
+    running = [child]
+
     def pass_on(number: int, _: object) -> None:
-        with suppress(ProcessLookupError):
+        _signalled.append(number)
+        if running:
             os.killpg(child, number)
 
     for number in _PASSED:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
     os.write(report, f"{child}\n".encode())
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    running.clear()  # before its number is free for another process
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(report, f"{status}\n".encode())
+    if (folder / f"{rank}.told").exists():
+        _wait_for_the_cause(folder, ranks)
+    elif folder.is_dir():
+        (folder / f"{rank}.ended").touch()
     _end_like(status)
 
 

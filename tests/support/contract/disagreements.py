@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bnlayer import BatchNormalization, CollectiveError, MismatchError, PeerLostError, StallError
+from bnlayer import CollectiveError, MismatchError, PeerLostError, StallError
 from bnworker import World
-from support.contract import BODIES, Body, rows_of
+from support.contract import disagreeing as ranks
+from support.contract.registry import BODIES, Body
 
 _SAME_MODEL = "All ranks must build the same model and make the same calls; "
 _SAME_ORDER = (
@@ -34,7 +35,7 @@ class Disagreement:
         kind: the error.
         text: by the number of ranks, the error's text, without hosts and process ids.
         blames_all: whether of two ranks both are blamed.
-        layer, step: that the error holds on the ranks that don't differ.
+        ranks.layer, step: that the error holds on the ranks that don't differ.
         odd_layer, odd_step: that it holds on the one that does; it raises nothing if `odd_leaves`.
     """
 
@@ -122,140 +123,18 @@ def lost(reason: str, place: str) -> dict[int, str]:
     }
 
 
-# ---- what the ranks do ----
-
-
-def layer(world: World, name: str = "bn", momentum: float = 0.99, dtype: str = "float32") -> BatchNormalization:
-    """A synchronized layer of this world."""
-    return BatchNormalization(name=name, synchronized=True, momentum=momentum, dtype=dtype, collective=world)
-
-
-def train(bn: BatchNormalization, world: World, mask: bool = False, channels: int = 4) -> None:
-    """One forward pass in training mode."""
-    x = rows_of(world.rank, channels=channels)
-    bn(x, training=True, mask=np.ones(len(x), bool) if mask else None)
-
-
-def different_layers(world: World, odd: bool) -> None:
-    """They begin with different layers."""
-    train(layer(world, "b" if odd else "a"), world)
-
-
-def different_order(world: World, odd: bool) -> None:
-    """They know the same layers, and call them in another order."""
-    a, b = layer(world, "a"), layer(world, "b")
-    train(a, world)
-    train(b, world)
-    train(b if odd else a, world)
-
-
-def skipped_backward(world: World, odd: bool) -> None:
-    """One forgets the backward pass."""
-    bn = layer(world)
-    train(bn, world)
-    if odd:
-        train(bn, world)
-    else:
-        bn.backward(rows_of(world.rank))
-
-
-def extra_step(world: World, odd: bool) -> None:
-    """One makes a step more before all meet elsewhere."""
-    bn = layer(world)
-    train(bn, world)
-    if not odd:
-        world.barrier()
-    else:
-        train(bn, world)
-
-
-def evaluating(world: World, odd: bool) -> None:
-    """One calls a layer in inference mode, and goes on to the next."""
-    a, b = layer(world, "a"), layer(world, "b")
-    train(a, world)
-    train(b, world)
-    a(rows_of(world.rank), training=not odd)
-    train(b, world)
-
-
-def different_masks(world: World, odd: bool) -> None:
-    """One has a mask."""
-    bn = layer(world)
-    train(bn, world)
-    train(bn, world, mask=odd)
-
-
-def one_restores(world: World, odd: bool) -> None:
-    """One takes over another grid."""
-    bn = layer(world)
-    train(bn, world)
-    if odd:
-        other = BatchNormalization(name="other")
-        other(np.full((2, 4), 5.0, np.float32), training=True)
-        state = bn.state
-        bn.restore(type(state)(state.moving_mean, state.moving_variance, other.state.forward, state.backward))
-    train(bn, world)
-
-
-def early_return(world: World, odd: bool) -> None:
-    """One has a step less, and leaves."""
-    bn = layer(world)
-    with world:
-        train(bn, world)
-        if not odd:
-            train(bn, world)
-
-
-def failure(world: World, odd: bool) -> None:
-    """One fails with an exception, which its `with` block lets through."""
-    bn = layer(world)
-    train(bn, world)
-    if not odd:
-        train(bn, world)
-        return
-    with pytest.raises(ValueError, match="no such file"), world:
-        raise ValueError("no such file\nand more")
-
-
-def failing_exit(world: World, odd: bool) -> None:
-    """One exits with a code."""
-    if not odd:
-        world.allreduce([1.0])
-        return
-    with pytest.raises(SystemExit), world:
-        raise SystemExit(3)
-
-
-def successful_exit(world: World, odd: bool) -> None:
-    """One exits as if all was done."""
-    if not odd:
-        world.barrier()
-        return
-    with pytest.raises(SystemExit), world:
-        raise SystemExit(0)
-
-
-def push_on_one(world: World, odd: bool) -> None:
-    """One replaces its statistics, the others don't."""
-    bn = layer(world)
-    train(bn, world)
-    if odd:
-        world.push(bn)
-    train(bn, world)
-
-
 ONE = "('float64[3]',)"
 
 DISAGREEMENTS = {
     "layers": Disagreement(
-        different_layers,
+        ranks.different_layers,
         StallError,
         stall("the enrolment of layer 'a'", "the enrolment of layer 'b'"),
         layer="a",
         odd_layer="b",
     ),
     "order": Disagreement(
-        different_order,
+        ranks.different_order,
         StallError,
         stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
         layer="a",
@@ -264,7 +143,7 @@ DISAGREEMENTS = {
         odd_step=1,
     ),
     "direction": Disagreement(
-        skipped_backward,
+        ranks.skipped_backward,
         StallError,
         stall("layer 'bn' (backward, step 0)", "layer 'bn' (forward, step 1)"),
         layer="bn",
@@ -272,14 +151,14 @@ DISAGREEMENTS = {
         odd_step=1,
     ),
     "step": Disagreement(
-        extra_step,
+        ranks.extra_step,
         StallError,
         stall("barrier (number 0)", "layer 'bn' (forward, step 1)"),
         odd_layer="bn",
         odd_step=1,
     ),
     "mode": Disagreement(
-        evaluating,
+        ranks.evaluating,
         StallError,
         stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
         layer="a",
@@ -288,28 +167,28 @@ DISAGREEMENTS = {
         odd_step=1,
     ),
     "channels": Disagreement(
-        lambda world, odd: train(layer(world), world, channels=3 if odd else 4),
+        lambda world, odd: ranks.train(ranks.layer(world), world, channels=3 if odd else 4),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("channels", "4", "3")),
         layer="bn",
         odd_layer="bn",
     ),
     "dtype": Disagreement(
-        lambda world, odd: train(layer(world, dtype="float64" if odd else "float32"), world),
+        lambda world, odd: ranks.train(ranks.layer(world, dtype="float64" if odd else "float32"), world),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("dtype", "float32", "float64")),
         layer="bn",
         odd_layer="bn",
     ),
     "momentum": Disagreement(
-        lambda world, odd: train(layer(world, momentum=0.9 if odd else 0.99), world),
+        lambda world, odd: ranks.train(ranks.layer(world, momentum=0.9 if odd else 0.99), world),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("momentum", "0.99", "0.9")),
         layer="bn",
         odd_layer="bn",
     ),
     "masked": Disagreement(
-        different_masks,
+        ranks.different_masks,
         MismatchError,
         mismatch("layer 'bn' (forward, step 1)", ("masked", "False", "True")),
         layer="bn",
@@ -318,7 +197,7 @@ DISAGREEMENTS = {
         odd_step=1,
     ),
     "early-return": Disagreement(
-        early_return,
+        ranks.early_return,
         StallError,
         left("layer 'bn' (forward, step 1)"),
         blames_all=False,
@@ -327,7 +206,7 @@ DISAGREEMENTS = {
         odd_leaves=True,
     ),
     "failure": Disagreement(
-        failure,
+        ranks.failure,
         PeerLostError,
         lost("failed with ValueError: no such file", "layer 'bn' (forward, step 1)"),
         blames_all=False,
@@ -336,14 +215,14 @@ DISAGREEMENTS = {
         odd_leaves=True,
     ),
     "failing-exit": Disagreement(
-        failing_exit,
+        ranks.failing_exit,
         PeerLostError,
         lost("failed with SystemExit: 3", "allreduce (number 0)"),
         blames_all=False,
         odd_leaves=True,
     ),
     "successful-exit": Disagreement(
-        successful_exit, StallError, left("barrier (number 0)"), blames_all=False, odd_leaves=True
+        ranks.successful_exit, StallError, left("barrier (number 0)"), blames_all=False, odd_leaves=True
     ),
     "op": Disagreement(
         lambda world, odd: world.allreduce([np.zeros(3)], op="max" if odd else "sum"),
@@ -380,7 +259,7 @@ def _grids(world: World) -> object:
     """Ranks whose grids differ: the text holds their fingerprints."""
     odd = world.rank == world.world_size - 1
     with pytest.raises(MismatchError) as caught:
-        one_restores(world, odd)
+        ranks.one_restores(world, odd)
     text = without_hosts(str(caught.value))
     first, second = ("rank 0", "rank 1") if world.world_size == 2 else ("rank 2", "rank 0, rank 1")
     assert re.match(
@@ -393,7 +272,7 @@ def _pushes(world: World) -> object:
     """Where each rank owns its own statistics, a push on one of them is found out."""
     odd = world.rank == world.world_size - 1
     with pytest.raises(MismatchError) as caught:
-        push_on_one(world, odd)
+        ranks.push_on_one(world, odd)
     text = without_hosts(str(caught.value))
     sent = re.sub(r"\([0-9a-f]{8}\)", "(…)", text)
     expected = mismatch("layer 'bn' (forward, step 1)", ("pushed", "nothing", "1 (…)"))

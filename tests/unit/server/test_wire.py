@@ -1,0 +1,293 @@
+"""What is put on the wire comes off it; what has no meaning is refused."""
+
+from dataclasses import fields
+from typing import Any
+
+import grpc
+import ml_dtypes
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from numpy.typing import NDArray
+
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.errors import MismatchError, PeerLostError, ServiceError, StallError
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.state import LayerState
+from bnproto.arrays import Joining, WireError, pack, unpack
+from bnproto.calls import call_of, contribution_of
+from bnproto.channel import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.failures import error_of, failure_in, status_of
+from bnproto.v1 import statistics_pb2 as pb
+from bnserver.core.effects import Reason
+from bnserver.core.events import Contribute, Malformed, Push
+from bnserver.translation import _REASONS, Reader
+
+_TERMS = LayerTerms(256, "float64", 0.97, 1e-5, True, True, True, True, 2**63 - 1)
+_CALLS = [
+    Call(Operation.ENROLL, Place("a", None, 0), LayerTerms(1, "float32", 0.9, 0.001)),
+    Call(Operation.PROBE, Place("", Direction.FORWARD, 2**40), _TERMS, 2),
+    Call(Operation.SUMS, Place("ü", Direction.BACKWARD, 1), _TERMS, 1),
+    Call(Operation.REDUCE, Place(None, None, 7), PlainTerms("max", ("float32[2]", "int8[]"))),
+    Call(Operation.BROADCAST, Place(None, None, 7), PlainTerms(root=3)),
+    Call(Operation.BARRIER, Place(None, None, 7), PlainTerms()),
+]
+
+
+def _joined(payload: pb.Payload, parts: list[pb.Part]) -> bytes | bytearray:
+    """The bytes of a payload that has travelled."""
+    joining = Joining(pb.Payload.FromString(payload.SerializeToString()))
+    for part in parts:
+        assert not joining.complete
+        joining.add(pb.Part.FromString(part.SerializeToString()))
+    assert joining.complete
+    return joining.data
+
+
+# ---- arrays ----
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        *(np.arange(6).reshape(2, 3).astype(kind) for kind in "?bhilqBHILQefd"),
+        np.array([1.5, np.nan, -np.inf], ml_dtypes.bfloat16),
+        np.array(-0.0),
+        np.zeros((3, 0, 2), np.float32),
+        np.arange(12.0).reshape(3, 4).T,
+        np.arange(5)[::-2],
+        np.arange(3, dtype=">i4"),
+    ],
+    ids=lambda array: f"{array.dtype.str}{array.shape}",
+)
+def test_arrays_come_off_as_they_were(array: NDArray[Any]) -> None:
+    """Every dtype that travels, whatever its layout in memory: same dtype, shape and bits."""
+    payload, parts = pack([array])
+    (got,) = unpack(payload, _joined(payload, parts))
+    native = array.astype(array.dtype.newbyteorder("="))
+    assert (got.dtype, got.shape) == (native.dtype, native.shape)
+    assert got.tobytes() == native.tobytes()
+
+
+@pytest.mark.parametrize("size", [0, 1, PART_BYTES - 8, PART_BYTES, PART_BYTES + 8, 5 * PART_BYTES])
+def test_large_payloads_are_cut(size: int) -> None:
+    """No message holds more than a part; the pieces are whole again at the other end."""
+    arrays: list[NDArray[Any]] = [np.frombuffer(np.random.default_rng(0).bytes(size), np.uint8), np.arange(3)]
+    payload, parts = pack(arrays)
+    assert all(len(data) <= PART_BYTES for data in (payload.data, *(part.data for part in parts)))
+    for got, array in zip(unpack(payload, _joined(payload, parts)), arrays, strict=True):
+        assert got.tobytes() == array.tobytes()
+
+
+def test_other_dtypes_do_not_travel() -> None:
+    """Objects could hold anything."""
+    with pytest.raises(WireError, match=r"expected arrays of bool, int8, .*; received 'object'"):
+        pack([np.array([None])])
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        (pb.Payload(arrays=[pb.Array(dtype="object", shape=[1])], data=bytes(8), size=8), "received 'object'"),
+        (
+            pb.Payload(arrays=[pb.Array(dtype="int64", shape=[2])], data=bytes(8), size=8),
+            "16 bytes .* received 8",
+        ),
+        (pb.Payload(arrays=[pb.Array(dtype="int64", shape=[])], data=bytes(9), size=9), "8 bytes .* received 9"),
+        (pb.Payload(arrays=[pb.Array(dtype="int64", shape=[2**63, 4])], data=bytes(8), size=8), "received 8"),
+    ],
+)
+def test_headers_that_lie_are_refused(payload: pb.Payload, text: str) -> None:
+    """Nothing is allocated for what a header claims."""
+    with pytest.raises(WireError, match=text):
+        unpack(payload, payload.data)
+
+
+def test_more_bytes_than_announced_are_refused() -> None:
+    """A stream of parts without an end can't fill the memory."""
+    with pytest.raises(WireError, match="expected a payload of 1 bytes, received 2"):
+        Joining(pb.Payload(data=bytes(2), size=1))
+    joining = Joining(pb.Payload(data=bytes(2), size=3))
+    with pytest.raises(WireError, match="expected a payload of 3 bytes, received 4"):
+        joining.add(pb.Part(data=bytes(2)))
+
+
+# ---- calls ----
+
+
+@pytest.mark.parametrize("call", _CALLS, ids=lambda call: str(call.operation))
+def test_calls_come_off_as_they_were(call: Call) -> None:
+    """Every field of a call, its place and its terms."""
+    message = contribution_of(call, None, 5, 3)
+    got = pb.Contribution.FromString(message.SerializeToString())
+    assert call_of(got) == call
+    assert (got.sequence, got.generation) == (5, 3)
+
+
+def test_every_term_travels() -> None:
+    """A term that did not could differ between ranks, unseen: the call above sets each to another value."""
+    default = LayerTerms(0, "", 0.0, 0.0)
+    assert all(getattr(_TERMS, field.name) != getattr(default, field.name) for field in fields(LayerTerms))
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (pb.Contribution(), r"expected one of the operations 1 \(enroll\), .*; received 0"),
+        (pb.Contribution(operation=99), "received 99"),  # type: ignore[arg-type]  # from a newer client
+        (pb.Contribution(operation=pb.OPERATION_SUMS, direction=9), "expected one of the directions"),  # type: ignore[arg-type]  # likewise
+        (
+            pb.Contribution(operation=pb.OPERATION_SUMS),
+            "a layer or of a plain operation, received neither",
+        ),
+    ],
+)
+def test_unknown_words_are_refused(message: pb.Contribution, text: str) -> None:
+    """What a newer client may say is named, not guessed."""
+    with pytest.raises(WireError, match=text):
+        call_of(message)
+
+
+# ---- failures ----
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "code"),
+    [
+        (Reason.MISMATCH, MismatchError, grpc.StatusCode.FAILED_PRECONDITION),
+        (Reason.STALL, StallError, grpc.StatusCode.ABORTED),
+        (Reason.PEER_LOST, PeerLostError, grpc.StatusCode.ABORTED),
+        (Reason.DEADLINE, StallError, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (Reason.INVALID, ServiceError, grpc.StatusCode.INVALID_ARGUMENT),
+        (Reason.STOPPING, ServiceError, grpc.StatusCode.UNAVAILABLE),
+        (Reason.INTERNAL, ServiceError, grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_failures_come_off_as_they_were(reason: Reason, kind: type[Exception], code: grpc.StatusCode) -> None:
+    """Class, text, ranks, layer and step, however long; and the status that other tools understand."""
+    text = "ä" * 40_000
+    failure = pb.Failure(reason=_REASONS[reason], text=text, ranks=[1, 4], layer="", step=0)
+    status = status_of(failure)
+    assert status.code is code
+    assert len(status.message) == 500
+    got = failure_in(status.details)
+    assert got is not None
+    error = error_of(got)
+    assert type(error) is kind
+    assert (str(error), error.ranks, error.layer, error.step) == (text, (1, 4), "", 0)
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    details = status_pb2.Status.FromString(status.details).details
+    assert details[0].Unpack(info)
+    assert (info.reason, info.domain) == (reason.value, SERVICE_NAME)
+    assert details[-1].Unpack(retry) is (reason is Reason.STOPPING)
+
+
+def test_every_reason_has_a_meaning() -> None:
+    """Each reason of the protocol becomes an error, those of later versions too."""
+    for name, reason in pb.ErrorReason.items():
+        if reason != pb.ERROR_REASON_UNSPECIFIED:
+            failure = failure_in(status_of(pb.Failure(reason=reason, text=name)).details)
+            assert failure is not None
+            error = error_of(failure)
+            assert (str(error), error.layer, error.step) == (name, None, None)
+    assert type(error_of(pb.Failure(reason=99))) is ServiceError  # type: ignore[arg-type]  # from a newer service
+
+
+def test_a_status_of_somebody_else_holds_no_failure() -> None:
+    """A proxy's or gRPC's own."""
+    assert failure_in(status_pb2.Status(code=14, message="x").SerializeToString()) is None
+
+
+def test_both_ends_ping_by_the_same_rules() -> None:
+    """A client that pings more often than its server allows is cut off."""
+    server, client = dict(SERVER_OPTIONS), dict(CLIENT_OPTIONS)
+    assert server["grpc.http2.min_ping_interval_without_data_ms"] < client["grpc.keepalive_time_ms"]
+    assert server["grpc.so_reuseport"] == 0
+    assert client["grpc.enable_http_proxy"] == 0
+
+
+# ---- requests ----
+
+
+def _request(call: Call, arrays: dict[str, NDArray[Any]] | None) -> tuple[pb.ExchangeRequest, list[pb.Part]]:
+    payload, parts = pack(arrays.values(), tuple(arrays)) if arrays is not None else (None, [])
+    return pb.ExchangeRequest(contribution=contribution_of(call, payload, 1, 1)), parts
+
+
+def _reader() -> Reader:
+    reader = Reader(7)
+    reader.read(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1)))
+    return reader
+
+
+def test_a_large_enrolment_travels_in_parts() -> None:
+    """A layer of very many channels; nothing is said before its last part."""
+    channels = 100_000
+    state = LayerState(
+        np.arange(channels, dtype=np.float32),
+        np.ones(channels, np.float32),
+        Grid.unknown("float32", channels),
+        BackwardGrid.unknown("float32", channels),
+        3,
+    )
+    request, parts = _request(_CALLS[0], state.arrays())
+    reader = _reader()
+    assert len(parts) == 3
+    *early, event = [reader.read(one) for one in (request, *(pb.ExchangeRequest(part=part) for part in parts))]
+    assert early == [None] * 3
+    assert isinstance(event, Contribute)
+    assert isinstance(event.body, LayerState)
+    assert event.body.moving_mean.tobytes() == state.moving_mean.tobytes()
+    assert event.body.version == 3
+
+
+def test_a_push_is_read() -> None:
+    """The state of a layer, by name and dtype."""
+    state = LayerState(np.zeros(1), np.ones(1), Grid.unknown("float64", 1), BackwardGrid.unknown("float64", 1), 3)
+    arrays = state.arrays()
+    payload, _ = pack(arrays.values(), tuple(arrays))
+    event = _reader().read(pb.ExchangeRequest(push=pb.Push(layer="a", dtype="float64", payload=payload)))
+    assert isinstance(event, Push)
+    assert (event.layer, event.state.forward.dtype, event.state.version) == ("a", "float64", 3)
+
+
+def test_a_heartbeat_is_heard() -> None:
+    """It brings no event, and is no error."""
+    assert _reader().read(pb.ExchangeRequest(heartbeat=pb.Heartbeat(sequence=1))) is None
+
+
+@pytest.mark.parametrize(
+    ("requests", "text"),
+    [
+        ([pb.ExchangeRequest()], "expected a request, received an empty message"),
+        ([pb.ExchangeRequest(join=pb.Join())], "expected one join, as the first request of a stream"),
+        ([pb.ExchangeRequest(part=pb.Part())], "expected no part here, received part"),
+        (
+            [pb.ExchangeRequest(push=pb.Push(payload=pb.Payload(size=9))), pb.ExchangeRequest(leave=pb.Leave())],
+            "expected a part here, received leave",
+        ),
+        (
+            [
+                pb.ExchangeRequest(push=pb.Push(payload=pb.Payload(size=1))),
+                pb.ExchangeRequest(part=pb.Part(data=bytes(2))),
+            ],
+            "expected a payload of 1 bytes, received 2",
+        ),
+        ([pb.ExchangeRequest(push=pb.Push(layer="a"))], "The state of a layer lacks 'moving_mean'; it has nothing."),
+        ([_request(_CALLS[2], {})[0]], "expected one array of words, received 0"),
+    ],
+)
+def test_requests_without_a_meaning_are_malformed(requests: list[pb.ExchangeRequest], text: str) -> None:
+    """Each is an event of its own, so that the core decides what it costs."""
+    reader = _reader()
+    *_, event = [reader.read(request) for request in requests]
+    assert event == Malformed(7, text)
+
+
+def test_a_stream_begins_with_a_join() -> None:
+    """Nothing else is understood before it; and nobody comes back into a running generation yet."""
+    event = Reader(7).read(pb.ExchangeRequest(leave=pb.Leave()))
+    assert event == Malformed(7, "expected one join, as the first request of a stream")
+    event = Reader(7).read(pb.ExchangeRequest(join=pb.Join(resume=pb.Resume(generation=1))))
+    assert isinstance(event, Malformed)
+    assert event.text == "this service can't take a rank back into a running generation: start the job again"
