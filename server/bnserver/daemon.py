@@ -22,6 +22,7 @@ from bnproto.channel import SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.service import Service
 from bnserver.exchanges import Exchanges
+from bnserver.logs import log_to_stderr
 from bnserver.store import Store, StoreError
 
 _GRACE_S = 2.0  # for ranks to hear that the service stops; the whole drain has 5 s
@@ -51,7 +52,6 @@ def serve(listen: str, state_dir: Path | None = None, *, insecure: bool = False,
     Returns:
         The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         host = _host(listen)
         if not insecure and not _loopback(host):
@@ -59,7 +59,8 @@ def serve(listen: str, state_dir: Path | None = None, *, insecure: bool = False,
                 f"{listen} is reachable from other machines, and this service speaks plain text without a check of "
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
-        asyncio.run(_serve(listen, host, state_dir, ready_file))
+        with log_to_stderr():
+            asyncio.run(_serve(listen, host, state_dir, ready_file))
     except ListenError as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE

@@ -119,7 +119,9 @@ class Exchanges(rpc.StatisticsServiceServicer):
             event = reader.read(request)
             if event is not None:
                 self._dispatch(event)
-        self._dispatch(Lost(stream))  # it hung up without a goodbye; a connection that broke cancels `Exchange`
+        # It hung up without a goodbye; a connection that broke cancels `Exchange` instead.
+        self._dispatch(Lost(stream))
+        self._end(stream, None)
 
     async def _tick(self) -> None:
         while True:
@@ -148,8 +150,9 @@ class Exchanges(rpc.StatisticsServiceServicer):
                 streams = (effect.stream,)
                 self._send(streams, self._writer.owned(effect, self._generation(streams)))
             case Failed():
-                _log.info("stream %d ends: %s: %s", effect.stream, effect.reason, effect.text)
-                self._end(effect.stream, status_of(failure_of(effect)))
+                status = status_of(failure_of(effect))
+                _log.info("stream %d ends: %s: %s", effect.stream, effect.reason, status.message)
+                self._end(effect.stream, status)
             case Closed():
                 self._close(effect.stream)
             case Persist():

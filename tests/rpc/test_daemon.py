@@ -16,6 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnproto.channel import CLIENT_OPTIONS, SERVICE_NAME
+from bnproto.v1 import statistics_pb2 as pb
+from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 
@@ -240,6 +242,21 @@ def test_the_next_generation_goes_on_after_a_lost_rank(serve: Callable[..., Any]
         with pytest.raises(PeerLostError):
             world.barrier()
     assert _trained(service.address, 2)[1] == 2
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(serve: Callable[..., Any]) -> None:
+    """A full pipe must neither stop the ranks nor the end."""
+    service = serve()
+    wrong = pb.ExchangeRequest(join=pb.Join(job="x" * 201))
+    with grpc.insecure_channel(service.address, CLIENT_OPTIONS) as channel:
+        exchange = rpc.StatisticsServiceStub(channel).Exchange
+        for _ in range(500):  # refusals of some 150 bytes: more than a pipe holds
+            with pytest.raises(grpc.RpcError, match="expected a job name of 1 to 200 characters"):
+                next(exchange(iter([wrong])))
+    with _world(service.address) as world:
+        world.barrier()
+    service.signal(signal.SIGTERM)
+    assert service.popen.wait(5) == 0
 
 
 def _until_stderr(process: Any, text: str) -> None:
