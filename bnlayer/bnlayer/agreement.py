@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields
 from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
 
-
 _SHOWN = 300  # characters of one value in an error: a list of a thousand arrays would bury the sentence
 
 
