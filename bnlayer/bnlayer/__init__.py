@@ -5,6 +5,7 @@ of the union of all ranks' batches, bit for bit, through whatever `Collective` i
 makes one over MPI or a statistics service; without one, the process is a world of one.
 """
 
+from bnlayer.calibration import calibrating
 from bnlayer.collective import Alone, Collective
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
 from bnlayer.layer import BatchNormalization
@@ -18,4 +19,5 @@ __all__ = [
     "PeerLostError",
     "ServiceError",
     "StallError",
+    "calibrating",
 ]

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.environment import announced
+from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 
 
@@ -77,10 +78,11 @@ class LayerTerms:
         dtype: of the arithmetic, "float32" or "float64".
         momentum, epsilon: the layer's.
         masked: whether this call has a mask.
-        renorm: whether the layer renormalizes.
+        renorm: how the layer renormalizes; None if it doesn't.
         unbiased: whether the moving variance is the unbiased one (torch's convention).
         flush_to_zero: whether this process rounds subnormal numbers to zero.
         grid: fingerprint of the grid that the words are in units of; 0 for a probe or an enrolment.
+        policy: the layer's dtype policy, e.g. "mixed_float16".
     """
 
     channels: int
@@ -88,10 +90,11 @@ class LayerTerms:
     momentum: float
     epsilon: float
     masked: bool = False
-    renorm: bool = False
+    renorm: Renorm | None = None
     unbiased: bool = False
     flush_to_zero: bool = False
     grid: int = 0
+    policy: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,26 @@ class UnitNorm:
 
 
 @dataclass(frozen=True)
+class MinMaxNorm:
+    """w scaled towards a Euclidean norm between `min_value` and `max_value`, by `rate` of the way."""
+
+    min_value: float = 0.0
+    max_value: float = 1.0
+    rate: float = 1.0
+    axis: int = 0
+
+    def __call__(self, w: NDArray[Any]) -> NDArray[Any]:
+        """The scaled vector."""
+        norms = np.sqrt(np.square(w).sum(axis=self.axis, keepdims=True))
+        desired = self.rate * np.clip(norms, self.min_value, self.max_value) + (1 - self.rate) * norms
+        return np.asarray(w * (desired / (_EPSILON + norms)), w.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """`min_value`, `max_value`, `rate`, `axis`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class _Called:
     function: Callable[..., Any]
 
@@ -71,9 +91,9 @@ class _Called:
         return projected
 
 
-Constraint = NonNeg | MaxNorm | UnitNorm | _Called
+Constraint = NonNeg | MaxNorm | UnitNorm | MinMaxNorm | _Called
 
-_KNOWN: dict[str, Callable[..., Constraint]] = {"NonNeg": NonNeg, "MaxNorm": MaxNorm, "UnitNorm": UnitNorm}
+_KNOWN: dict[str, Callable[..., Constraint]] = {cls.__name__: cls for cls in (NonNeg, MaxNorm, UnitNorm, MinMaxNorm)}
 
 
 def get(value: Any) -> Constraint | None:

@@ -1,59 +1,130 @@
-"""The layer's dtype policy, and what it makes of an input."""
+"""Keras's dtype policies: which dtype variables have, which one data travels in, and which one is computed in.
+
+| policy | variables | inputs and outputs | arithmetic |
+|---|---|---|---|
+| float32, float64 | the same | the same | the same |
+| float16, bfloat16 | the same | the same | float32 |
+| mixed_float16, mixed_bfloat16 | float32 | float16, bfloat16 | float32 |
+
+Statistics are float64 from exact sums in every case; half inputs convert to float32 without a rounding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_SUPPORTED = ("float32", "float64")
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_POLICIES = ("float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
 
-def policy_name(dtype: Any) -> str:
-    """The name of a dtype policy.
+def dtype_named(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name, bfloat16 included."""
+    return _BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
-    Args:
-        dtype: None (float32), a name, a NumPy dtype, or Keras's configuration of a policy.
 
-    Raises:
-        ValueError: the policy is not supported; half precision and the mixed policies are not yet.
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether values of a dtype are real numbers: floats, integers or bools."""
+    return dtype.kind in "fiub" or dtype == _BFLOAT16
+
+
+def rounded(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Values in another dtype, rounded once.
+
+    NumPy casts float64 to bfloat16 by way of float32, which rounds a near-tie twice. Rounding to odd on the way (the
+    last bit of an inexact float32 is set) keeps what the second rounding must know.
+
+    Source: Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums" (2008), for rounding to odd.
     """
-    if dtype is None:
-        return "float32"
-    if isinstance(dtype, Mapping):
-        dtype = dtype.get("config", {}).get("name")
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
-    if name is None and isinstance(dtype, type) and issubclass(dtype, np.generic):
-        name = np.dtype(dtype).name
-    if name not in _SUPPORTED:
-        raise ValueError(
-            f"Expected dtype 'float32' or 'float64', received {dtype!r}. "
-            "Half precision and mixed policies are not supported by this version."
-        )
-    return str(name)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != _BFLOAT16 or x.dtype != np.float64:
+            return x.astype(dtype, copy=False)
+        single = x.astype(np.float32)
+        toward_zero = np.where(np.abs(single) > np.abs(x), np.nextafter(single, np.float32(0)), single)
+        inexact = (toward_zero != x) & np.isfinite(x)
+        odd = (toward_zero.view(np.int32) | inexact.astype(np.int32)).view(np.float32)
+        return np.where(np.isfinite(x), odd, single).astype(dtype)
 
 
-def policy_config(name: str) -> dict[str, Any]:
-    """Keras's serialized form of a policy."""
-    return {"module": "keras", "class_name": "DTypePolicy", "config": {"name": name}, "registered_name": None}
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A dtype policy.
 
-
-def as_compute(x: ArrayLike, name: str, what: str) -> NDArray[Any]:
-    """An input as an array of the compute dtype; the same array where it is one already.
-
-    Args:
-        x: numbers of any real dtype.
-        name: the compute dtype.
-        what: what to call it in an error.
-
-    Raises:
-        TypeError: the values are not real numbers.
+    Attributes:
+        name: as Keras names it.
     """
-    array = np.asarray(x)
-    # Kind V is how NumPy sees the half types of ml_dtypes; those convert exactly.
-    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
-        raise TypeError(f"Expected {what} of a real dtype, received dtype {array.dtype}.")
-    with np.errstate(over="ignore"):
-        return array.astype(name, copy=False)
+
+    name: str
+
+    @classmethod
+    def of(cls, dtype: Any) -> Policy:
+        """The policy that a value names.
+
+        Args:
+            dtype: None (float32), a name, a NumPy dtype, a Keras policy or its configuration.
+
+        Raises:
+            ValueError: there is no such policy.
+        """
+        if dtype is None:
+            return cls("float32")
+        named = dtype.get("config", {}).get("name") if isinstance(dtype, Mapping) else dtype
+        name = named if isinstance(named, str) else getattr(named, "name", None)
+        if name is None and isinstance(named, type) and issubclass(named, np.generic):
+            name = np.dtype(named).name
+        if name not in _POLICIES:
+            raise ValueError(f"Expected a dtype policy, one of {', '.join(_POLICIES)}; received {dtype!r}.")
+        return cls(name)
+
+    @property
+    def variable_dtype(self) -> np.dtype[Any]:
+        """Of gamma, beta and the moving statistics."""
+        return np.dtype(np.float32) if self.name.startswith("mixed_") else dtype_named(self.name)
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """Of what comes in, once cast, and of what goes out."""
+        return dtype_named(self.name.removeprefix("mixed_"))
+
+    @property
+    def arithmetic(self) -> str:
+        """In which each element is normalized: "float32" or "float64"."""
+        return "float64" if self.name == "float64" else "float32"
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's serialized form."""
+        return {
+            "module": "keras",
+            "class_name": "DTypePolicy",
+            "config": {"name": self.name},
+            "registered_name": None,
+        }
+
+    def received(self, x: ArrayLike, what: str) -> NDArray[Any]:
+        """Data as the arithmetic takes it, rounded to the compute dtype before.
+
+        Integers are no rounding's business: they go to the arithmetic's dtype straight, as in Keras.
+
+        Args:
+            x: real numbers.
+            what: what to call it in an error.
+
+        Raises:
+            TypeError: the values are not real numbers.
+        """
+        array = np.asarray(x)
+        if not is_real(array.dtype):
+            raise TypeError(f"Expected {what} of a real dtype, received dtype {array.dtype}.")
+        with np.errstate(over="ignore"):
+            if array.dtype.kind not in "iub":
+                array = rounded(array, self.compute_dtype)
+            return array.astype(self.arithmetic, copy=False)
+
+    def returned(self, y: NDArray[Any]) -> NDArray[Any]:
+        """A result of the arithmetic in the compute dtype, rounded once."""
+        return rounded(y, self.compute_dtype)

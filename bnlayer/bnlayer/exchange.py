@@ -9,7 +9,7 @@ Laws of this room:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class ForwardExchange:
         need_C: the channels that the next probe regrids, or the last one did.
         wants: what comes next; None once `statistics` stands.
         attempt: rounds so far.
+        moments: the accepted ones, of all ranks.
         statistics: the result.
     """
 
@@ -40,6 +41,7 @@ class ForwardExchange:
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
+    moments: Moments | None = None
     statistics: BatchStatistics | None = None
 
     @classmethod
@@ -68,7 +70,7 @@ class ForwardExchange:
         if again.any() and not self.need_C.any():
             return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
         statistics = moments.statistics(self.epsilon, self.masked)
-        return ForwardExchange(self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, statistics)
+        return replace(self, wants=None, attempt=self.attempt + 1, moments=moments, statistics=statistics)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,8 @@ Shape suffixes: C channels, W words of a packed sum: per fold S_hi, S_lo; per fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +107,7 @@ class Moments:
         """Whether some unmasked value is NaN or infinite."""
         return counted(self.words[-1])[1]
 
+    @cached_property
     def mean_variance(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The mean deviation from the pivot and the biased variance, each (C,) float64; 0 without a value.
 
@@ -130,13 +133,31 @@ class Moments:
         ]
         return np.ldexp(a, w - 103), np.ldexp(np.array(spread), 2 * w - 103)
 
+    def exact(self) -> list[tuple[int, Fraction, Fraction]]:
+        """N, Σx and Σx² of each channel, without any further rounding; for pooling over grids."""
+        folds = self.grid.precision.folds
+        if folds == 2:
+            sums, squares = two_folds(self.words[0:4], 52), two_folds(self.words[4:8], 51)
+            finer = (103, 103)
+        else:
+            sums, squares = as_ints(*self.words[0:2]), as_ints(*self.words[2:4])
+            finer = (51, 52)
+        pooled = []
+        for n, s, q, p, w in zip(
+            self.count_C.tolist(), sums, squares, self.grid.pivot_C.tolist(), self.grid.exponent_C.tolist(), strict=True
+        ):
+            d, dd = s * Fraction(2) ** (w - finer[0]), q * Fraction(2) ** (2 * w - finer[1])
+            pivot = Fraction(p)
+            pooled.append((n, d + n * pivot, dd + 2 * pivot * d + n * pivot * pivot))
+        return pooled
+
     def refused(self, epsilon: float) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
         A value lies outside the window; or the window has become too coarse for the spread:
         V + ε < u2·min(2^22, 2^42/N). A poisoned channel asks for none: it stays so on any grid.
         """
-        _, variance = self.mean_variance()
+        _, variance = self.mean_variance
         n = np.maximum(self.count_C, 1)
         # 2^22 units of T bound the relative error of V + ε by 2^-22; many terms' roundings average out below it.
         needed = self.grid.unit2_C * np.minimum(2.0**22, 2.0**42 / n)
@@ -154,7 +175,7 @@ class Moments:
             masked: whether the call has a mask, so that e = 1e-7.
         """
         grid, precision = self.grid, self.grid.precision
-        a, spread = self.mean_variance()
+        a, spread = self.mean_variance
         n = self.count_C.astype(np.float64)
         e = MASKED_COUNT_EPSILON if masked else 0.0
         divisor = np.where(n + e > 0, n + e, 1.0)

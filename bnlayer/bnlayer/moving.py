@@ -5,50 +5,117 @@ Both apply it to the same reduced words, so a rank's mirror and the owner's valu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.dtypes import rounded
 from bnlayer.moments import BatchStatistics
 
+Vector = NDArray[Any]
 
-def update(
-    moving_mean: NDArray[np.floating],
-    moving_variance: NDArray[np.floating],
-    statistics: BatchStatistics,
-    momentum: float,
-    *,
-    synchronized: bool,
-    masked: bool,
-) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """The moving mean and variance after a training call.
+
+@dataclass(frozen=True, eq=False)
+class Moving:
+    """What a layer remembers of its batches, each (C,), in the variable dtype.
+
+    Attributes:
+        mean, variance: what inference normalizes with.
+        stddev: with renorm, the moving √(v + ε) from which `variance` follows; None without.
+        renorm_mean, renorm_stddev: with renorm, what the corrections are taken against; None without.
+    """
+
+    mean: Vector
+    variance: Vector
+    stddev: Vector | None = None
+    renorm_mean: Vector | None = None
+    renorm_stddev: Vector | None = None
+
+    @property
+    def vectors(self) -> dict[str, Vector]:
+        """All of them, by Keras's names and in its order."""
+        named = {
+            "moving_mean": self.mean,
+            "moving_variance": self.variance,
+            "moving_stddev": self.stddev,
+            "renorm_mean": self.renorm_mean,
+            "renorm_stddev": self.renorm_stddev,
+        }
+        return {name: vector for name, vector in named.items() if vector is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a layer's moving statistics follow its batches.
+
+    Attributes:
+        momentum: the weight of the old value.
+        epsilon: the layer's.
+        renorm_momentum: the same for the statistics of renorm.
+        synchronized: whether one rank's bad values must not destroy the statistics of all.
+        masked: whether the call had a mask.
+    """
+
+    momentum: float
+    epsilon: float
+    renorm_momentum: float = 0.99
+    synchronized: bool = True
+    masked: bool = False
+
+
+def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
+    """The moving statistics after a training call.
 
         moving · momentum + batch · (1 − momentum)        in float64, rounded to the variable's dtype
 
+    With renorm, the standard deviation moves, and variance = max(stddev² − ε, 0).
+
     A channel without a value is left alone; but a local, masked layer follows Keras, whose statistics of nothing
-    are 0. Where a value was not finite, or the result would not be, a synchronized layer leaves the channel alone
+    are 0. Where a value was not finite, or a result would not be, a synchronized layer leaves the channel alone
     too (one rank's NaN would destroy the statistics of all); a local one follows Keras and takes it.
 
     Args:
-        moving_mean, moving_variance: (C,), any float dtype.
+        moving: the old values.
         statistics: of the global batch.
-        momentum: the weight of the old value.
-        synchronized: whether the layer is.
-        masked: whether the call had a mask.
+        rule: how.
 
     Returns:
-        Two new arrays of the dtypes of the old ones.
+        New arrays of the dtypes of the old ones.
     """
-    batch_mean, batch_variance = statistics.mean, statistics.variance
+    mean, variance = statistics.mean, statistics.variance
     apply = statistics.count > 0
-    if not synchronized:
-        apply = apply | masked
-        batch_mean = np.where(statistics.poisoned, np.nan, batch_mean)
-        batch_variance = np.where(statistics.poisoned, np.nan, batch_variance)
+    if not rule.synchronized:
+        apply = apply | rule.masked
+        mean = np.where(statistics.poisoned, np.nan, mean)
+        variance = np.where(statistics.poisoned, np.nan, variance)
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = (moving_mean.astype(np.float64) * momentum + batch_mean * (1.0 - momentum)).astype(moving_mean.dtype)
-        variance = (moving_variance.astype(np.float64) * momentum + batch_variance * (1.0 - momentum)).astype(
-            moving_variance.dtype
+        new = _moved(moving, mean, variance, rule)
+        if rule.synchronized:
+            finite = [np.isfinite(vector) for vector in new.vectors.values()]
+            apply = apply & ~statistics.poisoned & np.logical_and.reduce(finite)
+    old = moving.vectors
+    kept = {name: np.where(apply, vector, old[name]) for name, vector in new.vectors.items()}
+    return Moving(*kept.values())
+
+
+def _moved(moving: Moving, mean: NDArray[np.float64], variance: NDArray[np.float64], rule: Rule) -> Moving:
+    if moving.stddev is None or moving.renorm_mean is None or moving.renorm_stddev is None:
+        return Moving(
+            rounded(_towards(moving.mean, mean, rule.momentum), moving.mean.dtype),
+            rounded(_towards(moving.variance, variance, rule.momentum), moving.variance.dtype),
         )
-    if synchronized:
-        apply = apply & ~statistics.poisoned & np.isfinite(mean) & np.isfinite(variance)
-    return np.where(apply, mean, moving_mean), np.where(apply, variance, moving_variance)
+    stddev = np.sqrt(variance + rule.epsilon)
+    moved = _towards(moving.stddev, stddev, rule.momentum)
+    return Moving(
+        rounded(_towards(moving.mean, mean, rule.momentum), moving.mean.dtype),
+        rounded(np.maximum(moved * moved - rule.epsilon, 0.0), moving.variance.dtype),
+        rounded(moved, moving.stddev.dtype),
+        rounded(_towards(moving.renorm_mean, mean, rule.renorm_momentum), moving.renorm_mean.dtype),
+        rounded(_towards(moving.renorm_stddev, stddev, rule.renorm_momentum), moving.renorm_stddev.dtype),
+    )
+
+
+def _towards(old: Vector, batch: NDArray[np.float64], momentum: float) -> NDArray[np.float64]:
+    return np.asarray(old.astype(np.float64) * momentum + batch * (1.0 - momentum))

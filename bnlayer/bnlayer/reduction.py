@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.dtypes import rounded
 from bnlayer.precision import DOUBLE
 from bnlayer.words import LOW, carried
 
@@ -123,7 +124,7 @@ def decode(op: str, total: Terms, like: Sequence[NDArray[Any]]) -> list[NDArray[
         n = array.size
         if op == "sum" and _is_float(array.dtype):
             with np.errstate(over="ignore", invalid="ignore"):
-                flat = total.floats[at_float : at_float + n].astype(array.dtype)
+                flat = rounded(total.floats[at_float : at_float + n], array.dtype)
             at_float += n
         elif op == "sum":
             hi, lo = total.words[at_word : at_word + n], total.words[at_word + n : at_word + 2 * n]

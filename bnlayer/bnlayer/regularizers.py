@@ -1,4 +1,7 @@
-"""Penalties on gamma and beta, with their derivatives. Keras's factors: l1·Σ|w| + l2·Σw²."""
+"""Penalties on gamma and beta, with their derivatives. Keras's factors: l1·Σ|w| + l2·Σw².
+
+Keras's OrthogonalRegularizer is for matrices, and refused.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ class L1L2:
 class L1(L1L2):
     """l1·Σ|w|."""
 
-    def __init__(self, l1: float = 0.01) -> None:
-        super().__init__(l1=l1)
+    def __init__(self, l1: float | None = 0.01) -> None:
+        super().__init__(l1=0.01 if l1 is None else l1)
 
     def get_config(self) -> dict[str, Any]:
         """`l1`."""
@@ -53,8 +56,8 @@ class L1(L1L2):
 class L2(L1L2):
     """l2·Σw²."""
 
-    def __init__(self, l2: float = 0.01) -> None:
-        super().__init__(l2=l2)
+    def __init__(self, l2: float | None = 0.01) -> None:
+        super().__init__(l2=0.01 if l2 is None else l2)
 
     def get_config(self) -> dict[str, Any]:
         """`l2`."""
@@ -99,4 +102,4 @@ def get(value: Any) -> Regularizer | None:
     Raises:
         ValueError: unknown.
     """
-    return resolve(value, _KNOWN, "regularizer", call=_Called)
+    return resolve(value, _KNOWN, "regularizer", call=_Called, aliases={"l1_l2": "L1L2"})

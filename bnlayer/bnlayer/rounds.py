@@ -7,7 +7,7 @@ Laws of this room:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import kernels
-from bnlayer.moments import BatchStatistics
+from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.state import LayerState
 from bnlayer.view import View
 
@@ -39,11 +39,13 @@ class ForwardResult:
     """An accepted forward exchange.
 
     Attributes:
-        statistics: of the global batch.
+        moments: of the global batch.
+        statistics: what follows from them.
         grid: the one in force from now on.
         version: the owner's, where the owner is elsewhere.
     """
 
+    moments: Moments
     statistics: BatchStatistics
     grid: Grid
     version: int | None
@@ -65,11 +67,17 @@ class BackwardResult:
 
 
 class Rounds:
-    """The exchanges of one layer with one collective."""
+    """The exchanges of one layer with one collective.
 
-    def __init__(self, collective: Collective, name: str, dtype: str, momentum: float, epsilon: float) -> None:
+    Args:
+        collective: the ranks.
+        name: the layer's.
+        terms: what every rank must believe of the layer, whatever the call.
+    """
+
+    def __init__(self, collective: Collective, name: str, terms: LayerTerms) -> None:
         self.collective = collective
-        self._name, self._dtype, self._momentum, self._epsilon = name, dtype, momentum, epsilon
+        self._name, self._terms = name, terms
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
 
     def enroll(self, layer: object, state: LayerState) -> LayerState:
@@ -79,12 +87,11 @@ class Rounds:
             ValueError: another live layer holds the name.
         """
         claim(self.collective, self._name, layer)
-        terms = LayerTerms(state.channels, self._dtype, self._momentum, self._epsilon)
-        return self.collective.enroll(Call(Operation.ENROLL, Place(self._name, None, 0), terms), state)
+        return self.collective.enroll(Call(Operation.ENROLL, Place(self._name, None, 0), self._terms), state)
 
     def forward(self, view: View, grid: Grid) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""
-        exchange = ForwardExchange.begin(grid, self._epsilon, view.mask is not None)
+        exchange = ForwardExchange.begin(grid, self._terms.epsilon, view.mask is not None)
         version = None
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
@@ -95,8 +102,9 @@ class Rounds:
             version = total.version
             exchange = exchange.reduced(total.words)
         self._steps[Direction.FORWARD] += 1
+        assert exchange.moments is not None
         assert exchange.statistics is not None
-        return ForwardResult(exchange.statistics, exchange.grid, version)
+        return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
 
     def backward(self, dy: NDArray[Any], view: View, statistics: BatchStatistics, grid: BackwardGrid) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
@@ -120,11 +128,8 @@ class Rounds:
         words: NDArray[np.int64],
     ) -> Total:
         assert exchange.wants is not None
-        terms = LayerTerms(
-            channels=view.x.shape[1],
-            dtype=self._dtype,
-            momentum=self._momentum,
-            epsilon=self._epsilon,
+        terms = replace(
+            self._terms,
             masked=view.mask is not None,
             flush_to_zero=not _TINIEST * np.float32(1) > 0,
             grid=exchange.fingerprint,

@@ -5,6 +5,7 @@ One function resolves all four vocabularies of the layer; what it does not know 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
@@ -19,24 +20,28 @@ class Configurable(Protocol):
 
 
 def snake_case(name: str) -> str:
-    """`MaxNorm` → `max_norm`, `L1L2` → `l1_l2`, as Keras spells names of classes."""
-    out = ""
-    for i, letter in enumerate(name):
-        starts_word = letter.isupper() and i > 0 and not (name[i - 1].isupper())
-        out += ("_" if starts_word else "") + letter.lower()
-    return out
+    """`MaxNorm` → `max_norm`, `L1L2` → `l1l2`, as Keras spells names of classes."""
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def resolve(
-    value: Any, known: Mapping[str, Callable[..., T]], kind: str, *, call: Callable[[Callable[..., Any]], T]
+    value: Any,
+    known: Mapping[str, Callable[..., T]],
+    kind: str,
+    *,
+    call: Callable[[Callable[..., Any]], T],
+    aliases: Mapping[str, str] | None = None,
 ) -> T | None:
     """The object that a user's value names.
 
     Args:
-        value: None, a class's name in either spelling, Keras's configuration of one, an instance, or a callable.
+        value: None, a class's name in either spelling, Keras's configuration of one, an instance (of ours, of
+            Keras's class of the same name, or of the user's own), a class, or a callable.
         known: class name → class.
         kind: what they are, for the error.
-        call: wraps a plain callable.
+        call: wraps a callable of the user's.
+        aliases: further names → class name.
 
     Returns:
         None for None.
@@ -46,23 +51,26 @@ def resolve(
     """
     if value is None:
         return None
-    for cls in known.values():
-        if isinstance(cls, type) and isinstance(value, cls):
-            return cast("T", value)
     if isinstance(value, str):
-        for name, cls in known.items():
-            if value in (name, snake_case(name)):
-                return cls()
+        named = {**{snake_case(name): name for name in known}, **(aliases or {})}.get(value, value)
+        if named in known:
+            return known[named]()
     elif isinstance(value, Mapping):
         class_name = value.get("class_name")
         if isinstance(class_name, str) and class_name in known:
             return known[class_name](**value.get("config", {}))
-    elif callable(value) and not isinstance(value, type) and not hasattr(value, "get_config"):
+    elif isinstance(value, type):
+        return resolve(value(), known, kind, call=call)
+    elif isinstance(value, tuple(cls for cls in known.values() if isinstance(cls, type))):
+        return cast("T", value)
+    elif type(value).__name__ in known and type(value).__module__.partition(".")[0] == "keras":
+        return known[type(value).__name__](**value.get_config())
+    elif callable(value):
         return call(value)
     accepted = ", ".join(f"{snake_case(name)!r}" for name in known)
     raise ValueError(
         f"Unknown {kind}: {value!r}. Expected one of {accepted} by name, by Keras's configuration or by instance, "
-        "or a plain callable."
+        "or a callable."
     )
 
 
@@ -74,10 +82,12 @@ def described(value: Any, module: str) -> dict[str, Any] | None:
     """
     if value is None:
         return None
+    value = getattr(value, "function", value)  # a user's own object, as `resolve` wrapped it
     if not hasattr(value, "get_config"):
         raise ValueError(f"{value!r} has no get_config(): a plain callable can't be part of a layer's configuration.")
+    ours = type(value).__module__.partition(".")[0] == "bnlayer"
     return {
-        "module": module,
+        "module": module if ours else type(value).__module__,
         "class_name": type(value).__name__,
         "config": value.get_config(),
         "registered_name": None,

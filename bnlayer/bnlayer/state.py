@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer import moving
+from bnlayer.dtypes import is_real
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics
+from bnlayer.moving import Moving, Rule, update
+
+_OF_RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +22,12 @@ class LayerState:
     """The authoritative moving statistics and grids of one layer.
 
     Attributes:
-        moving_mean, moving_variance: (C,), the variable dtype.
+        moving: the moving statistics.
         forward, backward: the grids.
         version: completed forward exchanges, and replacements, since the layer was made.
     """
 
-    moving_mean: NDArray[np.floating]
-    moving_variance: NDArray[np.floating]
+    moving: Moving
     forward: Grid
     backward: BackwardGrid
     version: int = 0
@@ -33,26 +35,23 @@ class LayerState:
     @property
     def channels(self) -> int:
         """C."""
-        return int(self.moving_mean.shape[0])
+        return int(self.moving.mean.shape[0])
 
-    def after_forward(
-        self, statistics: BatchStatistics, grid: Grid, momentum: float, *, synchronized: bool, masked: bool
-    ) -> LayerState:
+    @property
+    def kind(self) -> str:
+        """What two states must have in common to take each other's place, in words."""
+        renorm = " and renorm" if self.moving.stddev is not None else ""
+        variables = f"{self.moving.mean.dtype.name} variables{renorm}"
+        return f"{self.channels} channels in {self.forward.dtype} with {variables}"
+
+    def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule) -> LayerState:
         """The state after one completed forward exchange: updated once, its grid committed."""
-        mean, variance = moving.update(
-            self.moving_mean,
-            self.moving_variance,
-            statistics,
-            momentum,
-            synchronized=synchronized,
-            masked=masked,
-        )
         if grid is self.forward:
             backward = self.backward
         else:
             changed = (grid.pivot_C != self.forward.pivot_C) | (grid.exponent_C != self.forward.exponent_C)
             backward = self.backward.renewed(changed)
-        return LayerState(mean, variance, grid, backward, self.version + 1)
+        return LayerState(update(self.moving, statistics, rule), grid, backward, self.version + 1)
 
     def after_backward(self, grid: BackwardGrid, statistics: BatchStatistics) -> LayerState:
         """The state after one completed backward exchange: only the grid can have changed."""
@@ -61,8 +60,7 @@ class LayerState:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The state as named arrays, for files and the wire; `from_arrays` is the way back."""
         return {
-            "moving_mean": self.moving_mean,
-            "moving_variance": self.moving_variance,
+            **self.moving.vectors,
             "forward.pivot": self.forward.pivot_C,
             "forward.exponent": self.forward.exponent_C,
             "backward.gradient": self.backward.gradient_C,
@@ -83,31 +81,36 @@ class LayerState:
         """
         mean = arrays.get("moving_mean")
         shape = mean.shape if mean is not None else (0,)
-        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-            "moving_mean": (shape, np.floating),
-            "moving_variance": (shape, np.floating),
-            "forward.pivot": (shape, np.float64),
-            "forward.exponent": (shape, np.int64),
-            "backward.gradient": (shape, np.int64),
-            "backward.deviation": (shape, np.int64),
-            "flags": ((3,), np.int64),
-        }
-        for name, (want, kind) in expected.items():
-            array = arrays.get(name)
-            if array is None:
-                raise ValueError(
-                    f"The state of a layer lacks {name!r}; it has {', '.join(sorted(arrays)) or 'nothing'}."
-                )
-            if array.ndim != 1 or array.shape != want or not np.issubdtype(array.dtype, kind):
-                raise ValueError(
-                    f"The state of a layer: expected {name!r} of shape {want} and type {kind.__name__}, "
-                    f"received shape {array.shape} and dtype {array.dtype}."
-                )
+        variables = ["moving_mean", "moving_variance"]
+        if any(name in arrays for name in _OF_RENORM):
+            variables += _OF_RENORM
+        for name in variables:
+            _check(arrays, name, shape, mean.dtype if mean is not None else np.dtype(np.float32))
+        for name, kind in (
+            ("forward.pivot", np.float64),
+            ("forward.exponent", np.int64),
+            ("backward.gradient", np.int64),
+            ("backward.deviation", np.int64),
+        ):
+            _check(arrays, name, shape, np.dtype(kind))
+        _check(arrays, "flags", (3,), np.dtype(np.int64))
         forward_known, backward_known, version = arrays["flags"].tolist()
         return cls(
-            arrays["moving_mean"],
-            arrays["moving_variance"],
+            Moving(*(arrays[name] for name in variables)),
             Grid(dtype, arrays["forward.pivot"], arrays["forward.exponent"], bool(forward_known)),
             BackwardGrid(dtype, arrays["backward.gradient"], arrays["backward.deviation"], bool(backward_known)),
             version,
+        )
+
+
+def _check(arrays: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    array = arrays.get(name)
+    if array is None:
+        raise ValueError(f"The state of a layer lacks {name!r}; it has {', '.join(sorted(arrays)) or 'nothing'}.")
+    real = is_real(array.dtype) and array.dtype.kind not in "iub"
+    if array.ndim != 1 or array.shape != shape or array.dtype != dtype or (name == "moving_mean" and not real):
+        expected = "a float dtype" if name == "moving_mean" else f"dtype {dtype}"
+        raise ValueError(
+            f"The state of a layer: expected {name!r} of shape {shape} and {expected}, "
+            f"received shape {array.shape} and dtype {array.dtype}."
         )

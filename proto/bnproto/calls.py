@@ -6,6 +6,7 @@ Words that this version does not know (an operation, a direction) are refused: l
 from __future__ import annotations
 
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.renorm import Renorm
 from bnproto.arrays import WireError
 from bnproto.v1 import statistics_pb2 as pb
 
@@ -49,7 +50,9 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
     message.layer_terms.momentum = terms.momentum
     message.layer_terms.epsilon = terms.epsilon
     message.layer_terms.masked = terms.masked
-    message.layer_terms.renorm = terms.renorm
+    message.layer_terms.policy = terms.policy
+    if terms.renorm is not None:
+        message.layer_terms.renorm.CopyFrom(_renorm_message(terms.renorm))
     message.layer_terms.unbiased = terms.unbiased
     message.layer_terms.flush_to_zero = terms.flush_to_zero
     message.layer_terms.grid = terms.grid
@@ -82,7 +85,8 @@ def _terms(message: pb.Contribution) -> LayerTerms | PlainTerms:
             momentum=layer.momentum,
             epsilon=layer.epsilon,
             masked=layer.masked,
-            renorm=layer.renorm,
+            policy=layer.policy,
+            renorm=_renorm(layer.renorm) if layer.HasField("renorm") else None,
             unbiased=layer.unbiased,
             flush_to_zero=layer.flush_to_zero,
             grid=layer.grid,
@@ -91,6 +95,15 @@ def _terms(message: pb.Contribution) -> LayerTerms | PlainTerms:
         plain = message.plain_terms
         return PlainTerms(plain.op, tuple(plain.arrays), plain.root)
     raise WireError("expected the terms of a layer or of a plain operation, received neither")
+
+
+def _renorm_message(renorm: Renorm) -> pb.Renorm:
+    return pb.Renorm(momentum=renorm.momentum, rmax=renorm.rmax, rmin=renorm.rmin, dmax=renorm.dmax)
+
+
+def _renorm(message: pb.Renorm) -> Renorm:
+    limits = (getattr(message, name) if message.HasField(name) else None for name in ("rmax", "rmin", "dmax"))
+    return Renorm(message.momentum, *limits)
 
 
 def _known(table: dict[pb.Operation.ValueType, Operation] | dict[pb.Direction.ValueType, Direction | None]) -> str:

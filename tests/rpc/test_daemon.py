@@ -38,7 +38,7 @@ def _trained(address: str, steps: int) -> tuple[bytes, int]:
             layer(_X + step, training=True)
         world.pull(layer)
         state = layer.state
-        return state.moving_mean.tobytes() + state.moving_variance.tobytes(), state.version
+        return state.moving.mean.tobytes() + state.moving.variance.tobytes(), state.version
 
 
 def _refused(start: Callable[..., Any], *arguments: str) -> tuple[int, str]:
@@ -207,7 +207,7 @@ def test_what_the_last_rank_left_behind_outlives_kill_9(serve: Callable[..., Any
     with _world(second.address) as world:
         state = ServiceTransport.pull(world._transport, "a")  # type: ignore[arg-type]  # below the layer: what is owned
         assert state is not None
-        assert (state.moving_mean.tobytes() + state.moving_variance.tobytes(), state.version) == before
+        assert (state.moving.mean.tobytes() + state.moving.variance.tobytes(), state.version) == before
 
 
 def test_without_a_state_directory_nothing_stays(serve: Callable[..., Any]) -> None:

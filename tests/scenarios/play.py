@@ -26,6 +26,7 @@ from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.moments import BatchStatistics
+from bnlayer.moving import Moving, Rule
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.failures import error_of
@@ -130,8 +131,7 @@ class Scene:
             float(options.get("epsilon", 0.001)),
         )
         state = LayerState(
-            np.full(channels, float(options.get("mean", 0)), np.float32),
-            np.ones(channels, np.float32),
+            Moving(np.full(channels, float(options.get("mean", 0)), np.float32), np.ones(channels, np.float32)),
             Grid.unknown(terms.dtype, channels),
             BackwardGrid.unknown(terms.dtype, channels),
         )
@@ -185,7 +185,7 @@ class Scene:
         """A state that was never probed."""
         mean = _numbers(options["mean"])[0]
         grids = Grid.unknown("float32", mean.size), BackwardGrid.unknown("float32", mean.size)
-        state = LayerState(mean, np.ones_like(mean), *grids)
+        state = LayerState(Moving(mean, np.ones_like(mean)), *grids)
         self._handle(Push(self._ranks[name].stream, options["layer"], state))
 
     def _do_leave(self, name: str, options: Options) -> None:
@@ -274,9 +274,8 @@ def _forward(mirror: Mirror, options: Options) -> Exchange:
     assert exchange.statistics is not None
     mirror.x, mirror.statistics = x, exchange.statistics
     mirror.steps[Direction.FORWARD] += 1
-    mirror.state = mirror.state.after_forward(
-        exchange.statistics, exchange.grid, mirror.terms.momentum, synchronized=True, masked=masked
-    )
+    rule = Rule(mirror.terms.momentum, mirror.terms.epsilon, masked=masked)
+    mirror.state = mirror.state.after_forward(exchange.statistics, exchange.grid, rule)
     return f"after {', '.join(said)}: {_described(options['layer'], mirror.state)}"
 
 
@@ -338,7 +337,7 @@ def _said(effect: Any, rank: Rank) -> str:
 
 
 def _described(name: str, state: LayerState) -> str:
-    return f"{name} has mean {_list(state.moving_mean)}, variance {_list(state.moving_variance)}"
+    return f"{name} has mean {_list(state.moving.mean)}, variance {_list(state.moving.variance)}"
 
 
 def _numbers(text: str) -> NDArray[np.float32]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,33 @@ SHARDS = {1: (32,), 2: (13, 19), 3: (7, 0, 25), 4: (7, 0, 24, 1)}
 Seen = dict[str, list[list[str]]]
 
 
-def cases() -> Iterator[tuple[str, str, str, bool]]:
-    """Name, family, dtype and whether masked."""
-    for family in FAMILIES:
-        for dtype in ("float32", "float64"):
-            for masked in (False, True):
-                yield f"{family} {dtype} {'masked' if masked else 'unmasked'}", family, dtype, masked
+POLICIES = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A family of data, and what kind of layer sees it."""
+
+    family: str
+    dtype: str
+    masked: bool
+    renorm: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases: the layer's name too."""
+        flags = f"{'masked' if self.masked else 'unmasked'}{' renorm' if self.renorm else ''}"
+        return f"{self.family} {self.dtype} {flags}"
+
+
+def cases() -> Iterator[Case]:
+    """Every family in both arithmetics, masked and not; the other policies and renorm on what fits them."""
+    for family, dtype, masked in product(FAMILIES, ("float32", "float64"), (False, True)):
+        yield Case(family, dtype, masked)
+    for family, dtype, masked in product(("normal", "lognormal-3"), POLICIES, (False, True)):
+        yield Case(family, dtype, masked)
+    for family, dtype, masked in product(("normal", "jump"), ("float32", "float64", "mixed_float16"), (False, True)):
+        yield Case(family, dtype, masked, renorm=True)
 
 
 def train(collective: Collective) -> Seen:
@@ -40,17 +63,25 @@ def train(collective: Collective) -> Seen:
     start = sum(rows[: collective.rank])
     mine = slice(start, start + rows[collective.rank])
     seen: Seen = {}
-    for name, family, dtype, masked in cases():
-        bn = BatchNormalization(synchronized=True, name=name, dtype=dtype, collective=collective)
-        seen[name] = []
+    for case in cases():
+        bn = BatchNormalization(
+            synchronized=True,
+            name=case.name,
+            dtype=case.dtype,
+            renorm=case.renorm,
+            renorm_clipping={"rmax": 3.0, "dmax": 5.0} if case.renorm else None,
+            collective=collective,
+        )
+        seen[case.name] = []
+        data = "float64" if case.dtype == "float64" else "float32"
         for step in range(STEPS):
-            x = draw(family, 0, step, (ROWS, CHANNELS), dtype)
-            dy = draw("jump", 1, step, (ROWS, CHANNELS), dtype)
+            x = draw(case.family, 0, step, (ROWS, CHANNELS), data)
+            dy = draw("jump", 1, step, (ROWS, CHANNELS), data)
             mask = np.random.default_rng([2, step]).random(ROWS) < (0.7, 1.0, 0.3)[step % 3]
-            y = bn(x[mine], training=True, mask=mask[mine] if masked else None)
+            y = bn(x[mine], training=True, mask=mask[mine] if case.masked else None)
             dx = bn.backward(dy[mine])
             state = [array for what, array in bn.state.arrays().items() if what != "flags"]
-            seen[name].append([array.tobytes().hex() for array in (y, dx, *gradients(bn), *state)])
+            seen[case.name].append([array.tobytes().hex() for array in (y, dx, *gradients(bn), *state)])
     return seen
 
 

@@ -11,6 +11,7 @@ from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import kernels, reference
 from bnlayer.moments import Moments
+from bnlayer.moving import Moving
 from bnlayer.precision import DOUBLE, SINGLE, exponent_above, precision_of
 from bnlayer.state import LayerState
 
@@ -108,7 +109,7 @@ def test_moments_read_back_what_was_packed() -> None:
     grid = probed([1.0, 2.0, 6.0])
     moments = reference.moments(np.array([1.0, 2.0, 6.0], np.float32).reshape(3, 1, 1), None, grid)
     assert moments.words.shape == (Moments.rows(1), 1) == (6, 1)
-    a, variance = moments.mean_variance()
+    a, variance = moments.mean_variance
     assert grid.pivot_C + a == pytest.approx([3.0])
     assert variance == pytest.approx([14 / 3])
     assert GradientSums.rows(2) == 10
@@ -117,9 +118,8 @@ def test_moments_read_back_what_was_packed() -> None:
 def test_states_survive_the_trip_as_arrays() -> None:
     """And a damaged one is refused by name."""
     grid = probed([1.0, 2.0])
-    state = LayerState(
-        np.zeros(1, np.float32), np.ones(1, np.float32), grid, BackwardGrid.unknown("float32", 1), version=7
-    )
+    moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
+    state = LayerState(moving, grid, BackwardGrid.unknown("float32", 1), version=7)
     arrays = state.arrays()
     again = LayerState.from_arrays(arrays, "float32")
     assert {k: v.tobytes() for k, v in again.arrays().items()} == {k: v.tobytes() for k, v in arrays.items()}
@@ -128,9 +128,9 @@ def test_states_survive_the_trip_as_arrays() -> None:
         LayerState.from_arrays({k: v for k, v in arrays.items() if k != "forward.pivot"}, "float32")
     with pytest.raises(ValueError, match="lacks 'moving_mean'; it has nothing"):
         LayerState.from_arrays({}, "float32")
-    with pytest.raises(ValueError, match=r"expected 'moving_variance' of shape \(1,\) and type floating, received"):
+    with pytest.raises(ValueError, match=r"expected 'moving_variance' of shape \(1,\) and dtype float32, received"):
         LayerState.from_arrays({**arrays, "moving_variance": np.zeros(2)}, "float32")
-    with pytest.raises(ValueError, match=r"type int64, received shape \(1,\) and dtype float64"):
+    with pytest.raises(ValueError, match=r"dtype int64, received shape \(1,\) and dtype float64"):
         LayerState.from_arrays({**arrays, "forward.exponent": np.zeros(1)}, "float32")
 
 

@@ -52,7 +52,7 @@ def test_the_variance_of_a_constant_is_never_negative(values: list[float], const
     """Off the pivot T/N − a² rounds to either side of 0."""
     moments = reference.moments(column(*[constant] * count), None, grid_of(*values))
     if not moments.misfit_C[0]:
-        assert moments.mean_variance()[1][0] >= 0
+        assert moments.mean_variance[1][0] >= 0
 
 
 @given(
@@ -133,7 +133,7 @@ def test_moments_of_two_folds_are_exact() -> None:
     grid = grid_of(*values, dtype="float64")
     moments = reference.moments(column(*values, dtype="float64"), None, grid)
     assert moments.words.shape[0] == Moments.rows(2)
-    a, variance = moments.mean_variance()
+    a, variance = moments.mean_variance
     exact = [Fraction(v) - Fraction(float(grid.pivot_C[0])) for v in values]
     mean = sum(exact) / 4
     assert float(a[0]) == pytest.approx(float(mean), rel=1e-15)

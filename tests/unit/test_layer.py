@@ -344,7 +344,8 @@ def test_state_travels_with_its_grid() -> None:
     assert second.state.version == 2
     wide = BatchNormalization(dtype="float64")
     wide.build((None, 3))
-    with pytest.raises(ValueError, match="expected a state of 3 channels in float64, received 3 channels in float32"):
+    kinds = [f"3 channels in {dtype} with {dtype} variables" for dtype in ("float64", "float32")]
+    with pytest.raises(ValueError, match=f"expected a state of {kinds[0]}, received {kinds[1]}"):
         wide.restore(first.state)
 
 

@@ -26,8 +26,8 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
         {
             "name": norm.name,
             "channels": norm.state.channels,
-            "moving_mean": norm.state.moving_mean.tolist(),
-            "moving_variance": norm.state.moving_variance.tolist(),
+            "moving_mean": norm.state.moving.mean.tolist(),
+            "moving_variance": norm.state.moving.variance.tolist(),
             "moving_version": norm.state.version,
         }
         for norm in outcome.model.norms

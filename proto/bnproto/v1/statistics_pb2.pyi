@@ -428,17 +428,23 @@ class LayerTerms(google.protobuf.message.Message):
     UNBIASED_FIELD_NUMBER: builtins.int
     FLUSH_TO_ZERO_FIELD_NUMBER: builtins.int
     GRID_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
     channels: builtins.int
     dtype: builtins.str
     """Of the arithmetic: "float32" or "float64"."""
     momentum: builtins.float
     epsilon: builtins.float
     masked: builtins.bool
-    renorm: builtins.bool
     unbiased: builtins.bool
     flush_to_zero: builtins.bool
     grid: builtins.int
     """Fingerprint of the grid that the words are in units of; 0 for a probe or an enrolment."""
+    policy: builtins.str
+    """The layer's dtype policy, e.g. "mixed_float16"."""
+    @property
+    def renorm(self) -> Global___Renorm:
+        """Absent: the layer does not renormalize."""
+
     def __init__(
         self,
         *,
@@ -447,15 +453,59 @@ class LayerTerms(google.protobuf.message.Message):
         momentum: builtins.float = ...,
         epsilon: builtins.float = ...,
         masked: builtins.bool = ...,
-        renorm: builtins.bool = ...,
+        renorm: Global___Renorm | None = ...,
         unbiased: builtins.bool = ...,
         flush_to_zero: builtins.bool = ...,
         grid: builtins.int = ...,
+        policy: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "masked", b"masked", "momentum", b"momentum", "renorm", b"renorm", "unbiased", b"unbiased"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["renorm", b"renorm"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "masked", b"masked", "momentum", b"momentum", "policy", b"policy", "renorm", b"renorm", "unbiased", b"unbiased"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LayerTerms: typing_extensions.TypeAlias = LayerTerms
+
+@typing.final
+class Renorm(google.protobuf.message.Message):
+    """How a layer renormalizes; a limit that is absent does not clip."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOMENTUM_FIELD_NUMBER: builtins.int
+    RMAX_FIELD_NUMBER: builtins.int
+    RMIN_FIELD_NUMBER: builtins.int
+    DMAX_FIELD_NUMBER: builtins.int
+    momentum: builtins.float
+    rmax: builtins.float
+    rmin: builtins.float
+    dmax: builtins.float
+    def __init__(
+        self,
+        *,
+        momentum: builtins.float = ...,
+        rmax: builtins.float | None = ...,
+        rmin: builtins.float | None = ...,
+        dmax: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_dmax", b"_dmax", "_rmax", b"_rmax", "_rmin", b"_rmin", "dmax", b"dmax", "rmax", b"rmax", "rmin", b"rmin"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_dmax", b"_dmax", "_rmax", b"_rmax", "_rmin", b"_rmin", "dmax", b"dmax", "momentum", b"momentum", "rmax", b"rmax", "rmin", b"rmin"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dmax: typing_extensions.TypeAlias = typing.Literal["dmax"]
+    _WhichOneofArgType__dmax: typing_extensions.TypeAlias = typing.Literal["_dmax", b"_dmax"]
+    _WhichOneofReturnType__rmax: typing_extensions.TypeAlias = typing.Literal["rmax"]
+    _WhichOneofArgType__rmax: typing_extensions.TypeAlias = typing.Literal["_rmax", b"_rmax"]
+    _WhichOneofReturnType__rmin: typing_extensions.TypeAlias = typing.Literal["rmin"]
+    _WhichOneofArgType__rmin: typing_extensions.TypeAlias = typing.Literal["_rmin", b"_rmin"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dmax) -> _WhichOneofReturnType__dmax | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rmax) -> _WhichOneofReturnType__rmax | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rmin) -> _WhichOneofReturnType__rmin | None: ...
+
+Global___Renorm: typing_extensions.TypeAlias = Renorm
 
 @typing.final
 class PlainTerms(google.protobuf.message.Message):

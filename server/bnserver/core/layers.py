@@ -10,11 +10,12 @@ Laws of this room:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bnlayer.collective import Call, Direction, LayerTerms
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.moments import BatchStatistics
+from bnlayer.moving import Rule
 from bnlayer.state import LayerState
 from bnserver.core.events import Words
 
@@ -101,10 +102,11 @@ class Layers:
         layer = self._layers.get(name) if name is not None else None
         if layer is None:
             raise DisagreementError(f"The owner knows no layer {name!r}: enroll it first, on every rank.")
-        if (terms.channels, terms.dtype) != (layer.state.channels, layer.state.forward.dtype):
+        renorm = terms.renorm is not None
+        if (terms.channels, terms.dtype, renorm) != _shape(layer.state):
             raise DisagreementError(
-                f"{call.place}: the ranks have {terms.channels} channels in {terms.dtype}, the owner has "
-                f"{layer.state.channels} in {layer.state.forward.dtype}. Enroll the layer anew, on every rank."
+                f"{call.place}: the ranks have {terms.channels} channels in {terms.dtype} {_with_renorm(renorm)}, the "
+                f"owner has {layer.state.kind}. Enroll the layer anew, on every rank."
             )
         if call.place.direction is Direction.FORWARD:
             return _forward(layer, call, terms, words)
@@ -124,9 +126,7 @@ def _forward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
         return layer.state.version
     layer.forward = None
     layer.statistics = exchange.statistics
-    layer.state = layer.state.after_forward(
-        exchange.statistics, exchange.grid, terms.momentum, synchronized=True, masked=terms.masked
-    )
+    layer.state = layer.state.after_forward(exchange.statistics, exchange.grid, _rule(terms))
     return layer.state.version
 
 
@@ -163,16 +163,25 @@ def _check_next(exchange: ForwardExchange | BackwardExchange, version: int, call
 
 
 def _check_kind(name: str, owned: LayerState, other: LayerState) -> None:
-    if _kind(owned) != _kind(other):
+    if owned.kind != other.kind:
         raise DisagreementError(
-            f"Layer {name!r}: the owner has {_kind(owned)}, received {_kind(other)}. Every rank must build the same "
+            f"Layer {name!r}: the owner has {owned.kind}, received {other.kind}. Every rank must build the same "
             "model, and the model that the job began with; a new model needs a new job name."
         )
 
 
-def _kind(state: LayerState) -> str:
-    return f"{state.channels} channels in {state.forward.dtype} with {state.moving_mean.dtype.name} variables"
+def _shape(state: LayerState) -> tuple[int, str, bool]:
+    return state.channels, state.forward.dtype, state.moving.stddev is not None
+
+
+def _with_renorm(renorm: bool) -> str:
+    return "with renorm" if renorm else "without renorm"
+
+
+def _rule(terms: LayerTerms) -> Rule:
+    renorm_momentum = terms.renorm.momentum if terms.renorm is not None else 0.0  # not looked at
+    return Rule(terms.momentum, terms.epsilon, renorm_momentum, synchronized=True, masked=terms.masked)
 
 
 def _versioned(state: LayerState, version: int) -> LayerState:
-    return LayerState(state.moving_mean, state.moving_variance, state.forward, state.backward, version)
+    return replace(state, version=version)

@@ -69,7 +69,7 @@ def check_state(state: LayerState) -> None:
         raise RefusedError("expected a state of 1 channel or more, received none")
     if state.version < 0:
         raise RefusedError(f"expected a version of 0 or more, received {state.version}")
-    for name, values in (("moving_mean", state.moving_mean), ("moving_variance", state.moving_variance)):
+    for name, values in state.moving.vectors.items():
         if not np.isfinite(values.astype(np.float64)).all():
             raise RefusedError(f"expected finite numbers in {name}, received NaN or infinity")
     grid, precision = state.forward, _PRECISIONS[state.forward.dtype]
@@ -96,6 +96,9 @@ def _check_layer(call: Call, terms: LayerTerms, body: Body) -> None:
                 f"expected a state of {terms.channels} channels in {terms.dtype} for layer {layer!r}, received "
                 f"one of {body.channels} in {body.forward.dtype}"
             )
+        if (terms.renorm is None) != (body.moving.stddev is None):
+            wanted, got = ("no ", "some") if terms.renorm is None else ("", "none")
+            raise RefusedError(f"expected {wanted}statistics of renorm in the state of layer {layer!r}, received {got}")
         check_state(body)
         return
     if call.place.direction is None:
@@ -114,9 +117,12 @@ def _check_terms(layer: str, terms: LayerTerms) -> None:
             f"expected a finite momentum and an epsilon of 0 or more for layer {layer!r}, received "
             f"{terms.momentum} and {terms.epsilon}"
         )
-    for name in ("renorm", "unbiased"):
-        if getattr(terms, name):
-            raise RefusedError(f"layer {layer!r} asks for {name}, which this service does not know; update it")
+    if terms.renorm is not None and not math.isfinite(terms.renorm.momentum):
+        raise RefusedError(
+            f"expected a finite momentum of renorm for layer {layer!r}, received {terms.renorm.momentum}"
+        )
+    if terms.unbiased:
+        raise RefusedError(f"layer {layer!r} asks for unbiased, which this service does not know; update it")
 
 
 def _check_words(call: Call, terms: LayerTerms, body: Body) -> None:

@@ -78,7 +78,7 @@ def one_restores(world: World, odd: bool) -> None:
         other = BatchNormalization(name="other")
         other(np.full((2, 4), 5.0, np.float32), training=True)
         state = bn.state
-        bn.restore(type(state)(state.moving_mean, state.moving_variance, other.state.forward, state.backward))
+        bn.restore(type(state)(state.moving, other.state.forward, state.backward))
     train(bn, world)
 
 

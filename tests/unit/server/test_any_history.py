@@ -18,6 +18,7 @@ from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, Pl
 from bnlayer.exchange import ForwardExchange
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
+from bnlayer.moving import Moving, Rule
 from bnlayer.state import LayerState
 from bnserver.core.effects import Closed, Effect, Enrolled, Failed, Joined, Reason, Released, Totals
 from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Tick
@@ -166,17 +167,17 @@ class AnyHistory(RuleBasedStateMachine):
             return
         assert state.version == self.updates
         assert self.state is not None
-        assert state.moving_mean.tobytes() == self.state.moving_mean.tobytes()
-        assert state.moving_variance.tobytes() == self.state.moving_variance.tobytes()
+        assert state.moving.mean.tobytes() == self.state.moving.mean.tobytes()
+        assert state.moving.variance.tobytes() == self.state.moving.variance.tobytes()
 
     # ---- the model ----
 
     def next_call(self, rank: int) -> tuple[Call, object]:
         """What a well-behaved rank says now."""
         if self.state is None or self.completed == 0:
-            fresh = np.zeros(1, np.float32), np.ones(1, np.float32)
+            fresh = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
             grids = Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1)
-            return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), LayerState(*fresh, *grids)
+            return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), LayerState(fresh, *grids)
         if self.exchange is None:
             self.exchange = ForwardExchange.begin(self.state.forward, _TERMS.epsilon, False)
         exchange = self.exchange
@@ -232,7 +233,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.exchange = self.exchange.reduced(totals.words)
         if self.exchange.statistics is not None:
             self.state = self.state.after_forward(
-                self.exchange.statistics, self.exchange.grid, 0.9, synchronized=True, masked=False
+                self.exchange.statistics, self.exchange.grid, Rule(_TERMS.momentum, _TERMS.epsilon)
             )
             self.updates += 1
             self.exchange = None

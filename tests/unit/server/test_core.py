@@ -9,6 +9,7 @@ import pytest
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Reason, Reduce, Totals
 from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
@@ -18,7 +19,9 @@ from bnserver.core.service import Service, Snapshot
 
 _TERMS = LayerTerms(1, "float32", 0.9, 0.001)
 _STATE = LayerState(
-    np.zeros(1, np.float32), np.ones(1, np.float32), Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1)
+    Moving(np.zeros(1, np.float32), np.ones(1, np.float32)),
+    Grid.unknown("float32", 1),
+    BackwardGrid.unknown("float32", 1),
 )
 _BARRIER = Call(Operation.BARRIER, Place(None, None, 0), PlainTerms())
 
@@ -148,7 +151,7 @@ def test_a_bad_push_costs_the_place() -> None:
     """Numbers that are not finite never become the owner's."""
     service = Service()
     _join(service, 1)
-    bad = replace(_STATE, moving_mean=np.array([np.nan], np.float32))
+    bad = replace(_STATE, moving=replace(_STATE.moving, mean=np.array([np.nan], np.float32)))
     failed, saved = service.handle(Push(1, "a", bad), 0.0)
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 from bnserver.core.service import Snapshot
 from bnserver.store import Store, StoreError
@@ -17,7 +18,7 @@ def _state(dtype: str, channels: int) -> LayerState:
     grid = Grid(dtype, np.linspace(-1e30, 3, channels), np.arange(channels) - 160, True)
     backward = BackwardGrid(dtype, np.arange(channels), np.arange(channels) - 5, False)
     mean = np.linspace(-1, 1, channels).astype(dtype)
-    return LayerState(mean, mean**2, grid, backward, 2**40)
+    return LayerState(Moving(mean, mean**2), grid, backward, 2**40)
 
 
 def _same(got: LayerState, expected: LayerState) -> bool:

@@ -9,6 +9,8 @@ import pytest
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
+from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnserver.core.events import Body, Contribute, Join
 from bnserver.core.validation import RefusedError, check, check_join, check_state
@@ -20,8 +22,17 @@ _ENROL = Place("a", None, 0)
 _PLAIN = Place(None, None, 0)
 _WORDS = np.zeros((6, 2), np.int64)
 _STATE = LayerState(
-    np.zeros(2, np.float32), np.ones(2, np.float32), Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2)
+    Moving(np.zeros(2, np.float32), np.ones(2, np.float32)),
+    Grid.unknown("float32", 2),
+    BackwardGrid.unknown("float32", 2),
 )
+
+
+_RENORMING = replace(_STATE, moving=Moving(*[np.ones(2, np.float32)] * 5))
+
+
+def _moved(**vectors: np.ndarray[Any, np.dtype[np.float32]]) -> LayerState:
+    return replace(_STATE, moving=replace(_STATE.moving, **vectors))
 
 
 def _changed(words: np.ndarray[Any, np.dtype[np.int64]], row: int, value: int) -> np.ndarray[Any, Any]:
@@ -51,7 +62,9 @@ _BAD: list[tuple[Call, Body, str]] = [
     (Call(Operation.SUMS, _FORWARD, replace(_TERMS, dtype="int8")), _WORDS, "received 2 in 'int8'"),
     (Call(Operation.SUMS, _FORWARD, replace(_TERMS, momentum=np.nan)), _WORDS, "a finite momentum"),
     (Call(Operation.SUMS, _FORWARD, replace(_TERMS, epsilon=-1.0)), _WORDS, "epsilon of 0 or more"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, renorm=True)), _WORDS, "asks for renorm, which this service does"),
+    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, renorm=Renorm(np.inf))), _WORDS, "a finite momentum of renorm"),
+    (Call(Operation.ENROLL, _ENROL, replace(_TERMS, renorm=Renorm())), _STATE, "expected statistics of renorm .* none"),
+    (Call(Operation.ENROLL, _ENROL, _TERMS), _RENORMING, "expected no statistics of renorm .* received some"),
     (Call(Operation.SUMS, _FORWARD, replace(_TERMS, unbiased=True)), _WORDS, "asks for unbiased"),
     (Call(Operation.ENROLL, _ENROL, _TERMS), None, "expected the state of layer 'a'"),
     (Call(Operation.ENROLL, _FORWARD, _TERMS), _STATE, "no direction in its enrolment"),
@@ -89,16 +102,22 @@ def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> No
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        (replace(_STATE, moving_mean=np.zeros(0, np.float32)), "1 channel or more"),
+        (replace(_STATE, moving=Moving(np.zeros(0, np.float32), np.zeros(0, np.float32))), "1 channel or more"),
         (replace(_STATE, version=-1), "a version of 0 or more, received -1"),
-        (replace(_STATE, moving_mean=np.array([0, np.nan], np.float32)), "finite numbers in moving_mean"),
+        (
+            _moved(mean=np.array([0, np.nan], np.float32)),
+            "finite numbers in moving_mean",
+        ),
         (replace(_STATE, forward=replace(_STATE.forward, pivot_C=np.array([0, np.nan]))), "a grid of finite pivots"),
         (replace(_STATE, forward=replace(_STATE.forward, exponent_C=np.array([0, 127]))), "exponents from 0 to 127"),
         (
             replace(_STATE, forward=replace(_STATE.forward, exponent_C=np.array([0, -161]))),
             "from -160 to 126, received",
         ),
-        (replace(_STATE, moving_variance=np.array([np.inf, 0], np.float32)), "finite numbers in moving_variance"),
+        (
+            _moved(variance=np.array([np.inf, 0], np.float32)),
+            "finite numbers in moving_variance",
+        ),
     ],
 )
 def test_impossible_states_are_refused(state: LayerState, text: str) -> None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
 from bnlayer.errors import MismatchError, PeerLostError, ServiceError, StallError
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
+from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnproto.arrays import Joining, WireError, pack, unpack
 from bnproto.calls import call_of, contribution_of
@@ -23,7 +25,8 @@ from bnserver.core.effects import Reason
 from bnserver.core.events import Contribute, Malformed, Push
 from bnserver.translation import _REASONS, Reader
 
-_TERMS = LayerTerms(256, "float64", 0.97, 1e-5, True, True, True, True, 2**63 - 1)
+_RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
+_TERMS = LayerTerms(256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16")
 _CALLS = [
     Call(Operation.ENROLL, Place("a", None, 0), LayerTerms(1, "float32", 0.9, 0.001)),
     Call(Operation.PROBE, Place("", Direction.FORWARD, 2**40), _TERMS, 2),
@@ -224,8 +227,7 @@ def test_a_large_enrolment_travels_in_parts() -> None:
     """A layer of very many channels; nothing is said before its last part."""
     channels = 100_000
     state = LayerState(
-        np.arange(channels, dtype=np.float32),
-        np.ones(channels, np.float32),
+        Moving(np.arange(channels, dtype=np.float32), np.ones(channels, np.float32)),
         Grid.unknown("float32", channels),
         BackwardGrid.unknown("float32", channels),
         3,
@@ -237,13 +239,15 @@ def test_a_large_enrolment_travels_in_parts() -> None:
     assert early == [None] * 3
     assert isinstance(event, Contribute)
     assert isinstance(event.body, LayerState)
-    assert event.body.moving_mean.tobytes() == state.moving_mean.tobytes()
+    assert event.body.moving.mean.tobytes() == state.moving.mean.tobytes()
     assert event.body.version == 3
 
 
 def test_a_push_is_read() -> None:
     """The state of a layer, by name and dtype."""
-    state = LayerState(np.zeros(1), np.ones(1), Grid.unknown("float64", 1), BackwardGrid.unknown("float64", 1), 3)
+    state = LayerState(
+        Moving(np.zeros(1), np.ones(1)), Grid.unknown("float64", 1), BackwardGrid.unknown("float64", 1), 3
+    )
     arrays = state.arrays()
     payload, _ = pack(arrays.values(), tuple(arrays))
     event = _reader().read(pb.ExchangeRequest(push=pb.Push(layer="a", dtype="float64", payload=payload)))

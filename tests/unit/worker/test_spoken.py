@@ -5,6 +5,8 @@ import pytest
 
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
+from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnworker.transports.spoken import MirrorTerms, heard, name_of, pushed_state, speak
 
@@ -17,6 +19,7 @@ CALLS = [
     Call(Operation.SUMS, Place("bn", Direction.FORWARD, 3), TERMS, 0),
     Call(Operation.PROBE, Place("bn", Direction.FORWARD, 3), TERMS, 1),
     Call(Operation.ENROLL, Place("bn", None, 0), LayerTerms(4, "float64", 0.9, 1e-5)),
+    Call(Operation.ENROLL, Place("bn", None, 0), LayerTerms(4, "float32", 0.9, 1e-5, renorm=Renorm(0.5, dmax=1.0))),
     Call(Operation.REDUCE, Place(None, None, 7), PlainTerms("sum", ("float32[3, 4]", "int8[]"))),
     Call(Operation.BROADCAST, Place(None, None, 7), PlainTerms(root=1)),
     Call(Operation.BARRIER, Place(None, None, 7), PlainTerms()),
@@ -57,8 +60,8 @@ def test_pushes_are_counted_and_named() -> None:
     """Two mirrors speak alike after the same pushes in the same order, and only then."""
 
     def state(mean: float) -> LayerState:
-        arrays = np.full(2, mean, np.float32), np.ones(2, np.float32)
-        return LayerState(*arrays, Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2))
+        moving = Moving(np.full(2, mean, np.float32), np.ones(2, np.float32))
+        return LayerState(moving, Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2))
 
     once, other = pushed_state("nothing", state(1)), pushed_state("nothing", state(2))
     assert once == pushed_state("nothing", state(1))

@@ -7,10 +7,11 @@ what shape its words are: ranks whose mirrors were replaced differently would dr
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from hashlib import blake2b
 
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 
 
@@ -57,7 +58,9 @@ def heard(text: bytes) -> Call:
     operation, layer, direction, step, attempt, values = json.loads(text)
     terms: MirrorTerms | PlainTerms
     if len(values) == len(_MIRROR):
-        terms = MirrorTerms(**dict(zip(_MIRROR, values, strict=True)))
+        said = dict(zip(_MIRROR, values, strict=True))
+        renorm = said.pop("renorm")
+        terms = MirrorTerms(**said, renorm=None if renorm is None else Renorm(*renorm))
     else:
         op, arrays, root = values
         terms = PlainTerms(op, tuple(arrays), root)
@@ -81,4 +84,6 @@ def pushed_state(before: str, state: LayerState) -> str:
 
 def _spelt(terms: LayerTerms | PlainTerms, name: str) -> object:
     value = getattr(terms, name)
+    if isinstance(value, Renorm):
+        return [None if limit is None else float(limit) for limit in astuple(value)]
     return _SPELL[name](value) if name in _SPELL else value

@@ -1,0 +1,200 @@
+"""What a `BatchNormalization` is: its arguments, variables, shapes and configuration, Keras's to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from bnlayer import constraints, initializers, regularizers
+from bnlayer.base import Layer, automatic_name
+from bnlayer.collective import Collective
+from bnlayer.dtypes import Policy
+from bnlayer.renorm import Renorm
+from bnlayer.serialization import described
+from bnlayer.variable import Variable
+
+
+class Definition(Layer):
+    """The arguments and variables of a batch normalization; `layer.py` says what it does with them."""
+
+    supports_masking = True
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
+        *,
+        name: str | None = None,
+        dtype: Any = None,
+        trainable: bool = True,
+        collective: Collective | None = None,
+        grad_reduction: Literal["global", "local"] = "global",
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise ValueError(f"Unrecognized keyword arguments passed to BatchNormalization: {unknown}")
+        if collective is not None and not synchronized:
+            raise ValueError("collective= was given, but synchronized=False: such a layer exchanges nothing.")
+        if grad_reduction not in ("global", "local"):
+            raise ValueError(f"grad_reduction: expected 'global' or 'local', received {grad_reduction!r}.")
+        super().__init__(str(name) if name is not None else automatic_name("batch_normalization"), bool(trainable))
+        self.axis, self.momentum, self.epsilon = int(axis), float(momentum), float(epsilon)
+        self.center, self.scale = bool(center), bool(scale)
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.renorm, self.renorm_clipping, self.renorm_momentum = bool(renorm), renorm_clipping, float(renorm_momentum)
+        self._renorm = Renorm.of(self.renorm_momentum, renorm_clipping) if renorm else None
+        self.synchronized = bool(synchronized)
+        self.dtype_policy = Policy.of(dtype)
+        self.collective, self.grad_reduction = collective, grad_reduction
+        self.built = False
+        self.gamma: Variable | None = None
+        self.beta: Variable | None = None
+        self.ndim = 0
+
+    @property
+    def dtype(self) -> str:
+        """The name of the variables' dtype."""
+        return self.variable_dtype.name
+
+    @property
+    def variable_dtype(self) -> np.dtype[Any]:
+        """Of gamma, beta and the moving statistics."""
+        return self.dtype_policy.variable_dtype
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """Of the output."""
+        return self.dtype_policy.compute_dtype
+
+    # Shapes and variables
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Make the variables for inputs of a shape; the first call does it.
+
+        Args:
+            input_shape: its length and the channel dimension matter.
+
+        Raises:
+            ValueError: the axis lies outside the shape, or the channel dimension is undefined.
+        """
+        channels = tuple(input_shape)[self._axis_of(input_shape)]
+        if channels is None:
+            raise ValueError(
+                f"Axis {self.axis} of the input must have a defined dimension, the number of channels. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
+        shape, dtype = (int(channels),), self.variable_dtype
+        self._variables = []
+        if self.scale:
+            gamma = self.gamma_initializer(shape, dtype)
+            self.gamma = Variable(gamma, "gamma", True, self.gamma_regularizer, self.gamma_constraint)
+            self._variables.append(self.gamma)
+        if self.center:
+            beta = self.beta_initializer(shape, dtype)
+            self.beta = Variable(beta, "beta", True, self.beta_regularizer, self.beta_constraint)
+            self._variables.append(self.beta)
+        self.moving_mean = Variable(self.moving_mean_initializer(shape, dtype), "moving_mean", False)
+        self.moving_variance = Variable(self.moving_variance_initializer(shape, dtype), "moving_variance", False)
+        self._variables += [self.moving_mean, self.moving_variance]
+        if self._renorm is not None:
+            self._build_renorm(shape, dtype)
+        self.ndim = len(tuple(input_shape))
+        self.built = True
+
+    def _build_renorm(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Keras's three, which begin where the moving mean and variance do."""
+        stddev = np.sqrt(self.moving_variance_initializer(shape, dtype))
+        self.moving_stddev = Variable(stddev, "moving_stddev", False)
+        self.renorm_mean = Variable(self.moving_mean_initializer(shape, dtype), "renorm_mean", False)
+        self.renorm_stddev = Variable(stddev.copy(), "renorm_stddev", False)
+        self._variables += [self.moving_stddev, self.renorm_mean, self.renorm_stddev]
+
+    def _axis_of(self, input_shape: Sequence[int | None]) -> int:
+        shape = tuple(input_shape)
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(f"Axis {self.axis} is out of bounds for input shape {shape}. Received: axis={self.axis}")
+        return self.axis % len(shape)
+
+    def _pinned_axis(self, shape: tuple[int, ...]) -> int:
+        """The channel axis of an input, which must be like the one the layer was built for."""
+        axis, channels = self._axis_of(shape), self.moving_mean.shape[0]
+        if len(shape) != self.ndim or shape[axis] != channels:
+            raise ValueError(
+                f"Input of layer {self.name!r} is incompatible with it: expected ndim={self.ndim} and {channels} "
+                f"channels on axis {self.axis}, received shape {shape}: ndim={len(shape)} and {shape[axis]} channels."
+            )
+        return axis
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The input's shape.
+
+        Raises:
+            ValueError: the axis lies outside it.
+        """
+        self._axis_of(input_shape)
+        return tuple(input_shape)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        """The mask passes through."""
+        del inputs
+        return previous_mask
+
+    # Configuration
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments in Keras's serialized form; `collective` and `grad_reduction` are no part.
+
+        Raises:
+            ValueError: an argument is a plain callable, which has no serialized form.
+        """
+        vocabularies = ("initializers", "regularizers", "constraints")
+        objects = {
+            f"{owner}_{kind[:-1]}": described(getattr(self, f"{owner}_{kind[:-1]}"), f"keras.{kind}")
+            for kind in vocabularies
+            for owner in ("beta", "gamma", "moving_mean", "moving_variance")
+            if kind == "initializers" or not owner.startswith("moving")
+        }
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": self.dtype_policy.get_config(),
+            "axis": self.axis,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+            **objects,
+            "synchronized": self.synchronized,
+            "renorm": self.renorm,
+            "renorm_clipping": self.renorm_clipping,
+            "renorm_momentum": self.renorm_momentum,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The layer that a configuration describes, Keras's own included."""
+        return cls(**config)
