@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 
 from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
@@ -120,7 +121,10 @@ def _beliefs(call: Call) -> dict[str, str]:
     for field in fields(call.terms):
         value = getattr(call.terms, field.name)
         text = f"{value:016x}" if field.name == "grid" else str(value)
-        beliefs[field.name] = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+        if len(text) > _SHOWN:
+            name = blake2b(text.encode(), digest_size=4).hexdigest()
+            text = f"{text[:_SHOWN]}… ({len(text)} characters, {name})"
+        beliefs[field.name] = text
     return beliefs
 
 

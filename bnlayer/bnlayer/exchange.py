@@ -60,6 +60,7 @@ class ForwardExchange:
         """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
+    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def reduced(self, words: NDArray[np.int64]) -> ForwardExchange:
         """The exchange after the words of all ranks were reduced."""
         if self.wants is Operation.PROBE:
@@ -110,6 +111,7 @@ class BackwardExchange:
         """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
+    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def reduced(self, words: NDArray[np.int64]) -> BackwardExchange:
         """The exchange after the words of all ranks were reduced."""
         if self.wants is Operation.PROBE:

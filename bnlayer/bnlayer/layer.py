@@ -37,12 +37,16 @@ class _TrainingPass:
     """What the backward pass of a training call needs.
 
     Attributes:
+        rounds: with the ranks that the batch was shared with.
+        terms: as they were then.
         view: the batch.
         statistics: of the global batch.
         scale_C: γs, or γrs with renorm: what multiplies the centered input.
         r_C, d_C: the corrections of renorm; None without.
     """
 
+    rounds: Rounds
+    terms: LayerTerms
     view: View
     statistics: BatchStatistics
     scale_C: NDArray[Any]
@@ -106,6 +110,7 @@ class BatchNormalization(Definition):
 
     # The step
 
+    @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in
     def __call__(self, inputs: ArrayLike, training: bool | None = None, mask: ArrayLike | None = None) -> NDArray[Any]:
         """Normalize a batch.
 
@@ -133,8 +138,8 @@ class BatchNormalization(Definition):
         if not (training and self.trainable):
             return self._infer(view, keep=bool(training))
         rounds = self._joined()
-        before = self.state
-        result = rounds.forward(view, before.forward)
+        before, terms = self.state, self._terms()
+        result = rounds.forward(view, terms, before.forward)
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
@@ -146,7 +151,7 @@ class BatchNormalization(Definition):
         r, d = self._correction(statistics, before.moving)
         scale = self._gamma() * statistics.inverse_std * (1.0 if r is None else r)
         shift = self._beta() - statistics.residual * scale + (0.0 if d is None else self._gamma() * d)
-        self._pass = _TrainingPass(view, statistics, scale.astype(x.dtype), r, d)
+        self._pass = _TrainingPass(rounds, terms, view, statistics, scale.astype(x.dtype), r, d)
         y = kernels().normalize(
             view.x, statistics.rounded_mean, self._pass.scale_C, shift.astype(x.dtype), statistics.poisoned
         )
@@ -162,6 +167,7 @@ class BatchNormalization(Definition):
         y = kernels().normalize(view.x, mean, scale, shift, np.zeros(mean.shape, bool))
         return self.dtype_policy.returned(view.restore(y))
 
+    @np.errstate(all="ignore")
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
         """The gradient of the inputs of the latest training call; fills `gamma.gradient` and `beta.gradient`.
 
@@ -200,7 +206,7 @@ class BatchNormalization(Definition):
             self._set_gradients(None, None)
             return self.dtype_policy.returned(view.restore(gradient * latest.scale_C[:, None]))
         statistics = latest.statistics
-        result = self._joined().backward(gradient, view, statistics, self.state.backward)
+        result = latest.rounds.backward(gradient, view, latest.terms, statistics, self.state.backward)
         self._backward_grid = result.grid.kept(statistics.reach)
         total = result.total
         summed = total if self.grad_reduction == "global" else share(result, statistics)
@@ -224,12 +230,18 @@ class BatchNormalization(Definition):
     def _joined(self) -> Rounds:
         """The exchanges with the collective in force; a new collective is enrolled with first."""
         if not self.synchronized:
-            self._rounds = self._rounds or Rounds(Alone(), self.name, self._terms())
+            self._rounds = self._rounds or Rounds(Alone(), self.name)
             return self._rounds
         collective = self.collective if self.collective is not None else current()
         if self._rounds is None or self._rounds.collective is not collective:
-            rounds = Rounds(collective, self.name, self._terms())
-            self._follow(rounds.enroll(self, self.state))
+            if self._rounds is not None and self._rounds.collective.world_size > 1 and isinstance(collective, Alone):
+                raise RuntimeError(
+                    f"Layer {self.name!r} belonged to a world of {self._rounds.collective.world_size} ranks, which was "
+                    "left: training on would be silently unsynchronized. Train inside `with bnworker.join()`, or make "
+                    "a new layer for one process."
+                )
+            rounds = Rounds(collective, self.name)
+            self._follow(rounds.enroll(self, self._terms(), self.state))
             self._rounds = rounds
         return self._rounds
 
@@ -307,6 +319,10 @@ class BatchNormalization(Definition):
     def _moving(self) -> list[Variable]:
         """The moving statistics, in Keras's order, which is `Moving`'s."""
         return [variable for variable in self._variables if not variable.trainable]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
+        return {**self.__dict__, "collective": None, "_rounds": None, "_pass": None, "_observer": None}
 
     def _must_be_built(self) -> None:
         if not self.built:

@@ -72,33 +72,32 @@ class Rounds:
     Args:
         collective: the ranks.
         name: the layer's.
-        terms: what every rank must believe of the layer, whatever the call.
     """
 
-    def __init__(self, collective: Collective, name: str, terms: LayerTerms) -> None:
+    def __init__(self, collective: Collective, name: str) -> None:
         self.collective = collective
-        self._name, self._terms = name, terms
+        self._name = name
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
 
-    def enroll(self, layer: object, state: LayerState) -> LayerState:
+    def enroll(self, layer: object, terms: LayerTerms, state: LayerState) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
 
         Raises:
             ValueError: another live layer holds the name.
         """
         claim(self.collective, self._name, layer)
-        return self.collective.enroll(Call(Operation.ENROLL, Place(self._name, None, 0), self._terms), state)
+        return self.collective.enroll(Call(Operation.ENROLL, Place(self._name, None, 0), terms), state)
 
-    def forward(self, view: View, grid: Grid) -> ForwardResult:
+    def forward(self, view: View, terms: LayerTerms, grid: Grid) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""
-        exchange = ForwardExchange.begin(grid, self._terms.epsilon, view.mask is not None)
+        exchange = ForwardExchange.begin(grid, terms.epsilon, view.mask is not None)
         version = None
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
                 words = kernels().probe(view.x, view.mask, exchange.grid)
             else:
                 words = kernels().moments(view.x, view.mask, exchange.grid).words
-            total = self._say(exchange, Direction.FORWARD, view, words)
+            total = self._say(exchange, Direction.FORWARD, view, terms, words)
             version = total.version
             exchange = exchange.reduced(total.words)
         self._steps[Direction.FORWARD] += 1
@@ -106,7 +105,9 @@ class Rounds:
         assert exchange.statistics is not None
         return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
 
-    def backward(self, dy: NDArray[Any], view: View, statistics: BatchStatistics, grid: BackwardGrid) -> BackwardResult:
+    def backward(
+        self, dy: NDArray[Any], view: View, terms: LayerTerms, statistics: BatchStatistics, grid: BackwardGrid
+    ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
         mean = statistics.rounded_mean
@@ -115,7 +116,7 @@ class Rounds:
                 words = kernels().gradient_probe(dy, view.x, mean, exchange.grid)
             else:
                 words = kernels().gradient_sums(dy, view.x, view.mask, mean, exchange.grid).words
-            exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, words).words)
+            exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, terms, words).words)
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1
                 return BackwardResult(exchange.gradients, words, exchange.grid)
@@ -125,11 +126,12 @@ class Rounds:
         exchange: ForwardExchange | BackwardExchange,
         direction: Direction,
         view: View,
+        terms: LayerTerms,
         words: NDArray[np.int64],
     ) -> Total:
         assert exchange.wants is not None
         terms = replace(
-            self._terms,
+            terms,
             masked=view.mask is not None,
             flush_to_zero=not _TINIEST * np.float32(1) > 0,
             grid=exchange.fingerprint,

@@ -21,7 +21,7 @@ _MEANING: dict[pb.ErrorReason.ValueType, tuple[type[CollectiveError], grpc.Statu
     pb.ERROR_REASON_MISMATCH: (MismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     pb.ERROR_REASON_STALL: (StallError, grpc.StatusCode.ABORTED),
     pb.ERROR_REASON_PEER_LOST: (PeerLostError, grpc.StatusCode.ABORTED),
-    pb.ERROR_REASON_DEADLINE: (StallError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    pb.ERROR_REASON_DEADLINE: (PeerLostError, grpc.StatusCode.DEADLINE_EXCEEDED),
     pb.ERROR_REASON_INVALID: (ServiceError, grpc.StatusCode.INVALID_ARGUMENT),
     pb.ERROR_REASON_STOPPING: (ServiceError, grpc.StatusCode.UNAVAILABLE),
     pb.ERROR_REASON_INTERNAL: (ServiceError, grpc.StatusCode.INTERNAL),

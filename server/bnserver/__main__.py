@@ -48,8 +48,24 @@ def main() -> int:
     parser.add_argument(
         "--ready-file", type=Path, metavar="PATH", help="write the address to this file once ranks can join"
     )
+    parser.add_argument(
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        default="info",
+        help="what is said on stderr; %(default)s if not given",
+    )
+    parser.add_argument(
+        "--log-file", type=Path, metavar="PATH", help="write the log to this file too, from info on whatever the level"
+    )
     options = parser.parse_args()
-    return serve(options.listen, options.state_dir, insecure=options.insecure, ready_file=options.ready_file)
+    return serve(
+        options.listen,
+        options.state_dir,
+        insecure=options.insecure,
+        ready_file=options.ready_file,
+        log_level=options.log_level,
+        log_file=options.log_file,
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from bnproto.channel import SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.service import Service
 from bnserver.exchanges import Exchanges
-from bnserver.logs import log_to_stderr
+from bnserver.logs import LogError, logged
 from bnserver.store import Store, StoreError
 
 _GRACE_S = 2.0  # for ranks to hear that the service stops; the whole drain has 5 s
@@ -40,7 +40,15 @@ class StartError(RuntimeError):
     """The service can't start; the text says why, and what to do."""
 
 
-def serve(listen: str, state_dir: Path | None = None, *, insecure: bool = False, ready_file: Path | None = None) -> int:
+def serve(
+    listen: str,
+    state_dir: Path | None = None,
+    *,
+    insecure: bool = False,
+    ready_file: Path | None = None,
+    log_level: str = "info",
+    log_file: Path | None = None,
+) -> int:
     """Run the service until SIGTERM or SIGINT.
 
     Args:
@@ -48,6 +56,8 @@ def serve(listen: str, state_dir: Path | None = None, *, insecure: bool = False,
         state_dir: where jobs are kept; None keeps them in memory alone.
         insecure: allow plain text beyond this machine.
         ready_file: receives the address, HOST:PORT, once ranks can join.
+        log_level: what stderr gets: debug, info, warning or error.
+        log_file: gets the log from info on, whatever stderr gets; None: there is none.
 
     Returns:
         The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address.
@@ -59,12 +69,12 @@ def serve(listen: str, state_dir: Path | None = None, *, insecure: bool = False,
                 f"{listen} is reachable from other machines, and this service speaks plain text without a check of "
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
-        with log_to_stderr():
+        with logged(log_level, log_file):
             asyncio.run(_serve(listen, host, state_dir, ready_file))
     except ListenError as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE
-    except (StartError, StoreError) as error:
+    except (LogError, StartError, StoreError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return FAILED
     return OK

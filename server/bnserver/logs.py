@@ -12,20 +12,44 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import QueueHandler
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
 _STDERR = 2
 _FLUSH_S = 1.0  # what nobody has read by then is given up
 
+_FORMAT = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+
 _Records = SimpleQueue[logging.LogRecord | None]
 
 
+class LogError(RuntimeError):
+    """The log file cannot be written."""
+
+
 @contextmanager
-def log_to_stderr() -> Iterator[None]:
-    """Send what is logged to stderr, for the length of a `with` block."""
+def logged(level: str = "info", file: Path | None = None) -> Iterator[None]:
+    """Send what is logged to stderr, and to a file, for the length of a `with` block.
+
+    Args:
+        level: what stderr gets: debug, info, warning or error.
+        file: gets the log from info on, whatever stderr gets; None: there is none.
+
+    Raises:
+        LogError: the file cannot be written.
+    """
     records: _Records = SimpleQueue()
-    logging.basicConfig(level=logging.INFO, handlers=[QueueHandler(records)])
+    stderr = QueueHandler(records)
+    stderr.setLevel(level.upper())
+    handlers: list[logging.Handler] = [stderr]
+    if file is not None:
+        try:
+            handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
+        except OSError as error:
+            raise LogError(f"Can't write the log to {file}: {error.strerror}. Name another file.") from error
+        handlers[-1].setFormatter(_FORMAT)
+    logging.basicConfig(level=stderr.level if file is None else min(stderr.level, logging.INFO), handlers=handlers)
     writer = Thread(target=_write, args=(records,), name="bnserver-log", daemon=True)
     writer.start()
     try:
@@ -36,6 +60,5 @@ def log_to_stderr() -> Iterator[None]:
 
 
 def _write(records: _Records) -> None:
-    formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
     for record in iter(records.get, None):
-        os.write(_STDERR, f"{formatter.format(record)}\n".encode(errors="backslashreplace"))
+        os.write(_STDERR, f"{_FORMAT.format(record)}\n".encode(errors="backslashreplace"))

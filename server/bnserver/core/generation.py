@@ -18,7 +18,7 @@ import numpy as np
 
 from bnlayer.agreement import Peer, Verdict, judge
 from bnlayer.collective import Call, Operation
-from bnlayer.errors import StallError
+from bnlayer.errors import PeerLostError
 from bnserver.core.events import Body, Contribute, Words
 from bnserver.core.validation import RefusedError
 
@@ -205,7 +205,7 @@ class Generation:
                 return None
             missing = self._missing(set(self.members))
             return Verdict(
-                StallError,
+                PeerLostError,
                 f"{_ranks(missing)} of {self.world_size} did not join in time; {self._here()} waited. Start every "
                 f"rank with the same job name and world size ({self.world_size}), or wait longer: timeout=.",
                 missing,
@@ -218,7 +218,7 @@ class Generation:
         names = ", ".join(str(self._peers[rank]) for rank in missing)
         waits = "; ".join(f"{self._peers[rank]} waits in {_where(call)}" for rank, call in self.round.calls.items())
         return Verdict(
-            StallError,
+            PeerLostError,
             f"{names} did not take part within {timeout:g} s, last seen {seen}; {waits}. Look at what it is doing; "
             "if it is only slow, wait longer: timeout=.",
             missing,

@@ -18,7 +18,7 @@ from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Malformed
 from bnserver.core.generation import Generation
 from bnserver.core.job import LOST, Job
 
-_STOPPING = "The service is stopping. Start the job again once it is back: the moving statistics are kept."
+_STOPPING = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
 
 
 @dataclass(frozen=True, slots=True)

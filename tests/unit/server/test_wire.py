@@ -160,7 +160,7 @@ def test_unknown_words_are_refused(message: pb.Contribution, text: str) -> None:
         (Reason.MISMATCH, MismatchError, grpc.StatusCode.FAILED_PRECONDITION),
         (Reason.STALL, StallError, grpc.StatusCode.ABORTED),
         (Reason.PEER_LOST, PeerLostError, grpc.StatusCode.ABORTED),
-        (Reason.DEADLINE, StallError, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (Reason.DEADLINE, PeerLostError, grpc.StatusCode.DEADLINE_EXCEEDED),
         (Reason.INVALID, ServiceError, grpc.StatusCode.INVALID_ARGUMENT),
         (Reason.STOPPING, ServiceError, grpc.StatusCode.UNAVAILABLE),
         (Reason.INTERNAL, ServiceError, grpc.StatusCode.INTERNAL),
