@@ -1,17 +1,24 @@
-"""Prefixed output: whole lines, whole characters, bounded memory."""
+"""Prefixed output: whole lines, whole characters, bounded memory; time and colour for a terminal."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnworker.launcher.prefix import LIMIT, Prefixer
+from bnworker.launcher.prefix import LIMIT, Prefixer, Style
+
+
+def prefixer(head: bytes) -> Prefixer:
+    """Lines that all have the same head."""
+    return Prefixer(lambda: head)
 
 
 def through(*chunks: bytes) -> bytes:
     """What leaves, when these chunks come."""
-    lines = Prefixer("[0] ")
+    lines = prefixer(b"[0] ")
     return b"".join(map(lines.feed, chunks)) + lines.finish()
 
 
@@ -37,7 +44,7 @@ def test_lines(chunks: list[bytes], left: bytes) -> None:
 
 def test_a_line_leaves_as_soon_as_it_ends() -> None:
     """A user who watches a run sees each line when it is written."""
-    lines = Prefixer("[1] ")
+    lines = prefixer(b"[1] ")
     assert lines.feed(b"a\nb") == b"[1] a\n"
     assert lines.feed(b"c\n") == b"[1] bc\n"
 
@@ -45,7 +52,7 @@ def test_a_line_leaves_as_soon_as_it_ends() -> None:
 def test_a_long_line_leaves_in_pieces_between_characters() -> None:
     """Memory stays bounded, and no character is cut."""
     text = ("€" * LIMIT).encode()  # three bytes each: the limit falls inside one
-    lines = Prefixer("")
+    lines = prefixer(b"")
     left = b""
     for start in range(0, len(text), 1000):
         left += lines.feed(text[start : start + 1000])
@@ -70,6 +77,62 @@ def test_cuts_cannot_be_seen(parts: list[bytes], size: int) -> None:
 @given(st.text(alphabet="aé€\n"))
 def test_nothing_is_lost(text: str) -> None:
     """Without the prefixes, it is the text that came in."""
-    lines = Prefixer("")
+    lines = prefixer(b"")
     got = lines.feed(text.encode()) + lines.finish()
     assert got.decode().removesuffix("\n") == text.removesuffix("\n")
+
+
+# ---- what stands in front ----
+
+NOON = datetime(2024, 2, 29, 12, 0, 3, 45999, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("style", "head"),
+    [
+        (Style(timestamps=False, colour=False), b"[2] "),
+        (Style(timestamps=True, colour=False), b"12:00:03.045 [2] "),
+        (Style(timestamps=False, colour=True), b"\x1b[33m[2]\x1b[0m "),
+        (Style(timestamps=True, colour=True), b"\x1b[33m12:00:03.045 [2]\x1b[0m "),
+    ],
+)
+def test_heads(style: Style, head: bytes) -> None:
+    """Milliseconds are cut, not rounded into the next second; the colour ends before the text."""
+    assert style.head("[2]", 2, NOON) == head
+
+
+def test_neighbours_differ_in_colour_and_red_is_left_to_errors() -> None:
+    """Eight colours, then again; what is no rank is bold."""
+    style = Style(timestamps=False, colour=True)
+    heads = [style.head("[r]", rank, NOON) for rank in range(9)]
+    assert len(set(heads)) == 8
+    assert heads[8] == heads[0]
+    assert not any(b"[31m" in head or b"[91m" in head for head in heads)
+    assert style.head("[service]", None, NOON) == b"\x1b[1m[service]\x1b[0m "
+
+
+@pytest.mark.parametrize(
+    ("terminal", "asked", "environ", "style"),
+    [
+        (True, None, {}, Style(timestamps=True, colour=True)),
+        (True, False, {}, Style(timestamps=False, colour=True)),
+        (True, None, {"NO_COLOR": "1"}, Style(timestamps=True, colour=False)),
+        (True, None, {"NO_COLOR": ""}, Style(timestamps=True, colour=True)),
+        (True, None, {"TERM": "dumb"}, Style(timestamps=True, colour=False)),
+        (False, None, {}, Style(timestamps=False, colour=False)),
+        (False, True, {}, Style(timestamps=True, colour=False)),
+    ],
+)
+def test_the_style_of_an_output(terminal: bool, asked: bool | None, environ: dict[str, str], style: Style) -> None:
+    """A pipe gets neither time nor colour unless time is asked for; NO_COLOR counts if it is not empty."""
+    assert Style.of(terminal=terminal, timestamps=asked, environ=environ) == style
+
+
+def test_a_line_carries_the_time_of_its_end() -> None:
+    """The head is asked for when a line is complete, not when it began."""
+    heads = iter([b"1 ", b"2 "])
+    lines = Prefixer(lambda: next(heads))
+    assert lines.feed(b"a") == b""
+    assert lines.feed(b"b\n") == b"1 ab\n"
+    assert lines.feed(b"c") == b""
+    assert lines.finish() == b"2 c\n"

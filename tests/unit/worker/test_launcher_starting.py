@@ -21,6 +21,8 @@ FOLDER = Path("/tmp/launch")
             {"command": ("x",), "ranks": 1, "transport": "mpi", "address": "h:1"},
             "an address is for transport service, received transport mpi.",
         ),
+        ({"command": ("x",), "ranks": 1, "grace_s": -1.0}, "--grace: expected a number of seconds, 0 or more"),
+        ({"command": ("x",), "ranks": 1, "wait_s": float("nan")}, "--wait: expected a number of seconds, 0 or more"),
     ],
 )
 def test_jobs_that_make_no_sense(job: dict[str, object], text: str) -> None:

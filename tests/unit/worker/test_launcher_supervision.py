@@ -12,7 +12,6 @@ from bnworker.launcher.supervision import (
     GRACE_S,
     MPIEXEC,
     SERVICE,
-    TERMINATION_S,
     Alarm,
     Effect,
     Ended,
@@ -61,7 +60,7 @@ def test_success_needs_everybody() -> None:
 def test_a_failure_gives_the_others_time_then_ends_them() -> None:
     """Grace, SIGTERM, SIGKILL, in this order, each after its time."""
     job, done = play(3, Ended(1, 7), TimeUp(), TimeUp())
-    assert done == [Alarm(GRACE_S), Tell(TERM), Alarm(TERMINATION_S), Tell(KILL), Alarm(None)]
+    assert done == [Alarm(GRACE_S), Tell(TERM), Alarm(GRACE_S), Tell(KILL), Alarm(None)]
     assert job.running == {0, 2}
     assert job.exit_code() == 7
 
@@ -89,25 +88,34 @@ def test_the_exit_code_is_the_first_cause(ends: list[Ended], code: int) -> None:
     assert play(2, *ends)[0].exit_code() == code
 
 
-@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
 def test_a_signal_is_passed_on_and_sets_the_code(number: int, code: int) -> None:
     """Whatever the ranks then exit with."""
     job, done = play(2, Interrupted(number), Ended(0, 0), Ended(1, 5))
-    assert done == [Tell(number), Alarm(TERMINATION_S)]
+    assert done == [Tell(number), Alarm(GRACE_S)]
     assert job.exit_code() == code
 
 
-def test_output_that_nobody_reads_ends_the_job_as_a_broken_pipe() -> None:
-    """The ranks get SIGTERM, for they would not notice a SIGPIPE; the code is that of SIGPIPE."""
-    job, done = play(1, Interrupted(signal.SIGPIPE), Ended(0, -TERM))
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGPIPE, 141)])
+def test_a_lost_terminal_or_reader_ends_the_job_with_sigterm(number: int, code: int) -> None:
+    """The ranks may not notice a SIGPIPE, nor a SIGHUP; the code says what came."""
+    job, done = play(1, Interrupted(number), Ended(0, -TERM))
     assert done[0] == Tell(TERM)
-    assert job.exit_code() == 141
+    assert job.exit_code() == code
+
+
+def test_the_grace_is_the_users() -> None:
+    """Once after the failure, once more after SIGTERM."""
+    job = Supervision(frozenset({0, 1}), grace_s=30)
+    job, grace = job.handle(Ended(1, 7))
+    _, termination = job.handle(TimeUp())
+    assert (grace, termination) == ([Alarm(30)], [Tell(TERM), Alarm(30)])
 
 
 def test_a_second_signal_kills() -> None:
     """Ctrl-C twice: no more waiting."""
     job, done = play(1, Interrupted(INT), Interrupted(INT))
-    assert done == [Tell(INT), Alarm(TERMINATION_S), Tell(KILL), Alarm(None)]
+    assert done == [Tell(INT), Alarm(GRACE_S), Tell(KILL), Alarm(None)]
     assert job.exit_code() == 130
 
 

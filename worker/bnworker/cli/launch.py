@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,25 @@ def launch(
     job: Annotated[
         str | None, typer.Option(envvar="BNLAYER_JOB", help="The job's name; a fresh one if not given.")
     ] = None,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Wait so long for the service at --address to listen.")
+    ] = 0.0,
+    grace: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="For the other ranks after a failure, and from SIGTERM to SIGKILL."),
+    ] = 5.0,
+    timestamps: Annotated[
+        bool | None,
+        typer.Option(
+            "--timestamps/--no-timestamps",
+            help="The time before each line; on a terminal if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep each rank's output in files there as well.", show_default=False),
+    ] = None,
 ) -> None:
     """Run a program as N ranks on this machine.
 
@@ -46,19 +66,28 @@ def launch(
 
     The same under MPI: `bnlayer launch -n 4 --transport mpi -- python my_training.py --epochs 3`
 
-    Every line of output carries its rank: `[2] epoch 1`. The ranks' standard input is empty. When a rank fails, the
-    others get 5 s, then SIGTERM, then SIGKILL, and the exit code is that of the first that failed (128 + signal if
-    one ended it; 127 if there is no such command). Nothing is left running, background processes of the ranks
-    included. Each rank finds BNLAYER_TRANSPORT, BNLAYER_RANK, BNLAYER_WORLD_SIZE, BNLAYER_JOB and, with a service,
+    Every line of output carries its rank: `[2] epoch 1`; on a terminal also the time, and a colour (not with
+    NO_COLOR). `--log-dir logs` keeps what each rank wrote in logs/rank-2.out and .err. The ranks' standard input is
+    empty.
+
+    When a rank fails, the others get 5 s (`--grace`), then SIGTERM, then SIGKILL, and the exit code is that of the
+    first that failed (128 + signal if one ended it; 127 if there is no such command). Ctrl-C asks the ranks to end,
+    a second one kills them. SIGUSR1 and SIGUSR2 are passed on. Nothing is left running, background processes of the
+    ranks included.
+
+    Each rank finds BNLAYER_TRANSPORT, BNLAYER_RANK, BNLAYER_WORLD_SIZE, BNLAYER_JOB and, with a service,
     BNLAYER_ADDRESS.
     """
-    from bnworker.launcher import Job, LaunchError
+    from bnworker.launcher import Job, LaunchError, Output
     from bnworker.launcher import launch as run
 
     # A service's address may stand in the environment of somebody who runs an MPI job.
     used = address if transport is LaunchTransport.service else None
     try:
-        code = run(Job(tuple(command or ()), ranks, transport.value, used or None, job or None))
+        described = Job(
+            tuple(command or ()), ranks, transport.value, used or None, job or None, wait_s=wait, grace_s=grace
+        )
+        code = run(described, Output(timestamps, log_dir))
     except LaunchError as error:
         raise CommandError(f"launch: {error}", error.code) from None
     raise typer.Exit(code)

@@ -29,6 +29,7 @@ _PATIENCE_S = 5.0  # the launcher's grace
 _PAUSE_S = 0.01
 _PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _signalled: list[int] = []  # signals that came
+_PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)  # and what is ignored survives an exec
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
@@ -83,6 +84,8 @@ def main() -> None:
     me = os.getpid()
     child = os.fork()
     if child == 0:
+        for number in _PYTHON_IGNORES:
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
         os.setpgid(0, 0)
         _become_the_rank(me, command)
@@ -104,7 +107,7 @@ def main() -> None:
     running.clear()  # before its number is free for another process
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(report, f"{status}\n".encode())
-    if (folder / f"{rank}.told").exists():
+    if status != 0 and (folder / f"{rank}.told").exists():  # see bnworker.told
         _wait_for_the_cause(folder, ranks)
     elif folder.is_dir():
         (folder / f"{rank}.ended").touch()

@@ -6,23 +6,69 @@ Laws of this room:
 2. Only whole lines leave; a line ends with LF, CR LF or CR (a progress bar's redraw). What is left at the end
    leaves with a line feed of its own.
 3. Memory is bounded: a line longer than `LIMIT` leaves in pieces, cut between UTF-8 characters.
+4. What stands in front is the reader's affair: time and colour for a person at a terminal, `[0] ` alone for a
+   program.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 
 LIMIT = 2**16  # as much as a pipe holds: one read never has to be cut
 
 # A CR at the very end waits: a line feed may follow.
 _LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")
 
+# SGR codes, legible on dark and on light ground; red is left to errors.
+_RANKS = ("36", "32", "33", "35", "34", "96", "92", "95")
+_OTHERS = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What stands in front of a line.
+
+    Attributes:
+        timestamps: the time, local, to the millisecond.
+        colour: one for each rank, bold for who is none.
+    """
+
+    timestamps: bool
+    colour: bool
+
+    @classmethod
+    def of(cls, *, terminal: bool, timestamps: bool | None, environ: Mapping[str, str]) -> Style:
+        """The style for one output: time and colour on a terminal, neither elsewhere.
+
+        Args:
+            terminal: whether the output is one.
+            timestamps: what the user asked for; None: nothing.
+            environ: NO_COLOR, if not empty, and TERM=dumb turn colour off.
+        """
+        colour = terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        return cls(terminal if timestamps is None else timestamps, colour)
+
+    def head(self, label: str, rank: int | None, now: datetime) -> bytes:
+        """What stands in front of a line that is complete now; rank None: another's line, no rank's."""
+        time = f"{now:%H:%M:%S}.{now.microsecond // 1000:03d} " if self.timestamps else ""
+        if not self.colour:
+            return f"{time}{label} ".encode()
+        code = _OTHERS if rank is None else _RANKS[rank % len(_RANKS)]
+        return f"\x1b[{code}m{time}{label}\x1b[0m ".encode()
+
 
 class Prefixer:
-    """One stream of one rank."""
+    """One stream of one process.
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix.encode()
+    Args:
+        head: called when a line is complete; what stands in front of it.
+    """
+
+    def __init__(self, head: Callable[[], bytes]) -> None:
+        self._head = head
         self._rest = b""
 
     def feed(self, chunk: bytes) -> bytes:
@@ -31,19 +77,22 @@ class Prefixer:
         text = self._rest + chunk
         lines, end = [], 0
         for match in _LINE_END.finditer(text, seen):
-            lines.append(self._prefix + text[end : match.end()])
+            lines.append(text[end : match.end()])
             end = match.end()
         self._rest = text[end:]
         while len(self._rest) > LIMIT:
             cut = _character_boundary(self._rest, LIMIT)
-            lines.append(self._prefix + self._rest[:cut] + b"\n")
+            lines.append(self._rest[:cut] + b"\n")
             self._rest = self._rest[cut:]
-        return b"".join(lines)
+        if not lines:
+            return b""
+        head = self._head()
+        return b"".join(head + line for line in lines)
 
     def finish(self) -> bytes:
         """The last line, where it lacks its line feed."""
         rest, self._rest = self._rest.removesuffix(b"\r"), b""
-        return self._prefix + rest + b"\n" if rest else b""
+        return self._head() + rest + b"\n" if rest else b""
 
 
 def _character_boundary(text: bytes, at: int) -> int:

@@ -10,10 +10,9 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-
-from bnworker.launcher.prefix import Prefixer
+from typing import Protocol
 
 # What a pipe takes without blocking once it is ready (PIPE_BUF, POSIX).
 _AT_ONCE = 4096
@@ -111,14 +110,31 @@ class Sink:
                 ready()
 
 
-class Stream:
-    """A process's output on its way to a sink, each line with the process's name in front."""
+class Consumer(Protocol):
+    """Takes what a process writes."""
 
-    def __init__(self, reactor: Reactor, descriptor: int, name: str, sink: Sink) -> None:
+    def feed(self, chunk: bytes, /) -> None:
+        """Take some bytes."""
+
+    def finish(self) -> None:
+        """There are no more."""
+
+
+class Stream:
+    """A process's output on its way to its consumers.
+
+    Args:
+        reactor: waits for it.
+        descriptor: where it comes from; closed here.
+        sink: while this one is full, nothing is read.
+        consumers: get all of it, one after the other.
+    """
+
+    def __init__(self, reactor: Reactor, descriptor: int, sink: Sink, consumers: Sequence[Consumer]) -> None:
         self._reactor = reactor
         self._descriptor = descriptor
-        self._lines = Prefixer(f"[{name}] ")
         self._sink = sink
+        self._consumers = consumers
         self._open = True
         os.set_blocking(descriptor, False)
         reactor.watch(descriptor, self._read)
@@ -139,17 +155,19 @@ class Stream:
 
     def _take(self) -> None:
         chunk = os.read(self._descriptor, _READ)
-        if chunk:
-            self._sink.put(self._lines.feed(chunk))
-        else:
+        if not chunk:
             self._close()
+            return
+        for consumer in self._consumers:
+            consumer.feed(chunk)
 
     def _close(self) -> None:
         if self._open:
             self._open = False
             self._reactor.forget(self._descriptor)
             os.close(self._descriptor)
-            self._sink.put(self._lines.finish())
+            for consumer in self._consumers:
+                consumer.finish()
 
     def _resume(self) -> None:
         if self._open:
@@ -158,14 +176,18 @@ class Stream:
 
 @contextmanager
 def signals(reactor: Reactor, received: Callable[[int], None]) -> Iterator[None]:
-    """Have the reactor call `received(number)` for the signals that a launcher is sent."""
+    """Have the reactor call `received(number)` for the signals that a launcher is sent.
+
+    A SIGHUP that is ignored stays so: `nohup` asked for it.
+    """
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def ready() -> None:
         for number in os.read(reading, _READ):
             received(number)
 
-    before = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
+    caught = [n for n in _CAUGHT if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in caught}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     reactor.watch(reading, ready)
     try:

@@ -1,6 +1,6 @@
 """A job from start to end.
 
-    guardian → service → ranks …… all ended → service → guardian's sweep → last output → exit code
+    address answers → guardian → service → ranks …… all ended → service → guardian's sweep → last output → exit code
 
 The launcher follows `supervision`; here is what it does, not what it decides.
 """
@@ -8,6 +8,7 @@ The launcher follows `supervision`; here is what it does, not what it decides.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from functools import partial
 from pathlib import Path
 
 from bnworker.launcher import starting
-from bnworker.launcher.reactor import Reactor, Sink, Stream, signals
+from bnworker.launcher.guardian import sweep
+from bnworker.launcher.output import Output, Outputs
+from bnworker.launcher.reach import reach
+from bnworker.launcher.reactor import Reactor, signals
 from bnworker.launcher.starting import Job, LaunchError
 from bnworker.launcher.supervision import (
     MPIEXEC,
@@ -33,7 +37,7 @@ from bnworker.launcher.supervision import (
     Tell,
     TimeUp,
 )
-from bnworker.told import was_told
+from bnworker.told import FOLDER, was_told
 
 # Python, NumPy and gRPC on a cold disk beside busy ranks; a start takes half a second otherwise.
 _SERVICE_START_S = 60.0
@@ -48,13 +52,14 @@ _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 _LISTENING = b"bnserver listening on "
 
 
-def launch(job: Job, environ: Mapping[str, str] = os.environ) -> int:
+def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run a job to its end; leaves nothing running.
 
     Must be called in the main thread (it receives signals), in a process that may wait for it.
 
     Args:
         job: what to run.
+        output: how it is shown and what of it is kept; None: shown, and nothing is kept.
         environ: the variables that its processes inherit.
 
     Returns:
@@ -64,11 +69,11 @@ def launch(job: Job, environ: Mapping[str, str] = os.environ) -> int:
         LaunchError: it could not be started.
     """
     starting.check(job, environ)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    folder = Path(tempfile.mkdtemp(prefix="bnlayer-launch-"))
-    guardian = starting.start_guardian(folder, environ)
-    run = _Run(job, folder)
+    if job.address is not None:
+        reach(job.address, job.wait_s)
+    _stand_in()
+    run = _Run(job, output or Output(), environ)
+    guardian = starting.start_guardian(run.folder, environ)
     try:
         with signals(run.reactor, run.signalled):
             try:
@@ -78,19 +83,29 @@ def launch(job: Job, environ: Mapping[str, str] = os.environ) -> int:
                 run.finish(guardian)
     finally:
         guardian.kill()  # it ended, or would sweep for ever
-        guardian.wait()
+        if guardian.wait() != 0:  # somebody killed it: its work is left to us
+            sweep(os.fsencode(f"{FOLDER}={run.folder}"))
+            shutil.rmtree(run.folder, ignore_errors=True)
     return run.supervision.exit_code()
 
 
+def _stand_in() -> None:
+    """Flush the standard streams; where one is closed, stand /dev/null in for it, lest a pipe take its number."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 class _Run:
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: Job, output: Output, environ: Mapping[str, str]) -> None:
         self.reactor = Reactor()
-        self.supervision = Supervision(frozenset())
+        self.supervision = Supervision(frozenset(), grace_s=job.grace_s)
         self._job = job
-        self._folder = folder
-        self._out = Sink(self.reactor, 1, self._unread)
-        self._err = Sink(self.reactor, 2, self._unread)
-        self._streams: list[Stream] = []
+        self._log_dir = output.log_dir
+        self._outputs = Outputs(self.reactor, job, output, environ, self._unread)
+        self.folder = Path(tempfile.mkdtemp(prefix="bnlayer-launch-"))
         self._groups: dict[int, int] = {}  # who: the process group that hears signals for it
         self._service: subprocess.Popen[bytes] | None = None
         self._finishing = False
@@ -102,23 +117,27 @@ class _Run:
         """Start everything, unless a signal comes first."""
         address = self._job.address
         if self._job.embeds_service:
-            address = self._start_service(starting.environment(self._job, self._folder, None, environ))
+            address = self._start_service(starting.environment(self._job, self.folder, None, environ))
         if self.supervision.phase is not Phase.RUNNING:
             return
-        inner = starting.environment(self._job, self._folder, address, environ)
+        inner = starting.environment(self._job, self.folder, address, environ)
         if self._job.transport == "mpi":
             self._start_mpi(inner)
             return
         for rank in range(self._job.ranks):
-            process = starting.start_rank(self._job, rank, inner)
+            foreground = self._job.foreground and rank == 0 and self._log_dir is None
+            process = starting.start_rank(self._job, rank, inner, foreground=foreground)
             self._supervise(rank, process)
-            self._show(process, str(rank), self._out)
+            for pipe, kind in ((process.stdout, "out"), (process.stderr, "err")):
+                if pipe is not None:
+                    self._outputs.rank(starting.detach(pipe), rank, kind)
 
     def _start_service(self, environ: Mapping[str, str]) -> str:
-        self._service = process = starting.start_service(environ)
+        log = self._log_dir and self._log_dir / "service.log"
+        self._service = process = starting.start_service(environ, log)
         assert process.stdout is not None
         assert process.stderr is not None
-        self._stream(starting.detach(process.stderr), "service", self._err)
+        self._outputs.other(starting.detach(process.stderr), "service")
         said = bytearray()
         speaks = starting.detach(process.stdout)
 
@@ -129,7 +148,7 @@ class _Run:
         self.reactor.watch(speaks, ready)
         self.reactor.pump(lambda: b"\n" in said or self.supervision.phase is not Phase.RUNNING, _SERVICE_START_S)
         self.reactor.forget(speaks)
-        self._stream(speaks, "service", self._err)
+        self._outputs.other(speaks, "service")
         line = bytes(said).partition(b"\n")[0]
         if self.supervision.phase is Phase.RUNNING and not line.startswith(_LISTENING):
             raise LaunchError("the statistics service for this job did not start; what it said stands above.", 1)
@@ -137,18 +156,20 @@ class _Run:
         return line.removeprefix(_LISTENING).decode()
 
     def _start_mpi(self, environ: Mapping[str, str]) -> None:
-        process = starting.start_mpiexec(self._job, self._folder, environ)
+        process = starting.start_mpiexec(self._job, self.folder, environ)
         self._supervise(MPIEXEC, process)
-        self._show(process, "mpiexec", self._err)
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            self._outputs.other(starting.detach(pipe), "mpiexec")
         for rank in range(self._job.ranks):
             self.supervision = replace(self.supervision, running=self.supervision.running | {rank})
-            for name, sink in (("out", self._out), ("err", self._err)):
-                self._stream(self._opened(f"{rank}.{name}"), str(rank), sink)
+            for kind in ("out", "err"):
+                self._outputs.rank(self._opened(f"{rank}.{kind}"), rank, kind)
             report = self._opened(f"{rank}.end")
             self.reactor.watch(report, partial(self._reported, rank, report))
 
     def _opened(self, pipe: str) -> int:
-        return os.open(self._folder / pipe, os.O_RDONLY | os.O_NONBLOCK)
+        return os.open(self.folder / pipe, os.O_RDONLY | os.O_NONBLOCK)
 
     def _supervise(self, who: int, process: subprocess.Popen[bytes]) -> None:
         self._groups[who] = process.pid
@@ -164,14 +185,6 @@ class _Run:
             ended(process.wait())
 
         self.reactor.watch(handle, ready)
-
-    def _show(self, process: subprocess.Popen[bytes], name: str, out: Sink) -> None:
-        for pipe, sink in ((process.stdout, out), (process.stderr, self._err)):
-            if pipe is not None:
-                self._stream(starting.detach(pipe), name, sink)
-
-    def _stream(self, descriptor: int, name: str, sink: Sink) -> None:
-        self._streams.append(Stream(self.reactor, descriptor, name, sink))
 
     # ---- what happens ----
 
@@ -190,7 +203,11 @@ class _Run:
             self._handle(Interrupted(signal.SIGPIPE))
 
     def _reported(self, rank: int, report: int) -> None:
-        for line in os.read(report, 4096).split():
+        said = os.read(report, 4096)
+        if not said:
+            self.reactor.forget(report)
+            os.close(report)
+        for line in said.split():
             if rank not in self._groups:
                 self._groups[rank] = int(line)
             else:
@@ -198,7 +215,7 @@ class _Run:
 
     def _ended(self, who: int, status: int) -> None:
         self._groups.pop(who, None)
-        self._handle(Ended(who, status, told=who >= 0 and was_told(self._folder, who)))
+        self._handle(Ended(who, status, told=who >= 0 and was_told(self.folder, who)))
 
     def _service_ended(self, status: int) -> None:
         self._service = None
@@ -209,7 +226,7 @@ class _Run:
         before = self.supervision
         self.supervision, effects = before.handle(event)
         if isinstance(event, Ended) and len(self.supervision.ended) > len(before.ended) and event.status != 0:
-            self._say(str(event))
+            self._outputs.say(str(event))
         for effect in effects:
             match effect:
                 case Tell(number):
@@ -226,10 +243,9 @@ class _Run:
             with suppress(ProcessLookupError):
                 os.killpg(self._groups[who], number)
         if ranks and number not in _PASSED_ON:
-            self._say(f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}")
-
-    def _say(self, text: str) -> None:
-        self._err.put(f"bnlayer launch: {text}\n".encode())
+            said = f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}"
+            then = f"; SIGKILL follows in {self._job.grace_s:g} s, or at once on Ctrl-C"
+            self._outputs.say(said if number == signal.SIGKILL else said + then)
 
     # ---- the end ----
 
@@ -247,6 +263,5 @@ class _Run:
             guardian.stdin.write(b".")
             guardian.stdin.close()
         self.reactor.pump(lambda: swept[0], _SWEEP_S)
-        for stream in self._streams:
-            stream.drain()
-        self.reactor.pump(lambda: self._impatient or (self._out.empty and self._err.empty))
+        self._outputs.close()
+        self.reactor.pump(lambda: self._impatient or self._outputs.written)

@@ -9,6 +9,7 @@ Laws of this room:
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from typing import IO
 
 from bnlayer.environment import announced
 from bnworker.launcher import mpi
+from bnworker.launcher.supervision import GRACE_S
 from bnworker.told import FOLDER
 
 _HERE = Path(__file__).parent
@@ -48,7 +50,10 @@ class Job:
         transport: "service", "mpi" or "alone".
         address: of a service that runs already, "HOST:PORT"; None: one is started for this job.
         name: the job's; None: a fresh one.
-        foreground: rank 0 writes to the launcher's own output, without a prefix (not under mpiexec).
+        foreground: rank 0 writes to the launcher's own output, without a prefix (not under mpiexec, nor where its
+            output is logged).
+        wait_s: seconds to wait for the service at `address` to listen.
+        grace_s: seconds that the other ranks have after a failure, and once more between SIGTERM and SIGKILL.
     """
 
     command: tuple[str, ...]
@@ -57,6 +62,8 @@ class Job:
     address: str | None = None
     name: str | None = None
     foreground: bool = False
+    wait_s: float = 0.0
+    grace_s: float = GRACE_S
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -67,6 +74,9 @@ class Job:
             raise LaunchError(f"expected transport service, mpi or alone, received {self.transport!r}.")
         if self.address is not None and self.transport != "service":
             raise LaunchError(f"an address is for transport service, received transport {self.transport}.")
+        for name, seconds in (("wait", self.wait_s), ("grace", self.grace_s)):
+            if not 0 <= seconds < math.inf:
+                raise LaunchError(f"--{name}: expected a number of seconds, 0 or more, received {seconds:g}.")
 
     @property
     def embeds_service(self) -> bool:
@@ -126,14 +136,18 @@ def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen
     )
 
 
-def start_service(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a statistics service for this job alone: a free loopback port, nothing kept."""
-    return _start([sys.executable, "-m", "bnserver", "--listen", "127.0.0.1:0"], environ, subprocess.PIPE)
+def start_service(environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    """Start a statistics service for this job alone: a free loopback port, nothing kept.
+
+    It says what is wrong, and not what is as it should be; that is for its log, where there is to be one.
+    """
+    command = [sys.executable, "-P", "-m", "bnserver", "--listen", "127.0.0.1:0", "--log-level", "warning"]
+    return _start([*command, "--log-file", str(log)] if log is not None else command, environ, subprocess.PIPE)
 
 
-def start_rank(job: Job, rank: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start one rank."""
-    output = None if job.foreground and rank == 0 else subprocess.PIPE
+def start_rank(job: Job, rank: int, environ: Mapping[str, str], *, foreground: bool) -> subprocess.Popen[bytes]:
+    """Start one rank; in the foreground it has the launcher's own output."""
+    output = None if foreground else subprocess.PIPE
     return _start(list(job.command), {**environ, "BNLAYER_RANK": str(rank)}, output)
 
 

@@ -18,10 +18,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-# Ranks stop waiting for a lost peer within a second; what remains is for traceback and teardown.
+# Ranks stop waiting for a lost peer within a second; what remains is for traceback and teardown. After SIGTERM it
+# is for a last checkpoint: batch systems allow 5 to 30 s.
 GRACE_S = 5.0
-# As long as a well-behaved program may need to write a last checkpoint; batch systems allow 5 to 30 s.
-TERMINATION_S = 5.0
+
+# What the ranks hear as it is; any other signal that ends the job reaches them as SIGTERM: processes that don't write
+# would not notice a SIGPIPE, and UCX, inside MPICH, swallows SIGHUP.
+_AS_IT_IS = (signal.SIGINT, signal.SIGTERM)
 
 # Not ranks, but they end as ranks do, and ranks cannot live without them.
 MPIEXEC = -1
@@ -33,7 +36,7 @@ class Phase(StrEnum):
 
     RUNNING = "running"
     GRACE = "grace"  # a rank failed, the others are being told
-    TERMINATING = "terminating"  # SIGTERM, or the signal from outside, was sent
+    TERMINATING = "terminating"  # SIGTERM, or SIGINT from outside, was sent
     KILLING = "killing"  # SIGKILL was sent
 
 
@@ -128,12 +131,14 @@ class Supervision:
         phase: how far the job has come.
         ended: who ended before the launcher began to end them, in order.
         interrupted: the signal from outside, where it was the first cause.
+        grace_s: seconds that the others have after a failure, and once more after SIGTERM.
     """
 
     running: frozenset[int]
     phase: Phase = Phase.RUNNING
     ended: tuple[Ended, ...] = ()
     interrupted: int | None = None
+    grace_s: float = GRACE_S
 
     @property
     def done(self) -> bool:
@@ -156,7 +161,7 @@ class Supervision:
             after = replace(after, interrupted=event.signal)
         if phase is self.phase:
             return after, []
-        return after, list(_on_entering(phase, event))
+        return after, list(_on_entering(phase, event, self.grace_s))
 
     def exit_code(self) -> int:
         """The launcher's exit code, by law 3."""
@@ -182,14 +187,13 @@ def _happening(event: Event) -> Happening:
             return Happening.TIME_UP
 
 
-def _on_entering(phase: Phase, event: Event) -> Iterable[Effect]:
+def _on_entering(phase: Phase, event: Event, grace_s: float) -> Iterable[Effect]:
     if phase is Phase.GRACE:
-        yield Alarm(GRACE_S)
+        yield Alarm(grace_s)
     elif phase is Phase.TERMINATING:
-        # Processes that don't write would not notice a SIGPIPE.
-        passed_on = isinstance(event, Interrupted) and event.signal != signal.SIGPIPE and event.signal
+        passed_on = isinstance(event, Interrupted) and event.signal in _AS_IT_IS and event.signal
         yield Tell(passed_on or signal.SIGTERM)
-        yield Alarm(TERMINATION_S)
+        yield Alarm(grace_s)
     elif phase is Phase.KILLING:
         yield Tell(signal.SIGKILL)
         yield Alarm(None)

@@ -1,0 +1,18 @@
+"""Every way in which a job over MPI can end: exit code, what is said, and that nothing is left running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.endings import Ending, endings, play, repeated
+
+pytestmark = [pytest.mark.mpi, pytest.mark.fault, pytest.mark.timeout(120)]
+
+
+@repeated
+@endings("mpi")
+def test_ending(ending: Ending, repetition: int, tmp_path: Path) -> None:
+    """A row of the table in docs/launching.md holds."""
+    play(ending, "mpi", tmp_path)

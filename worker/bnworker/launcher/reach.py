@@ -1,0 +1,66 @@
+"""Whether anything listens at a service's address.
+
+Asked before a job is started: a mistyped address is told in one line, and not by every rank after its own patience.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+
+from bnworker.launcher.starting import LaunchError
+
+_ANSWER_S = 5.0  # a connection around the world takes a second; a lost first packet one more
+_PAUSE_S = 0.2  # between attempts, while a service is waited for
+
+
+def reach(address: str, wait_s: float) -> None:
+    """Make sure that something listens at an address.
+
+    Args:
+        address: HOST:PORT.
+        wait_s: go on trying for so many seconds; an attempt that was begun gets its answer.
+
+    Raises:
+        LaunchError: nothing does, or it is no address.
+    """
+    host, port = _parsed(address)
+    deadline = time.monotonic() + wait_s
+    while (reason := _attempt(host, port)) is not None:
+        if time.monotonic() + _PAUSE_S > deadline:
+            raise LaunchError(
+                f"no statistics service at {address}: {reason}. Check the address (--address or BNLAYER_ADDRESS), or "
+                f"start one there: bnlayer serve --listen {address}"
+            )
+        time.sleep(_PAUSE_S)
+
+
+def _parsed(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise LaunchError(f"expected an address HOST:PORT, such as 127.0.0.1:7431, received {address!r}.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _attempt(host: str, port: int) -> str | None:
+    """Why nobody answers; None: somebody does.
+
+    In a thread, which is left behind after its time: nothing else bounds how long a name takes to look up.
+    """
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), _ANSWER_S).close()
+        except OSError as error:
+            answers.put(error.strerror or str(error))
+        else:
+            answers.put(None)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        return answers.get(timeout=_ANSWER_S)
+    except queue.Empty:
+        return f"no answer within {_ANSWER_S:g} s"
