@@ -181,7 +181,7 @@ def test_a_drain_tells_waiting_ranks_and_ends_in_time(serve: Callable[..., Any],
     parked.set()
     for rank in ranks:
         rank.join(10)
-    text = "The service is stopping. Start the job again once it is back: the moving statistics are kept."
+    text = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
     assert [(str(error), error.ranks) for error in told] == [(text, ())] * 2
 
 

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
-from bnlayer import MismatchError, PeerLostError, ServiceError, StallError
+from bnlayer import MismatchError, PeerLostError, ServiceError
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 
@@ -149,7 +149,7 @@ def test_an_exchange_ends_by_its_deadline(serve: Callable[..., Any]) -> None:
         joining = pool.submit(_world, service.address, 1, 2)
         world, silent = _world(service.address, 0, 2, timeout=1.0), joining.result(20)
     begin = time.monotonic()
-    with pytest.raises(StallError) as caught:
+    with pytest.raises(PeerLostError) as caught:
         world.barrier()
     assert 1.0 <= time.monotonic() - begin < 3.0
     assert caught.value.ranks == (1,)
@@ -162,7 +162,7 @@ def test_joining_ends_by_its_deadline(serve: Callable[..., Any]) -> None:
     """A rank that never comes is named."""
     service = serve()
     begin = time.monotonic()
-    with pytest.raises(StallError, match=r"Rank 1 of 2 did not join in time; rank 0 \(host .*\) waited\.") as caught:
+    with pytest.raises(PeerLostError, match=r"Rank 1 of 2 did not join in time; rank 0 \(host .*\) waited\.") as caught:
         _world(service.address, 0, 2, timeout=1.0)
     assert time.monotonic() - begin < 3.0
     assert caught.value.ranks == (1,)

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bnworker.data import load
+from bnworker.statistics import Statistics
+from bnworker.transports.alone import AloneTransport
+from bnworker.world import World
 from support.training import FIFTY_STEPS, same_result, trained
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(120)]
@@ -76,16 +80,25 @@ def test_what_is_exchanged(tmp_path: Path) -> None:
             assert 1 <= probed <= probes, (layer, direction)
             # The first probe comes before the first sums; each later one between two sums of one exchange.
             assert counts[f"{layer} {direction} sums"] == 500 + probed - 1
+    loading = _loading()
     assert counts["broadcast"] == 1
-    assert counts["allreduce"] == 500 + run.summary["epochs"]
+    assert counts["allreduce"] == 500 + run.summary["epochs"] + sum(loading.exchanges.values())
     assert len(counts) == 2 * 5 + 2
-    assert run.summary["bytes_sent"] == _bytes(counts, run.summary["epochs"])
+    assert run.summary["bytes_sent"] == _bytes(counts, run.summary["epochs"]) + loading.bytes_sent
+
+
+def _loading() -> Statistics:
+    """What ranks agree on before the first step: it is about shards, of which there is one, whatever the ranks."""
+    world = World(AloneTransport(), install=False)
+    load("digits", world=world)
+    return world.statistics
 
 
 def _bytes(counts: dict[str, int], epochs: int) -> int:
     """What rank 0 sends of a float32 model 64 → 32 → 16 → 10. Rows do not occur here."""
     dense = 4 * (64 * 32 + 32 * 16 + 16 * 10 + 10)
-    total = (dense + 4 * 2 * (32 + 16)) + 500 * (dense + 8) + epochs * 16  # broadcast; steps; evaluations
+    # The broadcast; the steps, with three sums; the evaluations, with five sums and what each rank waited.
+    total = (dense + 4 * 2 * (32 + 16)) + 500 * (dense + 24) + epochs * 8 * (5 + 2)
     for layer, channels in (("bn_1", 32), ("bn_2", 16)):
         total += channels * (2 * 4 + 4 * 8) + 3 * 8  # enrolment: moving statistics, grids, flags
         for direction in ("forward", "backward"):
@@ -98,14 +111,15 @@ def _bytes(counts: dict[str, int], epochs: int) -> int:
 MIRROR = """
 import bnworker
 from bnworker.data import load
-from bnworker.training import Settings, train
+from bnworker.settings import Settings
+from bnworker.training import train
 
 compared = 0
 
 class Comparing(bnworker.World):
     def pull(self, layer):
         global compared
-        if layer.state.version:
+        if not isinstance(layer, str) and layer.state.version:
             own, owners = layer.state.arrays(), super().pull(layer.name).arrays()
             for name in own:
                 assert own[name].dtype == owners[name].dtype
@@ -115,7 +129,7 @@ class Comparing(bnworker.World):
 
 with bnworker.join() as world:
     world.__class__ = Comparing
-    train(Settings(epochs=3, hidden=(12, 7), dtype=DTYPE, steps=40), load("digits", DTYPE), world)
+    train(Settings(epochs=3, hidden=(12, 7), dtype=DTYPE, steps=40), load("digits", DTYPE, world=world), world)
     print(world.rank, compared)
 """
 

@@ -21,10 +21,17 @@ def arguments(ranks: int, *command: str, options: Sequence[str] = ()) -> list[st
     return [PYTHON, "-m", "bnworker.cli", "launch", "-n", str(ranks), *options, "--", *command]
 
 
-def launch(ranks: int, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """A launch from start to end."""
+def launch(
+    ranks: int, *command: str, options: Sequence[str] = (), errors: str = "strict"
+) -> subprocess.CompletedProcess[str]:
+    """A launch from start to end; `errors` says what becomes of bytes that are no UTF-8."""
     return subprocess.run(
-        arguments(ranks, *command, options=options), capture_output=True, text=True, timeout=60, check=False
+        arguments(ranks, *command, options=options),
+        capture_output=True,
+        encoding="utf-8",
+        errors=errors,
+        timeout=60,
+        check=False,
     )
 
 

@@ -6,6 +6,7 @@ with bnworker.join() as world:
     total, = world.allreduce([loss])
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
     from bnworker.joining import join
     from bnworker.world import World
+
+# Before gRPC is imported: its fork handlers hang the children of a process pool about every second time.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 __all__ = [
     "CollectiveError",

@@ -9,7 +9,8 @@ Shape suffixes: B rows of this rank, I inputs, O outputs, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization
+from bnlayer.constraints import Constraint
+from bnlayer.regularizers import Regularizer
+from bnlayer.state import LayerState
 from bnlayer.variable import Variable
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """How the model's layers normalize: arguments of `BatchNormalization`, with its defaults."""
+
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    gamma_regularizer: Regularizer | None = None
+    beta_regularizer: Regularizer | None = None
+    gamma_constraint: Constraint | None = None
+    beta_constraint: Constraint | None = None
 
 
 class Dense:
@@ -71,13 +87,23 @@ class Perceptron:
         classes: K.
         dtype: "float32" or "float64", of weights and arithmetic.
         seed: the same seed gives the same weights on every rank.
+        normalization: of every layer but the last.
 
     Attributes:
         dense: the Dense layers, in order; their gradients are this rank's share.
         norms: the normalizations, in order; their gradients are those of all ranks already.
     """
 
-    def __init__(self, features: int, hidden: Sequence[int], classes: int, *, dtype: str, seed: int) -> None:
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int],
+        classes: int,
+        *,
+        dtype: str,
+        seed: int,
+        normalization: Normalization = Normalization(),
+    ) -> None:
         generator = np.random.default_rng([seed])
         sizes = [features, *hidden, classes]
         self.dense = [
@@ -85,7 +111,17 @@ class Perceptron:
             for number, (i, o) in enumerate(pairwise(sizes), 1)
         ]
         self.norms = [
-            BatchNormalization(synchronized=True, name=f"bn_{number}", dtype=dtype)
+            BatchNormalization(
+                synchronized=True,
+                name=f"bn_{number}",
+                dtype=dtype,
+                momentum=normalization.momentum,
+                epsilon=normalization.epsilon,
+                gamma_regularizer=normalization.gamma_regularizer,
+                beta_regularizer=normalization.beta_regularizer,
+                gamma_constraint=normalization.gamma_constraint,
+                beta_constraint=normalization.beta_constraint,
+            )
             for number in range(1, len(hidden) + 1)
         ]
         for norm, size in zip(self.norms, hidden, strict=True):
@@ -107,6 +143,28 @@ class Perceptron:
         named = {f"{dense.name}/{weight.name}": weight for dense in self.dense for weight in dense.weights}
         named |= {f"{norm.name}/{weight.name}": weight for norm in self.norms for weight in norm.trainable_weights}
         return named
+
+    def tensors(self, version: int) -> dict[str, NDArray[Any]]:
+        """All that the model holds, by name: "dense_1/kernel", "bn_1/gamma", "bn_1/state/moving_mean", ….
+
+        The arrays are the model's own, which it replaces and never writes to.
+
+        Args:
+            version: of the layers' states. Their owner's counts replacements too, which a resumed run has more of.
+        """
+        named: dict[str, NDArray[Any]] = {name: weight.value for name, weight in self.named_weights().items()}
+        for norm in self.norms:
+            state = replace(norm.state, version=version)
+            named |= {f"{norm.name}/state/{name}": array for name, array in state.arrays().items()}
+        return named
+
+    def load(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Take over what `tensors` gave; every name must be there, in the right shape and dtype."""
+        for name, weight in self.named_weights().items():
+            weight.assign(tensors[name])
+        for norm in self.norms:
+            own = {name: tensors[f"{norm.name}/state/{name}"] for name in norm.state.arrays()}
+            norm.restore(LayerState.from_arrays(own, norm.dtype))
 
     def __call__(self, x_BD: NDArray[Any], training: bool = False) -> NDArray[Any]:
         """The logits, (B, K)."""

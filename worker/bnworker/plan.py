@@ -64,9 +64,18 @@ def plan(
         ValueError: something is missing, contradicts something else, or is out of range.
     """
     launchers = announced(environ)
-    address = address or environ.get("BNLAYER_ADDRESS") or None
-    chosen, why = _transport(environ, transport, address, launchers)
+    if address and transport is None:  # an argument beats BNLAYER_TRANSPORT
+        chosen, why = _at(address)
+    else:
+        address = address or environ.get("BNLAYER_ADDRESS") or None
+        chosen, why = _transport(environ, transport, address, launchers)
     if chosen == "alone":
+        if transport is None and "BNLAYER_TRANSPORT" not in environ:
+            _refuse_half(environ)
+            if job is not None or token is not None:
+                raise ValueError(
+                    "job= or token= was given, but no address= (or BNLAYER_ADDRESS) of the service that knows it."
+                )
         return _alone(rank, world_size, why, launchers)
     rank, world_size, whence = _rank(environ, rank, world_size, launchers)
     if chosen == "mpi":
@@ -84,6 +93,7 @@ def plan(
     ]
     if missing:
         raise ValueError(f"transport 'service': missing {', '.join(missing)}.")
+    _refuse_address(str(address))
     token = token if token is not None else environ.get("BNLAYER_TOKEN")
     token_file = environ.get("BNLAYER_TOKEN_FILE") if token is None else None
     return Plan("service", rank, world_size, f"{why}; {whence}", address, job, token, token_file)
@@ -99,7 +109,7 @@ def _transport(
         if value is not None:
             return cast("TransportName", value), f"{source} says so"
     if address is not None:
-        return "service", f"the service's address is {address}"
+        return _at(address)
     mpi = next((launcher for launcher in launchers if launcher.variable in _MPI), None)
     if mpi is not None:
         return "mpi", f"{mpi.source} started this process"
@@ -111,6 +121,10 @@ def _transport(
             "transport='alone' trains each rank for itself."
         )
     return "alone", "nothing announces other ranks"
+
+
+def _at(address: str) -> tuple[TransportName, str]:
+    return "service", f"the service's address is {address}"
 
 
 def _alone(rank: int | None, world_size: int | None, why: str, launchers: list[Announcement]) -> Plan:
@@ -151,6 +165,12 @@ def _rank(
     if not 0 <= rank < world_size:
         raise ValueError(f"Expected 0 <= rank < world_size, received rank {rank} of {world_size}.")
     return rank, world_size, whence
+
+
+def _refuse_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"The service's address: expected HOST:PORT, e.g. 127.0.0.1:50551; received {address!r}.")
 
 
 def _refuse_half(environ: Mapping[str, str]) -> None:

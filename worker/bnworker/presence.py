@@ -8,6 +8,7 @@ Laws of this room:
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -34,6 +35,7 @@ class Presence:
     def __init__(self, world: collective.Collective, depart: Callable[[str], None]) -> None:
         self.refuse_second()
         self.world = world
+        self._process = os.getpid()
         self._depart = depart
         self._before = collective.install(world)
         self._hook_before = sys.excepthook
@@ -64,12 +66,14 @@ class Presence:
             sys.excepthook = self._hook_before
 
     def _at_exit(self) -> None:
-        self._depart("")
+        if os.getpid() == self._process:  # a forked child is no rank
+            self._depart("")
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Print the traceback first: leaving may take a while, and may end the process."""
         self._hook_before(kind, error, trace)
-        self._depart(failure(error))
+        if os.getpid() == self._process:
+            self._depart(failure(error))
 
 
 def failure(error: BaseException | None) -> str:

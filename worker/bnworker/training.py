@@ -1,66 +1,38 @@
 """The main job: data-parallel training whose result does not depend on the number of ranks.
 
 Laws of this room:
-1. A step's rows are given (`data.py`); each rank takes its share of them, none is padded or dropped, and a
+1. A step's rows are given (`data`); each rank takes its share of them, none is padded or dropped, and a
    rank may get none.
-2. The loss is the sum over all rows of the step, divided by their number: each rank divides its own sum by the
-   number of ALL rows, and the gradients add up.
-3. One reduction a step carries the Dense gradients and the loss. Gamma's and beta's gradients are those of
-   all ranks already; regularizers are added once, after the reduction.
-4. What is evaluated is the owner's moving statistics.
+2. What is evaluated is the owner's moving statistics.
+3. A run begins with rank 0's state, new or from a checkpoint: the owner's too, if it has one of an earlier run.
+4. What comes after a step follows from the state after it alone: a run that goes on from a checkpoint takes the very
+   steps, bit for bit, that the run which wrote it would have taken, on the same number of ranks.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data import Dataset, epoch_batches, steps_per_epoch
-from bnworker.model import Perceptron, cross_entropy
+from bnworker import penalties
+from bnworker.checkpoint import BEST, VELOCITY, Checkpoint, Origin, Progress
+from bnworker.data import Batch, Dataset
+from bnworker.evaluation import Scores, evaluate
+from bnworker.events import Epoch, Event, LayerStatistics, Resumed, Saved, Step
+from bnworker.model import Normalization, Perceptron
 from bnworker.optimizer import SGD
+from bnworker.settings import Settings
+from bnworker.steps import step
 from bnworker.world import World
-
-# Rows evaluated at once: bounds the memory, and is far above what fills a matrix multiplication.
-_EVALUATED_AT_ONCE = 4096
 
 
 class DivergedError(Exception):
     """The loss is not finite any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What determines a training run, besides the data.
-
-    Attributes:
-        epochs: passes over the training rows.
-        batch_size: rows of a step, of all ranks together.
-        learning_rate, momentum: of the optimizer.
-        hidden: outputs of each hidden layer.
-        seed: of the initial weights and the order of the rows.
-        dtype: "float32" or "float64".
-        steps: stop after so many steps, if that is sooner.
-    """
-
-    epochs: int = 20
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    hidden: tuple[int, ...] = (128, 64)
-    seed: int = 0
-    dtype: str = "float32"
-    steps: int | None = None
-
-    def total_steps(self, rows: int) -> int:
-        """How many steps the run takes."""
-        planned = self.epochs * steps_per_epoch(rows, self.batch_size)
-        return planned if self.steps is None else min(planned, self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,42 +49,16 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A step was made.
+class Saving:
+    """When checkpoints are written: after every epoch, at the end, and in between if asked for.
 
     Attributes:
-        number: of the step, from 1.
-        epoch: from 1.
-        loss: mean over the step's rows, of all ranks.
-        rows: of the step, of all ranks.
+        write: keeps a checkpoint; rank 0 alone calls it.
+        every: steps between two of them; None: at the ends of epochs alone.
     """
 
-    number: int
-    epoch: int
-    loss: float
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """An epoch is over, or the last step was made within it.
-
-    Attributes:
-        number: from 1.
-        steps: made so far.
-        loss: mean over the epoch's rows, while training.
-        test_loss, test_accuracy: over the test rows, with the moving statistics.
-        rows: trained on in this epoch, of all ranks.
-        seconds: spent in this epoch's training steps.
-    """
-
-    number: int
-    steps: int
-    loss: float
-    test_loss: float
-    test_accuracy: float
-    rows: int
-    seconds: float
+    write: Callable[[Checkpoint], None]
+    every: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,24 +66,30 @@ class Outcome:
     """What a run leaves.
 
     Attributes:
-        model: trained; its layers hold the owner's moving statistics.
-        optimizer: with its velocities.
-        epochs: one entry each.
+        model: trained; its layers hold the owner's moving statistics. Where the run may stop early, that of the
+            epoch with the lowest validation loss.
+        optimizer: with its velocities after the last step.
+        epochs: one entry each, those of before it was resumed included.
+        kept: the number of the epoch whose model it is.
+        test_loss, test_accuracy: of this model.
+        resumed_steps: made before this process went on; 0 for a run of its own.
+        rows, seconds: what this process trained on, and the time that its steps took.
     """
 
     model: Perceptron
     optimizer: SGD
     epochs: tuple[Epoch, ...]
+    kept: int
+    test_loss: float
+    test_accuracy: float
+    resumed_steps: int
+    rows: int
+    seconds: float
 
     @property
     def steps(self) -> int:
-        """How many steps were made."""
+        """How many steps were made, those of before it was resumed included."""
         return self.epochs[-1].steps
-
-    @property
-    def seconds(self) -> float:
-        """Spent in training steps alone."""
-        return math.fsum(epoch.seconds for epoch in self.epochs)
 
 
 def train(
@@ -145,82 +97,270 @@ def train(
     data: Dataset,
     world: World,
     replica: Replica = Replica(),
-    watch: Callable[[Step | Epoch], None] = lambda _: None,
+    watch: Callable[[Event], None] = lambda _: None,
+    *,
+    start: Checkpoint | None = None,
+    saving: Saving | None = None,
 ) -> Outcome:
     """Train; every rank of the world calls it with the same arguments.
 
     Args:
         settings: of the run.
-        data: the whole data set, on every rank.
+        data: loaded for this world.
         world: the ranks that train together.
         replica: this world's part of the rows.
-        watch: is told of every step and epoch.
+        watch: is told of everything that happens.
+        start: where to go on; None: from the beginning.
+        saving: of checkpoints; None: none.
 
     Raises:
+        ValueError: the data was loaded for another world, or a regularizer's or constraint's name is unknown.
+        CheckpointError: on every rank: `start` is of another run.
+        DataError: on every rank: one could not read its rows.
         DivergedError: on every rank, when the loss is not finite any more.
         CollectiveError: another rank is lost, or disagrees.
     """
-    model = Perceptron(data.features, settings.hidden, data.classes, dtype=settings.dtype, seed=settings.seed)
-    weights = [*model.dense_weights, *model.norm_weights]
-    # The same already, by the seed; but a rank with another NumPy might draw other numbers.
-    for weight, value in zip(weights, world.broadcast([weight.value for weight in weights]), strict=True):
-        weight.assign(value)
-    optimizer = SGD(weights, learning_rate=settings.learning_rate, momentum=settings.momentum)
-    epochs: list[Epoch] = []
-    made, last = 0, settings.total_steps(data.rows)
-    while made < last:
-        number, seconds, loss_sum, rows = len(epochs) + 1, 0.0, 0.0, 0
-        for batch in epoch_batches(data.rows, settings.batch_size, settings.seed, number)[: last - made]:
-            start = time.perf_counter()
-            mine = batch[replica.index :: replica.count]
-            batch_loss = _step(model, optimizer, data, mine, world)
-            seconds += time.perf_counter() - start
-            made, rows, loss_sum = made + 1, rows + len(mine), loss_sum + batch_loss
-            mean = batch_loss / max(1, len(mine))
-            if not math.isfinite(mean):
-                raise DivergedError(f"The loss of step {made} is {mean}: try a lower --learning-rate.")
-            watch(Step(made, number, mean, len(mine)))
-        test_loss, accuracy = evaluate(model, data, world)
-        epochs.append(Epoch(number, made, loss_sum / max(1, rows), test_loss, accuracy, rows, seconds))
-        watch(epochs[-1])
-    return Outcome(model, optimizer, tuple(epochs))
+    if (data.rank, data.world_size) != (world.rank, world.world_size):
+        raise ValueError(
+            f"train(data=): it was loaded for rank {data.rank} of {data.world_size}, and this is rank {world.rank} of "
+            f"{world.world_size}: expected load(..., world=world)."
+        )
+    run = _Run(settings, data, world, replica, watch, saving, start)
+    while not run.over:
+        run.epoch()
+    return run.outcome()
 
 
-def _step(model: Perceptron, optimizer: SGD, data: Dataset, rows: NDArray[np.intp], world: World) -> float:
-    """One step on rows that all ranks share; returns the summed loss of all of them."""
-    mine = rows[world.shard(len(rows))]
-    loss, dlogits = cross_entropy(model(data.train_x[mine], training=True), data.train_y[mine])
-    model.backward(dlogits / max(1, len(rows)))
-    local = [_gradient(weight.gradient) for weight in model.dense_weights]
-    *dense, total = world.allreduce([*local, np.array(loss)])
-    norms: list[NDArray[Any]] = []
-    for norm in model.norms:
-        penalties = norm.regularizer_gradients()
-        for weight, penalty in zip(norm.trainable_weights, penalties, strict=True):
-            norms.append(_gradient(weight.gradient) + penalty)
-    optimizer.step([*dense, *norms])
-    return float(total)
-
-
-def _gradient(gradient: NDArray[Any] | None) -> NDArray[Any]:
-    assert gradient is not None, "a gradient is read after backward"
-    return gradient
-
-
-def evaluate(model: Perceptron, data: Dataset, world: World) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy over the test rows; each rank looks at its share.
+def perceptron(settings: Settings, features: int, classes: int) -> Perceptron:
+    """The model that the settings describe.
 
     Raises:
-        CollectiveError: another rank is lost, or disagrees.
+        ValueError: a regularizer's or constraint's name is unknown.
     """
+    normalization = Normalization(
+        momentum=settings.bn_momentum,
+        epsilon=settings.epsilon,
+        gamma_regularizer=penalties.regularizer(settings.gamma_regularizer),
+        beta_regularizer=penalties.regularizer(settings.beta_regularizer),
+        gamma_constraint=penalties.constraint(settings.gamma_constraint),
+        beta_constraint=penalties.constraint(settings.beta_constraint),
+    )
+    return Perceptron(
+        features, settings.hidden, classes, dtype=settings.dtype, seed=settings.seed, normalization=normalization
+    )
+
+
+class _Run:
+    """One run: its model, and how far it has come."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: Dataset,
+        world: World,
+        replica: Replica,
+        watch: Callable[[Event], None],
+        saving: Saving | None,
+        start: Checkpoint | None,
+    ) -> None:
+        self._settings, self._data, self._world, self._replica = settings, data, world, replica
+        self._watch = watch
+        self._saving = saving if world.rank == 0 else None
+        self._origin = Origin(data.name, data.fingerprint, data.features, data.classes)
+        self._steps_per_epoch = data.steps_per_epoch(settings.batch_size)
+        self._last = settings.total_steps(self._steps_per_epoch)
+        self._model = perceptron(settings, data.features, data.classes)
+        self._optimizer = SGD(
+            [*self._model.dense_weights, *self._model.norm_weights],
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            decayed=[dense.kernel for dense in self._model.dense],
+        )
+        self._progress = Progress()
+        self._best: dict[str, NDArray[Any]] = {}
+        self._unfinished: Epoch | None = None  # the last epoch, where --steps ends the run within it
+        self._rows, self._seconds = 0, 0.0
+        self._saved_steps: int | None = None
+        if start is not None:
+            self._go_on_from(start)
+        self._resumed_steps = self._progress.steps
+        self._spread()
+        if start is not None:
+            watch(Resumed(self._progress.steps, self._progress.epochs))
+
+    # ---- the beginning ----
+
+    def _go_on_from(self, start: Checkpoint) -> None:
+        start.refuse_other_settings(self._settings)
+        start.refuse_other_data(self._origin)
+        self._progress = start.progress
+        if self._settings.early_stop is not None and self._progress.best is not None:
+            self._best = self._model.tensors(0)  # the names, shapes and dtypes that are wanted
+        start.refuse_other_tensors(self._tensors())
+        self._model.load(start.tensors)
+        self._best = {name: start.tensors[f"{BEST}{name}"] for name in self._best}
+        velocities = [start.tensors[f"{VELOCITY}{name}"] for name in self._named_velocities()]
+        order = {id(weight): number for number, weight in enumerate(self._optimizer.weights)}
+        for weight, velocity in zip(self._model.named_weights().values(), velocities, strict=True):
+            self._optimizer.velocities[order[id(weight)]] = velocity
+
+    def _spread(self) -> None:
+        """Begin alike everywhere: every rank has the state already, but the owner may hold another run's."""
+        _own(self._model, self._world)
+        # The same by the seed; but a rank with another NumPy might draw other numbers.
+        weights = self._optimizer.weights
+        for weight, value in zip(weights, self._world.broadcast([weight.value for weight in weights]), strict=True):
+            weight.assign(value)
+
+    # ---- the middle ----
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left to make."""
+        return self._progress.steps >= self._last or self._stopped()
+
+    def _stopped(self) -> bool:
+        best, patience = self._progress.best, self._settings.early_stop
+        return best is not None and patience is not None and len(self._progress.epochs) - best.number >= patience
+
+    def epoch(self) -> None:
+        """Make the steps that are left of an epoch, or of the run; then judge it."""
+        number, world = len(self._progress.epochs) + 1, self._world
+        first = self._progress.steps - (number - 1) * self._steps_per_epoch
+        replica = (self._replica.index, self._replica.count)
+        batches = self._data.batches(self._settings.batch_size, self._settings.seed, number, first, replica)
+        seconds, waited = 0.0, 0.0
+        for _ in range(min(self._steps_per_epoch - first, self._last - self._progress.steps)):
+            made = self._step(batches, number)
+            seconds, waited = seconds + made.seconds, waited + made.waiting_seconds
+            self._watch(made)
+            if self._due():
+                self._save()
+        self._seconds += seconds
+        judged = self._judged(number, evaluate(self._model, self._data, world, waited), seconds)
+        if self._progress.steps == number * self._steps_per_epoch:
+            self._progress = Progress(self._progress.steps, (*self._progress.epochs, judged))
+            if self._settings.early_stop is not None and self._progress.best is judged:
+                self._best = self._model.tensors(judged.steps)
+        else:
+            self._unfinished = judged
+        self._watch(judged)
+        self._save()
+
+    def _step(self, batches: Iterator[Batch], epoch: int) -> Step:
+        begun, waited = time.perf_counter(), self._world.statistics.waiting_seconds
+        batch = next(batches)
+        read = time.perf_counter()
+        before = self._progress
+        number = before.steps + 1
+        rate = self._settings.learning_rate_of(number, self._steps_per_epoch)
+        self._optimizer.learning_rate = rate
+        loss_sum, correct = step(self._model, self._optimizer, batch, self._world)
+        loss = loss_sum / max(1, batch.rows)
+        _refuse_divergence(loss, f"The loss of step {number}")
+        self._progress = Progress(
+            number, before.epochs, before.loss_sum + loss_sum, before.correct + correct, before.rows + batch.rows
+        )
+        self._rows += batch.rows
+        return Step(
+            number,
+            epoch,
+            loss,
+            correct / max(1, batch.rows),
+            batch.rows,
+            rate,
+            seconds=time.perf_counter() - begun,
+            reading_seconds=read - begun,
+            waiting_seconds=self._world.statistics.waiting_seconds - waited,
+        )
+
+    def _judged(self, number: int, scores: Scores, seconds: float) -> Epoch:
+        for loss in (scores.test_loss, scores.validation_loss):
+            _refuse_divergence(0.0 if loss is None else loss, f"The loss over held-out rows after epoch {number}")
+        made = self._progress
+        return Epoch(
+            number=number,
+            steps=made.steps,
+            rows=made.rows,
+            loss=made.loss_sum / max(1, made.rows),
+            accuracy=made.correct / max(1, made.rows),
+            test_loss=scores.test_loss,
+            test_accuracy=scores.test_accuracy,
+            validation_loss=scores.validation_loss,
+            validation_accuracy=scores.validation_accuracy,
+            learning_rate=self._settings.learning_rate_of(max(1, made.steps), self._steps_per_epoch),
+            seconds=seconds,
+            waiting=scores.waiting,
+            layers=tuple(
+                LayerStatistics(norm.name, norm.state.moving.mean, norm.state.moving.variance)
+                for norm in self._model.norms
+            ),
+        )
+
+    # ---- checkpoints ----
+
+    def _due(self) -> bool:
+        """Whether to save within an epoch; at its end it is saved once it was judged."""
+        steps, every = self._progress.steps, self._saving.every if self._saving is not None else None
+        return every is not None and steps % every == 0 and steps % self._steps_per_epoch != 0
+
+    def _save(self) -> None:
+        if self._saving is None or self._saved_steps == self._progress.steps:
+            return
+        self._saving.write(Checkpoint(self._tensors(), self._progress, self._settings.as_json(), self._origin))
+        self._saved_steps = self._progress.steps
+        self._watch(Saved(self._progress.steps))
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        tensors = self._model.tensors(self._progress.steps)
+        tensors |= {f"{VELOCITY}{name}": velocity for name, velocity in self._named_velocities().items()}
+        return tensors | {f"{BEST}{name}": tensor for name, tensor in self._best.items()}
+
+    def _named_velocities(self) -> dict[str, NDArray[Any]]:
+        of = dict(zip(map(id, self._optimizer.weights), self._optimizer.velocities, strict=True))
+        return {name: of[id(weight)] for name, weight in self._model.named_weights().items()}
+
+    # ---- the end ----
+
+    def outcome(self) -> Outcome:
+        """The result: the best epoch's model where the run may stop early, else the last one."""
+        made = self._progress
+        if self._unfinished is None and made.steps > len(made.epochs) * self._steps_per_epoch:
+            # Resumed with no step left, within an epoch.
+            self._unfinished = self._judged(len(made.epochs) + 1, evaluate(self._model, self._data, self._world), 0.0)
+            self._watch(self._unfinished)
+        epochs = made.epochs if self._unfinished is None else (*made.epochs, self._unfinished)
+        kept = epochs[-1]
+        if self._best and made.best is not None and made.best is not kept:
+            kept = made.best
+            self._model.load(self._best)
+            _own(self._model, self._world)
+        return Outcome(
+            self._model,
+            self._optimizer,
+            epochs,
+            kept.number,
+            kept.test_loss,
+            kept.test_accuracy,
+            self._resumed_steps,
+            self._rows,
+            self._seconds,
+        )
+
+
+def _own(model: Perceptron, world: World) -> None:
+    """Make rank 0's statistics the owner's, where the owner is elsewhere and has others of an earlier run.
+
+    An owner that knows nothing yet takes them when the layers enroll, and its version counts on from theirs.
+    """
+    if world.rank != 0:
+        return
     for norm in model.norms:
-        world.pull(norm)
-    share = world.shard(len(data.test_y))
-    loss, correct = 0.0, 0
-    for start in range(share.start, share.stop, _EVALUATED_AT_ONCE):
-        part = slice(start, min(start + _EVALUATED_AT_ONCE, share.stop))
-        logits = model(data.test_x[part])
-        loss += cross_entropy(logits, data.test_y[part])[0]
-        correct += int((logits.argmax(axis=1) == data.test_y[part]).sum())
-    losses, hits = world.allreduce([np.array(loss), np.array(correct)])
-    return float(losses) / len(data.test_y), int(hits) / len(data.test_y)
+        if world.pull(norm.name) is not None:
+            world.push(norm)
+
+
+def _refuse_divergence(loss: float, what: str) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(f"{what} is {loss}: try a lower --learning-rate.")

@@ -8,7 +8,9 @@ Laws of this room:
 
 from __future__ import annotations
 
+import logging
 import operator
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -27,6 +29,8 @@ from bnworker.statistics import Statistics
 from bnworker.transports import Transport
 
 T = TypeVar("T")
+
+logger = logging.getLogger("bnworker")
 
 
 class Layer(Protocol):
@@ -71,6 +75,7 @@ class World:
         self._plain = 0
         self._error: CollectiveError | None = None
         self._left = False
+        self._free = threading.Lock()
         self._presence = Presence(self, self._depart) if install else None
 
     # ---- who am I ----
@@ -179,12 +184,20 @@ class World:
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known to all ranks; a layer calls it. Returns the owner's state."""
-        return self._through(
+        seeded = self._through(
             call,
             tuple(state.arrays().values()),
             lambda: self._transport.enroll(call, state),
             lambda seeded: tuple(seeded.arrays().values()),
         )
+        if self.transport == "service" and seeded.version > state.version:
+            logger.warning(
+                "layer %r goes on from the service's statistics (version %d), which an earlier run of this job left; "
+                "for a fresh start give the job another name, or the layer: name=",
+                call.place.layer,
+                seeded.version,
+            )
+        return seeded
 
     def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
         """Reduce exact words over all ranks; a layer calls it."""
@@ -290,12 +303,28 @@ class World:
             raise RuntimeError(f"{self!r}: this world was left; make exchanges inside `with bnworker.join()`.")
 
     def _latched(self, action: Callable[[], T]) -> T:
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError(
+                f"{self!r}: a second exchange was begun before the first one was complete. A rank makes one exchange "
+                "at a time: call layers and the world from one thread, and not from a signal handler."
+            )
         try:
             return action()
         except CollectiveError as error:
             self._error = error
             told.tell()
             raise
+        except OverflowError:  # every rank was told: they are in step
+            raise
+        except BaseException as error:
+            self._error = CollectiveError(
+                f"An exchange of rank {self.rank} was cut off by {type(error).__name__} before it was complete: "
+                "the ranks are out of step, and this world is over. Leave it, and join anew.",
+                ranks=(self.rank,),
+            )
+            raise
+        finally:
+            self._free.release()
 
 
 def _checked(function: str, arrays: Iterable[ArrayLike], op: str) -> list[NDArray[Any]]:

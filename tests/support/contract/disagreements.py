@@ -176,7 +176,7 @@ DISAGREEMENTS = {
     "dtype": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world, dtype="float64" if odd else "float32"), world),
         MismatchError,
-        mismatch("the enrolment of layer 'bn'", ("dtype", "float32", "float64")),
+        mismatch("the enrolment of layer 'bn'", *((name, "float32", "float64") for name in ("dtype", "policy"))),
         layer="bn",
         odd_layer="bn",
     ),

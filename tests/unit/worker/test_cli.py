@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["train", "--data", "mnist"], "bnlayer: train: --data: received 'mnist'; this version accepts digits ("),
+        (["train", "--data", "mnist"], "bnlayer: train: --data: received 'mnist'; there is no such file or folder. "),
         (["train", "--hidden", "64,x"], "bnlayer: train: --hidden: expected positive integers with commas, e.g."),
         (["train", "--summary", "/"], "bnlayer: train: / is a folder: expected the name of a file."),
         (["launch", "-n", "0", "--", "true"], "bnlayer: launch: expected at least 1 rank, received 0."),

@@ -42,3 +42,24 @@ def test_one_gradient_per_weight() -> None:
     """A forgotten gradient must not shift the others."""
     with pytest.raises(ValueError, match="shorter"):
         SGD([Variable(np.ones(1), "w", True)], learning_rate=0.1, momentum=0).step([])
+
+
+def test_the_decay_is_decoupled() -> None:
+    """w = w·(1 − rate·decay) + v: it enters neither the velocity nor weights that it was not asked for."""
+    kernel, bias = Variable(np.array([8.0]), "kernel", True), Variable(np.array([8.0]), "bias", True)
+    descent = SGD([kernel, bias], learning_rate=0.5, momentum=0.5, weight_decay=0.25, decayed=[kernel])
+    descent.step([np.array([2.0]), np.array([2.0])])
+    assert kernel.value.tolist() == [8.0 * (1 - 0.125) - 1.0]
+    assert bias.value.tolist() == [7.0]
+    assert [velocity.tolist() for velocity in descent.velocities] == [[-1.0], [-1.0]]
+
+
+def test_the_rate_can_change() -> None:
+    """A schedule assigns it; the velocity keeps what it gathered at the old one."""
+    weight = Variable(np.array([0.0]), "w", True)
+    descent = SGD([weight], learning_rate=1.0, momentum=0.5)
+    descent.step([np.array([4.0])])
+    descent.learning_rate = 0.0
+    descent.step([np.array([4.0])])
+    assert descent.velocities[0].tolist() == [-2.0]
+    assert weight.value.tolist() == [-6.0]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from bnlayer import regularizers
+from bnlayer import constraints, regularizers
 from bnlayer.collective import install, installed
-from bnworker.data import Dataset, load
+from bnworker.data import Batch, DataError, Dataset, from_arrays, load
+from bnworker.evaluation import evaluate
+from bnworker.events import Epoch, Event, Step
 from bnworker.model import Perceptron
 from bnworker.optimizer import SGD
-from bnworker.training import DivergedError, Epoch, Replica, Settings, Step, _step, evaluate, train
+from bnworker.settings import Settings
+from bnworker.steps import step
+from bnworker.training import DivergedError, Replica, train
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 
@@ -26,12 +31,17 @@ def world() -> Iterator[World]:
         yield alone
 
 
-def small(rows: int = 21) -> Dataset:
+def rows(number: int = 21) -> tuple[np.ndarray, np.ndarray]:
     """Three separable classes."""
     rng = np.random.default_rng(5)
-    y = np.arange(rows) % 3
-    x = rng.standard_normal((rows, 4)) + 3 * np.eye(3, 4)[y]
-    return Dataset("small", x, y, x[:6], y[:6], 3)
+    y = np.arange(number) % 3
+    return rng.standard_normal((number, 4)) + 3 * np.eye(3, 4)[y], y
+
+
+def small(validation_split: float = 0.0) -> Dataset:
+    """They as a data set, the first six to be tested by as well."""
+    x, y = rows()
+    return from_arrays("small", x, y, x[:6], y[:6], dtype="float64", validation_split=validation_split)
 
 
 SMALL = Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64")
@@ -47,7 +57,7 @@ def test_it_learns_the_digits(world: World) -> None:
 
 def test_what_is_reported(world: World) -> None:
     """Every step and every epoch, in order; the epoch's loss is the mean over its rows."""
-    made: list[Step | Epoch] = []
+    made: list[Event] = []
     outcome = train(SMALL, small(), world, watch=made.append)
     steps = [one for one in made if isinstance(one, Step)]
     epochs = [one for one in made if isinstance(one, Epoch)]
@@ -55,7 +65,13 @@ def test_what_is_reported(world: World) -> None:
     assert tuple(epochs) == outcome.epochs
     assert [one.steps for one in epochs] == [3, 6, 9]
     assert epochs[0].loss == pytest.approx(sum(one.loss * one.rows for one in steps[:3]) / 21)
+    assert epochs[0].accuracy == pytest.approx(sum(one.accuracy * one.rows for one in steps[:3]) / 21)
     assert all(after.loss < before.loss for before, after in pairwise(epochs))
+    assert all(one.validation_loss is None and len(one.waiting) == 1 for one in epochs)
+    last = outcome.model.norms[0].state
+    assert epochs[-1].layers[0].name == "bn_1"
+    assert epochs[-1].layers[0].moving_mean.tobytes() == last.moving.mean.tobytes()
+    assert epochs[0].layers[0].moving_mean.tobytes() != last.moving.mean.tobytes()
 
 
 def test_steps_stop_it(world: World) -> None:
@@ -75,26 +91,24 @@ def test_one_reduction_a_step(world: World) -> None:
 
 def test_it_says_when_it_diverges(world: World) -> None:
     """A loss that is not finite ends the run, with advice."""
-    broken = small()
-    broken.train_x[0, 0] = np.nan
     with (
-        np.errstate(invalid="ignore"),
-        pytest.raises(DivergedError, match=r"The loss of step 1 is nan: try a lower --learning-rate\."),
+        np.errstate(all="ignore"),
+        pytest.raises(DivergedError, match=r"^The loss of step 2 is (nan|inf): try a lower --learning-rate\.$"),
     ):
-        train(Settings(epochs=1, batch_size=21, hidden=(5,), dtype="float64"), broken, world)
+        train(replace(SMALL, learning_rate=1e300), small(), world)
 
 
 def test_replicas_share_the_rows() -> None:
     """Unsynchronized replicas together take every row once, each step's included."""
-    rows = []
+    taken = []
     for index in range(3):
         with installed(None):
             alone = World(AloneTransport(), install=False)
             install(alone)
             outcome = train(SMALL, small(), alone, Replica(index, 3))
-            rows.append(outcome.epochs[0].rows)
+            taken.append(outcome.epochs[0].rows)
             del outcome
-    assert rows == [3 + 3 + 2, 3 + 3 + 2, 2 + 2 + 1]
+    assert taken == [3 + 3 + 2, 3 + 3 + 2, 2 + 2 + 1]
 
 
 def test_regularizers_are_added_once(world: World) -> None:
@@ -113,15 +127,107 @@ def _updated(model: Perceptron, data: Dataset, regularizer: regularizers.L2 | No
     alone = World(AloneTransport(), install=False)
     with installed(alone):
         weights = [*model.dense_weights, *model.norm_weights]
-        _step(model, SGD(weights, learning_rate=1.0, momentum=0.0), data, np.arange(21), alone)
+        step(model, SGD(weights, learning_rate=1.0, momentum=0.0), next(data.batches(21, 0, 1)), alone)
     return gamma.value
 
 
-def test_evaluation_is_over_all_test_rows(world: World) -> None:
-    """Whatever is evaluated at once."""
-    data = small()
+def test_evaluation_is_over_all_held_out_rows(world: World) -> None:
+    """Test and validation rows, each by themselves; without validation rows there is no score."""
+    data = small(validation_split=0.2)
     model = Perceptron(4, (5,), 3, dtype="float64", seed=0)
-    loss, accuracy = evaluate(model, data, world)
-    right = model(data.test_x).argmax(axis=1) == data.test_y
-    assert accuracy == right.mean()
-    assert loss > 0
+    scores = evaluate(model, data, world, waiting=2.5)
+    for batches, accuracy in ((data.test(), scores.test_accuracy), (data.validation(), scores.validation_accuracy)):
+        right = np.concatenate([model(batch.x).argmax(axis=1) == batch.y for batch in batches])
+        assert accuracy == right.mean()
+    assert scores.test_loss > 0
+    assert scores.waiting == (2.5,)
+    assert data.validation_rows == 4
+    assert evaluate(model, small(), world).validation_loss is None
+
+
+def test_a_row_that_cannot_be_read_ends_it(world: World) -> None:
+    """In a step and in an evaluation; nothing is updated by a step that lacked rows."""
+    problem = DataError("x.npz: row 3: a feature is nan")
+    data, model = small(), Perceptron(4, (5,), 3, dtype="float64", seed=0)
+    weights = [*model.dense_weights, *model.norm_weights]
+    before = [weight.value.tobytes() for weight in weights]
+    bad = Batch(np.empty((0, 4)), np.empty(0, np.int64), 8, problem)
+    with pytest.raises(DataError, match=r"^x\.npz: row 3: a feature is nan$"):
+        step(model, SGD(weights, learning_rate=1.0, momentum=0.0), bad, world)
+    assert [weight.value.tobytes() for weight in weights] == before
+    with pytest.raises(DataError, match="row 3"):
+        evaluate(model, _Unreadable(data, bad), world)  # type: ignore[arg-type]  # it quacks like one
+
+
+class _Unreadable:
+    """A data set whose test rows are bad."""
+
+    def __init__(self, data: Dataset, bad: Batch) -> None:
+        self.test_rows, self.validation_rows = data.test_rows, 0
+        self._bad = bad
+
+    def test(self) -> Iterator[Batch]:
+        """A bad block."""
+        return iter([self._bad])
+
+    def validation(self) -> Iterator[Batch]:
+        """None."""
+        return iter([])
+
+
+def test_data_of_another_world_is_refused(world: World) -> None:
+    """It would train on a part of the rows."""
+    other = replace(small(), rank=1, world_size=2)
+    with pytest.raises(
+        ValueError, match=r"loaded for rank 1 of 2, and this is rank 0 of 1: expected load\(\.\.\., world"
+    ):
+        train(SMALL, other, world)
+
+
+def test_the_schedule_reaches_the_steps(world: World) -> None:
+    """The rate that a step says is the one that it was made with: a rate of 0 changes no weight."""
+    made: list[Event] = []
+    settings = replace(SMALL, schedule="step", decay=0.0, decay_epochs=1, momentum=0.0, warmup_steps=2)
+    outcome = train(settings, small(), world, watch=made.append)
+    assert [one.learning_rate for one in made if isinstance(one, Step)] == [0.05, 0.1, 0.1, 0, 0, 0, 0, 0, 0]
+    assert [one.learning_rate for one in outcome.epochs] == [0.1, 0, 0]
+    with installed(None):
+        alone = World(AloneTransport(), install=False)
+        install(alone)
+        other = train(replace(settings, epochs=1), small(), alone)
+        for mine, its in zip(outcome.optimizer.weights, other.optimizer.weights, strict=True):
+            assert mine.value.tobytes() == its.value.tobytes()
+
+
+def test_the_options_of_the_layer_reach_it(world: World) -> None:
+    """Momentum, epsilon, penalties and projections."""
+    settings = replace(
+        SMALL,
+        bn_momentum=0.5,
+        epsilon=0.25,
+        gamma_regularizer="l2=0.125",
+        beta_regularizer="l1_l2=0.5,0.25",
+        gamma_constraint="non_neg",
+        beta_constraint="max_norm=3",
+    )
+    norm = train(settings, small(), world).model.norms[0]
+    assert (norm.momentum, norm.epsilon) == (0.5, 0.25)
+    assert norm.gamma_regularizer == regularizers.L2(0.125)
+    assert norm.beta_regularizer == regularizers.L1L2(0.5, 0.25)
+    assert norm.gamma_constraint == constraints.NonNeg()
+    assert norm.beta_constraint == constraints.MaxNorm(3.0)
+
+
+def test_early_stop_keeps_the_best(world: World) -> None:
+    """It ends after the patience is over, and the result is the model of the epoch with the lowest loss."""
+    settings = replace(SMALL, epochs=40, validation_split=0.3, early_stop=2, learning_rate=1.0)
+    outcome = train(settings, small(0.3), world)
+    losses = [one.validation_loss for one in outcome.epochs]
+    best = min(range(len(losses)), key=lambda index: losses[index] or 0.0)
+    assert len(losses) == best + 3 < 40
+    assert outcome.kept == best + 1
+    assert (outcome.test_loss, outcome.test_accuracy) == (
+        outcome.epochs[best].test_loss,
+        outcome.epochs[best].test_accuracy,
+    )
+    assert evaluate(outcome.model, small(0.3), world).validation_loss == losses[best]

@@ -1,4 +1,4 @@
-"""The command line: `bnlayer train`, `launch`, `serve`, `doctor`.
+"""The command line: `bnlayer train`, `export`, `launch`, `serve`, `doctor`.
 
 Exit codes: 0 it worked; 1 training, or the service, failed; 2 it was asked for something wrong; of `launch` and
 `train` otherwise that of the first rank that failed, 128 + signal where a signal ended it.
@@ -16,8 +16,10 @@ from typing import Annotated
 
 import typer
 
+from bnworker.cli.calibrate import calibrate
 from bnworker.cli.doctor import doctor
 from bnworker.cli.errors import CommandError
+from bnworker.cli.export import export
 from bnworker.cli.launch import launch
 from bnworker.cli.serve import serve
 from bnworker.cli.train import train
@@ -56,6 +58,8 @@ def bnlayer(
 
 
 app.command()(train)
+app.command()(export)
+app.command()(calibrate)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(serve)
 app.command()(doctor)

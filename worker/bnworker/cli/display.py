@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from bnworker.training import Epoch, Outcome, Step
+from bnworker.calibration import Calibrated
+from bnworker.events import Epoch, Event, Resumed, Step
+from bnworker.training import Outcome
+
+# Weight of the newest step in the loss, accuracy and speed that the bar shows: a single step's jump about.
+_NEWEST = 0.1
+# Columns of a terminal from which on everything fits.
+_WIDE = 100
 
 
 class Display:
     """Shows a run while it goes on.
 
     Args:
-        steps, epochs: how many there will be.
+        steps, epochs: how many there will be, unless the run stops early.
         shown: False on all ranks but one: nothing is shown.
         plain: lines even if the output looks like a terminal: Open MPI gives its ranks one, wherever its own
             output goes.
@@ -28,79 +38,127 @@ class Display:
         self._epochs = epochs
         self._shown = shown
         self._console = Console(file=sys.stdout, highlight=False, force_terminal=False if plain else None)
-        self._accuracy = ""
-        self._progress: Progress | None = None
+        self._bar: _Bar | None = None
         if shown and self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}{task.fields[accuracy]}"),
-                TextColumn("{task.fields[speed]:,.0f} rows/s"),
-                TimeElapsedColumn(),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("", total=steps, epoch=1, loss=0.0, accuracy="", speed=0.0)
+            self._bar = _Bar(self._console, steps, epochs)
 
-    def watch(self, made: Step | Epoch) -> None:
-        """Show a step or an epoch."""
+    def watch(self, event: Event) -> None:
+        """Show what the run tells."""
         if not self._shown:
             return
-        if self._progress is not None:
-            self._redraw(self._progress, made)
-        elif isinstance(made, Epoch):
-            self._console.print(
-                f"epoch {made.number}/{self._epochs}  loss {made.loss:.4f}  accuracy {made.test_accuracy:.2%}  "
-                f"{_speed(made.rows, made.seconds):,.0f} rows/s"
-            )
+        if isinstance(event, Resumed):
+            self._console.print(f"resumed after step {event.steps:,}")
+        if self._bar is not None:
+            self._bar.watch(event)
+        elif isinstance(event, Epoch):
+            self._console.print(self._line(event))
             self._console.file.flush()
 
-    def _redraw(self, progress: Progress, made: Step | Epoch) -> None:
-        if isinstance(made, Epoch):
-            self._accuracy = f"  accuracy {made.test_accuracy:.2%}"
-            speed = _speed(made.rows, made.seconds)
-            progress.update(self._task, accuracy=self._accuracy, speed=speed)
-        else:
-            progress.update(self._task, advance=1, epoch=made.epoch, loss=made.loss)
+    def _line(self, epoch: Epoch) -> str:
+        speed = epoch.rows / epoch.seconds if epoch.seconds else 0.0
+        held_out = "" if epoch.validation_loss is None else f"  validation {epoch.validation_accuracy:.2%}"
+        return (
+            f"epoch {epoch.number}/{self._epochs}  loss {epoch.loss:.4f}{held_out}  "
+            f"accuracy {epoch.test_accuracy:.2%}  {speed:,.0f} rows/s"
+        )
 
     def table(self, outcome: Outcome, summary: Mapping[str, Any]) -> None:
         """Show the result."""
-        last = outcome.epochs[-1]
+        last, seconds = outcome.epochs[-1], outcome.seconds
+        shown = {
+            "test accuracy": f"{outcome.test_accuracy:.2%}",
+            "test loss": f"{outcome.test_loss:.4f}",
+            "validation accuracy": "" if last.validation_accuracy is None else f"{last.validation_accuracy:.2%}",
+            "train accuracy": f"{last.accuracy:.2%}",
+            "train loss": f"{last.loss:.4f}",
+            "model of epoch": "" if outcome.kept == last.number else f"{outcome.kept}, the best of {last.number}",
+            "steps of before": f"{outcome.resumed_steps:,}" if outcome.resumed_steps else "",
+            "ranks": f"{summary['world_size']} ({_transport(summary)})",
+            "seconds": f"{seconds:.2f}",
+            "rows/s": f"{summary['rows_per_second']:,.0f}",
+            "exchanges of rank 0": f"{sum(summary['exchanges'].values()):,}",
+            "bytes sent by rank 0": f"{summary['bytes_sent']:,}",
+            "bytes received by rank 0": f"{summary['bytes_received']:,}",
+            "seconds in exchanges": f"{summary['waiting_seconds']:.2f}",
+        }
         table = Table(title=f"{summary['data']}: {summary['steps']} steps", title_justify="left", show_header=False)
         table.add_column()
         table.add_column(justify="right")
-        for name, value in (
-            ("test accuracy", f"{last.test_accuracy:.2%}"),
-            ("train loss", f"{last.loss:.4f}"),
-            ("test loss", f"{last.test_loss:.4f}"),
-            ("ranks", f"{summary['world_size']} ({_transport(summary)})"),
-            ("seconds", f"{outcome.seconds:.2f}"),
-            ("rows/s", f"{summary['rows_per_second']:,.0f}"),
-            ("exchanges of rank 0", f"{sum(summary['exchanges'].values()):,}"),
-            ("bytes sent by rank 0", f"{summary['bytes_sent']:,}"),
-            ("bytes received by rank 0", f"{summary['bytes_received']:,}"),
-            ("seconds in exchanges", f"{summary['waiting_seconds']:.2f}"),
-        ):
-            table.add_row(name, value)
+        for name, value in shown.items():
+            if value:
+                table.add_row(name, value)
         self._console.print(table)
 
     def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
+        if self._bar is not None:
+            self._bar.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.progress.stop()
+
+
+def show_calibration(result: Calibrated, out: Path) -> None:
+    """Show what a calibration changed."""
+    table = Table(title=f"statistics of {result.rows:,} rows, in {out}", show_header=True, title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    before, after = result.before, result.after
+    table.add_row("test accuracy", f"{before.test_accuracy:.2%}", f"{after.test_accuracy:.2%}")
+    table.add_row("test loss", f"{before.test_loss:.4f}", f"{after.test_loss:.4f}")
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+class _Bar:
+    """One line that is drawn anew: where the run is, how well it does, and how long it will still take."""
+
+    def __init__(self, console: Console, steps: int, epochs: int) -> None:
+        self._wide = console.width >= _WIDE
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(bar_width=None),
+            *([MofNCompleteColumn()] if self._wide else []),
+            TextColumn("{task.fields[said]}"),
+            _TimeLeft(compact=True, elapsed_when_finished=True),
+            console=console,
+            expand=True,
+        )
+        self._task = self.progress.add_task("", total=steps, epoch=1, said="")
+        self._loss = self._accuracy = self._speed = math.nan
+        self._test = ""
+
+    def watch(self, event: Event) -> None:
+        """Move on."""
+        if isinstance(event, Resumed):
+            self.progress.update(self._task, completed=event.steps, epoch=len(event.epochs) + 1)
+        elif isinstance(event, Epoch):
+            self._test = f" (test {event.test_accuracy:.1%})" if self._wide else ""
+            self.progress.update(self._task, said=self._said())
+        elif isinstance(event, Step):
+            self._loss = _smooth(self._loss, event.loss)
+            self._accuracy = _smooth(self._accuracy, event.accuracy)
+            self._speed = _smooth(self._speed, event.rows / event.seconds if event.seconds else 0.0)
+            self.progress.update(self._task, advance=1, epoch=event.epoch, said=self._said())
+
+    def _said(self) -> str:
+        return f"loss {self._loss:.4f}  accuracy {self._accuracy:.1%}{self._test}  {self._speed:,.0f} rows/s"
+
+
+class _TimeLeft(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        """The time left, and that it is this; at the end the time that it took."""
+        text = super().render(task)
+        return text if task.finished else text.append(" left")
+
+
+def _smooth(before: float, new: float) -> float:
+    return new if math.isnan(before) else before + _NEWEST * (new - before)
 
 
 def _transport(summary: Mapping[str, Any]) -> str:
     if summary["replicas"] > 1:
         return f"one of {summary['replicas']} unsynchronized replicas"
     return str(summary["transport"])
-
-
-def _speed(rows: int, seconds: float) -> float:
-    return rows / seconds if seconds else 0.0

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from bnlayer import CollectiveError
+from bnworker.checkpoint import Checkpoint, CheckpointError, encode, read_by_first
 from bnworker.cli.display import Display
 from bnworker.cli.errors import CommandError
-from bnworker.data import DataError, Dataset, load
+from bnworker.data import DataError, load
+from bnworker.events import Event
 from bnworker.files import write_atomically
 from bnworker.joining import join
-from bnworker.summary import saved_file, summary, summary_file
-from bnworker.training import DivergedError, Replica, Settings, train
+from bnworker.report.recorder import Recorder
+from bnworker.settings import Settings
+from bnworker.summary import summary, summary_file
+from bnworker.training import DivergedError, Outcome, Replica, Saving, train
 from bnworker.world import World
 
 
@@ -24,11 +30,18 @@ class Files:
 
     Attributes:
         summary: JSON; None: not asked for.
-        saved: safetensors; None: not asked for.
+        saved: checkpoints; None: not asked for.
+        save_every: steps between two of them; None: at the ends of epochs alone.
+        report, tensorboard: folders for a page and for event files; None: not asked for.
+        resume: whether to go on from `saved`, if it is there.
     """
 
-    summary: Path | None
-    saved: Path | None
+    summary: Path | None = None
+    saved: Path | None = None
+    save_every: int | None = None
+    report: Path | None = None
+    tensorboard: Path | None = None
+    resume: bool = False
 
 
 def run(
@@ -44,42 +57,109 @@ def run(
     """Train as the rank that the environment announces; the first one shows progress and writes the files.
 
     Raises:
-        CommandError: the data cannot be had, joining failed, or a file cannot be written.
+        CommandError: joining failed, the data or the checkpoint is bad, or a file cannot be written.
         typer.Exit: training failed; it was said why.
     """
     try:
-        loaded = load(data, settings.dtype)
-    except DataError as error:
-        raise CommandError(f"train: {error}") from None
-    try:
-        world = join(transport=transport, address=address or None, job=job or None)
+        # Floats in rank order: over MPI too, the result then is the service's, and a resumed run's that of another.
+        world = join(transport=transport, address=address or None, job=job or None, deterministic=True)
     except CollectiveError as error:
         raise CommandError(f"train: {type(error).__name__}: {error}", 1) from None
     except (ValueError, ImportError, RuntimeError) as error:
         raise CommandError(f"train: {error}") from None
-    with world:
-        _train(data, loaded, settings, world, replica, files)
-
-
-def _train(data: str, loaded: Dataset, settings: Settings, world: World, replica: Replica, files: Files) -> None:
     first = world.rank == 0 and replica.index == 0
-    display = Display(settings.total_steps(loaded.rows), settings.epochs, shown=first, plain=world.transport == "mpi")
+    with world:
+        problem = _train(data, settings, world, replica, files, first=first)
+    if problem is not None:
+        # The same on every rank, so that nobody had to be told: one says it.
+        if first:
+            raise CommandError(f"train: {problem}")
+        raise typer.Exit(2)
+
+
+def _train(
+    data: str, settings: Settings, world: World, replica: Replica, files: Files, *, first: bool
+) -> DataError | CheckpointError | None:
+    """Train, show and write; returns what every rank finds wrong with what the user gave."""
+    recorder: Recorder | None = None
     try:
+        loaded = load(data, settings.dtype, world=world, validation_split=settings.validation_split)
+        start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
+        steps_per_epoch = loaded.steps_per_epoch(settings.batch_size)
+        steps = settings.total_steps(steps_per_epoch)
+        display = Display(steps, settings.epochs, shown=first, plain=world.transport == "mpi")
+        recorder = Recorder(files.report, files.tensorboard, steps, steps_per_epoch) if first else None
+
+        def watch(event: Event) -> None:
+            display.watch(event)
+            if recorder is not None:
+                recorder.watch(event)
+
         with display:
-            outcome = train(settings, loaded, world, replica, display.watch)
+            saving = _saving(files) if first else None
+            outcome = train(settings, loaded, world, replica, watch, start=start, saving=saving)
+    except (DataError, CheckpointError) as error:
+        _report_failure(recorder, data, settings, world, str(error))
+        return error
     except (CollectiveError, DivergedError) as error:
         # Said here: to leave a broken MPI world may end the process.
         rank = replica.index if replica.count > 1 else world.rank
-        typer.echo(f"bnlayer: train: rank {rank}: {type(error).__name__}: {error}", err=True)
+        why = f"{type(error).__name__}: {error}"
+        typer.echo(f"bnlayer: train: rank {rank}: {why}", err=True)
+        _report_failure(recorder, data, settings, world, why)
         raise typer.Exit(1) from None
-    if not first:
-        return
+    if recorder is not None:
+        _finish(outcome, world, replica, settings, data, files, display, recorder)
+    return None
+
+
+def _saving(files: Files) -> Saving | None:
+    path = files.saved
+    if path is None:
+        return None
+
+    def write(checkpoint: Checkpoint) -> None:
+        try:
+            write_atomically(path, encode(checkpoint))
+        except OSError as error:
+            kept = " The file is as it was before." if path.exists() else ""
+            raise CommandError(
+                f"train: --save {path}: step {checkpoint.progress.steps} could not be saved: {error.strerror}.{kept}", 1
+            ) from None
+
+    return Saving(write, files.save_every)
+
+
+def _finish(
+    outcome: Outcome,
+    world: World,
+    replica: Replica,
+    settings: Settings,
+    data: str,
+    files: Files,
+    display: Display,
+    recorder: Recorder,
+) -> None:
     contents = summary(outcome, world, replica, settings, data)
     display.table(outcome, contents)
-    try:
-        if files.summary is not None:
+    if files.summary is not None:
+        try:
             write_atomically(files.summary, summary_file(contents))
-        if files.saved is not None:
-            write_atomically(files.saved, saved_file(outcome, settings, data))
+        except OSError as error:
+            raise CommandError(f"train: {error}", 1) from None
+    _report(recorder, contents)
+
+
+def _report_failure(recorder: Recorder | None, data: str, settings: Settings, world: World, why: str) -> None:
+    if recorder is not None:
+        known = {"data": data, "world_size": world.world_size, "transport": world.transport}
+        _report(recorder, {**known, "settings": settings.as_json()}, why)
+
+
+def _report(recorder: Recorder, contents: Mapping[str, Any], failure: str | None = None) -> None:
+    try:
+        page = recorder.finish(contents, failure)
     except OSError as error:
-        raise CommandError(f"train: {error}", 1) from None
+        raise CommandError(f"train: --report: {error}", 1) from None
+    if page is not None:
+        typer.echo(f"report: {page}")

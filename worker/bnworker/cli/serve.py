@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class LogLevel(StrEnum):
+    """What the service says on stderr."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
 
 
 def serve(
@@ -22,6 +32,7 @@ def serve(
     ready_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Gets the address once the service listens.")
     ] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="What is said on stderr.")] = LogLevel.info,
 ) -> None:
     """Run the statistics service until SIGTERM.
 
@@ -33,4 +44,4 @@ def serve(
     """
     from bnserver.daemon import serve as run
 
-    raise typer.Exit(run(listen, state_dir, insecure=insecure, ready_file=ready_file))
+    raise typer.Exit(run(listen, state_dir, insecure=insecure, ready_file=ready_file, log_level=log_level.value))

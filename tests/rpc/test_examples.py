@@ -1,0 +1,59 @@
+"""The programs in `examples/` run as they are, and say what their pages say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.rpc, pytest.mark.timeout(180)]
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+LAUNCH = (sys.executable, "-m", "bnworker.cli", "launch")
+
+
+def ran(*command: str | Path) -> str:
+    """What a program printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_loop_of_ones_own() -> None:
+    """Under forty lines; three ranks print what one does."""
+    program = EXAMPLES / "own_loop.py"
+    assert len(program.read_text(encoding="utf-8").splitlines()) < 40
+    alone = ran(sys.executable, program)
+    together = ran(*LAUNCH, "-n", "3", "--", sys.executable, program)
+    assert together.replace("[0] ", "") == alone
+    assert float(alone.split()[-5].removesuffix("%")) > 95
+
+
+@pytest.mark.slow
+def test_synchronized_is_one_process_and_plain_is_not(tmp_path: Path) -> None:
+    """The experiment, with three workers and three epochs; its picture is drawn."""
+    program = EXAMPLES / "many_workers" / "run.py"
+    out = ran(sys.executable, program, "--workers", "3", "--epochs", "3", "--out", tmp_path)
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    curves = found["test_accuracy"]
+    assert curves["synchronized"] == curves["one process"]
+    assert found["largest_difference_of_moving_statistics"] < 1e-9
+    assert curves["synchronized"][-1] > curves["plain, statistics averaged"][-1] + 0.05
+    assert "synchronized and one process: the same after every epoch;" in out
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    """Its numbers are those of the committed result, and its picture is small enough to load at once."""
+    found = json.loads((EXAMPLES / "many_workers" / "result.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, curve in found["test_accuracy"].items():
+        assert f"| {name} | {curve[-1]:.1%} |" in readme
+    assert found["synchronized_equals_one_process_after_every_epoch"] is True
+    assert (ROOT / "docs" / "images" / "many_workers.png").stat().st_size <= 150 * 1024

@@ -1,0 +1,119 @@
+"""Training through the service that is killed at any moment, and goes on: the bits of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnworker.checkpoint import read
+from support.killing import killed_and_resumed, undisturbed
+from support.service import daemon
+from support.training import COMMAND, FIFTY_STEPS, same_result, trained
+
+pytestmark = [pytest.mark.rpc, pytest.mark.timeout(300)]
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_kills(kills: int, tmp_path: Path) -> None:
+    """Of ranks and of the launcher, with -9: the final file's bytes are those of the undisturbed run."""
+    whole = undisturbed(tmp_path, "service", kills)
+    parts, story = killed_and_resumed(tmp_path, "service", kills, seed=kills)
+    print("\n".join(story))
+    assert parts == whole
+
+
+def test_with_another_number_of_workers(tmp_path: Path) -> None:
+    """Twenty steps with three, the rest with two: the result of a single process, to the rounding of its sums."""
+    alone = trained(tmp_path / "alone", "--transport=none", *FIFTY_STEPS)
+    trained(tmp_path / "parts", "--workers=3", "--resume", *FIFTY_STEPS, "--steps=20")
+    parts = trained(tmp_path / "parts", "--workers=2", "--resume", *FIFTY_STEPS)
+    assert parts.summary["resumed_steps"] == 20
+    assert parts.summary["world_size"] == 2
+    same_result(alone, parts)
+
+
+def test_the_owner_gets_the_checkpoints_state(tmp_path: Path) -> None:
+    """Of a job whose service went on without the ranks: its newer statistics are replaced; the bits are the same."""
+    whole = trained(tmp_path / "whole", "--workers=2", *FIFTY_STEPS)
+    with daemon() as address:
+        job = ("--address", address, "--job=kept", "--workers=2", "--resume", *FIFTY_STEPS)
+        trained(tmp_path / "parts", *job, "--steps=20")
+        older = (tmp_path / "parts" / "out" / "saved.safetensors").read_bytes()
+        trained(tmp_path / "parts", *job, "--steps=30")
+        (tmp_path / "parts" / "out" / "saved.safetensors").write_bytes(older)
+        parts = trained(tmp_path / "parts", *job)
+    assert parts.summary["resumed_steps"] == 20
+    for name, tensor in whole.tensors.items():
+        assert parts.tensors[name].tobytes() == tensor.tobytes(), name
+
+
+def test_a_new_run_in_an_old_job(tmp_path: Path) -> None:
+    """It begins with its own statistics, not with those that the job's last run left."""
+    whole = trained(tmp_path / "whole", "--workers=2", *FIFTY_STEPS)
+    with daemon() as address:
+        job = ("--address", address, "--job=kept", "--workers=2", *FIFTY_STEPS)
+        trained(tmp_path / "first", *job, "--seed=9", "--steps=7")
+        again = trained(tmp_path / "again", *job)
+    for name, tensor in whole.tensors.items():
+        assert again.tensors[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(tiny_disk: Path) -> None:
+    """One clear line, exit code 1; the file is the checkpoint of before, and it can be gone on from."""
+    path = tiny_disk / "run.safetensors"
+    # Some 170 KiB a checkpoint: there is room for one, not for a second beside it.
+    (tiny_disk / "others").write_bytes(bytes(764 * 1024))
+    done = subprocess.run(
+        [*COMMAND, "--workers=2", "--hidden=256", "--epochs=4", "--save", path, "--save-every=3"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert (
+        f"bnlayer: train: --save {path}: step 6 could not be saved: No space left on device. "
+        "The file is as it was before.\n"
+    ) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(entry.name for entry in tiny_disk.iterdir()) == ["others", "run.safetensors"]
+    kept = read(path)
+    assert kept is not None
+    assert kept.progress.steps == 3
+
+
+def test_what_all_ranks_find_is_said_once(tmp_path: Path) -> None:
+    """Under mpiexec, srun or our launch there is no launcher that looks first: other data, one line, exit code 2."""
+    path = tmp_path / "run.safetensors"
+    train = (sys.executable, "-m", "bnworker.cli", "train", "--hidden=4", "--steps=2", f"--save={path}")
+    launch = (sys.executable, "-m", "bnworker.cli", "launch", "-n", "2", "--")
+    subprocess.run([*launch, *train], capture_output=True, timeout=60, check=True)
+    other = tmp_path / "other.npz"
+    np.savez(other, x=np.eye(30, 64), y=np.arange(30) % 10)
+    done = subprocess.run(
+        [*launch, *train, "--resume", f"--data={other}"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("belongs to a run on other data: it was digits (") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,165 @@
+"""Training that is killed again and again, and goes on each time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from bnworker.checkpoint import read
+from support.training import COMMAND
+
+RANKS = 3
+_STEPS_PER_KILL = 20  # more than a run makes from its start until it is killed: some 5 checkpoints of up to 5 steps
+_OPTIONS = ("--data=digits", f"--workers={RANKS}", "--epochs=1000", "--hidden=16,8", "--seed=7")
+_MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
+_RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
+_PATIENCE_S = 60.0
+_LAUNCHER = RANKS  # the victim that is no rank
+
+
+def steps_for(kills: int) -> int:
+    """How long a run must be to be killed so often."""
+    return 40 + _STEPS_PER_KILL * kills
+
+
+def undisturbed(folder: Path, transport: str, kills: int) -> bytes:
+    """The file that a run leaves which nobody disturbs, of the length for so many kills."""
+    path = folder / "whole.safetensors"
+    with _Launch(path, transport, 50, steps_for(kills)) as launch:
+        assert launch.wait() == 0, launch.said()
+    return path.read_bytes()
+
+
+def killed_and_resumed(folder: Path, transport: str, kills: int, seed: int) -> tuple[bytes, list[str]]:
+    """Kill a run with -9 so many times, go on each time, and let it end.
+
+    Who is killed, how many checkpoints after the start, how long after that, and how often checkpoints are written
+    is drawn.
+
+    Returns:
+        The file that it leaves; and the story, a line a kill.
+    """
+    path, rng = folder / "parts.safetensors", np.random.default_rng(seed)
+    story: list[str] = []
+    for _ in range(kills):
+        victim, every = int(rng.integers(RANKS + 1)), int(rng.integers(1, 6))
+        checkpoints, delay = int(rng.integers(3)), float(rng.uniform(0, 0.05))
+        with _Launch(path, transport, every, steps_for(kills)) as launch:
+            launch.await_ranks()
+            launch.await_checkpoints(checkpoints)
+            time.sleep(delay)  # no matter where this hits it: that is what is tested
+            launch.kill(victim)
+            code = launch.wait()
+            assert code != 0, f"the run was over before it was killed: {story}"
+        kept = read(path)
+        who = "launcher" if victim == _LAUNCHER else f"rank {victim}"
+        story.append(f"{who}: exit code {code}, checkpoint at step {kept.progress.steps if kept else 0}")
+    with _Launch(path, transport, 50, steps_for(kills)) as launch:
+        assert launch.wait() == 0, launch.said()
+    return path.read_bytes(), story
+
+
+class _Launch:
+    """One start of the training; gone, all of it, when the `with` block is left."""
+
+    def __init__(self, path: Path, transport: str, every: int, steps: int) -> None:
+        self._path = path
+        self._mark = f"{_MARK}={path}".encode()
+        self._log = path.with_suffix(".log")
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
+        saving = (f"--save={path}", f"--save-every={every}", "--resume")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*COMMAND, *_OPTIONS, f"--steps={steps}", f"--transport={transport}", *saving],
+                env={**environ, _MARK: str(path)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def __enter__(self) -> _Launch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            for pid in self._alive():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        # A rank that outlived its launcher must not write any more when the next one begins.
+        self._await(lambda: not self._alive(), "everything is gone")
+
+    def said(self) -> str:
+        """What all of it wrote."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def await_ranks(self) -> None:
+        """Until every rank was started."""
+        self._await(lambda: self._over() or len(self._ranks()) == RANKS, "all ranks are there")
+
+    def await_checkpoints(self, count: int) -> None:
+        """Until so many more were written."""
+        for _ in range(count):
+            self._await_another(self._written())
+
+    def kill(self, victim: int) -> None:
+        """Kill a rank, or the launcher, with -9."""
+        assert not self._over(), f"it ended before it was killed:\n{self.said()}"
+        pid = self._process.pid if victim == _LAUNCHER else self._ranks().get(victim)
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """The launcher's exit code."""
+        return self._process.wait(_PATIENCE_S * 2)
+
+    def _await(self, holds: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not holds():
+            assert time.monotonic() < deadline, f"waited {_PATIENCE_S} s until {what}:\n{self.said()}"
+            time.sleep(0.002)
+
+    def _await_another(self, seen: int) -> None:
+        self._await(lambda: self._over() or self._written() != seen, "another checkpoint is there")
+
+    def _over(self) -> bool:
+        """Whether the launcher has ended: too soon, as `kill` then finds."""
+        return self._process.poll() is not None
+
+    def _written(self) -> int:
+        """When the checkpoint was, in ns; 0: never yet."""
+        return self._path.stat().st_mtime_ns if self._path.exists() else 0
+
+    def _ranks(self) -> dict[int, int]:
+        """The pids by rank."""
+        found = {}
+        for pid in self._alive():
+            with suppress(OSError):
+                variables = dict(part.partition(b"=")[::2] for part in _read(pid, "environ"))
+                words = _read(pid, "cmdline")
+                number = next((variables[name] for name in _RANK if name in variables), None)
+                if number is not None and b"bnworker.cli" in words and b"-n" not in words:
+                    found[int(number)] = pid
+        return found
+
+    def _alive(self) -> list[int]:
+        """All processes of this launch but the launcher; zombies are none."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdecimal() and int(folder.name) != self._process.pid:
+                with suppress(OSError):
+                    if self._mark in _read(int(folder.name), "environ"):
+                        found.append(int(folder.name))
+        return found
+
+
+def _read(pid: int, file: str) -> list[bytes]:
+    return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")

@@ -1,0 +1,244 @@
+"""`bnlayer train` before anything is started: options from a file, what is refused, and the plan."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnworker.cli import main
+from bnworker.data import load
+from bnworker.forecast import forecast
+from bnworker.launcher import Job
+from bnworker.settings import Settings
+from bnworker.training import train
+from bnworker.transports.alone import AloneTransport
+from bnworker.world import World
+
+Command = Callable[..., tuple[int, str, str]]
+
+SMALL = ("--hidden=8", "--epochs=1", "--batch-size=512", "--transport=none")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Runs `bnlayer` in this process and a folder of the test's own: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bnlayer", *arguments])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        said = capsys.readouterr()
+        return int(raised.value.code or 0), said.out, said.err
+
+    return run
+
+
+def squeezed(text: str) -> str:
+    """Without a table's lines and paddings."""
+    return re.sub(r"[ │┌┐└┘─┬┴]+", " ", text)
+
+
+def test_the_file_and_the_command_line(command: Command) -> None:
+    """Every kind of value; what stands on the command line wins."""
+    Path("run.toml").write_text(
+        'transport = "none"\nhidden = [8, 4]\nepochs = 3\nbatch-size = 100\nlearning-rate = 0.5\nschedule = "step"\n'
+        "decay-epochs = 1\ndry-run = true\n",
+        encoding="utf-8",
+    )
+    code, out, err = command("train", "--config", "run.toml", "--epochs", "2")
+    assert (code, err) == (0, "")
+    plan = squeezed(out)
+    assert " parameters 618 float32 " in plan  # 64·8 + 8·4 + 4·10 + 10 and 2·(8 + 4)
+    assert " steps 30, 15 an epoch " in plan
+    assert " learning rate step: 0.5 in the first step, 0.05 in the last " in plan
+    assert " exchanges none " in plan
+
+
+def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it was given, zeros and flags too; but not what says how many ranks there are and how they meet."""
+    started: list[Job] = []
+
+    def launch(job: Job) -> int:
+        started.append(job)
+        return 7
+
+    monkeypatch.setattr("bnworker.launcher.launch", launch)
+    Path("run.toml").write_text("workers = 3\nseed = 4\nmomentum = 0.5\nresume = true\n", encoding="utf-8")
+    code, _, err = command("train", "--config=run.toml", "--momentum=0", "--job=mine", "--save=a.safetensors")
+    assert (code, err) == (7, "")
+    assert (started[0].ranks, started[0].transport, started[0].name) == (3, "service", "mine")
+    given = started[0].command[started[0].command.index("train") + 1 :]
+    assert {"--momentum=0.0", "--seed=4", "--resume", "--save=a.safetensors", "--hidden=128,64"} <= set(given)
+    names = {argument.partition("=")[0] for argument in given}
+    assert names.isdisjoint({"--workers", "--transport", "--job", "--address", "--config", "--dry-run"})
+    assert names.isdisjoint({"--steps", "--report"})
+
+
+ACCEPTED = (
+    "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, data, decay, decay-epochs, dry-run, dtype, "
+    "early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, job, learning-rate, momentum, report, "
+    "resume, save, save-every, schedule, seed, steps, summary, tensorboard, transport, validation-split, "
+    "warmup-steps, weight-decay, workers."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("batch_size = 3", f"unknown key 'batch_size'. Did you mean 'batch-size'? Accepted are {ACCEPTED}"),
+        ("epoch = 3", f"unknown key 'epoch'. Did you mean 'epochs'? Accepted are {ACCEPTED}"),
+        ("xyzzy = 3", f"unknown key 'xyzzy'. Accepted are {ACCEPTED}"),
+        ("config = 'a.toml'", f"unknown key 'config'. Accepted are {ACCEPTED}"),
+        ("epochs = 2.5", "epochs = 2.5: "),
+        ("epochs = 0", "epochs = 0: "),
+        ("schedule = 'cyclic'", "schedule = 'cyclic': "),
+        ("[train]\nepochs = 3", f"unknown key 'train'. Accepted are {ACCEPTED}"),
+        ("data = {a = 1}", "data = {'a': 1}: expected a string, a number, a boolean or a list of them."),
+        ("epochs = ", "Invalid value (at end of document)"),
+    ],
+)
+def test_what_is_wrong_in_a_file(text: str, line: str, command: Command) -> None:
+    """One line: the file, the key, and what is accepted."""
+    Path("run.toml").write_text(text, encoding="utf-8")
+    code, out, err = command("train", "--config", "run.toml")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"bnlayer: train: --config run.toml: {line}")
+    assert err.count("\n") == 1
+
+
+def test_a_file_that_is_not_there(command: Command) -> None:
+    """Named, with the reason."""
+    assert command("train", "--config", "none.toml") == (
+        2,
+        "",
+        "bnlayer: train: --config none.toml: No such file or directory\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--resume"], "--resume needs --save FILE.safetensors, the file that it is about."),
+        (["--save-every=3"], "--save-every needs --save FILE.safetensors, the file that it is about."),
+        (
+            ["--resume", "--save=a", "--transport=none", "--workers=2"],
+            (
+                "--resume: the 2 replicas of --transport none are models of their own, and --save keeps the first "
+                "one's alone. Leave out --resume, or use --transport service or mpi."
+            ),
+        ),
+        (
+            ["--gamma-regularizer=l3"],
+            (
+                "--gamma-regularizer: expected one of l1, l2, l1_l2, those with factors as NAME=FACTOR (finite, >= 0), "
+                "e.g. l2=1e-4; received 'l3'."
+            ),
+        ),
+        (
+            ["--beta-constraint=l2"],
+            (
+                "--beta-constraint: expected one of non_neg, max_norm, unit_norm, those with factors as NAME=FACTOR "
+                "(finite, >= 0), e.g. max_norm=2; received 'l2'."
+            ),
+        ),
+        (["--epsilon=0"], "--epsilon: expected a finite number > 0, received 0.0."),
+        (
+            ["--early-stop=2"],
+            (
+                "--early-stop watches the validation loss, and there are no validation rows: give "
+                "--validation-split too, e.g. 0.1."
+            ),
+        ),
+    ],
+)
+def test_options_that_cannot_work(arguments: list[str], line: str, command: Command) -> None:
+    """Said before anything is started."""
+    assert command("train", *arguments) == (2, "", f"bnlayer: train: {line}\n")
+
+
+def test_a_file_that_is_no_checkpoint(command: Command) -> None:
+    """Said by the launcher, in one line, before it starts a rank."""
+    Path("run.safetensors").write_bytes(b"garbage, that is what it is")
+    code, out, err = command("train", "--save=run.safetensors", "--resume", "--workers=2")
+    assert (code, out) == (2, "")
+    assert err.startswith("bnlayer: train: run.safetensors is no complete safetensors file (")
+    assert err.count("\n") == 1
+
+
+def test_another_runs_checkpoint(command: Command) -> None:
+    """Other options, then other data: both in one line."""
+    assert command("train", *SMALL, "--save=run.safetensors")[0] == 0
+    assert command("train", *SMALL, "--save=run.safetensors", "--resume", "--seed=4", "--momentum=0") == (
+        2,
+        "",
+        (
+            "bnlayer: train: --resume: run.safetensors belongs to a run with other options: --momentum was 0.9, "
+            "now 0.0; --seed was 0, now 4. Give the same ones, or --save to another file.\n"
+        ),
+    )
+    rng = np.random.default_rng(0)
+    np.savez("mine.npz", x=rng.standard_normal((50, 64)), y=np.arange(50) % 10)
+    code, _, err = command("train", *SMALL, "--save=run.safetensors", "--resume", "--data=mine.npz")
+    assert code == 2
+    assert err.startswith("bnlayer: train: --resume: run.safetensors belongs to a run on other data: it was digits (")
+    assert err.count("\n") == 1
+
+
+def test_a_resumed_run_is_the_whole_one(command: Command) -> None:
+    """By the command, in one process: the same file, and the table says what was made before."""
+    assert command("train", *SMALL, "--save=whole.safetensors")[0] == 0
+    assert command("train", *SMALL, "--save=parts.safetensors", "--resume", "--steps=2")[0] == 0
+    assert Path("whole.safetensors").read_bytes() != Path("parts.safetensors").read_bytes()
+    assert command("train", *SMALL, "--save=parts.safetensors", "--resume")[0] == 0
+    assert Path("whole.safetensors").read_bytes() == Path("parts.safetensors").read_bytes()
+    assert command("export", "whole.safetensors", "weights.npz")[0] == 0
+    assert np.load("weights.npz")["dense_1/kernel"].shape == (64, 8)
+    assert command("export", "whole.safetensors", "weights.pt") == (
+        2,
+        "",
+        "bnlayer: export: weights.pt: expected a name that ends in .npz or .safetensors.\n",
+    )
+    assert command("export", "none.safetensors", "weights.npz") == (
+        2,
+        "",
+        "bnlayer: export: none.safetensors: no such file.\n",
+    )
+
+
+def test_the_plan_starts_nothing(command: Command) -> None:
+    """Rows per rank, exchanges and bytes, computed from the channels."""
+    code, out, err = command("train", "--workers=3", "--dry-run", "--hidden=32,16", "--save=run.safetensors")
+    assert (code, err) == (0, "")
+    plan = squeezed(out)
+    assert "digits: nothing was started" in plan
+    assert " training rows per rank 479, 479, 480 " in plan
+    assert " exchanges per step 5 " in plan
+    assert " bn_1 forward sums 1,536 bytes " in plan  # 6 words of 8 bytes for each of 32 channels
+    assert " ranks 3 (service) " in plan
+    assert " goes on from the beginning " in plan
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_forecast_is_what_is_sent(dtype: str) -> None:
+    """Bytes of a run in a world of one: its statistics count the same, but for the probes."""
+    settings = Settings(epochs=2, batch_size=512, hidden=(6, 4), dtype=dtype)
+    data, world = load("digits", dtype), World(AloneTransport())
+    with world:
+        train(settings, data, world)
+    statistics = world.statistics
+    plan = forecast(settings, data, workers=1)
+    probes = sum(count for kind, count in statistics.exchanges.items() if kind[2] == "probe")
+    assert plan.steps == 6
+    exact = plan.start_bytes + plan.steps * plan.step_bytes + settings.epochs * plan.evaluation_bytes
+    # Each layer and direction looks for its grid once, and rarely again, which also repeats the sums.
+    again = statistics.bytes_sent - exact - plan.probe_bytes
+    assert probes >= 4
+    assert 0 <= again <= (probes - 4) * max(exchange.bytes for exchange in plan.exchanges) * 2

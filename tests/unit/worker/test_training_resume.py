@@ -1,0 +1,181 @@
+"""A run that goes on from a checkpoint is the run that was cut off: in a world of one, from every step of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnlayer.collective import installed
+from bnworker.checkpoint import Checkpoint, CheckpointError, decode, encode
+from bnworker.data import Dataset, from_arrays
+from bnworker.events import Epoch, Event, Resumed, Saved
+from bnworker.settings import Settings
+from bnworker.training import Outcome, Saving, train
+from bnworker.transports.alone import AloneTransport
+from bnworker.world import World
+
+# All that a run can hold: velocities, decay, penalties, projections, a schedule, and the best epoch's model.
+EVERYTHING = Settings(
+    epochs=4,
+    batch_size=8,
+    hidden=(5, 4),
+    learning_rate=0.5,
+    schedule="cosine",
+    warmup_steps=3,
+    weight_decay=0.01,
+    gamma_regularizer="l2=0.01",
+    beta_constraint="max_norm=1",
+    validation_split=0.25,
+    early_stop=3,
+)
+PLAIN = Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64")
+
+
+def data(settings: Settings, seed: int = 5, columns: int = 4) -> Dataset:
+    """Three classes, not easily told apart."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(40) % 3
+    x = rng.standard_normal((40, columns)) + np.eye(3, columns)[y]
+    return from_arrays("small", x, y, x[:6], y[:6], dtype=settings.dtype, validation_split=settings.validation_split)
+
+
+def run(
+    settings: Settings, start: bytes | None = None, every: int | None = None, given: Dataset | None = None
+) -> tuple[Outcome, list[tuple[int, bytes]], list[Event]]:
+    """One run in a world of its own; its outcome, the files that it wrote by steps, and what it told."""
+    files: list[tuple[int, bytes]] = []
+    told: list[Event] = []
+
+    def write(checkpoint: Checkpoint) -> None:
+        files.append((checkpoint.progress.steps, encode(checkpoint)))
+
+    world = World(AloneTransport(), install=False)
+    with installed(world):
+        begun = None if start is None else decode(start, "run.safetensors")
+        saving = Saving(write, every)
+        used = given or data(settings)
+        return train(settings, used, world, watch=told.append, start=begun, saving=saving), files, told
+
+
+@pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
+def test_from_every_step(settings: Settings) -> None:
+    """Saved after each step, resumed from each: all later files, and the outcome, are the same bytes."""
+    whole, files, _ = run(settings, every=1)
+    steps = [number for number, _ in files]
+    assert steps == list(range(1, whole.steps + 1))
+    for at, (number, content) in enumerate(files):
+        again, later, told = run(settings, content, every=1)
+        assert later == files[at + 1 :], number
+        assert isinstance(told[0], Resumed)
+        assert told[0].steps == again.resumed_steps == number
+        assert [epoch.record() for epoch in again.epochs] == [epoch.record() for epoch in whole.epochs]
+        assert (again.kept, again.test_loss) == (whole.kept, whole.test_loss)
+        mine, its = again.model.tensors(0), whole.model.tensors(0)
+        assert all(mine[name].tobytes() == its[name].tobytes() for name in its)
+
+
+def test_what_is_saved_when() -> None:
+    """After every epoch and at the end; in between every so many steps; no state twice."""
+    assert [number for number, _ in run(PLAIN)[1]] == [5, 10, 15]
+    assert [number for number, _ in run(PLAIN, every=4)[1]] == [4, 5, 8, 10, 12, 15]
+    _, files, told = run(replace(PLAIN, steps=8), every=4)
+    assert [number for number, _ in files] == [4, 5, 8]
+    assert [one.steps for one in told if isinstance(one, Saved)] == [4, 5, 8]
+
+
+def test_to_go_further_is_to_have_gone_further() -> None:
+    """--steps and --epochs end a run; a resumed one with more of them is the one that had them from the start."""
+    whole = run(PLAIN)[1]
+    for short in (replace(PLAIN, steps=7), replace(PLAIN, epochs=2)):
+        ended = run(short)[1][-1][1]
+        assert run(PLAIN, ended)[1][-1] == whole[-1]
+
+
+def test_nothing_left_to_do() -> None:
+    """A finished run that is resumed takes no step, writes nothing, and has the same result."""
+    first, files, _ = run(EVERYTHING)
+    again, none, told = run(EVERYTHING, files[-1][1])
+    assert none == []
+    assert [type(one) for one in told] == [Resumed]
+    assert (again.steps, again.rows, again.seconds) == (first.steps, 0, 0.0)
+    assert (again.test_loss, again.kept) == (first.test_loss, first.kept)
+
+
+def test_nothing_left_to_do_within_an_epoch() -> None:
+    """It is judged as it is."""
+    first, files, _ = run(replace(PLAIN, steps=7))
+    again, none, told = run(replace(PLAIN, steps=6), files[-1][1])
+    assert none == []
+    assert [type(one) for one in told] == [Resumed, Epoch]
+    assert again.epochs[-1].record() == first.epochs[-1].record()
+
+
+def test_the_best_epochs_model_is_in_the_file() -> None:
+    """Beside the one that training goes on from; the result is the best one's."""
+    outcome, files, _ = run(EVERYTHING)
+    saved = decode(files[-1][1], "run.safetensors")
+    assert outcome.kept < len(outcome.epochs)
+    best = saved.best_weights()
+    own = outcome.model.tensors(outcome.epochs[outcome.kept - 1].steps)
+    assert best.keys() == own.keys()
+    assert all(best[name].tobytes() == own[name].tobytes() for name in own)
+    assert best["dense_1/kernel"].tobytes() != saved.tensors["dense_1/kernel"].tobytes()
+    plain = decode(run(PLAIN)[1][-1][1], "run.safetensors")
+    assert plain.best_weights()["dense_1/kernel"].tobytes() == plain.tensors["dense_1/kernel"].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "text"),
+    [
+        (
+            replace(PLAIN, seed=1),
+            data(PLAIN),
+            (
+                "--resume: run.safetensors belongs to a run with other options: --seed was 0, now 1. Give the same "
+                "ones, or --save to another file."
+            ),
+        ),
+        (
+            PLAIN,
+            data(PLAIN, seed=6),
+            (
+                "--resume: run.safetensors belongs to a run on other data: it was small (fingerprint {old}), this is "
+                "small ({new}). Give the same data, or --save to another file."
+            ),
+        ),
+    ],
+)
+def test_another_run_is_refused(settings: Settings, given: Dataset, text: str) -> None:
+    """By the option, or by the data's contents."""
+    file = run(replace(PLAIN, steps=1))[1][0][1]
+    with pytest.raises(CheckpointError) as raised:
+        run(settings, file, given=given)
+    old, new = data(PLAIN).fingerprint[:12], given.fingerprint[:12]
+    assert str(raised.value) == text.format(old=old, new=new)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"dense_1/kernel": None}, "lacks the tensor 'dense_1/kernel', which this run needs."),
+        (
+            {"optimizer/bn_1/gamma": np.zeros(3)},
+            ": tensor 'optimizer/bn_1/gamma' has shape (3,) and dtype float64, this run needs (5,) and float64.",
+        ),
+        (
+            {"bn_1/state/flags": np.zeros(3)},
+            ": tensor 'bn_1/state/flags' has shape (3,) and dtype float64, this run needs (3,) and int64.",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(change: dict[str, Any], text: str) -> None:
+    """Named, with both shapes."""
+    made = decode(run(replace(PLAIN, steps=1))[1][0][1], "run.safetensors")
+    tensors = {name: tensor for name, tensor in {**made.tensors, **change}.items() if tensor is not None}
+    with pytest.raises(CheckpointError) as raised:
+        run(PLAIN, encode(replace(made, tensors=tensors)))
+    assert text in str(raised.value)
+    assert str(raised.value).startswith("--resume: run.safetensors")

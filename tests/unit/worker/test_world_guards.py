@@ -1,0 +1,183 @@
+"""What must not be silently wrong: interrupted exchanges, two at a time, layers that outlive their world."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bnlayer import BatchNormalization, CollectiveError, MismatchError
+from bnlayer.collective import Call, Total
+from bnlayer.state import LayerState
+from bnworker.plan import plan
+from bnworker.transports.alone import AloneTransport
+from bnworker.world import World
+from support.ranks import Meeting, SimulatedRank, run_all, run_ranks
+
+
+class Preempted(BaseException):
+    """What a signal handler raises."""
+
+
+class Interrupted(AloneTransport):
+    """A transport whose first exchange is cut off."""
+
+    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+        """Is never complete."""
+        raise Preempted
+
+
+def test_an_interrupted_exchange_ends_the_world() -> None:
+    """A retry met the others' data with this rank's header: they got numbers out of nothing, without an error."""
+    world = World(Interrupted(), install=False)
+    bn = BatchNormalization(synchronized=True, name="bn", collective=world)
+    with pytest.raises(Preempted):
+        bn(np.ones((2, 2)), training=True)
+    for call in (lambda: bn(np.ones((2, 2)), training=True), world.barrier):
+        with pytest.raises(CollectiveError, match="An exchange of rank 0 was cut off by Preempted before it was comp"):
+            call()
+
+
+def test_a_second_exchange_at_a_time_is_refused() -> None:
+    """Two threads, or a signal handler: their messages would cross."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(AloneTransport):
+        def barrier(self, call: Call) -> None:
+            entered.set()
+            assert go_on.wait(30)
+
+    world = World(Slow(), install=False)
+    thread = threading.Thread(target=world.barrier, daemon=True)
+    thread.start()
+    assert entered.wait(30)
+    with pytest.raises(RuntimeError, match="A rank makes one exchange at a time"):
+        world.allreduce([np.ones(1)])
+    go_on.set()
+    thread.join(30)
+    assert world.allreduce([np.ones(1)])[0].tolist() == [1]
+
+
+def test_an_overflow_does_not_end_the_world() -> None:
+    """Every rank is told of it, in step."""
+
+    class Full(AloneTransport):
+        def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+            raise OverflowError
+
+    world = World(Full(), install=False)
+    with pytest.raises(OverflowError):
+        world.allreduce([np.array([1], np.int8)])
+    world.barrier()
+
+
+def test_momentum_changed_on_one_rank_is_a_mismatch() -> None:
+    """The mirror would follow the layer, the owner its first momentum."""
+
+    def body(rank: SimulatedRank) -> None:
+        bn = BatchNormalization(synchronized=True, name="bn", collective=rank)
+        bn(np.ones((2, 2)), training=True)
+        bn.momentum = 0.5 if rank.rank else 0.99
+        bn(np.ones((2, 2)), training=True)
+
+    for error in run_ranks(Meeting(2), body):
+        assert isinstance(error, MismatchError)
+        assert "momentum: rank 0 sent 0.99, rank 1 sent 0.5" in str(error)
+
+
+def test_epsilon_counts_from_the_next_call_on() -> None:
+    """In training as in inference, and in the configuration."""
+    bn = BatchNormalization()
+    x = np.random.default_rng(0).standard_normal((100, 2))
+    bn(x, training=True)
+    bn.epsilon = 1.0
+    assert bn(x, training=True).std(0) == pytest.approx(np.sqrt(x.var(0) / (x.var(0) + 1)), rel=1e-5)
+
+
+def test_a_layer_does_not_outlive_its_world_in_silence() -> None:
+    """After the world was left, training on would be local; a backward pass belongs to the forward's ranks."""
+
+    def body(rank: SimulatedRank) -> tuple[BatchNormalization, SimulatedRank]:
+        bn = BatchNormalization(synchronized=True, name=f"outlives-{rank.rank}", collective=None)
+        bn.name, bn.collective = "outlives", rank
+        bn(np.full((2, 2), float(rank.rank)), training=True)
+        bn.collective = None
+        bn.backward(np.ones((2, 2)))
+        return bn, rank
+
+    for bn, _ in run_all(Meeting(2), body):
+        assert bn.beta is not None
+        assert bn.beta.gradient is not None
+        assert bn.beta.gradient.tolist() == [4, 4]
+        with pytest.raises(RuntimeError, match="belonged to a world of 2 ranks, which was left"):
+            bn(np.ones((2, 2)), training=True)
+
+
+def test_layers_can_be_copied_and_pickled_and_copies_need_a_name_of_their_own() -> None:
+    """Best-model and moving-average code copies layers; a copy belongs to no world yet."""
+    world = World(AloneTransport(), install=False)
+    bn = BatchNormalization(synchronized=True, name="copied", collective=world)
+    x = np.random.default_rng(0).standard_normal((9, 2))
+    bn(x, training=True)
+    for other in (copy.deepcopy(bn), copy.copy(bn), pickle.loads(pickle.dumps(bn))):
+        assert [w.tobytes() for w in other.get_weights()] == [w.tobytes() for w in bn.get_weights()]
+        assert other(x).tobytes() == bn(x).tobytes()
+        other.collective = world
+        with pytest.raises(ValueError, match="Two live synchronized layers are named 'copied'"):
+            other(x, training=True)
+
+
+def test_statistics_of_an_earlier_run_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+    """A job's name taken twice goes on where the first run ended, in silence."""
+
+    class Remembering(AloneTransport):
+        name = "service"
+
+        def enroll(self, call: Call, state: LayerState) -> LayerState:
+            return LayerState(state.moving, state.forward, state.backward, version=7)
+
+    bn = BatchNormalization(synchronized=True, name="bn", collective=World(Remembering(), install=False))
+    with caplog.at_level(logging.WARNING, logger="bnworker"):
+        bn(np.ones((2, 2)), training=True)
+    assert "layer 'bn' goes on from the service's statistics (version 7)" in caplog.text
+
+
+@np.errstate(all="raise")
+def test_floating_point_settings_of_the_user_change_nothing() -> None:
+    """One rank's FloatingPointError in the middle of a step stalled all others."""
+    bn = BatchNormalization(synchronized=True, epsilon=0.0, collective=World(AloneTransport(), install=False))
+    x = np.array([[1e-30, np.nan, 3e38], [2e-30, 1.0, -3e38]], np.float32)
+    bn(x, training=True)
+    assert bn.backward(np.full(x.shape, 1e-38)).shape == x.shape
+    bn(x)
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "text"),
+    [
+        ({"BNLAYER_RANK": "1"}, {}, "BNLAYER_RANK is set, but BNLAYER_WORLD_SIZE is not: set both, or neither."),
+        ({"BNLAYER_WORLD_SIZE": "3"}, {}, "BNLAYER_WORLD_SIZE is set, but BNLAYER_RANK is not"),
+        ({}, {"job": "x"}, r"job= or token= was given, but no address= \(or BNLAYER_ADDRESS\)"),
+        ({}, {"address": "nohost", "job": "j", "rank": 0, "world_size": 1}, "expected HOST:PORT, e.g. 127.0.0.1:50551"),
+        ({}, {"address": "http://h:1", "job": "j", "rank": 0, "world_size": 1}, "received 'http://h:1'"),
+        ({}, {"address": "h:99999", "job": "j", "rank": 0, "world_size": 1}, "received 'h:99999'"),
+    ],
+)
+def test_half_a_world_is_refused(environ: dict[str, str], arguments: dict[str, object], text: str) -> None:
+    """Each of these trained alone, or waited for the whole timeout."""
+    with pytest.raises(ValueError, match=text):
+        plan(environ, **arguments)  # type: ignore[arg-type]  # a table
+
+
+def test_an_address_given_beats_the_environment() -> None:
+    """Explicit arguments beat BNLAYER_*."""
+    for transport in ("alone", "mpi"):
+        chosen = plan({"BNLAYER_TRANSPORT": transport}, address="h:1", job="j", rank=0, world_size=1)
+        assert (chosen.transport, chosen.address) == ("service", "h:1")

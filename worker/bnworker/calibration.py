@@ -1,0 +1,106 @@
+"""`bnlayer calibrate`: a trained model's moving statistics, estimated anew over all its training rows.
+
+Every rank runs its share of each batch through the model in training mode; what the layers exchange for it is pooled
+exactly (see `bnlayer.calibration`). Weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bnlayer import calibrating
+from bnworker.checkpoint import BEST, Checkpoint, CheckpointError
+from bnworker.data import Dataset, settle
+from bnworker.evaluation import Scores, evaluate
+from bnworker.settings import Settings, SettingsError
+from bnworker.training import perceptron
+from bnworker.world import World
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What a calibration leaves.
+
+    Attributes:
+        checkpoint: the one it began from, with the new statistics.
+        before, after: how the model does on the held-out rows.
+        rows: that the statistics are of.
+    """
+
+    checkpoint: Checkpoint
+    before: Scores
+    after: Scores
+    rows: int
+
+
+def settings_of(checkpoint: Checkpoint) -> Settings:
+    """The settings of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: they are not those of this version.
+    """
+    try:
+        saved = dict(checkpoint.settings)
+        return Settings(**{**saved, "hidden": tuple(saved["hidden"])})
+    except (KeyError, TypeError, SettingsError) as error:
+        raise CheckpointError(
+            f"{checkpoint.name} was written with settings that this version lacks: {error}."
+        ) from None
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    world: World,
+    batch_size: int,
+    watch: Callable[[int], None] = lambda _: None,
+) -> Calibrated:
+    """Replace the moving statistics of a checkpoint's model by those of all training rows; every rank calls it.
+
+    Args:
+        checkpoint: the same on every rank.
+        data: loaded for this world.
+        world: the ranks.
+        batch_size: rows of a step, of all ranks together: each is normalized with its own statistics.
+        watch: is told of the rows of each step.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the data.
+        DataError: on every rank: a row is bad.
+        ValueError: a layer saw a value that is not finite.
+        CollectiveError: another rank is lost, or disagrees.
+    """
+    settings = settings_of(checkpoint)
+    if (data.features, data.classes) != (checkpoint.data.features, checkpoint.data.classes):
+        raise CheckpointError(
+            f"{checkpoint.name} belongs to data of {checkpoint.data.features} features and {checkpoint.data.classes} "
+            f"classes; {data.name} has {data.features} and {data.classes}."
+        )
+    model = perceptron(settings, data.features, data.classes)
+    checkpoint.refuse_other_tensors(model.tensors(0))
+    model.load(checkpoint.best_weights())
+    before = evaluate(model, data, world)
+    rows = 0
+    with calibrating(model.norms):
+        for batch in data.batches(batch_size, settings.seed, 1):
+            model(batch.x, training=True)
+            settle(world, batch.problem)
+            rows += batch.rows
+            watch(batch.rows)
+    if world.rank == 0:
+        for norm in model.norms:
+            world.push(norm)
+    world.barrier()  # the owner has them: from here on everybody may pull
+    after = evaluate(model, data, world)
+    return Calibrated(_with_statistics(checkpoint, model.tensors(checkpoint.progress.steps)), before, after, rows)
+
+
+def _with_statistics(checkpoint: Checkpoint, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
+    """The checkpoint with other states of its layers, wherever it holds them for its result."""
+    prefix = BEST if any(name.startswith(BEST) for name in checkpoint.tensors) else ""
+    states = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if "/state/" in name}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **states})

@@ -1,0 +1,277 @@
+"""Checkpoints: all that a run needs to go on, bit for bit, in one safetensors file.
+
+Laws of this room:
+1. Equal states make equal bytes: a checkpoint holds no time, no path but the data's name, no number of ranks.
+2. What is read is what was written, or an error that says what is wrong with the file.
+3. One rank reads and writes; the others get what it read.
+
+Tensors: "dense_1/kernel", "bn_1/gamma", …: the weights; "bn_1/state/moving_mean", …: each layer's state with its
+grids; "optimizer/dense_1/kernel", …: the velocities; "best/dense_1/kernel", "best/bn_1/state/…", …: weights and
+states of the best epoch, where the run may stop early. Metadata: one entry, "bnlayer", a JSON object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnworker.events import Epoch
+from bnworker.settings import Settings
+from bnworker.world import World
+
+FORMAT = 1  # counts up when a reader of the format before could not go on from a file
+BEST = "best/"
+VELOCITY = "optimizer/"
+
+_METADATA = "bnlayer"
+_HEADER_BYTES = 8  # a safetensors file begins with the length of its JSON header, little-endian
+
+
+class CheckpointError(ValueError):
+    """The file is no checkpoint that this run can go on from; the text names it, and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        steps: made.
+        epochs: that are complete.
+        loss_sum, correct, rows: of the epoch under way: summed loss, rows classified rightly, and rows, so far.
+    """
+
+    steps: int = 0
+    epochs: tuple[Epoch, ...] = ()
+    loss_sum: float = 0.0
+    correct: int = 0
+    rows: int = 0
+
+    @property
+    def best(self) -> Epoch | None:
+        """The first of the complete epochs with the lowest validation loss."""
+        judged = [(epoch.validation_loss, epoch) for epoch in self.epochs if epoch.validation_loss is not None]
+        return min(judged, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain JSON values; floats keep every bit."""
+        return {
+            "steps": self.steps,
+            "epochs": [epoch.record() for epoch in self.epochs],
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+            "rows": self.rows,
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Progress:
+        """The way back."""
+        return cls(**{**plain, "epochs": tuple(Epoch(**record) for record in plain["epochs"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The data that a run was trained on.
+
+    Attributes:
+        name: as given to `--data`.
+        fingerprint: of the contents.
+        features, classes: how many.
+    """
+
+    name: str
+    fingerprint: str
+    features: int
+    classes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a run after a step.
+
+    Attributes:
+        tensors: see the top of the module.
+        progress: how far it has come.
+        settings: `Settings.as_json()` of the run.
+        data: that it was trained on.
+        name: where it was read, for errors.
+    """
+
+    tensors: Mapping[str, NDArray[Any]]
+    progress: Progress
+    settings: Mapping[str, Any]
+    data: Origin
+    name: str = field(default="the checkpoint")
+
+    def best_weights(self) -> dict[str, NDArray[Any]]:
+        """Weights and states of the result: those of the best epoch where the run may stop early, else the last."""
+        best = {name.removeprefix(BEST): tensor for name, tensor in self.tensors.items() if name.startswith(BEST)}
+        return best or {name: tensor for name, tensor in self.tensors.items() if not name.startswith(VELOCITY)}
+
+    def refuse_other_settings(self, settings: Settings) -> None:
+        """Make sure that a run with these settings goes on from here.
+
+        Raises:
+            CheckpointError: a setting differs.
+        """
+        differences = settings.differences(self.settings)
+        if differences:
+            raise CheckpointError(
+                f"--resume: {self.name} belongs to a run with other options: {'; '.join(differences)}. "
+                "Give the same ones, or --save to another file."
+            )
+
+    def refuse_other_data(self, data: Origin) -> None:
+        """Make sure that a run on this data goes on from here.
+
+        Raises:
+            CheckpointError: the contents differ; the name may.
+        """
+        if data.fingerprint != self.data.fingerprint:
+            raise CheckpointError(
+                f"--resume: {self.name} belongs to a run on other data: it was {self.data.name} (fingerprint "
+                f"{self.data.fingerprint[:12]}), this is {data.name} ({data.fingerprint[:12]}). "
+                "Give the same data, or --save to another file."
+            )
+
+    def refuse_other_tensors(self, wanted: Mapping[str, NDArray[Any]]) -> None:
+        """Make sure that the tensors fit.
+
+        Args:
+            wanted: the names, shapes and dtypes that a run needs.
+
+        Raises:
+            CheckpointError: one is missing, or has another shape or dtype.
+        """
+        for name, want in wanted.items():
+            got = self.tensors.get(name)
+            if got is None:
+                raise CheckpointError(f"--resume: {self.name} lacks the tensor {name!r}, which this run needs.")
+            if (got.shape, got.dtype) != (want.shape, want.dtype):
+                raise CheckpointError(
+                    f"--resume: {self.name}: tensor {name!r} has shape {got.shape} and dtype {got.dtype}, "
+                    f"this run needs {want.shape} and {want.dtype}."
+                )
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The file that holds a checkpoint."""
+    from safetensors.numpy import save
+
+    data = checkpoint.data
+    facts = {
+        "format": FORMAT,
+        "settings": dict(checkpoint.settings),
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "features": data.features,
+            "classes": data.classes,
+        },
+        "progress": checkpoint.progress.as_json(),
+    }
+    facts["checksum"] = _checksum(facts, checkpoint.tensors)
+    # One entry: safetensors writes several in any order.
+    return save(dict(checkpoint.tensors), {_METADATA: _canonical(facts)})
+
+
+def decode(content: bytes, name: str) -> Checkpoint:
+    """The checkpoint that a file holds.
+
+    Args:
+        content: of the file.
+        name: of the file.
+
+    Raises:
+        CheckpointError: it is corrupt, cut off, foreign, or of a newer format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    tensors: dict[str, NDArray[Any]] = {}
+    try:
+        with suppress(KeyError):  # a dtype that NumPy lacks: not ours, and said below
+            tensors = load(content)
+    except SafetensorError as error:
+        _refuse(name, f"is no complete safetensors file ({error}): it is corrupt, was cut off, or is something else")
+    size = int.from_bytes(content[:_HEADER_BYTES], "little")
+    header = json.loads(content[_HEADER_BYTES : _HEADER_BYTES + size])
+    try:
+        facts = json.loads(header["__metadata__"][_METADATA])
+        version = int(facts["format"])
+    except (KeyError, TypeError, ValueError):
+        _refuse(name, "is a safetensors file, but not one that `bnlayer train --save` wrote")
+    if version > FORMAT:
+        _refuse(name, f"has format {version}, and this version of bnlayer reads up to {FORMAT}: use a newer one")
+    try:
+        expected = facts.pop("checksum")
+        if _checksum(facts, tensors) != expected:
+            _refuse(name, "does not match its checksum: it was changed, or is corrupt")
+        progress = Progress.from_json(facts["progress"])
+        return Checkpoint(tensors, progress, facts["settings"], Origin(**facts["data"]), name)
+    except (KeyError, TypeError) as error:
+        _refuse(name, f"lacks what every checkpoint has ({error}): it is corrupt")
+
+
+def read(path: Path) -> Checkpoint | None:
+    """The checkpoint in a file; None if there is no such file.
+
+    Raises:
+        CheckpointError: it can't be read, or is none.
+    """
+    content = _content(path)
+    return None if content is None else decode(content, str(path))
+
+
+def read_by_first(world: World, path: Path) -> Checkpoint | None:
+    """The checkpoint that rank 0 finds, on every rank; None if there is none. Every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, with the same text.
+        CollectiveError: another rank is lost.
+    """
+    parts: list[bytes] = []
+    if world.rank == 0:
+        try:
+            content = _content(path)
+            parts = [] if content is None else [content]
+        except CheckpointError as error:
+            parts = [b"", str(error).encode()]
+    parts = [part.tobytes() for part in world.broadcast([np.frombuffer(part, np.uint8) for part in parts])]
+    if len(parts) == 2:
+        raise CheckpointError(parts[1].decode())
+    return decode(parts[0], str(path)) if parts else None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _refuse(str(path), f"cannot be read ({error.strerror})")
+
+
+def _checksum(facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b(_canonical(facts).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def _canonical(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, sort_keys=True, allow_nan=False)
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise CheckpointError(f"{name} {why}.")

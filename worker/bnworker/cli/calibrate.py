@@ -1,0 +1,125 @@
+"""`bnlayer calibrate`: as the launcher of its ranks, or as one of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bnworker.cli.errors import CommandError
+from bnworker.cli.train import TrainTransport
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Written by `bnlayer train --save`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="What to write; may be the same file.")],
+    data: Annotated[
+        str | None, typer.Option(help="What to estimate over; what the model was trained on, if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step, of all workers together.")] = 256,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many processes; 1 if not given.")] = None,
+    transport: Annotated[TrainTransport, typer.Option(help="As of `bnlayer train`.")] = TrainTransport.service,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", envvar="BNLAYER_ADDRESS", help="Of a running service; else one is started."),
+    ] = None,
+) -> None:
+    """Estimate a trained model's moving statistics anew: exactly, over all training rows, in one pass.
+
+    Moving averages lag behind the weights. This puts the mean and variance of everything in their place; what each
+    layer is given is pooled exactly, whatever the number of workers:
+
+    `bnlayer train --data digits --workers 2 --save digits.safetensors`
+
+    `bnlayer calibrate digits.safetensors calibrated.safetensors --workers 2`
+
+    Exit code 2: the file is no checkpoint, or does not fit the data; 1: it failed, or OUT cannot be written.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from bnlayer.environment import announced
+
+    try:
+        rank = next(iter(announced(os.environ)), None)
+    except ValueError as error:
+        raise CommandError(f"calibrate: {error}") from None
+    if out.suffix != ".safetensors":
+        raise CommandError(f"calibrate: {out}: expected a name that ends in .safetensors.")
+    if rank is not None and workers not in (None, rank.world_size):
+        raise CommandError(
+            f"calibrate: --workers {workers}, but {rank.source} started this process as one of {rank.world_size}."
+        )
+    if rank is None and workers not in (None, 1):
+        if transport is TrainTransport.none:
+            raise CommandError("calibrate: --transport none is for one worker: statistics of parts are of no use.")
+        raise typer.Exit(_launch(checkpoint, out, data, batch_size, workers or 1, transport, address))
+    _run(checkpoint, out, data, batch_size)
+
+
+def _launch(
+    checkpoint: Path,
+    out: Path,
+    data: str | None,
+    batch_size: int,
+    workers: int,
+    transport: TrainTransport,
+    address: str | None,
+) -> int:
+    from bnworker.checkpoint import CheckpointError, read
+    from bnworker.launcher import Job, LaunchError, launch
+
+    try:
+        if read(checkpoint) is None:
+            raise CommandError(f"calibrate: {checkpoint}: there is no such file.")
+    except CheckpointError as error:
+        raise CommandError(f"calibrate: {error}") from None
+    command = [sys.executable, "-P", "-m", "bnworker.cli", "calibrate", str(checkpoint), str(out)]
+    command += [f"--batch-size={batch_size}", *([f"--data={data}"] if data is not None else [])]
+    used = address if transport is TrainTransport.service else None
+    try:
+        return launch(Job(tuple(command), workers, transport.value, used or None, None, foreground=True))
+    except LaunchError as error:
+        raise CommandError(f"calibrate: {error}", error.code) from None
+
+
+def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
+    """One rank: all read, the first shows and writes."""
+    from bnlayer import CollectiveError
+    from bnworker.calibration import Calibrated, settings_of
+    from bnworker.calibration import calibrate as calibrated
+    from bnworker.checkpoint import CheckpointError, encode, read_by_first
+    from bnworker.cli.display import show_calibration
+    from bnworker.data import DataError, load
+    from bnworker.files import write_atomically
+    from bnworker.joining import join
+
+    world = join()
+    first = world.rank == 0
+    problem: Exception | None = None
+    result: Calibrated | None = None
+    with world:
+        try:
+            start = read_by_first(world, path)
+            if start is None:
+                raise CheckpointError(f"{path}: there is no such file.")
+            settings = settings_of(start)
+            loaded = load(
+                data or start.data.name, settings.dtype, world=world, validation_split=settings.validation_split
+            )
+            result = calibrated(start, loaded, world, batch_size)
+        except (CheckpointError, DataError, ValueError) as error:
+            problem = error  # the same on every rank: nobody has to be told
+        except CollectiveError as error:
+            raise CommandError(f"calibrate: rank {world.rank}: {type(error).__name__}: {error}", 1) from None
+    if problem is not None:
+        if first:
+            raise CommandError(f"calibrate: {problem}")
+        raise typer.Exit(2)
+    if first and result is not None:
+        try:
+            write_atomically(out, encode(result.checkpoint))
+        except OSError as error:
+            raise CommandError(f"calibrate: {out}: {error.strerror or error}.", 1) from None
+        show_calibration(result, out)

@@ -1,0 +1,62 @@
+"""What `bnlayer train` makes sure of before it starts anything."""
+
+from __future__ import annotations
+
+from bnworker import data, penalties, report
+from bnworker.checkpoint import Checkpoint, CheckpointError, read
+from bnworker.cli.errors import CommandError
+from bnworker.cli.rank import Files
+from bnworker.files import prepare
+from bnworker.settings import Settings, option
+
+_NAMED = {
+    "gamma_regularizer": penalties.regularizer,
+    "beta_regularizer": penalties.regularizer,
+    "gamma_constraint": penalties.constraint,
+    "beta_constraint": penalties.constraint,
+}
+
+
+def refuse_what_cannot_work(name: str, settings: Settings, files: Files, *, replicas: int) -> Checkpoint | None:
+    """Make sure of all that can be known by now.
+
+    Args:
+        name: of the data.
+        settings: of the run.
+        files: that it writes.
+        replicas: how many models train side by side.
+
+    Returns:
+        The checkpoint that the run goes on from; None: there is none, or none is asked for.
+
+    Raises:
+        CommandError: something cannot work; the text says what, and what to do.
+    """
+    _refuse_options_without_meaning(files, replicas)
+    for setting, known in _NAMED.items():
+        try:
+            known(getattr(settings, setting))
+        except ValueError as error:
+            raise CommandError(f"train: {option(setting)}: {error}.") from None
+    try:
+        data.check(name)
+        for path in filter(None, (files.summary, files.saved)):
+            prepare(path)
+        report.check(files.report, files.tensorboard)
+        start = read(files.saved) if files.resume and files.saved is not None else None
+        if start is not None:
+            start.refuse_other_settings(settings)
+    except (data.DataError, CheckpointError, report.MissingExtraError, OSError) as error:
+        raise CommandError(f"train: {error}") from None
+    return start
+
+
+def _refuse_options_without_meaning(files: Files, replicas: int) -> None:
+    for given, name in ((files.save_every is not None, "--save-every"), (files.resume, "--resume")):
+        if given and files.saved is None:
+            raise CommandError(f"train: {name} needs --save FILE.safetensors, the file that it is about.")
+    if files.resume and replicas > 1:
+        raise CommandError(
+            f"train: --resume: the {replicas} replicas of --transport none are models of their own, and --save keeps "
+            "the first one's alone. Leave out --resume, or use --transport service or mpi."
+        )

@@ -1,0 +1,61 @@
+"""How `--dry-run` shows what a run will do."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from bnworker.checkpoint import Checkpoint
+from bnworker.data import Dataset
+from bnworker.forecast import Forecast, forecast
+from bnworker.settings import Settings
+
+_MIB = 2**20
+_SHOWN_RANKS = 8
+
+
+def show(settings: Settings, data: Dataset, workers: int, transport: str, start: Checkpoint | None) -> None:
+    """Print the plan of a run."""
+    plan = forecast(settings, data, workers)
+    table = Table(title=f"{data.name}: nothing was started", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = f"{data.rows:,} to train on, {data.validation_rows:,} to validate, {data.test_rows:,} to test"
+    step_rows = min(settings.batch_size, data.rows)
+    for name, value in (
+        ("rows", f"{rows}; {data.features:,} features, {data.classes:,} classes"),
+        ("ranks", f"{workers} ({transport})"),
+        ("training rows per rank", _listed(plan.rows_per_rank)),
+        ("rows of a step", f"{step_rows:,}; per rank, at most {_listed(plan.step_rows_per_rank)}"),
+        ("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch"),
+        ("goes on from", "the beginning" if start is None else f"step {start.progress.steps:,} of {start.name}"),
+        ("learning rate", _rates(settings, plan)),
+        ("parameters", f"{plan.parameters:,} {settings.dtype}"),
+        *(_wire(plan) if transport != "none" else (("exchanges", "none"),)),
+        ("memory per rank", f"about {plan.memory_bytes / _MIB:,.0f} MiB, beside data that is held whole"),
+    ):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _wire(plan: Forecast) -> list[tuple[str, str]]:
+    return [
+        ("exchanges per step", str(len(plan.exchanges))),
+        *((f"  {exchange.name}", f"{exchange.bytes:,} bytes") for exchange in plan.exchanges),
+        ("bytes a rank sends per step", f"{plan.step_bytes:,}"),
+        ("  where grids are looked for", f"{plan.probe_bytes:,} more: in the first step, rarely later"),
+        ("  after an epoch", f"{plan.evaluation_bytes:,}"),
+        ("  at the start", f"{plan.start_bytes:,}, from rank 0"),
+    ]
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    if len(counts) <= _SHOWN_RANKS:
+        return ", ".join(f"{count:,}" for count in counts)
+    return f"{min(counts):,} to {max(counts):,}"
+
+
+def _rates(settings: Settings, plan: Forecast) -> str:
+    first = settings.learning_rate_of(1, plan.steps_per_epoch)
+    last = settings.learning_rate_of(plan.steps, plan.steps_per_epoch)
+    return f"{settings.schedule}: {first:g} in the first step, {last:g} in the last"

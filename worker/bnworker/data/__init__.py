@@ -1,0 +1,15 @@
+"""Data sets: where the rows are, which of them a step takes, and which rank reads them.
+
+    data = load("digits", world=world)
+    for batch in data.batches(batch_size=64, seed=0, epoch=1):
+        ...
+
+Read in this order: `loading`, `dataset`, `batches`, `ownership`; then what a shard is: `sources`, `shards`, `arrays`,
+`files`.
+"""
+
+from bnworker.data.dataset import Batch, Dataset
+from bnworker.data.loading import ACCEPTED, check, from_arrays, load
+from bnworker.data.problem import DataError, Ranks, settle
+
+__all__ = ["ACCEPTED", "Batch", "DataError", "Dataset", "Ranks", "check", "from_arrays", "load", "settle"]

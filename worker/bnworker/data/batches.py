@@ -1,0 +1,100 @@
+"""Which rows a step takes. Pure: no rank, no world, no file occurs here.
+
+Laws of this room:
+1. The split into training, validation and test rows depends on the data alone.
+2. The rows of a step depend on (seed, epoch, step) alone.
+3. Every row is used once an epoch, and every step takes as many rows as were asked for; the last takes what is left.
+
+Shape suffixes: M shards.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+TEST_SHARE = 0.2  # of the rows, where no test rows are given
+ROWS_AT_MOST = math.isqrt(2**63 - 1) - 1  # products of two numbers of rows, and a phase, are int64
+
+_SPLIT_SEED = 1797  # any fixed number would do; this one is the rows of the digits
+_GOLDEN = 2654435769  # 2**32 divided by the golden ratio
+
+Indices = NDArray[np.intp]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """How many batches hold all rows: ⌈rows / batch size⌉."""
+    return -(-rows // batch_size)
+
+
+def taken(rows_M: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+    """How many rows of each shard are among the first so many of an epoch.
+
+    Every shard gives its rows evenly over the epoch. Were the phases φ all 0, shards of one size would give their
+    rows at the same steps; multiples of the golden ratio spread them, for neighbouring shards as well, so that the
+    ranks that own them have the same work at every step.
+
+        c_s(θ) = ⌊n_s·θ/N + φ_s⌋        φ_s = s/golden ratio mod 1        N = Σ n_s
+
+    θ is the largest for which Σ c_s(θ) is not above what is asked for. What is still missing comes from the shards
+    that give next, in their order.
+
+    Args:
+        rows_M: n_s, of every shard.
+        first: from 0 to N.
+
+    Returns:
+        (M,), of sum `first`; no element falls when `first` grows. One shard gives `first` rows.
+    """
+    total, shards = int(rows_M.sum()), len(rows_M)
+    if first >= total:
+        return rows_M
+    phases_M = np.array([(shard * _GOLDEN % 2**32) * total >> 32 for shard in range(shards)], np.int64)
+
+    def given(theta: int) -> NDArray[np.int64]:
+        return (rows_M * theta + phases_M) // total
+
+    # |Σ c_s(θ) − θ| < M, which brackets the search.
+    low, high = max(0, first - shards), min(total, first + shards + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if given(middle).sum() <= first else (low, middle)
+    now_M = given(low)
+    next_M = given(low + 1) - now_M
+    before_M = np.cumsum(next_M) - next_M
+    missing = first - int(now_M.sum())
+    taken_M: NDArray[np.int64] = now_M + np.clip(missing - before_M, 0, next_M)
+    return taken_M
+
+
+def shuffled(rows: int, seed: int, epoch: int, shard: int) -> Indices:
+    """The order in which an epoch takes a shard's training rows."""
+    return np.random.default_rng([seed, epoch, shard]).permutation(rows)
+
+
+def shares(share: float, rows_M: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A share of every shard's rows, (M,); what is rounded off in one is made good in the next.
+
+    a_s = ⌊share·N_s + ½⌋ − ⌊share·N_(s−1) + ½⌋        N_s = n_0 + … + n_s
+    """
+    ends_M = np.floor(share * np.cumsum(rows_M) + 0.5).astype(np.int64)
+    shares_M: NDArray[np.int64] = np.minimum(np.diff(ends_M, prepend=0), rows_M)
+    return shares_M
+
+
+def split(rows: int, shard: int, *, tests: int, validations: int) -> tuple[Indices, Indices, Indices]:
+    """The rows of a shard that are trained on, that validate, and that test.
+
+    Args:
+        rows: of this shard.
+        shard: its number, the seed of the draw.
+        tests, validations: how many of each are drawn.
+
+    Returns:
+        Three sets of row numbers, disjoint and complete; the last two ascending, as they are read in order.
+    """
+    order = np.random.default_rng([_SPLIT_SEED, shard]).permutation(rows)
+    tested, validating, trained = np.split(order, [tests, tests + validations])
+    return trained, np.sort(validating), np.sort(tested)

@@ -1,0 +1,196 @@
+"""A data set as one rank sees it: its own shards, and what all ranks know of all shards.
+
+Shape suffixes: M shards, B rows of a batch, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnworker.data.batches import Indices, shuffled, steps_per_epoch, taken
+from bnworker.data.ownership import Piece, pieces
+from bnworker.data.problem import DataError
+from bnworker.data.shards import Rows
+
+# Which rows to read, of each shard.
+Chosen = Sequence[tuple[Rows, Indices]]
+
+# Rows judged at once: far above what fills a matrix multiplication, and bounded in memory for wide rows.
+_JUDGED_ROWS = 4096
+_JUDGED_BYTES = 2**25
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """This rank's rows of a step.
+
+    Attributes:
+        x: (B, D), of the data set's dtype.
+        y: (B,) int64.
+        rows: of all ranks in this step.
+        problem: why this rank has no rows, although it should: they are bad. The step goes on with none, so that
+            the ranks stay in step; then `settle` tells all of them.
+    """
+
+    x: NDArray[Any]
+    y: NDArray[np.int64]
+    rows: int
+    problem: DataError | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A shard of which this rank reads some rows.
+
+    Attributes:
+        piece: which of them.
+        given: where the training and validation rows are.
+        trained, validating: which rows of `given` these are, of all ranks.
+        tests: where the test rows are.
+        tested: which rows of `tests` these are, of all ranks.
+    """
+
+    piece: Piece
+    given: Rows
+    trained: Indices
+    validating: Indices
+    tests: Rows
+    tested: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows to train on, to validate by and to test by; a rank reads its own alone.
+
+    Attributes:
+        name: as given to `--data`.
+        dtype: of the features: "float32" or "float64".
+        features: D.
+        classes: labels go from 0 to classes − 1.
+        validation_rows, test_rows: of all ranks.
+        fingerprint: of all shards; the same on every machine, and for any number of ranks.
+        rank, world_size: of the world that it was loaded in.
+        sizes: of all shards in bytes; they decide who owns what.
+        rows_M: training rows of every shard, int64.
+        parts: what this rank reads.
+    """
+
+    name: str
+    dtype: str
+    features: int
+    classes: int
+    validation_rows: int
+    test_rows: int
+    fingerprint: str
+    rank: int
+    world_size: int
+    sizes: tuple[int, ...]
+    rows_M: NDArray[np.int64]
+    parts: tuple[Part, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are to train on, of all ranks."""
+        return int(self.rows_M.sum())
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """How many batches hold all rows: ⌈rows / batch size⌉."""
+        return steps_per_epoch(self.rows, batch_size)
+
+    def rows_per_rank(self, world_size: int) -> tuple[int, ...]:
+        """How many training rows each of so many ranks would read in an epoch."""
+        counts = self.rows_M.tolist()
+        return tuple(
+            sum(len(range(counts[piece.shard])[piece.of(counts[piece.shard])]) for piece in owned)
+            for owned in (pieces(self.sizes, rank, world_size) for rank in range(world_size))
+        )
+
+    def batches(
+        self, batch_size: int, seed: int, epoch: int, first: int = 0, replica: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """The steps of an epoch, as this rank sees them.
+
+        Args:
+            batch_size: rows of a step, of all ranks; the last step may have fewer.
+            seed, epoch: the order of the rows depends on them, and on the data.
+            first: the step to begin with, from 0.
+            replica: (index, count) of a world that trains beside others without exchange: it takes every
+                count-th row.
+        """
+        index, count = replica
+        for number, chosen in _announced(self._steps(batch_size, seed, epoch, first), first):
+            rows = min(batch_size, self.rows - number * batch_size)
+            yield self._batch(_every(chosen, index, count), len(range(index, rows, count)))
+
+    def test(self) -> Iterator[Batch]:
+        """This rank's test rows, in blocks."""
+        return self._judged([(part.tests, part.tested[part.piece.of(len(part.tested))]) for part in self.parts])
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's validation rows, in blocks."""
+        return self._judged([(part.given, part.validating[part.piece.of(len(part.validating))]) for part in self.parts])
+
+    def _steps(self, batch_size: int, seed: int, epoch: int, first: int) -> Iterator[Chosen]:
+        """This rank's rows of each step."""
+        orders = [part.trained[shuffled(len(part.trained), seed, epoch, part.piece.shard)] for part in self.parts]
+        before_M = taken(self.rows_M, first * batch_size)
+        for start in range(first * batch_size, self.rows, batch_size):
+            after_M = taken(self.rows_M, start + batch_size)
+            chosen = []
+            for part, order in zip(self.parts, orders, strict=True):
+                step = order[before_M[part.piece.shard] : after_M[part.piece.shard]]
+                if len(mine := step[part.piece.of(len(step))]):
+                    chosen.append((part.given, mine))
+            yield chosen
+            before_M = after_M
+
+    def _judged(self, chosen: Chosen) -> Iterator[Batch]:
+        width = self.features * np.dtype(self.dtype).itemsize
+        at_once = max(1, min(_JUDGED_ROWS, _JUDGED_BYTES // width))
+        blocks = (
+            [(rows, indices[start : start + at_once])]
+            for rows, indices in chosen
+            for start in range(0, len(indices), at_once)
+        )
+        for _, block in _announced(blocks):
+            yield self._batch(block, len(block[0][1]))
+
+    def _batch(self, chosen: Chosen, rows: int) -> Batch:
+        y = np.concatenate([np.empty(0, np.int64), *(source.y_N[indices] for source, indices in chosen)])
+        x, filled = np.empty((len(y), self.features), self.dtype), 0
+        try:
+            for source, indices in chosen:
+                x[filled : filled + len(indices)] = source.read(indices, self.dtype)
+                filled += len(indices)
+        except DataError as problem:
+            return Batch(x[:0], y[:0], rows, problem)
+        return Batch(x, y, rows)
+
+
+def _announced(reads: Iterable[Chosen], first: int = 0) -> Iterator[tuple[int, Chosen]]:
+    """The same, numbered; each is announced to the system while the one before it is used."""
+    before: Chosen | None = None
+    number = first
+    for chosen in reads:
+        for source, indices in chosen:
+            source.x.soon(indices)
+        if before is not None:
+            yield number, before
+            number += 1
+        before = chosen
+    if before is not None:
+        yield number, before
+
+
+def _every(chosen: Chosen, index: int, count: int) -> Chosen:
+    """Every count-th row, from row number `index` on."""
+    before, thinned = 0, []
+    for source, indices in chosen:
+        thinned.append((source, indices[(index - before) % count :: count]))
+        before += len(indices)
+    return thinned

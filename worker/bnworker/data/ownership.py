@@ -1,0 +1,50 @@
+"""Which rank reads what. Pure: the same sizes give the same answer on every rank.
+
+With at least as many shards as ranks a rank owns whole shards, contiguous in their order: the shard belongs to the
+rank in whose equal part of all bytes its middle lies. With fewer shards than ranks all bytes, in order, are cut into
+equal parts, one a rank; a rank whose part covers the share a … b of a shard takes of each step's c rows of that
+shard those from ⌊a·c⌋ to ⌊b·c⌋. Sizes are those of the files: they are known before any file is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rank's part of a shard: from start/whole to stop/whole of any set of its rows."""
+
+    shard: int
+    start: int = 0
+    stop: int = 1
+    whole: int = 1
+
+    def of(self, rows: int) -> slice:
+        """Which of so many rows; over all ranks, each of them once."""
+        return slice(rows * self.start // self.whole, rows * self.stop // self.whole)
+
+
+def pieces(sizes: Sequence[int], rank: int, world_size: int) -> tuple[Piece, ...]:
+    """What a rank reads, in order of the shards; it may be nothing.
+
+    Args:
+        sizes: of the shards, in bytes; each at least 1.
+        rank: from 0.
+        world_size: the number of ranks.
+    """
+    total, ends = sum(sizes), list(accumulate(sizes))
+    spans = [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    if len(sizes) >= world_size:
+        owners = [(start + end) * world_size // (2 * total) for start, end in spans]
+        return tuple(Piece(shard) for shard, owner in enumerate(owners) if owner == rank)
+    found = []
+    for shard, (start, end) in enumerate(spans):
+        # In units of 1/world_size byte, in which every border is a whole number.
+        first, last = start * world_size, end * world_size
+        low, high = max(first, rank * total), min(last, (rank + 1) * total)
+        if low < high:
+            found.append(Piece(shard, low - first, high - first, last - first))
+    return tuple(found)

@@ -1,0 +1,122 @@
+"""What a run has told so far, in the order of time, thinned so that a run of any length fits.
+
+point = the mean over `stride` steps, weighted by their rows        stride = ⌈steps / 1000⌉
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnworker.events import Epoch, Event, LayerStatistics, Resumed, Step
+
+_POINTS = 1000  # as many as a picture has columns for; TensorBoard shows as many
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Some steps in a row, as one.
+
+    Attributes:
+        step: the last of them, from 1.
+        loss, accuracy: mean over their rows, while training.
+        learning_rate: of the last of them.
+        rows_per_second: of all ranks.
+        waiting_share, reading_share: of this rank's time, spent inside exchanges and reading rows; from 0 to 1.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    rows_per_second: float
+    waiting_share: float
+    reading_share: float
+
+
+class History:
+    """Of one run.
+
+    Args:
+        steps: how many there will be, at most.
+        steps_per_epoch: of them, in a whole epoch.
+
+    Attributes:
+        points: of the steps.
+        epochs: those of before a resumption included, which know neither times nor layers.
+        resumed: steps made before the run was resumed; None: it was not.
+    """
+
+    def __init__(self, steps: int, steps_per_epoch: int) -> None:
+        self.points: list[Point] = []
+        self.epochs: list[Epoch] = []
+        self.resumed: int | None = None
+        self._stride = max(1, math.ceil(steps / _POINTS))
+        self._steps_per_epoch = steps_per_epoch
+        self._gathered: list[Step] = []
+        self._seconds = self._reading = 0.0
+
+    def add(self, event: Event) -> Point | None:
+        """Take in an event; returns the point that it completes, if any."""
+        if isinstance(event, Resumed):
+            self.resumed = event.steps
+            self.epochs = list(event.epochs)
+        elif isinstance(event, Step):
+            self._gathered.append(event)
+            if len(self._gathered) == self._stride:
+                return self._point()
+        elif isinstance(event, Epoch):
+            self.epochs.append(event)
+            return self._point()  # no point spans two epochs
+        return None
+
+    def _point(self) -> Point | None:
+        if not self._gathered:
+            return None
+        steps, self._gathered = self._gathered, []
+        rows, seconds = sum(step.rows for step in steps), math.fsum(step.seconds for step in steps)
+        waiting = math.fsum(step.waiting_seconds for step in steps)
+        reading = math.fsum(step.reading_seconds for step in steps)
+        self._seconds, self._reading = self._seconds + seconds, self._reading + reading
+        point = Point(
+            step=steps[-1].number,
+            loss=math.fsum(step.loss * step.rows for step in steps) / max(1, rows),
+            accuracy=math.fsum(step.accuracy * step.rows for step in steps) / max(1, rows),
+            learning_rate=steps[-1].learning_rate,
+            rows_per_second=rows / seconds if seconds else 0.0,
+            waiting_share=waiting / seconds if seconds else 0.0,
+            reading_share=reading / seconds if seconds else 0.0,
+        )
+        self.points.append(point)
+        return point
+
+    def position(self, step: int) -> float:
+        """Where a step lies on an axis of epochs: 1.5 is in the middle of the second."""
+        return step / self._steps_per_epoch
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step was made."""
+        return bool(self.points or self._gathered)
+
+    @property
+    def reading_share(self) -> float:
+        """Of this rank's time in steps, spent reading rows; from 0 to 1."""
+        return self._reading / self._seconds if self._seconds else 0.0
+
+    def layers(self) -> dict[str, list[tuple[int, LayerStatistics]]]:
+        """Each layer's statistics after each epoch that knows them: name → (steps made, statistics)."""
+        found: dict[str, list[tuple[int, LayerStatistics]]] = {}
+        for epoch in self.epochs:
+            for layer in epoch.layers:
+                found.setdefault(layer.name, []).append((epoch.steps, layer))
+        return found
+
+    def waiting(self) -> tuple[list[Epoch], NDArray[np.float64]]:
+        """The epochs that know every rank's waiting time, and those times in seconds, (epochs, ranks)."""
+        known = [epoch for epoch in self.epochs if epoch.waiting]
+        ranks = len(known[0].waiting) if known else 0
+        return known, np.array([epoch.waiting for epoch in known], np.float64).reshape(len(known), ranks)

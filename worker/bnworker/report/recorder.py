@@ -1,0 +1,79 @@
+"""Listens to a run, and leaves its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnworker.events import Event
+from bnworker.files import write_atomically
+from bnworker.report.history import History
+
+if TYPE_CHECKING:
+    from bnworker.report.eventfiles import EventFiles
+
+
+class Recorder:
+    """Of one run, on the rank that writes.
+
+    Args:
+        report: the folder of the page and its pictures; None: not asked for.
+        tensorboard: the folder of the event files; None: not asked for.
+        steps: how many there will be, at most.
+        steps_per_epoch: of them, in a whole epoch.
+
+    Raises:
+        ImportError: a package that was asked for does not work here.
+    """
+
+    def __init__(self, report: Path | None, tensorboard: Path | None, steps: int, steps_per_epoch: int) -> None:
+        self._report = report
+        self._history = History(steps, steps_per_epoch)
+        self._files: EventFiles | None = None
+        if report is not None:
+            import bnworker.report.figures  # noqa: F401 - a broken installation shows before the run, not after it
+        if tensorboard is not None:
+            from bnworker.report.eventfiles import EventFiles
+
+            self._files = EventFiles(tensorboard)
+
+    def watch(self, event: Event) -> None:
+        """Take in what the run tells."""
+        if self._report is None and self._files is None:
+            return
+        point = self._history.add(event)
+        if self._files is not None:
+            self._files.add(event, point)
+
+    def finish(self, summary: Mapping[str, Any], failure: str | None = None) -> Path | None:
+        """Write what was asked for: `index.html`, and a PNG for each of its pictures.
+
+        A run that failed before its first step leaves an earlier run's report as it is.
+
+        Args:
+            summary: the contents of `--summary`; of a run that failed at least data, world_size and transport.
+            failure: why the run did not end well; None: it did.
+
+        Returns:
+            The page; None: none was written.
+
+        Raises:
+            OSError: a file can't be written.
+        """
+        if self._files is not None:
+            self._files.close()
+        if self._report is None or (failure is not None and not self._history.begun):
+            return None
+        from bnworker.report.figures import pictures
+        from bnworker.report.page import page
+
+        drawn = pictures(self._history)
+        for picture in drawn:
+            write_atomically(self._report / f"{picture.name}.png", picture.png)
+        when = datetime.now().astimezone().isoformat(" ", "seconds")
+        text = page(self._history, drawn, summary, when=when, failure=failure)
+        path = self._report / "index.html"
+        write_atomically(path, text.encode())
+        return path

@@ -1,0 +1,52 @@
+"""One step of training, on rows that all ranks share.
+
+Laws of this room:
+1. The loss is the sum over all rows of the step, divided by their number: each rank divides its own sum by the
+   number of ALL rows, and the gradients add up.
+2. One reduction a step carries the Dense gradients and the loss. Gamma's and beta's gradients are those of
+   all ranks already; regularizers are added once, after the reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnworker.data import Batch, settle
+from bnworker.model import Perceptron, cross_entropy
+from bnworker.optimizer import SGD
+from bnworker.world import World
+
+
+def step(model: Perceptron, optimizer: SGD, batch: Batch, world: World) -> tuple[float, int]:
+    """One step on rows that all ranks share.
+
+    Returns:
+        The summed loss and how many rows were classified rightly, of all ranks, before the update.
+
+    Raises:
+        DataError: on every rank: one could not read its rows. Nothing was updated but moving statistics.
+        CollectiveError: another rank is lost, or disagrees.
+    """
+    logits = model(batch.x, training=True)
+    loss, dlogits = cross_entropy(logits, batch.y)
+    correct = int((logits.argmax(axis=1) == batch.y).sum())
+    model.backward(dlogits / max(1, batch.rows))
+    local = [_gradient(weight.gradient) for weight in model.dense_weights]
+    *dense, sums = world.allreduce([*local, np.array([loss, correct, batch.problem is not None], np.float64)])
+    total, right, problems = sums.tolist()
+    if problems:
+        settle(world, batch.problem)
+    norms: list[NDArray[Any]] = []
+    for norm in model.norms:
+        for weight, penalty in zip(norm.trainable_weights, norm.regularizer_gradients(), strict=True):
+            norms.append(_gradient(weight.gradient) + penalty)
+    optimizer.step([*dense, *norms])
+    return total, round(right)
+
+
+def _gradient(gradient: NDArray[Any] | None) -> NDArray[Any]:
+    assert gradient is not None, "a gradient is read after backward"
+    return gradient
