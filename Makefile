@@ -68,9 +68,8 @@ install-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-
 
 # ---- the two commands ----
 
-train: setup  ## train on the digits with two workers; the summary goes to out/
-	mkdir -p out
-	$(BIN)/bnlayer train --data digits --workers 2 --summary out/summary.json
+train: setup  ## train on the digits with two workers; summary and report go to out/
+	$(BIN)/bnlayer train --data digits --workers 2 --summary out/summary.json --report out/report
 
 test: test-mpich test-openmpi test-keras  ## pass every test; the MPI ones with both MPIs, those of Keras beside Keras
 
@@ -134,8 +133,9 @@ docs: setup  ## build the documentation into site/, strictly
 
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
-	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --group test --group lint --group docs \
-		--group deploy --group build --group lock --output-file requirements.lock
+	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --extra report --extra tensorboard \
+		--group test --group lint --group docs --group deploy --group build --group lock \
+		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --group test --group build \
 		--constraints requirements.lock --output-file locks/openmpi.lock
 	$(LOCK) pyproject.toml --extra fast --group keras --group test --group build \
