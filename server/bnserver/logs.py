@@ -42,6 +42,7 @@ def logged(level: str = "info", file: Path | None = None) -> Iterator[None]:
     records: _Records = SimpleQueue()
     stderr = QueueHandler(records)
     stderr.setLevel(level.upper())
+    stderr.setFormatter(logging.Formatter("%(message)s"))  # the queue's own; the writer adds time and level
     handlers: list[logging.Handler] = [stderr]
     if file is not None:
         try:
