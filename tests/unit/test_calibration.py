@@ -79,6 +79,10 @@ def test_a_failed_pass_leaves_everything_as_it_was() -> None:
     text = r"Layer 'bn' saw values that are not finite in channels 1\."
     with pytest.raises(ValueError, match=text), calibrating([bn]):
         bn(spoiled, training=True)
+    for batches in ((spoiled, x), (x, spoiled)):
+        with pytest.raises(ValueError, match=text), calibrating([bn]):
+            _ = [bn(batch, training=True) for batch in batches]
+    assert bn._observer is None, "later calls must not be pooled"
     with pytest.raises(ValueError, match="saw no value in channels 0, 1 while calibrating"), calibrating([bn]):
         bn(x, training=True, mask=np.zeros(8))
     text = "saw no batch while calibrating: call the model with training=True"

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization, CollectiveError, MismatchError
 from bnlayer.collective import Call, Total
+from bnlayer.exchange import ForwardExchange
+from bnlayer.grid import Grid
 from bnlayer.state import LayerState
 from bnworker.plan import plan
 from bnworker.transports.alone import AloneTransport
@@ -157,6 +159,16 @@ def test_floating_point_settings_of_the_user_change_nothing() -> None:
     bn(x, training=True)
     assert bn.backward(np.full(x.shape, 1e-38)).shape == x.shape
     bn(x)
+
+
+@np.errstate(all="raise")
+def test_floating_point_settings_of_the_owner_change_nothing() -> None:
+    """The service takes the same steps without a layer around them, under settings that it may have inherited."""
+    exchange = ForwardExchange.begin(Grid("float32", np.zeros(1), np.array([-160]), True), 0.0, masked=False)
+    constant = np.array([[0], [0], [0], [0], [3], [0]])  # three values on the pivot: the variance is 0
+    statistics = exchange.reduced(constant).statistics
+    assert statistics is not None
+    assert np.isinf(statistics.inverse_std).all()
 
 
 @pytest.mark.parametrize(

@@ -5,35 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.collective import Call, PlainTerms, Total
+from bnlayer.collective import Alone, Call, PlainTerms
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 
 
-class AloneTransport:
+class AloneTransport(Alone):
     """One rank, which owns everything and waits for nobody."""
 
     name = "alone"
-    rank = 0
-    world_size = 1
-
-    def enroll(self, call: Call, state: LayerState) -> LayerState:
-        """The layer's own state is the owner's."""
-        del call
-        return state
-
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
-        """One rank's words are the total."""
-        del call
-        return Total(words)
-
-    def pull(self, layer: str) -> LayerState | None:
-        """Nobody else owns anything."""
-        del layer
-        return None
 
     def push(self, layer: str, state: LayerState) -> LayerState | None:
         """Nobody else owns anything."""
