@@ -100,7 +100,7 @@ def test_a_file_for_each_rank(tmp_path: Path) -> None:
 def test_a_line_is_in_its_file_while_the_rank_runs(tmp_path: Path) -> None:
     """And before it is on the screen: `tail -f`, and what is left after a crash, are true."""
     with launched(
-        1, *script("print(os.getpid(), flush=True)\ntime.sleep(300)"), options=["--log-dir", str(tmp_path)]
+        1, *script("print(os.getpid(), flush=True)\nwhile True: time.sleep(0.05)"), options=["--log-dir", str(tmp_path)]
     ) as process:
         (rank,) = pids(process, 1)
         assert (tmp_path / "rank-0.out").read_text(encoding="ascii") == f"{rank}\n"

@@ -81,7 +81,9 @@ def ready():
 with bnworker.join(timeout={}) as w:
     w.barrier()
 """
-_WAIT = "ready()\ntime.sleep(300)"
+# Short sleeps: a signal that comes between Python's last look and the system call is seen only once that ends.
+_SLEEP = "while True: time.sleep(0.05)"
+_WAIT = f"ready()\n{_SLEEP}"
 
 
 def _sent(*numbers: int) -> Callable[[Running], None]:
@@ -144,8 +146,9 @@ _GOT_USR = (
     "while len(got) < 2: signal.sigtimedwait([], 0.02)\n"
     "print('got', *sorted(got))"
 )
-_SAVES = "try:\n    ready()\n    time.sleep(300)\nexcept KeyboardInterrupt: print('saved')"
-_SAVES_ON_TERM = "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), os._exit(0)))\n" + _WAIT
+_SAVES = f"try:\n    ready()\n    {_SLEEP}\nexcept KeyboardInterrupt: print('saved')"
+# Not print: the signal may come while `ready` holds the stream.
+_SAVES_ON_TERM = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), os._exit(0)))\n" + _WAIT
 # Each byte is in the log, and so has been read by the launcher, before the next one is written.
 _BYTE_BY_BYTE = (
     "text = 'a \\U0001f600 \\u20ac\\n'.encode()\n"
@@ -168,7 +171,7 @@ ENDINGS = (
     Ending(
         "a rank is killed with SIGKILL",
         137,
-        "ready()\nif rank == 1: time.sleep(300)\nw.barrier()",
+        f"ready()\nif rank == 1:\n    {_SLEEP}\nw.barrier()",
         _kill_rank,
         says=("rank 1 was killed by SIGKILL",),
         ranks=3,
@@ -176,7 +179,7 @@ ENDINGS = (
     Ending(
         "a rank freezes (SIGSTOP)",
         1,
-        "ready()\nif rank == 1: time.sleep(300)\nw.barrier()",
+        f"ready()\nif rank == 1:\n    {_SLEEP}\nw.barrier()",
         _stop_rank,
         never="rank 1 was",
         grace=0.5,
