@@ -111,11 +111,12 @@ class Rounds:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
         mean = statistics.rounded_mean
+        fits = not statistics.poisoned.any()
         while True:
             if exchange.wants is Operation.PROBE:
                 words = kernels().gradient_probe(dy, view.x, mean, exchange.grid)
             else:
-                words = kernels().gradient_sums(dy, view.x, view.mask, mean, exchange.grid).words
+                words = kernels().gradient_sums(dy, view.x, view.mask, mean, exchange.grid, fits=fits).words
             exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, terms, words).words)
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1

@@ -23,6 +23,8 @@ from bnlayer.words import LOW, carried, integers, product_error, remainder
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
+name = "reference (NumPy)"
+
 _BLOCK = 2**16  # elements: half a megabyte per float64 temporary, a handful of which fit a second-level cache
 
 
@@ -177,7 +179,9 @@ def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> ND
     return best
 
 
-def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid) -> GradientSums:
+def gradient_sums(
+    dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid, *, fits: bool = False
+) -> GradientSums:
     """The exact sums of a shard's output gradients: Σ dy and Σ dy·(x − mean) over all positions.
 
     Args:
@@ -185,7 +189,10 @@ def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: Backward
         mask: broadcasts to x; a dy that is not finite counts as 0 where it is False, and poisons where it is True.
         mean_C: (C,), of x's dtype.
         grid: what to count in.
+        fits: whether the forward pass has shown that every x is finite, and x − mean within its window: a kernel
+            need not look again.
     """
+    del fits
     folds, channels = grid.precision.folds, x.shape[1]
     gradients = _Sum(channels, _signed(grid.gradient_C, folds))
     products = _Sum(channels, _signed(grid.gradient_C + grid.deviation_C, folds))

@@ -1,0 +1,156 @@
+"""The passes that write: y and dx. One rounding per operation, in the data's own dtype.
+
+They go through the data from its end, in pieces: what the pass before has read last is still in the cache. Within a
+piece they go forward, as every prefetcher expects.
+
+Arrays come flat, with the coefficients of a row (`rows`: as wide as vectors divide) or of a channel (`runs`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.kernels.compiled.jit import inlined, kernel
+from bnlayer.kernels.compiled.simd import LANES, broadcast, load, store
+
+Array = NDArray[Any]
+
+_PIECE = 2**15  # elements: 128 KB of float32
+_ROWS = 4  # at a step: the coefficients are loaded once for all of them
+
+
+@inlined
+def _normal(x: Any, mean: Any, scale: Any, shift: Any) -> Any:
+    return (x - mean) * scale + shift
+
+
+@inlined
+def _gradient(dy: Any, x: Any, mean: Any, offset: Any, slope: Any, scale: Any) -> Any:
+    return ((dy - offset) - (x - mean) * slope) * scale
+
+
+@kernel
+def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, y: Array) -> None:
+    """(x − mean)·scale + shift, for coefficients as wide as a row."""
+    width = mean.size
+    rows = x.size // width
+    for at in range(rows * width, x.size):
+        c = at - rows * width
+        y[at] = _normal(x[at], mean[c], scale[c], shift[c])
+    piece = max(_ROWS, _PIECE // width // _ROWS * _ROWS)
+    pieces = (rows + piece - 1) // piece
+    for back in range(pieces):
+        first = (pieces - 1 - back) * piece
+        last = min(first + piece, rows)
+        whole = first + (last - first) // _ROWS * _ROWS
+        for i in range(first, whole, _ROWS):
+            for c in range(0, width, LANES):
+                m, a, b = load(mean, c), load(scale, c), load(shift, c)
+                for j in range(_ROWS):
+                    at = (i + j) * width + c
+                    store(y, at, _normal(load(x, at), m, a, b))
+        for i in range(whole, last):
+            for c in range(0, width, LANES):
+                at = i * width + c
+                store(y, at, _normal(load(x, at), load(mean, c), load(scale, c), load(shift, c)))
+
+
+@kernel
+def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, length: int, y: Array) -> None:
+    """The same for runs of one channel after the other, each `length` long."""
+    channels = mean.size
+    runs = x.size // length
+    for back in range(runs):
+        run = runs - 1 - back
+        c = run % channels
+        m, a, b = broadcast(mean[c]), broadcast(scale[c]), broadcast(shift[c])
+        whole = length // LANES * LANES
+        start = run * length
+        for at in range(start, start + whole, LANES):
+            store(y, at, _normal(load(x, at), m, a, b))
+        for at in range(start + whole, start + length):
+            y[at] = _normal(x[at], mean[c], scale[c], shift[c])
+
+
+@kernel
+def gradient_rows(dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, dx: Array) -> None:
+    """((dy − offset) − (x − mean)·slope)·scale, for coefficients as wide as a row."""
+    width = mean.size
+    rows = x.size // width
+    for at in range(rows * width, x.size):
+        c = at - rows * width
+        dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
+    piece = max(_ROWS, _PIECE // width // _ROWS * _ROWS)
+    pieces = (rows + piece - 1) // piece
+    for back in range(pieces):
+        first = (pieces - 1 - back) * piece
+        last = min(first + piece, rows)
+        whole = first + (last - first) // _ROWS * _ROWS
+        for i in range(first, whole, _ROWS):
+            for c in range(0, width, LANES):
+                m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)
+                for j in range(_ROWS):
+                    at = (i + j) * width + c
+                    store(dx, at, _gradient(load(dy, at), load(x, at), m, o, k, a))
+        for i in range(whole, last):
+            for c in range(0, width, LANES):
+                at = i * width + c
+                m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)
+                store(dx, at, _gradient(load(dy, at), load(x, at), m, o, k, a))
+
+
+@kernel
+def gradient_runs(
+    dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, length: int, dx: Array
+) -> None:
+    """The same for runs of one channel after the other, each `length` long."""
+    channels = mean.size
+    runs = x.size // length
+    for back in range(runs):
+        run = runs - 1 - back
+        c = run % channels
+        m, o, k, a = broadcast(mean[c]), broadcast(offset[c]), broadcast(slope[c]), broadcast(scale[c])
+        whole = length // LANES * LANES
+        start = run * length
+        for at in range(start, start + whole, LANES):
+            store(dx, at, _gradient(load(dy, at), load(x, at), m, o, k, a))
+        for at in range(start + whole, start + length):
+            dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
+
+
+@kernel
+def scale_masked(dy: Array, mask: Array, scale: Array, length: int, dx: Array) -> None:
+    """dy·scale where the mask is 0: such a position was not in the statistics. Other places of dx stay.
+
+    Args:
+        dy, dx: flat.
+        mask: flat, of their size.
+        scale: (C,).
+        length: of the runs of one channel; 1 for channels in the last axis.
+    """
+    channels = scale.size
+    for at in range(dy.size):
+        if not mask[at]:
+            dx[at] = dy[at] * scale[at // length % channels]
+
+
+@kernel
+def scale_masked_rows(dy: Array, starts: Array, scale: Array, dx: Array) -> None:
+    """The same for whole rows, which begin at `starts`."""
+    for i in range(starts.size):
+        start = starts[i]
+        for c in range(scale.size):
+            dx[start + c] = dy[start + c] * scale[c]
+
+
+@kernel
+def poison(out: Array, poisoned: Array, length: int) -> None:
+    """NaN in the channels that are poisoned."""
+    channels = poisoned.size
+    for run in range(out.size // length):
+        if poisoned[run % channels]:
+            for at in range(run * length, run * length + length):
+                out[at] = np.nan
