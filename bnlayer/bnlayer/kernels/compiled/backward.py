@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.forward import FOLD_EVERY, ROWS, TILE, fold, gather, power
+from bnlayer.kernels.compiled.forward import AHEAD, FOLD_EVERY, TILE, fold, gather, power
 from bnlayer.kernels.compiled.jit import inlined, kernel
-from bnlayer.kernels.compiled.simd import LANES, bits, greater, load, magnitude, number, store, where, widen
+from bnlayer.kernels.compiled.simd import LANES, bits, greater, load, magnitude, number, prefetch, store, where, widen
 
 Array = NDArray[Any]
+
+# Rows at a step. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one cache set.
+_ROWS = 4
 
 
 @inlined
@@ -54,6 +57,9 @@ def _step(
     a_fine, b_fine = load(sums, 2 * width + at), load(sums, 3 * width + at)
     top_g, top_h = load(largest, at), load(largest, width + at)
     for j in range(steps):
+        if stride > LANES and at % 16 == 0:
+            prefetch(x, start + (j + AHEAD) * stride)
+            prefetch(dy, start + (j + AHEAD) * stride)
         gradient = load(dy, start + j * stride)
         deviation = load(x, start + j * stride) - mean
         size = magnitude(gradient)
@@ -151,10 +157,10 @@ def sums_of_rows(
         last = min(first + FOLD_EVERY, rows)
         for left in range(0, width, TILE):
             right = min(left + TILE, width)
-            whole = first + (last - first) // ROWS * ROWS
-            for i in range(first, whole, ROWS):
+            whole = first + (last - first) // _ROWS * _ROWS
+            for i in range(first, whole, _ROWS):
                 for c in range(left, right, LANES):
-                    _step(dy, x, check, fine, i * width + c, width, ROWS, c, means, constants, sums, largest)
+                    _step(dy, x, check, fine, i * width + c, width, _ROWS, c, means, constants, sums, largest)
             for c in range(left, right, LANES):
                 _step(dy, x, check, fine, whole * width + c, width, last - whole, c, means, constants, sums, largest)
         for c in range(width):

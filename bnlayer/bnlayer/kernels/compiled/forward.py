@@ -24,14 +24,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.kernels.compiled.jit import inlined, kernel
-from bnlayer.kernels.compiled.simd import LANES, bits, broadcast, load, load_truths, number, store, where, widen
+from bnlayer.kernels.compiled.simd import (
+    LANES,
+    bits,
+    broadcast,
+    load,
+    load_truths,
+    number,
+    prefetch,
+    store,
+    where,
+    widen,
+)
 
 Array = NDArray[Any]
 
 # Terms are below 2^52, so that 2^11 of them stay below 2^63.
 FOLD_EVERY = 2**11
 # Rows at a step: the sums of eight channels are loaded and stored once for all of them.
-ROWS = 8
+_ROWS = 8
+# Rows ahead of which cache lines are asked for: the data of several rows side by side are more streams than prefetchers
+# follow (a row of 128 channels is over before they have seen where it goes).
+AHEAD = 16
 # Channels at a time: their sums and constants stay in a first-level cache.
 TILE = 256
 
@@ -137,6 +151,8 @@ def _step(
     s, t, seen = load(sums, c), load(sums, _T * width + c), load(sums, _SEEN * width + c)
     for j in range(i, i + rows):
         start = j * width if starts is None else starts[j]
+        if starts is None and c % 16 == 0:
+            prefetch(x, start + c + AHEAD * width)
         d = widen(load(x, start + c)) - pivot
         if mask is not None:
             truth = load_truths(mask, start + c)
@@ -211,10 +227,10 @@ def moments_of_rows(
         last = min(first + FOLD_EVERY, rows)
         for left in range(0, even, TILE):
             right = min(left + TILE, even)
-            whole = first + (last - first) // ROWS * ROWS
-            for i in range(first, whole, ROWS):
+            whole = first + (last - first) // _ROWS * _ROWS
+            for i in range(first, whole, _ROWS):
                 for c in range(left, right, LANES):
-                    _step(x, starts, mask, fine, i, ROWS, c, constants, sums, count)
+                    _step(x, starts, mask, fine, i, _ROWS, c, constants, sums, count)
             for i in range(whole, last):
                 for c in range(left, right, LANES):
                     _step(x, starts, mask, fine, i, 1, c, constants, sums, count)
