@@ -21,6 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POLICIES = ("float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+# A dtype that is looked up by its name is looked up again at each access of the name, which takes a microsecond.
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "float32", "float64")} | {
+    "bfloat16": _BFLOAT16
+}
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
@@ -41,6 +45,8 @@ def rounded(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
     Source: Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums" (2008), for rounding to odd.
     """
+    if x.dtype == dtype:
+        return x
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != _BFLOAT16 or x.dtype != np.float64:
             return x.astype(dtype, copy=False)
@@ -84,12 +90,12 @@ class Policy:
     @property
     def variable_dtype(self) -> np.dtype[Any]:
         """Of gamma, beta and the moving statistics."""
-        return np.dtype(np.float32) if self.name.startswith("mixed_") else dtype_named(self.name)
+        return _DTYPES["float32" if self.name.startswith("mixed_") else self.name]
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:
         """Of what comes in, once cast, and of what goes out."""
-        return dtype_named(self.name.removeprefix("mixed_"))
+        return _DTYPES[self.name.removeprefix("mixed_")]
 
     @property
     def arithmetic(self) -> str:
@@ -118,6 +124,8 @@ class Policy:
             TypeError: the values are not real numbers.
         """
         array = np.asarray(x)
+        if array.dtype is _DTYPES.get(self.name) and self.name == self.arithmetic:
+            return array
         if not is_real(array.dtype):
             raise TypeError(f"Expected {what} of a real dtype, received dtype {array.dtype}.")
         with np.errstate(over="ignore"):

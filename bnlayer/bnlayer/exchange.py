@@ -9,7 +9,7 @@ Laws of this room:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics, Moments
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class ForwardExchange:
     """Agreeing on a batch's statistics.
 
@@ -60,21 +60,21 @@ class ForwardExchange:
         """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def reduced(self, words: NDArray[np.int64]) -> ForwardExchange:
         """The exchange after the words of all ranks were reduced."""
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(words, self.need_C)
             return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
         moments = Moments(words, self.grid)
-        again = moments.refused(self.epsilon)
-        if again.any() and not self.need_C.any():
+        statistics, again = moments.judged(self.epsilon, self.masked)
+        if again is not None and not self.need_C.any():
             return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
-        statistics = moments.statistics(self.epsilon, self.masked)
-        return replace(self, wants=None, attempt=self.attempt + 1, moments=moments, statistics=statistics)
+        return ForwardExchange(
+            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, statistics
+        )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class BackwardExchange:
     """Agreeing on a batch's gradient sums.
 
@@ -111,15 +111,12 @@ class BackwardExchange:
         """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def reduced(self, words: NDArray[np.int64]) -> BackwardExchange:
         """The exchange after the words of all ranks were reduced."""
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(words, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        sums = GradientSums(words, self.grid)
-        again = sums.refused(self.statistics.poisoned)
-        if again.any() and not self.need_C.any():
+        gradients, again = GradientSums(words, self.grid).judged(self.statistics)
+        if again is not None and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, again, Operation.PROBE, self.attempt + 1)
-        gradients = sums.gradients(self.statistics)
         return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)

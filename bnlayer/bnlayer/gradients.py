@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid
+from bnlayer.kernels import kernels
 from bnlayer.moments import BatchStatistics, two_folds
 from bnlayer.precision import power_of_two
 from bnlayer.words import as_float, counted, flags
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Gradients:
     """What follows from the sums, each (C,) float64, NaN where the channel is poisoned.
 
@@ -78,6 +79,21 @@ class GradientSums:
     def not_finite_C(self) -> NDArray[np.bool_]:
         """Whether some unmasked dy is NaN or infinite."""
         return counted(self.words[-2])[1]
+
+    def judged(self, statistics: BatchStatistics) -> tuple[Gradients, NDArray[np.bool_] | None]:
+        """`gradients`, and what is `refused`; None if nothing is."""
+        quick = kernels().channels
+        if quick is None or self.grid.precision.folds == 2:
+            with np.errstate(all="ignore"):  # Inf and NaN are answers here, on the owner as on the ranks
+                refused = self.refused(statistics.poisoned)
+                return self.gradients(statistics), refused if refused.any() else None
+        rows, (poisoned, refused) = np.empty((4, self.words.shape[1])), np.empty((2, self.words.shape[1]), np.bool_)
+        again = quick.gradients(
+            self.words, self.grid.gradient_C, self.grid.deviation_C, statistics.divisor, statistics.inverse_std,
+            statistics.residual, statistics.mean_share, statistics.poisoned, rows, poisoned, refused,
+        )  # fmt: skip
+        beta, gamma, offset, slope = rows
+        return Gradients(beta, gamma, offset, slope, poisoned), refused if again else None
 
     def refused(self, forward_poisoned_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import Grid
+from bnlayer.kernels import kernels
 from bnlayer.precision import exponent_above, power_of_two
 from bnlayer.words import as_float, as_ints, counted, flags
 
 MASKED_COUNT_EPSILON = 1e-7  # Keras adds it to the sum of a mask (`backend.epsilon()`)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class BatchStatistics:
     """The statistics of one global batch, each (C,) float64.
 
@@ -150,6 +151,26 @@ class Moments:
             pivot = Fraction(p)
             pooled.append((n, d + n * pivot, dd + 2 * pivot * d + n * pivot * pivot))
         return pooled
+
+    def judged(self, epsilon: float, masked: bool) -> tuple[BatchStatistics, NDArray[np.bool_] | None]:
+        """`statistics`, and what is `refused`; None if nothing is."""
+        quick = kernels().channels
+        if quick is None or self.grid.precision.folds == 2:
+            with np.errstate(all="ignore"):  # Inf and NaN are answers here, on the owner as on the ranks
+                refused = self.refused(epsilon)
+                return self.statistics(epsilon, masked), refused if refused.any() else None
+        grid, channels = self.grid, self.words.shape[1]
+        rows, rounded, reach = np.empty((7, channels)), np.empty(channels, np.float32), np.empty(channels, np.int64)
+        poisoned, refused = np.empty((2, channels), np.bool_)
+        e = MASKED_COUNT_EPSILON if masked else 0.0
+        again = quick.statistics(
+            self.words, grid.pivot_C, grid.exponent_C, epsilon, e, grid.precision.lowest,
+            rows, rounded, reach, poisoned, refused,
+        )  # fmt: skip
+        count, divisor, mean, variance, inverse_std, residual, mean_share = rows
+        return BatchStatistics(
+            count, divisor, mean, variance, inverse_std, rounded, residual, mean_share, reach, poisoned
+        ), refused if again else None
 
     def refused(self, epsilon: float) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.

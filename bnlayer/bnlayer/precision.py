@@ -58,6 +58,7 @@ class Precision:
 
 SINGLE = Precision("float32", 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
 DOUBLE = Precision("float64", 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
+_BY_NAME = {precision.name: precision for precision in (SINGLE, DOUBLE)}
 
 
 def precision_of(dtype: DTypeLike) -> Precision:
@@ -66,10 +67,12 @@ def precision_of(dtype: DTypeLike) -> Precision:
     Raises:
         ValueError: the dtype is neither float32 nor float64.
     """
+    found = _BY_NAME.get(dtype) if isinstance(dtype, str) else None
+    if found is not None:
+        return found
     name = np.dtype(dtype).name
-    for precision in (SINGLE, DOUBLE):
-        if precision.name == name:
-            return precision
+    if name in _BY_NAME:
+        return _BY_NAME[name]
     raise ValueError(f"Expected float32 or float64 for the arithmetic, received {name}.")
 
 

@@ -32,6 +32,7 @@ from bnlayer.state import LayerState
 from bnlayer.view import View
 
 _TINIEST = np.float32(2.0**-149)  # the smallest subnormal: a process that flushes them to zero would differ
+_ONE = np.float32(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ class Rounds:
         self.collective = collective
         self._name = name
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
+        self._told: dict[Direction, tuple[LayerTerms, LayerTerms]] = {}
 
     def enroll(self, layer: object, terms: LayerTerms, state: LayerState) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
@@ -131,16 +133,24 @@ class Rounds:
         words: NDArray[np.int64],
     ) -> Total:
         assert exchange.wants is not None
-        terms = replace(
-            terms,
-            masked=view.mask is not None,
-            flush_to_zero=not _TINIEST * np.float32(1) > 0,
-            grid=exchange.fingerprint,
-        )
+        told = self._all_told(direction, terms, view.mask is not None, exchange.fingerprint)
         place = Place(self._name, direction, self._steps[direction])
-        return self.collective.exchange(Call(exchange.wants, place, terms, exchange.attempt), words)
+        return self.collective.exchange(Call(exchange.wants, place, told, exchange.attempt), words)
+
+    def _all_told(self, direction: Direction, terms: LayerTerms, masked: bool, grid: int) -> LayerTerms:
+        """The layer's terms, and what is new with this call; the same object as before where nothing is."""
+        flush_to_zero = not _TINIEST * _ONE > 0
+        before, told = self._told.get(direction, (None, None))
+        if (
+            told is None
+            or before is not terms
+            or (told.masked, told.grid, told.flush_to_zero) != (masked, grid, flush_to_zero)
+        ):
+            told = replace(terms, masked=masked, flush_to_zero=flush_to_zero, grid=grid)
+            self._told[direction] = terms, told
+        return told
 
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return GradientSums(result.local_words, result.grid).gradients(statistics)
+    return GradientSums(result.local_words, result.grid).judged(statistics)[0]

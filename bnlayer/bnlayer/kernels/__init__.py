@@ -1,7 +1,8 @@
 """The passes over the data, chosen once: everything that touches every element is here.
 
 A kernel set is a module with the functions of `reference`. Arrays come as (A, C, B): the axes before the channel
-axis, the channels, the axes after it. Masks broadcast to that. All sets give the same bits.
+axis, the channels, the axes after it. Masks broadcast to that. A set may have `channels` too: a module that computes
+what `Moments`, `GradientSums` and `moving` do with the sums. All sets give the same bits.
 """
 
 from __future__ import annotations

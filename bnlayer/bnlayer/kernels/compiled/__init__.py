@@ -3,6 +3,7 @@
     simd          vectors of eight, which no compiler's mood can take away
     forward       exact moments            backward     exact sums of gradients
     elementwise   y and dx                 probes       how far the data reach
+    channels      what follows from the sums
 
 Where values are not finite, or leave their window, the fast passes see it and say so; which channels it was, and which
 way, is then found by the reference. That happens at a step of a run that regrids, or at one that is lost anyway.
@@ -12,6 +13,7 @@ Shape suffixes: A axes before the channels, C channels, B axes after them.
 
 from __future__ import annotations
 
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
-from bnlayer.kernels.compiled import backward, elementwise, forward, probes
+from bnlayer.kernels.compiled import backward, channels, elementwise, forward, probes
 from bnlayer.kernels.compiled.simd import LANES
 from bnlayer.moments import Moments
 from bnlayer.precision import exponent_above
@@ -29,12 +31,15 @@ from bnlayer.precision import exponent_above
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
+__all__ = ["channels", "gradient_probe", "gradient_sums", "input_gradient", "moments", "name", "normalize", "probe"]
+
 name = "compiled (Numba)"
 
 _NARROW = 64  # channels: fewer are repeated, so that a row is worth a loop
 _INTEGERS: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 
 
+@cache
 def _repeats(channels: int) -> int:
     """How many rows are taken for one, so that vectors divide its width."""
     least = LANES // gcd(channels, LANES)
@@ -101,12 +106,12 @@ def normalize(x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_
     if not x.size:
         return y
     if length > 1 or x.shape[1] == 1:
-        elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, length, _flat(y))
+        elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, poisoned_C, length, _flat(y))
+    elif repeats == 1:
+        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, poisoned_C, _flat(y))
     else:
-        mean, scale, shift = (_tiled(vector, repeats) for vector in (mean_C, scale_C, shift_C))
-        elementwise.normalize_rows(_flat(x), mean, scale, shift, _flat(y))
-    if poisoned_C.any():
-        elementwise.poison(_flat(y), poisoned_C, length)
+        mean, scale, shift, poisoned = (np.tile(v, repeats) for v in (mean_C, scale_C, shift_C, poisoned_C))
+        elementwise.normalize_rows(_flat(x), mean, scale, shift, poisoned, _flat(y))
     return y
 
 
@@ -156,18 +161,15 @@ def input_gradient(
     flat_dy, flat_x, flat_dx = _flat(dy), _flat(x), _flat(dx)
     if length > 1 or x.shape[1] == 1:
         elementwise.gradient_runs(flat_dy, flat_x, mean_C, offset_C, slope_C, scale_C, length, flat_dx)
+    elif repeats == 1:
+        elementwise.gradient_rows(flat_dy, flat_x, mean_C, offset_C, slope_C, scale_C, flat_dx)
     else:
-        mean, offset, slope, scale = (_tiled(vector, repeats) for vector in (mean_C, offset_C, slope_C, scale_C))
+        mean, offset, slope, scale = (np.tile(v, repeats) for v in (mean_C, offset_C, slope_C, scale_C))
         elementwise.gradient_rows(flat_dy, flat_x, mean, offset, slope, scale, flat_dx)
     if mask is not None:
         if _of_rows(mask, x):
             elementwise.scale_masked_rows(flat_dy, np.flatnonzero(~mask) * x.shape[1], scale_C, flat_dx)
         else:
             elementwise.scale_masked(flat_dy, _elements(mask, x), scale_C, length, flat_dx)
-    if poisoned_C.any():
-        elementwise.poison(flat_dx, poisoned_C, length)
+    elementwise.poison(flat_dx, poisoned_C, length)
     return dx
-
-
-def _tiled(vector: Array, repeats: int) -> Array:
-    return vector if repeats == 1 else np.tile(vector, repeats)

@@ -32,9 +32,28 @@ def _gradient(dy: Any, x: Any, mean: Any, offset: Any, slope: Any, scale: Any) -
     return ((dy - offset) - (x - mean) * slope) * scale
 
 
+@inlined
+def _poison(out: Array, poisoned: Array, length: int) -> None:
+    channels = poisoned.size
+    some = False
+    for c in range(channels):
+        some |= poisoned[c]
+    if not some:
+        return
+    for at in range(out.size):
+        if poisoned[at // length % channels]:
+            out[at] = np.nan
+
+
 @kernel
-def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, y: Array) -> None:
-    """(x − mean)·scale + shift, for coefficients as wide as a row."""
+def poison(out: Array, poisoned: Array, length: int) -> None:
+    """NaN in the channels that are poisoned."""
+    _poison(out, poisoned, length)
+
+
+@kernel
+def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, y: Array) -> None:
+    """(x − mean)·scale + shift, NaN where poisoned, for coefficients as wide as a row."""
     width = mean.size
     rows = x.size // width
     for at in range(rows * width, x.size):
@@ -56,10 +75,11 @@ def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, y: Array) 
             for c in range(0, width, LANES):
                 at = i * width + c
                 store(y, at, _normal(load(x, at), load(mean, c), load(scale, c), load(shift, c)))
+    _poison(y, poisoned, 1)
 
 
 @kernel
-def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, length: int, y: Array) -> None:
+def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, length: int, y: Array) -> None:
     """The same for runs of one channel after the other, each `length` long."""
     channels = mean.size
     runs = x.size // length
@@ -73,6 +93,7 @@ def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, length: in
             store(y, at, _normal(load(x, at), m, a, b))
         for at in range(start + whole, start + length):
             y[at] = _normal(x[at], mean[c], scale[c], shift[c])
+    _poison(y, poisoned, length)
 
 
 @kernel
@@ -144,13 +165,3 @@ def scale_masked_rows(dy: Array, starts: Array, scale: Array, dx: Array) -> None
         start = starts[i]
         for c in range(scale.size):
             dx[start + c] = dy[start + c] * scale[c]
-
-
-@kernel
-def poison(out: Array, poisoned: Array, length: int) -> None:
-    """NaN in the channels that are poisoned."""
-    channels = poisoned.size
-    for run in range(out.size // length):
-        if poisoned[run % channels]:
-            for at in range(run * length, run * length + length):
-                out[at] = np.nan
