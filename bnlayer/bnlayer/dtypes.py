@@ -102,6 +102,11 @@ class Policy:
         """In which each element is normalized: "float32" or "float64"."""
         return "float64" if self.name == "float64" else "float32"
 
+    @property
+    def arithmetic_dtype(self) -> np.dtype[Any]:
+        """NumPy's dtype of the arithmetic."""
+        return _DTYPES[self.arithmetic]
+
     def get_config(self) -> dict[str, Any]:
         """Keras's serialized form."""
         return {
@@ -112,7 +117,7 @@ class Policy:
         }
 
     def received(self, x: ArrayLike, what: str) -> NDArray[Any]:
-        """Data as the arithmetic takes it, rounded to the compute dtype before.
+        """Data as the passes take it: rounded to the compute dtype.
 
         Integers are no rounding's business: they go to the arithmetic's dtype straight, as in Keras.
 
@@ -124,15 +129,10 @@ class Policy:
             TypeError: the values are not real numbers.
         """
         array = np.asarray(x)
-        if array.dtype is _DTYPES.get(self.name) and self.name == self.arithmetic:
+        if array.dtype is self.compute_dtype:
             return array
         if not is_real(array.dtype):
             raise TypeError(f"Expected {what} of a real dtype, received dtype {array.dtype}.")
-        with np.errstate(over="ignore"):
-            if array.dtype.kind not in "iub":
-                array = rounded(array, self.compute_dtype)
-            return array.astype(self.arithmetic, copy=False)
-
-    def returned(self, y: NDArray[Any]) -> NDArray[Any]:
-        """A result of the arithmetic in the compute dtype, rounded once."""
-        return rounded(y, self.compute_dtype)
+        if array.dtype.kind in "iub":
+            return array.astype(self.arithmetic)
+        return rounded(array, self.compute_dtype)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bnlayer import passes
 from bnlayer.collective import Alone, LayerTerms, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
@@ -149,20 +150,21 @@ class BatchNormalization(Definition):
             # The owner's state was replaced in between: somebody pushed.
             self._follow(rounds.collective.pull(self.name))
         r, d = self._correction(statistics, before.moving)
-        scale, shift = self._coefficients(statistics, r, d, x.dtype)
+        scale, shift = self._coefficients(statistics, r, d)
         self._pass = _TrainingPass(rounds, terms, view, statistics, scale, r, d)
-        y = kernels().normalize(view.x, statistics.rounded_mean, scale, shift, statistics.poisoned)
-        return self.dtype_policy.returned(view.restore(y))
+        return view.restore(
+            passes.normalize(view, statistics.rounded_mean, scale, shift, statistics.poisoned, self.compute_dtype)
+        )
 
     def _infer(self, view: View, *, keep: bool) -> NDArray[Any]:
-        dtype, variance = view.x.dtype, self.moving_variance.value.astype(np.float64)
+        dtype, variance = self.dtype_policy.arithmetic_dtype, self.moving_variance.value.astype(np.float64)
         with np.errstate(invalid="ignore"):
             scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
         if keep or not isinstance(self._pass, _TrainingPass):
             self._pass = _InferencePass(view, scale)
         mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
-        y = kernels().normalize(view.x, mean, scale, shift, np.zeros(mean.shape, bool))
-        return self.dtype_policy.returned(view.restore(y))
+        fine = np.zeros(mean.shape, bool)
+        return view.restore(passes.normalize(view, mean, scale, shift, fine, self.compute_dtype))
 
     @np.errstate(all="ignore")
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
@@ -197,13 +199,13 @@ class BatchNormalization(Definition):
             raise ValueError(
                 f"Layer {self.name!r}: expected dy of the output's shape {view.shape}, received {gradient.shape}."
             )
-        gradient = view.alike(gradient)
+        seen = view.alike(gradient)
         self._pass = None
         if isinstance(latest, _InferencePass):
             self._set_gradients(None, None)
-            return self.dtype_policy.returned(view.restore(gradient * latest.scale_C[:, None]))
+            return view.restore(passes.scaled(seen, latest.scale_C, self.compute_dtype))
         statistics = latest.statistics
-        result = latest.rounds.backward(gradient, view, latest.terms, statistics, self.state.backward)
+        result = latest.rounds.backward(seen, view, latest.terms, statistics, self.state.backward)
         self._kept = self.state.after_backward(result.grid, statistics)
         total = result.total
         summed = total if self.grad_reduction == "global" else share(result, statistics)
@@ -212,17 +214,18 @@ class BatchNormalization(Definition):
             # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
             gamma = gamma * latest.r_C + summed.beta * latest.d_C
         self._set_gradients(gamma, summed.beta)
-        dx = kernels().input_gradient(
-            gradient,
-            view.x,
-            view.mask,
+        dtype = self.dtype_policy.arithmetic_dtype
+        dx = passes.input_gradient(
+            seen,
+            view,
             statistics.rounded_mean,
-            total.offset.astype(gradient.dtype),
-            total.slope.astype(gradient.dtype),
+            total.offset.astype(dtype),
+            total.slope.astype(dtype),
             latest.scale_C,
             total.poisoned,
+            self.compute_dtype,
         )
-        return self.dtype_policy.returned(view.restore(dx))
+        return view.restore(dx)
 
     def _joined(self) -> Rounds:
         """The exchanges with the collective in force; a new collective is enrolled with first."""
@@ -271,10 +274,9 @@ class BatchNormalization(Definition):
         statistics: BatchStatistics,
         r: NDArray[np.float64] | None,
         d: NDArray[np.float64] | None,
-        dtype: np.dtype[Any],
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """What the centered input is multiplied by, γs (with renorm γsr), and what is added, β − residual·γs (+ γd)."""
-        quick = kernels().channels
+        quick, dtype = kernels().channels, self.dtype_policy.arithmetic_dtype
         if quick is not None and r is None and dtype == np.float32 == self.variable_dtype:
             scale, shift = np.empty((2, self.moving_mean.shape[0]), np.float32)
             gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))

@@ -8,11 +8,11 @@ Laws of this room:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer import passes
 from bnlayer.collective import (
     Call,
     Collective,
@@ -26,7 +26,6 @@ from bnlayer.collective import (
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import kernels
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.state import LayerState
 from bnlayer.view import View
@@ -96,9 +95,9 @@ class Rounds:
         version = None
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
-                words = kernels().probe(view.x, view.mask, exchange.grid)
+                words = passes.probe(view, exchange.grid)
             else:
-                words = kernels().moments(view.x, view.mask, exchange.grid).words
+                words = passes.moments(view, exchange.grid).words
             total = self._say(exchange, Direction.FORWARD, view, terms, words)
             version = total.version
             exchange = exchange.reduced(total.words)
@@ -108,7 +107,7 @@ class Rounds:
         return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
 
     def backward(
-        self, dy: NDArray[Any], view: View, terms: LayerTerms, statistics: BatchStatistics, grid: BackwardGrid
+        self, dy: View, view: View, terms: LayerTerms, statistics: BatchStatistics, grid: BackwardGrid
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
@@ -116,9 +115,9 @@ class Rounds:
         fits = not statistics.poisoned.any()
         while True:
             if exchange.wants is Operation.PROBE:
-                words = kernels().gradient_probe(dy, view.x, mean, exchange.grid)
+                words = passes.gradient_probe(dy, view, mean, exchange.grid)
             else:
-                words = kernels().gradient_sums(dy, view.x, view.mask, mean, exchange.grid, fits=fits).words
+                words = passes.gradient_sums(dy, view, mean, exchange.grid, fits=fits).words
             exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, terms, words).words)
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1

@@ -202,3 +202,22 @@ def test_asking_for_what_is_not_there_is_an_error() -> None:
     done = without_numba(BNLAYER_KERNELS="compiled")
     assert done.returncode == 1
     assert "ImportError: BNLAYER_KERNELS=compiled needs Numba: pip install 'bnlayer[fast]'" in done.stderr
+
+
+NO_CACHE = """
+import logging
+from numba.core import caching
+caching.CacheImpl._locator_classes = []  # no folder can be written to
+logging.basicConfig()
+import numpy as np
+from bnlayer.kernels import compiled
+x = np.ones((16, 8, 1), np.float32)
+one = x[0, :, 0]
+print(compiled.normalize(x, one, one, one, one < 0).sum())
+"""
+
+
+def test_without_a_folder_for_the_cache_the_kernels_are_compiled_anew() -> None:
+    """A read-only home is no reason to fail."""
+    done = subprocess.run([sys.executable, "-c", NO_CACHE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "128.0\n", done.stderr

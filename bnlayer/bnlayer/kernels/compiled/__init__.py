@@ -99,9 +99,11 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
     return Moments(words, grid) if fit else reference.moments(x, mask, grid)
 
 
-def normalize(x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array) -> Array:
+def normalize(
+    x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array, out: Array | None = None
+) -> Array:
     """(x − mean)·scale + shift; see `reference.normalize`."""
-    y = np.empty(x.shape, x.dtype)
+    y = np.empty(x.shape, x.dtype) if out is None else out
     repeats, length = _layout(x)
     if not x.size:
         return y
@@ -152,9 +154,10 @@ def input_gradient(
     slope_C: Array,
     scale_C: Array,
     poisoned_C: Array,
+    out: Array | None = None,
 ) -> Array:
     """((dy − offset) − (x − mean)·slope)·scale, or dy·scale where masked; see `reference.input_gradient`."""
-    dx = np.empty(x.shape, x.dtype)
+    dx = np.empty(x.shape, x.dtype) if out is None else out
     repeats, length = _layout(x)
     if not x.size:
         return dx
