@@ -42,8 +42,11 @@ define make-venv
 endef
 
 # The build backend comes from the lock file as well, so the project itself is built without isolation.
-install-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-check \
-	--no-deps --no-build-isolation --editable .
+# The kernels are compiled then, so that no training waits for it; the environments share the machine code.
+define install-editable
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(1)/bin/python -m bnlayer.kernels.warm
+endef
 
 .venv/.ready: requirements.lock pyproject.toml
 	$(call make-venv,.venv,requirements.lock)
