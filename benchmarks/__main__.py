@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import bars, peers, report
+from benchmarks import bars, peers, report, steps_tensorflow
 from benchmarks.machine import QUIET_BELOW, Machine
 from benchmarks.sections import SECTIONS, Figures, Settings
 
@@ -91,7 +91,7 @@ def main() -> int:
     peers.one_thread()
     settings = Settings(
         full=options.full,
-        peers=peers.installed(),
+        peers={**peers.installed(), "tensorflow": steps_tensorflow.version(options.tensorflow_python)},
         tensorflow_python=options.tensorflow_python,
         shapes=tuple(options.shapes),
         say=lambda what: console.print(f"[dim]… {what}[/]"),

@@ -34,6 +34,7 @@ FORWARD, BACKWARD, MASKED = "forward", "backward", "masked forward"
 PASSES = (FORWARD, BACKWARD)
 PARTS = {"moments": 0, "normalize": 1, "gradient_sums": 2, "input_gradient": 3}
 OURS = ("reference", "compiled")
+FRAMEWORKS = {"torch": peers.torch_passes, "jax": peers.jax_passes}
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def probes(batch: Batch) -> Runs:
 def frameworks(batch: Batch, available: Iterable[str]) -> Runs:
     """The runs of the peers that are installed."""
     runs: Runs = {}
-    for name, passes in (("torch", peers.torch_passes), ("jax", peers.jax_passes)):
+    for name, passes in FRAMEWORKS.items():
         if name in available:
             found = passes(batch.x, batch.dy, batch.axis)
             runs[FORWARD, name], runs[BACKWARD, name] = found.forward, found.backward
@@ -206,7 +207,7 @@ def figures(shape: str, found: dict[str, Contender]) -> dict[str, float]:
         which, _, name = label.partition("/")
         kind = name.partition(",")[0]
         seconds[which, kind] = min(contender.seconds, seconds.get((which, kind), float("inf")))
-        if kind in peers.NAMES:
+        if kind in FRAMEWORKS:
             result[f"kernels/{shape}/{which}/{kind}/cores"] = contender.cores
     for (which, kind), time in seconds.items():
         result[f"kernels/{shape}/{which}/{kind}/seconds"] = time
@@ -224,7 +225,7 @@ def _compared(shape: str, name: str, seconds: dict[tuple[str, str], float]) -> d
     result = {f"kernels/{shape}/{name}/masked ÷ unmasked": seconds[MASKED, name] / seconds[FORWARD, name]}
     for which in PASSES:
         result[f"kernels/{shape}/{which}/{name} ÷ float"] = seconds[which, name] / seconds[which, "float"]
-        for peer in ("torch", "jax"):
+        for peer in FRAMEWORKS:
             if (which, peer) in seconds:
                 result[f"kernels/{shape}/{which}/{name} vs {peer}"] = seconds[which, peer] / seconds[which, name]
     return result

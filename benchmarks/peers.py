@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+NAMES = ("torch", "jax", "mpi4py")
 EPSILON = 1e-3
-NAMES = ("torch", "jax", "tensorflow")
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,8 @@ class Passes:
 
 
 def installed() -> dict[str, str | None]:
-    """The version of every peer; None where it is not installed."""
-    return {
-        name: importlib.metadata.version(name) if importlib.util.find_spec(name) is not None else None for name in NAMES
-    }
+    """The version of every peer that runs in this environment; None where it is not installed."""
+    return {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in NAMES}
 
 
 def one_thread() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -99,11 +99,8 @@ def value(bar: Bar, number: float) -> str:
     """A figure in a bar's unit."""
     number *= bar.scale
     digits = f"{number:.1e}" if 0 < abs(number) < 1e-3 else f"{number:.3g}"
-    return f"{digits} {bar.unit}" if bar.unit != "x" else f"{digits}x"
+    return f"{digits}x" if bar.unit == "x" else f"{digits} {bar.unit}".rstrip()
 
 
 def _number(number: float | None, scale: float = 1.0, digits: int = 2) -> str:
     return "–" if number is None else f"{number * scale:.{digits}f}"
-
-
-Printer = Callable[[object], None]
