@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.processes import under_mpi, write
 
@@ -43,7 +44,7 @@ def rank(result: str, rounds: int) -> None:
 
     bare_comm = MPI.COMM_WORLD.Dup()
     crowded = bare_comm.size > len(os.sched_getaffinity(0))
-    figures = {}
+    figures: dict[str, float] = {}
     with bnworker.join(transport="mpi") as world:
         for channels in CHANNELS:
             words = np.arange(_ROWS * channels, dtype=np.int64).reshape(_ROWS, channels)
@@ -51,13 +52,13 @@ def rank(result: str, rounds: int) -> None:
             terms = LayerTerms(channels, "float32", 0.99, 1e-3, grid=1234567890123456789)
             step = 0
 
-            def door(words: np.ndarray = words, channels: int = channels, terms: LayerTerms = terms) -> None:
+            def door(words: NDArray[np.int64] = words, channels: int = channels, terms: LayerTerms = terms) -> None:
                 nonlocal step
                 place = Place(f"layer_{channels}", Direction.FORWARD, step)
                 step += 1
                 world.exchange(Call(Operation.SUMS, place, terms), words)
 
-            def bare(words: np.ndarray = words, total: np.ndarray = total) -> None:
+            def bare(words: NDArray[np.int64] = words, total: NDArray[np.int64] = total) -> None:
                 request = bare_comm.Iallreduce(words, total, MPI.SUM)
                 if crowded:
                     while not request.Test():

@@ -22,10 +22,10 @@ Array = NDArray[Any]
 _FLUSH = 1024  # rows, or values of a channel, per float32 partial sum
 _CHUNK = 2**15  # elements of a chunk, 128 KB, where the second pass walks from the end
 _LARGE = 2**21  # elements: beyond it a processor fetches two streams ahead better than eight
-_OPTIONS = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
+_compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _moments_two_rows(x: Array, pivot: Array, partial: Array, partial_squares: Array) -> None:
     for k in range(x.shape[0] // 2):
         a, b = x[2 * k], x[2 * k + 1]
@@ -36,7 +36,7 @@ def _moments_two_rows(x: Array, pivot: Array, partial: Array, partial_squares: A
             partial_squares[j] += c * c + d * d
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _moments_eight_rows(x: Array, pivot: Array, partial: Array, partial_squares: Array) -> None:
     for k in range(x.shape[0] // 8):
         a, b, c, d = x[8 * k], x[8 * k + 1], x[8 * k + 2], x[8 * k + 3]
@@ -49,7 +49,7 @@ def _moments_eight_rows(x: Array, pivot: Array, partial: Array, partial_squares:
             partial_squares[j] += ((q * q + r * r) + (s * s + t * t)) + ((u * u + v * v) + (w * w + z * z))
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _moments_last(x: Array, pivot: Array, total: Array, squares: Array) -> None:
     rows, channels = x.shape
     step = 2 if channels <= 128 else 8
@@ -72,7 +72,7 @@ def _moments_last(x: Array, pivot: Array, total: Array, squares: Array) -> None:
             squares[j] += d * d
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _moments_first(x: Array, pivot: Array, total: Array, squares: Array) -> None:
     for a in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -88,7 +88,7 @@ def _moments_first(x: Array, pivot: Array, total: Array, squares: Array) -> None
                 squares[j] += q
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _normalize_last(x: Array, mean: Array, scale: Array, shift: Array, y: Array, chunk: int) -> None:
     rows = x.shape[0]
     for k in range((rows + chunk - 1) // chunk):
@@ -101,7 +101,7 @@ def _normalize_last(x: Array, mean: Array, scale: Array, shift: Array, y: Array,
                 b[j] = (a[j] - mean[j]) * scale[j] + shift[j]
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _normalize_first(x: Array, mean: Array, scale: Array, shift: Array, y: Array, from_the_end: bool) -> None:
     for k in range(x.shape[0]):
         a = x.shape[0] - 1 - k if from_the_end else k
@@ -112,7 +112,7 @@ def _normalize_first(x: Array, mean: Array, scale: Array, shift: Array, y: Array
                 results[i] = (values[i] - m) * s + t
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _sums_one_row(dy: Array, x: Array, mean: Array, partial: Array, partial_products: Array) -> None:
     for i in range(x.shape[0]):
         a, g = x[i], dy[i]
@@ -121,7 +121,7 @@ def _sums_one_row(dy: Array, x: Array, mean: Array, partial: Array, partial_prod
             partial_products[j] += g[j] * (a[j] - mean[j])
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _sums_four_rows(dy: Array, x: Array, mean: Array, partial: Array, partial_products: Array) -> None:
     for k in range(x.shape[0] // 4):
         a, b, c, d = x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]
@@ -132,7 +132,7 @@ def _sums_four_rows(dy: Array, x: Array, mean: Array, partial: Array, partial_pr
             partial_products[j] += (e[j] * (a[j] - m) + f[j] * (b[j] - m)) + (g[j] * (c[j] - m) + h[j] * (d[j] - m))
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _sums_last(dy: Array, x: Array, mean: Array, total: Array, products: Array) -> None:
     rows, channels = x.shape
     step = 1 if x.size > _LARGE else 4
@@ -154,7 +154,7 @@ def _sums_last(dy: Array, x: Array, mean: Array, total: Array, products: Array) 
             products[j] += gradient[j] * (row[j] - mean[j])
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _sums_first(dy: Array, x: Array, mean: Array, total: Array, products: Array) -> None:
     for a in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -169,7 +169,7 @@ def _sums_first(dy: Array, x: Array, mean: Array, total: Array, products: Array)
                 products[j] += q
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _input_gradient_last(
     dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, dx: Array, chunk: int
 ) -> None:
@@ -184,7 +184,7 @@ def _input_gradient_last(
                 b[j] = ((g[j] - offset[j]) - (a[j] - mean[j]) * slope[j]) * scale[j]
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _input_gradient_first(
     dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, dx: Array, from_the_end: bool
 ) -> None:
@@ -249,4 +249,4 @@ class FloatKernels:
 
     def _rows(self, x: Array) -> int:
         """Rows per chunk; one chunk is the walk from the beginning."""
-        return max(1, _CHUNK // x.shape[1]) if self.from_the_end else x.shape[0]
+        return max(1, _CHUNK // int(x.shape[1])) if self.from_the_end else int(x.shape[0])

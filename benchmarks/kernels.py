@@ -49,6 +49,11 @@ class Shape:
     sizes: tuple[int, ...]
     axis: int = -1
 
+    @property
+    def elements(self) -> int:
+        """Their number."""
+        return int(np.prod(self.sizes))
+
     def __str__(self) -> str:
         return ("NCHW " if self.axis == 1 and len(self.sizes) == 4 else "") + ",".join(map(str, self.sizes))
 

@@ -21,7 +21,7 @@ _STREAMS = 4  # places that are read at once: a processor prefetches several str
 
 
 @njit(cache=True, nogil=True)
-def read_bits(words: Array) -> int:
+def read_bits(words: Array) -> np.int64:
     """Every word once, with an operation that no order slows down."""
     seen = np.int64(0)
     for i in range(words.shape[0]):
@@ -30,7 +30,7 @@ def read_bits(words: Array) -> int:
 
 
 @njit(cache=True, nogil=True)
-def read_bits_streams(words: Array) -> int:
+def read_bits_streams(words: Array) -> np.int64:
     """The same from several places at once."""
     quarter = words.shape[0] // _STREAMS
     a, b = words[:quarter], words[quarter : 2 * quarter]
@@ -42,7 +42,7 @@ def read_bits_streams(words: Array) -> int:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def read_floats(x: Array) -> float:
+def read_floats(x: Array) -> np.float32:
     """Every float once."""
     total = np.float32(0)
     for i in range(x.shape[0]):
@@ -58,7 +58,7 @@ def copy_scaled(x: Array, y: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def read_two_bits(a: Array, b: Array) -> int:
+def read_two_bits(a: Array, b: Array) -> np.int64:
     """Every word of two arrays once."""
     seen = np.int64(0)
     for i in range(a.shape[0]):
@@ -67,7 +67,7 @@ def read_two_bits(a: Array, b: Array) -> int:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def read_two_floats(a: Array, b: Array) -> float:
+def read_two_floats(a: Array, b: Array) -> np.float32:
     """The dot product."""
     total = np.float32(0)
     for i in range(a.shape[0]):

@@ -51,7 +51,8 @@ def kernels(settings: Settings) -> Figures:
     for shape in SHAPES:
         if not settings.shapes or str(shape) in settings.shapes:
             settings.say(f"kernels {shape}")
-            found |= measure(shape, 20.0 if settings.full else 5.0, settings.available)
+            budget_s = 3.0 + shape.elements / 2**20  # the same number of turns, more or less
+            found |= measure(shape, 3 * budget_s if settings.full else budget_s, settings.available)
     return found
 
 

@@ -1,8 +1,8 @@
 """Times that can be compared: all contenders take turns in one process.
 
 A machine's speed drifts, by its clock and by its neighbours. Contenders that take turns drift together, so the
-ratio of their times stands where the times don't. Within a turn a contender runs a few times and its fastest run
-counts; over the rounds the first quartile does.
+ratio of their times stands where the times don't. Each has the same number of turns and runs a few times in each,
+and its fastest run counts: whatever else the machine does only ever adds time.
 
 New arrays are part of the work. The C library's allocator is told to keep what is freed, for every contender alike:
 whether pages go back to the system and come again, zeroed, depends on who else allocated what in between.
@@ -13,10 +13,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-import numpy as np
 
 _RUNS = 3  # per turn, after one that warms the caches and is not counted
 _SLOW = 40.0  # a contender this many times slower than the fastest takes every eighth turn, and runs once in it
@@ -49,8 +47,8 @@ class Contender:
 
     @property
     def seconds(self) -> float:
-        """The first quartile over the turns."""
-        return float(np.quantile(self.turns, 0.25))
+        """The fastest turn."""
+        return min(self.turns)
 
 
 def timed(contenders: Mapping[str, Callable[[], object]], budget_s: float, least: int = 5) -> dict[str, Contender]:
@@ -104,8 +102,3 @@ def _turn(run: Callable[[], object], runs: int) -> float:
         run()
         fastest = min(fastest, time.perf_counter() - start)
     return fastest
-
-
-def fastest(found: Mapping[str, Contender], names: Sequence[str]) -> float:
-    """The seconds of the best variant."""
-    return min(found[name].seconds for name in names)
