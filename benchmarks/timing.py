@@ -20,13 +20,14 @@ _RUNS = 3  # per turn, after one that warms the caches and is not counted
 _SLOW = 40.0  # a contender this many times slower than the fastest takes every eighth turn, and runs once in it
 _SELDOM = 8
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
 
 
 def keep_memory() -> None:
     """Let this process's allocator neither map large arrays one by one nor give freed memory back. (glibc alone.)"""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)  # a thread's own arena would give its memory back all the same
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
