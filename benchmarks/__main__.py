@@ -103,7 +103,8 @@ def main() -> int:
     console.print(f"peers: {_versions(settings.peers, 'NOT INSTALLED:')}")
     _flag(console, machine, judged)
     figures, seconds, failed = run(names, settings, console)
-    judgements = bars.judge(bars.BARS, figures, ran=names, missing=settings.missing)
+    table = bars.narrowed(bars.BARS, settings.shapes) if settings.shapes else bars.BARS
+    judgements = bars.judge(table, figures, ran=names, missing=settings.missing)
     if "kernels" in names:
         console.print(report.kernel_table(figures))
     others = [name for name in names if name != "kernels"]

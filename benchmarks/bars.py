@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 FIRST_PASSES = "32,14,14,256", "32,7,7,512"
@@ -149,6 +149,16 @@ BARS = (
         peer="tensorflow",
     ),
 )
+
+
+def narrowed(bars: Iterable[Bar], shapes: Collection[str]) -> list[Bar]:
+    """The bars for a run of some of the kernels' shapes: their figures of other shapes don't count."""
+    narrow = []
+    for bar in bars:
+        kept = tuple(f for f in bar.figures if not f.startswith("kernels/") or f.split("/")[1] in shapes)
+        if kept:
+            narrow.append(replace(bar, figures=kept))
+    return narrow
 
 
 def judge(
