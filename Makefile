@@ -23,7 +23,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras bench bench-full picture coverage format lint types contracts \
+.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras bench bench-full bench-docs coverage format lint types contracts \
 	stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -107,8 +107,9 @@ bench: .venv-bench/.ready  ## three minutes: beside the memory's limit and the p
 bench-full: .venv-bench/.ready  ## the same with every shape, rank and peer
 	.venv-bench/bin/python -m benchmarks --full $(BENCH_FLAGS)
 
-picture: .venv-bench/.ready  ## draw docs/images/kernels.png from out/bench.json
+bench-docs: .venv-bench/.ready  ## out/bench.json into docs/performance.md: its tables, and its picture
 	.venv-bench/bin/python -m benchmarks.picture
+	.venv-bench/bin/python -m benchmarks.page
 
 package-test: setup  ## build the wheel and install it in a fresh environment
 	$(BIN)/pytest tests/packaging
