@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.forward import AHEAD, FOLD_EVERY, TILE, fold, gather, power
+from bnlayer.kernels.compiled.forward import AHEAD, FOLD_EVERY, LINE, fold, gather, power
 from bnlayer.kernels.compiled.jit import inlined, kernel
 from bnlayer.kernels.compiled.simd import LANES, bits, greater, load, magnitude, number, prefetch, store, where, widen
 
@@ -56,10 +56,12 @@ def _step(
     a, b = load(sums, at), load(sums, width + at)
     a_fine, b_fine = load(sums, 2 * width + at), load(sums, 3 * width + at)
     top_g, top_h = load(largest, at), load(largest, width + at)
+    if stride > LANES and steps == _ROWS:
+        for line in range(0, _ROWS * LANES, LINE):
+            ahead = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
+            prefetch(x, ahead)
+            prefetch(dy, ahead)
     for j in range(steps):
-        if stride > LANES and at % 16 == 0:
-            prefetch(x, start + (j + AHEAD) * stride)
-            prefetch(dy, start + (j + AHEAD) * stride)
         gradient = load(dy, start + j * stride)
         deviation = load(x, start + j * stride) - mean
         size = magnitude(gradient)
@@ -155,14 +157,12 @@ def sums_of_rows(
     rows = x.size // width
     for first in range(0, rows, FOLD_EVERY):
         last = min(first + FOLD_EVERY, rows)
-        for left in range(0, width, TILE):
-            right = min(left + TILE, width)
-            whole = first + (last - first) // _ROWS * _ROWS
-            for i in range(first, whole, _ROWS):
-                for c in range(left, right, LANES):
-                    _step(dy, x, check, fine, i * width + c, width, _ROWS, c, means, constants, sums, largest)
-            for c in range(left, right, LANES):
-                _step(dy, x, check, fine, whole * width + c, width, last - whole, c, means, constants, sums, largest)
+        whole = first + (last - first) // _ROWS * _ROWS
+        for i in range(first, whole, _ROWS):
+            for c in range(0, width, LANES):
+                _step(dy, x, check, fine, i * width + c, width, _ROWS, c, means, constants, sums, largest)
+        for c in range(0, width, LANES):
+            _step(dy, x, check, fine, whole * width + c, width, last - whole, c, means, constants, sums, largest)
         for c in range(width):
             fold(sums, constants, totals, c, last - first)
     for c in range(x.size - rows * width):

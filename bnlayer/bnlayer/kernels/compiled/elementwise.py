@@ -19,7 +19,6 @@ from bnlayer.kernels.compiled.simd import LANES, broadcast, load, store
 Array = NDArray[Any]
 
 _PIECE = 2**15  # elements: 128 KB of float32
-_ROWS = 4  # at a step: the coefficients are loaded once for all of them
 
 
 @inlined
@@ -59,19 +58,11 @@ def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: 
     for at in range(rows * width, x.size):
         c = at - rows * width
         y[at] = _normal(x[at], mean[c], scale[c], shift[c])
-    piece = max(_ROWS, _PIECE // width // _ROWS * _ROWS)
+    piece = max(1, _PIECE // width)
     pieces = (rows + piece - 1) // piece
     for back in range(pieces):
         first = (pieces - 1 - back) * piece
-        last = min(first + piece, rows)
-        whole = first + (last - first) // _ROWS * _ROWS
-        for i in range(first, whole, _ROWS):
-            for c in range(0, width, LANES):
-                m, a, b = load(mean, c), load(scale, c), load(shift, c)
-                for j in range(_ROWS):
-                    at = (i + j) * width + c
-                    store(y, at, _normal(load(x, at), m, a, b))
-        for i in range(whole, last):
+        for i in range(first, min(first + piece, rows)):
             for c in range(0, width, LANES):
                 at = i * width + c
                 store(y, at, _normal(load(x, at), load(mean, c), load(scale, c), load(shift, c)))
@@ -104,19 +95,11 @@ def gradient_rows(dy: Array, x: Array, mean: Array, offset: Array, slope: Array,
     for at in range(rows * width, x.size):
         c = at - rows * width
         dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
-    piece = max(_ROWS, _PIECE // width // _ROWS * _ROWS)
+    piece = max(1, _PIECE // width)
     pieces = (rows + piece - 1) // piece
     for back in range(pieces):
         first = (pieces - 1 - back) * piece
-        last = min(first + piece, rows)
-        whole = first + (last - first) // _ROWS * _ROWS
-        for i in range(first, whole, _ROWS):
-            for c in range(0, width, LANES):
-                m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)
-                for j in range(_ROWS):
-                    at = (i + j) * width + c
-                    store(dx, at, _gradient(load(dy, at), load(x, at), m, o, k, a))
-        for i in range(whole, last):
+        for i in range(first, min(first + piece, rows)):
             for c in range(0, width, LANES):
                 at = i * width + c
                 m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)

@@ -43,11 +43,10 @@ Array = NDArray[Any]
 FOLD_EVERY = 2**11
 # Rows at a step: the sums of eight channels are loaded and stored once for all of them.
 _ROWS = 8
-# Rows ahead of which cache lines are asked for: the data of several rows side by side are more streams than prefetchers
-# follow (a row of 128 channels is over before they have seen where it goes).
-AHEAD = 16
-# Channels at a time: their sums and constants stay in a first-level cache.
-TILE = 256
+# Elements ahead of which cache lines are asked for, a step's worth at a step: rows side by side are more streams than
+# prefetchers follow, and a row of 128 channels is over before they have seen where it goes.
+AHEAD = 4096
+LINE = 16  # elements of float32 in a cache line
 
 _LOW = 0xFFFF_FFFF
 _SPLITTER = 134_217_729.0  # 2^27 + 1, as in `bnlayer.words`
@@ -149,10 +148,11 @@ def _step(
     width = constants.shape[1]
     pivot, m1, m2 = load(constants, _PIVOT * width + c), load(constants, c), load(constants, _M2 * width + c)
     s, t, seen = load(sums, c), load(sums, _T * width + c), load(sums, _SEEN * width + c)
+    if starts is None and rows == _ROWS:
+        for line in range(0, _ROWS * LANES, LINE):
+            prefetch(x, i * width + c * _ROWS + AHEAD + line)
     for j in range(i, i + rows):
         start = j * width if starts is None else starts[j]
-        if starts is None and c % 16 == 0:
-            prefetch(x, start + c + AHEAD * width)
         d = widen(load(x, start + c)) - pivot
         if mask is not None:
             truth = load_truths(mask, start + c)
@@ -225,15 +225,13 @@ def moments_of_rows(
     even = width // LANES * LANES
     for first in range(0, rows, FOLD_EVERY):
         last = min(first + FOLD_EVERY, rows)
-        for left in range(0, even, TILE):
-            right = min(left + TILE, even)
-            whole = first + (last - first) // _ROWS * _ROWS
-            for i in range(first, whole, _ROWS):
-                for c in range(left, right, LANES):
-                    _step(x, starts, mask, fine, i, _ROWS, c, constants, sums, count)
-            for i in range(whole, last):
-                for c in range(left, right, LANES):
-                    _step(x, starts, mask, fine, i, 1, c, constants, sums, count)
+        whole = first + (last - first) // _ROWS * _ROWS
+        for i in range(first, whole, _ROWS):
+            for c in range(0, even, LANES):
+                _step(x, starts, mask, fine, i, _ROWS, c, constants, sums, count)
+        for i in range(whole, last):
+            for c in range(0, even, LANES):
+                _step(x, starts, mask, fine, i, 1, c, constants, sums, count)
         if starts is not None:
             for i in range(first, last):
                 for c in range(even, width):
