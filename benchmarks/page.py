@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,11 +130,10 @@ def written(text: str, document: Document) -> str:
         ValueError: the page has no place for one of them.
     """
     for name, table in TABLES.items():
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not place.search(text):
+        begin, end = (text.find(mark) for mark in (f"<!-- {name} -->\n", f"<!-- /{name} -->"))
+        if min(begin, end) < 0:
             raise ValueError(f"The page has no <!-- {name} --> … <!-- /{name} -->.")
-        new = table(document)
-        text = place.sub(lambda found, new=new: f"{found[1]}\n{new}\n\n{found[2]}", text)
+        text = f"{text[:begin]}<!-- {name} -->\n\n{table(document)}\n\n{text[end:]}"
     return text
 
 

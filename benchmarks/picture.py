@@ -79,10 +79,9 @@ def _panel(axes: Axes, which: str, shapes: list[str], figures: Mapping[str, floa
         points = [(figures.get(f"kernels/{shape}/{which}/{name}/limits"), row) for row, shape in enumerate(shapes)]
         seen = [(x, row) for x, row in points if x is not None]
         if seen:
-            x, y = zip(*seen, strict=True)
             axes.scatter(
-                x,
-                y,
+                [x for x, _ in seen],
+                [row for _, row in seen],
                 s=mark.size,
                 color=mark.colour,
                 marker=mark.symbol,

@@ -5,6 +5,8 @@ A section is imported when it runs, after the peers' threads were limited.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -101,6 +103,12 @@ def gloo(settings: Settings) -> Figures:
     return _by_ranks("gloo", "torch", measure, settings)
 
 
+def service(settings: Settings) -> Figures:
+    """An exchange through the layer's door over the service, beside raw sockets."""
+    measure = importlib.import_module("benchmarks.exchange").measure
+    return _by_ranks("service", "", measure, settings)
+
+
 def _by_ranks(name: str, needed: str, measure: Callable[[int, int], Figures], settings: Settings) -> Figures:
     found: Figures = {}
     if needed in settings.missing:
@@ -137,6 +145,9 @@ SECTIONS: dict[str, Callable[[Settings], Figures]] = {
     "accuracy": accuracy,
     "starting": starting,
     "mpi": mpi,
+    "service": service,
     "gloo": gloo,
     "step": step,
 }
+if importlib.util.find_spec("benchmarks.exchange") is None:
+    del SECTIONS["service"]
