@@ -221,3 +221,14 @@ def test_without_a_folder_for_the_cache_the_kernels_are_compiled_anew() -> None:
     """A read-only home is no reason to fail."""
     done = subprocess.run([sys.executable, "-c", NO_CACHE], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "128.0\n", done.stderr
+
+
+def test_read_only_data_need_no_kernels_of_their_own() -> None:
+    """A memory-mapped batch, or one from another framework, would else be waited for seconds."""
+    x = np.arange(96, dtype=np.float32).reshape(6, 16, 1)
+    grid = Grid.unknown("float32", 16).probed(compiled.probe(x, None, Grid.unknown("float32", 16)), np.ones(16, bool))
+    compiled.moments(x, None, grid)
+    before = len(compiled.forward.moments_of_rows.signatures)  # type: ignore[attr-defined]  # Numba's
+    x.flags.writeable = False
+    compiled.moments(x, None, grid)
+    assert len(compiled.forward.moments_of_rows.signatures) == before  # type: ignore[attr-defined]  # Numba's

@@ -55,12 +55,15 @@ def _layout(x: Array) -> tuple[int, int]:
 
 
 def _flat(array: Array) -> Array:
-    return array.reshape(-1)
+    """What a kernel reads: flat, and read-only, whether its owner's is or not: Numba compiles for one kind alone."""
+    flat = array.reshape(-1)
+    flat.flags.writeable = False
+    return flat
 
 
 def _elements(mask: NDArray[np.bool_], x: Array) -> NDArray[np.uint8]:
     """A mask with a place for every element."""
-    return np.ascontiguousarray(np.broadcast_to(mask, x.shape)).reshape(-1).view(np.uint8)
+    return _flat(np.ascontiguousarray(np.broadcast_to(mask, x.shape)).view(np.uint8))
 
 
 def _of_rows(mask: NDArray[np.bool_], x: Array) -> bool:
@@ -108,12 +111,12 @@ def normalize(
     if not x.size:
         return y
     if length > 1 or x.shape[1] == 1:
-        elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, poisoned_C, length, _flat(y))
+        elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, poisoned_C, length, y.reshape(-1))
     elif repeats == 1:
-        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, poisoned_C, _flat(y))
+        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, poisoned_C, y.reshape(-1))
     else:
         mean, scale, shift, poisoned = (np.tile(v, repeats) for v in (mean_C, scale_C, shift_C, poisoned_C))
-        elementwise.normalize_rows(_flat(x), mean, scale, shift, poisoned, _flat(y))
+        elementwise.normalize_rows(_flat(x), mean, scale, shift, poisoned, y.reshape(-1))
     return y
 
 
@@ -161,7 +164,7 @@ def input_gradient(
     repeats, length = _layout(x)
     if not x.size:
         return dx
-    flat_dy, flat_x, flat_dx = _flat(dy), _flat(x), _flat(dx)
+    flat_dy, flat_x, flat_dx = _flat(dy), _flat(x), dx.reshape(-1)
     if length > 1 or x.shape[1] == 1:
         elementwise.gradient_runs(flat_dy, flat_x, mean_C, offset_C, slope_C, scale_C, length, flat_dx)
     elif repeats == 1:

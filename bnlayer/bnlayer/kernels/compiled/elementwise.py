@@ -1,8 +1,5 @@
 """The passes that write: y and dx. One rounding per operation, in the data's own dtype.
 
-They go through the data from its end, in pieces: what the pass before has read last is still in the cache. Within a
-piece they go forward, as every prefetcher expects.
-
 Arrays come flat, with the coefficients of a row (`rows`: as wide as vectors divide) or of a channel (`runs`).
 """
 
@@ -17,8 +14,6 @@ from bnlayer.kernels.compiled.jit import inlined, kernel
 from bnlayer.kernels.compiled.simd import LANES, broadcast, load, store
 
 Array = NDArray[Any]
-
-_PIECE = 2**15  # elements: 128 KB of float32
 
 
 @inlined
@@ -58,14 +53,9 @@ def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: 
     for at in range(rows * width, x.size):
         c = at - rows * width
         y[at] = _normal(x[at], mean[c], scale[c], shift[c])
-    piece = max(1, _PIECE // width)
-    pieces = (rows + piece - 1) // piece
-    for back in range(pieces):
-        first = (pieces - 1 - back) * piece
-        for i in range(first, min(first + piece, rows)):
-            for c in range(0, width, LANES):
-                at = i * width + c
-                store(y, at, _normal(load(x, at), load(mean, c), load(scale, c), load(shift, c)))
+    for start in range(0, rows * width, width):
+        for c in range(0, width, LANES):
+            store(y, start + c, _normal(load(x, start + c), load(mean, c), load(scale, c), load(shift, c)))
     _poison(y, poisoned, 1)
 
 
@@ -74,8 +64,7 @@ def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, poisoned: 
     """The same for runs of one channel after the other, each `length` long."""
     channels = mean.size
     runs = x.size // length
-    for back in range(runs):
-        run = runs - 1 - back
+    for run in range(runs):
         c = run % channels
         m, a, b = broadcast(mean[c]), broadcast(scale[c]), broadcast(shift[c])
         whole = length // LANES * LANES
@@ -95,15 +84,10 @@ def gradient_rows(dy: Array, x: Array, mean: Array, offset: Array, slope: Array,
     for at in range(rows * width, x.size):
         c = at - rows * width
         dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
-    piece = max(1, _PIECE // width)
-    pieces = (rows + piece - 1) // piece
-    for back in range(pieces):
-        first = (pieces - 1 - back) * piece
-        for i in range(first, min(first + piece, rows)):
-            for c in range(0, width, LANES):
-                at = i * width + c
-                m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)
-                store(dx, at, _gradient(load(dy, at), load(x, at), m, o, k, a))
+    for start in range(0, rows * width, width):
+        for c in range(0, width, LANES):
+            m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)
+            store(dx, start + c, _gradient(load(dy, start + c), load(x, start + c), m, o, k, a))
 
 
 @kernel
@@ -113,8 +97,7 @@ def gradient_runs(
     """The same for runs of one channel after the other, each `length` long."""
     channels = mean.size
     runs = x.size // length
-    for back in range(runs):
-        run = runs - 1 - back
+    for run in range(runs):
         c = run % channels
         m, o, k, a = broadcast(mean[c]), broadcast(offset[c]), broadcast(slope[c]), broadcast(scale[c])
         whole = length // LANES * LANES

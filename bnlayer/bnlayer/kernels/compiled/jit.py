@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from threading import Timer
 from typing import Any, TypeVar, cast
 
 from numba import njit
 from numba.core import event
-
-_SLOW_S = 1.0  # a compilation that takes longer is announced: somebody may be waiting for it
 
 _log = logging.getLogger("bnlayer.kernels")
 
@@ -36,33 +33,23 @@ def inlined(function: F) -> F:
 
 
 class _Announcer(event.Listener):
-    """Says so when a compilation takes long."""
+    """Says so when something is compiled: it was not in the cache, and somebody may be waiting for it."""
 
     def __init__(self) -> None:
-        self._timer: Timer | None = None
         self._announced = False
 
     def on_start(self, event: Any) -> None:
-        """A compilation begins; those of parts begin within it."""
+        """A compilation begins."""
         module = str(getattr(event.data["dispatcher"].py_func, "__module__", ""))
-        if self._timer is None and not self._announced and module.startswith(__package__ or ""):
-            self._timer = Timer(_SLOW_S, self._announce)
-            self._timer.daemon = True
-            self._timer.start()
+        if not self._announced and module.startswith(__package__ or ""):
+            self._announced = True
+            _log.warning(
+                "compiling the kernels for this machine; it takes some seconds, once "
+                "(BNLAYER_KERNELS=reference does without; NUMBA_CACHE_DIR says where the machine code is kept)"
+            )
 
     def on_end(self, event: Any) -> None:
         """It ends."""
-        del event
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _announce(self) -> None:
-        self._announced = True
-        _log.warning(
-            "compiling the kernels for this machine; it takes some seconds, once "
-            "(BNLAYER_KERNELS=reference does without; NUMBA_CACHE_DIR says where the machine code is kept)"
-        )
 
 
 event.register("numba:compile", _Announcer())
