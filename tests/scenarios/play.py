@@ -4,6 +4,9 @@ The core of the service is driven directly, with a clock that only `wait` moves.
 compute words with the reference kernels, walk through exchanges as the layer does, and keep a mirror of the owner's
 state, which must equal the owner's bit for bit after every exchange.
 
+Whatever the service wants written is kept, and `restart` makes a new service of it: nobody is connected then. Ranks give
+signs of life as time passes, but for those that are frozen.
+
 `rank=*` stands for every rank that has joined. Below `in any order:`, commands are played in every order; all must give
 the same lines.
 """
@@ -39,11 +42,28 @@ from bnserver.core.effects import (
     Joined,
     Owned,
     Persist,
+    Record,
     Reduce,
     Released,
+    Straggling,
     Totals,
 )
-from bnserver.core.events import Body, Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.entries import Entry
+from bnserver.core.events import (
+    Body,
+    Contribute,
+    Event,
+    Heartbeat,
+    Join,
+    Leave,
+    Lost,
+    Malformed,
+    Pull,
+    Push,
+    Resume,
+    Stop,
+    Tick,
+)
 from bnserver.core.service import Service
 from bnserver.translation import failure_of
 from scenarios.transcript import Block, orders
@@ -70,10 +90,16 @@ class Rank:
     name: str
     rank: int
     stream: int
-    job: str
+    join: Join
     generation: int = 0
     sequence: int = 0
+    answered: int = 0
+    layer_answered: int = 0
     last: tuple[Call, Body] | None = None
+    before: tuple[Call, Body] | None = None
+    pushes: int = 0
+    frozen: bool = False
+    deaf: bool = False
     layers: dict[str, Mirror] = field(default_factory=dict)
     exchange: Exchange | None = None
     rounds: int = 9
@@ -95,8 +121,9 @@ class Scene:
 
     def __init__(self) -> None:
         self._service = Service()
-        self._now = 0.0
+        self._tenths = 0
         self._streams = count(1)
+        self._written: dict[str, list[Entry]] = defaultdict(list)
         self._ranks: dict[str, Rank] = {}
         self._by_stream: dict[int, Rank] = {}
         self._lines: dict[str, list[str]] = defaultdict(list)
@@ -115,12 +142,14 @@ class Scene:
     # ---- commands ----
 
     def _do_join(self, name: str, options: Options) -> None:
-        rank = Rank(name, int(options["rank"]), next(self._streams), options.get("job", "j"))
-        self._ranks[name] = self._by_stream[rank.stream] = rank
-        peer = Peer(rank.rank, f"n{name}", 100 + rank.stream)
+        stream, number = next(self._streams), int(options["rank"])
+        peer = Peer(number, f"n{name}", 100 + stream)
         timeout = float(options.get("timeout", 300))
         world = int(options["world"])
-        self._handle(Join(rank.stream, rank.job, peer, world, timeout, timeout))
+        join = Join(stream, options.get("job", "j"), peer, world, timeout, timeout, incarnation=1000 + stream)
+        rank = Rank(name, number, stream, join)
+        self._ranks[name] = self._by_stream[stream] = rank
+        self._handle(join)
 
     def _do_enroll(self, name: str, options: Options) -> None:
         rank, channels = self._ranks[name], int(options.get("channels", 1))
@@ -186,30 +215,79 @@ class Scene:
         mean = _numbers(options["mean"])[0]
         grids = Grid.unknown("float32", mean.size), BackwardGrid.unknown("float32", mean.size)
         state = LayerState(Moving(mean, np.ones_like(mean)), *grids)
-        self._handle(Push(self._ranks[name].stream, options["layer"], state))
+        rank = self._ranks[name]
+        rank.pushes += "again" not in options
+        self._handle(Push(rank.stream, options["layer"], state, rank.pushes))
 
     def _do_leave(self, name: str, options: Options) -> None:
         self._handle(Leave(self._ranks[name].stream, options.get("reason", "")))
 
     def _do_crash(self, name: str, options: Options) -> None:
-        self._handle(Lost(self._ranks[name].stream))
+        """A connection breaks."""
+        rank = self._ranks[name]
+        rank.deaf = True
+        self._handle(Lost(rank.stream))
+
+    def _do_deafen(self, name: str, options: Options) -> None:
+        """What the service says does not arrive any more, though nobody has noticed yet."""
+        self._ranks[name].deaf = True
+
+    def _do_back(self, name: str, options: Options) -> None:
+        """The rank comes back on another stream, and says again what may not have been heard."""
+        rank = self._ranks[name]
+        rank.stream, rank.deaf = next(self._streams), False
+        self._by_stream[rank.stream] = rank
+        known = int(options.get("knows", rank.layer_answered))
+        resume = Resume(rank.generation, rank.answered, known) if rank.generation else None
+        asked = rank.last if rank.sequence > rank.answered else None
+        self._handle(replace(rank.join, stream=rank.stream, resume=resume))
+        for sequence, said in ((rank.answered, rank.before), (rank.answered + 1, asked)):
+            if said is not None:
+                self._handle(Contribute(rank.stream, rank.generation, sequence, *said))
+
+    def _do_freeze(self, name: str, options: Options) -> None:
+        """The rank gives no sign of life any more; its connection stands."""
+        self._ranks[name].frozen = True
+
+    def _do_restart(self, name: str, options: Options) -> None:
+        """The service is killed and started again; with `shortened=1` from a snapshot, otherwise from all
+        entries; with `lost=1` from nothing."""
+        past = {job: self._service.past(job) for job in self._service.jobs}
+        if "shortened" not in options:
+            past = dict(self._written)
+        if "lost" in options:
+            past = {}
+        owned = {job: self._service.states(job) for job in past}
+        self._service = Service(past, now=self._now)
+        for job, states in owned.items():
+            assert _bits(self._service.states(job)) == _bits(states)
+        for rank in self._ranks.values():
+            rank.deaf = True
 
     def _do_babble(self, name: str, options: Options) -> None:
         self._handle(Malformed(self._ranks[name].stream, options["text"]))
 
     def _do_wait(self, name: str, options: Options) -> None:
-        self._now += float(options["seconds"])
-        self._handle(Tick())
+        for _ in range(round(float(options["seconds"]) * 10)):
+            self._tenths += 1
+            for rank in self._ranks.values():
+                if not (rank.frozen or rank.deaf):
+                    self._handle(Heartbeat(rank.join.job, rank.rank, rank.join.incarnation))
+            self._handle(Tick())
 
     def _do_stop(self, name: str, options: Options) -> None:
         self._handle(Stop())
 
     def _do_show(self, name: str, options: Options) -> None:
         """The owner's state."""
-        state = self._service.snapshot("j").states[options["layer"]]
+        state = self._service.states("j")[options["layer"]]
         self._lines["owner"].append(_described(options["layer"], state))
 
     # ---- what the ranks and the service say ----
+
+    @property
+    def _now(self) -> float:
+        return self._tenths / 10
 
     def _begin(self, rank: Rank, exchange: Exchange) -> None:
         rank.exchange = exchange
@@ -229,9 +307,21 @@ class Scene:
         if isinstance(effect, Persist):
             self._lines["service"].append(f"saves job {effect.job!r}")
             return
+        if isinstance(effect, Record):
+            self._written[effect.job].append(effect.entry)
+            return
+        if isinstance(effect, Straggling):
+            self._lines["service"].append(f"logs of job {effect.job!r}: {effect.text}")
+            return
         streams = effect.streams if hasattr(effect, "streams") else (effect.stream,)
         for stream in streams:
             rank = self._by_stream[stream]
+            if rank.deaf or stream != rank.stream:
+                continue
+            if hasattr(effect, "sequence"):
+                rank.answered, rank.before = effect.sequence, rank.last
+                if rank.last is not None and rank.last[0].place.layer is not None:
+                    rank.layer_answered = effect.sequence
             if not isinstance(effect, Totals):
                 self._lines[f"rank {rank.name}"].append(_said(effect, rank))
                 continue
@@ -247,7 +337,7 @@ class Scene:
 
     def _check_mirrors(self, rank: Rank) -> None:
         """A rank that applied the same functions to the same words holds the owner's bits."""
-        for name, owned in self._service.snapshot(rank.job).states.items():
+        for name, owned in self._service.states(rank.join.job).items():
             if name in rank.layers:
                 mine = rank.layers[name].state.arrays()
                 assert all((mine[key] == array).all() for key, array in owned.arrays().items() if key != "flags")
@@ -309,6 +399,8 @@ def _backward(mirror: Mirror, options: Options) -> Exchange:
 def _said(effect: Any, rank: Rank) -> str:
     match effect:
         case Joined():
+            if rank.generation == effect.generation:
+                return f"is back in generation {effect.generation} of job {effect.job!r}"
             rank.generation, rank.sequence = effect.generation, 0
             return f"joined generation {effect.generation} of job {effect.job!r}, {effect.world_size} ranks"
         case Enrolled():
@@ -334,6 +426,10 @@ def _said(effect: Any, rank: Rank) -> str:
             return f"{type(error).__name__}{where}, ranks {list(error.ranks)}: {effect.text}"
         case _:
             raise AssertionError(effect)
+
+
+def _bits(states: dict[str, LayerState]) -> dict[str, dict[str, bytes]]:
+    return {name: {key: array.tobytes() for key, array in state.arrays().items()} for name, state in states.items()}
 
 
 def _described(name: str, state: LayerState) -> str:
