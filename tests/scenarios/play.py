@@ -4,8 +4,8 @@ The core of the service is driven directly, with a clock that only `wait` moves.
 compute words with the reference kernels, walk through exchanges as the layer does, and keep a mirror of the owner's
 state, which must equal the owner's bit for bit after every exchange.
 
-Whatever the service wants written is kept, and `restart` makes a new service of it: nobody is connected then. Ranks give
-signs of life as time passes, but for those that are frozen.
+Whatever the service wants written is kept, and `restart` makes a new service of it: nobody is connected then. Ranks
+give signs of life as time passes, but for those that are frozen.
 
 `rank=*` stands for every rank that has joined. Below `in any order:`, commands are played in every order; all must give
 the same lines.
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -25,11 +25,8 @@ from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
-from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moments import BatchStatistics
-from bnlayer.moving import Moving, Rule
+from bnlayer.moving import Moving
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.failures import error_of
@@ -66,10 +63,8 @@ from bnserver.core.events import (
 )
 from bnserver.core.service import Service
 from bnserver.translation import failure_of
+from scenarios.actors import Exchange, Mirror, Options, Rank, backward, described, forward, listed, numbers
 from scenarios.transcript import Block, orders
-
-Exchange = Generator[tuple[Call, NDArray[np.int64]], Totals, str]
-Options = dict[str, str]
 
 
 def play(blocks: list[Block]) -> list[Block]:
@@ -81,39 +76,6 @@ def play(blocks: list[Block]) -> list[Block]:
     told = {tuple(block.expected for block in result) for result in results}
     assert len(told) == 1, f"the order is visible: {told}"
     return [replace(block, expected=got.expected) for block, got in zip(blocks, results[0], strict=True)]
-
-
-@dataclass(slots=True)
-class Rank:
-    """One rank's end of its stream."""
-
-    name: str
-    rank: int
-    stream: int
-    join: Join
-    generation: int = 0
-    sequence: int = 0
-    answered: int = 0
-    layer_answered: int = 0
-    last: tuple[Call, Body] | None = None
-    before: tuple[Call, Body] | None = None
-    pushes: int = 0
-    frozen: bool = False
-    deaf: bool = False
-    layers: dict[str, Mirror] = field(default_factory=dict)
-    exchange: Exchange | None = None
-    rounds: int = 9
-
-
-@dataclass(slots=True)
-class Mirror:
-    """What a rank knows of a layer."""
-
-    terms: LayerTerms
-    state: LayerState
-    steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
-    x: NDArray[np.float32] | None = None
-    statistics: BatchStatistics | None = None
 
 
 class Scene:
@@ -171,11 +133,11 @@ class Scene:
         """A training call; with `rounds=1` the rank falls silent after its first contribution."""
         rank = self._ranks[name]
         rank.rounds = int(options.get("rounds", 9))
-        self._begin(rank, _forward(rank.layers[options["layer"]], options))
+        self._begin(rank, forward(rank.layers[options["layer"]], options))
 
     def _do_backward(self, name: str, options: Options) -> None:
         rank = self._ranks[name]
-        self._begin(rank, _backward(rank.layers[options["layer"]], options))
+        self._begin(rank, backward(rank.layers[options["layer"]], options))
 
     def _do_sums(self, name: str, options: Options) -> None:
         """Raw words, one number for all of a channel's: for what no layer would send."""
@@ -196,7 +158,7 @@ class Scene:
         self._say(self._ranks[name], Call(Operation.BARRIER, place, PlainTerms()), None)
 
     def _do_allreduce(self, name: str, options: Options) -> None:
-        array = _numbers(options["x"])[0].astype(options.get("dtype", "float32"))
+        array = numbers(options["x"])[0].astype(options.get("dtype", "float32"))
         terms = PlainTerms(options.get("op", "sum"), (f"{array.dtype.name}{list(array.shape)}",))
         if "says" in options:
             terms = replace(terms, arrays=(options["says"],))
@@ -204,7 +166,7 @@ class Scene:
 
     def _do_broadcast(self, name: str, options: Options) -> None:
         rank, root = self._ranks[name], int(options["root"])
-        body = (_numbers(options["x"])[0],) if "x" in options else None
+        body = (numbers(options["x"])[0],) if "x" in options else None
         self._say(rank, Call(Operation.BROADCAST, Place(None, None, 0), PlainTerms(root=root)), body)
 
     def _do_pull(self, name: str, options: Options) -> None:
@@ -212,7 +174,7 @@ class Scene:
 
     def _do_push(self, name: str, options: Options) -> None:
         """A state that was never probed."""
-        mean = _numbers(options["mean"])[0]
+        mean = numbers(options["mean"])[0]
         grids = Grid.unknown("float32", mean.size), BackwardGrid.unknown("float32", mean.size)
         state = LayerState(Moving(mean, np.ones_like(mean)), *grids)
         rank = self._ranks[name]
@@ -250,8 +212,10 @@ class Scene:
         self._ranks[name].frozen = True
 
     def _do_restart(self, name: str, options: Options) -> None:
-        """The service is killed and started again; with `shortened=1` from a snapshot, otherwise from all
-        entries; with `lost=1` from nothing."""
+        """The service is killed and started again, from all entries.
+
+        With `shortened=1` from a snapshot; with `lost=1` from nothing.
+        """
         past = {job: self._service.past(job) for job in self._service.jobs}
         if "shortened" not in options:
             past = dict(self._written)
@@ -281,7 +245,7 @@ class Scene:
     def _do_show(self, name: str, options: Options) -> None:
         """The owner's state."""
         state = self._service.states("j")[options["layer"]]
-        self._lines["owner"].append(_described(options["layer"], state))
+        self._lines["owner"].append(described(options["layer"], state))
 
     # ---- what the ranks and the service say ----
 
@@ -304,14 +268,8 @@ class Scene:
             self._say(rank, call, words)
 
     def _hear(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
-        if isinstance(effect, Persist):
-            self._lines["service"].append(f"saves job {effect.job!r}")
-            return
-        if isinstance(effect, Record):
-            self._written[effect.job].append(effect.entry)
-            return
-        if isinstance(effect, Straggling):
-            self._lines["service"].append(f"logs of job {effect.job!r}: {effect.text}")
+        if isinstance(effect, Persist | Record | Straggling):
+            self._note(effect)
             return
         streams = effect.streams if hasattr(effect, "streams") else (effect.stream,)
         for stream in streams:
@@ -319,9 +277,7 @@ class Scene:
             if rank.deaf or stream != rank.stream:
                 continue
             if hasattr(effect, "sequence"):
-                rank.answered, rank.before = effect.sequence, rank.last
-                if rank.last is not None and rank.last[0].place.layer is not None:
-                    rank.layer_answered = effect.sequence
+                rank.hears(effect.sequence)
             if not isinstance(effect, Totals):
                 self._lines[f"rank {rank.name}"].append(_said(effect, rank))
                 continue
@@ -335,6 +291,16 @@ class Scene:
                 self._lines[f"rank {rank.name}"].append(f"{done.value}, owner's version {effect.version}")
                 self._check_mirrors(rank)
 
+    def _note(self, effect: Persist | Record | Straggling) -> None:
+        """What concerns nobody but the service."""
+        match effect:
+            case Persist():
+                self._lines["service"].append(f"saves job {effect.job!r}")
+            case Record():
+                self._written[effect.job].append(effect.entry)
+            case Straggling():
+                self._lines["service"].append(f"logs of job {effect.job!r}: {effect.text}")
+
     def _check_mirrors(self, rank: Rank) -> None:
         """A rank that applied the same functions to the same words holds the owner's bits."""
         for name, owned in self._service.states(rank.join.job).items():
@@ -343,81 +309,27 @@ class Scene:
                 assert all((mine[key] == array).all() for key, array in owned.arrays().items() if key != "flags")
 
 
-def _forward(mirror: Mirror, options: Options) -> Exchange:
-    x = _numbers(options["x"])
-    masked = "mask" in options
-    mask = None
-    if masked:
-        mask = np.array([word == "1" for word in options["mask"].split(",")]).reshape(-1, 1, 1)
-    exchange = ForwardExchange.begin(mirror.state.forward, mirror.terms.epsilon, masked)
-    view, said = x.reshape(*x.shape, 1), []
-    while exchange.wants is not None:
-        said.append(str(exchange.wants))
-        probe = exchange.wants is Operation.PROBE
-        words = (
-            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).words
-        )
-        terms = replace(mirror.terms, masked=masked, grid=exchange.fingerprint)
-        place = Place(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
-        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
-        exchange = exchange.reduced(total.words)
-    assert exchange.statistics is not None
-    mirror.x, mirror.statistics = x, exchange.statistics
-    mirror.steps[Direction.FORWARD] += 1
-    rule = Rule(mirror.terms.momentum, mirror.terms.epsilon, masked=masked)
-    mirror.state = mirror.state.after_forward(exchange.statistics, exchange.grid, rule)
-    return f"after {', '.join(said)}: {_described(options['layer'], mirror.state)}"
-
-
-def _backward(mirror: Mirror, options: Options) -> Exchange:
-    dy, x, statistics = _numbers(options["dy"]), mirror.x, mirror.statistics
-    if x is None or statistics is None:
-        # A rank that resumes without a training call; the owner refuses it, whatever it sends.
-        words = np.zeros((2, mirror.terms.channels), np.int64)
-        place = Place(options["layer"], Direction.BACKWARD, 0)
-        yield Call(Operation.PROBE, place, mirror.terms), words
-        return "nothing"
-    exchange, said = BackwardExchange.begin(mirror.state.backward, statistics), []
-    view, dy_view = x.reshape(*x.shape, 1), dy.reshape(*dy.shape, 1)
-    while exchange.gradients is None:
-        assert exchange.wants is not None
-        said.append(str(exchange.wants))
-        mean = statistics.rounded_mean
-        if exchange.wants is Operation.PROBE:
-            words = reference.gradient_probe(dy_view, view, mean, exchange.grid)
-        else:
-            words = reference.gradient_sums(dy_view, view, None, mean, exchange.grid).words
-        terms = replace(mirror.terms, grid=exchange.fingerprint)
-        place = Place(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
-        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
-        exchange = exchange.reduced(total.words)
-    mirror.steps[Direction.BACKWARD] += 1
-    mirror.state = mirror.state.after_backward(exchange.grid, statistics)
-    return f"after {', '.join(said)}: dbeta {_list(exchange.gradients.beta)}"
-
-
 def _said(effect: Any, rank: Rank) -> str:
     match effect:
         case Joined():
-            if rank.generation == effect.generation:
-                return f"is back in generation {effect.generation} of job {effect.job!r}"
-            rank.generation, rank.sequence = effect.generation, 0
-            return f"joined generation {effect.generation} of job {effect.job!r}, {effect.world_size} ranks"
+            back, rank.generation = rank.generation == effect.generation, effect.generation
+            where = f"generation {effect.generation} of job {effect.job!r}"
+            return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
         case Enrolled():
             assert rank.last is not None
             name = str(rank.last[0].place.layer)
             rank.layers[name].state = effect.state
-            return f"enrolled: {_described(name, effect.state)}, owner's version {effect.state.version}"
+            return f"enrolled: {described(name, effect.state)}, owner's version {effect.state.version}"
         case Reduce():
-            return f"total {_list(reduce_in_rank_order(effect.op, effect.contributions)[0])}"
+            return f"total {listed(reduce_in_rank_order(effect.op, effect.contributions)[0])}"
         case Broadcast():
-            return f"received {_list(effect.arrays[0])}"
+            return f"received {listed(effect.arrays[0])}"
         case Released():
             return "goes on"
         case Owned():
             if effect.state is None:
                 return "the owner has no such layer"
-            return f"owner's version {effect.state.version}: {_described('it', effect.state)}"
+            return f"owner's version {effect.state.version}: {described('it', effect.state)}"
         case Closed():
             return "may go"
         case Failed():
@@ -430,19 +342,6 @@ def _said(effect: Any, rank: Rank) -> str:
 
 def _bits(states: dict[str, LayerState]) -> dict[str, dict[str, bytes]]:
     return {name: {key: array.tobytes() for key, array in state.arrays().items()} for name, state in states.items()}
-
-
-def _described(name: str, state: LayerState) -> str:
-    return f"{name} has mean {_list(state.moving.mean)}, variance {_list(state.moving.variance)}"
-
-
-def _numbers(text: str) -> NDArray[np.float32]:
-    """Rows between semicolons, channels between commas."""
-    return np.array([[float(word) for word in row.split(",")] for row in text.split(";")], np.float32)
-
-
-def _list(values: NDArray[Any]) -> str:
-    return str([float(f"{value:.9g}") for value in values.reshape(-1).tolist()])
 
 
 def _grouped(lines: dict[str, list[str]]) -> list[str]:

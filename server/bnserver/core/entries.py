@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 from bnlayer.state import LayerState
-from bnserver.core.reasons import Reason
 from bnserver.core.events import Words
+from bnserver.core.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from bnlayer.collective import Operation
+from bnserver.core.answers import Answer
 from bnserver.core.entries import Began, Ended, Enlisted, Entry, Kept, Left, Operated, Pushed
 from bnserver.core.generation import Generation
 from bnserver.core.job import Job, began
@@ -70,28 +71,35 @@ def _take(job: Job, entry: Entry, now: float) -> None:
             job.number = entry.generation
             job.layers.forget_unfinished()
             job.generations = [_generation(entry, now)]
+        case Ended():
+            job.number = max(job.number, entry.generation)
+            job.ended = entry
+            job.generations = [each for each in job.generations if each.number != entry.generation]
         case Operated():
-            answer = job.operated(entry)
-            # Layers are written one after the other, so the numbers may jump back.
-            for generation in job.generations:
-                if answer.sequence > generation.completed:
-                    generation.finished(answer)
+            _answer(job, job.operated(entry))
         case Pushed():
             job.layers.replace(entry)
             for generation in job.generations:
                 if entry.rank in generation.members:
                     generation.members[entry.rank].pushes = entry.number
         case Left():
-            for generation in job.generations:
-                if generation.number == entry.generation and entry.rank in generation.members:
-                    generation.gone(entry.rank, "", now)
-                    generation.left[entry.rank] = entry.reason
-        case Ended():
-            job.number = max(job.number, entry.generation)
-            job.ended = entry
-            job.generations = [each for each in job.generations if each.number != entry.generation]
+            _leave(job, entry, now)
         case _:
             assert_never(entry)
+
+
+def _answer(job: Job, answer: Answer) -> None:
+    # Layers are written one after the other, so the numbers may jump back.
+    for generation in job.generations:
+        if answer.sequence > generation.completed:
+            generation.finished(answer)
+
+
+def _leave(job: Job, entry: Left, now: float) -> None:
+    for generation in job.generations:
+        if generation.number == entry.generation and entry.rank in generation.members:
+            generation.gone(entry.rank, "", now)
+            generation.left[entry.rank] = entry.reason  # with the words that it was written with
 
 
 def _generation(entry: Began, now: float) -> Generation:

@@ -12,11 +12,10 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Totals
-from bnserver.core.entries import Began, Ended, Entry, Kept, Operated
+from bnserver.core.entries import Ended, Entry, Kept
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import _DECISIONS
 from bnserver.core.layers import DisagreementError, Layers
-from bnserver.core.past import PastError
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 

@@ -10,8 +10,8 @@ import pytest
 from bnlayer.agreement import Peer
 from bnproto.failures import StatusParts
 from bnserver.core.effects import Closed, Persist
-from bnserver.core.events import Event, Join, Tick
 from bnserver.core.entries import Entry
+from bnserver.core.events import Event, Join, Tick
 from bnserver.core.service import Service
 from bnserver.exchanges import Exchanges, _Outbox
 from bnserver.store import Store

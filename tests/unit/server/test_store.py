@@ -1,7 +1,6 @@
 """What is loaded is what was written, or an error that names the file."""
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +84,7 @@ def test_an_entry_comes_back_as_it_was(entry: Entry) -> None:
     """Every field, and every bit of an array."""
     got = decode(encode(entry))
     assert type(got) is type(entry)
-    assert encode(got) == encode(entry)  # type: ignore[arg-type]  # not a header, or the line above fails
+    assert encode(got) == encode(entry)
     if isinstance(entry, Operated) and isinstance(got, Operated):
         assert (got.sequence, got.call) == (entry.sequence, entry.call)
         if isinstance(entry.body, np.ndarray) and isinstance(got.body, np.ndarray):
