@@ -5,11 +5,13 @@ Laws of this room:
    tell anybody.
 2. At most one probe per exchange: a channel just probed is accepted.
 3. Nothing is committed before the sums are accepted.
+4. Whether they are is known before what follows from them is computed: an owner may answer first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +31,9 @@ class ForwardExchange:
         epsilon: the layer's.
         masked: whether the call has a mask.
         need_C: the channels that the next probe regrids, or the last one did.
-        wants: what comes next; None once `statistics` stands.
+        wants: what comes next; None once the moments are accepted.
         attempt: rounds so far.
         moments: the accepted ones, of all ranks.
-        statistics: the result.
     """
 
     grid: Grid
@@ -42,7 +43,6 @@ class ForwardExchange:
     wants: Operation | None
     attempt: int = 0
     moments: Moments | None = None
-    statistics: BatchStatistics | None = None
 
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
@@ -70,8 +70,13 @@ class ForwardExchange:
         again = moments.refused(self.epsilon)
         if again.any() and not self.need_C.any():
             return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
-        statistics = moments.statistics(self.epsilon, self.masked)
-        return replace(self, wants=None, attempt=self.attempt + 1, moments=moments, statistics=statistics)
+        return replace(self, wants=None, attempt=self.attempt + 1, moments=moments)
+
+    @cached_property
+    @np.errstate(all="ignore")
+    def statistics(self) -> BatchStatistics | None:
+        """What follows from the moments, once they are accepted."""
+        return self.moments.statistics(self.epsilon, self.masked) if self.moments is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +87,9 @@ class BackwardExchange:
         grid: the grid in force.
         statistics: of the training call whose gradients these are.
         need_C: the channels that the next probe regrids, or the last one did.
-        wants: what comes next; None once `gradients` stands.
+        wants: what comes next; None once the sums are accepted.
         attempt: rounds so far.
-        gradients: the result.
+        sums: the accepted ones, of all ranks.
     """
 
     grid: BackwardGrid
@@ -92,7 +97,7 @@ class BackwardExchange:
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
-    gradients: Gradients | None = None
+    sums: GradientSums | None = None
 
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
@@ -121,5 +126,10 @@ class BackwardExchange:
         again = sums.refused(self.statistics.poisoned)
         if again.any() and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, again, Operation.PROBE, self.attempt + 1)
-        gradients = sums.gradients(self.statistics)
-        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)
+        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, sums)
+
+    @cached_property
+    @np.errstate(all="ignore")
+    def gradients(self) -> Gradients | None:
+        """What follows from the sums, once they are accepted. The owner never asks."""
+        return self.sums.gradients(self.statistics) if self.sums is not None else None

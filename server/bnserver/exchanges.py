@@ -33,6 +33,7 @@ from bnserver.core.effects import (
     Persist,
     Record,
     Reduce,
+    Settle,
     Straggling,
 )
 from bnserver.core.events import Event, Heartbeat, Lost, Stop, Tick
@@ -206,6 +207,9 @@ class Exchanges(rpc.StatisticsServiceServicer):
                 self._close(effect.stream)
             case Record():
                 self._record(effect)
+            case Settle():
+                # The answers are on their way first: their writers' turn comes before this.
+                asyncio.get_running_loop().call_soon(self._service.settle, effect.job, effect.layer)
             case Persist():
                 self._persist(effect.job)
             case Straggling():

@@ -105,6 +105,11 @@ def _proxy(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         closing.close()
 
 
+def _forever(action: Callable[[], object]) -> None:
+    while True:
+        action()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -227,7 +232,6 @@ def test_a_frozen_rank_is_told_within_its_lease(
     """
     lease = 1.5
     service = serve("--lease", str(lease))
-    x = "np.ones((2, 3), np.float32)"
     trains = "layer(np.ones((2, 3), np.float32), training=True)"
     body = f"layer = BatchNormalization(synchronized=True, name='a', collective=world)\n{trains}\nsay('trained')\n"
     frozen = run_rank(service.address, 2, 3, body + (trains if parked else "time.sleep(60)"))
@@ -240,8 +244,7 @@ def test_a_frozen_rank_is_told_within_its_lease(
     frozen.signal(signal.SIGSTOP)
     begin = time.monotonic()
     with pytest.raises(PeerLostError) as caught:
-        while True:
-            layer(np.ones((2, 3), np.float32), training=True)
+        _forever(lambda: layer(np.ones((2, 3), np.float32), training=True))
     told = other.line()
     assert time.monotonic() - begin < lease + 1.0 + _SLACK_S
     step = caught.value.step

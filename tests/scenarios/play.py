@@ -42,6 +42,7 @@ from bnserver.core.effects import (
     Record,
     Reduce,
     Released,
+    Settle,
     Straggling,
     Totals,
 )
@@ -268,6 +269,8 @@ class Scene:
             self._say(rank, call, words)
 
     def _hear(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
+        if isinstance(effect, Settle):
+            return
         if isinstance(effect, Persist | Record | Straggling):
             self._note(effect)
             return

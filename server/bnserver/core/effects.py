@@ -121,6 +121,14 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Settle:
+    """The owner's statistics of a layer are to be brought up to date, once the ranks have their answer."""
+
+    job: str
+    layer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Persist:
     """The job is to be saved as a whole: what it is now outlives a power cut."""
 
@@ -128,5 +136,17 @@ class Persist:
 
 
 Effect = (
-    Joined | Totals | Enrolled | Reduce | Broadcast | Released | Owned | Failed | Closed | Straggling | Record | Persist
+    Joined
+    | Totals
+    | Enrolled
+    | Reduce
+    | Broadcast
+    | Released
+    | Owned
+    | Failed
+    | Closed
+    | Straggling
+    | Record
+    | Settle
+    | Persist
 )

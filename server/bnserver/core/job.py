@@ -25,6 +25,7 @@ from bnserver.core.effects import (
     Owned,
     Persist,
     Record,
+    Settle,
     Straggling,
     Totals,
 )
@@ -300,8 +301,10 @@ class Job:
         except DisagreementError as error:
             return self._abort(generation, Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
         generation.finished(answer)
-        record: list[Effect] = [Record(self.name, entry)] if entry is not None else []
-        return record + answer.to(generation.streams)
+        told = answer.to(generation.streams)
+        if entry is None:
+            return told
+        return [Record(self.name, entry), *told, Settle(self.name, entry.call.place.layer or "")]
 
     def _answer(self, done: Round, sequence: int) -> tuple[Answer, Operated | None]:
         """What comes of an operation, and what is written of it."""

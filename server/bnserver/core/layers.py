@@ -6,12 +6,14 @@ Laws of this room:
 3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it
    completed is kept.
 4. A layer remembers what it was before its latest training call, and what came since: `entries` leads back here.
+5. That an exchange is complete is known at once; the update may wait until the ranks have their answer. Nobody can see
+   the difference: whoever asks for the state gets the one after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from bnlayer.collective import Call, Direction, LayerTerms
 from bnlayer.exchange import BackwardExchange, ForwardExchange
@@ -26,27 +28,56 @@ class DisagreementError(Exception):
     """The ranks agree with each other, but not with the owner; the text says how, and what to do."""
 
 
-@dataclass(slots=True)
 class _Layer:
     """One layer.
 
     Attributes:
-        state: the authoritative one.
+        version: the owner's; the state's, once it is up to date.
         forward, backward: the exchange in progress.
-        statistics: of the latest training call: its backward pass needs them.
-        base: the state before that call.
+        base: the state before the latest training call.
         since: what came since then.
     """
 
-    state: LayerState
-    forward: ForwardExchange | None = None
-    backward: BackwardExchange | None = None
-    statistics: BatchStatistics | None = None
-    base: LayerState = field(init=False)
-    since: list[Operated | Pushed] = field(default_factory=list)
+    def __init__(self, state: LayerState) -> None:
+        self.version = state.version
+        self.forward: ForwardExchange | None = None
+        self.backward: BackwardExchange | None = None
+        self.base = state
+        self.since: list[Operated | Pushed] = []
+        self._state = state
+        self._statistics: BatchStatistics | None = None
+        self._owed: tuple[ForwardExchange, Rule] | None = None
 
-    def __post_init__(self) -> None:
-        self.base = self.state
+    @property
+    def state(self) -> LayerState:
+        """The authoritative one."""
+        self.settle()
+        return self._state
+
+    @property
+    def statistics(self) -> BatchStatistics | None:
+        """Of the latest training call: its backward pass needs them."""
+        self.settle()
+        return self._statistics
+
+    def becomes(self, state: LayerState) -> None:
+        """Take another state."""
+        self.settle()
+        self._state, self.version = state, state.version
+
+    def completes(self, exchange: ForwardExchange, rule: Rule) -> None:
+        """An exchange is complete: its update is owed."""
+        self.settle()
+        self._owed, self.version = (exchange, rule), self.version + 1
+
+    def settle(self) -> None:
+        """Make the update that is owed."""
+        if self._owed is None:
+            return
+        (exchange, rule), self._owed = self._owed, None
+        self._statistics = exchange.statistics
+        assert self._statistics is not None
+        self._state = self._state.after_forward(self._statistics, exchange.grid, rule)
 
 
 class Layers:
@@ -76,6 +107,12 @@ class Layers:
         """Begin a generation: the ranks know nothing of exchanges that were cut short."""
         self._layers = {name: _Layer(layer.state) for name, layer in self._layers.items()}
 
+    def settle(self, name: str) -> None:
+        """Make the update that a layer's latest exchange owes."""
+        layer = self._layers.get(name)
+        if layer is not None:
+            layer.settle()
+
     def pulled(self, name: str) -> LayerState | None:
         """The state of a layer; None if there is no such layer."""
         layer = self._layers.get(name)
@@ -102,7 +139,7 @@ class Layers:
         if isinstance(layer.since[-1], Pushed):
             layer.since.pop()  # replaced by this one, and nobody asks what it was
         layer.since.append(entry)
-        layer.state = entry.state
+        layer.becomes(entry.state)
 
     def enrolled(self, name: str, seeds: Mapping[int, LayerState]) -> LayerState:
         """The owner's state of a layer that all ranks named; rank 0's seeds one that is new.
@@ -157,13 +194,12 @@ def _forward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
         raise DisagreementError(f"{call.place}: epsilon or the mask changed in the middle of an exchange.")
     _check_next(exchange, layer.state.version, call, terms)
     exchange = exchange.reduced(words)
-    if exchange.statistics is None:
+    if exchange.wants is not None:
         layer.forward = exchange
-        return layer.state.version
+        return layer.version
     layer.forward = None
-    layer.statistics = exchange.statistics
-    layer.state = layer.state.after_forward(exchange.statistics, exchange.grid, _rule(terms))
-    return layer.state.version
+    layer.completes(exchange, _rule(terms))
+    return layer.version
 
 
 def _backward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
@@ -177,12 +213,12 @@ def _backward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int
         exchange = BackwardExchange.begin(layer.state.backward, layer.statistics)
     _check_next(exchange, layer.state.version, call, terms)
     exchange = exchange.reduced(words)
-    if exchange.gradients is None:
+    if exchange.wants is not None:
         layer.backward = exchange
-        return layer.state.version
+        return layer.version
     layer.backward = None
-    layer.state = layer.state.after_backward(exchange.grid, exchange.statistics)
-    return layer.state.version
+    layer.becomes(layer.state.after_backward(exchange.grid, exchange.statistics))
+    return layer.version
 
 
 def _check_next(exchange: ForwardExchange | BackwardExchange, version: int, call: Call, terms: LayerTerms) -> None:

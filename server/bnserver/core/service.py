@@ -66,6 +66,10 @@ class Service:
         """What a job owns, by layer."""
         return self._jobs[job].layers.states
 
+    def settle(self, job: str, layer: str) -> None:
+        """Bring a layer's statistics up to date."""
+        self._jobs[job].layers.settle(layer)
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Decide what an event brings about.
 

@@ -11,7 +11,7 @@ from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, Pl
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
-from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Totals
+from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Settle, Totals
 from bnserver.core.entries import Ended, Entry, Kept
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import _DECISIONS
@@ -39,8 +39,8 @@ def _enroll(service: Service, stream: int, generation: int = 1) -> list[Effect]:
 
 
 def _told(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
-    """What the ranks are told, and what is saved; not the entries."""
-    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record)]
+    """What the ranks are told, and what is saved; not what the service does for itself."""
+    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record | Settle)]
 
 
 def test_every_decision_is_in_the_table() -> None:
