@@ -60,16 +60,23 @@ SINGLE = Precision("float32", 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
 DOUBLE = Precision("float64", 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
 
 
+# Asked several times in an exchange, and NumPy computes a dtype's name anew each time.
+_OF: dict[str | np.dtype[Any], Precision] = {}
+for _precision in (SINGLE, DOUBLE):
+    _OF |= {_precision.name: _precision, np.dtype(_precision.name): _precision}
+
+
 def precision_of(dtype: DTypeLike) -> Precision:
     """The arithmetic for data of a dtype.
 
     Raises:
         ValueError: the dtype is neither float32 nor float64.
     """
+    if isinstance(dtype, str | np.dtype) and dtype in _OF:
+        return _OF[dtype]
     name = np.dtype(dtype).name
-    for precision in (SINGLE, DOUBLE):
-        if precision.name == name:
-            return precision
+    if name in _OF:
+        return _OF[name]
     raise ValueError(f"Expected float32 or float64 for the arithmetic, received {name}.")
 
 

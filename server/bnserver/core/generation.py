@@ -147,16 +147,17 @@ class Generation:
         self._peers[member.peer.rank] = member.peer
         self.running = self.running or len(self.members) == self.world_size
 
-    def gone(self, rank: int, reason: str, since: float) -> None:
+    def gone(self, rank: int, reason: str, since: float, *, silent: bool = False) -> None:
         """A rank has left, or is lost; the reason is empty for a clean end.
 
         Args:
             rank: which.
             reason: why it failed.
             since: when it was last heard of: the others' grace began then.
+            silent: whether it said nothing itself: then the others are told where it was last seen.
         """
         if reason:
-            seen = self._last_seen(rank)
+            seen = self._last_seen(rank) if silent else ""
             reason += f" ({seen})" if seen else ""
             doomed = self.round.doomed_since
             self.round.doomed_since = since if doomed is None else min(doomed, since)

@@ -91,7 +91,7 @@ class Job:
         """A rank's connection broke: it may come back, if it can."""
         member = generation.members[rank]
         if not member.incarnation:
-            return self.lose(generation, {rank: LOST}, now)
+            return self.lose(generation, {rank: LOST}, now, silent=True)
         until = now + (member.timeout if generation.recovering else self._patience.away)
         member.goes(until, now, restarted=generation.recovering)
         return []
@@ -105,12 +105,14 @@ class Job:
         # Saved before the goodbye is answered: what the last rank is told to be over is on disk.
         return [*self.lose(generation, {rank: reason}, now), *closed]
 
-    def lose(self, generation: Generation, reasons: Mapping[int, str], now: float) -> list[Effect]:
-        """Ranks are gone, each for a reason; "" for a clean end."""
+    def lose(
+        self, generation: Generation, reasons: Mapping[int, str], now: float, *, silent: bool = False
+    ) -> list[Effect]:
+        """Ranks are gone, each for a reason; "" for a clean end. Silent ones have said nothing themselves."""
         effects: list[Effect] = []
         for rank, reason in reasons.items():
             # The others' grace began with its last sign of life: when it went away, or fell silent.
-            generation.gone(rank, reason, generation.members[rank].heard)
+            generation.gone(rank, reason, generation.members[rank].heard, silent=silent)
             if generation.running:
                 effects.append(Record(self.name, Left(generation.number, rank, generation.left[rank])))
         effects += self.settle(generation, now)
@@ -191,7 +193,7 @@ class Job:
         for generation in tuple(self.generations):
             member = generation.members.get(event.peer.rank)
             if member is not None and member.stream is None:
-                effects += self.lose(generation, {event.peer.rank: LOST}, now)
+                effects += self.lose(generation, {event.peer.rank: LOST}, now, silent=True)
         return effects
 
     def _gathering(self, event: Join) -> Generation:
@@ -262,7 +264,7 @@ class Job:
             frozen = [
                 (generation.members[rank].peer, stream) for rank, stream in generation.streams.items() if rank in lost
             ]
-            effects += self.lose(generation, lost, now) if lost else self.settle(generation, now)
+            effects += self.lose(generation, lost, now, silent=True) if lost else self.settle(generation, now)
             for peer, stream in frozen:
                 text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
                 effects.append(Failed(stream, Reason.PEER_LOST, text, (peer.rank,)))
