@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import Grid
-from bnlayer.precision import exponent_above, power_of_two
+from bnlayer.precision import exponent_above
 from bnlayer.words import as_float, as_ints, counted, flags
 
 MASKED_COUNT_EPSILON = 1e-7  # Keras adds it to the sum of a mask (`backend.epsilon()`)
@@ -114,10 +114,9 @@ class Moments:
         a = S·u1/N        V = max(T·u2/N − a², 0)
         """
         n = np.maximum(self.count_C, 1)
-        w = self.grid.exponent_C
         if self.grid.precision.folds == 2:
             return self._mean_variance_exact(n)
-        a = as_float(*self.words[0:2]) * power_of_two(w - 51) / n
+        a = as_float(*self.words[0:2]) * self.grid.unit1_C / n
         second = as_float(*self.words[2:4]) * self.grid.unit2_C / n
         return a, np.maximum(second - a * a, 0.0)
 

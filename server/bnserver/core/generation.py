@@ -304,7 +304,7 @@ class Generation:
         names = "; ".join(
             f"{self._peers[rank]} did not take part within {timeout:g} s, {self._last_seen(rank)}" for rank in missing
         )
-        waits = "; ".join(f"{self._peers[rank]} waits in {_where(call)}" for rank, call in self.round.calls.items())
+        waits = "; ".join(f"{self._peers[rank]} waits in {call.where}" for rank, call in self.round.calls.items())
         return Verdict(
             PeerLostError,
             f"{names}; {waits}. Look at what it is doing; if it is only slow, wait longer: timeout=.",
@@ -316,17 +316,13 @@ class Generation:
             return ""
         seen = self._seen.get(rank) or (self.answer.call if self.answer is not None else None)
         how = "waiting in" if rank in self.round.calls else "completing"
-        return f"last seen {how} {_where(seen)}" if seen is not None else "last seen joining"
+        return f"last seen {how} {seen.where}" if seen is not None else "last seen joining"
 
     def _missing(self, there: set[int]) -> tuple[int, ...]:
         return tuple(rank for rank in range(self.world_size) if rank not in there)
 
     def _here(self) -> str:
         return ", ".join(str(member.peer) for _, member in sorted(self.members.items()))
-
-
-def _where(call: Call) -> str:
-    return str(call.place) if call.place.layer is not None else f"{call.operation} (number {call.place.step})"
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -76,6 +76,7 @@ class MPITransport:
         self._pushed: dict[str, str] = {}
         self._round = 0
         self._over = False
+        self._last: Call | None = None
         self._sound = True
         self._header = np.empty(2, np.int64)
         self._greatest = np.empty(2, np.int64)
@@ -152,7 +153,7 @@ class MPITransport:
             CollectiveError: they have not; not raised where this rank leaves and all others came.
         """
         timeout = min(self._timeout, _FAILED_LEAVE_S) if reason else self._timeout
-        wait = Wait(self._round, call, timeout, time.monotonic())
+        wait = Wait(self._round, call, timeout, time.monotonic(), self._last)
         self._round += 1
         name = _LEAVING if call is None else name_of(said)
         self._header[:] = name, -name
@@ -160,7 +161,7 @@ class MPITransport:
         self._complete(request, wait)
         greatest, least = int(self._greatest[0]), -int(self._greatest[1])
         if greatest == least:
-            self._over = call is None
+            self._over, self._last = call is None, call
         else:
             self._disagree(call, said, reason, wait)
         return wait
