@@ -65,17 +65,19 @@ def _job(address: str, steps: int, done: Callable[[int, int], None] = lambda ran
 
 
 @contextmanager
-def _proxy(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A TCP proxy; yields its address, and what cuts every connection through it."""
+def _proxy(target: str) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
+    """A TCP proxy; yields its address, what cuts every connection through it, and what lets nothing through any more."""
     host, _, port = target.rpartition(":")
     listener = socket.create_server(("127.0.0.1", 0))
     pairs: list[socket.socket] = []
     closing = ExitStack()
+    swallowed: set[socket.socket] = set()
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(2**16):
-                sink.sendall(data)
+                if source not in swallowed:
+                    sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -97,7 +99,7 @@ def _proxy(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
     threading.Thread(target=accept, daemon=True).start()
     try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}", cut
+        yield f"127.0.0.1:{listener.getsockname()[1]}", cut, lambda: swallowed.update(pairs)
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
@@ -122,7 +124,7 @@ def _free_port() -> int:
 def test_cut_connections_heal(serve: Callable[..., Any]) -> None:
     """Every connection is cut, again and again, in the middle of things: the bits of an undisturbed run."""
     service = serve()
-    with _proxy(service.address) as (address, cut):
+    with _proxy(service.address) as (address, cut, _):
 
         def done(rank: int, step: int) -> None:
             if rank == 0 and step % 4 == 3:
@@ -130,6 +132,21 @@ def test_cut_connections_heal(serve: Callable[..., Any]) -> None:
 
         got = _job(address, 20, done)
     assert got == _job(serve().address, 20)
+
+
+def test_a_connection_that_lets_nothing_through_is_made_anew(serve: Callable[..., Any]) -> None:
+    """Nobody closes it, so only heartbeats without an answer tell; it heals before the lease is over."""
+    service = serve("--lease", "2")
+    with _proxy(service.address) as (address, _, swallow):
+
+        def done(rank: int, step: int) -> None:
+            if (rank, step) == (0, 3):
+                swallow()
+
+        begin = time.monotonic()
+        got = _job(address, 6, done)
+        assert time.monotonic() - begin < 2.0 + 4 * _SLACK_S  # long before the timeout of 20 s
+    assert got == _job(serve().address, 6)
 
 
 @pytest.mark.timeout(120)

@@ -264,7 +264,11 @@ class Scene:
         self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
 
     def _handle(self, event: Event) -> None:
-        replies = [reply for effect in self._service.handle(event, self._now) for reply in self._hear(effect)]
+        effects = self._service.handle(event, self._now)
+        written = [number for number, effect in enumerate(effects) if isinstance(effect, Record)]
+        told = [number for number, effect in enumerate(effects) if isinstance(effect, Totals | Enrolled | Owned)]
+        assert not written or not told or written[0] < told[0], "somebody is told what is not written"
+        replies = [reply for effect in effects for reply in self._hear(effect)]
         for rank, call, words in replies:
             self._say(rank, call, words)
 
