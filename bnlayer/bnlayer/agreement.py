@@ -142,8 +142,7 @@ def _minority(said: Mapping[int, object]) -> tuple[int, ...]:
 def _waiting(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> str:
     places: dict[str, list[int]] = defaultdict(list)
     for rank, call in sorted(calls.items()):
-        at = str(call.place) if call.place.layer is not None else f"{call.operation} (number {call.place.step})"
-        places[at].append(rank)
+        places[call.where].append(rank)
     if not places:
         return "nobody waited for it"
     return "; ".join(

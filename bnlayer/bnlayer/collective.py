@@ -128,6 +128,11 @@ class Call:
     terms: LayerTerms | PlainTerms
     attempt: int = 0
 
+    @property
+    def where(self) -> str:
+        """The place in words; a plain operation by its name."""
+        return str(self.place) if self.place.layer is not None else f"{self.operation} (number {self.place.step})"
+
 
 @dataclass(frozen=True, slots=True)
 class Total:

@@ -5,11 +5,14 @@ Laws of this room:
    tell anybody.
 2. At most one probe per exchange: a channel just probed is accepted.
 3. Nothing is committed before the sums are accepted.
+4. Whether they are is known before what follows from them is computed: an owner may answer first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +23,7 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics, Moments
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class ForwardExchange:
     """Agreeing on a batch's statistics.
 
@@ -29,10 +32,10 @@ class ForwardExchange:
         epsilon: the layer's.
         masked: whether the call has a mask.
         need_C: the channels that the next probe regrids, or the last one did.
-        wants: what comes next; None once `statistics` stands.
+        wants: what comes next; None once the moments are accepted.
         attempt: rounds so far.
         moments: the accepted ones, of all ranks.
-        statistics: the result.
+        found: gives what follows from them.
     """
 
     grid: Grid
@@ -42,7 +45,7 @@ class ForwardExchange:
     wants: Operation | None
     attempt: int = 0
     moments: Moments | None = None
-    statistics: BatchStatistics | None = None
+    found: Callable[[], BatchStatistics] | None = None
 
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
@@ -66,15 +69,20 @@ class ForwardExchange:
             grid = self.grid.probed(words, self.need_C)
             return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
         moments = Moments(words, self.grid)
-        statistics, again = moments.judged(self.epsilon, self.masked)
+        found, again = moments.judged(self.epsilon, self.masked)
         if again is not None and not self.need_C.any():
             return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
         return ForwardExchange(
-            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, statistics
+            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, found
         )
 
+    @cached_property
+    def statistics(self) -> BatchStatistics | None:
+        """What follows from the moments, once they are accepted."""
+        return self.found() if self.found is not None else None
 
-@dataclass(frozen=True, eq=False, slots=True)
+
+@dataclass(frozen=True, eq=False)
 class BackwardExchange:
     """Agreeing on a batch's gradient sums.
 
@@ -82,9 +90,9 @@ class BackwardExchange:
         grid: the grid in force.
         statistics: of the training call whose gradients these are.
         need_C: the channels that the next probe regrids, or the last one did.
-        wants: what comes next; None once `gradients` stands.
+        wants: what comes next; None once the sums are accepted.
         attempt: rounds so far.
-        gradients: the result.
+        found: gives what follows from the accepted sums.
     """
 
     grid: BackwardGrid
@@ -92,7 +100,7 @@ class BackwardExchange:
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
-    gradients: Gradients | None = None
+    found: Callable[[], Gradients] | None = None
 
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
@@ -116,7 +124,12 @@ class BackwardExchange:
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(words, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        gradients, again = GradientSums(words, self.grid).judged(self.statistics)
+        found, again = GradientSums(words, self.grid).judged(self.statistics)
         if again is not None and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, again, Operation.PROBE, self.attempt + 1)
-        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)
+        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, found)
+
+    @cached_property
+    def gradients(self) -> Gradients | None:
+        """What follows from the sums, once they are accepted. The owner never asks."""
+        return self.found() if self.found is not None else None

@@ -67,7 +67,12 @@ class Grid:
         """2^exponent: a deviation must lie below it."""
         return power_of_two(self.exponent_C)
 
-    @property
+    @cached_property
+    def unit1_C(self) -> NDArray[np.float64]:
+        """The unit of a deviation."""
+        return power_of_two(self.exponent_C - 51)
+
+    @cached_property
     def unit2_C(self) -> NDArray[np.float64]:
         """The unit of a squared deviation."""
         return power_of_two(2 * self.exponent_C - 52)

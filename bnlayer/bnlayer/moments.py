@@ -8,16 +8,17 @@ Shape suffixes: C channels, W words of a packed sum: per fold S_hi, S_lo; per fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import Grid
 from bnlayer.kernels import kernels
-from bnlayer.precision import exponent_above, power_of_two
+from bnlayer.precision import exponent_above
 from bnlayer.words import as_float, as_ints, counted, flags
 
 MASKED_COUNT_EPSILON = 1e-7  # Keras adds it to the sum of a mask (`backend.epsilon()`)
@@ -115,10 +116,9 @@ class Moments:
         a = S·u1/N        V = max(T·u2/N − a², 0)
         """
         n = np.maximum(self.count_C, 1)
-        w = self.grid.exponent_C
         if self.grid.precision.folds == 2:
             return self._mean_variance_exact(n)
-        a = as_float(*self.words[0:2]) * power_of_two(w - 51) / n
+        a = as_float(*self.words[0:2]) * self.grid.unit1_C / n
         second = as_float(*self.words[2:4]) * self.grid.unit2_C / n
         return a, np.maximum(second - a * a, 0.0)
 
@@ -152,13 +152,16 @@ class Moments:
             pooled.append((n, d + n * pivot, dd + 2 * pivot * d + n * pivot * pivot))
         return pooled
 
-    def judged(self, epsilon: float, masked: bool) -> tuple[BatchStatistics, NDArray[np.bool_] | None]:
-        """`statistics`, and what is `refused`; None if nothing is."""
+    def judged(self, epsilon: float, masked: bool) -> tuple[Callable[[], BatchStatistics], NDArray[np.bool_] | None]:
+        """What gives the `statistics`, and what is `refused`; None if nothing is.
+
+        Where one compiled call finds both they are there at once; otherwise they are computed when asked for: the owner
+        answers the ranks before that.
+        """
         quick = kernels().channels
         if quick is None or self.grid.precision.folds == 2:
-            with np.errstate(all="ignore"):  # Inf and NaN are answers here, on the owner as on the ranks
-                refused = self.refused(epsilon)
-                return self.statistics(epsilon, masked), refused if refused.any() else None
+            refused = self.refused(epsilon)
+            return partial(self.statistics, epsilon, masked), refused if refused.any() else None
         grid, channels = self.grid, self.words.shape[1]
         rows, rounded, reach = np.empty((7, channels)), np.empty(channels, np.float32), np.empty(channels, np.int64)
         poisoned, refused = np.empty((2, channels), np.bool_)
@@ -168,10 +171,12 @@ class Moments:
             rows, rounded, reach, poisoned, refused,
         )  # fmt: skip
         count, divisor, mean, variance, inverse_std, residual, mean_share = rows
-        return BatchStatistics(
+        statistics = BatchStatistics(
             count, divisor, mean, variance, inverse_std, rounded, residual, mean_share, reach, poisoned
-        ), refused if again else None
+        )
+        return lambda: statistics, refused if again else None
 
+    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def refused(self, epsilon: float) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
@@ -186,6 +191,7 @@ class Moments:
         coarse = (variance + epsilon < needed) & ranged
         return (self.misfit_C | coarse) & ~self.not_finite_C
 
+    @np.errstate(all="ignore")
     def statistics(self, epsilon: float, masked: bool) -> BatchStatistics:
         """The batch's statistics, once its moments are accepted.
 

@@ -55,7 +55,12 @@ class Precision:
 
 SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
 DOUBLE = Precision("float64", np.dtype(np.float64), 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
-_BY_NAME = {precision.name: precision for precision in (SINGLE, DOUBLE)}
+
+
+# Asked several times in an exchange, and NumPy computes a dtype's name anew each time.
+_OF: dict[str | np.dtype[Any], Precision] = {}
+for _precision in (SINGLE, DOUBLE):
+    _OF |= {_precision.name: _precision, np.dtype(_precision.name): _precision}
 
 
 def precision_of(dtype: DTypeLike) -> Precision:
@@ -64,12 +69,11 @@ def precision_of(dtype: DTypeLike) -> Precision:
     Raises:
         ValueError: the dtype is neither float32 nor float64.
     """
-    found = _BY_NAME.get(dtype) if isinstance(dtype, str) else None
-    if found is not None:
-        return found
+    if isinstance(dtype, str | np.dtype) and dtype in _OF:
+        return _OF[dtype]
     name = np.dtype(dtype).name
-    if name in _BY_NAME:
-        return _BY_NAME[name]
+    if name in _OF:
+        return _OF[name]
     raise ValueError(f"Expected float32 or float64 for the arithmetic, received {name}.")
 
 

@@ -152,4 +152,4 @@ class Rounds:
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return GradientSums(result.local_words, result.grid).judged(statistics)[0]
+    return GradientSums(result.local_words, result.grid).judged(statistics)[0]()

@@ -36,7 +36,26 @@ class WireError(ValueError):
 
 
 def pack(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> tuple[pb.Payload, list[pb.Part]]:
-    """Arrays as a payload and the parts that follow its message.
+    """Arrays as a payload and the parts that follow its message on the wire.
+
+    Args:
+        arrays: of any dtype that travels, C-contiguous or not.
+        names: one for each array; empty for arrays whose order says enough.
+
+    Raises:
+        WireError: a dtype doesn't travel.
+    """
+    payload = whole(arrays, names)
+    data = payload.data
+    if payload.size <= PART_BYTES:
+        return payload, []
+    payload.data = data[:PART_BYTES]
+    rest = [pb.Part(data=data[start : start + PART_BYTES]) for start in range(PART_BYTES, len(data), PART_BYTES)]
+    return payload, rest
+
+
+def whole(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Payload:
+    """Arrays as one payload, however large: for files, which know no limit.
 
     Args:
         arrays: of any dtype that travels, C-contiguous or not.
@@ -51,9 +70,7 @@ def pack(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> tuple[pb.
         for name, array in zip(names or [""] * len(arrays), arrays, strict=True)
     ]
     data = b"".join(_little_endian(array).tobytes() for array in arrays)
-    payload = pb.Payload(arrays=headers, data=data[:PART_BYTES], size=len(data))
-    rest = [pb.Part(data=data[start : start + PART_BYTES]) for start in range(PART_BYTES, len(data), PART_BYTES)]
-    return payload, rest
+    return pb.Payload(arrays=headers, data=data, size=len(data))
 
 
 def unpack(payload: pb.Payload, data: bytes | bytearray) -> list[NDArray[Any]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 Options = list[tuple[str, int]]
 
 SERVICE_NAME = "bnproto.v1.StatisticsService"
+# What the health service calls the state directory: SERVING while jobs are saved there.
+SAVING_NAME = f"{SERVICE_NAME}/saving"
 
 # gRPC refuses messages above 4 MiB. A quarter leaves room for headers, and keeps one job's message from
 # holding up another's for long.

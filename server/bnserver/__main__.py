@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
+from bnserver.core.members import Patience
 from bnserver.daemon import serve
 
 _ABOUT = """\
@@ -25,6 +27,13 @@ exit codes: 0 after an orderly end; 1 the service could not start, or could not 
 """
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not (0 <= seconds < math.inf):
+        raise ValueError(f"expected a number of seconds, received {text!r}")
+    return seconds
+
+
 def main() -> int:
     """Read the command line and serve."""
     parser = argparse.ArgumentParser(
@@ -40,7 +49,24 @@ def main() -> int:
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="where jobs are kept between two runs of the service; without it they end with the process",
+        help="where jobs are kept: kill the service and start it again, and they go on; without it they end with the "
+        "process",
+    )
+    parser.add_argument(
+        "--lease",
+        type=_seconds,
+        default=Patience().lease,
+        metavar="SECONDS",
+        help="a rank that gives no sign of life for so long is taken for frozen, and the others are told; 0: never; "
+        "%(default)g if not given",
+    )
+    parser.add_argument(
+        "--away",
+        type=_seconds,
+        default=Patience().away,
+        metavar="SECONDS",
+        help="how long a rank whose connection broke may take to come back; a killed one is told to the others so much "
+        "later; %(default)g if not given",
     )
     parser.add_argument(
         "--insecure", action="store_true", help="allow plain text on an address that other machines can reach"
@@ -63,6 +89,7 @@ def main() -> int:
         options.state_dir,
         insecure=options.insecure,
         ready_file=options.ready_file,
+        patience=Patience(options.lease, options.away),
         log_level=options.log_level,
         log_file=options.log_file,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -18,10 +19,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from bnproto.channel import SERVER_OPTIONS, SERVICE_NAME
+from bnlayer.kernels import warm
+from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2_grpc as rpc
-from bnserver.core.service import Service
+from bnserver.core.members import Patience
 from bnserver.exchanges import Exchanges
+from bnserver.failpoints import FailpointError, Failpoints
 from bnserver.logs import LogError, logged
 from bnserver.store import Store, StoreError
 
@@ -46,6 +49,7 @@ def serve(
     *,
     insecure: bool = False,
     ready_file: Path | None = None,
+    patience: Patience | None = None,
     log_level: str = "info",
     log_file: Path | None = None,
 ) -> int:
@@ -56,6 +60,7 @@ def serve(
         state_dir: where jobs are kept; None keeps them in memory alone.
         insecure: allow plain text beyond this machine.
         ready_file: receives the address, HOST:PORT, once ranks can join.
+        patience: how long it waits for signs of life of a rank.
         log_level: what stderr gets: debug, info, warning or error.
         log_file: gets the log from info on, whatever stderr gets; None: there is none.
 
@@ -70,8 +75,9 @@ def serve(
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
         with logged(log_level, log_file):
-            asyncio.run(_serve(listen, host, state_dir, ready_file))
-    except ListenError as error:
+            warm.owner()  # before it listens: nobody waits for a compilation in the middle of an exchange
+            asyncio.run(_serve(listen, host, state_dir, ready_file, patience, Failpoints(os.environ)))
+    except (ListenError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE
     except (LogError, StartError, StoreError) as error:
@@ -80,22 +86,37 @@ def serve(
     return OK
 
 
-async def _serve(listen: str, host: str, state_dir: Path | None, ready_file: Path | None) -> None:
+async def _serve(
+    listen: str,
+    host: str,
+    state_dir: Path | None,
+    ready_file: Path | None,
+    patience: Patience | None,
+    failpoints: Failpoints,
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    store = Store(state_dir) if state_dir is not None else None
+    store = Store(state_dir, failpoints) if state_dir is not None else None
     try:
-        exchanges = Exchanges(secrets.randbits(63), store)
         health_service = health.aio.HealthServicer()
         await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
+
+        async def say_whether_saving(saving: bool) -> None:
+            status = HealthCheckResponse.SERVING if saving else HealthCheckResponse.NOT_SERVING
+            await health_service.set(SAVING_NAME, status)
+
+        await say_whether_saving(store is not None)
+        exchanges = Exchanges(
+            secrets.randbits(63), store, patience=patience, failpoints=failpoints, saving=say_whether_saving
+        )
         server = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         address = f"{host}:{_bind(server, listen)}"
         await server.start()
         try:
-            exchanges.open(Service(await asyncio.to_thread(store.load) if store is not None else ()))
+            await exchanges.open()
             await _set_health(health_service, HealthCheckResponse.SERVING)
             _announce(address, ready_file)
             await stop.wait()

@@ -2,6 +2,9 @@
 
 One task per stream reads, one writes; between them stands a queue, so a rank that reads slowly holds up nobody
 but itself. All of them run in one event loop: the core is never entered twice at once.
+
+What the core wants written is written before anybody is told of it. Where that fails (a full disk), the jobs go on in
+memory, the log and the health service say so, and every second a snapshot is tried until it is on disk.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -20,6 +23,7 @@ from bnlayer.reduction import reduce_in_rank_order
 from bnproto.failures import DETAILS_KEY, StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.core.attention import TICK_S, Attention
 from bnserver.core.effects import (
     Closed,
     Effect,
@@ -27,21 +31,28 @@ from bnserver.core.effects import (
     Joined,
     Owned,
     Persist,
-    Reason,
+    Record,
     Reduce,
+    Settle,
+    Straggling,
 )
-from bnserver.core.events import Event, Lost, Stop, Tick
+from bnserver.core.events import Event, Heartbeat, Lost, Stop, Tick
+from bnserver.core.members import Patience
+from bnserver.core.past import PastError
+from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
+from bnserver.failpoints import Failpoints
 from bnserver.store import Store, StoreError
 from bnserver.translation import Messages, Reader, Writer, failure_of
 
-_TICK_S = 0.1  # how late a deadline may be noticed
+_SAVE_AGAIN_TICKS = 10  # after a failure
 # Adding this many bytes takes about a millisecond: less than the way to another thread and back is worth.
 _REDUCE_HERE_BYTES = 2**20
 
 _log = logging.getLogger("bnserver")
 
 Context = grpc.aio.ServicerContext[pb.ExchangeRequest, pb.ExchangeResponse]
+Saying = Callable[[bool], Coroutine[Any, Any, None]]
 
 
 @dataclass(slots=True)
@@ -58,22 +69,47 @@ class Exchanges(rpc.StatisticsServiceServicer):
     Args:
         boot_id: names this run of the service.
         store: where jobs are saved; None keeps them in memory alone.
+        patience: how long it waits for signs of life.
+        failpoints: faults on purpose.
+        saving: is told when jobs can't be saved (False), and when they can again.
     """
 
-    def __init__(self, boot_id: int, store: Store | None) -> None:
-        self._writer = Writer(boot_id)
+    def __init__(
+        self,
+        boot_id: int,
+        store: Store | None,
+        *,
+        patience: Patience | None = None,
+        failpoints: Failpoints | None = None,
+        saving: Saying | None = None,
+    ) -> None:
+        self._patience = patience or Patience()
+        self._writer = Writer(boot_id, self._patience, durable=store is not None)
         self._store = store
-        self._service = Service()
+        self._failpoints = failpoints or Failpoints()
+        self._saving = saving
+        self._service = Service(patience=self._patience)
+        self._attention = Attention(time.monotonic())
         self._ready = asyncio.Event()
         self._numbers = count(1)
         self._outboxes: dict[int, _Outbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._saves: set[asyncio.Task[None]] = set()
-        self._unsaved: StoreError | None = None
+        self._unsaved: dict[str, StoreError] = {}
 
-    def open(self, service: Service) -> None:
-        """Let ranks in: what was saved is loaded."""
-        self._service = service
+    async def open(self) -> None:
+        """Load what was saved, and let ranks in.
+
+        Raises:
+            StoreError: a file is corrupt.
+        """
+        pasts = await asyncio.to_thread(self._store.load) if self._store is not None else {}
+        now = time.monotonic()
+        self._attention = Attention(now)
+        try:
+            self._service = Service(pasts, self._patience, now)
+        except PastError as error:
+            raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
         self._ready.set()
         self._start(self._tick(), self._tasks)
 
@@ -83,13 +119,12 @@ class Exchanges(rpc.StatisticsServiceServicer):
         Raises:
             StoreError: a job could not be saved.
         """
-        self._unsaved = None
         self._dispatch(Stop())
         for job in self._service.jobs:
             self._persist(job)
         await asyncio.gather(*self._saves)
-        if self._unsaved is not None:
-            raise self._unsaved
+        for error in self._unsaved.values():
+            raise error
 
     async def Exchange(  # type: ignore[override]  # the stubs know generators alone, gRPC coroutines too
         self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
@@ -102,7 +137,10 @@ class Exchanges(rpc.StatisticsServiceServicer):
             while True:
                 message = await outbox.queue.get()
                 if isinstance(message, pb.ExchangeResponse):
+                    if self._failpoints.reached("before-reply"):
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "dropped on purpose")
                     await context.write(message)
+                    self._failpoints.reached("after-reply")
                 elif message is None:
                     return
                 else:
@@ -112,25 +150,37 @@ class Exchanges(rpc.StatisticsServiceServicer):
             del self._outboxes[stream]
             self._dispatch(Lost(stream))
 
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        """A rank's sign of life."""
+        del context
+        self._dispatch(Heartbeat(request.job, request.rank, request.incarnation))
+        return self._writer.heartbeat()
+
     async def _read(self, stream: int, requests: AsyncIterator[pb.ExchangeRequest]) -> None:
         await self._ready.wait()
         reader = Reader(stream)
         async for request in requests:
             event = reader.read(request)
             if event is not None:
+                self._failpoints.reached("before-event")
                 self._dispatch(event)
         # It hung up without a goodbye; a connection that broke cancels `Exchange` instead.
         self._dispatch(Lost(stream))
         self._end(stream, None)
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
+        for number in count(1):
+            await asyncio.sleep(TICK_S)
+            self._failpoints.reached("tick")
             self._dispatch(Tick())
+            if number % _SAVE_AGAIN_TICKS == 0 and not self._saves:
+                for job in self._unsaved:
+                    self._persist(job)
 
     def _dispatch(self, event: Event) -> None:
         try:
-            for effect in self._service.handle(event, time.monotonic()):
+            now = self._attention.time(time.monotonic(), tick=isinstance(event, Tick))
+            for effect in self._service.handle(event, now):
                 self._perform(effect)
         except Exception:  # noqa: BLE001 - this is the rim
             # A fault of ours must neither hang a rank nor end the other jobs.
@@ -155,8 +205,15 @@ class Exchanges(rpc.StatisticsServiceServicer):
                 self._end(effect.stream, status)
             case Closed():
                 self._close(effect.stream)
+            case Record():
+                self._record(effect)
+            case Settle():
+                # The answers are on their way first: their writers' turn comes before this.
+                asyncio.get_running_loop().call_soon(self._service.settle, effect.job, effect.layer)
             case Persist():
                 self._persist(effect.job)
+            case Straggling():
+                _log.warning("job %r: %s", effect.job, effect.text)
             case _:
                 self._send(effect.streams, self._writer.result(effect, self._generation(effect.streams)))
 
@@ -214,16 +271,40 @@ class Exchanges(rpc.StatisticsServiceServicer):
             return self._writer.overflowed(effect.sequence, generation, str(error))
         return self._writer.reduced(effect.sequence, generation, arrays)
 
+    def _record(self, effect: Record) -> None:
+        """Write an entry; without a wait, for the kernel takes it and the disk gets it later."""
+        if self._store is None:
+            return
+        try:
+            self._store.append(effect.job, effect.entry)
+        except StoreError as error:
+            self._could_not_save(effect.job, error)
+        if self._store.long(effect.job):
+            self._persist(effect.job)
+
     def _persist(self, job: str) -> None:
         if self._store is not None:
             self._start(self._save(self._store, job), self._saves)
 
     async def _save(self, store: Store, job: str) -> None:
         try:
-            await store.save(self._service.snapshot(job))
+            await store.save(job, lambda: self._service.past(job))
         except StoreError as error:
-            _log.error("%s", error)
-            self._unsaved = error
+            self._could_not_save(job, error)
+            return
+        if self._unsaved.pop(job, None) is not None:
+            _log.warning("Job %r is saved again.", job)
+            self._say_whether_saving()
+
+    def _could_not_save(self, job: str, error: StoreError) -> None:
+        if job not in self._unsaved:
+            _log.error("%s It goes on in memory; a new attempt is made every second.", error)
+        self._unsaved[job] = error
+        self._say_whether_saving()
+
+    def _say_whether_saving(self) -> None:
+        if self._saving is not None:
+            self._start(self._saving(not self._unsaved), self._tasks)
 
     def _start(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
         task = asyncio.create_task(work)

@@ -1,41 +1,77 @@
 """Where jobs are kept between two runs of the service: a directory with one file per job.
 
-Laws of this room:
-1. A file is replaced as a whole or not at all: written aside, synced, renamed, and the directory synced.
-2. What is loaded is what was saved: a digest covers every name, dtype, shape and byte. A file that fails it is
-   reported, never skipped.
-3. One daemon at a time: the directory is locked for as long as the daemon lives.
+A file is a snapshot, and the journal of what came after it: both are entries of the job's past, in the same frames.
 
-A file is in the safetensors format. Its arrays are named "<layer's number>/<name in LayerState.arrays()>".
+Laws of this room:
+1. An entry is in the kernel's hands when `append` returns: it outlives the process, however that ends. It is not
+   synced: a power cut may take it.
+2. A snapshot replaces the file as a whole or not at all: written aside, synced, renamed, the directory synced. It
+   outlives a power cut. What was appended meanwhile is appended to it before it takes its place.
+3. What is loaded is what was written: checksums cover every byte. A journal without its end is one whose last entry
+   nobody was told of: it is cut there. Anything else that is wrong is reported, never skipped.
+4. One daemon at a time: the directory is locked for as long as the daemon lives.
+5. A job whose entry could not be written is not written to again until a whole snapshot of it is on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
+import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import quote
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from bnproto.v1 import journal_pb2 as pb
+from bnserver.core.entries import Entry
+from bnserver.failpoints import Failpoints
+from bnserver.records import FrameError, RecordError, Torn, decode, encode, encode_header, framed, frames
 
-from bnlayer.state import LayerState
-from bnserver.core.service import Snapshot
+_FORMAT = 1
+_SUFFIX = ".job"
+_ASIDE = ".part"
+# A journal of this length is replaced by a snapshot: reading it back takes about a second.
+_LONG_BYTES = 2**26
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-_FORMAT = "bnlayer-job-1"
-_SUFFIX = ".safetensors"
+_log = logging.getLogger("bnserver")
 
 
 class StoreError(RuntimeError):
     """The state directory can't be used; the text says why, and what to do."""
+
+
+@dataclass(slots=True)
+class _File:
+    """A job's file.
+
+    Attributes:
+        handle: its descriptor, open for appending; None: nothing was appended lately.
+        frames: in it so far.
+        size: its bytes so far.
+        snapshot: of these, the snapshot's.
+        broken: whether it lacks an entry, so that it must be replaced.
+        meanwhile: what was appended while a snapshot is being written; None while none is.
+    """
+
+    handle: int | None = None
+    frames: int = 0
+    size: int = 0
+    snapshot: int = 0
+    broken: bool = False
+    meanwhile: list[bytes] | None = None
+
+    def close(self) -> None:
+        """Give the descriptor back; it is opened anew when it is needed."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
 
 
 class Store:
@@ -43,36 +79,156 @@ class Store:
 
     Args:
         directory: is made if it does not exist.
+        failpoints: faults on purpose.
 
     Raises:
         StoreError: another daemon uses it, or it can't be written to.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, failpoints: Failpoints | None = None) -> None:
         self._directory = directory
+        self._failpoints = failpoints or Failpoints()
+        self._files: dict[str, _File] = {}
         self._writing = asyncio.Lock()
         self._lock = _locked(directory)
 
-    def load(self) -> tuple[Snapshot, ...]:
-        """Every job that was saved.
+    def load(self) -> dict[str, list[Entry]]:
+        """The past of every job that was kept.
 
         Raises:
             StoreError: a file is corrupt.
         """
-        return tuple(_loaded(path) for path in sorted(self._directory.glob(f"*{_SUFFIX}")))
+        pasts = {}
+        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
+            job, past, file = _loaded(path)
+            if file.size < path.stat().st_size:
+                os.truncate(path, file.size)
+            self._files[job] = file
+            pasts[job] = past
+        return pasts
 
-    async def save(self, snapshot: Snapshot) -> None:
-        """Keep a job; it is on disk when this returns.
+    def path(self, job: str) -> Path:
+        """A job's file: readable, without a character that a file name can't have, and never the same for two."""
+        digest = blake2b(job.encode(), digest_size=8).hexdigest()
+        return self._directory / f"{quote(job, safe='')[:80]}.{digest}{_SUFFIX}"
+
+    def append(self, job: str, entry: Entry) -> None:
+        """Add an entry to a job's journal; it outlives this process when this returns.
 
         Raises:
-            StoreError: it could not be written. What was saved before is still there.
+            StoreError: it could not be written; the job must be saved as a whole.
         """
+        self._failpoints.reached("before-journal")
+        file = self._files.setdefault(job, _File())
+        body = encode(entry)
+        if file.meanwhile is not None:
+            file.meanwhile.append(body)
+        if file.broken:
+            return  # a snapshot will hold this too
+        try:
+            self._open(job, file)
+            self._write(file, body)
+        except OSError as error:
+            file.broken = True
+            with suppress(OSError):
+                os.truncate(self.path(job), file.size)  # half an entry is none
+            file.close()
+            raise self._told(job, error) from error
+        self._failpoints.reached("after-journal")
+
+    def long(self, job: str) -> bool:
+        """Whether a job's journal has become so long that a snapshot should replace it."""
+        file = self._files[job]
+        return file.meanwhile is None and file.size - file.snapshot > _LONG_BYTES
+
+    async def save(self, job: str, past: Callable[[], Sequence[Entry]]) -> None:
+        """Replace a job's file by a snapshot; it is on disk when this returns.
+
+        Args:
+            job: the job's name.
+            past: gives its entries; called once, when the snapshot is taken.
+
+        Raises:
+            StoreError: it could not be written. What was there before still is.
+        """
+        file = self._files.setdefault(job, _File())
         async with self._writing:
-            await asyncio.to_thread(_save, self._directory, snapshot)
+            file.meanwhile, taken = [], tuple(past())
+            path = self.path(job)
+            aside = path.with_suffix(_ASIDE)
+            try:
+                count, size = await asyncio.to_thread(self._write_aside, job, aside, taken)
+                self._take_place(file, aside, path, count, size)
+                await asyncio.to_thread(_sync, self._directory)
+            except OSError as error:
+                raise self._told(job, error) from error
+            finally:
+                file.meanwhile = None
 
     def close(self) -> None:
         """Let another daemon use the directory."""
+        for file in self._files.values():
+            file.close()
         self._lock.close()
+
+    def _open(self, job: str, file: _File) -> None:
+        """Be ready to append. A new file holds its header from its first moment."""
+        if file.handle is not None:
+            return
+        path = self.path(job)
+        if not file.frames:
+            header = framed(0, _header(job, synced=0))
+            aside = path.with_suffix(_ASIDE)
+            aside.write_bytes(header)
+            aside.replace(path)
+            file.frames, file.size = 1, len(header)
+        file.handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def _write(self, file: _File, body: bytes) -> None:
+        assert file.handle is not None
+        frame = framed(file.frames, body)
+        if self._failpoints.armed("in-journal"):
+            half = len(frame) // 2
+            os.write(file.handle, frame[:half])
+            self._failpoints.reached("in-journal")
+            _write_all(file.handle, frame[half:])
+        else:
+            _write_all(file.handle, frame)
+        file.frames += 1
+        file.size += len(frame)
+
+    def _write_aside(self, job: str, aside: Path, past: tuple[Entry, ...]) -> tuple[int, int]:
+        """Write a snapshot beside the file, and sync it; returns its frames and bytes."""
+        bodies = [_header(job, synced=len(past) + 1), *map(encode, past)]
+        data = b"".join(framed(number, body) for number, body in enumerate(bodies))
+        half = len(data) // 2
+        with aside.open("wb") as target:
+            target.write(data[:half])
+            if self._failpoints.armed("in-snapshot"):
+                target.flush()
+                self._failpoints.reached("in-snapshot")
+            target.write(data[half:])
+            target.flush()
+            os.fsync(target.fileno())
+        self._failpoints.reached("before-rename")
+        return len(bodies), len(data)
+
+    def _take_place(self, file: _File, aside: Path, path: Path, count: int, size: int) -> None:
+        """Append what came meanwhile, and make the snapshot the job's file. Nothing can come in between."""
+        fresh = _File(os.open(aside, os.O_WRONLY | os.O_APPEND), count, size, size)
+        try:
+            for body in file.meanwhile or ():
+                self._write(fresh, body)
+            aside.replace(path)
+        finally:
+            fresh.close()
+        file.close()
+        file.meanwhile, file.broken = None, False
+        file.frames, file.size, file.snapshot = fresh.frames, fresh.size, fresh.snapshot
+        self._failpoints.reached("after-rename")
+
+    def _told(self, job: str, error: OSError) -> StoreError:
+        return StoreError(f"Job {job!r} could not be saved to {self.path(job)}: {error}.")
 
 
 def _locked(directory: Path) -> IO[str]:
@@ -92,37 +248,31 @@ def _locked(directory: Path) -> IO[str]:
             f"The state directory {directory} is in use by {holder}. Stop that daemon, or give this one another "
             "--state-dir: two owners of the same statistics would overwrite each other."
         ) from None
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+        lock.flush()
+    except OSError as error:  # the disk is full: the lock holds all the same
+        _log.warning("The state directory %s can't be written to: %s.", directory, error)
     return lock
 
 
-def _path(directory: Path, job: str) -> Path:
-    """The file of a job: readable, without a character that a file name can't have, and never the same for two."""
-    digest = blake2b(job.encode(), digest_size=8).hexdigest()
-    return directory / f"{quote(job, safe='')[:80]}.{digest}{_SUFFIX}"
+def _header(job: str, *, synced: int) -> bytes:
+    return encode_header(pb.Header(format=_FORMAT, job=job, machine=_machine(), synced=synced))
 
 
-def _save(directory: Path, snapshot: Snapshot) -> None:
-    arrays: dict[str, NDArray[Any]] = {}
-    layers = []
-    for number, (name, state) in enumerate(snapshot.states.items()):
-        layers.append({"name": name, "dtype": state.forward.dtype})
-        arrays |= {f"{number}/{key}": np.ascontiguousarray(array) for key, array in state.arrays().items()}
-    about = json.dumps({"job": snapshot.job, "generation": snapshot.generation, "layers": layers})
-    metadata = {"format": _FORMAT, "about": about, "digest": _digest(about, arrays)}
-    path = _path(directory, snapshot.job)
-    aside = path.with_suffix(".part")
+def _machine() -> str:
+    """Names this run of the machine; "" where the kernel doesn't."""
     try:
-        with aside.open("wb") as file:
-            file.write(save(arrays, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _sync(directory)
-    except OSError as error:
-        raise StoreError(f"Job {snapshot.job!r} could not be saved to {path}: {error}.") from error
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
 
 
 def _sync(directory: Path) -> None:
@@ -133,39 +283,56 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _loaded(path: Path) -> Snapshot:
+def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
+    """A file's job, past, and as much of it as can be gone on with."""
+    header: pb.Header | None = None
+    past: list[Entry] = []
+    file = _File()
     try:
-        with safe_open(path, "numpy") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file is no mapping
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"expected the format {_FORMAT}, found {metadata.get('format')}")
-        if metadata.get("digest") != _digest(metadata["about"], arrays):
-            raise ValueError("its digest does not match its content")
-        about = json.loads(metadata["about"])
-        states = {layer["name"]: _state(number, layer, arrays) for number, layer in enumerate(about["layers"])}
-        return Snapshot(about["job"], about["generation"], states)
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        try:
+            for frame in frames(path.read_bytes()):
+                if isinstance(frame, Torn):
+                    _check_torn(path, header, file, frame)
+                    break
+                end, body = frame
+                entry = decode(body)
+                if isinstance(entry, pb.Header):
+                    header = _checked(entry, file)
+                elif header is None:
+                    raise RecordError("it does not begin with a header")
+                else:
+                    past.append(entry)
+                file.frames, file.size = file.frames + 1, end
+        except FrameError as error:
+            # After a power cut the end of a journal may be anything. What was synced may not.
+            if header is None or file.frames < header.synced or header.machine == _machine():
+                raise
+            _log.warning("%s ends at byte %d: the machine was down meanwhile, and %s.", path, file.size, error)
+        if header is None:
+            raise RecordError("it is empty")
+        if file.frames < header.synced:
+            raise RecordError(f"it has {file.frames} of the {header.synced} records of its snapshot")
+    except (FrameError, RecordError, OSError) as error:
         raise StoreError(
             f"The snapshot {path} is corrupt: {error}. Put a good copy in its place; or move it away, and its job "
             "begins anew, without its moving statistics."
         ) from error
+    return header.job, past, file
 
 
-def _state(number: int, layer: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> LayerState:
-    prefix = f"{number}/"
-    own = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-    return LayerState.from_arrays(own, layer["dtype"])
+def _checked(header: pb.Header, file: _File) -> pb.Header:
+    if file.frames:
+        raise RecordError("a second header stands in its middle")
+    if header.format != _FORMAT:
+        raise RecordError(f"expected the format {_FORMAT}, found {header.format}")
+    return header
 
 
-def _digest(about: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = blake2b(about.encode(), digest_size=16)
-    for chunk in _chunks(arrays):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(arrays: Mapping[str, NDArray[Any]]) -> Iterable[bytes]:
-    for key, array in sorted(arrays.items()):
-        yield f"{key} {array.dtype.name} {array.shape}".encode()
-        yield array.tobytes()
+def _check_torn(path: Path, header: pb.Header | None, file: _File, torn: Torn) -> None:
+    if header is None or file.frames < header.synced:
+        raise FrameError(f"its record {file.frames}, at byte {torn.start}, lacks its end")
+    _log.warning(
+        "%s ends in %d bytes of an entry that was being written when the service was killed: cut off, nobody was told.",
+        path,
+        torn.length,
+    )

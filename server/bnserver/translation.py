@@ -8,8 +8,10 @@ from bnlayer.state import LayerState
 from bnproto.arrays import Joining, WireError, named, pack, unpack
 from bnproto.calls import call_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Reason, Released, Totals
-from bnserver.core.events import Arrays, Body, Contribute, Event, Join, Leave, Malformed, Pull, Push
+from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Released, Totals
+from bnserver.core.events import Arrays, Body, Contribute, Event, Heartbeat, Join, Leave, Malformed, Pull, Push, Resume
+from bnserver.core.members import Patience
+from bnserver.core.reasons import Reason
 
 Messages = list[pb.ExchangeResponse]
 
@@ -20,6 +22,8 @@ _REASONS = {
     Reason.DEADLINE: pb.ERROR_REASON_DEADLINE,
     Reason.INVALID: pb.ERROR_REASON_INVALID,
     Reason.STOPPING: pb.ERROR_REASON_STOPPING,
+    Reason.STALE: pb.ERROR_REASON_STALE_GENERATION,
+    Reason.DATA_LOSS: pb.ERROR_REASON_DATA_LOSS,
     Reason.INTERNAL: pb.ERROR_REASON_INTERNAL,
 }
 
@@ -29,11 +33,11 @@ class Reader:
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
-        self._joined = False
+        self._alive: Heartbeat | None = None
         self._waiting: tuple[pb.ExchangeRequest, Joining] | None = None
 
     def read(self, request: pb.ExchangeRequest) -> Event | None:
-        """The event that a request brings; None if parts are missing, or for a heartbeat."""
+        """The event that a request brings; None if parts are missing."""
         try:
             return self._event(request)
         except (ValueError, KeyError) as error:
@@ -41,13 +45,12 @@ class Reader:
 
     def _event(self, request: pb.ExchangeRequest) -> Event | None:
         kind = request.WhichOneof("message")
-        if (kind == "join") is self._joined:
+        if (kind == "join") is (self._alive is not None):
             raise WireError("expected one join, as the first request of a stream")
         if (kind == "part") is not (self._waiting is not None):
             raise WireError(f"expected {'a part' if self._waiting else 'no part'} here, received {kind}")
         match kind:
             case "join":
-                self._joined = True
                 return self._join(request.join)
             case "part":
                 return self._part(request.part)
@@ -60,16 +63,19 @@ class Reader:
             case "leave":
                 return Leave(self._stream, request.leave.reason)
             case "heartbeat":
-                return None
+                return self._alive
             case _:
                 raise WireError("expected a request, received an empty message")
 
     def _join(self, join: pb.Join) -> Event:
+        self._alive = Heartbeat(join.job, join.rank, join.incarnation)
+        resume = None
         if join.HasField("resume"):
-            raise WireError("this service can't take a rank back into a running generation: start the job again")
+            known = join.resume
+            resume = Resume(known.generation, known.sequence, known.layer_sequence, dict(known.versions))
         peer = Peer(join.rank, join.host, join.pid)
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
-        return Join(self._stream, join.job, peer, join.world_size, *timeouts)
+        return Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
 
     def _part(self, part: pb.Part) -> Event | None:
         assert self._waiting is not None
@@ -88,7 +94,7 @@ class Reader:
         self._waiting = None
         if request.WhichOneof("message") == "push":
             state = LayerState.from_arrays(named(joining.payload, joining.data), request.push.dtype)
-            return Push(self._stream, request.push.layer, state)
+            return Push(self._stream, request.push.layer, state, request.push.number)
         message = request.contribution
         call = call_of(message)
         body: Body
@@ -107,15 +113,27 @@ class Reader:
 
 
 class Writer:
-    """Turns effects into the responses of one run of the service."""
+    """Turns effects into the responses of one run of the service.
 
-    def __init__(self, boot_id: int) -> None:
+    Args:
+        boot_id: names this run.
+        patience: how long it waits for signs of life.
+        durable: whether jobs outlive it.
+    """
+
+    def __init__(self, boot_id: int, patience: Patience, *, durable: bool) -> None:
         self._boot_id = boot_id
+        self._lease_ms = round(patience.lease * 1000)
+        self._durable = durable
 
     def joined(self, generation: int, world_size: int) -> Messages:
         """All ranks are there."""
-        message = pb.Joined(world_size=world_size)
+        message = pb.Joined(world_size=world_size, lease_ms=self._lease_ms, durable=self._durable)
         return [pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, joined=message)]
+
+    def heartbeat(self) -> pb.HeartbeatResponse:
+        """The answer to a sign of life."""
+        return pb.HeartbeatResponse(boot_id=self._boot_id)
 
     def result(self, effect: Totals | Enrolled | Broadcast | Released, generation: int) -> Messages:
         """What came of a contribution."""

@@ -66,7 +66,8 @@ def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_p
     for name, text, ranks, seconds in told:
         assert name == "PeerLostError"
         assert without_hosts(text) == (
-            f"rank {world_size - 1} did not come within 2 s. {waiting} in allreduce (number 1)."
+            f"rank {world_size - 1} did not come within 2 s (last seen completing barrier (number 0)). {waiting} in "
+            "allreduce (number 1)."
         )
         assert ranks == [world_size - 1]
         assert TIMEOUT_S - 0.5 < seconds < TIMEOUT_S + 1.0  # told by the first to give up, who came a little earlier
@@ -80,7 +81,8 @@ def test_who_came_late_is_not_blamed(tmp_path: Path) -> None:
     assert ended.code != 0
     assert [ranks for _, _, ranks, _ in told] == [[2], [2]]
     first, second = (without_hosts(text) for _, text, _, _ in told)
-    assert first == "rank 2 did not come within 2 s. rank 0, rank 1 wait in allreduce (number 1)."
+    gone = "rank 2 did not come within 2 s (last seen completing barrier (number 0))"
+    assert first == f"{gone}. rank 0, rank 1 wait in allreduce (number 1)."
     assert second == first
     assert told[0][3] >= TIMEOUT_S
     assert told[1][3] < TIMEOUT_S / 2

@@ -117,13 +117,13 @@ def test_a_corrupt_snapshot_stops_the_start(
     service = serve("--state-dir", str(tmp_path))
     _trained(service.address, 2)
     service.end(signal.SIGTERM)
-    (path,) = tmp_path.glob("*.safetensors")
+    (path,) = tmp_path.glob("*.job")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     code, err = _refused(start, "--listen", "127.0.0.1:0", "--state-dir", str(tmp_path))
     assert code == 1
-    assert f"bnserver: The snapshot {path} is corrupt: its digest does not match its content." in err
+    assert f"bnserver: The snapshot {path} is corrupt: the checksum of record " in err
     assert path.read_bytes() == data
 
 
@@ -222,14 +222,14 @@ def test_a_disk_that_is_full_is_told(serve: Callable[..., Any], tmp_path: Path) 
     """A job that can't be saved is no orderly end; what was saved before is still there."""
     service = serve("--state-dir", str(tmp_path))
     _trained(service.address, 1)
-    (path,) = tmp_path.glob("*.safetensors")
+    (path,) = tmp_path.glob("*.job")
     before = path.read_bytes()
     path.with_suffix(".part").mkdir()  # stands in the way of the next write
     _trained(service.address, 1)
     code, _, err = service.end(signal.SIGTERM)
     assert code == 1
     assert f"bnserver: Job 'job' could not be saved to {path}:" in err
-    assert path.read_bytes() == before
+    assert path.read_bytes().startswith(before)
 
 
 def test_the_next_generation_goes_on_after_a_lost_rank(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:

@@ -54,7 +54,8 @@ def test_kill_9_is_told_within_a_second(serve: Callable[..., Any], run_rank: Cal
     with pytest.raises(PeerLostError) as caught:
         world.barrier()
     world.leave()
-    gone = f"rank 2 (host {_HOST}, pid {lost.popen.pid}) was lost: its connection broke without a goodbye. "
+    who = f"rank 2 (host {_HOST}, pid {lost.popen.pid})"
+    gone = f"{who} was lost: its connection broke without a goodbye (last seen "
     assert str(caught.value).startswith(gone)
     assert "barrier (number 1)" in str(caught.value)
     assert (caught.value.ranks, caught.value.layer, caught.value.step) == ((2,), None, 1)
@@ -78,14 +79,15 @@ def test_a_rank_that_computes_hears_of_it_at_its_next_call(
     world.leave()
 
 
-def test_hanging_up_without_a_goodbye_is_a_loss(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
-    """A client that ends its requests, but not its connection."""
+def test_hanging_up_is_no_goodbye(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
+    """A client that ends its requests, but not its process, is let go by the service, and comes back."""
     service = serve()
-    rude = run_rank(service.address, 1, 2, "world._transport._stream._requests.put(None)\ntime.sleep(60)")
+    body = "world._transport._stream._connection.requests.put(None)\ntime.sleep(0.2)\nworld.barrier()"
+    rude = run_rank(service.address, 1, 2, body)
     with _world(service.address, 0, 2) as world:
         assert rude.line() == "joined"
-        with pytest.raises(PeerLostError, match="was lost: its connection broke without a goodbye"):
-            world.barrier()
+        world.barrier()
+        assert rude.line() == "left"
 
 
 def test_a_rank_that_fails_says_what_of(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
@@ -194,8 +196,9 @@ def test_a_service_that_dies_is_told_at_once(serve: Callable[..., Any]) -> None:
     begin = time.monotonic()
     with pytest.raises(ServiceError) as caught:
         world.barrier()
-    assert time.monotonic() - begin < 1.0
-    assert str(caught.value).startswith(f"The connection to the service at {service.address} broke (UNAVAILABLE: ")
+    assert time.monotonic() - begin < 2.0
+    assert str(caught.value).startswith(f"The connection to the service at {service.address} broke, and could not be ")
+    assert "made anew within 0.5 s (UNAVAILABLE: " in str(caught.value)
     assert str(caught.value).endswith("Look at the service's log; once it is back, start the job again.")
     world.leave()
 

@@ -4,6 +4,9 @@ The core of the service is driven directly, with a clock that only `wait` moves.
 compute words with the reference kernels, walk through exchanges as the layer does, and keep a mirror of the owner's
 state, which must equal the owner's bit for bit after every exchange.
 
+Whatever the service wants written is kept, and `restart` makes a new service of it: nobody is connected then. Ranks
+give signs of life as time passes, but for those that are frozen.
+
 `rank=*` stands for every rank that has joined. Below `in any order:`, commands are played in every order; all must give
 the same lines.
 """
@@ -12,8 +15,8 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -22,11 +25,8 @@ from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
-from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moments import BatchStatistics
-from bnlayer.moving import Moving, Rule
+from bnlayer.moving import Moving
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.failures import error_of
@@ -39,17 +39,33 @@ from bnserver.core.effects import (
     Joined,
     Owned,
     Persist,
+    Record,
     Reduce,
     Released,
+    Settle,
+    Straggling,
     Totals,
 )
-from bnserver.core.events import Body, Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.entries import Entry
+from bnserver.core.events import (
+    Body,
+    Contribute,
+    Event,
+    Heartbeat,
+    Join,
+    Leave,
+    Lost,
+    Malformed,
+    Pull,
+    Push,
+    Resume,
+    Stop,
+    Tick,
+)
 from bnserver.core.service import Service
 from bnserver.translation import failure_of
+from scenarios.actors import Exchange, Mirror, Options, Rank, backward, described, forward, listed, numbers
 from scenarios.transcript import Block, orders
-
-Exchange = Generator[tuple[Call, NDArray[np.int64]], Totals, str]
-Options = dict[str, str]
 
 
 def play(blocks: list[Block]) -> list[Block]:
@@ -63,40 +79,14 @@ def play(blocks: list[Block]) -> list[Block]:
     return [replace(block, expected=got.expected) for block, got in zip(blocks, results[0], strict=True)]
 
 
-@dataclass(slots=True)
-class Rank:
-    """One rank's end of its stream."""
-
-    name: str
-    rank: int
-    stream: int
-    job: str
-    generation: int = 0
-    sequence: int = 0
-    last: tuple[Call, Body] | None = None
-    layers: dict[str, Mirror] = field(default_factory=dict)
-    exchange: Exchange | None = None
-    rounds: int = 9
-
-
-@dataclass(slots=True)
-class Mirror:
-    """What a rank knows of a layer."""
-
-    terms: LayerTerms
-    state: LayerState
-    steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
-    x: NDArray[np.float32] | None = None
-    statistics: BatchStatistics | None = None
-
-
 class Scene:
     """The service and its ranks."""
 
     def __init__(self) -> None:
         self._service = Service()
-        self._now = 0.0
+        self._tenths = 0
         self._streams = count(1)
+        self._written: dict[str, list[Entry]] = defaultdict(list)
         self._ranks: dict[str, Rank] = {}
         self._by_stream: dict[int, Rank] = {}
         self._lines: dict[str, list[str]] = defaultdict(list)
@@ -115,12 +105,14 @@ class Scene:
     # ---- commands ----
 
     def _do_join(self, name: str, options: Options) -> None:
-        rank = Rank(name, int(options["rank"]), next(self._streams), options.get("job", "j"))
-        self._ranks[name] = self._by_stream[rank.stream] = rank
-        peer = Peer(rank.rank, f"n{name}", 100 + rank.stream)
+        stream, number = next(self._streams), int(options["rank"])
+        peer = Peer(number, f"n{name}", 100 + stream)
         timeout = float(options.get("timeout", 300))
         world = int(options["world"])
-        self._handle(Join(rank.stream, rank.job, peer, world, timeout, timeout))
+        join = Join(stream, options.get("job", "j"), peer, world, timeout, timeout, incarnation=1000 + stream)
+        rank = Rank(name, number, stream, join)
+        self._ranks[name] = self._by_stream[stream] = rank
+        self._handle(join)
 
     def _do_enroll(self, name: str, options: Options) -> None:
         rank, channels = self._ranks[name], int(options.get("channels", 1))
@@ -142,11 +134,11 @@ class Scene:
         """A training call; with `rounds=1` the rank falls silent after its first contribution."""
         rank = self._ranks[name]
         rank.rounds = int(options.get("rounds", 9))
-        self._begin(rank, _forward(rank.layers[options["layer"]], options))
+        self._begin(rank, forward(rank.layers[options["layer"]], options))
 
     def _do_backward(self, name: str, options: Options) -> None:
         rank = self._ranks[name]
-        self._begin(rank, _backward(rank.layers[options["layer"]], options))
+        self._begin(rank, backward(rank.layers[options["layer"]], options))
 
     def _do_sums(self, name: str, options: Options) -> None:
         """Raw words, one number for all of a channel's: for what no layer would send."""
@@ -167,7 +159,7 @@ class Scene:
         self._say(self._ranks[name], Call(Operation.BARRIER, place, PlainTerms()), None)
 
     def _do_allreduce(self, name: str, options: Options) -> None:
-        array = _numbers(options["x"])[0].astype(options.get("dtype", "float32"))
+        array = numbers(options["x"])[0].astype(options.get("dtype", "float32"))
         terms = PlainTerms(options.get("op", "sum"), (f"{array.dtype.name}{list(array.shape)}",))
         if "says" in options:
             terms = replace(terms, arrays=(options["says"],))
@@ -175,7 +167,7 @@ class Scene:
 
     def _do_broadcast(self, name: str, options: Options) -> None:
         rank, root = self._ranks[name], int(options["root"])
-        body = (_numbers(options["x"])[0],) if "x" in options else None
+        body = (numbers(options["x"])[0],) if "x" in options else None
         self._say(rank, Call(Operation.BROADCAST, Place(None, None, 0), PlainTerms(root=root)), body)
 
     def _do_pull(self, name: str, options: Options) -> None:
@@ -183,33 +175,84 @@ class Scene:
 
     def _do_push(self, name: str, options: Options) -> None:
         """A state that was never probed."""
-        mean = _numbers(options["mean"])[0]
+        mean = numbers(options["mean"])[0]
         grids = Grid.unknown("float32", mean.size), BackwardGrid.unknown("float32", mean.size)
         state = LayerState(Moving(mean, np.ones_like(mean)), *grids)
-        self._handle(Push(self._ranks[name].stream, options["layer"], state))
+        rank = self._ranks[name]
+        rank.pushes += "again" not in options
+        self._handle(Push(rank.stream, options["layer"], state, rank.pushes))
 
     def _do_leave(self, name: str, options: Options) -> None:
         self._handle(Leave(self._ranks[name].stream, options.get("reason", "")))
 
     def _do_crash(self, name: str, options: Options) -> None:
-        self._handle(Lost(self._ranks[name].stream))
+        """A connection breaks."""
+        rank = self._ranks[name]
+        rank.deaf = True
+        self._handle(Lost(rank.stream))
+
+    def _do_deafen(self, name: str, options: Options) -> None:
+        """What the service says does not arrive any more, though nobody has noticed yet."""
+        self._ranks[name].deaf = True
+
+    def _do_back(self, name: str, options: Options) -> None:
+        """The rank comes back on another stream, and says again what may not have been heard."""
+        rank = self._ranks[name]
+        rank.stream, rank.deaf = next(self._streams), False
+        self._by_stream[rank.stream] = rank
+        known = int(options.get("knows", rank.layer_answered))
+        resume = Resume(rank.generation, rank.answered, known) if rank.generation else None
+        asked = rank.last if rank.sequence > rank.answered else None
+        self._handle(replace(rank.join, stream=rank.stream, resume=resume))
+        for sequence, said in ((rank.answered, rank.before), (rank.answered + 1, asked)):
+            if said is not None:
+                self._handle(Contribute(rank.stream, rank.generation, sequence, *said))
+
+    def _do_freeze(self, name: str, options: Options) -> None:
+        """The rank gives no sign of life any more; its connection stands."""
+        self._ranks[name].frozen = True
+
+    def _do_restart(self, name: str, options: Options) -> None:
+        """The service is killed and started again, from all entries.
+
+        With `shortened=1` from a snapshot; with `lost=1` from nothing.
+        """
+        past = {job: self._service.past(job) for job in self._service.jobs}
+        if "shortened" not in options:
+            past = dict(self._written)
+        if "lost" in options:
+            past = {}
+        owned = {job: self._service.states(job) for job in past}
+        self._service = Service(past, now=self._now)
+        for job, states in owned.items():
+            assert _bits(self._service.states(job)) == _bits(states)
+        for rank in self._ranks.values():
+            rank.deaf = True
 
     def _do_babble(self, name: str, options: Options) -> None:
         self._handle(Malformed(self._ranks[name].stream, options["text"]))
 
     def _do_wait(self, name: str, options: Options) -> None:
-        self._now += float(options["seconds"])
-        self._handle(Tick())
+        for _ in range(round(float(options["seconds"]) * 10)):
+            self._tenths += 1
+            for rank in self._ranks.values():
+                if not (rank.frozen or rank.deaf):
+                    self._handle(Heartbeat(rank.join.job, rank.rank, rank.join.incarnation))
+            self._handle(Tick())
 
     def _do_stop(self, name: str, options: Options) -> None:
         self._handle(Stop())
 
     def _do_show(self, name: str, options: Options) -> None:
         """The owner's state."""
-        state = self._service.snapshot("j").states[options["layer"]]
-        self._lines["owner"].append(_described(options["layer"], state))
+        state = self._service.states("j")[options["layer"]]
+        self._lines["owner"].append(described(options["layer"], state))
 
     # ---- what the ranks and the service say ----
+
+    @property
+    def _now(self) -> float:
+        return self._tenths / 10
 
     def _begin(self, rank: Rank, exchange: Exchange) -> None:
         rank.exchange = exchange
@@ -221,17 +264,27 @@ class Scene:
         self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
 
     def _handle(self, event: Event) -> None:
-        replies = [reply for effect in self._service.handle(event, self._now) for reply in self._hear(effect)]
+        effects = self._service.handle(event, self._now)
+        written = [number for number, effect in enumerate(effects) if isinstance(effect, Record)]
+        told = [number for number, effect in enumerate(effects) if isinstance(effect, Totals | Enrolled | Owned)]
+        assert not written or not told or written[0] < told[0], "somebody is told what is not written"
+        replies = [reply for effect in effects for reply in self._hear(effect)]
         for rank, call, words in replies:
             self._say(rank, call, words)
 
     def _hear(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
-        if isinstance(effect, Persist):
-            self._lines["service"].append(f"saves job {effect.job!r}")
+        if isinstance(effect, Settle):
+            return
+        if isinstance(effect, Persist | Record | Straggling):
+            self._note(effect)
             return
         streams = effect.streams if hasattr(effect, "streams") else (effect.stream,)
         for stream in streams:
             rank = self._by_stream[stream]
+            if rank.deaf or stream != rank.stream:
+                continue
+            if hasattr(effect, "sequence"):
+                rank.hears(effect.sequence)
             if not isinstance(effect, Totals):
                 self._lines[f"rank {rank.name}"].append(_said(effect, rank))
                 continue
@@ -245,87 +298,45 @@ class Scene:
                 self._lines[f"rank {rank.name}"].append(f"{done.value}, owner's version {effect.version}")
                 self._check_mirrors(rank)
 
+    def _note(self, effect: Persist | Record | Straggling) -> None:
+        """What concerns nobody but the service."""
+        match effect:
+            case Persist():
+                self._lines["service"].append(f"saves job {effect.job!r}")
+            case Record():
+                self._written[effect.job].append(effect.entry)
+            case Straggling():
+                self._lines["service"].append(f"logs of job {effect.job!r}: {effect.text}")
+
     def _check_mirrors(self, rank: Rank) -> None:
         """A rank that applied the same functions to the same words holds the owner's bits."""
-        for name, owned in self._service.snapshot(rank.job).states.items():
+        for name, owned in self._service.states(rank.join.job).items():
             if name in rank.layers:
                 mine = rank.layers[name].state.arrays()
                 assert all((mine[key] == array).all() for key, array in owned.arrays().items() if key != "flags")
 
 
-def _forward(mirror: Mirror, options: Options) -> Exchange:
-    x = _numbers(options["x"])
-    masked = "mask" in options
-    mask = None
-    if masked:
-        mask = np.array([word == "1" for word in options["mask"].split(",")]).reshape(-1, 1, 1)
-    exchange = ForwardExchange.begin(mirror.state.forward, mirror.terms.epsilon, masked)
-    view, said = x.reshape(*x.shape, 1), []
-    while exchange.wants is not None:
-        said.append(str(exchange.wants))
-        probe = exchange.wants is Operation.PROBE
-        words = (
-            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).words
-        )
-        terms = replace(mirror.terms, masked=masked, grid=exchange.fingerprint)
-        place = Place(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
-        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
-        exchange = exchange.reduced(total.words)
-    assert exchange.statistics is not None
-    mirror.x, mirror.statistics = x, exchange.statistics
-    mirror.steps[Direction.FORWARD] += 1
-    rule = Rule(mirror.terms.momentum, mirror.terms.epsilon, masked=masked)
-    mirror.state = mirror.state.after_forward(exchange.statistics, exchange.grid, rule)
-    return f"after {', '.join(said)}: {_described(options['layer'], mirror.state)}"
-
-
-def _backward(mirror: Mirror, options: Options) -> Exchange:
-    dy, x, statistics = _numbers(options["dy"]), mirror.x, mirror.statistics
-    if x is None or statistics is None:
-        # A rank that resumes without a training call; the owner refuses it, whatever it sends.
-        words = np.zeros((2, mirror.terms.channels), np.int64)
-        place = Place(options["layer"], Direction.BACKWARD, 0)
-        yield Call(Operation.PROBE, place, mirror.terms), words
-        return "nothing"
-    exchange, said = BackwardExchange.begin(mirror.state.backward, statistics), []
-    view, dy_view = x.reshape(*x.shape, 1), dy.reshape(*dy.shape, 1)
-    while exchange.gradients is None:
-        assert exchange.wants is not None
-        said.append(str(exchange.wants))
-        mean = statistics.rounded_mean
-        if exchange.wants is Operation.PROBE:
-            words = reference.gradient_probe(dy_view, view, mean, exchange.grid)
-        else:
-            words = reference.gradient_sums(dy_view, view, None, mean, exchange.grid).words
-        terms = replace(mirror.terms, grid=exchange.fingerprint)
-        place = Place(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
-        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
-        exchange = exchange.reduced(total.words)
-    mirror.steps[Direction.BACKWARD] += 1
-    mirror.state = mirror.state.after_backward(exchange.grid, statistics)
-    return f"after {', '.join(said)}: dbeta {_list(exchange.gradients.beta)}"
-
-
 def _said(effect: Any, rank: Rank) -> str:
     match effect:
         case Joined():
-            rank.generation, rank.sequence = effect.generation, 0
-            return f"joined generation {effect.generation} of job {effect.job!r}, {effect.world_size} ranks"
+            back, rank.generation = rank.generation == effect.generation, effect.generation
+            where = f"generation {effect.generation} of job {effect.job!r}"
+            return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
         case Enrolled():
             assert rank.last is not None
             name = str(rank.last[0].place.layer)
             rank.layers[name].state = effect.state
-            return f"enrolled: {_described(name, effect.state)}, owner's version {effect.state.version}"
+            return f"enrolled: {described(name, effect.state)}, owner's version {effect.state.version}"
         case Reduce():
-            return f"total {_list(reduce_in_rank_order(effect.op, effect.contributions)[0])}"
+            return f"total {listed(reduce_in_rank_order(effect.op, effect.contributions)[0])}"
         case Broadcast():
-            return f"received {_list(effect.arrays[0])}"
+            return f"received {listed(effect.arrays[0])}"
         case Released():
             return "goes on"
         case Owned():
             if effect.state is None:
                 return "the owner has no such layer"
-            return f"owner's version {effect.state.version}: {_described('it', effect.state)}"
+            return f"owner's version {effect.state.version}: {described('it', effect.state)}"
         case Closed():
             return "may go"
         case Failed():
@@ -336,17 +347,8 @@ def _said(effect: Any, rank: Rank) -> str:
             raise AssertionError(effect)
 
 
-def _described(name: str, state: LayerState) -> str:
-    return f"{name} has mean {_list(state.moving.mean)}, variance {_list(state.moving.variance)}"
-
-
-def _numbers(text: str) -> NDArray[np.float32]:
-    """Rows between semicolons, channels between commas."""
-    return np.array([[float(word) for word in row.split(",")] for row in text.split(";")], np.float32)
-
-
-def _list(values: NDArray[Any]) -> str:
-    return str([float(f"{value:.9g}") for value in values.reshape(-1).tolist()])
+def _bits(states: dict[str, LayerState]) -> dict[str, dict[str, bytes]]:
+    return {name: {key: array.tobytes() for key, array in state.arrays().items()} for name, state in states.items()}
 
 
 def _grouped(lines: dict[str, list[str]]) -> list[str]:

@@ -26,7 +26,8 @@ def owner() -> None:
     """What the owner of moving statistics computes with, for float32 layers."""
     one = np.ones(1, np.float32)
     grid, backward = Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1)
-    statistics, _ = Moments(np.zeros((Moments.rows(1), 1), np.int64), grid).judged(1e-3, masked=False)
+    found, _ = Moments(np.zeros((Moments.rows(1), 1), np.int64), grid).judged(1e-3, masked=False)
+    statistics = found()
     update(Moving(one, one), statistics, Rule(0.99, 1e-3))
     GradientSums(np.zeros((GradientSums.rows(1), 1), np.int64), backward).judged(statistics)
 

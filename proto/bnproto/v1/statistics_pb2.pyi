@@ -4,7 +4,8 @@ isort:skip_file
 The wire between the ranks of a job and the statistics service.
 
 Laws:
-1. One bidirectional stream per rank. Its first request is a Join; the answer comes when all ranks have joined.
+1. One bidirectional stream per rank. Its first request is a Join; the answer comes when all ranks have joined. A
+   rank whose stream broke joins again, on a new one, with the same incarnation and what it still knows.
 2. A rank has at most one request outstanding that is answered: Contribution, Pull or Push.
 3. Raw activations never travel: the size of an exchange depends on channels, never on rows.
 4. Arrays travel as little-endian bytes beside their dtype and shape. A payload of more bytes than fit one
@@ -12,7 +13,8 @@ Laws:
 5. A failure ends the stream with a gRPC status, whose details hold a google.rpc.ErrorInfo (the reason) and a
    Failure (whom it blames, and where). It is never a response: gRPC may drop responses that were not yet read
    when a status arrives.
-6. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
+6. Whatever a rank repeats counts once: contributions and pushes carry numbers.
+7. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
 """
 
 import builtins
@@ -245,6 +247,7 @@ class Join(google.protobuf.message.Message):
     JOIN_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     TIMEOUT_MS_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
     job: builtins.str
     rank: builtins.int
     world_size: builtins.int
@@ -256,6 +259,8 @@ class Join(google.protobuf.message.Message):
     join_timeout_ms: builtins.int
     """How long this rank waits for the others to join, and how long in one exchange."""
     timeout_ms: builtins.int
+    incarnation: builtins.int
+    """A number that this process drew: under it, it takes its place again. 0: it can't come back."""
     @property
     def resume(self) -> Global___Resume:
         """Set by a rank that comes back into a running generation; unset by one that starts."""
@@ -272,17 +277,20 @@ class Join(google.protobuf.message.Message):
         join_timeout_ms: builtins.int = ...,
         timeout_ms: builtins.int = ...,
         resume: Global___Resume | None = ...,
+        incarnation: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["resume", b"resume"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["host", b"host", "job", b"job", "join_timeout_ms", b"join_timeout_ms", "pid", b"pid", "rank", b"rank", "resume", b"resume", "timeout_ms", b"timeout_ms", "token", b"token", "world_size", b"world_size"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["host", b"host", "incarnation", b"incarnation", "job", b"job", "join_timeout_ms", b"join_timeout_ms", "pid", b"pid", "rank", b"rank", "resume", b"resume", "timeout_ms", b"timeout_ms", "token", b"token", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Join: typing_extensions.TypeAlias = Join
 
 @typing.final
 class Resume(google.protobuf.message.Message):
-    """What a rank that lost its connection still knows."""
+    """What a rank that lost its connection still knows. It then sends the last contribution that was answered once more,
+    in case that others lack the answer, and what it waits for.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -307,10 +315,13 @@ class Resume(google.protobuf.message.Message):
     GENERATION_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     VERSIONS_FIELD_NUMBER: builtins.int
+    LAYER_SEQUENCE_FIELD_NUMBER: builtins.int
     boot_id: builtins.int
     generation: builtins.int
     sequence: builtins.int
     """The last contribution that was answered."""
+    layer_sequence: builtins.int
+    """The last contribution to a layer that was answered: what the owner must know."""
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """The owner's version of each layer, as of the last answer."""
@@ -322,8 +333,9 @@ class Resume(google.protobuf.message.Message):
         generation: builtins.int = ...,
         sequence: builtins.int = ...,
         versions: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        layer_sequence: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["boot_id", b"boot_id", "generation", b"generation", "sequence", b"sequence", "versions", b"versions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["boot_id", b"boot_id", "generation", b"generation", "layer_sequence", b"layer_sequence", "sequence", b"sequence", "versions", b"versions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Resume: typing_extensions.TypeAlias = Resume
@@ -336,16 +348,20 @@ class Joined(google.protobuf.message.Message):
 
     WORLD_SIZE_FIELD_NUMBER: builtins.int
     LEASE_MS_FIELD_NUMBER: builtins.int
+    DURABLE_FIELD_NUMBER: builtins.int
     world_size: builtins.int
     lease_ms: builtins.int
     """A rank that sends nothing for this long is taken for frozen; 0: never."""
+    durable: builtins.bool
+    """Whether the service keeps its jobs on disk, so that it is worth waiting for its return."""
     def __init__(
         self,
         *,
         world_size: builtins.int = ...,
         lease_ms: builtins.int = ...,
+        durable: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["lease_ms", b"lease_ms", "world_size", b"world_size"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["durable", b"durable", "lease_ms", b"lease_ms", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Joined: typing_extensions.TypeAlias = Joined
@@ -598,9 +614,12 @@ class Push(google.protobuf.message.Message):
     LAYER_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
     layer: builtins.str
     dtype: builtins.str
     """Of the arithmetic."""
+    number: builtins.int
+    """The number of this push among those of its rank, from 1; a resend repeats it."""
     @property
     def payload(self) -> Global___Payload: ...
     def __init__(
@@ -609,10 +628,11 @@ class Push(google.protobuf.message.Message):
         layer: builtins.str = ...,
         dtype: builtins.str = ...,
         payload: Global___Payload | None = ...,
+        number: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["payload", b"payload"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dtype", b"dtype", "layer", b"layer", "payload", b"payload"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dtype", b"dtype", "layer", b"layer", "number", b"number", "payload", b"payload"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Push: typing_extensions.TypeAlias = Push
@@ -666,7 +686,7 @@ Global___Leave: typing_extensions.TypeAlias = Leave
 
 @typing.final
 class Heartbeat(google.protobuf.message.Message):
-    """Says that the rank is alive; not answered."""
+    """Says on the stream that the rank is alive; not answered."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -682,6 +702,44 @@ class Heartbeat(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
+
+@typing.final
+class HeartbeatRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    rank: builtins.int
+    incarnation: builtins.int
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        rank: builtins.int = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["incarnation", b"incarnation", "job", b"job", "rank", b"rank"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___HeartbeatRequest: typing_extensions.TypeAlias = HeartbeatRequest
+
+@typing.final
+class HeartbeatResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    boot_id: builtins.int
+    def __init__(
+        self,
+        *,
+        boot_id: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["boot_id", b"boot_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___HeartbeatResponse: typing_extensions.TypeAlias = HeartbeatResponse
 
 @typing.final
 class Payload(google.protobuf.message.Message):

@@ -40,6 +40,11 @@ class StatisticsServiceStub(object):
                 request_serializer=bnproto_dot_v1_dot_statistics__pb2.ExchangeRequest.SerializeToString,
                 response_deserializer=bnproto_dot_v1_dot_statistics__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
+        self.Heartbeat = channel.unary_unary(
+                '/bnproto.v1.StatisticsService/Heartbeat',
+                request_serializer=bnproto_dot_v1_dot_statistics__pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=bnproto_dot_v1_dot_statistics__pb2.HeartbeatResponse.FromString,
+                _registered_method=True)
 
 
 class StatisticsServiceServicer(object):
@@ -53,6 +58,13 @@ class StatisticsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Heartbeat(self, request, context):
+        """A rank's sign of life. A call of its own, so that it waits for nothing that the stream waits for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StatisticsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_StatisticsServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=bnproto_dot_v1_dot_statistics__pb2.ExchangeRequest.FromString,
                     response_serializer=bnproto_dot_v1_dot_statistics__pb2.ExchangeResponse.SerializeToString,
+            ),
+            'Heartbeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=bnproto_dot_v1_dot_statistics__pb2.HeartbeatRequest.FromString,
+                    response_serializer=bnproto_dot_v1_dot_statistics__pb2.HeartbeatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class StatisticsService(object):
             '/bnproto.v1.StatisticsService/Exchange',
             bnproto_dot_v1_dot_statistics__pb2.ExchangeRequest.SerializeToString,
             bnproto_dot_v1_dot_statistics__pb2.ExchangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heartbeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bnproto.v1.StatisticsService/Heartbeat',
+            bnproto_dot_v1_dot_statistics__pb2.HeartbeatRequest.SerializeToString,
+            bnproto_dot_v1_dot_statistics__pb2.HeartbeatResponse.FromString,
             options,
             channel_credentials,
             insecure,

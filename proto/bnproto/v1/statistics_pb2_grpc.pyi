@@ -4,7 +4,8 @@ isort:skip_file
 The wire between the ranks of a job and the statistics service.
 
 Laws:
-1. One bidirectional stream per rank. Its first request is a Join; the answer comes when all ranks have joined.
+1. One bidirectional stream per rank. Its first request is a Join; the answer comes when all ranks have joined. A
+   rank whose stream broke joins again, on a new one, with the same incarnation and what it still knows.
 2. A rank has at most one request outstanding that is answered: Contribution, Pull or Push.
 3. Raw activations never travel: the size of an exchange depends on channels, never on rows.
 4. Arrays travel as little-endian bytes beside their dtype and shape. A payload of more bytes than fit one
@@ -12,7 +13,8 @@ Laws:
 5. A failure ends the stream with a gRPC status, whose details hold a google.rpc.ErrorInfo (the reason) and a
    Failure (whom it blames, and where). It is never a response: gRPC may drop responses that were not yet read
    when a status arrives.
-6. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
+6. Whatever a rank repeats counts once: contributions and pushes carry numbers.
+7. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
 """
 
 import abc
@@ -41,6 +43,8 @@ class StatisticsServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> StatisticsServiceAsyncStub: ...
     Exchange: grpc.StreamStreamMultiCallable[bnproto.v1.statistics_pb2.ExchangeRequest, bnproto.v1.statistics_pb2.ExchangeResponse]
     """One rank's membership in one generation of one job, from join to leave."""
+    Heartbeat: grpc.UnaryUnaryMultiCallable[bnproto.v1.statistics_pb2.HeartbeatRequest, bnproto.v1.statistics_pb2.HeartbeatResponse]
+    """A rank's sign of life. A call of its own, so that it waits for nothing that the stream waits for."""
 
 @typing.type_check_only
 class StatisticsServiceAsyncStub(StatisticsServiceStub):
@@ -49,6 +53,8 @@ class StatisticsServiceAsyncStub(StatisticsServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     Exchange: grpc.aio.StreamStreamMultiCallable[bnproto.v1.statistics_pb2.ExchangeRequest, bnproto.v1.statistics_pb2.ExchangeResponse]  # type: ignore[assignment]
     """One rank's membership in one generation of one job, from join to leave."""
+    Heartbeat: grpc.aio.UnaryUnaryMultiCallable[bnproto.v1.statistics_pb2.HeartbeatRequest, bnproto.v1.statistics_pb2.HeartbeatResponse]  # type: ignore[assignment]
+    """A rank's sign of life. A call of its own, so that it waits for nothing that the stream waits for."""
 
 class StatisticsServiceServicer(metaclass=abc.ABCMeta):
     """Reduces what the ranks of a job contribute, and owns the moving statistics of their layers."""
@@ -60,5 +66,13 @@ class StatisticsServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[bnproto.v1.statistics_pb2.ExchangeResponse], collections.abc.AsyncIterator[bnproto.v1.statistics_pb2.ExchangeResponse]]:
         """One rank's membership in one generation of one job, from join to leave."""
+
+    @abc.abstractmethod
+    def Heartbeat(
+        self,
+        request: bnproto.v1.statistics_pb2.HeartbeatRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[bnproto.v1.statistics_pb2.HeartbeatResponse, collections.abc.Awaitable[bnproto.v1.statistics_pb2.HeartbeatResponse]]:
+        """A rank's sign of life. A call of its own, so that it waits for nothing that the stream waits for."""
 
 def add_StatisticsServiceServicer_to_server(servicer: StatisticsServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

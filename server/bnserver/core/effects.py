@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
 from bnlayer.state import LayerState
+from bnserver.core.entries import Entry
 from bnserver.core.events import Arrays, Words
-
-
-class Reason(StrEnum):
-    """Why a rank is refused or told to give up; the names are the wire's."""
-
-    MISMATCH = "MISMATCH"
-    STALL = "STALL"
-    PEER_LOST = "PEER_LOST"
-    DEADLINE = "DEADLINE"
-    INVALID = "INVALID"
-    STOPPING = "STOPPING"
-    INTERNAL = "INTERNAL"
-
-
-REASON_OF: dict[type[CollectiveError], Reason] = {
-    MismatchError: Reason.MISMATCH,
-    StallError: Reason.STALL,
-    PeerLostError: Reason.PEER_LOST,
-}
+from bnserver.core.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +99,54 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The goodbye is answered, and the stream ends."""
+    """The stream ends: its goodbye is answered, or its rank has come back on another one."""
 
     stream: int
 
 
 @dataclass(frozen=True, slots=True)
+class Straggling:
+    """Some ranks keep the others waiting: for whoever reads the log. Nobody is told, nothing ends."""
+
+    job: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """An entry of a job's past, to be written before the effects that follow are carried out."""
+
+    job: str
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The owner's statistics of a layer are to be brought up to date, once the ranks have their answer."""
+
+    job: str
+    layer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Persist:
-    """The job's state is to be saved."""
+    """The job is to be saved as a whole: what it is now outlives a power cut."""
 
     job: str
 
 
-Effect = Joined | Totals | Enrolled | Reduce | Broadcast | Released | Owned | Failed | Closed | Persist
+Effect = (
+    Joined
+    | Totals
+    | Enrolled
+    | Reduce
+    | Broadcast
+    | Released
+    | Owned
+    | Failed
+    | Closed
+    | Straggling
+    | Record
+    | Settle
+    | Persist
+)

@@ -5,7 +5,8 @@ A stream is one rank's connection, named by a number that is never used again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,25 @@ reduction or of a broadcast's root; None for a barrier and for those that a broa
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """What a rank that comes back still knows.
+
+    Attributes:
+        generation: the one that it is in.
+        answered: the last contribution that was answered.
+        layer_answered: the last one to a layer that was.
+        versions: the owner's version of each layer, as of the last answer.
+    """
+
+    generation: int
+    answered: int
+    layer_answered: int
+    versions: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
-    """A rank wants its place in a job.
+    """A rank wants its place in a job, or wants it back.
 
     Attributes:
         stream: its connection.
@@ -33,6 +51,8 @@ class Join:
         world_size: how many ranks it believes the job has.
         join_timeout: seconds that it waits for the others to join.
         timeout: seconds that it waits for the others in one exchange.
+        incarnation: the number that its process drew, by which it is known again; 0: it does not come back.
+        resume: where it was, if all ranks had joined before its connection broke.
     """
 
     stream: int
@@ -41,6 +61,8 @@ class Join:
     world_size: int
     join_timeout: float
     timeout: float
+    incarnation: int = 0
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,11 +94,19 @@ class Pull:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Push:
-    """A rank replaces the owner's state of a layer."""
+    """A rank replaces the owner's state of a layer.
+
+    Attributes:
+        stream: its connection.
+        layer: the layer's name.
+        state: the new one.
+        number: of this push among those of the rank, from 1; 0: it is never repeated.
+    """
 
     stream: int
     layer: str
     state: LayerState
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +115,15 @@ class Leave:
 
     stream: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A rank is alive: said beside its stream."""
+
+    job: str
+    rank: int
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +151,4 @@ class Stop:
     """The service goes down."""
 
 
-Event = Join | Contribute | Pull | Push | Leave | Lost | Malformed | Tick | Stop
+Event = Join | Contribute | Pull | Push | Leave | Heartbeat | Lost | Malformed | Tick | Stop

@@ -7,6 +7,10 @@ Laws of this room:
    has left or is lost), every rank is told: at once if all have spoken or left, otherwise after a short grace, in
    which the others may still speak, so that the text says where each of them is.
 4. A generation that failed is over: nobody can go on in it.
+5. The latest answer is kept: a rank that did not get it asks again. Nobody can be further behind, since nobody can
+   be further ahead.
+6. After a restart of the service nothing is decided before all ranks are back. What they were answered says how far
+   the generation was: plain operations leave no trace on disk.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ import numpy as np
 from bnlayer.agreement import Peer, Verdict, judge
 from bnlayer.collective import Call, Operation
 from bnlayer.errors import PeerLostError
+from bnserver.core.answers import Answer
 from bnserver.core.events import Body, Contribute, Words
+from bnserver.core.members import Member
 from bnserver.core.validation import RefusedError
 
 _GRACE_S = 0.4  # ranks that can't complete are told within 1 s: this, one tick, and the way there
 _RANKS_SHOWN = 20  # of those that never came, which may be all of a large job
+_SLOW_S = 2.0  # after which the log names those who keep the others waiting; then whenever the wait has doubled
 
 
 class Decision(Enum):
@@ -44,6 +51,15 @@ _DECISIONS = {
 }
 
 
+class Heard(Enum):
+    """What a contribution is."""
+
+    NEW = auto()
+    REPEATED = auto()  # what the rank waits for
+    ANSWERED = auto()  # what it should have the answer to
+    HELD = auto()  # too early: other ranks are not back, or lack an answer that this one has
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """A decision.
@@ -59,23 +75,6 @@ class Outcome:
     overdue: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A rank that has joined.
-
-    Attributes:
-        stream: its connection.
-        peer: how errors name it.
-        timeout: seconds that it waits in one exchange.
-        join_deadline: when it stops waiting for the others to join.
-    """
-
-    stream: int
-    peer: Peer
-    timeout: float
-    join_deadline: float
-
-
 @dataclass(slots=True)
 class Round:
     """The operation that the ranks are in: who has said what, since when."""
@@ -86,6 +85,8 @@ class Round:
     words: Words | None = None
     agreed: bool = True
     doomed_since: float | None = None
+    since: float = 0.0
+    slow_told: float = 0.0
 
     @property
     def call(self) -> Call:
@@ -113,36 +114,91 @@ class Generation:
     Attributes:
         number: from 1.
         world_size: how many ranks it has.
-        members: those that are here, by rank.
+        members: those that have joined and are not gone, by rank.
         left: those that have gone, with the reason of their failure ("" for a clean end).
         running: whether all ranks have joined.
+        recovering: whether the service was restarted, and not all ranks are back.
         over: whether it failed, or all have left.
         completed: operations so far.
+        answer: what came of the last one.
+        layer_answer: what came of the last one on a layer.
     """
 
-    def __init__(self, number: int, world_size: int) -> None:
+    def __init__(self, number: int, world_size: int, *, recovering: bool = False) -> None:
         self.number = number
         self.world_size = world_size
         self.members: dict[int, Member] = {}
         self.left: dict[int, str] = {}
-        self.running = False
+        self.running = self.recovering = recovering
         self.over = False
         self.completed = 0
+        self.answer: Answer | None = None
+        self.layer_answer: Answer | None = None
         self.round = Round()
         self._peers: dict[int, Peer] = {}
-        self._last: Call | None = None
+        self._seen: dict[int, Call] = {}
+        self._held: list[tuple[int, Contribute]] = []
+
+    # ---- ranks come and go ----
 
     def joined(self, member: Member) -> None:
-        """A rank is here."""
+        """A rank is here for the first time; or was, when the service was killed."""
         self.members[member.peer.rank] = member
         self._peers[member.peer.rank] = member.peer
-        self.running = len(self.members) == self.world_size
+        self.running = self.running or len(self.members) == self.world_size
 
-    def spoke(self, rank: int, contribution: Contribute, now: float) -> bool:
-        """A rank contributes; returns False for a repetition of what it is waiting for.
+    def gone(self, rank: int, reason: str, since: float, *, silent: bool = False) -> None:
+        """A rank has left, or is lost; the reason is empty for a clean end.
+
+        Args:
+            rank: which.
+            reason: why it failed.
+            since: when it was last heard of: the others' grace began then.
+            silent: whether it said nothing itself: then the others are told where it was last seen.
+        """
+        if reason:
+            seen = self._last_seen(rank) if silent else ""
+            reason += f" ({seen})" if seen else ""
+            doomed = self.round.doomed_since
+            self.round.doomed_since = since if doomed is None else min(doomed, since)
+        del self.members[rank]
+        self.left[rank] = reason
+        self.round.calls.pop(rank, None)
+        self.round.deadlines.pop(rank, None)
+
+    def due(self) -> list[tuple[int, Contribute]]:
+        """What ranks said too early, and can be taken now; looks whether all of them are back."""
+        if self.recovering:
+            if any(member.stream is None for member in self.members.values()):
+                return []
+            self.recovering = False
+            self.completed = max(self.completed, min((m.answered for m in self.members.values()), default=0))
+        held, self._held = self._held, []
+        self._held = [(rank, said) for rank, said in held if said.sequence > self.completed + 1]
+        return [(rank, said) for rank, said in held if said.sequence <= self.completed + 1 and rank in self.members]
+
+    @property
+    def departed(self) -> dict[int, Peer]:
+        """Those that have gone, by rank."""
+        return {rank: self._peers[rank] for rank in self.left}
+
+    @property
+    def layer_completed(self) -> int:
+        """The number of the last operation on a layer."""
+        return self.layer_answer.sequence if self.layer_answer is not None else 0
+
+    @property
+    def streams(self) -> dict[int, int]:
+        """The connections of the ranks that are here, by rank."""
+        return {rank: m.stream for rank, m in sorted(self.members.items()) if m.stream is not None}
+
+    # ---- the operation ----
+
+    def spoke(self, rank: int, contribution: Contribute, now: float) -> Heard:
+        """A rank contributes.
 
         Raises:
-            RefusedError: it is in another generation, or repeats or skips an operation.
+            RefusedError: it is in another generation, skips an operation, or repeats one with another content.
         """
         if contribution.generation != self.number or not self.running:
             state = "running" if self.running else "not complete yet"
@@ -150,30 +206,32 @@ class Generation:
                 f"expected contributions to generation {self.number}, which is {state}; received one to "
                 f"{contribution.generation}"
             )
+        if self.recovering or self.completed + 1 < contribution.sequence <= self.members[rank].answered + 1:
+            self._held.append((rank, contribution))
+            return Heard.HELD
+        if contribution.sequence <= self.completed:
+            return self._answered(rank, contribution)
         if contribution.sequence != self.completed + 1:
             raise RefusedError(
                 f"expected contribution {self.completed + 1}, received contribution {contribution.sequence}"
             )
         if rank in self.round.calls:
             if contribution.call == self.round.calls[rank]:
-                return False
+                return Heard.REPEATED
             raise RefusedError(
                 f"expected nothing while contribution {contribution.sequence} waits for its answer, received another"
             )
+        if not self.round.calls:
+            self.round.since = now
+        self._seen[rank] = contribution.call
+        self.members[rank].answered = self.completed
         self.round.add(rank, contribution.call, contribution.body, now + self.members[rank].timeout)
-        return True
-
-    def gone(self, rank: int, reason: str) -> None:
-        """A rank has left; the reason is empty for a clean end."""
-        del self.members[rank]
-        self.left[rank] = reason
-        self.round.calls.pop(rank, None)
-        self.round.deadlines.pop(rank, None)
+        return Heard.NEW
 
     def decide(self, now: float) -> Outcome:
         """What becomes of the operation."""
         failed = any(self.left.values())
-        verdict = None if failed else self._overdue(now)
+        verdict = None if failed or self.recovering else self._overdue(now)
         if verdict is not None:
             return Outcome(Decision.ABORT, verdict, overdue=True)
         calls = self.round.calls
@@ -187,12 +245,41 @@ class Generation:
             decision = Decision.ABORT if now >= since + _GRACE_S else decision
         return Outcome(decision, self._judged() if decision is Decision.ABORT else None)
 
-    def finished(self) -> Round:
-        """Close the completed operation and begin the next; returns the completed one."""
-        done, self.round = self.round, Round()
-        self._last = done.call
-        self.completed += 1
-        return done
+    def finished(self, answer: Answer) -> None:
+        """The operation is complete, and the next begins."""
+        self.completed, self.answer, self.round = answer.sequence, answer, Round()
+        if answer.call.place.layer is not None:
+            self.layer_answer = answer
+
+    def straggling(self, now: float) -> str:
+        """Who keeps the others waiting, and for how long; "" while that is not worth a line in the log."""
+        waited = now - self.round.since
+        if not self.round.calls or self.recovering or waited < max(_SLOW_S, 2 * self.round.slow_told):
+            return ""
+        self.round.slow_told = waited
+        missing = self._missing(set(self.round.calls) | set(self.left))
+        names = "; ".join(f"{self._peers[rank]}, {self._last_seen(rank)}" for rank in missing[:_RANKS_SHOWN])
+        more = f" and {len(missing) - _RANKS_SHOWN} more" if len(missing) > _RANKS_SHOWN else ""
+        verb = "keeps" if len(missing) == 1 else "keep"
+        others = len(self.round.calls)
+        return f"{names}{more}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"
+
+    # ---- words ----
+
+    def _answered(self, rank: int, contribution: Contribute) -> Heard:
+        answer = self.answer
+        if contribution.sequence <= self.members[rank].answered:
+            return Heard.REPEATED
+        if answer is not None and contribution.sequence == answer.sequence:
+            if contribution.call != answer.call:
+                raise RefusedError(
+                    f"expected contribution {contribution.sequence} as it was before, received another of this number"
+                )
+            return Heard.ANSWERED
+        raise RefusedError(
+            f"expected contribution {self.completed + 1}, received contribution {contribution.sequence}, whose answer "
+            "is not kept any more"
+        )
 
     def _judged(self) -> Verdict | None:
         return judge(self.round.calls, self.left, self._peers)
@@ -214,25 +301,28 @@ class Generation:
             return None
         missing = self._missing(set(self.round.calls) | set(self.left))
         timeout = min(self.members[rank].timeout for rank in self.round.calls)
-        seen = f"completing {_where(self._last)}" if self._last else "joining"
-        names = ", ".join(str(self._peers[rank]) for rank in missing)
-        waits = "; ".join(f"{self._peers[rank]} waits in {_where(call)}" for rank, call in self.round.calls.items())
+        names = "; ".join(
+            f"{self._peers[rank]} did not take part within {timeout:g} s, {self._last_seen(rank)}" for rank in missing
+        )
+        waits = "; ".join(f"{self._peers[rank]} waits in {call.where}" for rank, call in self.round.calls.items())
         return Verdict(
             PeerLostError,
-            f"{names} did not take part within {timeout:g} s, last seen {seen}; {waits}. Look at what it is doing; "
-            "if it is only slow, wait longer: timeout=.",
+            f"{names}; {waits}. Look at what it is doing; if it is only slow, wait longer: timeout=.",
             missing,
         )
+
+    def _last_seen(self, rank: int) -> str:
+        if not self.running:
+            return ""
+        seen = self._seen.get(rank) or (self.answer.call if self.answer is not None else None)
+        how = "waiting in" if rank in self.round.calls else "completing"
+        return f"last seen {how} {seen.where}" if seen is not None else "last seen joining"
 
     def _missing(self, there: set[int]) -> tuple[int, ...]:
         return tuple(rank for rank in range(self.world_size) if rank not in there)
 
     def _here(self) -> str:
         return ", ".join(str(member.peer) for _, member in sorted(self.members.items()))
-
-
-def _where(call: Call) -> str:
-    return str(call.place) if call.place.layer is not None else f"{call.operation} (number {call.place.step})"
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

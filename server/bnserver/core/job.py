@@ -4,6 +4,7 @@ Laws of this room:
 1. A job exists from its first join. Ranks that join while another generation ends begin the next one.
 2. After a failure everybody is told, once; the state stays, and the next join begins a new generation.
 3. What a rank sends wrongly costs it its place, never the state.
+4. Who is away when the others are told hears the same when it comes back.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bnlayer.agreement import Verdict
-from bnlayer.collective import Call, Operation, PlainTerms
+from bnlayer.collective import Call, PlainTerms
 from bnlayer.errors import MismatchError, ServiceError
 from bnlayer.state import LayerState
+from bnserver.core.answers import Answer, plain
 from bnserver.core.effects import (
-    REASON_OF,
-    Broadcast,
     Closed,
     Effect,
     Enrolled,
@@ -24,17 +24,18 @@ from bnserver.core.effects import (
     Joined,
     Owned,
     Persist,
-    Reason,
-    Reduce,
-    Released,
+    Record,
+    Settle,
+    Straggling,
     Totals,
 )
-from bnserver.core.events import Arrays, Contribute, Join, Push
-from bnserver.core.generation import Decision, Generation, Member, Round
+from bnserver.core.entries import Began, Ended, Enlisted, Left, Operated
+from bnserver.core.events import Contribute, Join, Push
+from bnserver.core.generation import Decision, Generation, Heard, Round
 from bnserver.core.layers import DisagreementError, Layers
+from bnserver.core.members import LOST, Member, Patience
+from bnserver.core.reasons import REASON_OF, Reason
 from bnserver.core.validation import RefusedError, check, check_join, check_state
-
-LOST = "was lost: its connection broke without a goodbye"
 
 
 class Job:
@@ -44,101 +45,155 @@ class Job:
         name: the job's.
         number: of the latest generation; 0 before the first.
         layers: what the owner owns.
+        generations: those that are not over, the latest last.
+        ended: how the latest one that is over ended.
     """
 
-    def __init__(self, name: str, number: int = 0, states: Mapping[str, LayerState] | None = None) -> None:
+    def __init__(self, name: str, patience: Patience) -> None:
         self.name = name
-        self.number = number
-        self.layers = Layers(states or {})
+        self.number = 0
+        self.layers = Layers()
         self.generations: list[Generation] = []
+        self._patience = patience
+        self.ended = Ended(0)
+
+    # ---- ranks come and go ----
 
     def join(self, event: Join, now: float) -> tuple[Generation | None, list[Effect]]:
         """A rank wants its place; returns the generation that it is now in, None if it was refused."""
+        effects: list[Effect] = []
         try:
             check_join(event)
+            generation = self._of(event)
+            if generation is not None:
+                return generation, self._returned(generation, event, now)
+            if event.resume is not None:
+                return None, [self._stale(event)]
+            effects = self._make_room(event, now)
             generation = self._gathering(event)
         except RefusedError as error:
             return None, [Failed(event.stream, Reason.INVALID, f"The service refused to let you join: {error}.")]
         except DisagreementError as error:
-            return None, [Failed(event.stream, Reason.MISMATCH, str(error), (event.peer.rank,))]
-        generation.joined(Member(event.stream, event.peer, event.timeout, now + event.join_timeout))
+            failed = Failed(event.stream, Reason.MISMATCH, str(error), (event.peer.rank,))
+            return None, [*effects, failed]
+        member = Member(event.peer, event.timeout, now + event.join_timeout, event.incarnation)
+        member.comes(event.stream, 0, now)
+        generation.joined(member)
         if not generation.running:
-            return generation, []
+            return generation, effects
         self.layers.forget_unfinished()
-        return generation, [Joined(_streams(generation), self.name, generation.number, generation.world_size)]
+        for each in generation.members.values():
+            each.heard = now  # it gathered without a lease
+        joined = Joined(tuple(generation.streams.values()), self.name, generation.number, generation.world_size)
+        return generation, [*effects, Record(self.name, began(generation)), joined]
 
-    def contribute(self, generation: Generation, rank: int, event: Contribute, now: float) -> list[Effect]:
-        """A rank takes part in an operation."""
-        try:
-            check(event, generation.world_size)
-            if not generation.spoke(rank, event, now):
-                return []
-        except RefusedError as error:
-            return self.refuse(generation, rank, str(error), event.call, now)
-        return self.settle(generation, now)
-
-    def push(self, generation: Generation, rank: int, event: Push, now: float) -> list[Effect]:
-        """A rank replaces the owner's state of a layer."""
-        try:
-            check_state(event.state)
-            return [Owned(event.stream, self.layers.pushed(event.layer, event.state))]
-        except RefusedError as error:
-            return self.refuse(generation, rank, str(error), None, now)
-        except DisagreementError as error:
-            failed = Failed(event.stream, Reason.MISMATCH, str(error), (rank,), event.layer)
-            return [
-                failed,
-                *self.lose(generation, rank, f"pushed what its owner refused: {str(error).rstrip('.')}", now),
-            ]
+    def away(self, generation: Generation, rank: int, now: float) -> list[Effect]:
+        """A rank's connection broke: it may come back, if it can."""
+        member = generation.members[rank]
+        if not member.incarnation:
+            return self.lose(generation, {rank: LOST}, now, silent=True)
+        until = now + (member.timeout if generation.recovering else self._patience.away)
+        member.goes(until, now, restarted=generation.recovering)
+        return []
 
     def leave(self, generation: Generation, rank: int, reason: str, now: float) -> list[Effect]:
         """A rank says goodbye."""
         if not generation.running:
             reason = reason or "left before every rank had joined"
-        closed = Closed(generation.members[rank].stream)
+        stream = generation.members[rank].stream
+        closed = [Closed(stream)] if stream is not None else []
         # Saved before the goodbye is answered: what the last rank is told to be over is on disk.
-        return [*self.lose(generation, rank, reason, now), closed]
+        return [*self.lose(generation, {rank: reason}, now), *closed]
 
-    def lose(self, generation: Generation, rank: int, reason: str, now: float) -> list[Effect]:
-        """A rank is gone, for a reason; none for a clean end."""
-        generation.gone(rank, reason)
-        effects = self.settle(generation, now)
+    def lose(
+        self, generation: Generation, reasons: Mapping[int, str], now: float, *, silent: bool = False
+    ) -> list[Effect]:
+        """Ranks are gone, each for a reason; "" for a clean end. Silent ones have said nothing themselves."""
+        effects: list[Effect] = []
+        for rank, reason in reasons.items():
+            # The others' grace began with its last sign of life: when it went away, or fell silent.
+            generation.gone(rank, reason, generation.members[rank].heard, silent=silent)
+            if generation.running:
+                effects.append(Record(self.name, Left(generation.number, rank, generation.left[rank])))
+        effects += self.settle(generation, now)
         if not generation.members and not generation.over:
-            effects += self._end(generation)
+            effects += self._end(generation, Ended(generation.number))
         return effects
 
     def refuse(self, generation: Generation, rank: int, text: str, call: Call | None, now: float) -> list[Effect]:
         """A rank sent something that has no meaning: it is out, and the others are told."""
         member = generation.members[rank]
-        failed = Failed(
-            member.stream,
-            Reason.INVALID,
-            f"The service refused what {member.peer} sent: {text}.",
-            (rank,),
-            call.place.layer if call else None,
-            call.place.step if call else None,
-        )
-        return [failed, *self.lose(generation, rank, f"sent what the service refused: {text}", now)]
+        failed: list[Effect] = []
+        if member.stream is not None:
+            failed.append(
+                Failed(
+                    member.stream,
+                    Reason.INVALID,
+                    f"The service refused what {member.peer} sent: {text}.",
+                    (rank,),
+                    call.place.layer if call else None,
+                    call.place.step if call else None,
+                )
+            )
+        return [*failed, *self.lose(generation, {rank: f"sent what the service refused: {text}"}, now)]
 
-    def settle(self, generation: Generation, now: float) -> list[Effect]:
-        """Complete or abort the operation, if it is time."""
-        outcome = generation.decide(now)
-        if outcome.verdict is not None:
-            reason = Reason.DEADLINE if outcome.overdue else REASON_OF[outcome.verdict.kind]
-            return self._abort(generation, outcome.verdict, reason)
-        if outcome.decision is Decision.COMPLETE:
-            return self._complete(generation)
-        return []
+    def _of(self, event: Join) -> Generation | None:
+        """The generation in which this very process has its place already; None if there is none."""
+        if not event.incarnation:
+            return None
+        for generation in self.generations:
+            member = generation.members.get(event.peer.rank)
+            if member is not None and member.incarnation == event.incarnation:
+                return generation
+        return None
 
-    def tick(self, now: float) -> list[Effect]:
-        """Time has passed."""
-        return [effect for generation in tuple(self.generations) for effect in self.settle(generation, now)]
+    def _returned(self, generation: Generation, event: Join, now: float) -> list[Effect]:
+        """A rank is back, on another stream; the one before may not have noticed its end yet."""
+        rank = event.peer.rank
+        member, known = generation.members[rank], event.resume
+        effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
+        if not generation.running:
+            member.comes(event.stream, 0, now)
+            return effects
+        member.comes(event.stream, known.answered if known is not None else 0, now)
+        if known is not None and self._behind(generation, known.layer_answered, known.versions):
+            text = (
+                f"The service lost what the ranks of job {self.name!r} were told: {event.peer} knows of contribution "
+                f"{known.layer_answered}, the service's state directory of {generation.layer_completed}. The machine "
+                "lost its power, its disk was full, or the directory is an old copy. Start the job again, from its "
+                "checkpoint."
+            )
+            return effects + self._abort(generation, Verdict(ServiceError, text, ()), Reason.DATA_LOSS)
+        effects.append(Joined((event.stream,), self.name, generation.number, generation.world_size))
+        return effects + self._go_on(generation, now)
 
-    def stop(self, text: str) -> list[Effect]:
-        """The service goes down: everybody is told."""
+    def _behind(self, generation: Generation, layer_answered: int, versions: Mapping[str, int]) -> bool:
+        """Whether a rank knows of more than its owner does."""
+        if layer_answered > generation.layer_completed:
+            return True
+        states = self.layers.states
+        return any(name not in states or states[name].version < version for name, version in versions.items())
+
+    def _stale(self, event: Join) -> Failed:
+        """Why a rank can't come back."""
+        assert event.resume is not None
+        number, ended = event.resume.generation, self.ended
+        if ended.generation == number and ended.reason is not None:
+            return Failed(event.stream, ended.reason, ended.text, ended.ranks)
+        if not self.number:
+            why = "this service knows nothing of the job: it was started anew, without what it had kept (--state-dir)"
+        else:
+            why = f"that generation is over; the latest one is {self.number}"
+        text = f"{event.peer} can't come back into generation {number} of job {self.name!r}: {why}. Start it again."
+        return Failed(event.stream, Reason.STALE, text)
+
+    def _make_room(self, event: Join, now: float) -> list[Effect]:
+        """A new process takes the place of one that is away: that one does not come back."""
         effects: list[Effect] = []
         for generation in tuple(self.generations):
-            effects += self._abort(generation, Verdict(ServiceError, text, ()), Reason.STOPPING)
+            member = generation.members.get(event.peer.rank)
+            if member is not None and member.stream is None:
+                effects += self.lose(generation, {event.peer.rank: LOST}, now, silent=True)
         return effects
 
     def _gathering(self, event: Join) -> Generation:
@@ -163,62 +218,135 @@ class Job:
             )
         return latest
 
-    def _complete(self, generation: Generation) -> list[Effect]:
+    # ---- what ranks say ----
+
+    def contribute(self, generation: Generation, rank: int, event: Contribute, now: float) -> list[Effect]:
+        """A rank takes part in an operation."""
         try:
-            effects = self._results(generation.round, _streams(generation), generation.completed + 1)
+            check(event, generation.world_size)
+            heard = generation.spoke(rank, event, now)
+        except RefusedError as error:
+            return self.refuse(generation, rank, str(error), event.call, now)
+        if heard is Heard.NEW:
+            return self.settle(generation, now)
+        if heard is Heard.ANSWERED and generation.answer is not None:
+            streams = generation.streams
+            return generation.answer.to({rank: streams[rank]} if rank in streams else {})
+        return []
+
+    def push(self, generation: Generation, rank: int, event: Push, now: float) -> list[Effect]:
+        """A rank replaces the owner's state of a layer."""
+        member = generation.members[rank]
+        if event.number and event.number <= member.pushes:
+            return [Owned(event.stream, self.layers.pulled(event.layer))]
+        try:
+            check_state(event.state)
+            pushed = self.layers.pushed(rank, event.number, event.layer, event.state)
+        except RefusedError as error:
+            return self.refuse(generation, rank, str(error), None, now)
         except DisagreementError as error:
-            return self._abort(generation, Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
-        generation.finished()
+            failed = Failed(event.stream, Reason.MISMATCH, str(error), (rank,), event.layer)
+            reason = f"pushed what its owner refused: {str(error).rstrip('.')}"
+            return [failed, *self.lose(generation, {rank: reason}, now)]
+        self.layers.replace(pushed)
+        member.pushes = event.number
+        return [Record(self.name, pushed), Owned(event.stream, pushed.state)]
+
+    # ---- time passes ----
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        effects: list[Effect] = []
+        for generation in tuple(self.generations):
+            lease = self._patience.lease if generation.running else 0.0
+            ends = {rank: m.end(now, lease) for rank, m in sorted(generation.members.items())}
+            lost = {rank: reason for rank, reason in ends.items() if reason}
+            frozen = [
+                (generation.members[rank].peer, stream) for rank, stream in generation.streams.items() if rank in lost
+            ]
+            effects += self.lose(generation, lost, now, silent=True) if lost else self.settle(generation, now)
+            for peer, stream in frozen:
+                text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
+                effects.append(Failed(stream, Reason.PEER_LOST, text, (peer.rank,)))
+            if not generation.over and (text := generation.straggling(now)):
+                effects.append(Straggling(self.name, text))
         return effects
 
-    def _results(self, done: Round, streams: tuple[int, ...], sequence: int) -> list[Effect]:
-        call, terms = done.call, done.call.terms
-        if isinstance(terms, PlainTerms):
-            return _plain_results(done, call.operation, terms, streams, sequence)
-        layer = call.place.layer or ""
+    def settle(self, generation: Generation, now: float) -> list[Effect]:
+        """Complete or abort the operation, if it is time."""
+        outcome = generation.decide(now)
+        if outcome.verdict is not None:
+            reason = Reason.DEADLINE if outcome.overdue else REASON_OF[outcome.verdict.kind]
+            return self._abort(generation, outcome.verdict, reason)
+        if outcome.decision is Decision.COMPLETE:
+            return self._complete(generation) + self._go_on(generation, now)
+        return []
+
+    def stop(self, text: str) -> list[Effect]:
+        """The service goes down: everybody is told."""
+        effects: list[Effect] = []
+        for generation in tuple(self.generations):
+            effects += self._abort(generation, Verdict(ServiceError, text, ()), Reason.STOPPING)
+        return effects
+
+    def _go_on(self, generation: Generation, now: float) -> list[Effect]:
+        """Take what ranks said too early, now that the others are there."""
+        effects: list[Effect] = []
+        for rank, contribution in generation.due():
+            if rank in generation.members and not generation.over:
+                effects += self.contribute(generation, rank, contribution, now)
+        return effects
+
+    def _complete(self, generation: Generation) -> list[Effect]:
+        try:
+            answer, entry = self._answer(generation.round, generation.completed + 1)
+        except DisagreementError as error:
+            return self._abort(generation, Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
+        generation.finished(answer)
+        told = answer.to(generation.streams)
+        if entry is None:
+            return told
+        return [Record(self.name, entry), *told, Settle(self.name, entry.call.place.layer or "")]
+
+    def _answer(self, done: Round, sequence: int) -> tuple[Answer, Operated | None]:
+        """What comes of an operation, and what is written of it."""
+        call = done.call
+        if isinstance(call.terms, PlainTerms):
+            return plain(sequence, call, done.bodies), None
         if done.words is not None:
-            version = self.layers.reduced(call, terms, done.words)
-            return [Totals(streams, sequence, done.words, version)]
-        seeds = {rank: body for rank, body in done.bodies.items() if isinstance(body, LayerState)}
-        return [Enrolled(streams, sequence, self.layers.enrolled(layer, seeds))]
+            entry = Operated(sequence, call, done.words)
+        else:
+            seeds = {rank: body for rank, body in done.bodies.items() if isinstance(body, LayerState)}
+            entry = Operated(sequence, call, self.layers.enrolled(call.place.layer or "", seeds))
+        return self.operated(entry), entry
+
+    def operated(self, entry: Operated) -> Answer:
+        """Take a completed operation on a layer."""
+        call, body = entry.call, entry.body
+        assert not isinstance(call.terms, PlainTerms)
+        if isinstance(body, LayerState):
+            state = self.layers.enrolled(call.place.layer or "", {0: body})
+            return Answer(entry.sequence, call, Enrolled((), entry.sequence, state))
+        version = self.layers.reduced(entry.sequence, call, call.terms, body)
+        return Answer(entry.sequence, call, Totals((), entry.sequence, body, version))
 
     def _abort(self, generation: Generation, verdict: Verdict, reason: Reason) -> list[Effect]:
         """Tell every rank that is still here, and end the generation."""
         told: list[Effect] = []
-        for rank, member in sorted(generation.members.items()):
+        for rank, stream in generation.streams.items():
             place = generation.round.calls[rank].place if rank in generation.round.calls else None
             layer, step = (place.layer, place.step) if place else (None, None)
-            told.append(Failed(member.stream, reason, verdict.text, verdict.ranks, layer, step))
-        return told + self._end(generation)
+            told.append(Failed(stream, reason, verdict.text, verdict.ranks, layer, step))
+        return told + self._end(generation, Ended(generation.number, reason, verdict.text, verdict.ranks))
 
-    def _end(self, generation: Generation) -> list[Effect]:
+    def _end(self, generation: Generation, ended: Ended) -> list[Effect]:
         generation.over = True
         self.generations.remove(generation)
-        return [Persist(self.name)]
+        self.ended = ended
+        return [Record(self.name, ended), Persist(self.name)]
 
 
-def _plain_results(
-    done: Round, operation: Operation, terms: PlainTerms, streams: tuple[int, ...], sequence: int
-) -> list[Effect]:
-    if operation is Operation.BARRIER:
-        return [Released(streams, sequence)]
-    if operation is Operation.BROADCAST:
-        body = done.bodies[terms.root]
-        if not isinstance(body, tuple):
-            raise DisagreementError(f"The root of the broadcast, rank {terms.root}, sent no arrays.")
-        others = streams[: terms.root] + streams[terms.root + 1 :]
-        return [Released((streams[terms.root],), sequence), Broadcast(others, sequence, body)]
-    contributions = tuple(body for _, body in sorted(done.bodies.items()) if isinstance(body, tuple))
-    kinds = {_described(arrays) for arrays in contributions}
-    if len(kinds) > 1:
-        raise DisagreementError(f"The ranks sent different arrays to the allreduce: {'; '.join(sorted(kinds))}.")
-    return [Reduce(streams, sequence, terms.op, contributions)]
-
-
-def _streams(generation: Generation) -> tuple[int, ...]:
-    """The ranks' connections, in rank order."""
-    return tuple(member.stream for _, member in sorted(generation.members.items()))
-
-
-def _described(arrays: Arrays) -> str:
-    return ", ".join(f"{array.dtype.name}{list(array.shape)}" for array in arrays) or "no arrays"
+def began(generation: Generation) -> Began:
+    """The entry of a generation's begin, with the ranks that are in it."""
+    members = tuple(Enlisted(m.peer, m.incarnation, m.timeout, m.pushes) for _, m in sorted(generation.members.items()))
+    return Began(generation.number, generation.world_size, members)

@@ -5,18 +5,22 @@ Laws of this room:
 2. The owner walks through an exchange as every rank does: it knows what must come next, and refuses the rest.
 3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it
    completed is kept.
+4. A layer remembers what it was before its latest training call, and what came since: `entries` leads back here.
+5. That an exchange is complete is known at once; the update may wait until the ranks have their answer. Nobody can see
+   the difference: whoever asks for the state gets the one after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from bnlayer.collective import Call, Direction, LayerTerms
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
+from bnserver.core.entries import Kept, Operated, Pushed
 from bnserver.core.events import Words
 
 
@@ -24,55 +28,118 @@ class DisagreementError(Exception):
     """The ranks agree with each other, but not with the owner; the text says how, and what to do."""
 
 
-@dataclass(slots=True)
 class _Layer:
     """One layer.
 
     Attributes:
-        state: the authoritative one.
+        version: the owner's; the state's, once it is up to date.
         forward, backward: the exchange in progress.
-        statistics: of the latest training call: its backward pass needs them.
+        base: the state before the latest training call.
+        since: what came since then.
     """
 
-    state: LayerState
-    forward: ForwardExchange | None = None
-    backward: BackwardExchange | None = None
-    statistics: BatchStatistics | None = None
+    def __init__(self, state: LayerState) -> None:
+        self.version = state.version
+        self.forward: ForwardExchange | None = None
+        self.backward: BackwardExchange | None = None
+        self.base = state
+        self.since: list[Operated | Pushed] = []
+        self._state = state
+        self._statistics: BatchStatistics | None = None
+        self._owed: tuple[ForwardExchange, Rule] | None = None
+
+    @property
+    def state(self) -> LayerState:
+        """The authoritative one."""
+        self.settle()
+        return self._state
+
+    @property
+    def statistics(self) -> BatchStatistics | None:
+        """Of the latest training call: its backward pass needs them."""
+        self.settle()
+        return self._statistics
+
+    def becomes(self, state: LayerState) -> None:
+        """Take another state."""
+        self.settle()
+        self._state, self.version = state, state.version
+
+    def completes(self, exchange: ForwardExchange, rule: Rule) -> None:
+        """An exchange is complete: its update is owed."""
+        self.settle()
+        self._owed, self.version = (exchange, rule), self.version + 1
+
+    def settle(self) -> None:
+        """Make the update that is owed."""
+        if self._owed is None:
+            return
+        (exchange, rule), self._owed = self._owed, None
+        self._statistics = exchange.statistics
+        assert self._statistics is not None
+        self._state = self._state.after_forward(self._statistics, exchange.grid, rule)
 
 
 class Layers:
     """The layers of one job, by name."""
 
-    def __init__(self, states: Mapping[str, LayerState]) -> None:
-        self._layers = {name: _Layer(state) for name, state in states.items()}
+    def __init__(self) -> None:
+        self._layers: dict[str, _Layer] = {}
 
     @property
     def states(self) -> dict[str, LayerState]:
         """Every layer's state."""
         return {name: layer.state for name, layer in self._layers.items()}
 
+    @property
+    def entries(self) -> list[Kept | Operated | Pushed]:
+        """What leads from nothing to these layers."""
+        found: list[Kept | Operated | Pushed] = []
+        for name, layer in self._layers.items():
+            found += [Kept(name, layer.base), *layer.since]
+        return found
+
+    def keep(self, entry: Kept) -> None:
+        """Make a layer known as it was."""
+        self._layers[entry.layer] = _Layer(entry.state)
+
     def forget_unfinished(self) -> None:
         """Begin a generation: the ranks know nothing of exchanges that were cut short."""
         self._layers = {name: _Layer(layer.state) for name, layer in self._layers.items()}
+
+    def settle(self, name: str) -> None:
+        """Make the update that a layer's latest exchange owes."""
+        layer = self._layers.get(name)
+        if layer is not None:
+            layer.settle()
 
     def pulled(self, name: str) -> LayerState | None:
         """The state of a layer; None if there is no such layer."""
         layer = self._layers.get(name)
         return layer.state if layer is not None else None
 
-    def pushed(self, name: str, state: LayerState) -> LayerState:
-        """Replace a layer's state, or make it known; returns the state with the owner's new version.
+    def pushed(self, rank: int, number: int, name: str, state: LayerState) -> Pushed:
+        """What replaces a layer's state, or makes it known: with the owner's new version.
 
         Raises:
             DisagreementError: the layer has other channels or dtypes.
         """
         layer = self._layers.get(name)
-        if layer is None:
-            self._layers[name] = _Layer(_versioned(state, 1))
-            return self._layers[name].state
-        _check_kind(name, layer.state, state)
-        layer.state = _versioned(state, layer.state.version + 1)
-        return layer.state
+        if layer is not None:
+            _check_kind(name, layer.state, state)
+        version = layer.state.version if layer is not None else 0
+        return Pushed(rank, number, name, replace(state, version=version + 1))
+
+    def replace(self, entry: Pushed) -> None:
+        """Take what was pushed."""
+        layer = self._layers.get(entry.layer)
+        if layer is None or not layer.since:
+            self._layers[entry.layer] = _Layer(entry.state)
+            return
+        if isinstance(layer.since[-1], Pushed):
+            layer.since.pop()  # replaced by this one, and nobody asks what it was
+        layer.since.append(entry)
+        layer.becomes(entry.state)
 
     def enrolled(self, name: str, seeds: Mapping[int, LayerState]) -> LayerState:
         """The owner's state of a layer that all ranks named; rank 0's seeds one that is new.
@@ -92,7 +159,7 @@ class Layers:
             self._layers[name] = _Layer(state)
         return state
 
-    def reduced(self, call: Call, terms: LayerTerms, words: Words) -> int:
+    def reduced(self, sequence: int, call: Call, terms: LayerTerms, words: Words) -> int:
         """Take the words that all ranks reduced; returns the layer's version after them.
 
         Raises:
@@ -108,9 +175,15 @@ class Layers:
                 f"{call.place}: the ranks have {terms.channels} channels in {terms.dtype} {_with_renorm(renorm)}, the "
                 f"owner has {layer.state.kind}. Enroll the layer anew, on every rank."
             )
-        if call.place.direction is Direction.FORWARD:
-            return _forward(layer, call, terms, words)
-        return _backward(layer, call, terms, words)
+        if call.place.direction is Direction.BACKWARD:
+            version = _backward(layer, call, terms, words)
+        else:
+            base, begins = layer.state, layer.forward is None
+            version = _forward(layer, call, terms, words)
+            if begins:
+                layer.base, layer.since = base, []
+        layer.since.append(Operated(sequence, call, words))
+        return version
 
 
 def _forward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
@@ -121,13 +194,12 @@ def _forward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
         raise DisagreementError(f"{call.place}: epsilon or the mask changed in the middle of an exchange.")
     _check_next(exchange, layer.state.version, call, terms)
     exchange = exchange.reduced(words)
-    if exchange.statistics is None:
+    if exchange.wants is not None:
         layer.forward = exchange
-        return layer.state.version
+        return layer.version
     layer.forward = None
-    layer.statistics = exchange.statistics
-    layer.state = layer.state.after_forward(exchange.statistics, exchange.grid, _rule(terms))
-    return layer.state.version
+    layer.completes(exchange, _rule(terms))
+    return layer.version
 
 
 def _backward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
@@ -141,12 +213,12 @@ def _backward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int
         exchange = BackwardExchange.begin(layer.state.backward, layer.statistics)
     _check_next(exchange, layer.state.version, call, terms)
     exchange = exchange.reduced(words)
-    if exchange.gradients is None:
+    if exchange.wants is not None:
         layer.backward = exchange
-        return layer.state.version
+        return layer.version
     layer.backward = None
-    layer.state = layer.state.after_backward(exchange.grid, exchange.statistics)
-    return layer.state.version
+    layer.becomes(layer.state.after_backward(exchange.grid, exchange.statistics))
+    return layer.version
 
 
 def _check_next(exchange: ForwardExchange | BackwardExchange, version: int, call: Call, terms: LayerTerms) -> None:
@@ -181,7 +253,3 @@ def _with_renorm(renorm: bool) -> str:
 def _rule(terms: LayerTerms) -> Rule:
     renorm_momentum = terms.renorm.momentum if terms.renorm is not None else 0.0  # not looked at
     return Rule(terms.momentum, terms.epsilon, renorm_momentum, synchronized=True, masked=terms.masked)
-
-
-def _versioned(state: LayerState, version: int) -> LayerState:
-    return replace(state, version=version)

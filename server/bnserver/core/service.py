@@ -4,36 +4,26 @@ Laws of this room:
 1. Every event has its effects at once; whatever takes time (sending, saving, large sums) is an effect.
 2. A stream holds one seat: a rank of a generation of a job. What a stream without a seat says is ignored.
 3. Jobs don't know of each other.
+4. Whatever a rank sends is a sign of life.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
 from bnlayer.state import LayerState
-from bnserver.core.effects import Closed, Effect, Failed, Owned, Reason
-from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.effects import Closed, Effect, Failed, Owned
+from bnserver.core.entries import Entry
+from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import Generation
-from bnserver.core.job import LOST, Job
+from bnserver.core.job import Job
+from bnserver.core.members import Member, Patience
+from bnserver.core.past import entries, recovered
+from bnserver.core.reasons import Reason
 
 _STOPPING = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a job leaves behind: enough to go on with it.
-
-    Attributes:
-        job: its name.
-        generation: the number of its latest generation.
-        states: of its layers, by name.
-    """
-
-    job: str
-    generation: int
-    states: Mapping[str, LayerState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +34,22 @@ class _Seat:
 
 
 class Service:
-    """The table of jobs."""
+    """The table of jobs.
 
-    def __init__(self, snapshots: tuple[Snapshot, ...] = ()) -> None:
-        self._jobs = {kept.job: Job(kept.job, kept.generation, kept.states) for kept in snapshots}
+    Args:
+        pasts: what jobs left behind, by name.
+        patience: how long to wait for signs of life.
+        now: seconds, on the clock of `handle`.
+
+    Raises:
+        PastError: a past makes no sense.
+    """
+
+    def __init__(
+        self, pasts: Mapping[str, Iterable[Entry]] | None = None, patience: Patience | None = None, now: float = 0.0
+    ) -> None:
+        self._patience = patience or Patience()
+        self._jobs = {name: recovered(name, past, self._patience, now) for name, past in (pasts or {}).items()}
         self._seats: dict[int, _Seat] = {}
         self._stopping = False
 
@@ -56,10 +58,17 @@ class Service:
         """The names of all jobs."""
         return tuple(self._jobs)
 
-    def snapshot(self, job: str) -> Snapshot:
-        """What a job would leave behind now."""
-        found = self._jobs[job]
-        return Snapshot(job, found.number, found.layers.states)
+    def past(self, job: str) -> list[Entry]:
+        """What a job would leave behind now: enough to go on with it."""
+        return entries(self._jobs[job])
+
+    def states(self, job: str) -> dict[str, LayerState]:
+        """What a job owns, by layer."""
+        return self._jobs[job].layers.states
+
+    def settle(self, job: str, layer: str) -> None:
+        """Bring a layer's statistics up to date."""
+        self._jobs[job].layers.settle(layer)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Decide what an event brings about.
@@ -82,6 +91,11 @@ class Service:
                 return self._join(event, now)
             case Tick():
                 return [effect for job in self._jobs.values() for effect in job.tick(now)]
+            case Heartbeat():
+                member = self._member(event)
+                if member is not None and member.stream is not None:
+                    member.heard = now
+                return []
             case Stop():
                 self._stopping = True
                 return [effect for job in self._jobs.values() for effect in job.stop(_STOPPING)]
@@ -91,10 +105,18 @@ class Service:
                     return _unseated(event)
                 return _seated(seat, event, now)
 
+    def _member(self, beat: Heartbeat) -> Member | None:
+        job = self._jobs.get(beat.job)
+        for generation in job.generations if job is not None else ():
+            member = generation.members.get(beat.rank)
+            if member is not None and member.incarnation == beat.incarnation:
+                return member
+        return None
+
     def _join(self, event: Join, now: float) -> list[Effect]:
         if self._stopping:
             return [Failed(event.stream, Reason.STOPPING, _STOPPING)]
-        job = self._jobs.get(event.job) or Job(event.job)
+        job = self._jobs.get(event.job) or Job(event.job, self._patience)
         generation, effects = job.join(event, now)
         if generation is not None:
             self._jobs[event.job] = job
@@ -110,6 +132,7 @@ def _unseated(event: Contribute | Pull | Push | Leave | Lost | Malformed) -> lis
 
 def _seated(seat: _Seat, event: Contribute | Pull | Push | Leave | Lost | Malformed, now: float) -> list[Effect]:
     job, generation, rank = seat.job, seat.generation, seat.rank
+    generation.members[rank].heard = now
     match event:
         case Contribute():
             return job.contribute(generation, rank, event, now)
@@ -120,7 +143,7 @@ def _seated(seat: _Seat, event: Contribute | Pull | Push | Leave | Lost | Malfor
         case Leave():
             return job.leave(generation, rank, event.reason, now)
         case Lost():
-            return job.lose(generation, rank, LOST, now)
+            return job.away(generation, rank, now)
         case Malformed():
             return job.refuse(generation, rank, event.text, None, now)
         case _:

@@ -1,17 +1,21 @@
 """Whatever the ranks do, in whatever order: the laws of a job hold.
 
-Hypothesis plays four ranks that join, speak, repeat themselves, say something else, push, leave, crash and come back
-late, while time passes. A model that only counts says what must be true.
+Hypothesis plays four ranks that join, speak, repeat themselves, say something else, leave, lose their connection, come
+back in time or too late, freeze and are killed, while time passes and the service is killed and started again. A model
+that only counts says what must be true.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
@@ -20,15 +24,48 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.moving import Moving, Rule
 from bnlayer.state import LayerState
-from bnserver.core.effects import Closed, Effect, Enrolled, Failed, Joined, Reason, Released, Totals
-from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Tick
+from bnserver.core.effects import Closed, Effect, Enrolled, Failed, Joined, Record, Released, Totals
+from bnserver.core.entries import Entry
+from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Resume, Tick
+from bnserver.core.members import Patience
+from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 
 _WORLD = 4
+_TIMEOUT_S = 5.0
+_PATIENCE = Patience(lease=1.0, away=0.5)
 _TERMS = LayerTerms(1, "float32", 0.9, 0.001)
 _X = [np.full((rows, 1, 1), value, np.float32) for rows, value in ((1, 0.5), (2, -3.0), (0, 0.0), (3, 7.25))]
 _RANKS = st.integers(0, _WORLD - 1)
 _ORDERS = st.permutations(range(_WORLD))
+
+Said = tuple[int, Call, object]
+
+
+@dataclass(slots=True)
+class Process:
+    """A rank's process: what it knows, and has said.
+
+    Attributes:
+        stream: its connection; None while it has none.
+        hears: whether what the service says arrives.
+        alive: whether it gives signs of life.
+    """
+
+    rank: int
+    incarnation: int
+    stream: int | None
+    hears: bool = True
+    alive: bool = True
+    generation: int = 0
+    answered: int = 0
+    layer_answered: int = 0
+    asked: Said | None = None
+    before: Said | None = None
+    since: float = 0.0
+    state: LayerState | None = None
+    exchange: ForwardExchange | None = None
+    steps: int = 0
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -36,18 +73,14 @@ class AnyHistory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.service = Service()
-        self.streams = itertools.count(1)
+        self.service = Service(patience=_PATIENCE)
+        self.numbers = itertools.count(1)
         self.now = 0.0
-        self.seat: dict[int, int] = {}
-        self.running = False
-        self.generation = 0
-        self.completed = 0
-        self.waiting: dict[int, tuple[Call, object]] = {}
-        self.waiting_since: dict[int, float] = {}
-        self.updates = 0
-        self.exchange: ForwardExchange | None = None
-        self.state: LayerState | None = None
+        self.ranks: dict[int, Process] = {}
+        self.written: list[Entry] = []
+        self.returning: set[int] = set()
+        self.ending = False
+        self.answers: dict[tuple[int, int], bytes] = {}
 
     # ---- what the ranks do ----
 
@@ -60,22 +93,23 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(rank=_RANKS)
     def joins(self, rank: int) -> None:
         """A new process takes a rank's place, or is refused because another one has it."""
-        stream = next(self.streams)
-        taken, ending = rank in self.seat, self.running and len(self.seat) < _WORLD
-        if ending:
-            return  # told in the scenarios; here one generation at a time
-        effects = self.does(Join(stream, "j", Peer(rank, f"h{rank}", stream), _WORLD, 50.0, 50.0), stream)
+        stream = next(self.numbers)
+        taken = rank in self.ranks and self.ranks[rank].stream is not None
+        if self.ending or (rank in self.ranks and not taken):
+            return  # told in the scenarios; here one generation at a time, and no twins
+        join = Join(stream, "j", Peer(rank, f"h{rank}", stream), _WORLD, _TIMEOUT_S, _TIMEOUT_S, 1000 + stream)
         if taken:
+            effects = self.service.handle(join, self.now)
             assert [effect.reason for effect in effects if isinstance(effect, Failed)] == [Reason.MISMATCH]
-        elif not any(isinstance(effect, Failed) for effect in effects):
-            self.seat[rank] = stream
-            self.hears(effects)
+            return
+        self.ranks[rank] = Process(rank, 1000 + stream, stream)
+        self.does(join)
 
     @rule(order=_ORDERS)
     def all_speak(self, order: list[int]) -> None:
         """The ranks join if they have to, and all take part in what comes next, in any order."""
-        if not self.running:
-            for rank in order:
+        for rank in order:
+            if rank not in self.ranks:
                 self.joins(rank)
         for rank in order:
             self.speaks(rank)
@@ -88,169 +122,271 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(rank=_RANKS)
     def speaks(self, rank: int) -> None:
-        """A rank takes part in what comes next."""
-        if self.running and rank in self.seat and rank not in self.waiting:
-            self.says(rank, *self.next_call(rank))
+        """A rank takes part in what comes next; if it has no connection, it will once it is back."""
+        process = self.ranks.get(rank)
+        if process is not None and process.generation and process.asked is None and process.alive:
+            self.asks(process, *_next(process))
 
-    @precondition(lambda self: self.running)
-    @rule(rank=_RANKS, shift=st.sampled_from((0, 0, 0, 1)))
-    def repeats_itself(self, rank: int, shift: int) -> None:
-        """What is said once more, with the number that waits, or with one that was answered long ago."""
-        if rank not in self.waiting:
-            return
-        call, body = self.waiting[rank]
-        number = self.completed + 1 - shift
-        effects = self.does(Contribute(self.seat[rank], self.generation, number, call, body), self.seat[rank])  # type: ignore[arg-type]  # a body is what was said
-        if shift == 0:
-            assert effects == []
-        else:
-            self.hears(effects)
-            assert rank not in self.seat
+    @rule(rank=_RANKS)
+    def repeats_itself(self, rank: int) -> None:
+        """What waits is said once more: nothing happens, or the rank gets the answer again."""
+        process = self.ranks.get(rank)
+        if process is not None and process.stream is not None and process.asked is not None:
+            sequence, call, body = process.asked
+            self.does(Contribute(process.stream, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
 
-    @precondition(lambda self: self.running)
     @rule(rank=_RANKS)
     def says_something_else(self, rank: int) -> None:
         """A rank is at another place than the others."""
-        if rank in self.seat and rank not in self.waiting:
-            self.says(rank, Call(Operation.BARRIER, Place(None, None, 99), PlainTerms()), None)
+        process = self.ranks.get(rank)
+        if process is not None and process.generation and process.asked is None:
+            self.asks(process, Call(Operation.BARRIER, Place(None, None, 99), PlainTerms()), None)
 
     @rule(rank=_RANKS, reason=st.sampled_from(("", "failed with ValueError: x")))
     def leaves(self, rank: int, reason: str) -> None:
         """A rank says goodbye, and is let go."""
-        if rank not in self.seat:
+        process = self.ranks.get(rank)
+        if process is None or process.stream is None:
             return
-        stream = self.seat[rank]
-        effects = self.does(Leave(stream, reason), stream)
-        assert Closed(stream) in effects
-        self.gone(rank)
-        self.hears(effects)
+        del self.ranks[rank]
+        self.returning.discard(rank)
+        effects = self.does(Leave(process.stream, reason))
+        assert Closed(process.stream) in effects
+        self.ending = bool(self.ranks)
+
+    # ---- what happens to them ----
 
     @rule(rank=_RANKS)
-    def crashes(self, rank: int) -> None:
-        """A connection breaks: everybody else is told, after the grace at the latest."""
-        if rank not in self.seat:
+    def is_killed(self, rank: int) -> None:
+        """Everybody who is here is told within the second; unless others have yet to come back to a new service."""
+        process = self.ranks.pop(rank, None)
+        if process is None:
             return
-        stream = self.seat[rank]
-        self.gone(rank)
-        effects = self.does(Lost(stream), stream)
-        self.now += 0.4
-        effects += self.does(Tick(), None)
-        told = {effect.stream for effect in effects if isinstance(effect, Failed)}
-        assert told == set(self.seat.values())
-        self.hears(effects)
-        assert not self.seat
+        if process.stream is not None:
+            self.does(Lost(process.stream))
+        if self.returning:
+            return
+        self.passes(0.6)
+        assert not any(each.stream is not None and each.hears for each in self.ranks.values())
 
-    @rule(seconds=st.sampled_from((0.1, 0.6, 60.0)))
+    @rule(rank=_RANKS)
+    def is_cut_off(self, rank: int) -> None:
+        """A connection breaks, and the service notices."""
+        process = self.ranks.get(rank)
+        if process is not None and process.stream is not None:
+            stream, process.stream = process.stream, None
+            self.does(Lost(stream))
+
+    @rule(rank=_RANKS)
+    def grows_deaf(self, rank: int) -> None:
+        """A connection breaks, and the service does not notice."""
+        if rank in self.ranks:
+            self.ranks[rank].hears = False
+
+    @rule(rank=_RANKS)
+    def freezes(self, rank: int) -> None:
+        """No sign of life any more: everybody else is told within the lease."""
+        process = self.ranks.get(rank)
+        if process is None or process.stream is None or not process.generation or self.returning:
+            return
+        process.alive = False
+        self.passes(1.2)
+        assert not any(each.stream is not None and each.hears for each in self.ranks.values())
+
+    @rule(rank=_RANKS)
+    def comes_back(self, rank: int) -> None:
+        """A rank makes a new connection, and says again what may not have been heard."""
+        process = self.ranks.get(rank)
+        if process is None or (process.stream is not None and process.hears) or not process.alive:
+            return
+        process.stream, process.hears = next(self.numbers), True
+        self.returning.discard(rank)
+        resume = Resume(process.generation, process.answered, process.layer_answered) if process.generation else None
+        peer = Peer(rank, f"h{rank}", process.incarnation - 1000)
+        incarnation = process.incarnation
+        self.does(Join(process.stream, "j", peer, _WORLD, _TIMEOUT_S, _TIMEOUT_S, incarnation, resume))
+        for said in (process.before, process.asked):
+            if said is not None and process.stream is not None:
+                sequence, call, body = said
+                self.does(Contribute(process.stream, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
+
+    @rule(orders=_ORDERS)
+    def all_come_back(self, orders: list[int]) -> None:
+        """Whoever is away and lives."""
+        for rank in orders:
+            self.comes_back(rank)
+
+    @rule(shortened=st.booleans())
+    def the_service_is_killed(self, shortened: bool) -> None:
+        """And started again from its journal, or from a snapshot: it owns what it owned."""
+        if "j" not in self.service.jobs:
+            return
+        past = self.service.past("j") if shortened else self.written
+        before = {name: _bits(state) for name, state in self.service.states("j").items()}
+        self.service = Service({"j": past}, _PATIENCE, self.now)
+        assert {name: _bits(state) for name, state in self.service.states("j").items()} == before
+        for process in self.ranks.values():
+            process.stream = None
+            if not process.generation:
+                process.hears = True
+        self.returning = {rank for rank, process in self.ranks.items() if process.generation}
+        self.ranks = {rank: each for rank, each in self.ranks.items() if each.generation}
+
+    @rule(seconds=st.sampled_from((0.1, 0.6, 6.0)))
     def time_passes(self, seconds: float) -> None:
         """Nobody waits longer than it wants to."""
-        self.now += seconds
-        self.hears(self.does(Tick(), None))
-        assert all(self.now < since + 50.0 for since in self.waiting_since.values())
+        self.passes(seconds)
+        for process in self.ranks.values():
+            if process.asked is not None and process.stream is not None and process.hears:
+                assert self.now < process.since + _TIMEOUT_S + 0.2
 
     # ---- what must be true ----
 
     @invariant()
     def nobody_waits_for_what_can_not_come(self) -> None:
-        """Ranks that all have spoken are answered; so are ranks that wait for one that has left, after the grace."""
-        if not self.running or not self.waiting:
-            return
-        assert set(self.waiting) != set(self.seat), "everybody waits, and nobody is told"
+        """Ranks that all are here and have spoken are answered, or told."""
+        here = [p for p in self.ranks.values() if p.generation and p.stream is not None and p.hears and p.alive]
+        if len(here) == _WORLD:
+            assert not all(process.asked is not None for process in here), "everybody waits, and nobody is told"
 
     @invariant()
     def the_owner_counts_every_exchange_once(self) -> None:
-        """One update per completed forward exchange, and the bits of one rank with all rows."""
+        """Its bits are those of one rank with all rows, after as many exchanges as its version says."""
         if "j" not in self.service.jobs:
             return
-        state = self.service.snapshot("j").states.get("a")
-        if state is None:
-            assert self.updates == 0
-            return
-        assert state.version == self.updates
-        assert self.state is not None
-        assert state.moving.mean.tobytes() == self.state.moving.mean.tobytes()
-        assert state.moving.variance.tobytes() == self.state.moving.variance.tobytes()
+        state = self.service.states("j").get("a")
+        if state is not None:
+            assert _bits(state) == _truth(state.version)
+
+    def teardown(self) -> None:
+        """Whatever happened: once everybody is back or lost, nobody waits."""
+        for rank in tuple(self.ranks):
+            self.comes_back(rank)
+        self.passes(_TIMEOUT_S + 1.0)
+        assert all(process.asked is None for process in self.ranks.values())
 
     # ---- the model ----
 
-    def next_call(self, rank: int) -> tuple[Call, object]:
-        """What a well-behaved rank says now."""
-        if self.state is None or self.completed == 0:
-            fresh = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
-            grids = Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1)
-            return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), LayerState(fresh, *grids)
-        if self.exchange is None:
-            self.exchange = ForwardExchange.begin(self.state.forward, _TERMS.epsilon, False)
-        exchange = self.exchange
-        assert exchange.wants is not None
-        if exchange.wants is Operation.PROBE:
-            words = reference.probe(_X[rank], None, exchange.grid)
-        else:
-            words = reference.moments(_X[rank], None, exchange.grid).words
-        terms = LayerTerms(1, "float32", 0.9, 0.001, grid=exchange.fingerprint)
-        place = Place("a", Direction.FORWARD, self.updates)
-        return Call(exchange.wants, place, terms, exchange.attempt), words
+    def asks(self, process: Process, call: Call, body: object) -> None:
+        """A rank contributes, if it has a connection."""
+        process.asked, process.since = (process.answered + 1, call, body), self.now
+        if process.stream is not None:
+            self.does(Contribute(process.stream, process.generation, process.answered + 1, call, body))  # type: ignore[arg-type]  # a body is what was said
 
-    def says(self, rank: int, call: Call, body: object) -> None:
-        """Send a contribution, and take note of it."""
-        self.waiting[rank] = (call, body)
-        self.waiting_since[rank] = self.now
-        stream = self.seat[rank]
-        contribution = Contribute(stream, self.generation, self.completed + 1, call, body)  # type: ignore[arg-type]  # a body is what was said
-        self.hears(self.does(contribution, stream))
+    def passes(self, seconds: float) -> None:
+        """Time passes, and whoever lives says so."""
+        end = self.now + seconds
+        while self.now < end - 1e-6:
+            self.now += 0.1
+            for process in self.ranks.values():
+                if process.stream is not None and process.alive:
+                    self.service.handle(Heartbeat("j", process.rank, process.incarnation), self.now)
+            self.does(Tick())
 
-    def does(self, event: Event, stream: int | None) -> list[Effect]:
-        """Let the service handle it."""
-        return self.service.handle(event, self.now)
-
-    def hears(self, effects: list[Effect]) -> None:
-        """Update the model by what the ranks are told."""
+    def does(self, event: Event) -> list[Effect]:
+        """Let the service handle it, and the ranks hear of it."""
+        effects = self.service.handle(event, self.now)
         for effect in effects:
-            match effect:
-                case Joined():
-                    assert effect.streams == tuple(self.seat[rank] for rank in range(_WORLD))
-                    assert effect.generation > self.generation
-                    self.generation, self.completed, self.running = effect.generation, 0, True
-                    self.exchange = None
-                case Failed():
-                    self.gone(next(rank for rank, stream in self.seat.items() if stream == effect.stream))
-                case Enrolled():
-                    self.answered()
-                    self.state = effect.state
-                case Totals():
-                    self.answered()
-                    self.accept(effect)
-                case Released():
-                    self.answered()
-                case _:
-                    pass
-        if not self.seat:
-            self.running = False
+            if isinstance(effect, Record):
+                self.written.append(effect.entry)
+                continue
+            streams = getattr(effect, "streams", None) or (getattr(effect, "stream", None),)
+            for process in tuple(self.ranks.values()):
+                if process.stream is not None and process.stream in streams:
+                    self.hears(process, effect)
+        if not self.ranks:
+            self.ending = False
+            self.returning = set()
+        return effects
 
-    def accept(self, totals: Totals) -> None:
+    def hears(self, process: Process, effect: Effect) -> None:
+        """What a rank makes of what it is told."""
+        if isinstance(effect, Failed):
+            # Where it does not hear it, it finds nothing to come back to.
+            process.stream = None
+            if process.hears or not process.alive:
+                del self.ranks[process.rank]
+            self.returning.discard(process.rank)
+            return
+        if not process.hears:
+            return
+        if isinstance(effect, Joined):
+            if process.generation == 0:
+                process.generation = effect.generation
+            assert process.generation == effect.generation
+            return
+        if not isinstance(effect, Totals | Enrolled | Released) or effect.sequence <= process.answered:
+            return
+        said_before = process.asked
+        assert said_before is not None
+        assert said_before[0] == effect.sequence == process.answered + 1
+        process.answered, process.before, process.asked = effect.sequence, said_before, None
+        if said_before[1].place.layer is not None:
+            process.layer_answered = effect.sequence
+        said = effect.words.tobytes() if isinstance(effect, Totals) else type(effect).__name__.encode()
+        assert self.answers.setdefault((process.generation, effect.sequence), said) == said
+        if isinstance(effect, Enrolled):
+            process.state = effect.state
+        elif isinstance(effect, Totals):
+            self.accept(process, effect)
+
+    def accept(self, process: Process, totals: Totals) -> None:
         """A rank walks through the exchange as the owner does."""
-        assert self.exchange is not None
-        assert self.state is not None
-        self.exchange = self.exchange.reduced(totals.words)
-        if self.exchange.statistics is not None:
-            self.state = self.state.after_forward(
-                self.exchange.statistics, self.exchange.grid, Rule(_TERMS.momentum, _TERMS.epsilon)
-            )
-            self.updates += 1
-            self.exchange = None
-        assert totals.version == self.updates
+        assert process.exchange is not None
+        assert process.state is not None
+        exchange = process.exchange.reduced(totals.words)
+        process.exchange = exchange
+        if exchange.statistics is not None:
+            rule = Rule(_TERMS.momentum, _TERMS.epsilon)
+            process.state = process.state.after_forward(exchange.statistics, exchange.grid, rule)
+            process.steps, process.exchange = process.steps + 1, None
+        assert totals.version == process.state.version
+        assert _bits(process.state) == _truth(totals.version)
 
-    def answered(self) -> None:
-        """The operation is complete: everybody was there."""
-        assert set(self.waiting) == set(range(_WORLD))
-        self.waiting.clear()
-        self.waiting_since.clear()
-        self.completed += 1
 
-    def gone(self, rank: int) -> None:
-        """A rank has lost its seat."""
-        self.seat.pop(rank, None)
-        self.waiting.pop(rank, None)
-        self.waiting_since.pop(rank, None)
+@cache
+def _after(version: int) -> LayerState:
+    """The owner's state after so many exchanges, as one rank with all rows would have it."""
+    if version == 0:
+        return _fresh()
+    state = _after(version - 1)
+    exchange = ForwardExchange.begin(state.forward, _TERMS.epsilon, False)
+    while exchange.wants is not None:
+        exchange = exchange.reduced(_words(exchange, np.concatenate(_X)))
+    assert exchange.statistics is not None
+    return state.after_forward(exchange.statistics, exchange.grid, Rule(_TERMS.momentum, _TERMS.epsilon))
+
+
+def _truth(version: int) -> bytes:
+    return _bits(_after(version))
+
+
+def _next(process: Process) -> tuple[Call, object]:
+    """What a well-behaved rank says now."""
+    if process.state is None:
+        return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), _fresh()
+    if process.exchange is None:
+        process.exchange = ForwardExchange.begin(process.state.forward, _TERMS.epsilon, False)
+    exchange = process.exchange
+    assert exchange.wants is not None
+    terms = LayerTerms(1, "float32", 0.9, 0.001, grid=exchange.fingerprint)
+    place = Place("a", Direction.FORWARD, process.steps)
+    return Call(exchange.wants, place, terms, exchange.attempt), _words(exchange, _X[process.rank])
+
+
+def _words(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
+    if exchange.wants is Operation.PROBE:
+        return reference.probe(x, None, exchange.grid)
+    return reference.moments(x, None, exchange.grid).words
+
+
+def _fresh() -> LayerState:
+    moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
+    return LayerState(moving, Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1))
+
+
+def _bits(state: LayerState) -> bytes:
+    return b"".join(array.tobytes() for array in state.arrays().values())
 
 
 TestAnyHistory = AnyHistory.TestCase

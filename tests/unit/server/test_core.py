@@ -11,11 +11,13 @@ from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, Pl
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
-from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Reason, Reduce, Totals
-from bnserver.core.events import Contribute, Event, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Settle, Totals
+from bnserver.core.entries import Ended, Entry, Kept
+from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import _DECISIONS
 from bnserver.core.layers import DisagreementError, Layers
-from bnserver.core.service import Service, Snapshot
+from bnserver.core.reasons import Reason
+from bnserver.core.service import Service
 
 _TERMS = LayerTerms(1, "float32", 0.9, 0.001)
 _STATE = LayerState(
@@ -28,12 +30,17 @@ _BARRIER = Call(Operation.BARRIER, Place(None, None, 0), PlainTerms())
 
 def _join(service: Service, *streams: int, job: str = "j") -> list[Effect]:
     joins = [Join(s, job, Peer(rank, "h", s), len(streams), 9.0, 9.0) for rank, s in enumerate(streams)]
-    return [effect for join in joins for effect in service.handle(join, 0.0)]
+    return [effect for join in joins for effect in _told(service, join)]
 
 
 def _enroll(service: Service, stream: int, generation: int = 1) -> list[Effect]:
     call = Call(Operation.ENROLL, Place("a", None, 0), _TERMS)
-    return service.handle(Contribute(stream, generation, 1, call, _STATE), 0.0)
+    return _told(service, Contribute(stream, generation, 1, call, _STATE))
+
+
+def _told(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
+    """What the ranks are told, and what is saved; not what the service does for itself."""
+    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record | Settle)]
 
 
 def test_every_decision_is_in_the_table() -> None:
@@ -49,6 +56,7 @@ def test_every_decision_is_in_the_table() -> None:
         Push(7, "a", _STATE),
         Leave(7, ""),
         Lost(7),
+        Heartbeat("j", 0, 1),
         Tick(),
     ],
 )
@@ -82,22 +90,23 @@ def test_a_refused_join_makes_no_job() -> None:
 
 def test_a_job_goes_on_from_its_snapshot() -> None:
     """What was saved is what the next run of the service owns, and generations go on counting."""
-    kept = Snapshot("j", 4, {"a": replace(_STATE, version=17)})
-    service = Service((kept,))
+    kept = replace(_STATE, version=17)
+    past: list[Entry] = [Ended(4), Kept("a", kept)]
+    service = Service({"j": past})
     (joined,) = _join(service, 1)
     assert isinstance(joined, Joined)
     assert joined.generation == 5
     (enrolled,) = _enroll(service, 1, generation=5)
     assert isinstance(enrolled, Enrolled)
     assert enrolled.state.version == 17
-    assert service.snapshot("j") == Snapshot("j", 5, {"a": kept.states["a"]})
+    assert service.states("j") == {"a": kept}
 
 
 def test_of_many_missing_ranks_some_are_named() -> None:
     """The text stays readable, and fits a status, where a whole job never came."""
     service = Service()
     service.handle(Join(1, "j", Peer(0), 1000, 9.0, 9.0), 0.0)
-    failed, _ = service.handle(Tick(), 9.0)
+    failed, _ = _told(service, Tick(), 9.0)
     assert isinstance(failed, Failed)
     assert failed.text.startswith("Ranks 1, 2, 3, ")
     assert "19, 20 and 979 more of 1000 did not join in time; rank 0 waited." in failed.text
@@ -108,7 +117,7 @@ def test_a_contribution_to_another_generation_is_refused() -> None:
     """A rank that believes to be in a generation that is over can't add to this one."""
     service = Service()
     _join(service, 1)
-    failed, *_ = service.handle(Contribute(1, 2, 1, _BARRIER, None), 0.0)
+    failed, *_ = _told(service, Contribute(1, 2, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert "expected contributions to generation 1, which is running; received one to 2" in failed.text
 
@@ -117,7 +126,7 @@ def test_a_contribution_before_all_have_joined_is_refused() -> None:
     """Nobody can take part in a job that has not begun."""
     service = Service()
     service.handle(Join(1, "j", Peer(0), 2, 9.0, 9.0), 0.0)
-    failed, saved = service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
+    failed, saved = _told(service, Contribute(1, 1, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert "generation 1, which is not complete yet" in failed.text
     assert saved == Persist("j")
@@ -129,7 +138,7 @@ def test_another_call_while_one_waits_is_refused() -> None:
     _join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
     other = replace(_BARRIER, place=Place(None, None, 1))
-    failed, *_ = service.handle(Contribute(1, 1, 1, other, None), 0.0)
+    failed, *_ = _told(service, Contribute(1, 1, 1, other, None))
     assert isinstance(failed, Failed)
     assert "expected nothing while contribution 1 waits for its answer, received another" in failed.text
 
@@ -140,7 +149,7 @@ def test_a_leave_while_its_own_call_waits_counts_as_gone() -> None:
     _join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
     assert not any(isinstance(effect, Failed) for effect in service.handle(Leave(1, ""), 0.0))
-    (failed, saved) = service.handle(Contribute(2, 1, 1, _BARRIER, None), 0.0)
+    (failed, saved) = _told(service, Contribute(2, 1, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.STALL
     assert failed.text.startswith("rank 0 (host h, pid 1) left the job, while rank 1 (host h, pid 2) waits")
@@ -152,19 +161,19 @@ def test_a_bad_push_costs_the_place() -> None:
     service = Service()
     _join(service, 1)
     bad = replace(_STATE, moving=replace(_STATE.moving, mean=np.array([np.nan], np.float32)))
-    failed, saved = service.handle(Push(1, "a", bad), 0.0)
+    failed, saved = _told(service, Push(1, "a", bad))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID
     assert "expected finite numbers in moving_mean" in failed.text
     assert saved == Persist("j")
-    assert service.snapshot("j").states == {}
+    assert service.states("j") == {}
 
 
 def test_a_stopped_service_tells_nobody_twice() -> None:
     """After the stop all seats are empty."""
     service = Service()
     _join(service, 1)
-    (failed, _) = service.handle(Stop(), 0.0)
+    (failed, _) = _told(service, Stop())
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.STOPPING
     assert service.handle(Stop(), 0.0) == []
@@ -176,7 +185,7 @@ def test_a_reduction_is_in_rank_order() -> None:
     _join(service, 1, 2)
     call = Call(Operation.REDUCE, Place(None, None, 0), PlainTerms("sum", ("x",)))
     service.handle(Contribute(2, 1, 1, call, (np.ones(1),)), 0.0)
-    (reduce,) = service.handle(Contribute(1, 1, 1, call, (np.zeros(1),)), 0.0)
+    (reduce,) = _told(service, Contribute(1, 1, 1, call, (np.zeros(1),)))
     assert isinstance(reduce, Reduce)
     assert [arrays[0].tolist() for arrays in reduce.contributions] == [[0.0], [1.0]]
     assert reduce.streams == (1, 2)
@@ -191,10 +200,16 @@ def test_words_are_the_callers_own() -> None:
     call = Call(Operation.PROBE, Place("a", Direction.FORWARD, 0), _TERMS)
     first, second = np.array([[1], [2]]), np.array([[3], [0]])
     service.handle(Contribute(1, 1, 2, call, first), 0.0)
-    (totals,) = service.handle(Contribute(2, 1, 2, call, second), 0.0)
+    (totals,) = _told(service, Contribute(2, 1, 2, call, second))
     assert isinstance(totals, Totals)
     assert totals.words.tolist() == [[3], [2]]
     assert (first.tolist(), second.tolist()) == ([[1], [2]], [[3], [0]])
+
+
+def _layers() -> Layers:
+    layers = Layers()
+    layers.keep(Kept("a", _STATE))
+    return layers
 
 
 @pytest.mark.parametrize(
@@ -210,17 +225,17 @@ def test_words_are_the_callers_own() -> None:
 )
 def test_words_for_another_layer_are_refused(place: Place, terms: LayerTerms, text: str) -> None:
     """All ranks may agree on a layer that their owner does not have."""
-    layers = Layers({"a": _STATE})
+    layers = _layers()
     with pytest.raises(DisagreementError, match=text):
-        layers.reduced(Call(Operation.PROBE, place, terms), terms, np.zeros((2, terms.channels), np.int64))
+        layers.reduced(1, Call(Operation.PROBE, place, terms), terms, np.zeros((2, terms.channels), np.int64))
 
 
 def test_a_mask_can_not_change_within_an_exchange() -> None:
     """After the probe the ranks must send the sums of the same call."""
-    layers = Layers({"a": _STATE})
+    layers = _layers()
     call = Call(Operation.PROBE, Place("a", Direction.FORWARD, 0), _TERMS)
-    layers.reduced(call, _TERMS, np.zeros((2, 1), np.int64))
+    layers.reduced(1, call, _TERMS, np.zeros((2, 1), np.int64))
     masked = replace(_TERMS, masked=True)
     call = Call(Operation.SUMS, Place("a", Direction.FORWARD, 0), masked, 1)
     with pytest.raises(DisagreementError, match="epsilon or the mask changed in the middle of an exchange"):
-        layers.reduced(call, masked, np.zeros((6, 1), np.int64))
+        layers.reduced(1, call, masked, np.zeros((6, 1), np.int64))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from bnlayer.agreement import Peer
 from bnproto.failures import StatusParts
 from bnserver.core.effects import Closed, Persist
+from bnserver.core.entries import Entry
 from bnserver.core.events import Event, Join, Tick
-from bnserver.core.service import Service, Snapshot
+from bnserver.core.service import Service
 from bnserver.exchanges import Exchanges, _Outbox
 from bnserver.store import Store
 
@@ -22,7 +24,7 @@ class _SlowStore(Store):
         super().__init__(directory)
         self.disk = asyncio.Event()
 
-    async def save(self, snapshot: Snapshot) -> None:
+    async def save(self, job: str, past: Callable[[], Sequence[Entry]]) -> None:
         await self.disk.wait()
 
 

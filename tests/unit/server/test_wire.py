@@ -10,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from numpy.typing import NDArray
 
+from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
 from bnlayer.errors import MismatchError, PeerLostError, ServiceError, StallError
 from bnlayer.grid import BackwardGrid, Grid
@@ -21,8 +22,8 @@ from bnproto.calls import call_of, contribution_of
 from bnproto.channel import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.failures import error_of, failure_in, status_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.core.effects import Reason
-from bnserver.core.events import Contribute, Malformed, Push
+from bnserver.core.events import Contribute, Heartbeat, Join, Malformed, Push, Resume
+from bnserver.core.reasons import Reason
 from bnserver.translation import _REASONS, Reader
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
@@ -255,11 +256,6 @@ def test_a_push_is_read() -> None:
     assert (event.layer, event.state.forward.dtype, event.state.version) == ("a", "float64", 3)
 
 
-def test_a_heartbeat_is_heard() -> None:
-    """It brings no event, and is no error."""
-    assert _reader().read(pb.ExchangeRequest(heartbeat=pb.Heartbeat(sequence=1))) is None
-
-
 @pytest.mark.parametrize(
     ("requests", "text"),
     [
@@ -289,9 +285,27 @@ def test_requests_without_a_meaning_are_malformed(requests: list[pb.ExchangeRequ
 
 
 def test_a_stream_begins_with_a_join() -> None:
-    """Nothing else is understood before it; and nobody comes back into a running generation yet."""
+    """Nothing else is understood before it."""
     event = Reader(7).read(pb.ExchangeRequest(leave=pb.Leave()))
     assert event == Malformed(7, "expected one join, as the first request of a stream")
-    event = Reader(7).read(pb.ExchangeRequest(join=pb.Join(resume=pb.Resume(generation=1))))
-    assert isinstance(event, Malformed)
-    assert event.text == "this service can't take a rank back into a running generation: start the job again"
+
+
+def test_a_rank_that_comes_back_says_what_it_knows() -> None:
+    """Every field of a join has its place in the event."""
+    resume = pb.Resume(boot_id=9, generation=3, sequence=8, layer_sequence=7, versions={"a": 5})
+    join = pb.Join(
+        job="j",
+        rank=1,
+        world_size=2,
+        host="h",
+        pid=4,
+        join_timeout_ms=500,
+        timeout_ms=250,
+        incarnation=6,
+        resume=resume,
+    )
+    reader = Reader(7)
+    assert reader.read(pb.ExchangeRequest(join=join)) == Join(
+        7, "j", Peer(1, "h", 4), 2, 0.5, 0.25, 6, Resume(3, 8, 7, {"a": 5})
+    )
+    assert reader.read(pb.ExchangeRequest(heartbeat=pb.Heartbeat())) == Heartbeat("j", 1, 6)

@@ -32,6 +32,12 @@ def serve(
     ready_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Gets the address once the service listens.")
     ] = None,
+    lease: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="A rank silent for so long is taken for frozen; 0: never.")
+    ] = 5.0,
+    away: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long a rank whose connection broke may stay away.")
+    ] = 0.5,
     log_level: Annotated[LogLevel, typer.Option(help="What is said on stderr.")] = LogLevel.info,
 ) -> None:
     """Run the statistics service until SIGTERM.
@@ -42,6 +48,11 @@ def serve(
 
     It prints `bnserver listening on HOST:PORT` when it is ready. SIGTERM and SIGINT drain it: exit code 0 within 5 s.
     """
+    from bnserver.core.members import Patience
     from bnserver.daemon import serve as run
 
-    raise typer.Exit(run(listen, state_dir, insecure=insecure, ready_file=ready_file, log_level=log_level.value))
+    patience = Patience(lease, away)
+    code = run(
+        listen, state_dir, insecure=insecure, ready_file=ready_file, patience=patience, log_level=log_level.value
+    )
+    raise typer.Exit(code)

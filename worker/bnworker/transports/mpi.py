@@ -77,6 +77,7 @@ class MPITransport:
         self._names = Names()
         self._round = 0
         self._over = False
+        self._last: Call | None = None
         self._sound = True
         self._header = np.empty(2, np.int64)
         self._greatest = np.empty(2, np.int64)
@@ -157,7 +158,7 @@ class MPITransport:
             CollectiveError: they have not; not raised where this rank leaves and all others came.
         """
         timeout = min(self._timeout, _FAILED_LEAVE_S) if reason else self._timeout
-        wait = Wait(self._round, call, timeout, time.monotonic())
+        wait = Wait(self._round, call, timeout, time.monotonic(), self._last)
         self._round += 1
         pushed = "nothing" if call is None else self._pushed.get(call.place.layer or "", "nothing")
         name = _LEAVING if call is None else self._names.of(call, shape, pushed)
@@ -165,7 +166,7 @@ class MPITransport:
         self._complete(self._comm.Iallreduce(self._header, self._greatest, MPI.MAX), wait)
         greatest, least = self._greatest.tolist()
         if greatest == -least:
-            self._over = call is None
+            self._over, self._last = call is None, call
         else:
             said = b"" if call is None else speak(call, "" if shape is None else str(shape), pushed)
             self._disagree(call, said, reason, wait)

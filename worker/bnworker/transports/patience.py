@@ -46,6 +46,7 @@ class Wait:
         call: what this rank waits for; None when it is leaving.
         timeout: seconds that the whole exchange may take.
         start: when it began, on the monotonic clock.
+        last: the exchange before, which all ranks took part in; None if this is the first.
         announced: whether the other ranks have a note of it.
     """
 
@@ -53,6 +54,7 @@ class Wait:
     call: Call | None
     timeout: float
     start: float
+    last: Call | None = None
     announced: bool = False
 
 
@@ -134,7 +136,8 @@ class Patience:
     def _overdue(self, wait: Wait) -> CollectiveError:
         here = {rank: call for rank, (number, call) in self._notes.items() if number >= wait.round}
         here[self._comm.rank] = wait.call
-        absent = f"did not come within {wait.timeout:g} s"
+        seen = f"completing {wait.last.where}" if wait.last is not None else "joining"
+        absent = f"did not come within {wait.timeout:g} s (last seen {seen})"
         missing = {rank: absent for rank in self._peers if rank not in here}
         waiting = {rank: call for rank, call in here.items() if call is not None}
         verdict = judge(waiting, missing, self._peers) if missing else None

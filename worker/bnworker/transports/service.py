@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.stream import Stream
+from bnworker.transports.stream import Answer, Stream
 
 T = TypeVar("T")
 
@@ -54,9 +54,7 @@ class ServiceTransport:
         self.rank = rank
         self.world_size = world_size
         self._address = address
-        self._sequence = 0
-        start = time.monotonic()
-        self._stream = Stream(address, timeout)
+        self._pushes = 0
         join = pb.Join(
             job=job,
             rank=rank,
@@ -64,15 +62,11 @@ class ServiceTransport:
             host=socket.gethostname(),
             pid=os.getpid(),
             token=token or "",
-            join_timeout_ms=max(1, round((start + timeout - time.monotonic()) * 1000)),
+            join_timeout_ms=max(1, round(timeout * 1000)),
             timeout_ms=max(1, round(timeout * 1000)),
+            incarnation=secrets.randbits(63) + 1,
         )
-        try:
-            self._stream.send(pb.ExchangeRequest(join=join))
-            self._generation = self._stream.receive().generation
-        except BaseException:
-            self._stream.close(None)
-            raise
+        self._stream = Stream(address, join, timeout)
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
@@ -81,7 +75,7 @@ class ServiceTransport:
 
         def ask() -> LayerState:
             result = self._exchanged(call, arrays.values(), tuple(arrays))
-            return self._state(result.payload, dtype)
+            return _state(result.response.result.payload, result.data, dtype)
 
         return self._at(call, ask)
 
@@ -90,21 +84,22 @@ class ServiceTransport:
 
         def ask() -> Total:
             result = self._exchanged(call, (words,))
-            (total,) = self._arrays(result.payload)
-            return Total(total, result.version)
+            (total,) = _arrays(result)
+            return Total(total, result.response.result.version)
 
         return self._at(call, ask)
 
     def pull(self, layer: str) -> LayerState | None:
         """The owner's state of a layer; None if it has none of this name yet."""
-        return self._owned(pb.ExchangeRequest(pull=pb.Pull(layer=layer)), [])
+        return self._owned(layer, pb.ExchangeRequest(pull=pb.Pull(layer=layer)), [])
 
     def push(self, layer: str, state: LayerState) -> LayerState | None:
         """Replace the owner's state of a layer; returns it with the owner's new version."""
         arrays = state.arrays()
         payload, parts = pack(arrays.values(), tuple(arrays))
-        request = pb.Push(layer=layer, dtype=state.forward.dtype, payload=payload)
-        return self._owned(pb.ExchangeRequest(push=request), parts)
+        self._pushes += 1
+        request = pb.Push(layer=layer, dtype=state.forward.dtype, payload=payload, number=self._pushes)
+        return self._owned(layer, pb.ExchangeRequest(push=request), parts)
 
     def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Reduce arrays over the ranks, in rank order.
@@ -115,9 +110,10 @@ class ServiceTransport:
 
         def ask() -> list[NDArray[Any]]:
             result = self._exchanged(call, arrays)
-            if result.overflow:
-                raise OverflowError(result.overflow)
-            return self._arrays(result.payload)
+            overflow = result.response.result.overflow
+            if overflow:
+                raise OverflowError(overflow)
+            return _arrays(result)
 
         return self._at(call, ask)
 
@@ -128,7 +124,7 @@ class ServiceTransport:
 
         def ask() -> list[NDArray[Any]]:
             result = self._exchanged(call, mine)
-            return self._arrays(result.payload) if mine is None else [array.copy() for array in mine]
+            return _arrays(result) if mine is None else [array.copy() for array in mine]
 
         return self._at(call, ask)
 
@@ -140,32 +136,29 @@ class ServiceTransport:
         """Say goodbye: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
         self._stream.close(reason)
 
-    def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> pb.Result:
+    def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> Answer:
         """Contribute, and wait for what comes of it."""
+        memory = self._stream.memory
         payload, parts = pack(arrays, names) if arrays is not None else (None, [])
-        contribution = contribution_of(call, payload, self._sequence + 1, self._generation)
-        self._stream.send(pb.ExchangeRequest(contribution=contribution), parts)
-        result = self._stream.receive().result
-        if result.sequence != contribution.sequence:
+        contribution = contribution_of(call, payload, memory.answered + 1, memory.generation)
+        self._stream.ask(pb.ExchangeRequest(contribution=contribution), parts)
+        answer = self._stream.receive()
+        if answer.response.result.sequence != contribution.sequence:
             raise ServiceError(
-                f"The service at {self._address} answered contribution {result.sequence}, expected an answer to "
-                f"{contribution.sequence}. An exchange of this rank was interrupted: leave, and join anew."
+                f"The service at {self._address} answered contribution {answer.response.result.sequence}, expected an "
+                f"answer to {contribution.sequence}. An exchange of this rank was interrupted: leave, and join anew."
             )
-        self._sequence = result.sequence
-        return result
+        return answer
 
-    def _owned(self, request: pb.ExchangeRequest, parts: list[pb.Part]) -> LayerState | None:
-        self._stream.send(request, parts)
-        owned = self._stream.receive().owned
-        return self._state(owned.payload, owned.dtype) if owned.known else None
-
-    def _state(self, payload: pb.Payload, dtype: str) -> LayerState:
-        arrays = named(payload, self._stream.data(payload))
-        return LayerState.from_arrays({name: array.copy() for name, array in arrays.items()}, dtype)
-
-    def _arrays(self, payload: pb.Payload) -> list[NDArray[Any]]:
-        """Arrays of the caller's own: what was received is read-only."""
-        return [array.copy() for array in unpack(payload, self._stream.data(payload))]
+    def _owned(self, layer: str, request: pb.ExchangeRequest, parts: list[pb.Part]) -> LayerState | None:
+        self._stream.ask(request, parts)
+        answer = self._stream.receive()
+        owned = answer.response.owned
+        if not owned.known:
+            return None
+        state = _state(owned.payload, answer.data, owned.dtype)
+        self._stream.memory.versions[layer] = state.version
+        return state
 
     def _at(self, call: Call, ask: Callable[[], T]) -> T:
         """Do it, and let errors say in which exchange this rank was when it heard of them."""
@@ -175,3 +168,13 @@ class ServiceTransport:
             if error.layer is None and error.step is None:
                 error.layer, error.step = call.place.layer, call.place.step
             raise
+
+
+def _state(payload: pb.Payload, data: bytes | bytearray, dtype: str) -> LayerState:
+    arrays = named(payload, data)
+    return LayerState.from_arrays({name: array.copy() for name, array in arrays.items()}, dtype)
+
+
+def _arrays(answer: Answer) -> list[NDArray[Any]]:
+    """Arrays of the caller's own: what was received is read-only."""
+    return [array.copy() for array in unpack(answer.response.result.payload, answer.data)]

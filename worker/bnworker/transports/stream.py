@@ -1,8 +1,9 @@
-"""A rank's stream to the statistics service: requests out, answers in, each within its time.
+"""A rank's conversation with the statistics service: requests out, answers in, each within its time.
 
 Laws of this room:
 1. Every wait ends: with an answer, with the service's reason, or by the deadline.
-2. What ends the stream ends it for good; later waits raise the same at once.
+2. A connection that breaks is made anew, and the conversation goes on where it was; the service may have been started
+   again meanwhile. What the service says of a failure ends the conversation for good; later waits raise the same.
 3. The caller's thread waits in a queue and nowhere else. Ctrl-C reaches it there, whereas an interrupt within gRPC
    can leave gRPC's locks taken, and then closing hangs (grpc issue 40834). A thread of the stream's own talks to
    gRPC.
@@ -11,10 +12,13 @@ Laws of this room:
 from __future__ import annotations
 
 import logging
+import random
+import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Lock, Thread
 
 import grpc
 
@@ -24,6 +28,8 @@ from bnproto.channel import CLIENT_OPTIONS
 from bnproto.failures import DETAILS_KEY, error_of, failure_in
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnworker.transports.heart import Heart
+from bnworker.transports.memory import Memory
 
 _PATIENCE_S = 2.0  # a service that listens answers sooner; then the log says what we wait for
 _GOODBYE_S = 2.0  # how long leaving may take
@@ -31,53 +37,91 @@ _HANG_UP_S = 1.0  # how long closing the connection may take; then it is left to
 _TURN_S = 0.2  # an interrupt that comes between Python's last look and the wait is seen this much later
 # The service ends a wait at the deadline, and knows why; it gets this long to say so.
 _LATE_S = 1.0
+# Between two attempts to connect. A broken connection is made anew at once: others wait for it.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+# A service that keeps nothing on disk, and whose port nobody holds any more, has nothing to come back to.
+_NOBODY_S = 0.5
 
 _log = logging.getLogger("bnworker")
 
 
-class _Connected:
-    """The connection stands."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response, and all bytes of its payload."""
+
+    response: pb.ExchangeResponse
+    data: bytes | bytearray
 
 
-_Heard = pb.ExchangeResponse | _Connected | CollectiveError
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """One connection: what is to be sent, and what gRPC knows of it."""
+
+    channel: grpc.Channel
+    requests: SimpleQueue[pb.ExchangeRequest | None] = field(default_factory=SimpleQueue)
+    call: grpc.Call | None = None
+
+    def cut(self) -> None:
+        """End it: whoever listens to it hears so."""
+        if self.call is not None:
+            self.call.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Broke:
+    """Why a connection ended, where nobody said so."""
+
+    code: str
+    text: str
 
 
 class Stream:
-    """One bidirectional stream.
+    """One rank's conversation.
 
     Args:
         address: of the service, HOST:PORT.
-        timeout: seconds to wait for a connection, and afterwards for each answer.
+        join: how this rank takes its place.
+        timeout: seconds to wait for all ranks, and afterwards for each answer.
 
     Raises:
         ServiceError: nobody listens there.
+        CollectiveError: the service refuses, or not all ranks came in time.
+
+    Attributes:
+        memory: what this rank knows of the conversation.
     """
 
-    def __init__(self, address: str, timeout: float) -> None:
+    def __init__(self, address: str, join: pb.Join, timeout: float) -> None:
+        self.memory = Memory(join)
         self._address = address
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(address, CLIENT_OPTIONS)
-        self._requests: SimpleQueue[pb.ExchangeRequest | None] = SimpleQueue()
-        self._heard: SimpleQueue[_Heard] = SimpleQueue()
+        self._outage_s = timeout
+        self._durable = True
+        self._requests = Lock()  # held while something is added to the memory and to a connection
+        self._connection: _Connection | None = None
+        self._heard: SimpleQueue[Answer | CollectiveError] = SimpleQueue()
         self._error: CollectiveError | None = None
-        self._ready = grpc.channel_ready_future(self._channel)
-        self._responses: grpc.Call | None = None
+        self._closing = Event()
+        self._heart = Heart(join, self._closing)
         self._thread = Thread(target=self._listen, name="bnworker-stream", daemon=True)
         self._thread.start()
         try:
-            self._connect()
+            self.receive()
         except BaseException:
             self.close(None)
             raise
 
-    def send(self, request: pb.ExchangeRequest, parts: list[pb.Part] | None = None) -> None:
-        """Send a request, and the parts of its payload."""
-        self._requests.put(request)
-        for part in parts or ():
-            self._requests.put(pb.ExchangeRequest(part=part))
+    def ask(self, request: pb.ExchangeRequest, parts: list[pb.Part] | None = None) -> None:
+        """Send a request that is answered, and the parts of its payload."""
+        requests = [request, *(pb.ExchangeRequest(part=part) for part in parts or ())]
+        with self._requests:
+            self.memory.asks(requests)
+            if self._connection is not None:
+                for each in requests:
+                    self._connection.requests.put(each)
 
-    def receive(self) -> pb.ExchangeResponse:
-        """The next response.
+    def receive(self) -> Answer:
+        """The answer to what was asked.
 
         Raises:
             CollectiveError: what the service told us, or that it is gone, or late.
@@ -90,50 +134,26 @@ class Stream:
                 f"The service at {self._address} did not answer within {self._timeout:g} s. It may be frozen or cut "
                 "off; if it is only slow, wait longer: timeout=."
             )
-        if isinstance(heard, pb.ExchangeResponse):
+        if isinstance(heard, Answer):
             return heard
-        assert isinstance(heard, CollectiveError)
         self._error = heard
         raise heard.again() from heard.__cause__
-
-    def data(self, payload: pb.Payload) -> bytes | bytearray:
-        """All bytes of a payload that was just received; its parts are received here.
-
-        Raises:
-            CollectiveError: as in `receive`.
-        """
-        joining = Joining(payload)
-        while not joining.complete:
-            joining.add(self.receive().part)
-        return joining.data
 
     def close(self, reason: str | None) -> None:
         """Say goodbye and hang up; never raises. None hangs up without a goodbye."""
         if reason is not None and self._error is None:
-            self.send(pb.ExchangeRequest(leave=pb.Leave(reason=reason)))
+            self.ask(pb.ExchangeRequest(leave=pb.Leave(reason=reason)))
             deadline = time.monotonic() + _GOODBYE_S
-            while isinstance(self._hear(deadline), pb.ExchangeResponse):
+            while isinstance(self._hear(deadline), Answer):
                 pass  # an answer that nobody waits for any more
         self._error = self._error or ServiceError("This rank has left its job: join anew.")
-        self._requests.put(None)
-        self._ready.cancel()
-        if self._responses is not None:
-            self._responses.cancel()
+        self._closing.set()
+        with self._requests:
+            if self._connection is not None:
+                self._connection.cut()
         self._thread.join(_HANG_UP_S)
 
-    def _connect(self) -> None:
-        """Wait for the connection, which the stream's thread makes."""
-        start = time.monotonic()
-        if self._hear(start + min(_PATIENCE_S, self._timeout)) is not None:
-            return
-        _log.warning("nobody listens at %s yet; trying until %g s have passed (timeout=)", self._address, self._timeout)
-        if self._hear(start + self._timeout) is None:
-            raise ServiceError(
-                f"No statistics service could be reached at {self._address} within {self._timeout:g} s. Check the "
-                "address, and that the service runs there (bnlayer serve --listen HOST:PORT)."
-            )
-
-    def _hear(self, deadline: float) -> _Heard | None:
+    def _hear(self, deadline: float) -> Answer | CollectiveError | None:
         """What the stream's thread has to say next; None if it says nothing until the deadline."""
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -142,25 +162,105 @@ class Stream:
                 continue
         return None
 
-    def _listen(self) -> None:
-        """What the stream's thread does: everything that waits within gRPC."""
-        requests: Iterator[pb.ExchangeRequest] = iter(self._requests.get, None)
-        try:
-            self._ready.result()
-            self._heard.put(_Connected())
-            responses = self._responses = rpc.StatisticsServiceStub(self._channel).Exchange(requests)
-            try:
-                for response in responses:
-                    self._heard.put(response)
-                self._heard.put(ServiceError(f"The service at {self._address} ended the exchange."))
-            except grpc.RpcError as error:
-                self._heard.put(self._explained(responses, error))
-        except grpc.FutureCancelledError:
-            pass  # nobody waits any more
-        finally:
-            self._channel.close()
+    # ---- what the stream's thread does: everything that waits within gRPC ----
 
-    def _explained(self, call: grpc.Call, error: grpc.RpcError) -> CollectiveError:
+    def _listen(self) -> None:
+        """One connection after the other, until the conversation ends."""
+        since, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
+        while not self._closing.is_set():
+            heard_before = self._heart.answers
+            ended = self._connected()
+            if isinstance(ended, CollectiveError):
+                self._heard.put(ended)
+                return
+            if self._heart.answers != heard_before:  # it stood, and was of use
+                since, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
+            away = time.monotonic() - since
+            if not self._durable and away >= _NOBODY_S and not _somebody_listens(self._address):
+                self._outage_s = _NOBODY_S
+            if away >= self._outage_s:
+                self._heard.put(self._gone(ended))
+                return
+            if not told and (self.memory.generation or away >= min(_PATIENCE_S, self._timeout)):
+                told = True
+                self._say_what_we_wait_for(ended)
+            self._closing.wait(min(pause * random.uniform(0.5, 1.0), self._outage_s - away))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _connected(self) -> CollectiveError | _Broke:
+        """One connection, from its begin to its end; returns why it ended."""
+        connection = _Connection(grpc.insecure_channel(self._address, CLIENT_OPTIONS))
+        stub = rpc.StatisticsServiceStub(connection.channel)
+        try:
+            with self._requests:
+                for request in self.memory.resumption():
+                    connection.requests.put(request)
+                responses = connection.call = stub.Exchange(iter(connection.requests.get, None))
+                self._connection = connection
+            if self._closing.is_set():  # it was set before there was something to cut
+                connection.cut()
+            try:
+                for answer in _whole(responses):
+                    self._take(answer, stub, connection)
+                return self._ended_by_service()
+            except grpc.RpcError as error:
+                return self._explained(responses, error)
+        finally:
+            with self._requests:
+                self._connection = None
+            self._heart.rest()
+            connection.requests.put(None)
+            connection.channel.close()
+
+    def _take(self, answer: Answer, stub: rpc.StatisticsServiceStub, connection: _Connection) -> None:
+        response = answer.response
+        if response.HasField("joined"):
+            lease = response.joined.lease_ms / 1000
+            self._durable = response.joined.durable
+            if not self._durable:  # by then it has given this rank up, if it has not died
+                self._outage_s = min(self._timeout, lease or self._timeout)
+            if self.memory.generation:
+                _log.warning("rank %d is back at the service at %s", self._heart.rank, self._address)
+            self._heart.beats(stub, lease, response.boot_id, connection.cut)
+        self._heart.answers += 1
+        with self._requests:
+            news = self.memory.hears(response)
+        if news:
+            self._heard.put(answer)
+
+    def _ended_by_service(self) -> CollectiveError | _Broke:
+        if self.memory.leaves:
+            return ServiceError(f"The service at {self._address} let this rank go.")
+        return _Broke("OK", "the service ended the stream")
+
+    def _gone(self, broke: _Broke) -> ServiceError:
+        if not self.memory.generation:
+            return ServiceError(
+                f"No statistics service could be reached at {self._address} within {self._timeout:g} s. Check the "
+                "address, and that the service runs there (bnlayer serve --listen HOST:PORT)."
+            )
+        return ServiceError(
+            f"The connection to the service at {self._address} broke, and could not be made anew within "
+            f"{self._outage_s:g} s ({broke.code}: {broke.text}). Look at the service's log; once it is back, start the "
+            "job again."
+        )
+
+    def _say_what_we_wait_for(self, broke: _Broke) -> None:
+        if self.memory.generation:
+            _log.warning(
+                "rank %d: the connection to the service at %s broke (%s: %s); trying for %g s to come back",
+                self._heart.rank,
+                self._address,
+                broke.code,
+                broke.text,
+                self._outage_s,
+            )
+        else:
+            _log.warning(
+                "nobody listens at %s yet; trying until %g s have passed (timeout=)", self._address, self._timeout
+            )
+
+    def _explained(self, call: grpc.Call, error: grpc.RpcError) -> CollectiveError | _Broke:
         """What the service told us; or what is known where it could not."""
         for key, value in call.trailing_metadata() or ():
             failure = failure_in(value) if key == DETAILS_KEY and isinstance(value, bytes) else None
@@ -169,10 +269,34 @@ class Stream:
         code, text = call.code(), call.details()
         if code is grpc.StatusCode.UNIMPLEMENTED:
             told = ServiceError(f"What listens at {self._address} is no statistics service: {text}.")
-        else:
-            told = ServiceError(
-                f"The connection to the service at {self._address} broke ({code.name}: {text}). Look at the service's "
-                "log; once it is back, start the job again."
-            )
-        told.__cause__ = error
-        return told
+            told.__cause__ = error
+            return told
+        return _Broke(code.name, str(text))
+
+
+def _somebody_listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_NOBODY_S).close()
+    except ConnectionRefusedError:
+        return False
+    except (OSError, ValueError):  # whoever it is takes its time, or the address is none: gRPC says more
+        return True
+    return True
+
+
+def _whole(responses: Iterator[pb.ExchangeResponse]) -> Iterator[Answer]:
+    """The answers of a connection, each with its parts; one that breaks off is none."""
+    for response in responses:
+        payload = None
+        if response.HasField("result"):
+            payload = response.result.payload
+        elif response.HasField("owned"):
+            payload = response.owned.payload
+        if payload is None:
+            yield Answer(response, b"")
+            continue
+        joining = Joining(payload)
+        while not joining.complete:
+            joining.add(next(responses).part)
+        yield Answer(response, joining.data)

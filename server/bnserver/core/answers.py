@@ -1,0 +1,75 @@
+"""What came of an operation: kept until every rank has moved on, so that whoever asks again gets the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from bnlayer.collective import Call, Operation, PlainTerms
+from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released, Totals
+from bnserver.core.events import Arrays, Body
+from bnserver.core.layers import DisagreementError
+
+_NOBODY = ()  # an answer is made before it is known who gets it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The result of one operation.
+
+    Attributes:
+        sequence: the operation's number within the generation.
+        call: what all ranks said.
+        result: the effect that tells them, without streams.
+    """
+
+    sequence: int
+    call: Call
+    result: Totals | Enrolled | Reduce | Broadcast | Released
+
+    def to(self, streams: Mapping[int, int]) -> list[Effect]:
+        """Tell some ranks.
+
+        Args:
+            streams: their connections, by rank.
+        """
+        told: list[Effect] = []
+        if isinstance(self.result, Broadcast) and isinstance(self.call.terms, PlainTerms):
+            root = self.call.terms.root
+            if root in streams:
+                told.append(Released((streams[root],), self.sequence))
+            streams = {rank: stream for rank, stream in streams.items() if rank != root}
+        if streams:
+            told.append(replace(self.result, streams=tuple(streams.values())))
+        return told
+
+
+def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
+    """What comes of a plain operation.
+
+    Args:
+        sequence: its number.
+        call: what all ranks said.
+        bodies: what each rank gave.
+
+    Raises:
+        DisagreementError: it is not what they said it was.
+    """
+    terms = call.terms
+    assert isinstance(terms, PlainTerms)
+    if call.operation is Operation.BARRIER:
+        return Answer(sequence, call, Released(_NOBODY, sequence))
+    if call.operation is Operation.BROADCAST:
+        body = bodies[terms.root]
+        if not isinstance(body, tuple):
+            raise DisagreementError(f"The root of the broadcast, rank {terms.root}, sent no arrays.")
+        return Answer(sequence, call, Broadcast(_NOBODY, sequence, body))
+    contributions = tuple(body for _, body in sorted(bodies.items()) if isinstance(body, tuple))
+    kinds = {_described(arrays) for arrays in contributions}
+    if len(kinds) > 1:
+        raise DisagreementError(f"The ranks sent different arrays to the allreduce: {'; '.join(sorted(kinds))}.")
+    return Answer(sequence, call, Reduce(_NOBODY, sequence, terms.op, contributions))
+
+
+def _described(arrays: Arrays) -> str:
+    return ", ".join(f"{array.dtype.name}{list(array.shape)}" for array in arrays) or "no arrays"

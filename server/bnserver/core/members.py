@@ -1,0 +1,82 @@
+"""The ranks of a generation: who is here, who is away, and who has been silent for too long.
+
+Laws of this room:
+1. A rank is here (it has a stream), away (its stream broke, and it may come back), or gone.
+2. Whatever a rank sends is a sign of life. One that is here and gives none for a lease is frozen.
+3. Slow is not dead: how long a rank computes is nobody's business here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bnlayer.agreement import Peer
+
+LOST = "was lost: its connection broke without a goodbye"
+_FROZEN = "was lost: it froze, without a sign of life for {:g} s"
+_STAYED_AWAY = "was lost: it did not come back within {:g} s after the service was started again"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the service waits for signs of life.
+
+    Attributes:
+        lease: seconds without one after which a rank counts as frozen; 0: never.
+        away: seconds that a rank whose connection broke may take to come back. A killed rank is told that much later.
+    """
+
+    lease: float = 5.0
+    away: float = 0.5
+
+
+@dataclass(slots=True)
+class Member:
+    """A rank that has joined.
+
+    Attributes:
+        peer: how errors name it.
+        timeout: seconds that it waits in one exchange.
+        join_deadline: when it stops waiting for the others to join.
+        incarnation: the number that its process drew; 0: it does not come back.
+        stream: its connection; None while it is away.
+        heard: when it last gave a sign of life; while it is away, when its connection broke.
+        away_until: when it counts as lost, if it is away.
+        restarted: whether it is away because the service was.
+        answered: the last contribution whose answer it is known to have.
+        pushes: that it has made.
+    """
+
+    peer: Peer
+    timeout: float
+    join_deadline: float
+    incarnation: int = 0
+    stream: int | None = None
+    heard: float = 0.0
+    away_until: float = math.inf
+    restarted: bool = False
+    answered: int = 0
+    pushes: int = 0
+
+    def comes(self, stream: int, answered: int, now: float) -> None:
+        """It is here, on this stream."""
+        self.stream, self.answered, self.heard = stream, answered, now
+        self.away_until, self.restarted = math.inf, False
+
+    def goes(self, until: float, now: float, *, restarted: bool = False) -> None:
+        """Its stream broke; it has until then to come back."""
+        self.stream, self.heard, self.away_until, self.restarted = None, now, until, restarted
+
+    def end(self, now: float, lease: float) -> str:
+        """Why it counts as lost now; "" if it does not.
+
+        Args:
+            now: seconds.
+            lease: in force; 0: none.
+        """
+        if self.stream is None and now >= self.away_until:
+            return _STAYED_AWAY.format(self.timeout) if self.restarted else LOST
+        if self.stream is not None and lease and now >= self.heard + lease:
+            return _FROZEN.format(lease)
+        return ""

@@ -1,0 +1,28 @@
+"""Why a rank is refused or told to give up: the kinds, by the wire's names."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
+
+
+class Reason(StrEnum):
+    """Why a rank is refused or told to give up; the names are the wire's."""
+
+    MISMATCH = "MISMATCH"
+    STALL = "STALL"
+    PEER_LOST = "PEER_LOST"
+    DEADLINE = "DEADLINE"
+    INVALID = "INVALID"
+    STOPPING = "STOPPING"
+    STALE = "STALE_GENERATION"
+    DATA_LOSS = "DATA_LOSS"
+    INTERNAL = "INTERNAL"
+
+
+REASON_OF: dict[type[CollectiveError], Reason] = {
+    MismatchError: Reason.MISMATCH,
+    StallError: Reason.STALL,
+    PeerLostError: Reason.PEER_LOST,
+}

@@ -1,0 +1,190 @@
+"""The core's entries as bytes on disk, and back; and the frames in which they stand in a file.
+
+A frame is a head and a body. The head holds the frame's number within its file, the body's length and checksum, and a
+checksum of itself: so a frame whose end is missing is told from one that was changed, and no frame can be taken out,
+repeated or moved unseen.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import assert_never
+from zlib import crc32
+
+from google.protobuf.message import DecodeError
+
+from bnlayer.agreement import Peer
+from bnlayer.state import LayerState
+from bnproto.arrays import named, unpack, whole
+from bnproto.calls import call_of, contribution_of
+from bnproto.v1 import journal_pb2 as pb
+from bnproto.v1 import statistics_pb2 as wire
+from bnserver.core.entries import Began, Ended, Enlisted, Entry, Kept, Left, Operated, Pushed
+from bnserver.core.reasons import Reason
+
+_HEAD = struct.Struct("<QIII")  # the frame's number, the body's length and crc32, the crc32 of these three
+_OF_HEAD = struct.Struct("<QII")
+
+_REASONS = {reason: wire.ErrorReason.Value(f"ERROR_REASON_{reason.value}") for reason in Reason}
+_FROM_REASONS: dict[int, Reason | None] = {number: reason for reason, number in _REASONS.items()}
+_FROM_REASONS[wire.ERROR_REASON_UNSPECIFIED] = None
+
+
+class FrameError(ValueError):
+    """A frame is not what was written."""
+
+
+class RecordError(ValueError):
+    """A frame is sound, but its content is nothing that this version knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Torn:
+    """The end of a file lacks the rest of its last frame.
+
+    Attributes:
+        start: where that frame begins.
+        length: how many bytes of it are there.
+    """
+
+    start: int
+    length: int
+
+
+def framed(number: int, body: bytes) -> bytes:
+    """One frame.
+
+    Args:
+        number: of the frame within its file, from 0.
+        body: what it holds.
+    """
+    head = _OF_HEAD.pack(number, len(body), crc32(body))
+    return b"".join((head, struct.pack("<I", crc32(head)), body))
+
+
+def frames(data: bytes) -> Iterator[tuple[int, bytes] | Torn]:
+    """The bodies of a file's frames, each with where the next one begins; a torn one is the last.
+
+    Raises:
+        FrameError: a frame is not what was written.
+    """
+    start = number = 0
+    while start < len(data):
+        if len(data) - start < _HEAD.size:
+            yield Torn(start, len(data) - start)
+            return
+        written, length, checksum, own = _HEAD.unpack_from(data, start)
+        if own != crc32(data[start : start + _OF_HEAD.size]) or written != number:
+            raise FrameError(f"the record {number}, at byte {start}, does not begin as one")
+        end = start + _HEAD.size + length
+        if end > len(data):
+            yield Torn(start, len(data) - start)
+            return
+        body = data[start + _HEAD.size : end]
+        if crc32(body) != checksum:
+            raise FrameError(f"the checksum of record {number}, at byte {start}, does not match its content")
+        yield end, body
+        start, number = end, number + 1
+
+
+def encode(entry: Entry) -> bytes:
+    """An entry as the body of a frame."""
+    match entry:
+        case Kept():
+            record = pb.Record(kept=_kept(entry.layer, entry.state))
+        case Began():
+            members = [
+                pb.Enlisted(
+                    rank=each.peer.rank,
+                    host=each.peer.host,
+                    pid=each.peer.pid,
+                    incarnation=each.incarnation,
+                    timeout=each.timeout,
+                    pushes=each.pushes,
+                )
+                for each in entry.members
+            ]
+            began = pb.Began(generation=entry.generation, world_size=entry.world_size, members=members)
+            record = pb.Record(began=began)
+        case Operated():
+            body = entry.body
+            arrays = body.arrays() if isinstance(body, LayerState) else {"": body}
+            payload = whole(arrays.values(), tuple(arrays))
+            record = pb.Record(operation=contribution_of(entry.call, payload, entry.sequence, 0))
+        case Pushed():
+            kept = _kept(entry.layer, entry.state)
+            record = pb.Record(pushed=pb.Pushed(rank=entry.rank, number=entry.number, layer=kept))
+        case Left():
+            record = pb.Record(left=pb.Left(generation=entry.generation, rank=entry.rank, reason=entry.reason))
+        case Ended():
+            reason = _REASONS[entry.reason] if entry.reason is not None else wire.ERROR_REASON_UNSPECIFIED
+            ended = pb.Ended(generation=entry.generation, reason=reason, text=entry.text, ranks=entry.ranks)
+            record = pb.Record(ended=ended)
+        case _:
+            assert_never(entry)
+    return record.SerializeToString()
+
+
+def encode_header(header: pb.Header) -> bytes:
+    """The body of a file's first frame."""
+    return pb.Record(header=header).SerializeToString()
+
+
+def decode(body: bytes) -> Entry | pb.Header:
+    """What `encode` made bytes of; a header as it is.
+
+    Raises:
+        RecordError: it is nothing that this version knows.
+    """
+    try:
+        record = pb.Record.FromString(body)
+        return _decoded(record)
+    except (DecodeError, ValueError, KeyError) as error:
+        raise RecordError(f"a record makes no sense: {error}") from error
+
+
+def _decoded(record: pb.Record) -> Entry | pb.Header:
+    match record.WhichOneof("entry"):
+        case "header":
+            return record.header
+        case "kept":
+            return Kept(record.kept.layer, _state(record.kept))
+        case "began":
+            began = record.began
+            members = tuple(
+                Enlisted(Peer(each.rank, each.host, each.pid), each.incarnation, each.timeout, each.pushes)
+                for each in began.members
+            )
+            return Began(began.generation, began.world_size, members)
+        case "operation":
+            return _operated(record.operation)
+        case "pushed":
+            pushed = record.pushed
+            return Pushed(pushed.rank, pushed.number, pushed.layer.layer, _state(pushed.layer))
+        case "left":
+            return Left(record.left.generation, record.left.rank, record.left.reason)
+        case "ended":
+            ended = record.ended
+            return Ended(ended.generation, _FROM_REASONS[ended.reason], ended.text, tuple(ended.ranks))
+        case other:
+            raise ValueError(f"expected an entry that this version knows, found {other}")
+
+
+def _operated(message: wire.Contribution) -> Operated:
+    call, payload = call_of(message), message.payload
+    if message.operation == wire.OPERATION_ENROLL:
+        arrays = named(payload, payload.data)
+        return Operated(message.sequence, call, LayerState.from_arrays(arrays, message.layer_terms.dtype))
+    (words,) = unpack(payload, payload.data)
+    return Operated(message.sequence, call, words)
+
+
+def _kept(layer: str, state: LayerState) -> pb.Kept:
+    arrays = state.arrays()
+    return pb.Kept(layer=layer, dtype=state.forward.dtype, state=whole(arrays.values(), tuple(arrays)))
+
+
+def _state(kept: pb.Kept) -> LayerState:
+    return LayerState.from_arrays(named(kept.state, kept.state.data), kept.dtype)

@@ -1,0 +1,131 @@
+"""The ranks of a scenario: small but real. They compute words, walk through exchanges, and keep a mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
+from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.kernels import reference
+from bnlayer.moments import BatchStatistics
+from bnlayer.moving import Rule
+from bnlayer.state import LayerState
+from bnserver.core.effects import Totals
+from bnserver.core.events import Body, Join
+
+Exchange = Generator[tuple[Call, NDArray[np.int64]], Totals, str]
+Options = dict[str, str]
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank's end of its stream."""
+
+    name: str
+    rank: int
+    stream: int
+    join: Join
+    generation: int = 0
+    sequence: int = 0
+    answered: int = 0
+    layer_answered: int = 0
+    last: tuple[Call, Body] | None = None
+    before: tuple[Call, Body] | None = None
+    pushes: int = 0
+    frozen: bool = False
+    deaf: bool = False
+    layers: dict[str, Mirror] = field(default_factory=dict)
+    exchange: Exchange | None = None
+    rounds: int = 9
+
+    def hears(self, sequence: int) -> None:
+        """An answer arrives."""
+        self.answered, self.before = sequence, self.last
+        if self.last is not None and self.last[0].place.layer is not None:
+            self.layer_answered = sequence
+
+
+@dataclass(slots=True)
+class Mirror:
+    """What a rank knows of a layer."""
+
+    terms: LayerTerms
+    state: LayerState
+    steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
+    x: NDArray[np.float32] | None = None
+    statistics: BatchStatistics | None = None
+
+
+def forward(mirror: Mirror, options: Options) -> Exchange:
+    """A training call, one contribution after the other."""
+    x = numbers(options["x"])
+    masked = "mask" in options
+    mask = None
+    if masked:
+        mask = np.array([word == "1" for word in options["mask"].split(",")]).reshape(-1, 1, 1)
+    exchange = ForwardExchange.begin(mirror.state.forward, mirror.terms.epsilon, masked)
+    view, said = x.reshape(*x.shape, 1), []
+    while exchange.wants is not None:
+        said.append(str(exchange.wants))
+        probe = exchange.wants is Operation.PROBE
+        words = (
+            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).words
+        )
+        terms = replace(mirror.terms, masked=masked, grid=exchange.fingerprint)
+        place = Place(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
+        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
+        exchange = exchange.reduced(total.words)
+    assert exchange.statistics is not None
+    mirror.x, mirror.statistics = x, exchange.statistics
+    mirror.steps[Direction.FORWARD] += 1
+    rule = Rule(mirror.terms.momentum, mirror.terms.epsilon, masked=masked)
+    mirror.state = mirror.state.after_forward(exchange.statistics, exchange.grid, rule)
+    return f"after {', '.join(said)}: {described(options['layer'], mirror.state)}"
+
+
+def backward(mirror: Mirror, options: Options) -> Exchange:
+    """The gradients of the latest training call, likewise."""
+    dy, x, statistics = numbers(options["dy"]), mirror.x, mirror.statistics
+    if x is None or statistics is None:
+        # A rank that resumes without a training call; the owner refuses it, whatever it sends.
+        words = np.zeros((2, mirror.terms.channels), np.int64)
+        place = Place(options["layer"], Direction.BACKWARD, 0)
+        yield Call(Operation.PROBE, place, mirror.terms), words
+        return "nothing"
+    exchange, said = BackwardExchange.begin(mirror.state.backward, statistics), []
+    view, dy_view = x.reshape(*x.shape, 1), dy.reshape(*dy.shape, 1)
+    while exchange.gradients is None:
+        assert exchange.wants is not None
+        said.append(str(exchange.wants))
+        mean = statistics.rounded_mean
+        if exchange.wants is Operation.PROBE:
+            words = reference.gradient_probe(dy_view, view, mean, exchange.grid)
+        else:
+            words = reference.gradient_sums(dy_view, view, None, mean, exchange.grid).words
+        terms = replace(mirror.terms, grid=exchange.fingerprint)
+        place = Place(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
+        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
+        exchange = exchange.reduced(total.words)
+    mirror.steps[Direction.BACKWARD] += 1
+    mirror.state = mirror.state.after_backward(exchange.grid, statistics)
+    return f"after {', '.join(said)}: dbeta {listed(exchange.gradients.beta)}"
+
+
+def described(name: str, state: LayerState) -> str:
+    """A layer's moving statistics, for people."""
+    return f"{name} has mean {listed(state.moving.mean)}, variance {listed(state.moving.variance)}"
+
+
+def numbers(text: str) -> NDArray[np.float32]:
+    """Rows between semicolons, channels between commas."""
+    return np.array([[float(word) for word in row.split(",")] for row in text.split(";")], np.float32)
+
+
+def listed(values: NDArray[Any]) -> str:
+    """Numbers as a list, short."""
+    return str([float(f"{value:.9g}") for value in values.reshape(-1).tolist()])

@@ -1,0 +1,104 @@
+"""A rank's heartbeat: a thread of its own says at short intervals that the process is alive.
+
+The main thread may hold Python's lock for seconds, again and again, on cores that others use too. So a heartbeat is
+one call that needs the lock once: gRPC's own threads then send it. On the stream it would wait for the thread that
+sends and the one that hears of it, each of which needs the lock. Where the lock is free for a moment only, one thread
+gets it: this one, or the one that hears the answer to the heartbeat before. Whichever it is, it beats if it is time.
+
+A heartbeat that is not answered tells of a connection that lets nothing through, though nobody has closed it; so does
+one that another run of the service answers. Either is cut, and made anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from threading import Event, Thread
+
+import grpc
+
+from bnproto.v1 import statistics_pb2 as pb
+from bnproto.v1 import statistics_pb2_grpc as rpc
+
+_BEATS = 5  # in a lease: a rank that is held up for half of it is still alive
+_ANSWERED_WITHIN = 0.5  # of a lease: the other half is for coming back
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """What the heart beats for: one connection."""
+
+    stub: rpc.StatisticsServiceStub
+    boot_id: int
+    cut: Callable[[], None]
+
+
+class Heart:
+    """One rank's heartbeat.
+
+    Args:
+        join: who this rank is.
+        closing: is set when the conversation ends.
+
+    Attributes:
+        rank: whose heart it is.
+        answers: how often the service was heard, on the stream.
+    """
+
+    def __init__(self, join: pb.Join, closing: Event) -> None:
+        self.rank = join.rank
+        self.answers = 0
+        self._request = pb.HeartbeatRequest(job=join.job, rank=join.rank, incarnation=join.incarnation)
+        self._closing = closing
+        self._lease = 0.0
+        self._last = 0.0
+        self._body: _Body | None = None
+        self._thread: Thread | None = None
+
+    def beats(self, stub: rpc.StatisticsServiceStub, lease: float, boot_id: int, cut: Callable[[], None]) -> None:
+        """Beat for a connection that stands.
+
+        Args:
+            stub: the service on it.
+            lease: seconds of silence after which the service takes this rank for frozen; 0: it never does.
+            boot_id: the run of the service that it leads to.
+            cut: ends it.
+        """
+        self._lease, self._body = lease, _Body(stub, boot_id, cut)
+        if lease and self._thread is None:
+            self._thread = Thread(target=self._run, name="bnworker-heart", daemon=True)
+            self._thread.start()
+
+    def rest(self) -> None:
+        """There is no connection."""
+        self._body = None
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._lease / _BEATS):
+            self._beat()
+
+    def _beat(self) -> None:
+        """One heartbeat, unless there was one just now."""
+        body, now = self._body, time.monotonic()
+        if body is None or now < self._last + self._lease / _BEATS / 2:
+            return
+        self._last = now
+        try:
+            future = body.stub.Heartbeat.future(self._request, timeout=self._lease * _ANSWERED_WITHIN)
+        except ValueError:  # the channel was closed in this moment
+            return
+        future.add_done_callback(partial(self._answered, body))
+
+    def _answered(self, body: _Body, done: grpc.Future[pb.HeartbeatResponse]) -> None:
+        """Cut a connection that lets nothing through, or leads to another run of the service."""
+        self._beat()
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            if done.result().boot_id != body.boot_id:
+                body.cut()
+        elif isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            body.cut()
