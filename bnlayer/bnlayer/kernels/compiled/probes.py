@@ -44,6 +44,15 @@ def _sizes(dy: Any, x: Any, mean: Any) -> tuple[Any, Any]:
     return size, magnitude(where(size, where(finite(deviation), deviation)))
 
 
+@inlined
+def _raise(top: Array, best: Array, lanes: int) -> None:
+    """Raise what was found so far, per channel, to the best of each place."""
+    for at in range(best.shape[1]):
+        c = at // lanes % top.shape[1]
+        top[0, c] = max(top[0, c], best[0, at])
+        top[1, c] = max(top[1, c], best[1, at])
+
+
 @kernel
 def extremes(x: Array, mask: Any, repeats: int, length: int, top: Array) -> None:
     """Raise `top`, (2, C), to the largest keys of x and of −x.
@@ -84,10 +93,7 @@ def extremes(x: Array, mask: Any, repeats: int, length: int, top: Array) -> None
                 up, down = _keys(x[at], none)
                 best[0, place] = max(best[0, place], up)
                 best[1, place] = max(best[1, place], down)
-    for at in range(width):
-        c = at // lanes % channels
-        top[0, c] = max(top[0, c], best[0, at])
-        top[1, c] = max(top[1, c], best[1, at])
+    _raise(top, best, lanes)
 
 
 @kernel
@@ -115,7 +121,4 @@ def gradient_extremes(dy: Array, x: Array, mean: Array, repeats: int, length: in
             size, deviation = _sizes(dy[at], x[at], means[place])
             best[0, place] = max(best[0, place], size)
             best[1, place] = max(best[1, place], deviation)
-    for at in range(width):
-        c = at // lanes % channels
-        top[0, c] = max(top[0, c], best[0, at])
-        top[1, c] = max(top[1, c], best[1, at])
+    _raise(top, best, lanes)

@@ -189,30 +189,28 @@ def widen(typing: Any, value: Any) -> Any:
     return wider(value), generate
 
 
-@_instruction
-def bits(typing: Any, value: Any) -> Any:
-    """The bit pattern of a float, as a signed integer."""
-    del typing
-    kind = _BITS[value]
+def _reinterpreted(value: Any, kind: Any) -> Any:
+    """The same bits as another type."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
         return builder.bitcast(args[0], _llvm(kind))
 
     return kind(value), generate
+
+
+@_instruction
+def bits(typing: Any, value: Any) -> Any:
+    """The bit pattern of a float, as a signed integer."""
+    del typing
+    return _reinterpreted(value, _BITS[value])
 
 
 @_instruction
 def number(typing: Any, value: Any) -> Any:
     """The float of a bit pattern."""
     del typing
-    kind = _NUMBERS[value]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        del context, sig
-        return builder.bitcast(args[0], _llvm(kind))
-
-    return kind(value), generate
+    return _reinterpreted(value, _NUMBERS[value])
 
 
 @_instruction
