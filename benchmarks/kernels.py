@@ -184,8 +184,8 @@ def frameworks(batch: Batch, available: Iterable[str]) -> Runs:
 def kernel_sets() -> dict[str, ModuleType]:
     """This project's kernel sets by name; the compiled one where it can be imported."""
     sets: dict[str, ModuleType] = {"reference": reference}
-    if importlib.util.find_spec("bnlayer.kernels.compiled") is not None:
-        from bnlayer.kernels import compiled
+    if importlib.util.find_spec("numba") is not None:
+        from bnlayer.kernels.compiled import kernels as compiled
 
         sets["compiled"] = compiled
     return sets

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid
-from bnlayer.kernels import kernels
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics, two_folds
 from bnlayer.precision import power_of_two
 from bnlayer.words import as_float, counted, flags
@@ -84,7 +84,7 @@ class GradientSums:
 
     def judged(self, statistics: BatchStatistics) -> tuple[Callable[[], Gradients], NDArray[np.bool_] | None]:
         """What gives the `gradients`, and what is `refused`; None if nothing is. See `Moments.judged`."""
-        quick = kernels().channels
+        quick = quick_channels()
         if quick is None or self.grid.precision.folds == 2:
             refused = self.refused(statistics.poisoned)
             return partial(self.gradients, statistics), refused if refused.any() else None

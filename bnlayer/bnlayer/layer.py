@@ -24,7 +24,7 @@ from bnlayer.collective import Alone, LayerTerms, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import kernels
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.rounds import Rounds, share
@@ -276,7 +276,7 @@ class BatchNormalization(Definition):
         d: NDArray[np.float64] | None,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """What the centered input is multiplied by, γs (with renorm γsr), and what is added, β − residual·γs (+ γd)."""
-        quick, dtype = kernels().channels, self.dtype_policy.arithmetic_dtype
+        quick, dtype = quick_channels(), self.dtype_policy.arithmetic_dtype
         if quick is not None and r is None and dtype == np.float32 == self.variable_dtype:
             scale, shift = np.empty((2, self.moving_mean.shape[0]), np.float32)
             gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))

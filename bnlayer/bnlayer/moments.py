@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import Grid
-from bnlayer.kernels import kernels
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.precision import exponent_above
 from bnlayer.words import as_float, as_ints, counted, flags
 
@@ -158,7 +158,7 @@ class Moments:
         Where one compiled call finds both they are there at once; otherwise they are computed when asked for: the owner
         answers the ranks before that.
         """
-        quick = kernels().channels
+        quick = quick_channels()
         if quick is None or self.grid.precision.folds == 2:
             refused = self.refused(epsilon)
             return partial(self.statistics, epsilon, masked), refused if refused.any() else None

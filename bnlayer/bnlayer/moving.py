@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.dtypes import rounded
-from bnlayer.kernels import kernels
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics
 
 Vector = NDArray[Any]
@@ -88,7 +88,7 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
         New arrays of the dtypes of the old ones.
     """
     mean, variance = statistics.mean, statistics.variance
-    quick = kernels().channels
+    quick = quick_channels()
     if quick is not None and moving.stddev is None and moving.mean.dtype == np.float32:
         to_mean, to_variance = np.empty((2, mean.shape[0]), np.float32)
         quick.moved(

@@ -24,7 +24,6 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
 name = "reference (NumPy)"
-channels = None  # what follows from the sums is computed where its formulas stand
 
 _BLOCK = 2**16  # elements: half a megabyte per float64 temporary, a handful of which fit a second-level cache
 
