@@ -15,6 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization, passes
+from bnlayer.grid import Grid
+from bnlayer.view import View
 
 Array = NDArray[Any]
 
@@ -72,6 +74,16 @@ def test_pieces_and_threads_leave_no_trace(
         for got, wanted in zip(steps(policy, shape, axis, masked=masked, bad=bad), whole, strict=True):
             assert got.dtype == wanted.dtype
             assert got.tobytes() == wanted.tobytes()
+
+
+def test_the_words_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
+    """Words travel as they are: those of many pieces are those of one, low halves below 2^32 included."""
+    view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
+    unknown = Grid.unknown("float32", 8)
+    grid = unknown.probed(passes.probe(view, unknown), np.ones(8, bool))
+    whole = passes.moments(view, grid).words
+    pieces(1)
+    assert passes.moments(view, grid).words.tobytes() == whole.tobytes()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
