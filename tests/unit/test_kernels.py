@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,6 +134,24 @@ def test_the_same_bits_on_any_shape(
         alike(x, rng.normal(size=shape).astype(np.float32), told, grid, rng)
 
 
+@pytest.mark.parametrize("shape", [(20_000, 8, 1), (1, 2, 160_000)], ids=str)
+def test_full_windows_do_not_overflow(shape: tuple[int, int, int]) -> None:
+    """Terms as large as they can be, more of them than a word holds before it is folded."""
+    x = np.full(shape, np.nextafter(np.float32(4), np.float32(0)))
+    channels = shape[1]
+    grid = Grid("float32", np.zeros(channels), np.full(channels, 2), True)
+    wanted = reference.moments(x, None, grid)
+    assert not wanted.misfit_C.any()
+    same(compiled.moments(x, None, grid).words, wanted.words)
+    whole = np.full(channels, 2)
+    backward = BackwardGrid("float32", whole, whole, True)
+    mean = np.zeros(channels, np.float32)
+    same(
+        compiled.gradient_sums(x, x, None, mean, backward).words,
+        reference.gradient_sums(x, x, None, mean, backward).words,
+    )
+
+
 def test_zeros_keep_their_signs() -> None:
     """−0 and +0 are different bits, in the probe's keys as in the output."""
     x = np.array([0.0, -0.0, -0.0, 0.0] * 16, np.float32).reshape(16, 4, 1)
@@ -237,3 +257,35 @@ def test_read_only_data_need_no_kernels_of_their_own() -> None:
     x.flags.writeable = False
     compiled.moments(x, None, grid)
     assert len(forward.moments_of_rows.signatures) == before  # type: ignore[attr-defined]  # Numba's
+
+
+TWO_THREADS = """
+import threading, numpy as np
+from bnlayer import BatchNormalization
+x = np.arange(4096, dtype=np.float32).reshape(64, 64)
+made = [None, None]
+start = threading.Barrier(2)
+def step(number):
+    start.wait()
+    made[number] = BatchNormalization()(x, training=True).tobytes()
+threads = [threading.Thread(target=step, args=(number,)) for number in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(made[0] is not None and made[0] == made[1])
+"""
+
+
+@pytest.mark.timeout(120)  # an empty cache: all is compiled
+def test_two_threads_may_make_the_first_call_at_once(tmp_path: Path) -> None:
+    """Both find the kernels not compiled yet; nothing is compiled wrongly, and nobody waits for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_THREADS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        timeout=110,
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
+    # Said once, by whoever came first.
+    assert done.stderr.count("compiling the kernels for this machine; it takes some seconds, once") == 1
