@@ -76,6 +76,16 @@ def test_pieces_and_threads_leave_no_trace(
             assert got.tobytes() == wanted.tobytes()
 
 
+def test_a_user_who_wants_errors_raised_gets_none_from_a_thread(pieces: Callable[[int], None]) -> None:
+    """Infinity times a γ of zero is NaN, in the caller's thread and in every other."""
+    pieces(3)
+    bn = BatchNormalization(gamma_initializer="zeros", trainable=False)
+    dy = np.full((5000, 8), np.inf, np.float32)
+    with np.errstate(all="raise"):
+        bn(np.ones_like(dy), training=True)
+        assert np.isnan(bn.backward(dy)).all()
+
+
 def test_the_words_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
     """Words travel as they are: those of many pieces are those of one, low halves below 2^32 included."""
     view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
