@@ -365,6 +365,8 @@ def _next(process: Process) -> tuple[Call, object]:
     """What a well-behaved rank says now."""
     if process.state is None:
         return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), _fresh()
+    if process.exchange is None and process.answered % 2:
+        return Call(Operation.BARRIER, Place(None, None, process.answered), PlainTerms()), None
     if process.exchange is None:
         process.exchange = ForwardExchange.begin(process.state.forward, _TERMS.epsilon, False)
     exchange = process.exchange

@@ -268,9 +268,11 @@ def test_an_entry_that_does_not_fit_is_told_and_leaves_no_half(tmp_path: Path) -
     """What was before is still sound, what comes later waits for a snapshot, and then the journal goes on."""
     store = _failing(tmp_path, "in-journal=full:2")
     store.append("j", _JOURNAL[0])
+    size = store.path("j").stat().st_size
     with pytest.raises(StoreError, match=r"Job 'j' could not be saved to .*: \[Errno 28\] No space left on device"):
         store.append("j", _JOURNAL[1])
     store.append("j", _JOURNAL[2])
+    assert store.path("j").stat().st_size == size
     assert _same(module._loaded(store.path("j"))[1], _JOURNAL[:1])
     asyncio.run(store.save("j", lambda: _SNAPSHOT))
     store.append("j", _JOURNAL[3])

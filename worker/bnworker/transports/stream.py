@@ -99,6 +99,7 @@ class Stream:
         self._timeout = timeout
         self._outage_s = timeout
         self._durable = True
+        self._stands = False
         self._requests = Lock()  # held while something is added to the memory and to a connection
         self._connection: _Connection | None = None
         self._heard: SimpleQueue[Answer | CollectiveError] = SimpleQueue()
@@ -149,7 +150,7 @@ class Stream:
             start = time.monotonic()
             while isinstance(self._hear(start + _GOODBYE_S), Answer):
                 pass  # an answer that nobody waits for any more
-            if self._durable and self._connection is None and not self._ended.is_set():
+            if self._durable and not self._stands and not self._ended.is_set():
                 while isinstance(self._hear(start + min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S)), Answer):
                     pass
         self._error = self._error or ServiceError("This rank has left its job: join anew.")
@@ -219,7 +220,7 @@ class Stream:
                 return self._explained(responses, error)
         finally:
             with self._requests:
-                self._connection = None
+                self._connection, self._stands = None, False
             self._heart.rest()
             connection.requests.put(None)
             connection.channel.close()
@@ -228,7 +229,7 @@ class Stream:
         response = answer.response
         if response.HasField("joined"):
             lease = response.joined.lease_ms / 1000
-            self._durable = response.joined.durable
+            self._durable, self._stands = response.joined.durable, True
             if self.memory.generation:
                 _log.warning("rank %d is back at the service at %s", self._heart.rank, self._address)
             self._heart.lease = lease
