@@ -23,7 +23,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras coverage format lint types contracts \
+.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras bench bench-full bench-docs coverage format lint types contracts \
 	stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -42,8 +42,11 @@ define make-venv
 endef
 
 # The build backend comes from the lock file as well, so the project itself is built without isolation.
-install-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-check \
-	--no-deps --no-build-isolation --editable .
+# The kernels are compiled then, so that no training waits for it; the environments share the machine code.
+define install-editable
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(1)/bin/python -m bnlayer.kernels.warm
+endef
 
 .venv/.ready: requirements.lock pyproject.toml
 	$(call make-venv,.venv,requirements.lock)
@@ -60,6 +63,12 @@ install-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-
 	$(call make-venv,.venv-keras,locks/keras.lock)
 	.venv-keras/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(call install-editable,.venv-keras)
+	@touch $@
+
+.venv-bench/.ready: locks/bench.lock pyproject.toml
+	$(call make-venv,.venv-bench,locks/bench.lock)
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(call install-editable,.venv-bench)
 	@touch $@
 
 .venv-stubs/.ready: locks/stubs.lock
@@ -91,6 +100,19 @@ coverage: setup  ## branch coverage of the pure code by the fast tests
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not (rpc or mpi or fault or slow)" $(NO_KERAS)
 	$(BIN)/coverage report
+
+# ---- benchmarks: tables on the screen, every figure in out/bench.json ----
+
+# BENCH_FLAGS="--judge always" holds the bars against a busy machine too; "--tensorflow-python PATH" adds TensorFlow.
+bench: .venv-bench/.ready  ## three minutes: beside the memory's limit and the peers; fails where a bar is missed
+	.venv-bench/bin/python -m benchmarks $(BENCH_FLAGS)
+
+bench-full: .venv-bench/.ready  ## the same with every shape, rank and peer
+	.venv-bench/bin/python -m benchmarks --full $(BENCH_FLAGS)
+
+bench-docs: .venv-bench/.ready  ## out/bench.json into docs/performance.md: its tables, and its picture
+	.venv-bench/bin/python -m benchmarks.picture
+	.venv-bench/bin/python -m benchmarks.page
 
 package-test: setup  ## build the wheel and install it in a fresh environment
 	$(BIN)/pytest tests/packaging
@@ -140,6 +162,8 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--constraints requirements.lock --output-file locks/openmpi.lock
 	$(LOCK) pyproject.toml --extra fast --group keras --group test --group build \
 		--constraints requirements.lock --output-file locks/keras.lock
+	$(LOCK) pyproject.toml --extra fast --extra mpich --extra report --group bench --group build \
+		--constraints requirements.lock --output-file locks/bench.lock
 	$(LOCK) pyproject.toml --extra fast --extra mpich --group build \
 		--constraints requirements.lock --output-file locks/runtime.lock
 	$(LOCK) --group stubs --output-file locks/stubs.lock
@@ -149,6 +173,6 @@ ci:  ## every gate, as the continuous integration runs them
 	bash .ci/run
 
 clean:  ## remove what was built, the environments included
-	rm -rf .venv .venv-openmpi .venv-keras .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+	rm -rf .venv .venv-openmpi .venv-keras .venv-bench .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
 		.pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

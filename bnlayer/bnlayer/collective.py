@@ -215,6 +215,11 @@ def current() -> Collective:
     return _alone
 
 
+def is_current(collective: Collective) -> bool:
+    """Whether a collective that `current` returned is what it would return now."""
+    return collective is (_current or _alone)
+
+
 def install(collective: Collective | None) -> Collective | None:
     """Make a collective the process's current one; returns the one before. None: back to a world of one."""
     global _current

@@ -74,6 +74,8 @@ class Definition(Layer):
         self.gamma: Variable | None = None
         self.beta: Variable | None = None
         self.ndim = 0
+        # The moving statistics, in Keras's order, which is `Moving`'s.
+        self._moving: list[Variable] = []
 
     @property
     def dtype(self) -> str:
@@ -122,6 +124,7 @@ class Definition(Layer):
         self._variables += [self.moving_mean, self.moving_variance]
         if self._renorm is not None:
             self._build_renorm(shape, dtype)
+        self._moving = [variable for variable in self._variables if not variable.trainable]
         self.ndim = len(tuple(input_shape))
         self.built = True
 

@@ -21,6 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POLICIES = ("float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+# A dtype that is looked up by its name is looked up again at each access of the name, which takes a microsecond.
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "float32", "float64")} | {
+    "bfloat16": _BFLOAT16
+}
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
@@ -41,6 +45,8 @@ def rounded(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
     Source: Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums" (2008), for rounding to odd.
     """
+    if x.dtype == dtype:
+        return x
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != _BFLOAT16 or x.dtype != np.float64:
             return x.astype(dtype, copy=False)
@@ -84,17 +90,22 @@ class Policy:
     @property
     def variable_dtype(self) -> np.dtype[Any]:
         """Of gamma, beta and the moving statistics."""
-        return np.dtype(np.float32) if self.name.startswith("mixed_") else dtype_named(self.name)
+        return _DTYPES["float32" if self.name.startswith("mixed_") else self.name]
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:
         """Of what comes in, once cast, and of what goes out."""
-        return dtype_named(self.name.removeprefix("mixed_"))
+        return _DTYPES[self.name.removeprefix("mixed_")]
 
     @property
     def arithmetic(self) -> str:
         """In which each element is normalized: "float32" or "float64"."""
         return "float64" if self.name == "float64" else "float32"
+
+    @property
+    def arithmetic_dtype(self) -> np.dtype[Any]:
+        """NumPy's dtype of the arithmetic."""
+        return _DTYPES[self.arithmetic]
 
     def get_config(self) -> dict[str, Any]:
         """Keras's serialized form."""
@@ -106,7 +117,7 @@ class Policy:
         }
 
     def received(self, x: ArrayLike, what: str) -> NDArray[Any]:
-        """Data as the arithmetic takes it, rounded to the compute dtype before.
+        """Data as the passes take it: rounded to the compute dtype.
 
         Integers are no rounding's business: they go to the arithmetic's dtype straight, as in Keras.
 
@@ -118,13 +129,10 @@ class Policy:
             TypeError: the values are not real numbers.
         """
         array = np.asarray(x)
+        if array.dtype is self.compute_dtype:
+            return array
         if not is_real(array.dtype):
             raise TypeError(f"Expected {what} of a real dtype, received dtype {array.dtype}.")
-        with np.errstate(over="ignore"):
-            if array.dtype.kind not in "iub":
-                array = rounded(array, self.compute_dtype)
-            return array.astype(self.arithmetic, copy=False)
-
-    def returned(self, y: NDArray[Any]) -> NDArray[Any]:
-        """A result of the arithmetic in the compute dtype, rounded once."""
-        return rounded(y, self.compute_dtype)
+        if array.dtype.kind in "iub":
+            return array.astype(self.arithmetic)
+        return rounded(array, self.compute_dtype)

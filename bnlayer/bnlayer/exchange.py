@@ -10,7 +10,8 @@ Laws of this room:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +35,7 @@ class ForwardExchange:
         wants: what comes next; None once the moments are accepted.
         attempt: rounds so far.
         moments: the accepted ones, of all ranks.
+        found: gives what follows from them.
     """
 
     grid: Grid
@@ -43,6 +45,7 @@ class ForwardExchange:
     wants: Operation | None
     attempt: int = 0
     moments: Moments | None = None
+    found: Callable[[], BatchStatistics] | None = None
 
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
@@ -60,23 +63,23 @@ class ForwardExchange:
         """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def reduced(self, words: NDArray[np.int64]) -> ForwardExchange:
         """The exchange after the words of all ranks were reduced."""
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(words, self.need_C)
             return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
         moments = Moments(words, self.grid)
-        again = moments.refused(self.epsilon)
-        if again.any() and not self.need_C.any():
+        found, again = moments.judged(self.epsilon, self.masked)
+        if again is not None and not self.need_C.any():
             return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
-        return replace(self, wants=None, attempt=self.attempt + 1, moments=moments)
+        return ForwardExchange(
+            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, found
+        )
 
     @cached_property
-    @np.errstate(all="ignore")
     def statistics(self) -> BatchStatistics | None:
         """What follows from the moments, once they are accepted."""
-        return self.moments.statistics(self.epsilon, self.masked) if self.moments is not None else None
+        return self.found() if self.found is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ class BackwardExchange:
         need_C: the channels that the next probe regrids, or the last one did.
         wants: what comes next; None once the sums are accepted.
         attempt: rounds so far.
-        sums: the accepted ones, of all ranks.
+        found: gives what follows from the accepted sums.
     """
 
     grid: BackwardGrid
@@ -97,7 +100,7 @@ class BackwardExchange:
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
-    sums: GradientSums | None = None
+    found: Callable[[], Gradients] | None = None
 
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
@@ -116,20 +119,17 @@ class BackwardExchange:
         """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def reduced(self, words: NDArray[np.int64]) -> BackwardExchange:
         """The exchange after the words of all ranks were reduced."""
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(words, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        sums = GradientSums(words, self.grid)
-        again = sums.refused(self.statistics.poisoned)
-        if again.any() and not self.need_C.any():
+        found, again = GradientSums(words, self.grid).judged(self.statistics)
+        if again is not None and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, again, Operation.PROBE, self.attempt + 1)
-        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, sums)
+        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, found)
 
     @cached_property
-    @np.errstate(all="ignore")
     def gradients(self) -> Gradients | None:
         """What follows from the sums, once they are accepted. The owner never asks."""
-        return self.sums.gradients(self.statistics) if self.sums is not None else None
+        return self.found() if self.found is not None else None

@@ -7,18 +7,21 @@ Shape suffixes: C channels, W words: per fold A_hi, A_lo; per fold B_hi, B_lo; t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics, two_folds
 from bnlayer.precision import power_of_two
 from bnlayer.words import as_float, counted, flags
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Gradients:
     """What follows from the sums, each (C,) float64, NaN where the channel is poisoned.
 
@@ -79,6 +82,21 @@ class GradientSums:
         """Whether some unmasked dy is NaN or infinite."""
         return counted(self.words[-2])[1]
 
+    def judged(self, statistics: BatchStatistics) -> tuple[Callable[[], Gradients], NDArray[np.bool_] | None]:
+        """What gives the `gradients`, and what is `refused`; None if nothing is. See `Moments.judged`."""
+        quick = quick_channels()
+        if quick is None or self.grid.precision.folds == 2:
+            refused = self.refused(statistics.poisoned)
+            return partial(self.gradients, statistics), refused if refused.any() else None
+        rows, (poisoned, refused) = np.empty((4, self.words.shape[1])), np.empty((2, self.words.shape[1]), np.bool_)
+        again = quick.gradients(
+            self.words, self.grid.gradient_C, self.grid.deviation_C, statistics.divisor, statistics.inverse_std,
+            statistics.residual, statistics.mean_share, statistics.poisoned, rows, poisoned, refused,
+        )  # fmt: skip
+        beta, gamma, offset, slope = rows
+        found = Gradients(beta, gamma, offset, slope, poisoned)
+        return lambda: found, refused if again else None
+
     def refused(self, forward_poisoned_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
@@ -87,6 +105,7 @@ class GradientSums:
         large, any_nonzero = counted(self.words[-1])
         return (self.misfit_C | (any_nonzero & ~large)) & ~(self.not_finite_C | forward_poisoned_C)
 
+    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def gradients(self, statistics: BatchStatistics) -> Gradients:
         """The gradients of gamma and beta and the coefficients of the input gradient.
 

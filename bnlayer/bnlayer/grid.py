@@ -77,6 +77,7 @@ class Grid:
         """The unit of a squared deviation."""
         return power_of_two(2 * self.exponent_C - 52)
 
+    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def probed(self, keys: NDArray[np.int64], need_C: NDArray[np.bool_]) -> Grid:
         """The grid after a probe.
 

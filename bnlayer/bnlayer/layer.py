@@ -13,22 +13,22 @@ Shape suffixes: C channels; the kernels see the data as (A, C, B).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer.collective import Alone, LayerTerms, current
+from bnlayer import passes
+from bnlayer.collective import Alone, LayerTerms, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import kernels
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.rounds import Rounds, share
 from bnlayer.state import LayerState
-from bnlayer.variable import Variable
 from bnlayer.view import View
 
 
@@ -101,9 +101,8 @@ class BatchNormalization(Definition):
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); `keras.layers.BatchNormalization`, Keras 3.15.1.
     """
 
-    _grid: Grid | None = None
-    _backward_grid: BackwardGrid | None = None
-    _version: int = 0
+    _kept: LayerState | None = None
+    _told: LayerTerms | None = None
     _rounds: Rounds | None = None
     _pass: _TrainingPass | _InferencePass | None = None
     _observer: Callable[[Moments], None] | None = None
@@ -144,28 +143,28 @@ class BatchNormalization(Definition):
         if self._observer is not None:
             self._observer(result.moments)
         rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, view.mask is not None)
-        self._follow(before.after_forward(statistics, result.grid, rule))
-        if result.version is not None and result.version != self._version:
+        self._kept = after = before.after_forward(statistics, result.grid, rule)
+        for variable, vector in zip(self._moving, after.moving.values, strict=True):
+            variable.take(vector)
+        if result.version is not None and result.version != after.version:
             # The owner's state was replaced in between: somebody pushed.
             self._follow(rounds.collective.pull(self.name))
         r, d = self._correction(statistics, before.moving)
-        scale = self._gamma() * statistics.inverse_std * (1.0 if r is None else r)
-        shift = self._beta() - statistics.residual * scale + (0.0 if d is None else self._gamma() * d)
-        self._pass = _TrainingPass(rounds, terms, view, statistics, scale.astype(x.dtype), r, d)
-        y = kernels().normalize(
-            view.x, statistics.rounded_mean, self._pass.scale_C, shift.astype(x.dtype), statistics.poisoned
+        scale, shift = self._coefficients(statistics, r, d)
+        self._pass = _TrainingPass(rounds, terms, view, statistics, scale, r, d)
+        return view.restore(
+            passes.normalize(view, statistics.rounded_mean, scale, shift, statistics.poisoned, self.compute_dtype)
         )
-        return self.dtype_policy.returned(view.restore(y))
 
     def _infer(self, view: View, *, keep: bool) -> NDArray[Any]:
-        dtype, variance = view.x.dtype, self.moving_variance.value.astype(np.float64)
+        dtype, variance = self.dtype_policy.arithmetic_dtype, self.moving_variance.value.astype(np.float64)
         with np.errstate(invalid="ignore"):
             scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
         if keep or not isinstance(self._pass, _TrainingPass):
             self._pass = _InferencePass(view, scale)
         mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
-        y = kernels().normalize(view.x, mean, scale, shift, np.zeros(mean.shape, bool))
-        return self.dtype_policy.returned(view.restore(y))
+        fine = np.zeros(mean.shape, bool)
+        return view.restore(passes.normalize(view, mean, scale, shift, fine, self.compute_dtype))
 
     @np.errstate(all="ignore")
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
@@ -200,14 +199,14 @@ class BatchNormalization(Definition):
             raise ValueError(
                 f"Layer {self.name!r}: expected dy of the output's shape {view.shape}, received {gradient.shape}."
             )
-        gradient = view.alike(gradient)
+        seen = view.alike(gradient)
         self._pass = None
         if isinstance(latest, _InferencePass):
             self._set_gradients(None, None)
-            return self.dtype_policy.returned(view.restore(gradient * latest.scale_C[:, None]))
+            return view.restore(passes.scaled(seen, latest.scale_C, self.compute_dtype))
         statistics = latest.statistics
-        result = latest.rounds.backward(gradient, view, latest.terms, statistics, self.state.backward)
-        self._backward_grid = result.grid.kept(statistics.reach)
+        result = latest.rounds.backward(seen, view, latest.terms, statistics, self.state.backward)
+        self._kept = self.state.after_backward(result.grid, statistics)
         total = result.total
         summed = total if self.grad_reduction == "global" else share(result, statistics)
         gamma = summed.gamma
@@ -215,22 +214,25 @@ class BatchNormalization(Definition):
             # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
             gamma = gamma * latest.r_C + summed.beta * latest.d_C
         self._set_gradients(gamma, summed.beta)
-        dx = kernels().input_gradient(
-            gradient,
-            view.x,
-            view.mask,
+        dtype = self.dtype_policy.arithmetic_dtype
+        dx = passes.input_gradient(
+            seen,
+            view,
             statistics.rounded_mean,
-            total.offset.astype(gradient.dtype),
-            total.slope.astype(gradient.dtype),
+            total.offset.astype(dtype),
+            total.slope.astype(dtype),
             latest.scale_C,
             total.poisoned,
+            self.compute_dtype,
         )
-        return self.dtype_policy.returned(view.restore(dx))
+        return view.restore(dx)
 
     def _joined(self) -> Rounds:
         """The exchanges with the collective in force; a new collective is enrolled with first."""
         if not self.synchronized:
             self._rounds = self._rounds or Rounds(Alone(), self.name)
+            return self._rounds
+        if self._rounds is not None and self.collective is None and is_current(self._rounds.collective):
             return self._rounds
         collective = self.collective if self.collective is not None else current()
         if self._rounds is None or self._rounds.collective is not collective:
@@ -247,14 +249,17 @@ class BatchNormalization(Definition):
 
     def _terms(self) -> LayerTerms:
         """What every rank must believe of this layer, whatever the call."""
-        return LayerTerms(
-            channels=self.moving_mean.shape[0],
-            dtype=self.dtype_policy.arithmetic,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            policy=self.dtype_policy.name,
-            renorm=self._renorm,
-        )
+        told = self._told
+        if told is None or (told.momentum, told.epsilon, told.renorm) != (self.momentum, self.epsilon, self._renorm):
+            told = self._told = LayerTerms(
+                channels=self.moving_mean.shape[0],
+                dtype=self.dtype_policy.arithmetic,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                policy=self.dtype_policy.name,
+                renorm=self._renorm,
+            )
+        return told
 
     def _correction(
         self, statistics: BatchStatistics, moving: Moving
@@ -263,6 +268,23 @@ class BatchNormalization(Definition):
         if self._renorm is None or moving.renorm_mean is None or moving.renorm_stddev is None:
             return None, None
         return self._renorm.correction(statistics, moving.renorm_mean, moving.renorm_stddev, self.epsilon)
+
+    def _coefficients(
+        self,
+        statistics: BatchStatistics,
+        r: NDArray[np.float64] | None,
+        d: NDArray[np.float64] | None,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What the centered input is multiplied by, γs (with renorm γsr), and what is added, β − residual·γs (+ γd)."""
+        quick, dtype = quick_channels(), self.dtype_policy.arithmetic_dtype
+        if quick is not None and r is None and dtype == np.float32 == self.variable_dtype:
+            scale, shift = np.empty((2, self.moving_mean.shape[0]), np.float32)
+            gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))
+            quick.coefficients(gamma, beta, statistics.inverse_std, statistics.residual, scale, shift)
+            return scale, shift
+        factor = self._gamma() * statistics.inverse_std * (1.0 if r is None else r)
+        term = self._beta() - statistics.residual * factor + (0.0 if d is None else self._gamma() * d)
+        return factor.astype(dtype), term.astype(dtype)
 
     def _gamma(self) -> NDArray[np.float64]:
         return np.ones(self.moving_mean.shape) if self.gamma is None else self.gamma.value.astype(np.float64)
@@ -289,13 +311,18 @@ class BatchNormalization(Definition):
             ValueError: the layer is not built yet.
         """
         self._must_be_built()
-        channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
-        return LayerState(
-            Moving(*(variable.value for variable in self._moving)),
-            self._grid or Grid.unknown(arithmetic, channels),
-            self._backward_grid or BackwardGrid.unknown(arithmetic, channels),
-            self._version,
-        )
+        kept = self._kept
+        if kept is None:
+            channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
+            grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
+            kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
+        elif any(
+            variable.value is not vector for variable, vector in zip(self._moving, kept.moving.values, strict=True)
+        ):
+            # Somebody assigned to a variable.
+            kept = replace(kept, moving=Moving(*(variable.value for variable in self._moving)))
+        self._kept = kept
+        return kept
 
     def restore(self, state: LayerState) -> None:
         """Take over moving statistics and grids.
@@ -311,14 +338,9 @@ class BatchNormalization(Definition):
     def _follow(self, state: LayerState | None) -> None:
         if state is None:
             return
-        for variable, vector in zip(self._moving, state.moving.vectors.values(), strict=True):
+        for variable, vector in zip(self._moving, state.moving.values, strict=True):
             variable.assign(vector)
-        self._grid, self._backward_grid, self._version = state.forward, state.backward, state.version
-
-    @property
-    def _moving(self) -> list[Variable]:
-        """The moving statistics, in Keras's order, which is `Moving`'s."""
-        return [variable for variable in self._variables if not variable.trainable]
+        self._kept = state
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""

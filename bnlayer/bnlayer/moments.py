@@ -8,21 +8,23 @@ Shape suffixes: C channels, W words of a packed sum: per fold S_hi, S_lo; per fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import Grid
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.precision import exponent_above
 from bnlayer.words import as_float, as_ints, counted, flags
 
 MASKED_COUNT_EPSILON = 1e-7  # Keras adds it to the sum of a mask (`backend.epsilon()`)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class BatchStatistics:
     """The statistics of one global batch, each (C,) float64.
 
@@ -150,6 +152,31 @@ class Moments:
             pooled.append((n, d + n * pivot, dd + 2 * pivot * d + n * pivot * pivot))
         return pooled
 
+    def judged(self, epsilon: float, masked: bool) -> tuple[Callable[[], BatchStatistics], NDArray[np.bool_] | None]:
+        """What gives the `statistics`, and what is `refused`; None if nothing is.
+
+        Where one compiled call finds both they are there at once; otherwise they are computed when asked for: the owner
+        answers the ranks before that.
+        """
+        quick = quick_channels()
+        if quick is None or self.grid.precision.folds == 2:
+            refused = self.refused(epsilon)
+            return partial(self.statistics, epsilon, masked), refused if refused.any() else None
+        grid, channels = self.grid, self.words.shape[1]
+        rows, rounded, reach = np.empty((7, channels)), np.empty(channels, np.float32), np.empty(channels, np.int64)
+        poisoned, refused = np.empty((2, channels), np.bool_)
+        e = MASKED_COUNT_EPSILON if masked else 0.0
+        again = quick.statistics(
+            self.words, grid.pivot_C, grid.exponent_C, epsilon, e, grid.precision.lowest,
+            rows, rounded, reach, poisoned, refused,
+        )  # fmt: skip
+        count, divisor, mean, variance, inverse_std, residual, mean_share = rows
+        statistics = BatchStatistics(
+            count, divisor, mean, variance, inverse_std, rounded, residual, mean_share, reach, poisoned
+        )
+        return lambda: statistics, refused if again else None
+
+    @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def refused(self, epsilon: float) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
@@ -164,6 +191,7 @@ class Moments:
         coarse = (variance + epsilon < needed) & ranged
         return (self.misfit_C | coarse) & ~self.not_finite_C
 
+    @np.errstate(all="ignore")
     def statistics(self, epsilon: float, masked: bool) -> BatchStatistics:
         """The batch's statistics, once its moments are accepted.
 

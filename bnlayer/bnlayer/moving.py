@@ -12,9 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.dtypes import rounded
+from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics
 
 Vector = NDArray[Any]
+
+_NAMES = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +37,16 @@ class Moving:
     renorm_stddev: Vector | None = None
 
     @property
+    def values(self) -> tuple[Vector, ...]:
+        """All of them, in Keras's order."""
+        if self.stddev is None or self.renorm_mean is None or self.renorm_stddev is None:
+            return self.mean, self.variance
+        return self.mean, self.variance, self.stddev, self.renorm_mean, self.renorm_stddev
+
+    @property
     def vectors(self) -> dict[str, Vector]:
         """All of them, by Keras's names and in its order."""
-        named = {
-            "moving_mean": self.mean,
-            "moving_variance": self.variance,
-            "moving_stddev": self.stddev,
-            "renorm_mean": self.renorm_mean,
-            "renorm_stddev": self.renorm_stddev,
-        }
-        return {name: vector for name, vector in named.items() if vector is not None}
+        return dict(zip(_NAMES, self.values, strict=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,14 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
         New arrays of the dtypes of the old ones.
     """
     mean, variance = statistics.mean, statistics.variance
+    quick = quick_channels()
+    if quick is not None and moving.stddev is None and moving.mean.dtype == np.float32:
+        to_mean, to_variance = np.empty((2, mean.shape[0]), np.float32)
+        quick.moved(
+            mean, variance, statistics.count, statistics.poisoned, moving.mean, moving.variance,
+            rule.momentum, rule.synchronized, rule.masked, to_mean, to_variance,
+        )  # fmt: skip
+        return Moving(to_mean, to_variance)
     apply = statistics.count > 0
     if not rule.synchronized:
         apply = apply | rule.masked

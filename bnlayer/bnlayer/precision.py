@@ -19,6 +19,7 @@ class Precision:
 
     Attributes:
         name: NumPy's name of the data's dtype.
+        dtype: the data's dtype.
         folds: grids per sum: the second one takes what the first one rounds away.
         lowest: window exponent that says "no range": a constant channel, or no data yet.
         highest: largest window exponent.
@@ -28,17 +29,13 @@ class Precision:
     """
 
     name: str
+    dtype: np.dtype[Any]
     folds: int
     lowest: int
     highest: int
     deviation_floor: int
     epsilon: float
     sign: int
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The data's dtype."""
-        return np.dtype(self.name)
 
     def key(self, x: NDArray[Any]) -> NDArray[np.int64]:
         """Integers in the order of the floats (−0 < +0), so that a MAX of integers finds the largest float."""
@@ -56,8 +53,8 @@ class Precision:
         return int(self.key(np.array([-np.inf], self.dtype))[0])
 
 
-SINGLE = Precision("float32", 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
-DOUBLE = Precision("float64", 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
+SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
+DOUBLE = Precision("float64", np.dtype(np.float64), 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
 
 
 # Asked several times in an exchange, and NumPy computes a dtype's name anew each time.

@@ -8,11 +8,11 @@ Laws of this room:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer import passes
 from bnlayer.collective import (
     Call,
     Collective,
@@ -26,12 +26,12 @@ from bnlayer.collective import (
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import kernels
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.state import LayerState
 from bnlayer.view import View
 
 _TINIEST = np.float32(2.0**-149)  # the smallest subnormal: a process that flushes them to zero would differ
+_ONE = np.float32(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ class Rounds:
         self.collective = collective
         self._name = name
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
+        self._told: dict[Direction, tuple[LayerTerms, LayerTerms]] = {}
 
     def enroll(self, layer: object, terms: LayerTerms, state: LayerState) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
@@ -94,9 +95,9 @@ class Rounds:
         version = None
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
-                words = kernels().probe(view.x, view.mask, exchange.grid)
+                words = passes.probe(view, exchange.grid)
             else:
-                words = kernels().moments(view.x, view.mask, exchange.grid).words
+                words = passes.moments(view, exchange.grid).words
             total = self._say(exchange, Direction.FORWARD, view, terms, words)
             version = total.version
             exchange = exchange.reduced(total.words)
@@ -106,16 +107,17 @@ class Rounds:
         return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
 
     def backward(
-        self, dy: NDArray[Any], view: View, terms: LayerTerms, statistics: BatchStatistics, grid: BackwardGrid
+        self, dy: View, view: View, terms: LayerTerms, statistics: BatchStatistics, grid: BackwardGrid
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
         mean = statistics.rounded_mean
+        fits = not statistics.poisoned.any()
         while True:
             if exchange.wants is Operation.PROBE:
-                words = kernels().gradient_probe(dy, view.x, mean, exchange.grid)
+                words = passes.gradient_probe(dy, view, mean, exchange.grid)
             else:
-                words = kernels().gradient_sums(dy, view.x, view.mask, mean, exchange.grid).words
+                words = passes.gradient_sums(dy, view, mean, exchange.grid, fits=fits).words
             exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, terms, words).words)
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1
@@ -130,16 +132,24 @@ class Rounds:
         words: NDArray[np.int64],
     ) -> Total:
         assert exchange.wants is not None
-        terms = replace(
-            terms,
-            masked=view.mask is not None,
-            flush_to_zero=not _TINIEST * np.float32(1) > 0,
-            grid=exchange.fingerprint,
-        )
+        told = self._all_told(direction, terms, view.mask is not None, exchange.fingerprint)
         place = Place(self._name, direction, self._steps[direction])
-        return self.collective.exchange(Call(exchange.wants, place, terms, exchange.attempt), words)
+        return self.collective.exchange(Call(exchange.wants, place, told, exchange.attempt), words)
+
+    def _all_told(self, direction: Direction, terms: LayerTerms, masked: bool, grid: int) -> LayerTerms:
+        """The layer's terms, and what is new with this call; the same object as before where nothing is."""
+        flush_to_zero = not _TINIEST * _ONE > 0
+        before, told = self._told.get(direction, (None, None))
+        if (
+            told is None
+            or before is not terms
+            or (told.masked, told.grid, told.flush_to_zero) != (masked, grid, flush_to_zero)
+        ):
+            told = replace(terms, masked=masked, flush_to_zero=flush_to_zero, grid=grid)
+            self._told[direction] = terms, told
+        return told
 
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return GradientSums(result.local_words, result.grid).gradients(statistics)
+    return GradientSums(result.local_words, result.grid).judged(statistics)[0]()

@@ -95,6 +95,7 @@ class LayerState:
             _check(arrays, name, shape, np.dtype(kind))
         _check(arrays, "flags", (3,), np.dtype(np.int64))
         forward_known, backward_known, version = arrays["flags"].tolist()
+        arrays = {name: np.require(array, requirements="W") for name, array in arrays.items()}  # not a message's own
         return cls(
             Moving(*(arrays[name] for name in variables)),
             Grid(dtype, arrays["forward.pivot"], arrays["forward.exponent"], bool(forward_known)),

@@ -69,6 +69,10 @@ class Variable:
             )
         self._value = array
 
+    def take(self, value: NDArray[Any]) -> None:
+        """Replace the value by an array of the same shape and dtype that nobody else will write to."""
+        self._value = value
+
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """The value, for `np.asarray`."""
         if dtype is not None and np.dtype(dtype) != self.dtype:

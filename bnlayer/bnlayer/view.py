@@ -9,21 +9,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Mask = NDArray[np.bool_] | None
 
-@dataclass(frozen=True, eq=False)
+WHOLE = slice(None)  # the piece that is all of a batch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class View:
     """A batch as (A, C, B): the axes before the channels, the channels, the axes after them.
 
     A contiguous batch is not copied; another one is, once.
 
     Attributes:
-        x: (A, C, B).
-        mask: broadcasts to x, True where a value counts; None for none.
+        x: (A, C, B), of any float dtype.
+        mask: True where a value counts; None for none. (A, 1, 1) for channels in the last axis; otherwise (A, C, M),
+            each truth for B/M elements side by side.
         shape: the batch's own.
     """
 
     x: NDArray[Any]
-    mask: NDArray[np.bool_] | None
+    mask: Mask
     shape: tuple[int, ...]
 
     @classmethod
@@ -53,12 +58,28 @@ class View:
             ) from error
         if axis == x.ndim - 1:
             return cls(x.reshape(flat), m.reshape(-1, 1, 1), shape)
-        return cls(x.reshape(flat), np.broadcast_to(m[..., None], shape).reshape(flat), shape)
+        return cls(x.reshape(flat), m.reshape(flat[0], flat[1], prod(shape[axis + 1 : -1])), shape)
 
-    def alike(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Another array of the batch's shape, as (A, C, B)."""
-        return array.reshape(self.x.shape)
+    def alike(self, array: NDArray[Any]) -> View:
+        """Another array of the batch's shape, without a mask."""
+        return View(array.reshape(self.x.shape), None, self.shape)
 
     def restore(self, array: NDArray[Any]) -> NDArray[Any]:
         """An (A, C, B) array in the batch's own shape."""
         return array.reshape(self.shape)
+
+    def is_ready(self, kind: np.dtype[Any]) -> bool:
+        """Whether kernels of a dtype can take the batch as it is."""
+        ready = self.x.dtype == kind
+        return ready and (self.mask is None or self.mask.shape[2] == self.x.shape[2])
+
+    def values(self, at: slice, kind: np.dtype[Any]) -> NDArray[Any]:
+        """A piece of the batch along A, in a dtype; a view where it is of that dtype."""
+        piece = self.x if at == WHOLE else self.x[at]
+        return piece if piece.dtype == kind else piece.astype(kind)
+
+    def truths(self, at: slice) -> Mask:
+        """The piece of the mask, of a form that broadcasts to that of the batch."""
+        if self.mask is None or self.mask.shape[1] != self.x.shape[1] or self.mask.shape[2] in (0, self.x.shape[2]):
+            return self.mask if self.mask is None else self.mask[at]
+        return np.repeat(self.mask[at], self.x.shape[2] // self.mask.shape[2], axis=2)

@@ -19,6 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
+from bnlayer.kernels import warm
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.members import Patience
@@ -74,6 +75,7 @@ def serve(
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
         with logged(log_level, log_file):
+            warm.owner()  # before it listens: nobody waits for a compilation in the middle of an exchange
             asyncio.run(_serve(listen, host, state_dir, ready_file, patience, Failpoints(os.environ)))
     except (ListenError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out

@@ -66,7 +66,7 @@ def _job(address: str, steps: int, done: Callable[[int, int], None] = lambda ran
 
 @contextmanager
 def _proxy(target: str) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
-    """A TCP proxy; yields its address, what cuts all connections through it, and what lets nothing through any more."""
+    """A TCP proxy: its address, what cuts every connection through it, and what lets nothing through any more."""
     host, _, port = target.rpartition(":")
     listener = socket.create_server(("127.0.0.1", 0))
     pairs: list[socket.socket] = []

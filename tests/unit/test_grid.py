@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import kernels, reference
+from bnlayer.kernels import reference
 from bnlayer.moments import Moments
 from bnlayer.moving import Moving
 from bnlayer.precision import DOUBLE, SINGLE, exponent_above, precision_of
@@ -132,20 +132,3 @@ def test_states_survive_the_trip_as_arrays() -> None:
         LayerState.from_arrays({**arrays, "moving_variance": np.zeros(2)}, "float32")
     with pytest.raises(ValueError, match=r"dtype int64, received shape \(1,\) and dtype float64"):
         LayerState.from_arrays({**arrays, "forward.exponent": np.zeros(1)}, "float32")
-
-
-def test_the_kernel_set_is_chosen_by_the_environment(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """`compiled` falls back with a line; anything else is refused."""
-    try:
-        kernels.cache_clear()
-        monkeypatch.setenv("BNLAYER_KERNELS", "compiled")
-        assert kernels() is reference
-        assert "this version has no compiled kernels" in caplog.text
-        kernels.cache_clear()
-        monkeypatch.setenv("BNLAYER_KERNELS", "fast")
-        with pytest.raises(ValueError, match="expected 'reference' or 'compiled', received 'fast'"):
-            kernels()
-    finally:
-        kernels.cache_clear()

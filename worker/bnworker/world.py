@@ -12,7 +12,7 @@ import logging
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -145,7 +145,7 @@ class World:
         checked = _checked("allreduce", arrays, op)
         described = tuple(f"{array.dtype.name}{list(array.shape)}" for array in checked)
         call = self._call(Operation.REDUCE, PlainTerms(op, described))
-        return self._through(call, checked, lambda: self._transport.reduce(call, checked), lambda reduced: reduced)
+        return self._through(call, _size(checked), lambda: self._transport.reduce(call, checked), _size)
 
     def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
         """Give every rank the root's arrays.
@@ -169,7 +169,7 @@ class World:
         if root == self.rank:
             mine = [array.copy() for array in _checked("broadcast", () if arrays is None else arrays, "max")]
         call = self._call(Operation.BROADCAST, PlainTerms(root=root))
-        return self._through(call, mine or (), lambda: self._transport.broadcast(call, mine), lambda received: received)
+        return self._through(call, _size(mine or ()), lambda: self._transport.broadcast(call, mine), _size)
 
     def barrier(self) -> None:
         """Return when every rank has called it.
@@ -178,7 +178,7 @@ class World:
             CollectiveError: the ranks disagree, or one is lost.
         """
         call = self._call(Operation.BARRIER, PlainTerms())
-        self._through(call, (), lambda: self._transport.barrier(call), lambda _: ())
+        self._through(call, 0, lambda: self._transport.barrier(call), lambda _: 0)
 
     # ---- the layer's door ----
 
@@ -186,9 +186,9 @@ class World:
         """Make a layer known to all ranks; a layer calls it. Returns the owner's state."""
         seeded = self._through(
             call,
-            tuple(state.arrays().values()),
+            _size(state.arrays().values()),
             lambda: self._transport.enroll(call, state),
-            lambda seeded: tuple(seeded.arrays().values()),
+            lambda seeded: _size(seeded.arrays().values()),
         )
         if self.transport == "service" and seeded.version > state.version:
             logger.warning(
@@ -202,7 +202,7 @@ class World:
     def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
         """Reduce exact words over all ranks; a layer calls it."""
         return self._through(
-            call, (words,), lambda: self._transport.exchange(call, words), lambda total: (total.words,)
+            call, words.nbytes, lambda: self._transport.exchange(call, words), lambda total: total.words.nbytes
         )
 
     def pull(self, layer: Layer | str) -> LayerState | None:
@@ -281,19 +281,19 @@ class World:
     def _through(
         self,
         call: Call,
-        sent: Sequence[NDArray[Any]],
+        sent: int,
         action: Callable[[], T],
-        received: Callable[[T], Sequence[NDArray[Any]]],
+        received: Callable[[T], int],
     ) -> T:
         """Make one exchange, count it, and remember the error that ends the world."""
         self._alive()
-        self.statistics.bytes_sent += sum(array.nbytes for array in sent)
+        self.statistics.bytes_sent += sent
         start = time.perf_counter()
         try:
             result = self._latched(action)
         finally:
             self.statistics.waiting_seconds += time.perf_counter() - start
-        self.statistics.completed(call, sum(array.nbytes for array in received(result)))
+        self.statistics.completed(call, received(result))
         return result
 
     def _alive(self) -> None:
@@ -325,6 +325,10 @@ class World:
             raise
         finally:
             self._free.release()
+
+
+def _size(arrays: Iterable[NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def _checked(function: str, arrays: Iterable[ArrayLike], op: str) -> list[NDArray[Any]]:

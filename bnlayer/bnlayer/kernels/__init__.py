@@ -1,32 +1,24 @@
 """The passes over the data, chosen once: everything that touches every element is here.
 
 A kernel set is a module with the functions of `reference`. Arrays come as (A, C, B): the axes before the channel
-axis, the channels, the axes after it. Masks broadcast to that.
+axis, the channels, the axes after it. Masks broadcast to that. All sets give the same bits.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import cache
 from types import ModuleType
 
-from bnlayer.kernels import reference
-
-_log = logging.getLogger("bnlayer.kernels")
+from bnlayer.kernels.choice import REFERENCE, chosen
 
 
 @cache
 def kernels() -> ModuleType:
-    """The kernel set of this process: `BNLAYER_KERNELS=reference|compiled`, read at the first call.
+    """The kernel set of this process: see `choice.chosen`."""
+    if chosen() == REFERENCE:
+        from bnlayer.kernels import reference
 
-    Raises:
-        ValueError: the variable holds something else.
-    """
-    wanted = os.environ.get("BNLAYER_KERNELS", "reference")
-    if wanted not in ("reference", "compiled"):
-        raise ValueError(f"BNLAYER_KERNELS: expected 'reference' or 'compiled', received {wanted!r}.")
-    if wanted == "compiled":
-        _log.warning("BNLAYER_KERNELS=compiled: this version has no compiled kernels; using the reference ones.")
-    _log.debug("kernels: reference (NumPy)")
-    return reference
+        return reference
+    from bnlayer.kernels.compiled import kernels as compiled
+
+    return compiled

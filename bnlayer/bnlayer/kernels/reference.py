@@ -23,6 +23,8 @@ from bnlayer.words import LOW, carried, integers, product_error, remainder
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
+name = "reference (NumPy)"
+
 _BLOCK = 2**16  # elements: half a megabyte per float64 temporary, a handful of which fit a second-level cache
 
 
@@ -140,18 +142,21 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
     return Moments.pack(grid, deviations.words, squares.words, count, misfit, not_finite)
 
 
-def normalize(x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array) -> Array:
+def normalize(
+    x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array, out: Array | None = None
+) -> Array:
     """(x − mean)·scale + shift, one rounding per operation; NaN in poisoned channels.
 
     Args:
         x: (A, C, B).
         mean_C, scale_C, shift_C: (C,), of x's dtype.
         poisoned_C: (C,) bool.
+        out: where to write it, contiguous, of x's shape and dtype; None: into a new array.
 
     Returns:
-        (A, C, B), contiguous, of x's dtype.
+        `out`.
     """
-    y = np.empty(x.shape, x.dtype)
+    y = np.empty(x.shape, x.dtype) if out is None else out
     with np.errstate(over="ignore", invalid="ignore"):
         np.subtract(x, mean_C[:, None], out=y)
         np.multiply(y, scale_C[:, None], out=y)
@@ -177,7 +182,9 @@ def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> ND
     return best
 
 
-def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid) -> GradientSums:
+def gradient_sums(
+    dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid, *, fits: bool = False
+) -> GradientSums:
     """The exact sums of a shard's output gradients: Σ dy and Σ dy·(x − mean) over all positions.
 
     Args:
@@ -185,7 +192,10 @@ def gradient_sums(dy: Array, x: Array, mask: Mask, mean_C: Array, grid: Backward
         mask: broadcasts to x; a dy that is not finite counts as 0 where it is False, and poisons where it is True.
         mean_C: (C,), of x's dtype.
         grid: what to count in.
+        fits: whether the forward pass has shown that every x is finite, and x − mean within its window: a kernel
+            need not look again.
     """
+    del fits
     folds, channels = grid.precision.folds, x.shape[1]
     gradients = _Sum(channels, _signed(grid.gradient_C, folds))
     products = _Sum(channels, _signed(grid.gradient_C + grid.deviation_C, folds))
@@ -220,6 +230,7 @@ def input_gradient(
     slope_C: Array,
     scale_C: Array,
     poisoned_C: Array,
+    out: Array | None = None,
 ) -> Array:
     """((dy − offset) − (x − mean)·slope)·scale where unmasked, dy·scale where masked; NaN in poisoned channels.
 
@@ -228,20 +239,21 @@ def input_gradient(
         mask: broadcasts to x.
         mean_C, offset_C, slope_C, scale_C: (C,), of x's dtype.
         poisoned_C: (C,) bool.
+        out: where to write it, contiguous, of x's shape and dtype; None: into a new array.
 
     Returns:
-        (A, C, B), contiguous, of x's dtype.
+        `out`.
     """
-    dx = np.empty(x.shape, x.dtype)
+    dx = np.empty(x.shape, x.dtype) if out is None else out
     with np.errstate(over="ignore", invalid="ignore"):
         for rows, columns in _blocks(_shape(x)):
-            out, g, m = dx[rows, :, columns], dy[rows, :, columns], _cut(mask, rows, columns)
-            np.subtract(x[rows, :, columns], mean_C[:, None], out=out)
-            np.multiply(out, slope_C[:, None], out=out)
-            np.subtract(g - offset_C[:, None], out, out=out)
+            block, g, m = dx[rows, :, columns], dy[rows, :, columns], _cut(mask, rows, columns)
+            np.subtract(x[rows, :, columns], mean_C[:, None], out=block)
+            np.multiply(block, slope_C[:, None], out=block)
+            np.subtract(g - offset_C[:, None], block, out=block)
             if m is not None:
-                np.copyto(out, g, where=~m)
-            np.multiply(out, scale_C[:, None], out=out)
+                np.copyto(block, g, where=~m)
+            np.multiply(block, scale_C[:, None], out=block)
     if poisoned_C.any():
         dx[:, poisoned_C, :] = np.nan
     return dx

@@ -56,7 +56,7 @@ def _installed(package: str) -> str:
 def _kernels() -> str:
     from bnlayer.kernels import kernels
 
-    return kernels().__name__.rpartition(".")[2]
+    return str(kernels().name)
 
 
 def _mpi_library() -> str:

@@ -32,7 +32,7 @@ from bnlayer.collective import Call, Operation, PlainTerms, Total
 from bnlayer.errors import CollectiveError, PeerLostError
 from bnlayer.reduction import Terms, combined, decode, dtype_named, encode
 from bnlayer.state import LayerState
-from bnworker.transports.spoken import heard, name_of, pushed_state, speak
+from bnworker.transports.spoken import Names, heard, pushed_state, speak
 
 try:
     from mpi4py import MPI
@@ -44,7 +44,7 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
 
 from bnworker.transports.patience import Patience, Wait, complete
 
-_LEAVING = 0  # the header of a rank that leaves; `name_of` is never 0
+_LEAVING = 0  # the header of a rank that leaves; no name is 0
 _CHUNK = 2**24  # elements per collective: 128 MiB, far below the 2^31 bytes that old MPIs can count
 _CARD = 512  # bytes in which a rank gives its host and process id
 _FAILED_LEAVE_S = 5.0  # others who compute for longer than this are ended with the job
@@ -74,6 +74,7 @@ class MPITransport:
         self._timeout = timeout
         self._deterministic = deterministic
         self._pushed: dict[str, str] = {}
+        self._names = Names()
         self._round = 0
         self._over = False
         self._last: Call | None = None
@@ -88,7 +89,7 @@ class MPITransport:
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Rank 0's state becomes everyone's."""
-        wait = self._agree(call, speak(call))
+        wait = self._agree(call)
         mine = list(state.arrays().values()) if self.rank == 0 else None
         received = self._send_from(0, mine, wait)
         names = state.arrays()
@@ -96,8 +97,7 @@ class MPITransport:
 
     def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
         """Reduce words over the ranks, by MPI's own MAX or SUM of int64."""
-        layer = call.place.layer or ""
-        wait = self._agree(call, speak(call, str(words.shape), self._pushed.get(layer, "nothing")))
+        wait = self._agree(call, words.shape)
         op = MPI.MAX if call.operation is Operation.PROBE else MPI.SUM
         return Total(self._reduced(words, op, wait))
 
@@ -115,7 +115,7 @@ class MPITransport:
         """Reduce arrays as `bnlayer.reduction` says, but for the order of floats unless deterministic."""
         assert isinstance(call.terms, PlainTerms)
         op = call.terms.op
-        wait = self._agree(call, speak(call))
+        wait = self._agree(call)
         terms = encode(op, arrays)
         words = self._reduced(terms.words, MPI.SUM if op == "sum" else MPI.MAX, wait)
         if self._deterministic:
@@ -127,27 +127,32 @@ class MPITransport:
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
         """The root's arrays."""
         assert isinstance(call.terms, PlainTerms)
-        wait = self._agree(call, speak(call))
+        wait = self._agree(call)
         return self._send_from(call.terms.root, arrays, wait)
 
     def barrier(self, call: Call) -> None:
         """The header alone is a barrier."""
-        self._agree(call, speak(call))
+        self._agree(call)
 
     def leave(self, reason: str) -> None:
         """Tell the others, and wait until all have heard it: for the timeout, or 5 s after a failure."""
         if self._over or not self._sound:
             return
         try:
-            self._agree(None, b"", reason)
+            self._agree(None, reason=reason)
             self._patience.drain()
         except CollectiveError as error:
             sys.stderr.write(f"bnworker: rank {self.rank} could not leave in order: {error}\n")
 
     # ---- agreeing ----
 
-    def _agree(self, call: Call | None, said: bytes, reason: str = "") -> Wait:
-        """Return when all ranks have said the same; None is said by a rank that leaves.
+    def _agree(self, call: Call | None, shape: tuple[int, ...] | None = None, reason: str = "") -> Wait:
+        """Return when all ranks have said the same.
+
+        Args:
+            call: what this rank says; None: it leaves.
+            shape: of the words that belong to the call.
+            reason: of a failure that makes it leave.
 
         Raises:
             CollectiveError: they have not; not raised where this rank leaves and all others came.
@@ -155,14 +160,15 @@ class MPITransport:
         timeout = min(self._timeout, _FAILED_LEAVE_S) if reason else self._timeout
         wait = Wait(self._round, call, timeout, time.monotonic(), self._last)
         self._round += 1
-        name = _LEAVING if call is None else name_of(said)
-        self._header[:] = name, -name
-        request = self._comm.Iallreduce([self._header, MPI.INT64_T], [self._greatest, MPI.INT64_T], MPI.MAX)
-        self._complete(request, wait)
-        greatest, least = int(self._greatest[0]), -int(self._greatest[1])
-        if greatest == least:
+        pushed = "nothing" if call is None else self._pushed.get(call.place.layer or "", "nothing")
+        name = _LEAVING if call is None else self._names.of(call, shape, pushed)
+        self._header[0], self._header[1] = name, -name
+        self._complete(self._comm.Iallreduce(self._header, self._greatest, MPI.MAX), wait)
+        greatest, least = self._greatest.tolist()
+        if greatest == -least:
             self._over, self._last = call is None, call
         else:
+            said = b"" if call is None else speak(call, "" if shape is None else str(shape), pushed)
             self._disagree(call, said, reason, wait)
         return wait
 
@@ -183,7 +189,10 @@ class MPITransport:
     # ---- moving data ----
 
     def _reduced(self, array: NDArray[Any], op: MPI.Op, wait: Wait) -> NDArray[Any]:
-        total = np.empty_like(array, order="C")
+        total = np.empty(array.shape, array.dtype)
+        if 0 < array.size <= _CHUNK and array.flags.c_contiguous:
+            self._complete(self._comm.Iallreduce(array, total, op), wait)
+            return total
         for send, receive in zip(_chunks(np.ascontiguousarray(array)), _chunks(total), strict=True):
             self._complete(self._comm.Iallreduce(send, receive, op), wait)
         return total
@@ -232,8 +241,9 @@ class MPITransport:
 
     def _complete(self, request: MPI.Request, wait: Wait) -> None:
         """Wait for a request; a wait that does not complete makes the communicator unsound."""
-        with self._unsound_unless_completed():
-            self._patience.complete(request, wait)
+        sound, self._sound = self._sound, False
+        self._patience.complete(request, wait)
+        self._sound = sound
 
     # ---- the beginning and the end ----
 

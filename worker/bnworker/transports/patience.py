@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
@@ -114,7 +115,7 @@ class Patience:
         Raises:
             PeerLostError: it has not by the deadline, or MPI has failed.
         """
-        complete(request, wait.start, lambda waited: self._look_around(wait, waited))
+        complete(request, wait.start, partial(self._look_around, wait))
 
     def drain(self) -> None:
         """Receive the notes that crossed an exchange which completed after all."""

@@ -1,4 +1,4 @@
-"""What a rank says at the door, as text: compared by its hash, sent whole only where the ranks disagree.
+"""What a rank says at the door: compared by a number that stands for it, sent as text only where the ranks disagree.
 
 A rank under MPI owns a mirror of the moving statistics, so it also says what was pushed into its mirror, and of
 what shape its words are: ranks whose mirrors were replaced differently would drift apart without a sound.
@@ -27,6 +27,10 @@ class MirrorTerms(LayerTerms):
     shape: str = ""
     pushed: str = ""
 
+
+_MASK = 2**62 - 1
+_STEP = 0x1E37_79B9_7F4A_7C15  # the golden ratio's digits, which don't line up with any hash
+_ATTEMPT = 0x2545_F491_4F6C_DD1D
 
 _PLAIN = tuple(field.name for field in fields(PlainTerms))
 _MIRROR = tuple(field.name for field in fields(MirrorTerms))
@@ -71,6 +75,28 @@ def heard(text: bytes) -> Call:
 def name_of(text: bytes) -> int:
     """A number from 1 to 2^62 that stands for a text."""
     return (int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 2) + 1
+
+
+class Names:
+    """Numbers that stand for what is said: equal where `speak` says the same, and as good as never elsewhere.
+
+    From one step to the next only the step changes, so a name is that of all the rest, which is remembered for each
+    layer, and the step's.
+    """
+
+    def __init__(self) -> None:
+        self._rest: dict[tuple[str | None, Direction | None, Operation], tuple[object, object, str, int]] = {}
+
+    def of(self, call: Call, shape: tuple[int, ...] | None = None, pushed: str = "nothing") -> int:
+        """The name, from 1 to 2^62, of a call with words of a shape."""
+        place, terms = call.place, call.terms
+        known = self._rest.get((place.layer, place.direction, call.operation))
+        if known is None or known[0] is not terms or known[1] != shape or known[2] != pushed:
+            rest = Call(call.operation, Place(place.layer, place.direction, 0), terms)
+            known = terms, shape, pushed, name_of(speak(rest, "" if shape is None else str(shape), pushed))
+            self._rest[place.layer, place.direction, call.operation] = known
+        # Odd multipliers: steps that differ have names that differ.
+        return ((known[3] + place.step * _STEP + call.attempt * _ATTEMPT) & _MASK) + 1
 
 
 def pushed_state(before: str, state: LayerState) -> str:

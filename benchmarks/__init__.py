@@ -1,0 +1,1 @@
+"""What the layer costs, beside the memory's speed and beside its peers: `python -m benchmarks`."""

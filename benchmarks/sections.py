@@ -1,0 +1,153 @@
+"""What the suite consists of: each section returns its figures by name, `section/…`.
+
+A section is imported when it runs, after the peers' threads were limited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Figures = dict[str, float]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made.
+
+    Attributes:
+        full: everything, rather than what fits into three minutes.
+        peers: versions of those that are installed; None for those that are not.
+        tensorflow_python: the interpreter that has TensorFlow.
+        shapes: the kernels' shapes to run; empty for all.
+        say: where progress goes.
+    """
+
+    full: bool
+    peers: Mapping[str, str | None]
+    tensorflow_python: str
+    shapes: tuple[str, ...]
+    say: Say
+
+    @property
+    def missing(self) -> list[str]:
+        """The peers that are not installed."""
+        return [name for name, version in self.peers.items() if version is None]
+
+    @property
+    def available(self) -> list[str]:
+        """The peers that are installed."""
+        return [name for name, version in self.peers.items() if version is not None]
+
+
+def kernels(settings: Settings) -> Figures:
+    """The passes over the data, by shape."""
+    from benchmarks.kernels import SHAPES, measure
+    from benchmarks.timing import keep_memory
+
+    keep_memory()
+    found: Figures = {}
+    for shape in SHAPES:
+        if not settings.shapes or str(shape) in settings.shapes:
+            settings.say(f"kernels {shape}")
+            budget_s = 3.0 + shape.elements / 2**20  # the same number of turns, more or less
+            found |= measure(shape, 3 * budget_s if settings.full else budget_s, settings.available)
+    return found
+
+
+def layer(settings: Settings) -> Figures:
+    """The layer as a whole: calls, steps, memory."""
+    from benchmarks import layer as whole
+    from benchmarks.kernels import SHAPES
+    from benchmarks.timing import keep_memory
+
+    keep_memory()
+    settings.say("layer: a small call")
+    found = whole.small_call(settings.available, 2.0)
+    for shape in SHAPES if settings.full else SHAPES[2:4]:
+        settings.say(f"layer: {shape} beside its kernels")
+        found |= whole.beyond_kernels(shape, 8.0 if settings.full else 2.0)
+    settings.say("layer: memory")
+    return found | whole.memory()
+
+
+def accuracy(settings: Settings) -> Figures:
+    """Errors of variance and output at mean 1e4."""
+    from benchmarks.layer import accuracy as errors
+
+    return errors(3 if settings.full else 1)
+
+
+def starting(settings: Settings) -> Figures:
+    """Import and first calls in fresh processes."""
+    from benchmarks.starting import measure
+
+    settings.say("starting: fresh processes")
+    return measure(11 if settings.full else 5)
+
+
+def mpi(settings: Settings) -> Figures:
+    """An exchange through the layer's door over MPI, beside a bare one."""
+    from benchmarks.exchange_mpi import measure
+
+    return _by_ranks("mpi", "mpi4py", measure, settings)
+
+
+def gloo(settings: Settings) -> Figures:
+    """torch's all_reduce of the same bytes."""
+    from benchmarks.exchange_gloo import measure
+
+    return _by_ranks("gloo", "torch", measure, settings)
+
+
+def service(settings: Settings) -> Figures:
+    """An exchange through the layer's door over the service, beside raw sockets."""
+    measure = importlib.import_module("benchmarks.exchange").measure
+    return _by_ranks("service", "", measure, settings)
+
+
+def _by_ranks(name: str, needed: str, measure: Callable[[int, int], Figures], settings: Settings) -> Figures:
+    found: Figures = {}
+    if needed in settings.missing:
+        settings.say(f"{name}: {needed} is NOT INSTALLED")
+        return found
+    # More ranks than cores take turns on them: milliseconds an exchange.
+    for ranks, rounds in ((2, 2000), (4, 300), (8, 200)) if settings.full else ((2, 1000), (4, 100)):
+        settings.say(f"{name}: {ranks} ranks")
+        found |= measure(ranks, rounds)
+    return found
+
+
+def step(settings: Settings) -> Figures:
+    """Ten layers, forward and backward: alone, as two ranks, and in TensorFlow."""
+    from benchmarks import steps, steps_tensorflow
+
+    number = 100 if settings.full else 30
+    settings.say("step: ten layers alone, over MPI, over the service")
+    found = steps.measure(number)
+    if "tensorflow" in settings.missing:
+        settings.say("step: TensorFlow is NOT INSTALLED; --tensorflow-python names an interpreter that has it")
+        return found
+    settings.say("step: ten layers in TensorFlow")
+    found |= steps_tensorflow.measure(settings.tensorflow_python, number)
+    for ours in ("mpi", "service"):
+        if f"step/{ours}" in found:
+            found[f"step/tensorflow ÷ {ours}"] = found["step/tensorflow"] / found[f"step/{ours}"]
+    return found
+
+
+SECTIONS: dict[str, Callable[[Settings], Figures]] = {
+    "kernels": kernels,
+    "layer": layer,
+    "accuracy": accuracy,
+    "starting": starting,
+    "mpi": mpi,
+    "service": service,
+    "gloo": gloo,
+    "step": step,
+}
+if importlib.util.find_spec("benchmarks.exchange") is None:
+    del SECTIONS["service"]

@@ -1,0 +1,307 @@
+"""Vectors of eight for Numba: kernels that are vectorized because they say so, not because a compiler saw how.
+
+LLVM's own vectorizer gives up silently: on a descending loop, on an index that may be negative, on more arrays than it
+cares to compare for overlap; the kernel is then four to seven times slower. These types have no such moods. Eight is
+the width of AVX-512 in float64; LLVM makes two or four narrower instructions of one where the machine has less.
+
+A vector is a Numba type of its own, known to + − × | &; `load` and `store` move it. The functions below take scalars
+too, so that one formula serves the vectors and the few elements that are left over.
+
+Every operation rounds once: nothing here is ever contracted.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 8
+
+_INT32, _INT64, _BYTE = ir.IntType(32), ir.IntType(64), ir.IntType(8)
+
+
+class Vector(types.Type):
+    """Eight values of one dtype.
+
+    Attributes:
+        element: Numba's type of one of them.
+        llvm: LLVM's type of the whole.
+    """
+
+    def __init__(self, element: Any, llvm: Any) -> None:
+        super().__init__(name=f"{element.name}x{LANES}")
+        self.element = element
+        self.llvm = ir.VectorType(llvm, LANES)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, kind.llvm)
+
+
+FLOAT32 = Vector(types.float32, ir.FloatType())
+FLOAT64 = Vector(types.float64, ir.DoubleType())
+INT32 = Vector(types.int32, _INT32)
+INT64 = Vector(types.int64, _INT64)
+_VECTORS = {vector.element: vector for vector in (FLOAT32, FLOAT64, INT32, INT64)}
+_WIDER = {FLOAT32: FLOAT64, FLOAT64: FLOAT64, types.float32: types.float64, types.float64: types.float64}
+_BITS = {FLOAT64: INT64, FLOAT32: INT32, types.float64: types.int64, types.float32: types.int32}
+_NUMBERS = {bits: number for number, bits in _BITS.items()}
+
+
+def _llvm(kind: Any) -> Any:
+    """LLVM's type of a scalar or vector."""
+    if isinstance(kind, Vector):
+        return kind.llvm
+    return {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: _INT32, types.int64: _INT64}[
+        kind
+    ]
+
+
+def _constant(kind: Any, value: int) -> Any:
+    """The same integer in every lane."""
+    shape = _llvm(kind)
+    return ir.Constant(shape, [value] * LANES) if isinstance(kind, Vector) else ir.Constant(shape, value)
+
+
+def _instruction(generator: Callable[..., Any]) -> Any:
+    """A function of the kernels that becomes LLVM's instructions; Numba types what goes in and comes out."""
+    return intrinsic(generator)
+
+
+def _operator(function: Callable[[Any, Any], Any], instructions: dict[Vector, str]) -> None:
+    """Teach Numba an operator on two vectors of one type."""
+
+    @infer_global(function)
+    class Template(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            del kws
+            if len(args) == 2 and args[0] == args[1] and args[0] in instructions:
+                return signature(args[0], args[0], args[0])
+            return None
+
+    for vector, instruction in instructions.items():
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any, instruction: str = instruction) -> Any:
+            del context, sig
+            return getattr(builder, instruction)(*args)
+
+        lower_builtin(function, vector, vector)(lower)
+
+
+_operator(operator.add, {FLOAT32: "fadd", FLOAT64: "fadd", INT32: "add", INT64: "add"})
+_operator(operator.sub, {FLOAT32: "fsub", FLOAT64: "fsub", INT32: "sub", INT64: "sub"})
+_operator(operator.mul, {FLOAT32: "fmul", FLOAT64: "fmul"})
+_operator(operator.or_, {INT32: "or_", INT64: "or_"})
+_operator(operator.and_, {INT32: "and_", INT64: "and_"})
+
+
+def _address(context: Any, builder: Any, sig: Any, args: Any, element: Any) -> Any:
+    array = context.make_array(sig.args[0])(context, builder, args[0])
+    return builder.bitcast(builder.gep(array.data, [args[1]]), element.as_pointer())
+
+
+@_instruction
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """The eight elements of a contiguous array from an index on."""
+    del typing, index
+    vector = _VECTORS[array.dtype]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
+
+    return vector(array, types.intp), generate
+
+
+@_instruction
+def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Put eight elements into a contiguous array."""
+    del typing, index
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, sig, args, value.llvm)
+        builder.store(args[2], address, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@_instruction
+def prefetch(typing: Any, array: Any, index: Any) -> Any:
+    """Have the cache line of an element fetched, soon to be read; the index may lie behind the array's end."""
+    del typing, index
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, sig, args, _BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [address, *(ir.Constant(_INT32, hint) for hint in (0, 3, 1))])  # a read, kept, of data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@_instruction
+def load_truths(typing: Any, array: Any, index: Any) -> Any:
+    """Eight truths of a uint8 array as all ones (−1) or all zeros, for `where`."""
+    del typing, index
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.VectorType(_BYTE, LANES)
+        told = builder.load(_address(context, builder, sig, args, kind), align=1)
+        return builder.sext(builder.icmp_signed("!=", told, ir.Constant(kind, [0] * LANES)), INT64.llvm)
+
+    return INT64(array, types.intp), generate
+
+
+@_instruction
+def broadcast(typing: Any, value: Any) -> Any:
+    """A scalar in every lane."""
+    del typing
+    vector = _VECTORS[value]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        one = builder.insert_element(ir.Constant(vector.llvm, ir.Undefined), args[0], ir.Constant(_INT32, 0))
+        lanes = ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES)
+        return builder.shuffle_vector(one, ir.Constant(vector.llvm, ir.Undefined), lanes)
+
+    return vector(value), generate
+
+
+@_instruction
+def widen(typing: Any, value: Any) -> Any:
+    """A float as float64, exactly."""
+    del typing
+    wider = _WIDER[value]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return args[0] if wider is value else builder.fpext(args[0], _llvm(wider))
+
+    return wider(value), generate
+
+
+def _reinterpreted(value: Any, kind: Any) -> Any:
+    """The same bits as another type."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return builder.bitcast(args[0], _llvm(kind))
+
+    return kind(value), generate
+
+
+@_instruction
+def bits(typing: Any, value: Any) -> Any:
+    """The bit pattern of a float, as a signed integer."""
+    del typing
+    return _reinterpreted(value, _BITS[value])
+
+
+@_instruction
+def number(typing: Any, value: Any) -> Any:
+    """The float of a bit pattern."""
+    del typing
+    return _reinterpreted(value, _NUMBERS[value])
+
+
+@_instruction
+def magnitude(typing: Any, value: Any) -> Any:
+    """|value| as an integer in the order of the numbers: infinity above all of them, NaN above infinity."""
+    del typing
+    kind = _BITS[value]
+    mask = (1 << (31 if kind in (INT32, types.int32) else 63)) - 1
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return builder.and_(builder.bitcast(args[0], _llvm(kind)), _constant(kind, mask))
+
+    return kind(value), generate
+
+
+@_instruction
+def greater(typing: Any, a: Any, b: Any) -> Any:
+    """The greater of two signed integers, per lane."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return builder.select(builder.icmp_signed(">", args[0], args[1]), args[0], args[1])
+
+    return a(a, b), generate
+
+
+@_instruction
+def where(typing: Any, truth: Any, value: Any) -> Any:
+    """The value where a truth is not 0, and +0 elsewhere: whatever stands there, NaN included, is gone."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        nothing = ir.Constant(_llvm(value), [0.0] * LANES if isinstance(value, Vector) else 0.0)
+        return builder.select(builder.icmp_signed("!=", args[0], _constant(truth, 0)), args[1], nothing)
+
+    return value(truth, value), generate
+
+
+@_instruction
+def either(typing: Any, truth: Any, value: Any, other: Any) -> Any:
+    """The integer `value` where a truth is not 0, `other` elsewhere."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return builder.select(builder.icmp_signed("!=", args[0], _constant(truth, 0)), args[1], args[2])
+
+    return value(truth, value, other), generate
+
+
+@_instruction
+def finite(typing: Any, value: Any) -> Any:
+    """−1 where a float is finite, 0 elsewhere, as an integer of its width."""
+    del typing
+    kind = _BITS[value]
+    sign, infinity = (1 << 31, 0x7F80_0000) if kind in (INT32, types.int32) else (1 << 63, 0x7FF0 << 48)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        size = builder.and_(builder.bitcast(args[0], _llvm(kind)), _constant(kind, sign - 1))
+        return builder.sext(builder.icmp_signed("<", size, _constant(kind, infinity)), _llvm(kind))
+
+    return kind(value), generate
+
+
+@_instruction
+def key(typing: Any, value: Any) -> Any:
+    """An integer in the order of the floats (−0 < +0): `bnlayer.precision.Precision.key`, in the float's own width."""
+    del typing
+    kind = _BITS[value]
+    width = 32 if kind in (INT32, types.int32) else 64
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        pattern = builder.bitcast(args[0], _llvm(kind))
+        negative = builder.ashr(pattern, _constant(kind, width - 1))
+        return builder.xor(pattern, builder.and_(negative, _constant(kind, (1 << (width - 1)) - 1)))
+
+    return kind(value), generate
+
+
+@_instruction
+def negated(typing: Any, value: Any) -> Any:
+    """−value, zeros included."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return builder.fneg(args[0])
+
+    return value(value), generate

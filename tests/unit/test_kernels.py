@@ -1,0 +1,239 @@
+"""The compiled kernels beside the reference: the same bits, whatever the shape, the mask, or what is in the data."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import choice, kernels, reference
+from bnlayer.kernels.compiled import forward
+from bnlayer.kernels.compiled import kernels as compiled
+
+Array = NDArray[Any]
+
+# (A, C, B): one channel, fewer than a vector holds, no multiple of it, runs shorter and longer than a fold, nothing.
+SHAPES = (
+    (100, 8, 1),
+    (2500, 24, 1),
+    (500, 3, 1),
+    (13, 65, 1),
+    (4, 2049, 1),
+    (10_000, 1, 1),
+    (3, 4, 49),
+    (20, 5, 700),
+    (1, 2, 40_000),
+    (2, 3, 7),
+    (1, 7, 1),
+    (1, 1, 1),
+    (0, 4, 1),
+    (3, 2, 0),
+)
+DATA = ("normal", "not finite", "outside", "constant", "tiny")
+MASKS = ("none", "rows", "elements")
+
+
+def same(got: Array, wanted: Array) -> None:
+    """Bit for bit; but one NaN is as good as another."""
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    if got.dtype.kind == "f":
+        nan = np.isnan(wanted)
+        assert (np.isnan(got) == nan).all()
+        got, wanted = np.where(nan, 0, got), np.where(nan, 0, wanted)
+    assert got.tobytes() == wanted.tobytes()
+
+
+def masked(kind: str, shape: tuple[int, int, int], rng: np.random.Generator) -> NDArray[np.bool_] | None:
+    """A mask of a kind, as a `View` makes it."""
+    if kind == "none":
+        return None
+    return rng.random((shape[0], 1, 1) if kind == "rows" and shape[2] == 1 else shape) < 0.6
+
+
+def alike(x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: np.random.Generator) -> None:
+    """Compare every kernel on one batch."""
+    channels = x.shape[1]
+    same(compiled.probe(x, mask, grid), reference.probe(x, mask, grid))
+    moments = reference.moments(x, mask, grid)
+    same(compiled.moments(x, mask, grid).words, moments.words)
+    statistics = moments.statistics(1e-3, mask is not None)
+    mean, poisoned = statistics.rounded_mean, statistics.poisoned
+    offset, slope, scale, shift = rng.normal(size=(4, channels)).astype(x.dtype)
+    same(compiled.normalize(x, mean, scale, shift, poisoned), reference.normalize(x, mean, scale, shift, poisoned))
+    unknown = BackwardGrid.unknown(x.dtype.name, channels).reaching(statistics.reach)
+    reached = reference.gradient_probe(dy, x, mean, unknown)
+    same(compiled.gradient_probe(dy, x, mean, unknown), reached)
+    known = unknown.probed(reached, np.ones(channels, bool))
+    fits = mask is None and not poisoned.any()
+    for factor in (1, 1e5, 1e-9):  # within the window, above it, far below it
+        scaled = (dy * factor).astype(x.dtype)
+        wanted = reference.gradient_sums(scaled, x, mask, mean, known).words
+        same(compiled.gradient_sums(scaled, x, mask, mean, known).words, wanted)
+        same(compiled.gradient_sums(scaled, x, mask, mean, known, fits=fits).words, wanted)
+    arguments = dy, x, mask, mean, offset, slope, scale, poisoned
+    same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.timeout(120)  # the first of a kind may be compiled
+def test_the_same_bits(shape: tuple[int, int, int], data: str, dtype: str) -> None:
+    """Every kernel, on every layout, with and without masks."""
+    rng = np.random.default_rng([*shape, DATA.index(data)])
+    for kind in MASKS:
+        x = (rng.normal(size=shape) * 10 + rng.normal(size=(1, shape[1], 1)) * 1000).astype(dtype)
+        dy = rng.normal(size=shape).astype(dtype)
+        dy[rng.random(shape) < 0.2] = 0
+        if data == "constant":
+            x[:] = 3
+        if data == "tiny":
+            x *= 1e-30
+        mask = masked(kind, shape, rng)
+        unknown = Grid.unknown(dtype, shape[1])
+        grid = unknown.probed(reference.probe(x, mask, unknown), np.ones(shape[1], bool))
+        if data == "not finite" and x.size:
+            x.reshape(-1)[rng.integers(x.size, size=2)] = np.nan, -np.inf
+            dy.reshape(-1)[rng.integers(x.size, size=2)] = np.inf, np.nan
+        if data == "outside":
+            x *= 100
+        alike(x, dy, mask, grid, rng)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40)),
+    last=st.booleans(),
+    mask=st.sampled_from(MASKS),
+    exponent=st.integers(-40, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_same_bits_on_any_shape(
+    shape: tuple[int, int, int], last: bool, mask: str, exponent: int, seed: int
+) -> None:
+    """The shapes that nobody thought of."""
+    rng = np.random.default_rng(seed)
+    shape = (shape[0] * shape[2], shape[1], 1) if last else shape
+    x = np.ldexp(rng.standard_cauchy(shape), exponent).astype(np.float32)
+    told = masked(mask, shape, rng)
+    unknown = Grid.unknown("float32", shape[1])
+    grid = unknown.probed(reference.probe(x, told, unknown), np.ones(shape[1], bool))
+    with np.errstate(all="ignore"):
+        alike(x, rng.normal(size=shape).astype(np.float32), told, grid, rng)
+
+
+def test_zeros_keep_their_signs() -> None:
+    """−0 and +0 are different bits, in the probe's keys as in the output."""
+    x = np.array([0.0, -0.0, -0.0, 0.0] * 16, np.float32).reshape(16, 4, 1)
+    grid = Grid.unknown("float32", 4)
+    same(compiled.probe(x, None, grid), reference.probe(x, None, grid))
+    one, none = np.ones(4, np.float32), np.zeros(4, np.float32)
+    fine = np.zeros(4, bool)
+    same(compiled.normalize(x, none, one, -none, fine), reference.normalize(x, none, one, -none, fine))
+    arguments = x, x, None, none, none, none, -one, fine
+    same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Lets a test choose the kernels anew; afterwards they are what they were."""
+    caches = kernels, choice.chosen, choice.quick_channels
+    for cached in caches:
+        cached.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_the_compiled_kernels_are_the_default(chosen: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is a Numba; which ones they are is said at debug level."""
+    chosen.delenv("BNLAYER_KERNELS", raising=False)
+    with caplog.at_level(logging.DEBUG, "bnlayer.kernels"):
+        assert kernels() is compiled
+    assert caplog.messages == ["kernels: compiled"]
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("reference", reference), ("compiled", compiled)])
+def test_the_environment_chooses(chosen: pytest.MonkeyPatch, name: str, wanted: object) -> None:
+    """By name."""
+    chosen.setenv("BNLAYER_KERNELS", name)
+    assert kernels() is wanted
+
+
+def test_an_unknown_kernel_set_is_refused(chosen: pytest.MonkeyPatch) -> None:
+    """With the names there are."""
+    chosen.setenv("BNLAYER_KERNELS", "fast")
+    with pytest.raises(ValueError, match="expected 'compiled' or 'reference', received 'fast'"):
+        kernels()
+
+
+WITHOUT_NUMBA = """
+import logging, sys
+sys.modules["numba"] = None
+logging.basicConfig(level=logging.INFO)
+from bnlayer.kernels import kernels
+print(kernels().__name__)
+"""
+
+
+def without_numba(**environ: str) -> subprocess.CompletedProcess[str]:
+    """Choose the kernels where there is no Numba."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, env=environ, timeout=60, check=False
+    )
+
+
+def test_without_numba_the_reference_serves() -> None:
+    """One line says how to get the fast ones."""
+    done = without_numba()
+    assert done.stdout == "bnlayer.kernels.reference\n", done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'bnlayer[fast]' brings those that are five times faster" in done.stderr
+
+
+def test_asking_for_what_is_not_there_is_an_error() -> None:
+    """Rather than something slower in silence."""
+    done = without_numba(BNLAYER_KERNELS="compiled")
+    assert done.returncode == 1
+    assert "ImportError: BNLAYER_KERNELS=compiled needs Numba: pip install 'bnlayer[fast]'" in done.stderr
+
+
+NO_CACHE = """
+import logging
+from numba.core import caching
+caching.CacheImpl._locator_classes = []  # no folder can be written to
+logging.basicConfig()
+import numpy as np
+from bnlayer.kernels.compiled import kernels as compiled
+x = np.ones((16, 8, 1), np.float32)
+one = x[0, :, 0]
+print(compiled.normalize(x, one, one, one, one < 0).sum())
+"""
+
+
+def test_without_a_folder_for_the_cache_the_kernels_are_compiled_anew() -> None:
+    """A read-only home is no reason to fail."""
+    done = subprocess.run([sys.executable, "-c", NO_CACHE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "128.0\n", done.stderr
+
+
+def test_read_only_data_need_no_kernels_of_their_own() -> None:
+    """A memory-mapped batch, or one from another framework, would else be waited for seconds."""
+    x = np.arange(96, dtype=np.float32).reshape(6, 16, 1)
+    grid = Grid.unknown("float32", 16).probed(compiled.probe(x, None, Grid.unknown("float32", 16)), np.ones(16, bool))
+    compiled.moments(x, None, grid)
+    before = len(forward.moments_of_rows.signatures)  # type: ignore[attr-defined]  # Numba's
+    x.flags.writeable = False
+    compiled.moments(x, None, grid)
+    assert len(forward.moments_of_rows.signatures) == before  # type: ignore[attr-defined]  # Numba's

@@ -1,0 +1,146 @@
+"""Passing over a batch in pieces: the same bits as in one, in little memory, by any number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bnlayer import BatchNormalization, passes
+from bnlayer.grid import Grid
+from bnlayer.view import View
+
+Array = NDArray[Any]
+
+POLICIES = ("float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+SHAPES = (((64, 9, 9, 24), -1), ((64, 24, 9, 9), 1), ((70_001, 3), -1), ((70_001,), 0))
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, and has every batch cut into pieces."""
+
+    def cut(count: int) -> None:
+        passes.threads.cache_clear()
+        monkeypatch.setenv("BNLAYER_THREADS", str(count))
+        monkeypatch.setattr(passes, "_PIECE", 1000)
+        monkeypatch.setattr(passes, "_WORTH_A_THREAD", 1000)
+
+    yield cut
+    monkeypatch.undo()
+    passes.threads.cache_clear()
+
+
+def steps(policy: str, shape: tuple[int, ...], axis: int, *, masked: bool, bad: bool) -> list[Array]:
+    """Everything that two training steps and an inference make."""
+    rng = np.random.default_rng(len(shape))
+    kind = np.dtype(ml_dtypes.bfloat16) if "bfloat16" in policy else np.dtype(policy.removeprefix("mixed_"))
+    bn = BatchNormalization(axis=axis, dtype=policy, synchronized=True)
+    made: list[Array] = []
+    for step in range(2):
+        x = (rng.normal(size=shape) * 3 + 5).astype(kind)
+        dy = rng.normal(size=shape).astype(kind)
+        if bad and step:
+            x.reshape(-1)[-1], dy.reshape(-1)[0] = np.nan, np.inf
+        mask = rng.random(shape[:-1]) < 0.7 if masked else None
+        y, dx = bn(x, training=True, mask=mask), bn.backward(dy)
+        made += [y, dx, bn(x, mask=mask), *(np.asarray(v.gradient) for v in (bn.gamma, bn.beta) if v is not None)]
+        bn.trainable = False
+        bn(x, training=True)
+        made.append(bn.backward(dy))
+        bn.trainable = True
+    return [*made, *bn.get_weights(), *bn.state.arrays().values()]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("bad", [False, True], ids=["", "not finite"])
+def test_pieces_and_threads_leave_no_trace(
+    pieces: Callable[[int], None], shape: tuple[int, ...], axis: int, policy: str, masked: bool, bad: bool
+) -> None:
+    """In one piece, in many, and by three threads at once."""
+    whole = steps(policy, shape, axis, masked=masked, bad=bad)
+    for count in (1, 3):
+        pieces(count)
+        for got, wanted in zip(steps(policy, shape, axis, masked=masked, bad=bad), whole, strict=True):
+            assert got.dtype == wanted.dtype
+            assert got.tobytes() == wanted.tobytes()
+
+
+def test_the_words_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
+    """Words travel as they are: those of many pieces are those of one, low halves below 2^32 included."""
+    view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
+    unknown = Grid.unknown("float32", 8)
+    grid = unknown.probed(passes.probe(view, unknown), np.ones(8, bool))
+    whole = passes.moments(view, grid).words
+    pieces(1)
+    assert passes.moments(view, grid).words.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("shape", "axis"), [((64, 56, 56, 32), -1), ((128, 16, 56, 56), 1)], ids=["last", "first"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_no_needless_temporaries(shape: tuple[int, ...], axis: int, policy: str, masked: bool) -> None:
+    """A training call takes its output and a tenth of it; backward its input gradient and a tenth of it."""
+    kind = np.dtype(ml_dtypes.bfloat16) if "bfloat16" in policy else np.dtype(policy.removeprefix("mixed_"))
+    x = np.random.default_rng(1).normal(size=shape).astype(kind)
+    mask = np.arange(np.prod(shape[:-1])).reshape(shape[:-1]) % 3 > 0 if masked else None
+    bn = BatchNormalization(axis=axis, dtype=policy, synchronized=True)
+    bn(x, training=True, mask=mask)  # the first step probes
+    bn.backward(x)
+    calls: tuple[Callable[[], Array], ...] = (
+        lambda: bn(x, training=True, mask=mask),
+        lambda: bn.backward(x),
+    )
+    for call in calls:
+        tracemalloc.start()
+        made = call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= 1.1 * made.nbytes
+
+
+@pytest.mark.parametrize("wanted", ["0", "-1", "two", ""])
+def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """It is said what was expected."""
+    passes.threads.cache_clear()
+    monkeypatch.setenv("BNLAYER_THREADS", wanted)
+    try:
+        with pytest.raises(ValueError, match=f"BNLAYER_THREADS: expected a number .* received {wanted!r}"):
+            passes.threads()
+    finally:
+        passes.threads.cache_clear()
+
+
+FORKED = """
+import multiprocessing, numpy as np
+from bnlayer import BatchNormalization
+x = np.arange(2**19, dtype=np.float32).reshape(-1, 64)
+def step(_):
+    return BatchNormalization()(x, training=True).tobytes()
+here = step(0)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(all(there == here for there in pool.map(step, range(4))))
+"""
+
+
+def test_a_fork_after_threads_were_used() -> None:
+    """The child makes threads of its own: its parent's did not come along."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BNLAYER_THREADS": "2"},
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
