@@ -55,7 +55,8 @@ _WAYS = ("socket", "grpc", "service", "journal", "layer")
 
 def added(parts: Iterable[bytes | bytearray]) -> bytes:
     """The sum of what all ranks sent."""
-    return np.sum([np.frombuffer(part, np.int64) for part in parts], 0).tobytes()
+    total: NDArray[np.int64] = np.sum([np.frombuffer(part, np.int64) for part in parts], 0)
+    return total.tobytes()
 
 
 def serve_socket(ranks: int, size: int) -> None:
