@@ -307,8 +307,6 @@ def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
                 else:
                     past.append(entry)
                 file.frames, file.size = file.frames + 1, end
-                if header.synced < file.frames:
-                    file.entries += 1
         except FrameError as error:
             # After a power cut the end of a journal may be anything. What was synced may not.
             if header is None or file.frames < header.synced or header.machine == _machine():
@@ -318,6 +316,7 @@ def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
             raise RecordError("it is empty")
         if file.frames < header.synced:
             raise RecordError(f"it has {file.frames} of the {header.synced} records of its snapshot")
+        file.entries = file.frames - max(header.synced, 1)
     except (FrameError, RecordError, OSError) as error:
         raise StoreError(
             f"The snapshot {path} is corrupt: {error}. Put a good copy in its place; or move it away, and its job "
