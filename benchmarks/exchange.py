@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,6 +34,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization
 from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
@@ -50,6 +51,12 @@ _WAYS = ("socket", "grpc", "service", "journal", "layer")
 
 
 # ---- the two servers to compare with ----
+
+
+def added(parts: Iterable[bytes | bytearray]) -> bytes:
+    """The sum of what all ranks sent."""
+    total: NDArray[np.int64] = np.sum([np.frombuffer(part, np.int64) for part in parts], 0)
+    return total.tobytes()
 
 
 def serve_socket(ranks: int, size: int) -> None:
@@ -69,7 +76,7 @@ def serve_socket(ranks: int, size: int) -> None:
                 return
             received[key.fd] += data
         if all(len(each) == size for each in received.values()):
-            total = sum(np.frombuffer(each, np.int64) for each in received.values()).tobytes()
+            total = added(received.values())
             for end in ends:
                 received[end.fileno()] = bytearray()
                 end.sendall(total)
@@ -92,7 +99,7 @@ def serve_grpc(ranks: int) -> None:
             async for request in requests:
                 self.parts.append(request)
                 if len(self.parts) == ranks:
-                    total = sum(np.frombuffer(part, np.int64) for part in self.parts).tobytes()
+                    total = added(self.parts)
                     self.parts = []
                     for each in self.queues:
                         each.put_nowait(total)
@@ -112,7 +119,7 @@ def serve_grpc(ranks: int) -> None:
 # ---- a rank ----
 
 
-def by_socket(port: int, words: np.ndarray) -> Callable[[], None]:
+def by_socket(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
     """One exchange over a socket."""
     end = socket.create_connection(("127.0.0.1", port))
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -128,11 +135,12 @@ def by_socket(port: int, words: np.ndarray) -> Callable[[], None]:
     return exchange
 
 
-def by_grpc(port: int, words: np.ndarray) -> Callable[[], None]:
+def by_grpc(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
     """One exchange over bare gRPC."""
     channel = grpc.insecure_channel(f"127.0.0.1:{port}", CLIENT_OPTIONS)
     requests: SimpleQueue[bytes] = SimpleQueue()
-    responses = channel.stream_stream(_METHOD)(iter(requests.get, None))
+    call: Any = channel.stream_stream(_METHOD)  # its types know requests with a serializer alone
+    responses = call(iter(requests.get, None))
 
     def exchange() -> None:
         requests.put(words.tobytes())
@@ -141,7 +149,7 @@ def by_grpc(port: int, words: np.ndarray) -> Callable[[], None]:
     return exchange
 
 
-def by_service(address: str, rank: int, ranks: int, words: np.ndarray) -> tuple[Callable[[], None], World]:
+def by_service(address: str, rank: int, ranks: int, words: NDArray[np.int64]) -> tuple[Callable[[], None], World]:
     """One exchange of a layer's sums, without the layer."""
     world = World(ServiceTransport(address, "bench", rank, ranks), install=False)
     layer = BatchNormalization(synchronized=True, name="a", collective=world)

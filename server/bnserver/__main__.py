@@ -28,9 +28,12 @@ exit codes: 0 after an orderly end; 1 the service could not start, or could not 
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not (0 <= seconds < math.inf):
-        raise ValueError(f"expected a number of seconds, received {text!r}")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, received {text!r}")
     return seconds
 
 

@@ -36,8 +36,8 @@ from bnserver.records import FrameError, RecordError, Torn, decode, encode, enco
 _FORMAT = 1
 _SUFFIX = ".job"
 _ASIDE = ".part"
-# A journal of this length is replaced by a snapshot: reading it back takes about a second.
-_LONG_BYTES = 2**26
+# A journal of so many entries, or bytes, is replaced by a snapshot: reading it back takes about a second.
+_LONG_ENTRIES, _LONG_BYTES = 2**12, 2**26
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _log = logging.getLogger("bnserver")
@@ -55,7 +55,8 @@ class _File:
         handle: its descriptor, open for appending; None: nothing was appended lately.
         frames: in it so far.
         size: its bytes so far.
-        snapshot: of these, the snapshot's.
+        entries: appended since the snapshot.
+        snapshot: bytes of it.
         broken: whether it lacks an entry, so that it must be replaced.
         meanwhile: what was appended while a snapshot is being written; None while none is.
     """
@@ -63,6 +64,7 @@ class _File:
     handle: int | None = None
     frames: int = 0
     size: int = 0
+    entries: int = 0
     snapshot: int = 0
     broken: bool = False
     meanwhile: list[bytes] | None = None
@@ -139,7 +141,8 @@ class Store:
     def long(self, job: str) -> bool:
         """Whether a job's journal has become so long that a snapshot should replace it."""
         file = self._files[job]
-        return file.meanwhile is None and file.size - file.snapshot > _LONG_BYTES
+        long = file.entries >= _LONG_ENTRIES or file.size - file.snapshot >= _LONG_BYTES
+        return long and file.meanwhile is None and not file.broken
 
     async def save(self, job: str, past: Callable[[], Sequence[Entry]]) -> None:
         """Replace a job's file by a snapshot; it is on disk when this returns.
@@ -195,6 +198,7 @@ class Store:
         else:
             _write_all(file.handle, frame)
         file.frames += 1
+        file.entries += 1
         file.size += len(frame)
 
     def _write_aside(self, job: str, aside: Path, past: tuple[Entry, ...]) -> tuple[int, int]:
@@ -215,7 +219,7 @@ class Store:
 
     def _take_place(self, file: _File, aside: Path, path: Path, count: int, size: int) -> None:
         """Append what came meanwhile, and make the snapshot the job's file. Nothing can come in between."""
-        fresh = _File(os.open(aside, os.O_WRONLY | os.O_APPEND), count, size, size)
+        fresh = _File(os.open(aside, os.O_WRONLY | os.O_APPEND), count, size, snapshot=size)
         try:
             for body in file.meanwhile or ():
                 self._write(fresh, body)
@@ -224,7 +228,7 @@ class Store:
             fresh.close()
         file.close()
         file.meanwhile, file.broken = None, False
-        file.frames, file.size, file.snapshot = fresh.frames, fresh.size, fresh.snapshot
+        file.frames, file.size, file.entries, file.snapshot = fresh.frames, fresh.size, fresh.entries, fresh.snapshot
         self._failpoints.reached("after-rename")
 
     def _told(self, job: str, error: OSError) -> StoreError:
@@ -312,6 +316,7 @@ def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
             raise RecordError("it is empty")
         if file.frames < header.synced:
             raise RecordError(f"it has {file.frames} of the {header.synced} records of its snapshot")
+        file.entries = file.frames - max(header.synced, 1)
     except (FrameError, RecordError, OSError) as error:
         raise StoreError(
             f"The snapshot {path} is corrupt: {error}. Put a good copy in its place; or move it away, and its job "

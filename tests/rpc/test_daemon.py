@@ -77,6 +77,15 @@ def test_an_address_has_a_host_and_a_port(start: Callable[..., Any], listen: str
     assert f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
 
 
+@pytest.mark.parametrize("flag", ["--lease", "--away"])
+@pytest.mark.parametrize("seconds", ["-1", "inf", "nan", "soon"])
+def test_patience_is_a_number_of_seconds(start: Callable[..., Any], flag: str, seconds: str) -> None:
+    """A lease that is none would find everybody dead, or nobody."""
+    code, err = _refused(start, "--listen", "127.0.0.1:0", f"{flag}={seconds}")
+    assert code == 2
+    assert f"argument {flag}: expected a number of seconds, 0 or more, received '{seconds}'" in err
+
+
 def test_insecure_listens_everywhere(start: Callable[..., Any]) -> None:
     """Where the network is one's own."""
     service = start("-m", "bnserver", "--listen", "0.0.0.0:0", "--insecure")
@@ -131,7 +140,15 @@ def test_help_teaches(start: Callable[..., Any]) -> None:
     """The flags, an example of each use, the exit codes."""
     code, out, _ = start("-m", "bnserver", "--help").end(within=20)
     assert code == 0
-    for word in ("--listen HOST:PORT", "--state-dir DIR", "--insecure", "--ready-file PATH", "exit codes:"):
+    for word in (
+        "--listen HOST:PORT",
+        "--state-dir DIR",
+        "--lease SECONDS",
+        "--away SECONDS",
+        "--insecure",
+        "--ready-file PATH",
+        "exit codes:",
+    ):
         assert word in out
 
 

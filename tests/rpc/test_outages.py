@@ -275,6 +275,16 @@ def test_a_frozen_rank_is_told_within_its_lease(
     world.leave()
 
 
+def test_a_rank_that_computes_is_not_dead(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
+    """For longer than a lease, without a word on its stream."""
+    service = serve("--lease", "1")
+    busy = run_rank(service.address, 1, 2, "time.sleep(2.5)\nworld.barrier()")
+    with _world(service.address, 0, 2) as world:
+        assert busy.line() == "joined"
+        world.barrier()
+        assert busy.line() == "left"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(

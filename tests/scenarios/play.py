@@ -196,7 +196,7 @@ class Scene:
         self._ranks[name].deaf = True
 
     def _do_back(self, name: str, options: Options) -> None:
-        """The rank comes back on another stream, and says again what may not have been heard."""
+        """The rank comes back on another stream, and says again what may not have been heard; a quiet one, later."""
         rank = self._ranks[name]
         rank.stream, rank.deaf = next(self._streams), False
         self._by_stream[rank.stream] = rank
@@ -205,7 +205,7 @@ class Scene:
         asked = rank.last if rank.sequence > rank.answered else None
         self._handle(replace(rank.join, stream=rank.stream, resume=resume))
         for sequence, said in ((rank.answered, rank.before), (rank.answered + 1, asked)):
-            if said is not None:
+            if said is not None and "quiet" not in options:
                 self._handle(Contribute(rank.stream, rank.generation, sequence, *said))
 
     def _do_freeze(self, name: str, options: Options) -> None:

@@ -224,8 +224,9 @@ class Generation:
         if not self.round.calls:
             self.round.since = now
         self._seen[rank] = contribution.call
-        self.members[rank].answered = self.completed
-        self.round.add(rank, contribution.call, contribution.body, now + self.members[rank].timeout)
+        member = self.members[rank]
+        member.answered = max(member.answered, self.completed)
+        self.round.add(rank, contribution.call, contribution.body, now + member.timeout)
         return Heard.NEW
 
     def decide(self, now: float) -> Outcome:

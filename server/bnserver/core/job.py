@@ -92,8 +92,10 @@ class Job:
         member = generation.members[rank]
         if not member.incarnation:
             return self.lose(generation, {rank: LOST}, now, silent=True)
-        until = now + (member.timeout if generation.recovering else self._patience.away)
-        member.goes(until, now, restarted=generation.recovering)
+        window = self._patience.away
+        if generation.recovering:  # others are away, too: nobody waits for this one alone
+            window = self._patience.return_s(member.incarnation, member.timeout)
+        member.goes(now + window, now, restarted=generation.recovering)
         return []
 
     def leave(self, generation: Generation, rank: int, reason: str, now: float) -> list[Effect]:

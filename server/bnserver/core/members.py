@@ -30,6 +30,12 @@ class Patience:
     lease: float = 5.0
     away: float = 0.5
 
+    def return_s(self, incarnation: int, timeout: float) -> float:
+        """How long a rank may take to come back to a service that was started again."""
+        if not incarnation:
+            return 0.0
+        return min(self.lease, timeout) if self.lease else timeout
+
 
 @dataclass(slots=True)
 class Member:
@@ -76,7 +82,7 @@ class Member:
             lease: in force; 0: none.
         """
         if self.stream is None and now >= self.away_until:
-            return _STAYED_AWAY.format(self.timeout) if self.restarted else LOST
+            return _STAYED_AWAY.format(self.away_until - self.heard) if self.restarted else LOST
         if self.stream is not None and lease and now >= self.heard + lease:
             return _FROZEN.format(lease)
         return ""

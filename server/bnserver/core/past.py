@@ -2,7 +2,7 @@
 
 Laws of this room:
 1. Reading a whole past or a shortened one gives the same layers, the same numbers, and the same latest answer.
-2. A generation that ran comes back without its ranks: each has its whole timeout to return.
+2. A generation that ran comes back without its ranks: each has a lease to give a sign of life, and be back.
 3. Ranks that were still gathering leave no trace: they join again.
 """
 
@@ -49,7 +49,7 @@ def recovered(name: str, past: Iterable[Entry], patience: Patience, now: float) 
         name: the job's.
         past: its entries.
         patience: of this run of the service.
-        now: seconds; from here on the ranks have their timeout to come back.
+        now: seconds; from here on the ranks have a lease to come back; without one, their timeout.
 
     Raises:
         PastError: the entries can't follow each other.
@@ -57,20 +57,20 @@ def recovered(name: str, past: Iterable[Entry], patience: Patience, now: float) 
     job = Job(name, patience)
     for entry in past:
         try:
-            _take(job, entry, now)
+            _take(job, entry, patience, now)
         except (KeyError, IndexError, AssertionError, ValueError) as error:
             raise PastError(f"{type(entry).__name__} can't follow what is before it ({error!r})") from error
     return job
 
 
-def _take(job: Job, entry: Entry, now: float) -> None:
+def _take(job: Job, entry: Entry, patience: Patience, now: float) -> None:
     match entry:
         case Kept():
             job.layers.keep(entry)
         case Began():
             job.number = entry.generation
             job.layers.forget_unfinished()
-            job.generations = [_generation(entry, now)]
+            job.generations = [_generation(entry, patience, now)]
         case Ended():
             job.number = max(job.number, entry.generation)
             job.ended = entry
@@ -102,10 +102,10 @@ def _leave(job: Job, entry: Left, now: float) -> None:
             generation.left[entry.rank] = entry.reason  # with the words that it was written with
 
 
-def _generation(entry: Began, now: float) -> Generation:
+def _generation(entry: Began, patience: Patience, now: float) -> Generation:
     generation = Generation(entry.generation, entry.world_size, recovering=True)
     for enlisted in entry.members:
         member = Member(enlisted.peer, enlisted.timeout, 0.0, enlisted.incarnation, pushes=enlisted.pushes)
-        member.goes(now + (enlisted.timeout if enlisted.incarnation else 0.0), now, restarted=True)
+        member.goes(now + patience.return_s(enlisted.incarnation, enlisted.timeout), now, restarted=True)
         generation.joined(member)
     return generation

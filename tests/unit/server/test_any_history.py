@@ -164,7 +164,8 @@ class AnyHistory(RuleBasedStateMachine):
             return
         if process.stream is not None:
             self.does(Lost(process.stream))
-        if self.returning:
+        if self.returning or self.ending:
+            self.ending = bool(self.ranks)  # it has a lease to come back, like those that still will
             return
         self.passes(0.6)
         assert not any(each.stream is not None and each.hears for each in self.ranks.values())
@@ -187,7 +188,7 @@ class AnyHistory(RuleBasedStateMachine):
     def freezes(self, rank: int) -> None:
         """No sign of life any more: everybody else is told within the lease."""
         process = self.ranks.get(rank)
-        if process is None or process.stream is None or not process.generation or self.returning:
+        if process is None or process.stream is None or not process.generation or self.returning or self.ending:
             return
         process.alive = False
         self.passes(1.2)
@@ -365,6 +366,8 @@ def _next(process: Process) -> tuple[Call, object]:
     """What a well-behaved rank says now."""
     if process.state is None:
         return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), _fresh()
+    if process.exchange is None and process.answered % 2:
+        return Call(Operation.BARRIER, Place(None, None, process.answered), PlainTerms()), None
     if process.exchange is None:
         process.exchange = ForwardExchange.begin(process.state.forward, _TERMS.epsilon, False)
     exchange = process.exchange

@@ -268,9 +268,11 @@ def test_an_entry_that_does_not_fit_is_told_and_leaves_no_half(tmp_path: Path) -
     """What was before is still sound, what comes later waits for a snapshot, and then the journal goes on."""
     store = _failing(tmp_path, "in-journal=full:2")
     store.append("j", _JOURNAL[0])
+    size = store.path("j").stat().st_size
     with pytest.raises(StoreError, match=r"Job 'j' could not be saved to .*: \[Errno 28\] No space left on device"):
         store.append("j", _JOURNAL[1])
     store.append("j", _JOURNAL[2])
+    assert store.path("j").stat().st_size == size
     assert _same(module._loaded(store.path("j"))[1], _JOURNAL[:1])
     asyncio.run(store.save("j", lambda: _SNAPSHOT))
     store.append("j", _JOURNAL[3])
@@ -306,21 +308,29 @@ def test_a_job_whose_first_entry_does_not_fit_begins_with_a_snapshot(tmp_path: P
 # ---- the directory ----
 
 
-def test_a_long_journal_asks_for_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, and not while one is being written."""
+@pytest.mark.parametrize(("limit", "value"), [("_LONG_BYTES", 10), ("_LONG_ENTRIES", 1)])
+def test_a_long_journal_asks_for_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    """By its bytes, or its entries, which take time to read back. Once, and not while one is being written."""
 
     async def scene() -> None:
         store = Store(tmp_path)
         store.append("j", _SUMS)
         assert not store.long("j")
-        monkeypatch.setattr(module, "_LONG_BYTES", 10)
+        monkeypatch.setattr(module, limit, value)
         assert store.long("j")
         save = asyncio.create_task(store.save("j", lambda: _SNAPSHOT))
         await asyncio.sleep(0)
         assert not store.long("j")
         await save
         assert not store.long("j")
+        store.append("j", _SUMS)
         store.close()
+        again = Store(tmp_path)
+        again.load()
+        assert again.long("j")
+        again.close()
 
     asyncio.run(scene())
 

@@ -58,6 +58,8 @@ def test_an_answer_counts_once() -> None:
     assert memory.hears(_result(1))
     assert not memory.hears(_result(1))
     assert not memory.hears(pb.ExchangeResponse(boot_id=6, generation=3, joined=pb.Joined()))
+    memory.asks(_contribution(2))
+    assert not memory.hears(_result(1))
     assert memory.answered == 1
 
 

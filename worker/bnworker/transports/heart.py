@@ -24,6 +24,7 @@ from bnproto.v1 import statistics_pb2_grpc as rpc
 
 _BEATS = 5  # in a lease: a rank that is held up for half of it is still alive
 _ANSWERED_WITHIN = 0.5  # of a lease: the other half is for coming back
+_FIRST_LEASE_S = 5.0  # until the service says how long its lease is: when all ranks have joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class _Body:
     """What the heart beats for: one connection."""
 
     stub: rpc.StatisticsServiceStub
-    boot_id: int
+    boot_id: int | None
     cut: Callable[[], None]
 
 
@@ -40,53 +41,59 @@ class Heart:
 
     Args:
         join: who this rank is.
-        closing: is set when the conversation ends.
 
     Attributes:
         rank: whose heart it is.
         answers: how often the service was heard, on the stream.
+        lease: seconds of silence after which the service takes this rank for frozen; 0: it never does.
     """
 
-    def __init__(self, join: pb.Join, closing: Event) -> None:
+    def __init__(self, join: pb.Join) -> None:
         self.rank = join.rank
         self.answers = 0
+        self.lease = _FIRST_LEASE_S
         self._request = pb.HeartbeatRequest(job=join.job, rank=join.rank, incarnation=join.incarnation)
-        self._closing = closing
-        self._lease = 0.0
+        self._woken = Event()
+        self._over = False
         self._last = 0.0
         self._body: _Body | None = None
-        self._thread: Thread | None = None
+        self._thread = Thread(target=self._run, name="bnworker-heart", daemon=True)
+        self._thread.start()
 
-    def beats(self, stub: rpc.StatisticsServiceStub, lease: float, boot_id: int, cut: Callable[[], None]) -> None:
-        """Beat for a connection that stands.
+    def beats(self, stub: rpc.StatisticsServiceStub, boot_id: int | None, cut: Callable[[], None]) -> None:
+        """Beat for a connection.
 
         Args:
             stub: the service on it.
-            lease: seconds of silence after which the service takes this rank for frozen; 0: it never does.
-            boot_id: the run of the service that it leads to.
+            boot_id: the run of the service that it leads to; None while that is not known.
             cut: ends it.
         """
-        self._lease, self._body = lease, _Body(stub, boot_id, cut)
-        if lease and self._thread is None:
-            self._thread = Thread(target=self._run, name="bnworker-heart", daemon=True)
-            self._thread.start()
+        self._body = _Body(stub, boot_id, cut)
+        self._woken.set()  # the lease may be shorter than what it sleeps for
 
     def rest(self) -> None:
         """There is no connection."""
         self._body = None
 
+    def stop(self) -> None:
+        """The conversation is over."""
+        self._over = True
+        self._woken.set()
+
     def _run(self) -> None:
-        while not self._closing.wait(self._lease / _BEATS):
+        while not self._over:
             self._beat()
+            self._woken.wait((self.lease or _FIRST_LEASE_S) / _BEATS)
+            self._woken.clear()
 
     def _beat(self) -> None:
         """One heartbeat, unless there was one just now."""
-        body, now = self._body, time.monotonic()
-        if body is None or now < self._last + self._lease / _BEATS / 2:
+        body, now, lease = self._body, time.monotonic(), self.lease or _FIRST_LEASE_S
+        if body is None or now < self._last + lease / _BEATS / 2:
             return
         self._last = now
         try:
-            future = body.stub.Heartbeat.future(self._request, timeout=self._lease * _ANSWERED_WITHIN)
+            future = body.stub.Heartbeat.future(self._request, timeout=lease * _ANSWERED_WITHIN)
         except ValueError:  # the channel was closed in this moment
             return
         future.add_done_callback(partial(self._answered, body))
@@ -98,7 +105,7 @@ class Heart:
             return
         error = done.exception()
         if error is None:
-            if done.result().boot_id != body.boot_id:
+            if body.boot_id not in (None, done.result().boot_id):
                 body.cut()
         elif isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             body.cut()

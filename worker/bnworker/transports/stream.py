@@ -33,6 +33,8 @@ from bnworker.transports.memory import Memory
 
 _PATIENCE_S = 2.0  # a service that listens answers sooner; then the log says what we wait for
 _GOODBYE_S = 2.0  # how long leaving may take
+# How long it may take where the service is away, and will be back: others may lack what only this rank can repeat.
+_GOODBYE_IN_AN_OUTAGE_S = 20.0
 _HANG_UP_S = 1.0  # how long closing the connection may take; then it is left to the process's end
 _TURN_S = 0.2  # an interrupt that comes between Python's last look and the wait is seen this much later
 # The service ends a wait at the deadline, and knows why; it gets this long to say so.
@@ -97,12 +99,14 @@ class Stream:
         self._timeout = timeout
         self._outage_s = timeout
         self._durable = True
+        self._stands = False
         self._requests = Lock()  # held while something is added to the memory and to a connection
         self._connection: _Connection | None = None
         self._heard: SimpleQueue[Answer | CollectiveError] = SimpleQueue()
         self._error: CollectiveError | None = None
         self._closing = Event()
-        self._heart = Heart(join, self._closing)
+        self._ended = Event()
+        self._heart = Heart(join)
         self._thread = Thread(target=self._listen, name="bnworker-stream", daemon=True)
         self._thread.start()
         try:
@@ -143,11 +147,15 @@ class Stream:
         """Say goodbye and hang up; never raises. None hangs up without a goodbye."""
         if reason is not None and self._error is None:
             self.ask(pb.ExchangeRequest(leave=pb.Leave(reason=reason)))
-            deadline = time.monotonic() + _GOODBYE_S
-            while isinstance(self._hear(deadline), Answer):
+            start = time.monotonic()
+            while isinstance(self._hear(start + _GOODBYE_S), Answer):
                 pass  # an answer that nobody waits for any more
+            if self._durable and not self._stands and not self._ended.is_set():
+                while isinstance(self._hear(start + min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S)), Answer):
+                    pass
         self._error = self._error or ServiceError("This rank has left its job: join anew.")
         self._closing.set()
+        self._heart.stop()
         with self._requests:
             if self._connection is not None:
                 self._connection.cut()
@@ -171,7 +179,7 @@ class Stream:
             heard_before = self._heart.answers
             ended = self._connected()
             if isinstance(ended, CollectiveError):
-                self._heard.put(ended)
+                self._end(ended)
                 return
             if self._heart.answers != heard_before:  # it stood, and was of use
                 since, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
@@ -179,13 +187,17 @@ class Stream:
             if not self._durable and away >= _NOBODY_S and not _somebody_listens(self._address):
                 self._outage_s = _NOBODY_S
             if away >= self._outage_s:
-                self._heard.put(self._gone(ended))
+                self._end(self._gone(ended))
                 return
             if not told and (self.memory.generation or away >= min(_PATIENCE_S, self._timeout)):
                 told = True
                 self._say_what_we_wait_for(ended)
             self._closing.wait(min(pause * random.uniform(0.5, 1.0), self._outage_s - away))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _end(self, error: CollectiveError) -> None:
+        self._ended.set()
+        self._heard.put(error)
 
     def _connected(self) -> CollectiveError | _Broke:
         """One connection, from its begin to its end; returns why it ended."""
@@ -199,6 +211,7 @@ class Stream:
                 self._connection = connection
             if self._closing.is_set():  # it was set before there was something to cut
                 connection.cut()
+            self._heart.beats(stub, None, connection.cut)
             try:
                 for answer in _whole(responses):
                     self._take(answer, stub, connection)
@@ -207,7 +220,7 @@ class Stream:
                 return self._explained(responses, error)
         finally:
             with self._requests:
-                self._connection = None
+                self._connection, self._stands = None, False
             self._heart.rest()
             connection.requests.put(None)
             connection.channel.close()
@@ -216,12 +229,11 @@ class Stream:
         response = answer.response
         if response.HasField("joined"):
             lease = response.joined.lease_ms / 1000
-            self._durable = response.joined.durable
-            if not self._durable:  # by then it has given this rank up, if it has not died
-                self._outage_s = min(self._timeout, lease or self._timeout)
+            self._durable, self._stands = response.joined.durable, True
             if self.memory.generation:
                 _log.warning("rank %d is back at the service at %s", self._heart.rank, self._address)
-            self._heart.beats(stub, lease, response.boot_id, connection.cut)
+            self._heart.lease = lease
+            self._heart.beats(stub, response.boot_id, connection.cut)
         self._heart.answers += 1
         with self._requests:
             news = self.memory.hears(response)
