@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from bnlayer import Alone, BatchNormalization, CollectiveError, PeerLostError
-from bnlayer.collective import current
+from bnlayer.collective import Call, LayerTerms, Total, current
 from bnlayer.constraints import MaxNorm, MinMaxNorm
 from bnlayer.regularizers import L1L2
+
+_BATCH = np.random.default_rng(4).normal(3, 2, (8, 3)).astype(np.float32)
 
 
 def test_unknown_keywords_are_named() -> None:
@@ -269,3 +273,40 @@ def test_collective_errors_keep_their_attributes() -> None:
             4,
         )
     assert isinstance(error, CollectiveError)
+
+
+def test_the_next_call_moves_from_what_was_assigned() -> None:
+    """Whoever assigns to a moving statistic, or writes into it, is believed; nothing that was kept stands against it."""
+    x = _BATCH
+    writes: tuple[Callable[[BatchNormalization], None], ...] = (
+        lambda bn: bn.moving_mean.assign([5.0, 6.0, 7.0]),
+        lambda bn: bn.set_weights(list(np.full((4, 3), 5.0))),
+    )
+    for write in writes:
+        bn = BatchNormalization(synchronized=True, momentum=0.5)
+        bn(x, training=True)
+        write(bn)
+        before = bn.moving_mean.numpy()
+        bn(x, training=True)
+        wanted = (before.astype(np.float64) * 0.5 + x.astype(np.float64).mean(0) * 0.5).astype(np.float32)
+        np.testing.assert_allclose(bn.moving_mean.value, wanted, rtol=1e-6)
+
+
+def test_a_setting_that_changes_is_said_at_the_next_exchange() -> None:
+    """The ranks compare what holds now, not what held at the first call."""
+
+    class Listening(Alone):
+        def __init__(self) -> None:
+            self.heard: list[float] = []
+
+        def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+            assert isinstance(call.terms, LayerTerms)
+            self.heard.append(call.terms.momentum)
+            return super().exchange(call, words)
+
+    listening = Listening()
+    bn = BatchNormalization(synchronized=True, collective=listening, momentum=0.9)
+    bn(_BATCH, training=True)
+    bn.momentum = 0.5
+    bn(_BATCH, training=True)
+    assert listening.heard == [0.9, 0.9, 0.5]
