@@ -276,7 +276,7 @@ def test_collective_errors_keep_their_attributes() -> None:
 
 
 def test_the_next_call_moves_from_what_was_assigned() -> None:
-    """Whoever assigns to a moving statistic, or writes into it, is believed; nothing that was kept stands against it."""
+    """Whoever assigns to a moving statistic is believed; nothing that was kept stands against it."""
     x = _BATCH
     writes: tuple[Callable[[BatchNormalization], None], ...] = (
         lambda bn: bn.moving_mean.assign([5.0, 6.0, 7.0]),
