@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 from mpi4py import MPI
@@ -15,6 +16,7 @@ from mpi4py import MPI
 from bnworker import World
 from bnworker.transports import mpi
 from support.contract import BODIES, names
+from support.contract.timing import watch
 
 SMALL_CHUNK = 100_000  # elements: every larger array takes several collectives
 
@@ -23,11 +25,12 @@ def main(folder: Path) -> None:
     """Run the bodies; a failing one is told to the other ranks, so that they go on to the next."""
     warnings.simplefilter("error")
     mpi._CHUNK = SMALL_CHUNK
-    seen = {}
+    seen: dict[str, dict[str, object]] = {}
     rank, world_size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     for name in names("mpi", world_size):
         deterministic = name == "float_sums_have_the_order_of_the_ranks"
         transport = mpi.MPITransport(timeout=15, deterministic=deterministic)
+        watched = watch(transport)
         world = World(transport, install=False)
         try:
             seen[name] = {"saw": BODIES[name].run(world)}
@@ -36,6 +39,7 @@ def main(folder: Path) -> None:
             world._depart(f"failed with {type(error).__name__}")
         else:
             world.leave()
+        seen[name] |= asdict(watched)
         (folder / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     sys.stdout.write(f"{rank} of {world_size} done, pid {os.getpid()}\n")
 

@@ -8,6 +8,7 @@ import pytest
 
 from support import mpi
 from support.contract import names
+from support.contract.timing import TOLD_S, Watch, latency
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
 
@@ -31,9 +32,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcomes]:
     ("world_size", "name"), [(world_size, name) for world_size in (1, 2, 3, 4) for name in names("mpi", world_size)]
 )
 def test_contract(outcomes: dict[int, Outcomes], world_size: int, name: str) -> None:
-    """Each body passes on every rank, and all ranks see the same."""
+    """Each body passes on every rank, all ranks see the same, and a disagreement is told within a second."""
     ranks = [rank[name] for rank in outcomes[world_size]]
     for number, rank in enumerate(ranks):
         assert "failed" not in rank, f"rank {number}: {rank['failed']}"
     told = [rank["saw"] for rank in ranks if rank["saw"] is not None]
     assert all(saw == told[0] for saw in told)
+    if name.startswith("disagree_"):
+        assert latency([Watch(rank["spoke"], rank["told"]) for rank in ranks]) <= TOLD_S

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.contract import names
+from support.contract.timing import TOLD_S, latency
 from support.service import daemon, run_threads
 
 pytestmark = pytest.mark.rpc
@@ -21,10 +22,12 @@ def address() -> Iterator[str]:
     ("world_size", "name"), [(world_size, name) for world_size in (1, 2, 3, 4) for name in names("service", world_size)]
 )
 def test_contract(address: str, world_size: int, name: str) -> None:
-    """Each body passes on every rank, and all ranks see the same."""
-    ranks = run_threads(address, f"{name}-{world_size}", world_size, name)
+    """Each body passes on every rank, all ranks see the same, and a disagreement is told within a second."""
+    ranks, watches = run_threads(address, f"{name}-{world_size}", world_size, name)
     for saw in ranks:
         if isinstance(saw, BaseException):
             raise saw
     told = [saw for saw in ranks if saw is not None]
     assert all(saw == told[0] for saw in told)
+    if name.startswith("disagree_"):
+        assert latency(watches) <= TOLD_S

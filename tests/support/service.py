@@ -12,6 +12,7 @@ from typing import Any
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 from support.contract import BODIES
+from support.contract.timing import Watch, watch
 
 
 @contextmanager
@@ -32,14 +33,16 @@ def daemon(*arguments: str) -> Iterator[str]:
                 process.kill()
 
 
-def run_threads(address: str, job: str, world_size: int, name: str) -> list[Any]:
-    """Run a body of the contract on ranks that are threads; what each saw or raised, in rank order."""
+def run_threads(address: str, job: str, world_size: int, name: str) -> tuple[list[Any], list[Watch]]:
+    """Run a body of the contract on ranks that are threads; what each saw or raised, and when, in rank order."""
     results: list[Any] = [AssertionError("this rank hangs")] * world_size
+    watches = [Watch()] * world_size
 
     def rank(number: int) -> None:
         try:
-            world = World(ServiceTransport(address, job, number, world_size, timeout=15), install=False)
-            with world:
+            transport = ServiceTransport(address, job, number, world_size, timeout=15)
+            watches[number] = watch(transport)
+            with World(transport, install=False) as world:
                 results[number] = BODIES[name].run(world)
         except BaseException as error:  # noqa: BLE001 - a thread's exception is one of the results
             results[number] = error
@@ -49,4 +52,4 @@ def run_threads(address: str, job: str, world_size: int, name: str) -> list[Any]
         thread.start()
     for thread in threads:
         thread.join(30)
-    return results
+    return results, watches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,9 @@ from bnworker import World
 from support.contract.registry import rows_of
 
 
-def layer(world: World, name: str = "bn", momentum: float = 0.99, dtype: str = "float32") -> BatchNormalization:
+def layer(world: World, name: str = "bn", **options: Any) -> BatchNormalization:
     """A synchronized layer of this world."""
-    return BatchNormalization(name=name, synchronized=True, momentum=momentum, dtype=dtype, collective=world)
+    return BatchNormalization(name=name, synchronized=True, collective=world, **options)
 
 
 def train(bn: BatchNormalization, world: World, mask: bool = False, channels: int = 4) -> None:
@@ -60,6 +62,33 @@ def evaluating(world: World, odd: bool) -> None:
     train(a, world)
     train(b, world)
     a(rows_of(world.rank), training=not odd)
+    train(b, world)
+
+
+def frozen(world: World, odd: bool) -> None:
+    """One has frozen a layer, and goes on to the next."""
+    a, b = layer(world, "a"), layer(world, "b")
+    train(a, world)
+    train(b, world)
+    a.trainable = not odd
+    train(a, world)
+    train(b, world)
+
+
+def skipped_layer(world: World, odd: bool) -> None:
+    """One leaves out the middle of three layers."""
+    a, b, c = (layer(world, name) for name in "abc")
+    for bn in (a, b, c, a):
+        train(bn, world)
+    train(c if odd else b, world)
+
+
+def extra_layer(world: World, odd: bool) -> None:
+    """One has a layer more than the others."""
+    a, b = layer(world, "a"), layer(world, "b")
+    train(a, world)
+    if odd:
+        train(layer(world, "extra"), world)
     train(b, world)
 
 
