@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bnworker.checkpoint import read
+from support.disk import disk
 from support.killing import killed_and_resumed, undisturbed
 from support.service import daemon
 from support.training import COMMAND, FIFTY_STEPS, same_result, trained
@@ -65,42 +65,26 @@ def test_a_new_run_in_an_old_job(tmp_path: Path) -> None:
         assert again.tensors[name].tobytes() == tensor.tobytes(), name
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk(tiny_disk: Path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     """One clear line, exit code 1; the file is the checkpoint of before, and it can be gone on from."""
-    path = tiny_disk / "run.safetensors"
-    # Some 170 KiB a checkpoint: there is room for one, not for a second beside it.
-    (tiny_disk / "others").write_bytes(bytes(764 * 1024))
-    done = subprocess.run(
-        [*COMMAND, "--workers=2", "--hidden=256", "--epochs=4", "--save", path, "--save-every=3"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert (
-        f"bnlayer: train: --save {path}: step 6 could not be saved: No space left on device. "
-        "The file is as it was before.\n"
-    ) in done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(entry.name for entry in tiny_disk.iterdir()) == ["others", "run.safetensors"]
-    kept = read(path)
-    assert kept is not None
-    assert kept.progress.steps == 3
+    with disk(tmp_path / "disk", "mount") as tiny:
+        path = tiny.folder / "run.safetensors"
+        train = (*COMMAND, "--workers=2", "--hidden=256", "--epochs=4", "--save", path, "--save-every=3", "--resume")
+        subprocess.run([*train, "--steps=3"], capture_output=True, timeout=100, check=True)
+        before = path.read_bytes()
+        # There is room for one checkpoint, not for a second beside it.
+        command = tiny.command(len(before) - 1, *train)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 1, done.stderr
+        assert (
+            f"bnlayer: train: --save {path}: step 6 could not be saved: {tiny.error}. The file is as it was before.\n"
+        ) in done.stderr
+        assert "Traceback" not in done.stderr
+        assert tiny.files == ["run.safetensors"]
+        assert path.read_bytes() == before
+        kept = read(path)
+        assert kept is not None
+        assert kept.progress.steps == 3
 
 
 def test_what_all_ranks_find_is_said_once(tmp_path: Path) -> None:
