@@ -1,0 +1,127 @@
+"""The service as a child process that is killed and started again on the same port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+_START_S = 30.0  # to listen; promises are measured, this only ends a test that hangs
+
+
+class Daemon:
+    """`python -m bnserver`, with a state directory that outlives it.
+
+    Args:
+        folder: of its state and its log.
+        options: of its command line, beside the address and the state directory.
+
+    Attributes:
+        address: HOST:PORT; the port is chosen by the kernel at the first start, and kept.
+        state: the state directory.
+        log: what it wrote to stderr, over all starts.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.address = "127.0.0.1:0"
+        self.state = folder / "state"
+        self.log = folder / "service.err"
+        self._options = options
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: SimpleQueue[tuple[float, str]] = SimpleQueue()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def begin(self, environ: Mapping[str, str] | None = None) -> None:
+        """Start the process, and don't wait until it listens.
+
+        Args:
+            environ: variables beside this process's.
+        """
+        assert not self.alive
+        command = [sys.executable, "-m", "bnserver", "--listen", self.address, "--state-dir", str(self.state)]
+        self._lines = SimpleQueue()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *self._options],
+                env={**os.environ, **(environ or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        Thread(target=_read, args=(self._process, self._lines), name="daemon-reader", daemon=True).start()
+
+    def listens(self) -> float:
+        """Wait until ranks can join; returns when that was said, on the monotonic clock."""
+        try:
+            when, line = self._lines.get(timeout=_START_S)
+        except Empty:
+            raise AssertionError(f"the service did not listen within {_START_S} s: {self.said()}") from None
+        assert line.startswith("bnserver listening on "), (line, self.said())
+        self.address = line.split()[-1]
+        return when
+
+    def start(self, environ: Mapping[str, str] | None = None) -> float:
+        """Start it, and wait until ranks can join; returns when that was said."""
+        self.begin(environ)
+        return self.listens()
+
+    def signal(self, number: int) -> float:
+        """Send it a signal; returns when."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        return time.monotonic()
+
+    def kill(self) -> float:
+        """Kill it with -9, and wait until it is gone; returns when it was killed."""
+        when = self.signal(signal.SIGKILL)
+        self.wait()
+        return when
+
+    def wait(self, within: float = _START_S) -> int:
+        """Its exit code, once it ends."""
+        assert self._process is not None
+        return self._process.wait(within)
+
+    def said(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(encoding="utf-8", errors="replace")[-4000:] if self.log.exists() else ""
+
+
+def _read(process: subprocess.Popen[str], lines: SimpleQueue[tuple[float, str]]) -> None:
+    assert process.stdout is not None
+    with process.stdout as out:
+        for line in out:
+            lines.put((time.monotonic(), line.strip()))
+    lines.put((time.monotonic(), ""))
+
+
+@contextmanager
+def daemon(folder: Path, *options: str) -> Iterator[Daemon]:
+    """A service that listens, and is gone after the block."""
+    service = Daemon(folder, options)
+    try:
+        service.start()
+        yield service
+    finally:
+        if service.alive:
+            service.signal(signal.SIGCONT)
+            service.kill()

@@ -1,0 +1,199 @@
+"""A proxy between a rank and the service, which breaks connections as a plan says.
+
+It runs in a thread of the test's own, on ports the kernel chose, and is gone with the `with` block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
+
+from support.fault.faults import Fault, Kind
+
+_CHUNK = 2**16
+_LATE_CHUNKS = 20
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends a reset
+
+Plan = Callable[[int, int], Fault]
+"""The fault of a rank's connection, by rank and number."""
+
+
+_End = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Proxy:
+    """One port per rank.
+
+    Args:
+        target: HOST:PORT of the service, which may come and go.
+        ranks: how many.
+        plan: what happens to each connection.
+
+    Attributes:
+        addresses: where each rank connects, in rank order.
+        struck: how often each kind of fault has struck.
+        story: a line for each.
+    """
+
+    def __init__(self, target: str, ranks: int, plan: Plan) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
+        self._plan = plan
+        self._loop = asyncio.new_event_loop()
+        self._connections = [0] * ranks
+        self._links: set[asyncio.Task[None]] = set()
+        self.struck: Counter[str] = Counter()
+        self.story: list[str] = []
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
+        self.addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+        self._thread = Thread(target=self._run, args=(sockets,), name="fault-proxy", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End every connection, and the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self, sockets: list[socket.socket]) -> None:
+        asyncio.set_event_loop(self._loop)
+        servers = [self._loop.run_until_complete(self._serve(rank, one)) for rank, one in enumerate(sockets)]
+        self._loop.run_forever()
+        for server in servers:
+            server.close()
+        pending = asyncio.all_tasks(self._loop)
+        for task in pending:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _serve(self, rank: int, at: socket.socket) -> asyncio.Server:
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            # A task of our own: asyncio's, for a coroutine, complains of being cancelled.
+            task = self._loop.create_task(self._link(rank, (reader, writer)))
+            self._links.add(task)
+            task.add_done_callback(self._links.discard)
+
+        return await asyncio.start_server(connected, sock=at)
+
+    async def _link(self, rank: int, here: _End) -> None:
+        number = self._connections[rank]
+        self._connections[rank] += 1
+        fault = self._plan(rank, number)
+        try:
+            there = await asyncio.open_connection(self._host, self._port)
+        except OSError:
+            _reset(here[1])  # nobody listens there at present
+            return
+        await _Link(fault, lambda: self._note(rank, number, fault)).run(here, there)
+
+    def _note(self, rank: int, number: int, fault: Fault) -> None:
+        self.struck[fault.kind] += 1
+        self.story.append(f"rank {rank}, connection {number}: {fault}")
+
+
+class _Link:
+    """One connection, from end to end."""
+
+    def __init__(self, fault: Fault, note: Callable[[], None]) -> None:
+        self._fault = fault
+        self._note = note
+        self._struck = False
+        self._late = 0
+        self._swallows = False
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def run(self, rank: _End, service: _End) -> None:
+        """Pass bytes both ways until both are at their end."""
+        self._writers = [rank[1], service[1]]
+        ways = [self._pass(rank[0], service[1], up=True), self._pass(service[0], rank[1], up=False)]
+        try:
+            await asyncio.gather(*ways)
+        finally:
+            for writer in self._writers:
+                writer.close()
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, up: bool) -> None:
+        passed = 0
+        with suppress(ConnectionError):
+            while data := await source.read(_CHUNK):
+                if self._fault.up is up:
+                    await self._through(sink, data, passed)
+                elif self._struck and self._fault.kind is Kind.LOST_REPLY:
+                    self._end_both(_reset)
+                else:
+                    await _write(sink, data)
+                passed += len(data)
+            if not sink.is_closing():
+                sink.write_eof()
+
+    async def _through(self, sink: asyncio.StreamWriter, data: bytes, passed: int) -> None:
+        """Bytes on the way that the fault is about."""
+        left = self._fault.after - passed
+        if self._struck:
+            await self._after_strike(sink, data)
+        elif len(data) < left or self._fault.kind is Kind.NONE:
+            await _write(sink, data)
+        else:
+            await _write(sink, data[:left])
+            self._struck = True
+            self._note()
+            await self._strike(sink, data[left:])
+
+    async def _strike(self, sink: asyncio.StreamWriter, rest: bytes) -> None:
+        match self._fault.kind:
+            case Kind.CUT:
+                self._end_both(_reset)
+            case Kind.CLOSE:
+                self._end_both(asyncio.StreamWriter.close)
+            case Kind.HALF_CLOSE:
+                self._swallows = True
+                sink.write_eof()
+            case Kind.BLACKHOLE:
+                self._swallows = True
+                asyncio.get_running_loop().call_later(self._fault.seconds, self._end_both, _reset)
+            case Kind.DELAY:
+                self._late = _LATE_CHUNKS
+                await self._after_strike(sink, rest)
+            case _:
+                await _write(sink, rest)
+
+    async def _after_strike(self, sink: asyncio.StreamWriter, data: bytes) -> None:
+        if self._swallows:
+            return
+        if self._late:
+            self._late -= 1
+            await asyncio.sleep(self._fault.seconds)
+        await _write(sink, data)
+
+    def _end_both(self, end: Callable[[asyncio.StreamWriter], None]) -> None:
+        for writer in self._writers:
+            end(writer)
+
+
+async def _write(sink: asyncio.StreamWriter, data: bytes) -> None:
+    if data and not sink.is_closing():
+        sink.write(data)
+        await sink.drain()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    at: socket.socket = writer.get_extra_info("socket")
+    if at.fileno() >= 0:
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
+
+
+@contextmanager
+def proxy(target: str, ranks: int, plan: Plan) -> Iterator[Proxy]:
+    """A proxy for the length of a `with` block."""
+    between = Proxy(target, ranks, plan)
+    try:
+        yield between
+    finally:
+        between.close()

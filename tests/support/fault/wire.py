@@ -1,0 +1,49 @@
+"""A job through the proxy: connections break in every way, and nothing is lost, and nothing counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from support.fault.daemons import daemon
+from support.fault.faults import plan
+from support.fault.jobs import Job, owner
+from support.fault.model import check
+from support.fault.proxy import proxy
+from support.fault.ranks import ranks
+from support.fault.report import Report
+
+WORLD = 3
+EXCHANGES_PER_STEP = 12
+_LARGE_EVERY = 20  # steps: a connection may break within an array that travels in parts
+_TELL_EVERY = 500
+
+Progress = Callable[[str], None]
+
+
+def exchanges_under_faults(folder: Path, seed: int, exchanges: int, progress: Progress) -> Report:
+    """Train for so many exchanges, while every connection of every rank ends as the seed says."""
+    report = Report(f"exchanges under the fault proxy, seed {seed}")
+    steps = -(-exchanges // EXCHANGES_PER_STEP)
+    with (
+        daemon(folder / "service") as service,
+        ranks(WORLD, folder / "ranks") as team,
+        proxy(service.address, WORLD, lambda rank, number: plan(seed, rank, number)) as between,
+    ):
+        options = {"large_every": _LARGE_EVERY}
+        job = Job("wire", team, between.addresses, folder, seed=seed, until=steps, options=options)
+        try:
+            job.hear("joined")
+            for count in range(_TELL_EVERY, exchanges, _TELL_EVERY):
+                job.await_progress([count] * WORLD)
+                progress(f"{count} exchanges, {between.struck.total()} faults")
+            job.hear("reached", within=600)
+            histories = job.histories()
+            job.leave()
+            report.add(check(histories, owner(service.address, "wire")))
+            struck = ", ".join(f"{count} {kind}" for kind, count in sorted(between.struck.items()))
+            report.done = f"{len(histories[0])} exchanges of {WORLD} ranks; {between.struck.total()} faults: {struck}"
+        except AssertionError as error:
+            report.add([str(error), *between.story[-5:], service.said()])
+        report.story = between.story
+    return report
