@@ -23,7 +23,8 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras bench bench-full bench-docs coverage format lint types contracts \
+.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras soak bench bench-full bench-docs coverage format \
+	lint types contracts \
 	stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -95,6 +96,9 @@ test-keras: .venv-keras/.ready  ## the layer beside Keras, JAX's autograd and to
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest -m "not (rpc or mpi or fault or slow)" $(NO_KERAS)
+
+soak: setup  ## break the service for an hour, as often as its promises say (SOAK_SEED=, SOAK_SCALE=0.1, SOAK=NAMES)
+	PYTHONPATH=tests $(BIN)/python -m support.fault.soak $(SOAK)
 
 coverage: setup  ## branch coverage of the pure code by the fast tests
 	$(BIN)/coverage erase

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from support.fault.seed import SEED
+
 _ALLOWED = Path(__file__).with_name("allowed-skips.txt")
 _VENDORS = {"Open MPI": "Open MPI", "HYDRA": "MPICH"}
 
 
 def pytest_report_header() -> list[str]:
-    """Name the MPI of this environment and the skips that are allowed."""
-    return [f"mpi: {_mpi()}", f"allowed skips: {', '.join(_allowed_skips()) or 'none'}"]
+    """Name the MPI of this environment, the skips that are allowed, and the seed of the fault tests."""
+    skips = ", ".join(_allowed_skips()) or "none"
+    return [f"mpi: {_mpi()}", f"allowed skips: {skips}", f"fault seed: {SEED} (another one: FAULT_SEED=)"]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

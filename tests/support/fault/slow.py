@@ -39,10 +39,9 @@ def saturated() -> Iterator[None]:
             burner.wait()
 
 
-def slow_is_not_dead(folder: Path, seed: int, steps: int, holds: int, progress: Progress) -> Report:
-    """Train for so many steps; rank 1 holds its interpreter's lock for 3 s so many times meanwhile."""
+def slow_is_not_dead(folder: Path, seed: int, steps: int, progress: Progress, every: int = 500) -> Report:
+    """Train for so many steps; rank 1 holds its interpreter's lock for 3 s after every so many."""
     report = Report(f"slow is not dead, seed {seed}")
-    every = steps // holds
     options = {1: {"hold_every": every, "hold_s": HOLD_S}}
     with daemon(folder / "service") as service, ranks(WORLD, folder / "ranks") as team:
         job = Job("slow", team, [service.address], folder, seed=seed, until=steps, own=options)

@@ -1,0 +1,113 @@
+"""The campaigns at the size that the promises name: `make soak`.
+
+SOAK_SEED and SOAK_SCALE are read from the environment; names of campaigns on the command line run those alone. Every
+run prints its seed and the command that repeats it; it ends with a table, and fails if a promise was broken.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from support.fault.rank_kills import rank_kills
+from support.fault.report import Report
+from support.fault.service_kills import service_kills
+from support.fault.slow import slow_is_not_dead
+from support.fault.wire import exchanges_under_faults
+
+Progress = Callable[[str], None]
+Campaign = Callable[[Path, int, int, Progress], Report]
+
+SHORT_LEASE_S = 1.0  # so that a hundred frozen ranks take minutes
+_TELL_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One campaign of the soak.
+
+    Attributes:
+        run: it, given a folder, a seed, an amount, and whom to tell of progress.
+        amount: what the promises name; SOAK_SCALE multiplies it.
+        unit: of the amount.
+    """
+
+    run: Campaign
+    amount: int
+    unit: str
+
+
+def _stops(folder: Path, seed: int, rounds: int, progress: Progress, lease: float | None) -> Report:
+    return rank_kills(folder, seed, rounds, signal.SIGSTOP, lease, progress)
+
+
+def _kills(folder: Path, seed: int, rounds: int, progress: Progress) -> Report:
+    return rank_kills(folder, seed, rounds, signal.SIGKILL, None, progress)
+
+
+CAMPAIGNS = {
+    "service-kills": Entry(service_kills, 100, "kills"),
+    "rank-kills": Entry(_kills, 100, "kills"),
+    "rank-stops": Entry(partial(_stops, lease=SHORT_LEASE_S), 100, "stops"),
+    "rank-stops-default-lease": Entry(partial(_stops, lease=None), 5, "stops"),
+    "exchanges": Entry(exchanges_under_faults, 10_000, "exchanges"),
+    "slow": Entry(slow_is_not_dead, 10_000, "steps"),
+}
+
+
+def main() -> int:
+    """Run what was asked for."""
+    seed = int(os.environ.get("SOAK_SEED") or time.time_ns() % 1_000_000)
+    scale = float(os.environ.get("SOAK_SCALE") or 1)
+    names = sys.argv[1:] or list(CAMPAIGNS)
+    unknown = sorted(set(names) - set(CAMPAIGNS))
+    if unknown:
+        _say(f"soak: unknown: {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
+        return 2
+    _say(f"soak: seed {seed}, scale {scale:g}; again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g}")
+    reports = []
+    for name in names:
+        entry = CAMPAIGNS[name]
+        amount = max(1, round(entry.amount * scale))
+        _say(f"=== {name}: {amount} {entry.unit}")
+        with tempfile.TemporaryDirectory(prefix="bnlayer-soak-") as folder:
+            began = time.monotonic()
+            report = entry.run(Path(folder), seed, amount, _Bar(name))
+        _say(f"{report}\n        {time.monotonic() - began:.0f} s")
+        reports.append((name, report))
+    _say("\n=== soak, seed " + str(seed))
+    for _, report in reports:
+        _say(str(report))
+    failed = [name for name, report in reports if report.violations]
+    for name in failed:
+        _say(f"again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g} SOAK={name}")
+    return 1 if failed else 0
+
+
+class _Bar:
+    """Tells of progress now and then."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        now = time.monotonic()
+        if now >= self._told + _TELL_EVERY_S:
+            self._told = now
+            _say(f"{self._name} {now - self._began:5.0f} s: {what}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
