@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from support.fault.history import Op, Record
-from support.fault.model import check, owned
+from support.fault.model import check, timeline
 
 History = list[Record]
 Histories = list[History]
@@ -81,8 +81,21 @@ def test_an_honest_history_is_accepted() -> None:
 
 def test_the_moving_update_is_the_one_of_the_formula() -> None:
     """Once, in float64, rounded to float32."""
-    assert owned([history[:3] for history in _honest()]) == {"a": (_ONE, 1)}
-    assert owned([history[:5] for history in _honest()]) == {"a": (_TWO, 2)}
+    assert check([history[:3] for history in _honest()], {"a": (_ONE, 1)}) == []
+    assert check([history[:5] for history in _honest()], {"a": (_TWO, 2)}) == []
+
+
+def test_a_timeline_holds_every_state_once() -> None:
+    """As a lone rank sees them, over two runs of a job: what an owner that was cut short may have gone back to."""
+    total = _words(2**15, 0, 2**12, 0, 1, 0)
+    alone = Record("sums", "a", "forward", 0, 1, total, total, 1, 0.0, 0.0)
+    probe = Record("probe", "a", "forward", 0, 0, _PROBED, _PROBED, 0, 0.0, 0.0)
+    enrolled = _honest()[0][0]
+    first, second = timeline([[enrolled, probe, alone]])[1:]
+    assert first == {"a": (_SEED, 0)}
+    assert second["a"][1] == 1
+    again = replace(enrolled, got=second["a"][0], version=1)
+    assert timeline([[enrolled, probe, alone]], [[again]]) == [{}, first, second]
 
 
 def _change(histories: Histories, index: int, rank: int | None = None, **fields: object) -> None:

@@ -57,11 +57,17 @@ class Disk:
             return arguments
         return (sys.executable, "-c", _LIMITED, str(room), *arguments)
 
-    def fill(self, pid: int, room: int) -> None:
-        """Leave so many bytes: on the disk, or, for one process, to each file."""
+    def fill(self, pid: int, room: int, largest: int = 0) -> None:
+        """Leave so many bytes on the disk.
+
+        Args:
+            pid: of the process for which it is full, if it is so by a limit.
+            room: bytes that are left.
+            largest: the size of the largest file, which may grow by as much; it is the limit that counts from there.
+        """
         if not self.mounted:
             hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, hard))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest + room, hard))
             return
         with self._others.open("wb", buffering=0) as file:
             try:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import IO
 
 _START_S = 30.0  # to listen; promises are measured, this only ends a test that hangs
 
@@ -22,6 +23,7 @@ class Daemon:
     Args:
         folder: of its state and its log.
         options: of its command line, beside the address and the state directory.
+        state: the state directory, if it is elsewhere.
 
     Attributes:
         address: HOST:PORT; the port is chosen by the kernel at the first start, and kept.
@@ -29,13 +31,14 @@ class Daemon:
         log: what it wrote to stderr, over all starts.
     """
 
-    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = (), state: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.address = "127.0.0.1:0"
-        self.state = folder / "state"
+        self.state = state or folder / "state"
         self.log = folder / "service.err"
         self._options = options
         self._process: subprocess.Popen[str] | None = None
+        self._logger = Thread()
         self._lines: SimpleQueue[tuple[float, str]] = SimpleQueue()
 
     @property
@@ -49,6 +52,11 @@ class Daemon:
         """Whether it runs."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped by a signal."""
+        return Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T"
+
     def begin(self, environ: Mapping[str, str] | None = None) -> None:
         """Start the process, and don't wait until it listens.
 
@@ -58,16 +66,20 @@ class Daemon:
         assert not self.alive
         command = [sys.executable, "-m", "bnserver", "--listen", self.address, "--state-dir", str(self.state)]
         self._lines = SimpleQueue()
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, *self._options],
-                env={**os.environ, **(environ or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        Thread(target=_read, args=(self._process, self._lines), name="daemon-reader", daemon=True).start()
+        self._process = subprocess.Popen(
+            [*command, *self._options],
+            env={**os.environ, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        # Through pipes: what limits the size of its files must not limit what it says.
+        Thread(target=_hear, args=(self._process.stdout, self._lines), name="daemon-out", daemon=True).start()
+        self._logger = Thread(target=_log, args=(self._process.stderr, self.log), name="daemon-err", daemon=True)
+        self._logger.start()
 
     def listens(self) -> float:
         """Wait until ranks can join; returns when that was said, on the monotonic clock."""
@@ -99,19 +111,27 @@ class Daemon:
     def wait(self, within: float = _START_S) -> int:
         """Its exit code, once it ends."""
         assert self._process is not None
-        return self._process.wait(within)
+        code = self._process.wait(within)
+        self._logger.join()
+        return code
 
     def said(self) -> str:
         """The end of its log."""
         return self.log.read_text(encoding="utf-8", errors="replace")[-4000:] if self.log.exists() else ""
 
 
-def _read(process: subprocess.Popen[str], lines: SimpleQueue[tuple[float, str]]) -> None:
-    assert process.stdout is not None
-    with process.stdout as out:
+def _hear(out: IO[str], lines: SimpleQueue[tuple[float, str]]) -> None:
+    with out:
         for line in out:
             lines.put((time.monotonic(), line.strip()))
     lines.put((time.monotonic(), ""))
+
+
+def _log(errors: IO[str], path: Path) -> None:
+    with errors, path.open("a", encoding="utf-8") as file:
+        for line in errors:
+            file.write(line)
+            file.flush()
 
 
 @contextmanager

@@ -29,18 +29,21 @@ class Fault:
         up: to the bytes from the rank to the service; else to those from the service.
         after: how many bytes pass before.
         seconds: how long bytes are late, or swallowed.
+        both: whether a blackhole swallows the other way's bytes too, from that moment on.
     """
 
     kind: Kind
     up: bool = True
     after: int = 0
     seconds: float = 0.0
+    both: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind} {'up' if self.up else 'down'} after {self.after} bytes, {self.seconds:.3f} s"
 
 
 HEALTHY = Fault(Kind.NONE)
+FOR_EVER_S = 3600.0
 
 _MEAN_BYTES = 16_000  # some 50 exchanges of a small layer
 _EARLY_BYTES = 3_000  # what connecting, joining and enrolling take

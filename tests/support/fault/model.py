@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -107,12 +107,8 @@ def check(histories: Sequence[Sequence[Record]], owner: Mapping[str, Owned] | No
     if wrong:
         return wrong
     walk = _Walk()
-    joint = [[record for record in history if record.op not in _ALONE] for history in histories]
-    alone = [_alone(history) for history in histories]
-    for number, records in enumerate(zip(*joint, strict=True)):
-        walk.by_themselves([record for own in alone for record in own.get(number, ())])
-        walk.together(records)
-    walk.by_themselves([record for own in alone for record in own.get(len(joint[0]), ())])
+    for _ in walk.through(histories):
+        pass
     if owner is not None:
         walk.equal("the layers that the service holds", set(owner), set(walk.layers))
         for name, layer in walk.layers.items():
@@ -120,12 +116,22 @@ def check(histories: Sequence[Sequence[Record]], owner: Mapping[str, Owned] | No
     return walk.wrong[:_SHOWN]
 
 
-def owned(histories: Sequence[Sequence[Record]]) -> dict[str, Owned]:
-    """What the service must hold after such histories, which must be in order."""
+def timeline(*runs: Sequence[Sequence[Record]]) -> list[dict[str, Owned]]:
+    """All that the service held, one state after the other, while the ranks of a job saw this.
+
+    Args:
+        runs: of the job, one after the other: the histories of all ranks, in order. Where one of them ends early, the
+            run does.
+    """
     walk = _Walk()
-    for records in zip(*([one for one in history if one.op not in _ALONE] for history in histories), strict=True):
-        walk.together(records)
-    return {name: layer.owned for name, layer in walk.layers.items()}
+    states: list[dict[str, Owned]] = [{}]
+    for histories in runs:
+        for _ in walk.through(histories):
+            now = {name: layer.owned for name, layer in walk.layers.items()}
+            if now != states[-1]:
+                states.append(now)
+    assert not walk.wrong, walk.wrong
+    return states
 
 
 class _Walk:
@@ -140,6 +146,18 @@ class _Walk:
         if found != expected:
             self.wrong.append(f"{what}: expected {expected}, found {found}")
 
+    def through(self, histories: Sequence[Sequence[Record]]) -> Iterator[None]:
+        """Walk through the histories of all ranks; a stop after each step."""
+        joint = [[record for record in history if record.op not in _ALONE] for history in histories]
+        alone = [_alone(history) for history in histories]
+        for number, records in enumerate(zip(*joint, strict=False)):
+            self.by_themselves([record for own in alone for record in own.get(number, ())])
+            yield
+            self.together(records)
+            yield
+        self.by_themselves([record for own in alone for record in own.get(min(map(len, joint)), ())])
+        yield
+
     def by_themselves(self, records: Sequence[Record]) -> None:
         """What ranks did between two exchanges: one pushes, or some pull."""
         for record in sorted(records, key=lambda record: record.op, reverse=True):
@@ -152,9 +170,10 @@ class _Walk:
         """One exchange of all ranks."""
         first = records[0]
         if first.op == "enroll":
-            self.layers[first.layer] = layer = Layer([], [])
-            layer.take(first.sent, 0)
-            expected, version = first.sent, 0
+            if first.layer not in self.layers:
+                self.layers[first.layer] = Layer([], [])
+                self.layers[first.layer].take(first.sent, 0)
+            expected, version = self.layers[first.layer].owned
         elif first.op in ("probe", "sums"):
             total = _total(first.op, [words(record.sent, CHANNELS) for record in records])
             layer = self.layers[first.layer]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ class Proxy:
         addresses: where each rank connects, in rank order.
         struck: how often each kind of fault has struck.
         story: a line for each.
+        latest: when the latest one struck, on the monotonic clock.
     """
 
     def __init__(self, target: str, ranks: int, plan: Plan) -> None:
@@ -49,6 +51,7 @@ class Proxy:
         self._links: set[asyncio.Task[None]] = set()
         self.struck: Counter[str] = Counter()
         self.story: list[str] = []
+        self.latest = 0.0
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
         self.addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
         self._thread = Thread(target=self._run, args=(sockets,), name="fault-proxy", daemon=True)
@@ -93,6 +96,7 @@ class Proxy:
         await _Link(fault, lambda: self._note(rank, number, fault)).run(here, there)
 
     def _note(self, rank: int, number: int, fault: Fault) -> None:
+        self.latest = time.monotonic()
         self.struck[fault.kind] += 1
         self.story.append(f"rank {rank}, connection {number}: {fault}")
 
@@ -126,7 +130,7 @@ class _Link:
                     await self._through(sink, data, passed)
                 elif self._struck and self._fault.kind is Kind.LOST_REPLY:
                     self._end_both(_reset)
-                else:
+                elif not (self._struck and self._fault.both):
                     await _write(sink, data)
                 passed += len(data)
             if not sink.is_closing():

@@ -34,7 +34,10 @@ class Rank:
         with errors.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "support.fault.worker"],
-                env={**os.environ, "PYTHONPATH": str(_TESTS)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(_TESTS), os.environ.get("PYTHONPATH")))),
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

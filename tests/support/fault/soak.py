@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from support.fault.damage import cut, flipped
+from support.fault.full import full_disk
 from support.fault.rank_kills import rank_kills
 from support.fault.report import Report
 from support.fault.service_kills import service_kills
 from support.fault.slow import slow_is_not_dead
+from support.fault.sweep import failpoints
 from support.fault.wire import exchanges_under_faults
 
 Progress = Callable[[str], None]
@@ -52,12 +55,22 @@ def _kills(folder: Path, seed: int, rounds: int, progress: Progress) -> Report:
     return rank_kills(folder, seed, rounds, signal.SIGKILL, None, progress)
 
 
+def _damage(
+    campaign: Callable[[Path, int, float, Progress], Report], folder: Path, seed: int, percent: int, progress: Progress
+) -> Report:
+    return campaign(folder, seed, min(1.0, percent / 100), progress)
+
+
 CAMPAIGNS = {
     "service-kills": Entry(service_kills, 100, "kills"),
     "rank-kills": Entry(_kills, 100, "kills"),
     "rank-stops": Entry(partial(_stops, lease=SHORT_LEASE_S), 100, "stops"),
     "rank-stops-default-lease": Entry(partial(_stops, lease=None), 5, "stops"),
     "exchanges": Entry(exchanges_under_faults, 10_000, "exchanges"),
+    "failpoints": Entry(failpoints, 10, "hits of each"),
+    "flipped-bytes": Entry(partial(_damage, flipped), 100, "% of all bytes"),
+    "cut-journals": Entry(partial(_damage, cut), 100, "% of all bytes"),
+    "full-disk": Entry(full_disk, 40, "rounds"),
     "slow": Entry(slow_is_not_dead, 10_000, "steps"),
 }
 

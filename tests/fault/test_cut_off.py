@@ -1,0 +1,82 @@
+"""A rank that is cut off without a sign: its bytes go nowhere, on connections that stay up."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from support.fault.daemons import daemon
+from support.fault.faults import FOR_EVER_S, HEALTHY, Fault, Kind
+from support.fault.jobs import Job, owner
+from support.fault.model import check
+from support.fault.proxy import proxy
+from support.fault.ranks import ranks
+from support.fault.seed import SEED
+from support.fault.soak import SHORT_LEASE_S
+
+pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+
+_WORLD = 3
+_CUT_OFF = 1  # the rank
+_AFTER_BYTES = 6_000  # in the second step
+_TIMEOUT_S = 8.0
+_STEPS = 12
+
+WAYS = {
+    "up": Fault(Kind.BLACKHOLE, up=True, after=_AFTER_BYTES, seconds=FOR_EVER_S),
+    "down": Fault(Kind.BLACKHOLE, up=False, after=_AFTER_BYTES, seconds=FOR_EVER_S),
+    "both": Fault(Kind.BLACKHOLE, up=True, after=_AFTER_BYTES, seconds=FOR_EVER_S, both=True),
+}
+ways = pytest.mark.parametrize("fault", WAYS.values(), ids=WAYS)
+
+
+@ways
+def test_a_rank_whose_connection_falls_silent_makes_another_one(fault: Fault, tmp_path: Path) -> None:
+    """The next connection is sound: the job goes on, and nothing is lost or counted twice."""
+
+    def plan(rank: int, number: int) -> Fault:
+        return fault if (rank, number) == (_CUT_OFF, 0) else HEALTHY
+
+    with (
+        daemon(tmp_path / "service") as service,
+        ranks(_WORLD, tmp_path / "ranks") as team,
+        proxy(service.address, _WORLD, plan) as between,
+    ):
+        job = Job("silent", team, between.addresses, tmp_path, seed=SEED, until=_STEPS)
+        job.hear("joined")
+        job.hear("reached")
+        assert between.struck == {Kind.BLACKHOLE: 1}
+        job.leave()
+        assert check(job.histories(), owner(service.address, "silent")) == []
+
+
+@ways
+def test_a_rank_that_stays_cut_off_is_told_to_the_others(fault: Fault, tmp_path: Path) -> None:
+    """By name, within its lease and a second; and it hears of it itself, by its own clock."""
+    again = Fault(Kind.BLACKHOLE, up=fault.up, after=0, seconds=FOR_EVER_S, both=fault.both)
+
+    def plan(rank: int, number: int) -> Fault:
+        if rank != _CUT_OFF:
+            return HEALTHY
+        return fault if number == 0 else again
+
+    with (
+        daemon(tmp_path / "service", f"--lease={SHORT_LEASE_S:g}") as service,
+        ranks(_WORLD, tmp_path / "ranks") as team,
+        proxy(service.address, _WORLD, plan) as between,
+    ):
+        options = {"timeout": _TIMEOUT_S}
+        job = Job("gone", team, between.addresses, tmp_path, seed=SEED, until=10_000, options=options)
+        job.hear("joined")
+        job.until(lambda: between.latest > 0, "the rank is cut off")
+        began = between.latest
+        for rank in (0, 2):
+            told = team[rank].hear("told")
+            assert told["when"] - began <= SHORT_LEASE_S + 1.0
+            assert (told["kind"], told["ranks"]) == ("PeerLostError", [_CUT_OFF])
+            assert f"rank {_CUT_OFF} (host " in told["text"]
+            assert f"pid {team[_CUT_OFF].pid})" in told["text"]
+        assert team[_CUT_OFF].hear("told")["when"] - began <= _TIMEOUT_S + 2.0
+        assert time.monotonic() - began <= _TIMEOUT_S + 3.0
