@@ -76,11 +76,11 @@ class Disk:
             except OSError:
                 file.truncate(max(0, file.tell() - room))
 
-    def free(self, pid: int) -> None:
-        """Make room again."""
+    def free(self, pid: int | None) -> None:
+        """Make room again; None: the process has ended, and its limit with it."""
         if self.mounted:
             self._others.unlink()
-        else:
+        elif pid is not None:
             hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
 

@@ -101,9 +101,11 @@ class _Round:
         largest = max((path.stat().st_size for path in self._service.state.iterdir()), default=0)
         self._disk.fill(self._service.pid, self._turn.room, largest)
         self._meanwhile()
+        if self._disk.error not in self._service.log.read_text(encoding="utf-8"):
+            self._report.add([f"{self._turn}: the service's log does not say {self._disk.error!r}"])
         if self._turn.killed:
             self._service.kill()
-        self._disk.free(self._service.pid)
+        self._disk.free(self._service.pid if self._service.alive else None)
         if self._turn.killed:
             self._service.start()
         answers = self._job.hear("reached", "told")

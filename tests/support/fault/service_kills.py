@@ -56,7 +56,6 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
         job = Job("parts", team, [service.address], folder, seed=seed, until=steps)
         try:
             moments = _killed(job, service, seed, kills, report, progress)
-            job.hear("joined")
             job.hear("reached")
             histories = job.histories()
             report.add(check(histories))

@@ -6,6 +6,7 @@ run prints its seed and the command that repeats it; it ends with a table, and f
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -77,6 +78,7 @@ CAMPAIGNS = {
 
 def main() -> int:
     """Run what was asked for."""
+    logging.basicConfig(level=logging.ERROR)
     seed = int(os.environ.get("SOAK_SEED") or time.time_ns() % 1_000_000)
     scale = float(os.environ.get("SOAK_SCALE") or 1)
     names = sys.argv[1:] or list(CAMPAIGNS)

@@ -94,6 +94,8 @@ def failpoints(folder: Path, seed: int, hits: int, progress: Progress, actions: 
                     rank.go_on(0)
                 failed.hear("left")
                 reached += failed.seen
+                if case.action in ("kill", "stop"):
+                    report.same(f"{case}: whether the service failed there", failed.seen, True)
                 if not service.alive:
                     service.start()
                 report.add([f"{case}: {line}" for line in check(job.histories(), owner(service.address, job.name))])
