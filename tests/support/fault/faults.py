@@ -12,7 +12,7 @@ class Kind(StrEnum):
     """One way to break a connection; "there" is the end that the bytes go to."""
 
     NONE = "none"
-    DELAY = "delay"  # a while of late bytes
+    DELAY = "delay"  # a while of late bytes, then a reset
     CUT = "cut"  # a reset, in the middle of a message
     CLOSE = "close"  # a clean end of the connection, in the middle of a message
     HALF_CLOSE = "half-close"  # there hears that no more comes; the other way stays open

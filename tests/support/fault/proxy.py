@@ -124,7 +124,7 @@ class _Link:
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, up: bool) -> None:
         passed = 0
-        with suppress(ConnectionError):
+        with suppress(OSError):  # an end that is gone is told by closing the other
             while data := await source.read(_CHUNK):
                 if self._fault.up is up:
                     await self._through(sink, data, passed)
@@ -170,10 +170,11 @@ class _Link:
     async def _after_strike(self, sink: asyncio.StreamWriter, data: bytes) -> None:
         if self._swallows:
             return
-        if self._late:
-            self._late -= 1
-            await asyncio.sleep(self._fault.seconds)
+        await asyncio.sleep(self._fault.seconds if self._late else 0.0)
         await _write(sink, data)
+        if self._late == 1:
+            self._end_both(_reset)
+        self._late = max(0, self._late - 1)
 
     def _end_both(self, end: Callable[[asyncio.StreamWriter], None]) -> None:
         for writer in self._writers:

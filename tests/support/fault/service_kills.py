@@ -1,49 +1,75 @@
 """kill -9 of the service at any moment of a job: the job goes on, and ends with the bits of a job left alone.
 
 Seen from outside only: a moment is drawn as a number of exchanges since the last restart and a delay below the time
-that an exchange takes. The first kill falls into the joining; some restarts are killed in turn, before they listen.
+that an exchange takes. The first blow falls into the joining; some restarts are killed in turn, before they listen.
+In a storm the service is stopped (SIGSTOP) as often as it is killed, and connections break all the time.
 """
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from support.fault.daemons import Daemon, daemon
+from support.fault.faults import plan
 from support.fault.history import first_after
 from support.fault.jobs import Job, owner
-from support.fault.model import Owned, check
+from support.fault.model import check
+from support.fault.proxy import Proxy, proxy
 from support.fault.ranks import Rank, ranks
 from support.fault.report import Report, Times
 
 RESUMED_S = 2.0  # the promise: so long after the service listens again, every rank has completed an exchange
 WORLD = 3
-_STEPS_PER_KILL = 6
-_MOST_EXCHANGES = 50  # between two kills: 4 steps, so that none comes after the last step
+_STEPS_PER_BLOW = 6
+_MOST_EXCHANGES = 50  # between two blows: 4 steps, so that none comes after the last step
 _LONGEST_DELAY_S = 0.012
 _JOINING_S = 0.15
 _STARTING_S = 0.6
 _KILLED_AGAIN = 0.25  # of the restarts
+_LONGEST_STOP_S = 3.0
 
 Progress = Callable[[str], None]
 
 
-def steps_for(kills: int) -> int:
-    """How many steps a job has, so that so many kills fall into it."""
-    return 10 + _STEPS_PER_KILL * kills
+@dataclass(frozen=True)
+class Blow:
+    """What happens to the service once.
 
+    Attributes:
+        number: from 0.
+        exchanges: how many come before, since it listened last.
+        delay: seconds after that.
+        again: seconds after its restart at which it is killed once more; None: it is not.
+        stopped: seconds for which it is stopped, instead of being killed; None: it is killed.
+    """
 
-def undisturbed(folder: Path, seed: int, steps: int) -> dict[str, Owned]:
-    """What the service holds after a job that nobody disturbs."""
-    with daemon(folder / "service") as service, ranks(WORLD, folder / "ranks") as team:
-        job = Job("whole", team, [service.address], folder, seed=seed, until=steps)
-        job.hear("joined")
-        job.hear("reached")
-        job.leave()
-        return owner(service.address, "whole")
+    number: int
+    exchanges: int
+    delay: float
+    again: float | None
+    stopped: float | None
+
+    @classmethod
+    def draw(cls, seed: int, number: int, *, stops: bool) -> Blow:
+        """The blow of this number: a pure function of the seed."""
+        rng = np.random.default_rng([seed, number])
+        exchanges, share = int(rng.integers(_MOST_EXCHANGES)), float(rng.random())
+        again, stopped = float(rng.uniform(0, _STARTING_S)), float(rng.uniform(0, _LONGEST_STOP_S))
+        delay = float(rng.uniform(0, _JOINING_S if number == 0 else _LONGEST_DELAY_S))
+        return cls(
+            number,
+            0 if number == 0 else exchanges,
+            delay,
+            again if share < _KILLED_AGAIN else None,
+            stopped if stops and number % 2 else None,
+        )
 
 
 def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Report:
@@ -51,58 +77,90 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
     report = Report(f"kill -9 of the service, seed {seed}")
     resumed = Times("every rank has resumed after the service listens again", RESUMED_S)
     report.times.append(resumed)
-    steps = steps_for(kills)
+    steps = 10 + _STEPS_PER_BLOW * kills
     with daemon(folder / "service") as service, ranks(WORLD, folder / "ranks") as team:
-        job = Job("parts", team, [service.address], folder, seed=seed, until=steps)
         try:
-            moments = _killed(job, service, seed, kills, report, progress)
-            job.hear("reached")
-            histories = job.histories()
-            report.add(check(histories))
-            for moment in moments:
-                ends = [first_after(history, moment) for history in histories]
+            job = Job("parts", team, [service.address], folder, seed=seed, until=steps)
+            blows = [Blow.draw(seed, number, stops=False) for number in range(kills)]
+            for moment in _struck(job, service, blows, report, progress):
+                ends = [first_after(history, moment) for history in job.histories()]
                 resumed.seconds += [end - moment for end in ends if end is not None]
-            job.leave()
-            held = owner(service.address, "parts")
-            service.kill()
-            service.start()
-            report.same("what outlives a kill after the last rank has left", owner(service.address, "parts"), held)
-            report.add(check(histories, held))
-            whole = undisturbed(folder / "whole", seed, steps)
-            report.same("the owner's statistics, beside those of the undisturbed job", held, whole)
+            _ended_well(job, service, report)
+            whole = Job("whole", team, [service.address], folder, seed=seed, until=steps)
+            whole.hear("joined")
+            whole.hear("reached")
+            whole.leave()
+            held, undisturbed = owner(service.address, "parts"), owner(service.address, "whole")
+            report.same("the owner's statistics, beside those of an undisturbed job", held, undisturbed)
         except AssertionError as error:
             report.add([f"{type(error).__name__}: {error}", *report.story[-3:], service.said()])
     report.done = f"{len(report.story)} kills in a job of {steps} steps"
     return report
 
 
-def _killed(job: Job, service: Daemon, seed: int, kills: int, report: Report, progress: Progress) -> list[float]:
-    """Kill and restart; returns when the service listened again, each time that nobody killed it before."""
-    rng = np.random.default_rng(seed)
+def storm(folder: Path, seed: int, blows: int, progress: Progress) -> Report:
+    """Kill and stop the service in turns, so many times, while every connection breaks as the seed says."""
+    report = Report(f"storm, seed {seed}")
+    steps = 10 + _STEPS_PER_BLOW * blows
+    with ExitStack() as stack:
+        service = stack.enter_context(daemon(folder / "service"))
+        team = stack.enter_context(ranks(WORLD, folder / "ranks"))
+        between: Proxy = stack.enter_context(proxy(service.address, WORLD, lambda rank, count: plan(seed, rank, count)))
+        try:
+            job = Job("storm", team, between.addresses, folder, seed=seed, until=steps, options={"large_every": 20})
+            drawn = [Blow.draw(seed, number, stops=True) for number in range(blows)]
+            _struck(job, service, drawn, report, progress)
+            _ended_well(job, service, report)
+        except AssertionError as error:
+            report.add([f"{type(error).__name__}: {error}", *report.story[-3:], *between.story[-5:], service.said()])
+        report.done = f"{len(report.story)} blows and {between.struck.total()} broken connections in {steps} steps"
+    return report
+
+
+def _ended_well(job: Job, service: Daemon, report: Report) -> None:
+    """Let the job come to its end, and judge it; what the service holds then outlives another kill."""
+    job.hear("reached")
+    histories = job.histories()
+    job.leave()
+    held = owner(service.address, job.name)
+    report.add(check(histories, held))
+    service.kill()
+    service.start()
+    report.same("what outlives a kill after the last rank has left", owner(service.address, job.name), held)
+
+
+def _struck(job: Job, service: Daemon, blows: Sequence[Blow], report: Report, progress: Progress) -> list[float]:
+    """Strike the service, each time after the job has gone on; returns when it listened again after each kill."""
     moments = []
     floor = [0] * len(job.team)
     quiet: list[Rank] = []
-    for number in range(kills):
-        exchanges, delay = int(rng.integers(_MOST_EXCHANGES)), float(rng.uniform(0, _LONGEST_DELAY_S))
-        again, later = rng.random() < _KILLED_AGAIN, float(rng.uniform(0, _STARTING_S))
-        if number == 0:
-            delay = float(rng.uniform(0, _JOINING_S))
+    for blow in blows:
+        job.await_progress([count + blow.exchanges if blow.number else 0 for count in floor], quiet)
+        time.sleep(blow.delay)  # no matter where this hits it: that is what is tested
+        _note(report, blow, job)
+        if blow.stopped is not None:
+            service.signal(signal.SIGSTOP)
+            time.sleep(blow.stopped)
+            service.signal(signal.SIGCONT)
         else:
-            job.await_progress([count + exchanges for count in floor], quiet)
-        time.sleep(delay)  # no matter where this hits it: that is what is tested
-        service.kill()
-        report.story.append(f"kill {len(report.story) + 1}: {[job.exchanges(rank) for rank in range(WORLD)]} exchanges")
-        service.begin()
-        if again:
-            time.sleep(later)
             service.kill()
-            report.story.append(f"kill {len(report.story) + 1}: {later:.3f} s after its restart")
             service.begin()
-        moments.append(service.listens())
-        floor = [job.exchanges(rank) + 1 for rank in range(WORLD)]
+            if blow.again is not None:
+                time.sleep(blow.again)
+                _note(report, blow, job)
+                service.kill()
+                service.begin()
+            moments.append(service.listens())
+        floor = [job.exchanges(rank) + 1 for rank in range(len(job.team))]
         job.await_progress(floor, quiet)
         progress(report.story[-1])
-        if number == 0:
+        if blow.number == 0:
             job.hear("joined")
             quiet = list(job.team)
     return moments
+
+
+def _note(report: Report, blow: Blow, job: Job) -> None:
+    what = "killed" if blow.stopped is None else f"stopped for {blow.stopped:.2f} s"
+    done = [job.exchanges(rank) for rank in range(len(job.team))]
+    report.story.append(f"{len(report.story) + 1}: the service is {what} after {done} exchanges")

@@ -21,7 +21,7 @@ from support.fault.damage import cut, flipped
 from support.fault.full import full_disk
 from support.fault.rank_kills import rank_kills
 from support.fault.report import Report
-from support.fault.service_kills import service_kills
+from support.fault.service_kills import service_kills, storm
 from support.fault.slow import slow_is_not_dead
 from support.fault.sweep import failpoints
 from support.fault.wire import exchanges_under_faults
@@ -64,6 +64,7 @@ def _damage(
 
 CAMPAIGNS = {
     "service-kills": Entry(service_kills, 100, "kills"),
+    "storm": Entry(storm, 100, "blows"),
     "rank-kills": Entry(_kills, 100, "kills"),
     "rank-stops": Entry(partial(_stops, lease=SHORT_LEASE_S), 100, "stops"),
     "rank-stops-default-lease": Entry(partial(_stops, lease=None), 5, "stops"),

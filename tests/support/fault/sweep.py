@@ -1,7 +1,7 @@
 """Every named failpoint of the daemon, with everything that can happen there: the job goes on, bit for bit.
 
-Each case is a job of its own, in a service that is told by the environment where it fails. Who killed itself is started
-again, and who stopped itself is woken up.
+The service is told by the environment where it fails. When it has killed itself it is started again; when it has
+stopped itself it is woken up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from support.fault.report import Report
 WORLD = 3
 _STEPS = 6  # some 75 exchanges
 _STOPPED_S = 0.3
+_MOST_JOBS = 4  # in which a point must be reached
+_UNSEEN = ("drop", "full")  # actions that can't be seen from outside: one job is theirs
 
 # How often a job of this length comes by, at least; 1 where it is not said.
 _HITS = {
@@ -77,63 +80,85 @@ def _actions(point: str) -> tuple[str, ...]:
 
 
 def failpoints(folder: Path, seed: int, hits: int, progress: Progress, actions: tuple[str, ...] = ()) -> Report:
-    """Let the service fail at every point, so many times each, with every action or those named."""
+    """Let the service fail at every point, so many times each, with every action or those named.
+
+    One job comes after the other. The service that is started after a failure has the next one before it already.
+    """
     report = Report(f"failpoints, seed {seed}")
-    chosen = [case for case in cases(seed, hits) if not actions or case.action in actions]
-    reached = 0
-    with ranks(WORLD, folder / "ranks") as team:
-        for number, case in enumerate(chosen):
-            service = Daemon(folder / "service")
-            try:
-                service.start({VARIABLE: str(case)})
-                job = Job(f"case-{number}", team, [service.address], folder, seed=seed, until=_STEPS)
-                failed = _Tended(service, job)
-                for word in ("joined", "reached"):
-                    failed.hear(word)
-                for rank in team:
-                    rank.go_on(0)
-                failed.hear("left")
-                reached += failed.seen
-                if case.action in ("kill", "stop"):
-                    report.same(f"{case}: whether the service failed there", failed.seen, True)
-                if not service.alive:
-                    service.start()
-                report.add([f"{case}: {line}" for line in check(job.histories(), owner(service.address, job.name))])
-                progress(f"{case}: {'failed there' if failed.seen else 'was not reached'}")
-            except AssertionError as error:
-                report.add([f"{case}: {error}", service.said()])
-                break
-            finally:
-                if service.alive:
-                    service.signal(signal.SIGCONT)
-                    service.kill()
-    report.done = f"{len(chosen)} cases at {len(POINTS)} points, {reached} killed or stopped the service"
+    waiting = [case for case in cases(seed, hits) if not actions or case.action in actions]
+    total = len(waiting)
+    service = Daemon(folder / "service")
+    failing = _Failing(service, waiting, progress)
+    try:
+        with ranks(WORLD, folder / "ranks") as team:
+            failing.next()
+            for number in count():
+                job = Job(f"job-{number}", team, [service.address], folder, seed=seed + number, until=_STEPS)
+                failing.attend(job)
+                wrong = check(job.histories(), owner(service.address, job.name))
+                report.add([f"job {number}, after {failing.story[-3:]}: {line}" for line in wrong])
+                if failing.case is None or report.wrong:
+                    break
+    except AssertionError as error:
+        report.add([f"{failing.story[-3:]}: {error}", service.said()])
+    finally:
+        if service.alive:
+            service.signal(signal.SIGCONT)
+            service.kill()
+    report.story = failing.story
+    report.done = f"{len(failing.story)} of {total} cases at {len(POINTS)} points"
     return report
 
 
-class _Tended:
-    """A service that is helped up whenever it fails.
+class _Failing:
+    """A service that fails as it is told, and is helped up each time.
 
     Attributes:
-        seen: whether it did.
+        case: what it is to fail of; None: all is done.
+        story: the cases that are done.
     """
 
-    def __init__(self, service: Daemon, job: Job) -> None:
+    def __init__(self, service: Daemon, waiting: list[Case], progress: Progress) -> None:
+        self.case: Case | None = None
+        self.story: list[str] = []
         self._service = service
-        self._job = job
-        self.seen = False
+        self._waiting = waiting
+        self._progress = progress
+        self._jobs = 0
 
-    def hear(self, word: str) -> None:
-        """The next answer of every rank."""
-        self._job.until(self._all_spoke, f"every rank has {word}")
-        self._job.hear(word)
+    def next(self) -> None:
+        """Start the service with the next failure before it."""
+        if self.case is not None:
+            self.story.append(str(self.case))
+            self._progress(f"{self.case}: {len(self._waiting)} to go")
+        self.case = self._waiting.pop(0) if self._waiting else None
+        self._jobs = 0
+        if self._service.alive:
+            self._service.kill()
+        self._service.start({VARIABLE: str(self.case or "")})
 
-    def _all_spoke(self) -> bool:
+    def attend(self, job: Job) -> None:
+        """See a job through to its end."""
+        for word in ("joined", "reached"):
+            self._hear(job, word)
+        for rank in job.team:
+            rank.go_on(0)
+        self._hear(job, "left")
+        self._jobs += 1
+        if self.case is not None and self.case.action in _UNSEEN:
+            self.next()
+        elif self.case is not None and self._jobs >= _MOST_JOBS:
+            raise AssertionError(f"{self.case}: the service did not fail there in {self._jobs} jobs")
+
+    def _hear(self, job: Job, word: str) -> None:
+        job.until(lambda: self._all_spoke(job), f"every rank has {word}")
+        job.hear(word)
+
+    def _all_spoke(self, job: Job) -> bool:
         if not self._service.alive:
-            self.seen = True
-            self._service.start()
+            self.next()
         elif self._service.stopped:
-            self.seen = True
             time.sleep(_STOPPED_S)
             self._service.signal(signal.SIGCONT)
-        return all(rank.spoke for rank in self._job.team)
+            self.next()
+        return all(rank.spoke for rank in job.team)
