@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.fault.daemons import daemon
+from support.fault.daemons import Daemon, daemon
 from support.fault.faults import FOR_EVER_S, HEALTHY, Fault, Kind
 from support.fault.jobs import Job, owner
 from support.fault.model import check
 from support.fault.proxy import proxy
-from support.fault.ranks import ranks
+from support.fault.ranks import Rank, ranks
 from support.fault.seed import SEED
 from support.fault.soak import SHORT_LEASE_S
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
 _WORLD = 3
 _CUT_OFF = 1  # the rank
 _AFTER_BYTES = 6_000  # in the second step
-_TIMEOUT_S = 8.0
+_TIMEOUT_S = 4.0
 _STEPS = 12
 
 WAYS = {
@@ -29,46 +29,58 @@ WAYS = {
     "down": Fault(Kind.BLACKHOLE, up=False, after=_AFTER_BYTES, seconds=FOR_EVER_S),
     "both": Fault(Kind.BLACKHOLE, up=True, after=_AFTER_BYTES, seconds=FOR_EVER_S, both=True),
 }
-ways = pytest.mark.parametrize("fault", WAYS.values(), ids=WAYS)
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One for all tests here."""
+    with daemon(tmp_path_factory.mktemp("service"), f"--lease={SHORT_LEASE_S:g}") as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rank]]:
+    """The same ranks in all tests here, each with a job of its own."""
+    with ranks(_WORLD, tmp_path_factory.mktemp("ranks")) as workers:
+        yield workers
 
 
 @ways
-def test_a_rank_whose_connection_falls_silent_makes_another_one(fault: Fault, tmp_path: Path) -> None:
+def test_a_rank_whose_connection_falls_silent_makes_another_one(
+    way: str, service: Daemon, team: list[Rank], tmp_path: Path
+) -> None:
     """The next connection is sound: the job goes on, and nothing is lost or counted twice."""
 
     def plan(rank: int, number: int) -> Fault:
-        return fault if (rank, number) == (_CUT_OFF, 0) else HEALTHY
+        return WAYS[way] if (rank, number) == (_CUT_OFF, 0) else HEALTHY
 
-    with (
-        daemon(tmp_path / "service") as service,
-        ranks(_WORLD, tmp_path / "ranks") as team,
-        proxy(service.address, _WORLD, plan) as between,
-    ):
-        job = Job("silent", team, between.addresses, tmp_path, seed=SEED, until=_STEPS)
+    with proxy(service.address, _WORLD, plan) as between:
+        job = Job(f"silent-{way}", team, between.addresses, tmp_path, seed=SEED, until=_STEPS)
         job.hear("joined")
         job.hear("reached")
         assert between.struck == {Kind.BLACKHOLE: 1}
         job.leave()
-        assert check(job.histories(), owner(service.address, "silent")) == []
+        assert check(job.histories(), owner(service.address, job.name)) == []
 
 
 @ways
-def test_a_rank_that_stays_cut_off_is_told_to_the_others(fault: Fault, tmp_path: Path) -> None:
+def test_a_rank_that_stays_cut_off_is_told_to_the_others(
+    way: str, service: Daemon, team: list[Rank], tmp_path: Path
+) -> None:
     """By name, within its lease and a second; and it hears of it itself, by its own clock."""
-    again = Fault(Kind.BLACKHOLE, up=fault.up, after=0, seconds=FOR_EVER_S, both=fault.both)
+    first = WAYS[way]
+    again = Fault(Kind.BLACKHOLE, up=first.up, after=0, seconds=FOR_EVER_S, both=first.both)
 
     def plan(rank: int, number: int) -> Fault:
         if rank != _CUT_OFF:
             return HEALTHY
-        return fault if number == 0 else again
+        return first if number == 0 else again
 
-    with (
-        daemon(tmp_path / "service", f"--lease={SHORT_LEASE_S:g}") as service,
-        ranks(_WORLD, tmp_path / "ranks") as team,
-        proxy(service.address, _WORLD, plan) as between,
-    ):
+    with proxy(service.address, _WORLD, plan) as between:
         options = {"timeout": _TIMEOUT_S}
-        job = Job("gone", team, between.addresses, tmp_path, seed=SEED, until=10_000, options=options)
+        name = f"gone-{way}"
+        job = Job(name, team, between.addresses, tmp_path, seed=SEED, until=10_000, options=options)
         job.hear("joined")
         job.until(lambda: between.latest > 0, "the rank is cut off")
         began = between.latest
@@ -79,4 +91,3 @@ def test_a_rank_that_stays_cut_off_is_told_to_the_others(fault: Fault, tmp_path:
             assert f"rank {_CUT_OFF} (host " in told["text"]
             assert f"pid {team[_CUT_OFF].pid})" in told["text"]
         assert team[_CUT_OFF].hear("told")["when"] - began <= _TIMEOUT_S + 2.0
-        assert time.monotonic() - began <= _TIMEOUT_S + 3.0

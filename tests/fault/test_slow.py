@@ -14,6 +14,6 @@ pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
 
 def test_a_busy_rank_is_not_taken_for_dead(tmp_path: Path) -> None:
     """All cores are saturated, and a rank's threads stand still for 3 s at a time: the job goes on."""
-    report = slow_is_not_dead(tmp_path, SEED, 40, print, every=20)
+    report = slow_is_not_dead(tmp_path, SEED, 20, print, every=15)
     print(report)
     assert report.violations == []

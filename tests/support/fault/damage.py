@@ -6,6 +6,7 @@ one from the job's timeline, and the later the more of the file is left.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +127,14 @@ class _Scratch:
         """What a service would begin with, or why it would not begin."""
         self._path.write_bytes(data)
         store = None
+        logging.getLogger("bnserver").setLevel(logging.ERROR)  # it tells of each journal that it cuts
         try:
             store = Store(self._folder)
             service = Service(store.load())
         except StoreError as error:
             return error
         finally:
+            logging.getLogger("bnserver").setLevel(logging.NOTSET)
             if store is not None:
                 store.close()
         states = service.states(_JOB) if _JOB in service.jobs else {}
