@@ -64,6 +64,18 @@ class Job:
         """The next answer of every rank."""
         return [worker.hear(*expected, within=within) for worker in self.team]
 
+    def finish(self) -> None:
+        """Return when every rank has reached its last step; as long as the job goes on, it may take its time."""
+        counted, deadline = -1, 0.0
+        while not all(worker.spoke for worker in self.team):
+            now, done = time.monotonic(), sum(map(self.exchanges, range(len(self.team))))
+            if done > counted:
+                counted, deadline = done, now + PATIENCE_S
+            if now > deadline:
+                raise JobError(f"after {self._done()} exchanges the job stands still")
+            time.sleep(_LOOK_S)
+        self.hear("reached")
+
     def leave(self) -> None:
         """Every rank was told to stop where it is; now it leaves."""
         for worker in self.team:
@@ -106,9 +118,11 @@ class Job:
                 if rank.spoke:
                     raise JobError(f"while waiting until {what}, pid {rank.pid} said {rank.hear_any()}")
             if time.monotonic() > deadline:
-                done = [self.exchanges(rank) for rank in range(len(self.team))]
-                raise JobError(f"waited {PATIENCE_S:g} s until {what}; exchanges so far: {done}")
+                raise JobError(f"waited {PATIENCE_S:g} s until {what}; exchanges so far: {self._done()}")
             time.sleep(_LOOK_S)
+
+    def _done(self) -> list[int]:
+        return [self.exchanges(rank) for rank in range(len(self.team))]
 
     def histories(self) -> list[list[Record]]:
         """What every rank saw."""

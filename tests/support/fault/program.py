@@ -19,7 +19,7 @@ CHANNELS = 3
 MOMENTUM = 0.9
 EPSILON = 1e-3
 JUMP_EVERY = 16  # steps
-PUSH_EVERY = 25
+PUSH_EVERY = 5
 _LARGE = 150_000  # float64 numbers: more than one message holds
 
 

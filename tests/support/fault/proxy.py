@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from threading import Thread
 
 from support.fault.faults import Fault, Kind
@@ -48,6 +49,7 @@ class Proxy:
         self._plan = plan
         self._loop = asyncio.new_event_loop()
         self._connections = [0] * ranks
+        self._latest: dict[int, _Link] = {}
         self._links: set[asyncio.Task[None]] = set()
         self.struck: Counter[str] = Counter()
         self.story: list[str] = []
@@ -93,7 +95,12 @@ class Proxy:
         except OSError:
             _reset(here[1])  # nobody listens there at present
             return
-        await _Link(fault, lambda: self._note(rank, number, fault)).run(here, there)
+        link = self._latest[rank] = _Link(fault, lambda kind: self._note(rank, number, kind))
+        await link.run(here, there)
+
+    def strike(self, rank: int, fault: Fault) -> None:
+        """Let this happen to the connection that a rank has now; `after` counts from here."""
+        self._loop.call_soon_threadsafe(lambda: self._latest[rank].expect(fault))
 
     def _note(self, rank: int, number: int, fault: Fault) -> None:
         self.latest = time.monotonic()
@@ -104,13 +111,18 @@ class Proxy:
 class _Link:
     """One connection, from end to end."""
 
-    def __init__(self, fault: Fault, note: Callable[[], None]) -> None:
+    def __init__(self, fault: Fault, note: Callable[[Fault], None]) -> None:
         self._fault = fault
+        self._passed = {True: 0, False: 0}
         self._note = note
         self._struck = False
         self._late = 0
         self._swallows = False
         self._writers: list[asyncio.StreamWriter] = []
+
+    def expect(self, fault: Fault) -> None:
+        """Take another fault, which has not struck yet."""
+        self._fault = replace(fault, after=self._passed[fault.up] + fault.after)
 
     async def run(self, rank: _End, service: _End) -> None:
         """Pass bytes both ways until both are at their end."""
@@ -123,22 +135,20 @@ class _Link:
                 writer.close()
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, up: bool) -> None:
-        passed = 0
         with suppress(OSError):  # an end that is gone is told by closing the other
             while data := await source.read(_CHUNK):
                 if self._fault.up is up:
-                    await self._through(sink, data, passed)
+                    await self._through(sink, data, self._fault.after - self._passed[up])
                 elif self._struck and self._fault.kind is Kind.LOST_REPLY:
                     self._end_both(_reset)
                 elif not (self._struck and self._fault.both):
                     await _write(sink, data)
-                passed += len(data)
+                self._passed[up] += len(data)
             if not sink.is_closing():
                 sink.write_eof()
 
-    async def _through(self, sink: asyncio.StreamWriter, data: bytes, passed: int) -> None:
-        """Bytes on the way that the fault is about."""
-        left = self._fault.after - passed
+    async def _through(self, sink: asyncio.StreamWriter, data: bytes, left: int) -> None:
+        """Bytes on the way that the fault is about; it strikes after so many more."""
         if self._struck:
             await self._after_strike(sink, data)
         elif len(data) < left or self._fault.kind is Kind.NONE:
@@ -146,7 +156,7 @@ class _Link:
         else:
             await _write(sink, data[:left])
             self._struck = True
-            self._note()
+            self._note(self._fault)
             await self._strike(sink, data[left:])
 
     async def _strike(self, sink: asyncio.StreamWriter, rest: bytes) -> None:

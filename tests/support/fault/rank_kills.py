@@ -146,7 +146,7 @@ class _Campaign:
     def _job(self, name: str, turn: Round | None = None) -> Job:
         own = {}
         if turn is not None and turn.paused is not None:
-            own[turn.paused] = {"pause": turn.exchange, "how": "compute"}
+            own[turn.paused] = {"pauses": (turn.exchange,), "how": "compute"}
         return Job(name, self._team, [self._address], self._folder, seed=self._seed, until=_STEPS, own=own)
 
     def _judge(self, turn: Round, who: str, pid: int, answer: dict[str, Any]) -> None:

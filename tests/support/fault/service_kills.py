@@ -24,10 +24,11 @@ from support.fault.model import check
 from support.fault.proxy import Proxy, proxy
 from support.fault.ranks import Rank, ranks
 from support.fault.report import Report, Times
+from support.fault.wire import AWAY
 
 RESUMED_S = 2.0  # the promise: so long after the service listens again, every rank has completed an exchange
 WORLD = 3
-_STEPS_PER_BLOW = 6
+_STEPS_PER_BLOW = 5
 _MOST_EXCHANGES = 50  # between two blows: 4 steps, so that none comes after the last step
 _LONGEST_DELAY_S = 0.012
 _JOINING_S = 0.15
@@ -88,7 +89,7 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
             _ended_well(job, service, report)
             whole = Job("whole", team, [service.address], folder, seed=seed, until=steps)
             whole.hear("joined")
-            whole.hear("reached")
+            whole.finish()
             whole.leave()
             held, undisturbed = owner(service.address, "parts"), owner(service.address, "whole")
             report.same("the owner's statistics, beside those of an undisturbed job", held, undisturbed)
@@ -103,7 +104,7 @@ def storm(folder: Path, seed: int, blows: int, progress: Progress) -> Report:
     report = Report(f"storm, seed {seed}")
     steps = 10 + _STEPS_PER_BLOW * blows
     with ExitStack() as stack:
-        service = stack.enter_context(daemon(folder / "service"))
+        service = stack.enter_context(daemon(folder / "service", AWAY))
         team = stack.enter_context(ranks(WORLD, folder / "ranks"))
         between: Proxy = stack.enter_context(proxy(service.address, WORLD, lambda rank, count: plan(seed, rank, count)))
         try:
@@ -119,7 +120,7 @@ def storm(folder: Path, seed: int, blows: int, progress: Progress) -> Report:
 
 def _ended_well(job: Job, service: Daemon, report: Report) -> None:
     """Let the job come to its end, and judge it; what the service holds then outlives another kill."""
-    job.hear("reached")
+    job.finish()
     histories = job.histories()
     job.leave()
     held = owner(service.address, job.name)

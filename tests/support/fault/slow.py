@@ -20,7 +20,6 @@ HOLD_S = 3.0
 _BURN = "while True: pass"
 _TELL_EVERY = 1000  # exchanges
 _LEAST_EXCHANGES = 10  # of a step: five layers, both directions
-_STEP_S = 2.0  # a step under load takes a tenth of it; this only ends a test that hangs
 
 Progress = Callable[[str], None]
 
@@ -51,7 +50,7 @@ def slow_is_not_dead(folder: Path, seed: int, steps: int, progress: Progress, ev
                 for count in range(_TELL_EVERY, steps * _LEAST_EXCHANGES, _TELL_EVERY):
                     job.await_progress([count] * WORLD, quiet=team)
                     progress(f"{count} exchanges")
-                job.hear("reached", within=60 + steps * _STEP_S)
+                job.finish()
             histories = job.histories()
             job.leave()
             report.add(check(histories, owner(service.address, "slow")))

@@ -14,8 +14,8 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from bnserver.failpoints import POINTS, VARIABLE
 
+from bnserver.failpoints import POINTS, VARIABLE
 from support.fault.daemons import Daemon
 from support.fault.jobs import Job, owner
 from support.fault.model import check

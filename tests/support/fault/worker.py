@@ -44,7 +44,7 @@ class Part:
         until: the step at which it stops, and asks how far to go on.
         timeout: seconds that joining, and each exchange, may take.
         log: the file that its history goes to; "": none.
-        pause: the number of exchanges before which it stops; -1: nowhere.
+        pauses: the numbers of the exchanges before which it stops.
         how: what it does there: "wait" sleeps in the kernel, "compute" keeps a core busy.
         hold_every, hold_s: each so many steps it keeps the interpreter's lock for so long; 0: never.
         large_every: each so many steps all ranks add arrays that travel in parts; 0: never.
@@ -58,7 +58,7 @@ class Part:
     until: int
     timeout: float = 60.0
     log: str = ""
-    pause: int = -1
+    pauses: tuple[int, ...] = ()
     how: Literal["wait", "compute"] = "wait"
     hold_every: int = 0
     hold_s: float = 0.0
@@ -105,7 +105,7 @@ def _play(part: Part) -> None:
     say(at="joined")
 
     def before(exchanges: int) -> None:
-        if exchanges == part.pause:
+        if exchanges in part.pauses:
             say(at="paused", exchange=exchanges)
             if part.how == "compute":
                 _compute_until_told()
