@@ -11,7 +11,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import Thread
 
@@ -19,6 +19,7 @@ from support.fault.faults import Fault, Kind
 
 _CHUNK = 2**16
 _LATE_CHUNKS = 20
+_CLOSING_S = 0.01
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends a reset
 
 Plan = Callable[[int, int], Fault]
@@ -70,12 +71,17 @@ class Proxy:
         self._loop.run_forever()
         for server in servers:
             server.close()
-        pending = asyncio.all_tasks(self._loop)
-        for task in pending:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.run_until_complete(self._end_all())
         self._loop.close()
+
+    async def _end_all(self) -> None:
+        """End every link, those included that come up meanwhile."""
+        await asyncio.sleep(_CLOSING_S)
+        while self._links:
+            for link in tuple(self._links):
+                link.cancel()
+            await asyncio.gather(*self._links, return_exceptions=True)
+            await asyncio.sleep(_CLOSING_S)  # transports close in turns of the loop
 
     async def _serve(self, rank: int, at: socket.socket) -> asyncio.Server:
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -92,7 +98,7 @@ class Proxy:
         fault = self._plan(rank, number)
         try:
             there = await asyncio.open_connection(self._host, self._port)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             _reset(here[1])  # nobody listens there at present
             return
         link = self._latest[rank] = _Link(fault, lambda kind: self._note(rank, number, kind))
@@ -117,7 +123,6 @@ class _Link:
         self._note = note
         self._struck = False
         self._late = 0
-        self._swallows = False
         self._writers: list[asyncio.StreamWriter] = []
 
     def expect(self, fault: Fault) -> None:
@@ -130,22 +135,31 @@ class _Link:
         ways = [self._pass(rank[0], service[1], up=True), self._pass(service[0], rank[1], up=False)]
         try:
             await asyncio.gather(*ways)
-        finally:
-            for writer in self._writers:
-                writer.close()
+            self._end_both(asyncio.StreamWriter.close)
+        except asyncio.CancelledError:
+            self._end_both(_reset)
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, up: bool) -> None:
-        with suppress(OSError):  # an end that is gone is told by closing the other
+        """Pass on the bytes of one way, and how it ends; but what is swallowed has no end either."""
+        try:
             while data := await source.read(_CHUNK):
                 if self._fault.up is up:
                     await self._through(sink, data, self._fault.after - self._passed[up])
                 elif self._struck and self._fault.kind is Kind.LOST_REPLY:
                     self._end_both(_reset)
-                elif not (self._struck and self._fault.both):
+                elif not self._swallows(up):
                     await _write(sink, data)
                 self._passed[up] += len(data)
-            if not sink.is_closing():
+            if not sink.is_closing() and not self._swallows(up):
                 sink.write_eof()
+        except OSError:
+            if not self._swallows(up):
+                self._end_both(_reset)
+
+    def _swallows(self, up: bool) -> bool:
+        """Whether nothing arrives any more that goes this way."""
+        silent = self._struck and self._fault.kind in (Kind.BLACKHOLE, Kind.HALF_CLOSE)
+        return silent and (self._fault.up is up or self._fault.both)
 
     async def _through(self, sink: asyncio.StreamWriter, data: bytes, left: int) -> None:
         """Bytes on the way that the fault is about; it strikes after so many more."""
@@ -166,10 +180,8 @@ class _Link:
             case Kind.CLOSE:
                 self._end_both(asyncio.StreamWriter.close)
             case Kind.HALF_CLOSE:
-                self._swallows = True
                 sink.write_eof()
             case Kind.BLACKHOLE:
-                self._swallows = True
                 asyncio.get_running_loop().call_later(self._fault.seconds, self._end_both, _reset)
             case Kind.DELAY:
                 self._late = _LATE_CHUNKS
@@ -178,7 +190,7 @@ class _Link:
                 await _write(sink, rest)
 
     async def _after_strike(self, sink: asyncio.StreamWriter, data: bytes) -> None:
-        if self._swallows:
+        if self._swallows(self._fault.up):
             return
         await asyncio.sleep(self._fault.seconds if self._late else 0.0)
         await _write(sink, data)
