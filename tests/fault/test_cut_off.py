@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
 _WORLD = 3
 _CUT_OFF = 1  # the rank
 _AFTER_BYTES = 6_000  # in the second step
-_TIMEOUT_S = 4.0
+_TIMEOUT_S = 3.0
 _STEPS = 12
 
 WAYS = {

@@ -21,6 +21,6 @@ def test_a_job_outlives_kills_of_the_service(tmp_path: Path) -> None:
 
 def test_everything_at_once(tmp_path: Path) -> None:
     """The service is killed and stopped, and connections break: still nothing is lost or counted twice."""
-    report = storm(tmp_path, SEED, 4, print)
+    report = storm(tmp_path, SEED, 2, print)
     print(report, *report.story, sep="\n")
     assert report.violations == []
