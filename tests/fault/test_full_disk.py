@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
 
 
 def test_a_full_disk_loses_nothing_silently(tmp_path: Path) -> None:
-    """In both ways to be full, with and without a kill meanwhile: the job goes on, or every rank hears why not."""
-    report = full_disk(tmp_path, SEED, 4, print)
+    """Full in both ways, with a kill meanwhile, later, or never: the job goes on, or every rank hears why not."""
+    report = full_disk(tmp_path, SEED, 6, print)
     print(report, *report.story, sep="\n")
     assert report.violations == []

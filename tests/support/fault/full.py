@@ -1,7 +1,7 @@
 """A full disk under a running job: the job goes on or every rank is told why, and what is on disk is never half of it.
 
-In a "freed" round there is room again after a while; in a "killed" one the service is killed with -9 while the disk is
-full, starts again on a full disk if it can, and finds room later.
+In a "freed" round there is room again after a while. In a "killed" one the service is killed with -9 while the disk is
+full; in a "saved" one after there was room again, and the service had said that all is saved: nothing is lost then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from support.fault.ranks import Rank, ranks
 from support.fault.report import Report
 
 WORLD = 3
-_STEPS = 12
+_STEPS = 40  # long enough for the job to go on while there is room again
+_WHATS = ("freed", "killed", "saved")
 _MOST_EXCHANGES = 60  # before the disk is full
 _MOST_BYTES = 3000  # that are left then
 _MEANWHILE = 25  # exchanges on a full disk, if the job goes on
@@ -35,14 +36,14 @@ class Round:
     Attributes:
         number: the round's.
         way: how the disk is full.
-        killed: whether the service is killed meanwhile.
+        what: "freed", "killed" or "saved".
         exchanges: how many come before.
         room: bytes that are left.
     """
 
     number: int
     way: str
-    killed: bool
+    what: str
     exchanges: int
     room: int
 
@@ -51,11 +52,10 @@ class Round:
         """The round of this number; ways and kills take turns."""
         rng = np.random.default_rng([seed, number])
         exchanges, room = int(rng.integers(_MOST_EXCHANGES)), int(rng.integers(_MOST_BYTES))
-        return cls(number, WAYS[number % 2], number // 2 % 2 == 1, exchanges, room)
+        return cls(number, WAYS[number % 2], _WHATS[number // 2 % 3], exchanges, room)
 
     def __str__(self) -> str:
-        what = "killed" if self.killed else "freed"
-        return f"round {self.number}: {self.way}, {what}, {self.room} bytes left after {self.exchanges} exchanges"
+        return f"round {self.number}: {self.way}, {self.what}, {self.room} bytes left after {self.exchanges} exchanges"
 
 
 def full_disk(folder: Path, seed: int, rounds: int, progress: Progress) -> Report:
@@ -101,17 +101,23 @@ class _Round:
         largest = max((path.stat().st_size for path in self._service.state.iterdir()), default=0)
         self._disk.fill(self._service.pid, self._turn.room, largest)
         self._meanwhile()
-        if self._disk.error not in self._service.log.read_text(encoding="utf-8"):
+        if self._disk.error not in self._log():
             self._report.add([f"{self._turn}: the service's log does not say {self._disk.error!r}"])
-        if self._turn.killed:
+        if self._turn.what == "killed":
             self._service.kill()
         self._disk.free(self._service.pid if self._service.alive else None)
-        if self._turn.killed:
+        if self._turn.what == "saved":
+            self._job.until(lambda: "is saved again" in self._log(), "the service says that all is saved")
+            self._service.kill()
+        if not self._service.alive:
             self._service.start()
         answers = self._job.hear("reached", "told")
-        if all(answer["at"] == "reached" for answer in answers):
-            return self._went_on()
+        if self._turn.what == "saved" or all(answer["at"] == "reached" for answer in answers):
+            return self._went_on(answers)
         return self._told(answers)
+
+    def _log(self) -> str:
+        return self._service.log.read_text(encoding="utf-8")
 
     def _meanwhile(self) -> None:
         """Until the job has made some exchanges on the full disk, or its ranks were told."""
@@ -123,8 +129,9 @@ class _Round:
 
         self._job.until(over, "the job goes on or its ranks are told")
 
-    def _went_on(self) -> str:
+    def _went_on(self, answers: list[dict[str, object]]) -> str:
         """Everything is as if nothing had happened, and outlives the service."""
+        assert all(answer["at"] == "reached" for answer in answers), answers
         self._job.leave()
         self._service.kill()
         self._service.start()

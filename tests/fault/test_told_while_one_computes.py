@@ -1,0 +1,79 @@
+"""Two of three ranks can't go on, and the third computes: they are told within a second, and it at its next call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import numpy as np
+import pytest
+
+from bnlayer import BatchNormalization, CollectiveError, MismatchError, StallError
+from bnworker import World
+from bnworker.transports.service import ServiceTransport
+from support.contract.timing import TOLD_S, Watch, watch
+from support.service import daemon
+
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
+
+_X = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of one service for all tests here."""
+    with daemon() as at:
+        yield at
+
+
+def _other_layers(world: World) -> None:
+    name = "a" if world.rank == 0 else "b"
+    BatchNormalization(name=name, synchronized=True, collective=world)(_X, training=True)
+
+
+def _other_momenta(world: World) -> None:
+    momentum = 0.9 if world.rank == 0 else 0.99
+    BatchNormalization(name="a", synchronized=True, momentum=momentum, collective=world)(_X, training=True)
+
+
+def _one_leaves(world: World) -> None:
+    if world.rank == 0:
+        world.leave()
+    else:
+        world.barrier()
+
+
+@pytest.mark.parametrize(
+    ("say", "kind"), [(_other_layers, StallError), (_other_momenta, MismatchError), (_one_leaves, StallError)]
+)
+def test_told_while_one_computes(say: Callable[[World], None], kind: type[CollectiveError], address: str) -> None:
+    """Counted from the last of the two; the third, which comes later, hears the same text."""
+    go_on = threading.Event()
+    watches = [Watch()] * 3
+
+    def rank(number: int) -> str:
+        transport = ServiceTransport(address, say.__name__, number, 3, timeout=20)
+        watches[number] = watch(transport)
+        with World(transport, install=False) as world:
+            if number == 2:
+                go_on.wait(10)
+            try:
+                world.barrier() if number == 2 else say(world)
+            except kind as error:
+                return str(error)
+            return ""
+
+    with futures.ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(rank, number) for number in range(3)]
+        told = [one.result(20) for one in ranks[:2]]
+        go_on.set()
+        told.append(ranks[2].result(20))
+    assert told[1]
+    assert set(told) <= {"", told[1]}
+    spoke = max(one.spoke for one in watches[:2])
+    for one in watches[:2]:
+        assert one.told is None or one.told - spoke <= TOLD_S
+    computing = watches[2]
+    assert computing.told is not None
+    assert computing.told - computing.spoke <= TOLD_S
