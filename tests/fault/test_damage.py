@@ -6,23 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from support.fault.damage import cut, flipped
+from support.fault.damage import Kept, cut, flipped, kept
 from support.fault.seed import SEED
 
 pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
 
-_SHARE = 0.1  # of all bytes; `make soak` takes all
+_SHARE = 0.05  # of all bytes; `make soak` takes all
 
 
-def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    """What is damaged."""
+    return kept(tmp_path_factory.mktemp("kept"), SEED)
+
+
+def test_a_flipped_byte_is_noticed(before: Kept, tmp_path: Path) -> None:
     """Wherever it is: the service refuses to begin, and names the file."""
-    report = flipped(tmp_path, SEED, _SHARE, print)
+    report = flipped(tmp_path, SEED, _SHARE, print, before)
     print(report)
     assert report.violations == []
 
 
-def test_a_journal_without_its_end_is_one_of_before(tmp_path: Path) -> None:
+def test_a_journal_without_its_end_is_one_of_before(before: Kept, tmp_path: Path) -> None:
     """Cut anywhere: what was whole is kept, in order; a snapshot that lacks a byte is refused."""
-    report = cut(tmp_path, SEED, _SHARE, print)
+    report = cut(tmp_path, SEED, _SHARE, print, before)
     print(report)
     assert report.violations == []

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
 
 def test_a_killed_rank_is_told_within_a_second(tmp_path: Path) -> None:
     """kill -9 of a rank that waits, that computes, and of one anywhere: both survivors hear its name, host and pid."""
-    report = rank_kills(tmp_path, SEED, 6, signal.SIGKILL, None, print)
+    report = rank_kills(tmp_path, SEED, 3, signal.SIGKILL, None, print)
     print(report)
     assert report.violations == []
 

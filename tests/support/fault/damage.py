@@ -65,11 +65,11 @@ def kept(folder: Path, seed: int) -> Kept:
     return Kept(path.name, path.read_bytes(), snapshot, timeline(*runs))
 
 
-def flipped(folder: Path, seed: int, share: float, progress: Progress) -> Report:
-    """Flip one bit in each byte of the snapshot, or in a share of them."""
+def flipped(folder: Path, seed: int, share: float, progress: Progress, before: Kept | None = None) -> Report:
+    """Flip one bit in each byte of what a service left behind, or in a share of them."""
     report = Report(f"a flipped byte, seed {seed}")
     rng = np.random.default_rng(seed)
-    before = kept(folder, seed)
+    before = before or kept(folder, seed)
     scratch = _Scratch(folder / "scratch", before)
     _check_whole(scratch, before, report)
     chosen = _chosen(rng, range(len(before.data)), share)
@@ -87,11 +87,11 @@ def flipped(folder: Path, seed: int, share: float, progress: Progress) -> Report
     return report
 
 
-def cut(folder: Path, seed: int, share: float, progress: Progress) -> Report:
+def cut(folder: Path, seed: int, share: float, progress: Progress, before: Kept | None = None) -> Report:
     """Cut the file after each of its bytes, or after a share of them."""
     report = Report(f"a cut journal, seed {seed}")
     rng = np.random.default_rng(seed)
-    before = kept(folder, seed)
+    before = before or kept(folder, seed)
     scratch = _Scratch(folder / "scratch", before)
     _check_whole(scratch, before, report)
     chosen = _chosen(rng, range(len(before.data)), share)

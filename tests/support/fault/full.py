@@ -20,7 +20,8 @@ from support.fault.ranks import Rank, ranks
 from support.fault.report import Report
 
 WORLD = 3
-_STEPS = 40  # long enough for the job to go on while there is room again
+_STEPS = 12
+_STEPS_UNTIL_SAVED = 40  # long enough for the job to go on until all is saved
 _WHATS = ("freed", "killed", "saved")
 _MOST_EXCHANGES = 60  # before the disk is full
 _MOST_BYTES = 3000  # that are left then
@@ -92,7 +93,8 @@ class _Round:
         self._team = team
         self._report = report
         service.start()
-        self._job = Job(f"job-{turn.number}", team, [service.address], tiny.folder.parent, seed=seed, until=_STEPS)
+        steps = _STEPS_UNTIL_SAVED if turn.what == "saved" else _STEPS
+        self._job = Job(f"job-{turn.number}", team, [service.address], tiny.folder.parent, seed=seed, until=steps)
 
     def play(self) -> str:
         """Fill the disk, and see what becomes of the job; returns it in words."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from bnserver.failpoints import POINTS, VARIABLE
 from support.fault.daemons import Daemon
 from support.fault.jobs import Job, owner
-from support.fault.model import check
+from support.fault.model import Owned, check
 from support.fault.ranks import ranks
 from support.fault.report import Report
 
@@ -95,7 +96,7 @@ def failpoints(folder: Path, seed: int, hits: int, progress: Progress, actions: 
             for number in count():
                 job = Job(f"job-{number}", team, [service.address], folder, seed=seed + number, until=_STEPS)
                 failing.attend(job)
-                wrong = check(job.histories(), owner(service.address, job.name))
+                wrong = check(job.histories(), failing.owner(job))
                 report.add([f"job {number}, after {failing.story[-3:]}: {line}" for line in wrong])
                 if failing.case is None or report.wrong:
                     break
@@ -150,15 +151,22 @@ class _Failing:
         elif self.case is not None and self._jobs >= _MOST_JOBS:
             raise AssertionError(f"{self.case}: the service did not fail there in {self._jobs} jobs")
 
+    def owner(self, job: Job) -> dict[str, Owned]:
+        """What the service holds of a job; it may fail of the question, too."""
+        with futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(owner, self._service.address, job.name)
+            job.until(lambda: self._helped_up() and asked.done(), "the service tells what it holds")
+            return asked.result()
+
     def _hear(self, job: Job, word: str) -> None:
-        job.until(lambda: self._all_spoke(job), f"every rank has {word}")
+        job.until(lambda: self._helped_up() and all(rank.spoke for rank in job.team), f"every rank has {word}")
         job.hear(word)
 
-    def _all_spoke(self, job: Job) -> bool:
+    def _helped_up(self) -> bool:
         if not self._service.alive:
             self.next()
         elif self._service.stopped:
             time.sleep(_STOPPED_S)
             self._service.signal(signal.SIGCONT)
             self.next()
-        return all(rank.spoke for rank in job.team)
+        return True
