@@ -24,8 +24,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train test test-pure test-mpich test-openmpi test-keras soak bench bench-full bench-docs coverage format \
-	lint types contracts \
-	stubs stubs-check docs package-test deploy-test lock clean ci
+	lint types contracts stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
