@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.fault.faults import FOR_EVER_S, HEALTHY, Fault, Kind
 from support.fault.jobs import Job, owner
 from support.fault.model import check
 from support.fault.proxy import proxy
+from support.fault.rank_kills import DEFAULT_LEASE_S
 from support.fault.ranks import Rank, ranks
 from support.fault.seed import SEED
 from support.fault.soak import SHORT_LEASE_S
@@ -62,6 +64,23 @@ def test_a_rank_whose_connection_falls_silent_makes_another_one(
         assert between.struck == {Kind.BLACKHOLE: 1}
         job.leave()
         assert check(job.histories(), owner(service.address, job.name)) == []
+
+
+def test_a_connection_that_falls_silent_while_ranks_gather(service: Daemon, team: list[Rank], tmp_path: Path) -> None:
+    """Its join never arrives: it makes another connection long before its patience is at its end."""
+    fault = Fault(Kind.BLACKHOLE, up=True, after=100, seconds=FOR_EVER_S, both=True)
+
+    def plan(rank: int, number: int) -> Fault:
+        return fault if (rank, number) == (_CUT_OFF, 0) else HEALTHY
+
+    with proxy(service.address, _WORLD, plan) as between:
+        began = time.monotonic()
+        job = Job("gathering", team, between.addresses, tmp_path, seed=SEED, until=_STEPS)
+        job.hear("joined")
+        assert time.monotonic() - began <= DEFAULT_LEASE_S  # until it has joined, a rank knows of no other
+        assert between.struck == {Kind.BLACKHOLE: 1}
+        job.finish()
+        job.leave()
 
 
 @ways

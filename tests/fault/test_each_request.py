@@ -53,8 +53,8 @@ class Whole:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     """One for all tests here."""
     folder = tmp_path_factory.mktemp("whole")
-    # Without a lease there are no heartbeats, and the next bytes are the request.
-    with daemon(folder / "service", "--lease=0", "--away=10") as service, ranks(_WORLD, folder / "ranks") as team:
+    # In so long a lease heartbeats are minutes apart: the next bytes are the request.
+    with daemon(folder / "service", "--lease=600", "--away=10") as service, ranks(_WORLD, folder / "ranks") as team:
         job = Job("whole", team, [service.address], folder, seed=SEED, until=_STEPS, options=_OPTIONS)
         job.hear("joined")
         job.finish()

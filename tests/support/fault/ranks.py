@@ -19,6 +19,7 @@ from typing import Any, Self
 from support.fault.worker import Part
 
 _TESTS = Path(__file__).parents[2]
+_KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
 PATIENCE_S = 60.0  # for what must come; promises are measured, this only ends a test that hangs
 
 
@@ -31,13 +32,11 @@ class Rank:
 
     def __init__(self, errors: Path) -> None:
         self._errors = errors
+        path = os.pathsep.join(filter(None, (str(_TESTS), os.environ.get("PYTHONPATH"))))
         with errors.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "support.fault.worker"],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, (str(_TESTS), os.environ.get("PYTHONPATH")))),
-                },
+                env={**os.environ, **_KERNELS, "PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

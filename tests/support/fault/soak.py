@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +96,7 @@ def main() -> int:
         _say(f"=== {name}: {amount} {entry.unit}")
         with tempfile.TemporaryDirectory(prefix="bnlayer-soak-") as folder:
             began = time.monotonic()
-            report = entry.run(Path(folder), seed, amount, _Bar(name))
+            report = _run(entry, name, Path(folder), seed, amount)
         _say(f"{report}\n        {time.monotonic() - began:.0f} s")
         reports.append((name, report))
     _say("\n=== soak, seed " + str(seed))
@@ -105,6 +106,14 @@ def main() -> int:
     for name in failed:
         _say(f"again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g} SOAK={name}")
     return 1 if failed else 0
+
+
+def _run(entry: Entry, name: str, folder: Path, seed: int, amount: int) -> Report:
+    """A campaign's report; one that fails by itself is a failed one, and the others still have their turn."""
+    try:
+        return entry.run(folder, seed, amount, _Bar(name))
+    except Exception:  # noqa: BLE001 - whatever it is, it is told
+        return Report(name, wrong=[traceback.format_exc()])
 
 
 class _Bar:
