@@ -250,6 +250,20 @@ def measure(given: argparse.Namespace) -> dict[str, list[float]]:
     return blocks
 
 
+def figures(ranks: int, rounds: int) -> dict[str, float]:
+    """What the suite shows: service/R ranks/C=…/ and socket, grpc, exchange, journal; and the ratio that has a bar."""
+    found: dict[str, float] = {}
+    for channels in (64, 256, 1024, 2048):
+        given = argparse.Namespace(ranks=ranks, channels=channels, blocks=10, exchanges=max(10, rounds // 10))
+        median = {name: statistics.median(seconds) for name, seconds in measure(given).items()}
+        at = f"service/{ranks} ranks/C={channels}"
+        found |= {f"{at}/{name}": median[name] for name in ("socket", "grpc", "journal", "layer")}
+        found[f"{at}/exchange"] = median["service"]
+        found[f"{at}/exchange ÷ socket"] = median["service"] / median["socket"]
+        found[f"{at}/journal ÷ exchange"] = median["journal"] / median["service"]
+    return found
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
