@@ -81,7 +81,11 @@ class Grid:
     def probed(self, keys: NDArray[np.int64], need_C: NDArray[np.bool_]) -> Grid:
         """The grid after a probe.
 
-            pivot = (hi + lo)/2, rounded to the data's dtype        exponent = frexp(max(hi − pivot, pivot − lo)) + 3
+            pivot = 0 if lo ≤ 0 ≤ hi, else (hi + lo)/2, rounded to the data's dtype
+            exponent = frexp(max(hi − pivot, pivot − lo)) + 3
+
+        Values on both sides of 0, as a layer's inputs mostly are, are their own deviations: it takes the window a bit
+        at most, and a kernel one subtraction less.
 
         Args:
             keys: (2, C) int64, the largest keys of x and of −x over all finite unmasked values.
@@ -95,7 +99,8 @@ class Grid:
         found = need_C & (hi >= lo)
         hi, lo = np.where(found, hi, 0.0), np.where(found, lo, 0.0)
         # Halved before they are added, float64's largest numbers don't overflow; + 0.0 turns −0 into +0.
-        pivot = (hi / 2 + lo / 2).astype(precision.dtype).astype(np.float64) + 0.0
+        middle = (hi / 2 + lo / 2).astype(precision.dtype).astype(np.float64) + 0.0
+        pivot = np.where((lo <= 0.0) & (hi >= 0.0), 0.0, middle)
         half_range = np.maximum(hi - pivot, pivot - lo)
         # Three bits of room: the data may grow 8-fold before a value falls outside the window.
         wide = np.minimum(exponent_above(half_range, precision.lowest) + 3, precision.highest)

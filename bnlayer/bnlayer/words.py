@@ -5,6 +5,12 @@ pattern, read as int64, is linear in the rounded value, so `q = bits(v + M) − 
 
     M = 1.5·2^52·u  for |v| ≤ 2^51·u        M = 2^52·u  for 0 ≤ v ≤ 2^52·u
 
+Such a rounding has ties, which go to the even neighbour: whether v is rounded up or down would depend on what it is
+added to, if M were a sum already. The float32 sums have none, so that terms may also be added one after the other:
+
+    v·(1 − 2^-53)    with v = m·2^k, m odd, is an odd multiple of 2^(k − 53); half a unit is 2^(w − 52), and k < w
+    d·d              with d = m·2^k, m odd, is an odd multiple of 2^(2k); half a unit is 2^(2w − 53), an odd power
+
 A sum of q is the pair (hi, lo) with hi = Σ(q >> 32) and lo = Σ(q & 0xffffffff). Only the carried pair is canonical:
 0 ≤ lo < 2^32. There is room for 2^40 terms and 2^20 ranks.
 
@@ -23,6 +29,34 @@ _SPLITTER = 134_217_729.0  # 2^27 + 1: Veltkamp's constant, which halves a float
 def integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
     """v in units of the magic number's last place, rounded to nearest even."""
     return (v + magic).view(np.int64) - magic.view(np.int64)
+
+
+def integers_without_ties(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
+    """v·(1 − 2^-53), rounded once, in units of the magic number's last place; |v| < 2^51 of them.
+
+    As v itself, but what lies half-way between two integers, or nearly so, goes to the one that is nearer to 0.
+    """
+    rounded = v + magic
+    q = rounded.view(np.int64) - magic.view(np.int64)
+    rest = v - (rounded - magic)
+    half = np.spacing(magic) / 2
+    if (np.abs(rest) * 2 > half).any():  # else what v loses, less than half of `half`, can't matter
+        lost = v * 2.0**-53
+        q += (rest - half > lost).astype(np.int64) - (rest + half < lost)
+    return q
+
+
+def square_integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
+    """v·v, rounded once, in units of the magic number's last place; 0 ≤ v·v < 2^52 of them."""
+    square = v * v
+    rounded = square + magic
+    q = rounded.view(np.int64) - magic.view(np.int64)
+    rest = square - (rounded - magic)
+    tie = np.abs(rest) * 2 == np.spacing(magic)  # of the rounded product: the product itself lies beside it
+    if tie.any():
+        error = np.where(tie, product_error(v, v), 0.0)
+        q += ((rest > 0) & (error > 0)).astype(np.int64) - ((rest < 0) & (error < 0))
+    return q
 
 
 def remainder(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -47,6 +47,17 @@ def test_a_probed_window_holds_the_data_with_room(values: list[float]) -> None:
         assert (d * 4 < grid.window_C[0]).all()
 
 
+@pytest.mark.parametrize(
+    ("values", "pivot"),
+    [([-1.0, 5.0], 0.0), ([0.0, 5.0], 0.0), ([-5.0, -0.0], 0.0), ([1.0, 5.0], 3.0), ([-5.0, -1.0], -3.0)],
+)
+def test_values_on_both_sides_of_0_are_their_own_deviations(values: list[float], pivot: float) -> None:
+    """The window holds the larger side then; elsewhere the pivot is the middle."""
+    grid = probed(values)
+    assert (grid.pivot_C[0], np.signbit(grid.pivot_C[0])) == (pivot, pivot < 0)
+    assert grid.window_C[0] == (64.0 if pivot == 0 else 32.0)
+
+
 def test_channels_without_a_value_or_a_need_keep_their_grid() -> None:
     """Masked out, not finite, or simply not asked."""
     grid = probed([1.0, 5.0])

@@ -20,6 +20,7 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import choice, kernels, reference
 from bnlayer.kernels.compiled import forward
 from bnlayer.kernels.compiled import kernels as compiled
+from bnlayer.words import as_ints
 
 Array = NDArray[Any]
 
@@ -40,7 +41,7 @@ SHAPES = (
     (0, 4, 1),
     (3, 2, 0),
 )
-DATA = ("normal", "not finite", "outside", "constant", "tiny")
+DATA = ("normal", "not finite", "outside", "constant", "tiny", "grown", "grown late", "half units", "on both sides")
 MASKS = ("none", "rows", "elements")
 
 
@@ -76,7 +77,7 @@ def alike(x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: 
     same(compiled.gradient_probe(dy, x, mean, unknown), reached)
     known = unknown.probed(reached, np.ones(channels, bool))
     fits = mask is None and not poisoned.any()
-    for factor in (1, 1e5, 1e-9):  # within the window, above it, far below it
+    for factor in (1, 70, 1e5, 1e-9):  # within the window, too large for chains, above it, far below it
         scaled = (dy * factor).astype(x.dtype)
         wanted = reference.gradient_sums(scaled, x, mask, mean, known).words
         same(compiled.gradient_sums(scaled, x, mask, mean, known).words, wanted)
@@ -101,6 +102,8 @@ def test_the_same_bits(shape: tuple[int, int, int], data: str, dtype: str) -> No
             x[:] = 3
         if data == "tiny":
             x *= 1e-30
+        if data == "on both sides":
+            x = rng.normal(size=shape).astype(dtype)
         mask = masked(kind, shape, rng)
         unknown = Grid.unknown(dtype, shape[1])
         grid = unknown.probed(reference.probe(x, mask, unknown), np.ones(shape[1], bool))
@@ -109,7 +112,62 @@ def test_the_same_bits(shape: tuple[int, int, int], data: str, dtype: str) -> No
             dy.reshape(-1)[rng.integers(x.size, size=2)] = np.inf, np.nan
         if data == "outside":
             x *= 100
+        if data.startswith("grown"):  # within the window still, but chains leave it: at once, or in a later block
+            pivot = grid.pivot_C.astype(dtype)[:, None]
+            late = slice(x.shape[0] * 3 // 4 if data == "grown late" else 0, None)
+            x[late] = pivot + (x[late] - pivot) * 6
+        if data == "half units":  # of the grid: what ties would be made of
+            halves = rng.integers(-9, 9, shape) * 2 + 1
+            pivot, unit = grid.pivot_C[:, None], np.ldexp(1.0, grid.exponent_C - 52)[:, None]
+            x = np.where(rng.random(shape) < 0.5, x, np.where(pivot == 0, halves * unit, pivot)).astype(dtype)
+            dy = np.where(rng.random(shape) < 0.5, dy, halves * 2.0**-42).astype(dtype)  # dy's windows are near 2^10
         alike(x, dy, mask, grid, rng)
+
+
+def sums(words: Array) -> list[list[int]]:
+    """The sums of deviations and of squares."""
+    return [as_ints(words[0], words[1]), as_ints(words[2], words[3])]
+
+
+def in_pieces(x: Array, grid: Grid) -> list[list[int]]:
+    """The same sums, row by row."""
+    rows = [compiled.moments(x[i : i + 1], None, grid) for i in range(x.shape[0])]
+    return sums(sum(rows[1:], rows[0]).words)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    reach=st.floats(0.01, 1.0),
+    pivot=st.sampled_from([0.0, 1.0, 2.0**-50, -3e7, 1e-20]),
+    exponent=st.integers(-20, 20),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_chain_is_its_terms(seed: int, reach: float, pivot: float, exponent: int) -> None:
+    """Added one after the other as floats, or each as an integer: wherever in the window they lie, up to its end."""
+    rng = np.random.default_rng(seed)
+    pivot = float(np.float32(pivot))
+    signs = rng.choice([1.0, -1.0], (16, 1, 1)) if rng.random() < 0.5 else 1.0
+    offsets = signs * (reach + rng.choice([0, 1, 3], (16, 8, 1)) * rng.choice([2.0**-51, 2.0**-24, 2.0**-10]))
+    grid = Grid("float32", np.full(8, pivot), np.full(8, exponent), True)
+    x = (pivot + offsets * 2.0**exponent).astype(np.float32)
+    same(compiled.moments(x, None, grid).words, reference.moments(x, None, grid).words)
+    if not reference.moments(x, None, grid).misfit_C.any():
+        assert sums(compiled.moments(x, None, grid).words) == in_pieces(x, grid)
+
+
+def test_eight_values_at_the_end_of_a_chain_are_added_one_by_one() -> None:
+    """Seven a little above an eighth of the window, one below: squares that round down, and a sum that leaves it.
+
+    Together they are 2^w + 6 units; without a margin the chain of the squares would not show it.
+    """
+    w = 10
+    unit = 2.0 ** (w - 51)
+    pivot = float(np.float32(2.0 ** (w - 3)))
+    grid = Grid("float32", np.full(8, -pivot), np.full(8, w), True)
+    x = np.full((8, 8, 1), 0.9 * unit, np.float32)
+    x[3] = -1.1 * unit
+    same(compiled.moments(x, None, grid).words, reference.moments(x, None, grid).words)
+    assert sums(compiled.moments(x, None, grid).words) == in_pieces(x, grid)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +208,28 @@ def test_full_windows_do_not_overflow(shape: tuple[int, int, int]) -> None:
         compiled.gradient_sums(x, x, None, mean, backward).words,
         reference.gradient_sums(x, x, None, mean, backward).words,
     )
+
+
+@pytest.mark.parametrize("shape", [(200, 64, 1), (100, 24, 1), (3, 4, 700), (2, 5, 300)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_written_may_begin_anywhere(shape: tuple[int, int, int], dtype: str) -> None:
+    """Stores are moved to where cache lines begin, wherever an array does."""
+    rng = np.random.default_rng(0)
+    size, channels = int(np.prod(shape)), shape[1]
+    x, dy = rng.normal(size=(2, *shape)).astype(dtype)
+    mean, offset, slope, scale, shift = rng.normal(size=(5, channels)).astype(dtype)
+    fine = np.zeros(channels, bool)
+    room = np.zeros(size + 64, dtype)
+    for begin in range(33):
+        out = room[begin : begin + size].reshape(shape)
+        arguments = x, mean, scale, shift, fine
+        same(compiled.normalize(*arguments, out=out), reference.normalize(*arguments))
+        same(
+            compiled.input_gradient(dy, x, None, mean, offset, slope, scale, fine, out=out),
+            reference.input_gradient(dy, x, None, mean, offset, slope, scale, fine),
+        )
+        room[begin : begin + size] = 0
+        assert not room.any(), "something was written beside the array"
 
 
 def test_zeros_keep_their_signs() -> None:
@@ -236,6 +316,7 @@ caching.CacheImpl._locator_classes = []  # no folder can be written to
 logging.basicConfig()
 import numpy as np
 from bnlayer.kernels.compiled import kernels as compiled
+from bnlayer.words import as_ints
 x = np.ones((16, 8, 1), np.float32)
 one = x[0, :, 0]
 print(compiled.normalize(x, one, one, one, one < 0).sum())

@@ -8,7 +8,18 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnlayer.words import as_float, as_ints, carried, counted, flags, integers, product_error, remainder
+from bnlayer.words import (
+    as_float,
+    as_ints,
+    carried,
+    counted,
+    flags,
+    integers,
+    integers_without_ties,
+    product_error,
+    remainder,
+    square_integers,
+)
 
 WIDE = st.floats(-1, 1, allow_nan=False, allow_subnormal=True)
 
@@ -29,6 +40,51 @@ def test_integers_and_remainder_split_a_value_exactly(v: float, exponent: int) -
     q, rest = int(integers(column(value), magic)[0]), Fraction(float(remainder(column(value), magic)[0]))
     assert q * unit + rest == Fraction(value)
     assert abs(rest) <= unit / 2
+
+
+def nearest(exact: Fraction, unit: Fraction) -> int:
+    """The integer that is nearest to exact/unit; there must be one."""
+    below = exact / unit // 1
+    assert exact / unit - below != Fraction(1, 2), "a tie"
+    return int(below + (exact / unit - below > Fraction(1, 2)))
+
+
+# The places where rounding decides: odd numbers of half units, and what lies a little beside them.
+HALVES = st.integers(-(2**53), 2**53).map(lambda n: float(2 * (n // 2) + 1) * 2.0**-53)
+
+
+@given(
+    v=WIDE | HALVES, exponent=st.integers(-150, 130), nudge=st.sampled_from([0, 1, -1, 3]), scale=st.integers(-60, 0)
+)
+def test_integers_without_ties_are_the_nearest(v: float, exponent: int, nudge: int, scale: int) -> None:
+    """To v·(1 − 2^-53), which never lies half-way, in Python's fractions."""
+    value = float(np.ldexp(v, exponent + scale)) + nudge * float(np.ldexp(1.0, exponent - 52))
+    if abs(value) >= float(np.ldexp(1.0, exponent)):
+        return
+    q = int(integers_without_ties(column(value), column(3.0 * np.ldexp(1.0, exponent)))[0])
+    assert q == nearest(Fraction(value) * (1 - Fraction(1, 2**53)), Fraction(2) ** (exponent - 51))
+
+
+@given(v=WIDE | HALVES, exponent=st.integers(-150, 130), scale=st.integers(-30, 0))
+def test_square_integers_are_the_nearest(v: float, exponent: int, scale: int) -> None:
+    """To the exact square, which never lies half-way either; to the rounded product they need not be."""
+    value = float(np.ldexp(v, exponent + scale))
+    if abs(value) >= float(np.ldexp(1.0, exponent)):
+        return
+    q = int(square_integers(column(value), column(np.ldexp(1.0, 2 * exponent)))[0])
+    assert q == nearest(Fraction(value) ** 2, Fraction(2) ** (2 * exponent - 52))
+
+
+def test_a_square_whose_product_rounds_to_a_tie_goes_to_its_own_side() -> None:
+    """float64(d·d) lies half-way between two units, d·d just beside: both ways, found by looking."""
+    unit, found = Fraction(1, 2**52), set()
+    for n in range(2**18):
+        d = (2**30 + n) * 2.0**-31
+        product, exact = Fraction(d * d), Fraction(d) ** 2
+        if (product / unit) % 1 == Fraction(1, 2) and product != exact:
+            found.add(exact > product)
+            assert int(square_integers(column(d), column(1.0))[0]) == nearest(exact, unit)
+    assert found == {True, False}
 
 
 @given(a=st.floats(-1e100, 1e100, allow_subnormal=False), b=st.floats(-1e100, 1e100, allow_subnormal=False))

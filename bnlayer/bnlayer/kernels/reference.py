@@ -18,7 +18,15 @@ from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import Moments
 from bnlayer.precision import exponent_above, power_of_two
-from bnlayer.words import LOW, carried, integers, product_error, remainder
+from bnlayer.words import (
+    LOW,
+    carried,
+    integers,
+    integers_without_ties,
+    product_error,
+    remainder,
+    square_integers,
+)
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
@@ -49,12 +57,32 @@ class _Sum:
         self._magics = magics
         self._words = [np.zeros(channels, np.int64) for _ in range(2 * len(magics))]
 
-    def add(self, v: NDArray[np.float64], error: NDArray[np.float64] | None = None) -> None:
-        """Add a block of terms; `error` is what v itself lacks of the exact term, for the second fold."""
+    def add_values(self, v: NDArray[np.float64]) -> None:
+        """Add a block of values."""
+        if len(self._magics) == 1:
+            self._add(0, integers_without_ties(v, self._magics[0]))
+        else:
+            self._add_folds(v)
+
+    def add_squares(self, d: NDArray[np.float64]) -> None:
+        """Add a block of squares."""
+        if len(self._magics) == 1:
+            self._add(0, square_integers(d, self._magics[0]))
+        else:
+            self._add_folds(d * d, product_error(d, d))
+
+    def add_products(self, g: NDArray[np.float64], h: NDArray[np.float64]) -> None:
+        """Add a block of products."""
+        if len(self._magics) == 1:
+            self._add(0, integers(g * h, self._magics[0]))
+        else:
+            self._add_folds(g * h)
+
+    def _add_folds(self, v: NDArray[np.float64], error: NDArray[np.float64] | None = None) -> None:
+        """Add terms in two folds; `error` is what v itself lacks of the exact term."""
         self._add(0, integers(v, self._magics[0]))
-        if len(self._magics) == 2:
-            rest = remainder(v, self._magics[0])
-            self._add(2, integers(rest if error is None else rest + error, self._magics[1]))
+        rest = remainder(v, self._magics[0])
+        self._add(2, integers(rest if error is None else rest + error, self._magics[1]))
 
     def _add(self, at: int, q: NDArray[np.int64]) -> None:
         hi = self._words[at] + (q >> 32).sum((0, 2))
@@ -137,8 +165,8 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
             misfit |= (counted & ~fits).any((0, 2))
             not_finite |= (~finite if m is None else m & ~finite).any((0, 2))
             d = np.where(counted & fits, d, 0.0)
-        deviations.add(d)
-        squares.add(d * d, product_error(d, d) if folds == 2 else None)
+        deviations.add_values(d)
+        squares.add_squares(d)
     return Moments.pack(grid, deviations.words, squares.words, count, misfit, not_finite)
 
 
@@ -214,8 +242,8 @@ def gradient_sums(
         if outside.any():
             seen["misfit"] |= outside.any((0, 2))
             g, h = np.where(outside, 0.0, g), np.where(outside, 0.0, h)
-        gradients.add(g)
-        products.add(g * h)
+        gradients.add_values(g)
+        products.add_products(g, h)
     return GradientSums.pack(
         grid, gradients.words, products.words, seen["misfit"], seen["not_finite"], seen["large"], seen["any"]
     )

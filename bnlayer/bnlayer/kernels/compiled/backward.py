@@ -2,11 +2,16 @@
 
 Per element, with |g| < 2^wA and |h| < 2^wX:
 
-    g = float64(dy)     h = float64(x − mean)     A += bits(g + M_A) − bits(M_A)     B += bits(g·h + M_B) − bits(M_B)
+    g = float64(dy)                                h = float64(x − mean)
+    A += bits(g·(1 − 2^-53) + M_A) − bits(M_A)     B += bits(g·h + M_B) − bits(M_B)
 
-where the two bits(M) are subtracted once, at the fold. Whether all fits is read off the largest |dy| and |x − mean|, as
-integers in the order of the numbers: infinity and NaN are above every window. The latter is only looked at where the
-forward pass has not shown it already.
+with one rounding each (`fused`), and the two bits(M) subtracted once, at the fold. Gradients are added in chains, as
+deviations are in `forward`; their products have ties, and go term by term.
+
+Whether all fits is read off the largest |dy| and |x − mean|, as integers in the order of the numbers: infinity and NaN
+are above every window. The latter is only looked at where the forward pass has not shown it already. Chains of four
+keep their last place if the largest gradient is a quarter of the window or less, which leaves it a factor of 64 since
+the probe; beyond that the pass is made again, term by term.
 
 Layouts, folds and arrays are those of `forward`; the sums here are A, B, and A, B of the second fold, and the largest
 magnitudes are kept beside them.
@@ -19,13 +24,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.forward import AHEAD, FOLD_EVERY, LINE, fold, gather, power
-from bnlayer.kernels.compiled.jit import inlined, kernel
-from bnlayer.kernels.compiled.simd import LANES, bits, greater, load, magnitude, number, prefetch, store, where, widen
+from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power
+from bnlayer.kernels.compiled.jit import inlined, kernel, lines
+from bnlayer.kernels.compiled.simd import (
+    LANES,
+    bits,
+    broadcast,
+    fused,
+    greater,
+    load,
+    magnitude,
+    number,
+    prefetch,
+    store,
+    where,
+    widen,
+)
 
 Array = NDArray[Any]
 
-# Rows at a step. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one cache set.
+# Rows at a step, and terms of a chain. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one
+# cache set.
 _ROWS = 4
 
 
@@ -34,7 +53,7 @@ def _constants(gradient: Array, deviation: Array, repeats: int, lanes: int) -> A
     """M_A, M_B, and those of the second fold; places as in `forward`."""
     channels = gradient.size
     width = channels * lanes * repeats
-    constants = np.empty((4, width))
+    constants = lines(4, width, np.float64)
     for at in range(width):
         c = at // lanes % channels
         a, b = gradient[c], gradient[c] + deviation[c]
@@ -47,36 +66,46 @@ def _constants(gradient: Array, deviation: Array, repeats: int, lanes: int) -> A
 
 @inlined
 def _step(
-    dy: Array, x: Array, check: Any, fine: Any, start: int, stride: int, steps: int, at: int, means: Array,
-    constants: Array, sums: Array, largest: Array,
+    dy: Array, x: Array, check: Any, fine: Any, start: int, stride: int, steps: int, chain: int, ahead: bool,
+    at: int, means: Array, constants: Array, sums: Array, largest: Array,
 ) -> None:  # fmt: skip
-    """Add `steps` times eight elements, `stride` apart from `start` on, in the eight places from `at` on."""
+    """Add `steps` times eight elements, `stride` apart from `start` on, in the eight places from `at` on, in chains.
+
+    Args:
+        ahead: whether they are all of a step's rows: cache lines that come after them are asked for.
+    """
     width = means.size
     mean, m_a, m_b = load(means, at), load(constants, at), load(constants, width + at)
     a, b = load(sums, at), load(sums, width + at)
     a_fine, b_fine = load(sums, 2 * width + at), load(sums, 3 * width + at)
     top_g, top_h = load(largest, at), load(largest, width + at)
-    if stride > LANES and steps == _ROWS:
+    if ahead:
         for line in range(0, _ROWS * LANES, LINE):
             ahead = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
             prefetch(x, ahead)
             prefetch(dy, ahead)
-    for j in range(steps):
-        gradient = load(dy, start + j * stride)
-        deviation = load(x, start + j * stride) - mean
-        size = magnitude(gradient)
-        top_g = greater(top_g, size)
-        if check is not None:
-            deviation = where(size, deviation)  # what meets no gradient does not matter
-            top_h = greater(top_h, magnitude(deviation))
-        g = widen(gradient)
-        product = g * widen(deviation)
-        a = a + bits(g + m_a)
-        b = b + bits(product + m_b)
-        if fine is not None:
-            m_a_fine, m_b_fine = load(constants, 2 * width + at), load(constants, 3 * width + at)
-            a_fine = a_fine + bits(g - ((g + m_a) - m_a) + m_a_fine)
-            b_fine = b_fine + bits(product - ((product + m_b) - m_b) + m_b_fine)
+    shrink = broadcast(SHRINK)
+    for link in range(0, steps, chain):
+        a_chain = m_a
+        for j in range(link, link + chain):
+            gradient = load(dy, start + j * stride)
+            deviation = load(x, start + j * stride) - mean
+            size = magnitude(gradient)
+            top_g = greater(top_g, size)
+            if check is not None:
+                deviation = where(size, deviation)  # what meets no gradient does not matter
+                top_h = greater(top_h, magnitude(deviation))
+            g, h = widen(gradient), widen(deviation)
+            if fine is None:
+                a_chain = fused(g, shrink, a_chain)
+                b = b + bits(fused(g, h, m_b))
+            else:
+                product = g * h
+                a_chain, b_rounded = g + m_a, product + m_b
+                a_fine = a_fine + bits(g - (a_chain - m_a) + load(constants, 2 * width + at))
+                b = b + bits(b_rounded)
+                b_fine = b_fine + bits(product - (b_rounded - m_b) + load(constants, 3 * width + at))
+        a = a + bits(a_chain)
     store(sums, at, a)
     store(sums, width + at, b)
     store(largest, at, top_g)
@@ -100,14 +129,18 @@ def _one(
     if check is not None:
         deviation = where(size, deviation)
         largest[1, at] = max(largest[1, at], magnitude(deviation))
-    g = widen(gradient)
-    product = g * widen(deviation)
+    g, h = widen(gradient), widen(deviation)
     m_a, m_b = constants[0, at], constants[1, at]
-    sums[0, at] += bits(g + m_a)
-    sums[1, at] += bits(product + m_b)
-    if fine is not None:
-        sums[2, at] += bits(g - ((g + m_a) - m_a) + constants[2, at])
-        sums[3, at] += bits(product - ((product + m_b) - m_b) + constants[3, at])
+    if fine is None:
+        sums[0, at] += bits(fused(g, SHRINK, m_a))
+        sums[1, at] += bits(fused(g, h, m_b))
+    else:
+        product = g * h
+        a, b = g + m_a, product + m_b
+        sums[0, at] += bits(a)
+        sums[1, at] += bits(b)
+        sums[2, at] += bits(g - (a - m_a) + constants[2, at])
+        sums[3, at] += bits(product - (b - m_b) + constants[3, at])
 
 
 @inlined
@@ -124,6 +157,51 @@ def _finish(largest: Array, gradient: Array, deviation: Array, lanes: int, words
         fit &= top_g < power(gradient[c]) and top_h < power(deviation[c])
         words[-1, c] |= (np.int64(top_g >= power(gradient[c] - 20)) << 32) | np.int64(largest[0, at] > 0)
     return fit
+
+
+@inlined
+def _chains_held(largest: Array, gradient: Array, lanes: int) -> bool:
+    """Whether all gradients so far were small enough to be added in chains."""
+    held = True
+    for at in range(largest.shape[1]):
+        held &= widen(number(largest[0, at])) < power(gradient[at // lanes % gradient.size] - 2)
+    return held
+
+
+@inlined
+def _rows(
+    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, chain: int, means: Array, constants: Array,
+    sums: Array, largest: Array,
+) -> int:  # fmt: skip
+    """Add the rows from `first` to `last`; how many chains that were, each place."""
+    width = means.size
+    whole = first + (last - first) // _ROWS * _ROWS
+    for i in range(first, whole, _ROWS):
+        for c in range(0, width, LANES):
+            _step(dy, x, check, fine, i * width + c, width, _ROWS, chain, True, c, means, constants, sums, largest)
+    for c in range(0, width, LANES):
+        _step(dy, x, check, fine, whole * width + c, width, last - whole, 1, False, c, means, constants, sums, largest)
+    return (whole - first) // chain + last - whole
+
+
+@inlined
+def _runs(
+    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, begin: int, end: int, length: int, chain: int,
+    means: Array, constants: Array, sums: Array, largest: Array,
+) -> int:  # fmt: skip
+    """Add the places from `begin` to `end` of all runs of some images; how many chains that were, each lane."""
+    channels = means.size // LANES
+    whole = (end - begin) // LANES
+    linked = whole // _ROWS * _ROWS
+    for image in range(first, last):
+        for c in range(channels):
+            start, at = (image * channels + c) * length + begin, c * LANES
+            rest = start + linked * LANES
+            _step(dy, x, check, fine, start, LANES, linked, chain, False, at, means, constants, sums, largest)
+            _step(dy, x, check, fine, rest, LANES, whole - linked, 1, False, at, means, constants, sums, largest)
+            for index in range(start + whole * LANES, start + end - begin):
+                _one(dy, x, check, fine, index, at, means, constants, sums, largest)
+    return (linked // chain + whole - linked) * (last - first)
 
 
 @kernel
@@ -152,22 +230,26 @@ def sums_of_rows(
     for c in range(width):
         means[c] = mean[c % mean.size]
     folds = 1 if fine is None else 2
-    sums, totals = np.zeros((4, width), np.int64), np.zeros((4 * folds, width), np.int64)
-    largest = np.zeros((2, width), top.dtype)
+    sums, totals = lines(4, width, np.int64), lines(4 * folds, width, np.int64)
+    largest = lines(2, width, top.dtype)
     rows = x.size // width
-    for first in range(0, rows, FOLD_EVERY):
-        last = min(first + FOLD_EVERY, rows)
-        whole = first + (last - first) // _ROWS * _ROWS
-        for i in range(first, whole, _ROWS):
-            for c in range(0, width, LANES):
-                _step(dy, x, check, fine, i * width + c, width, _ROWS, c, means, constants, sums, largest)
-        for c in range(0, width, LANES):
-            _step(dy, x, check, fine, whole * width + c, width, last - whole, c, means, constants, sums, largest)
+    chained = fine is None
+    for first in range(0, rows, BLOCK):
+        last = min(first + BLOCK, rows)
+        chains = last - first
+        if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
+            if chained:
+                chains = _rows(dy, x, check, fine, first, last, _ROWS, means, constants, sums, largest)
+                if not _chains_held(largest, gradient, 1):
+                    chained = False
+                    sums[:] = 0
+        if not chained:
+            chains = _rows(dy, x, check, fine, first, last, 1, means, constants, sums, largest)
         for c in range(width):
-            fold(sums, constants, totals, c, last - first)
+            fold(sums, constants, totals, c, chains, last - first)
     for c in range(x.size - rows * width):
         _one(dy, x, check, fine, rows * width + c, c, means, constants, sums, largest)
-        fold(sums, constants, totals, c, 1)
+        fold(sums, constants, totals, c, 1, 1)
     gather(totals, words, 1)
     return _finish(largest, gradient, deviation, 1, words)
 
@@ -185,26 +267,30 @@ def sums_of_runs(
     for at in range(width):
         means[at] = mean[at // LANES]
     folds = 1 if fine is None else 2
-    sums, totals = np.zeros((4, width), np.int64), np.zeros((4 * folds, width), np.int64)
-    largest = np.zeros((2, width), top.dtype)
+    sums, totals = lines(4, width, np.int64), lines(4 * folds, width, np.int64)
+    largest = lines(2, width, top.dtype)
     images = x.size // (channels * length)
     piece = min(length, (FOLD_EVERY - LANES) * LANES)
+    chained = fine is None
     for begin in range(0, length, piece):
         end = min(begin + piece, length)
-        whole = (end - begin) // LANES
-        loose = end - begin - whole * LANES
+        whole, loose = (end - begin) // LANES, (end - begin) % LANES
         at_once = max(1, FOLD_EVERY // (whole + LANES))
         for first in range(0, images, at_once):
             last = min(first + at_once, images)
-            for a in range(first, last):
-                for c in range(channels):
-                    start = (a * channels + c) * length + begin
-                    at = c * LANES
-                    _step(dy, x, check, fine, start, LANES, whole, at, means, constants, sums, largest)
-                    for index in range(start + whole * LANES, start + end - begin):
-                        _one(dy, x, check, fine, index, at, means, constants, sums, largest)
+            chains = 0
+            if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
+                if chained:
+                    chains = _runs(
+                        dy, x, check, fine, first, last, begin, end, length, _ROWS, means, constants, sums, largest
+                    )
+                    if not _chains_held(largest, gradient, LANES):
+                        chained = False
+                        sums[:] = 0
+            if not chained:
+                chains = _runs(dy, x, check, fine, first, last, begin, end, length, 1, means, constants, sums, largest)
             for at in range(width):
-                terms = whole + loose if at % LANES == 0 else whole
-                fold(sums, constants, totals, at, terms * (last - first))
+                more = loose * (last - first) if at % LANES == 0 else 0
+                fold(sums, constants, totals, at, chains + more, whole * (last - first) + more)
     gather(totals, words, LANES)
     return _finish(largest, gradient, deviation, LANES, words)

@@ -1,6 +1,10 @@
 """The passes that write: y and dx. One rounding per operation, in the data's own dtype.
 
-Arrays come flat, with the coefficients of a row (`rows`: as wide as vectors divide) or of a channel (`runs`).
+Arrays come flat, as in `forward`, with the coefficients of the channels.
+
+What is written begins where a cache line does: NumPy's arrays begin 16 bytes behind, and every other store would then
+touch two lines, which takes a quarter longer. So rows are taken from the first such place on, and the coefficients are
+turned by as many.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from bnlayer.kernels.compiled.jit import inlined, kernel
 from bnlayer.kernels.compiled.simd import LANES, broadcast, load, store
 
 Array = NDArray[Any]
+
+LINE = 64  # bytes of a cache line
+_LONG = 256  # elements: a shorter run is not worth two loops over single ones
 
 
 @inlined
@@ -45,49 +52,90 @@ def poison(out: Array, poisoned: Array, length: int) -> None:
     _poison(out, poisoned, length)
 
 
+@inlined
+def _unaligned(out: Array, begin: int, end: int) -> int:
+    """How many elements from `begin` on lie before the next cache line, or before `end`."""
+    address = out.ctypes.data + begin * out.itemsize
+    return min(-address % LINE // out.itemsize, end - begin)
+
+
+@inlined
+def _turned(coefficients: Array, by: int, repeats: int) -> Array:
+    """As wide as the rows, for rows that begin so many elements later."""
+    channels = coefficients.size
+    turned = np.empty(channels * repeats, coefficients.dtype)
+    c = by % channels
+    for at in range(turned.size):
+        turned[at] = coefficients[c]
+        c = c + 1 if c + 1 < channels else 0
+    return turned
+
+
 @kernel
-def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, y: Array) -> None:
-    """(x − mean)·scale + shift, NaN where poisoned, for coefficients as wide as a row."""
-    width = mean.size
-    rows = x.size // width
-    for at in range(rows * width, x.size):
-        c = at - rows * width
+def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, repeats: int, y: Array) -> None:
+    """(x − mean)·scale + shift, NaN where poisoned, for channels in the last axis.
+
+    Args:
+        x, y: flat.
+        mean, scale, shift, poisoned: (C,).
+        repeats: how many rows are taken for one, so that vectors divide its width.
+    """
+    channels = mean.size
+    width = channels * repeats
+    begin = _unaligned(y, 0, y.size)
+    end = begin + (y.size - begin) // width * width
+    for at in range(begin):
+        c = at % channels
         y[at] = _normal(x[at], mean[c], scale[c], shift[c])
-    for start in range(0, rows * width, width):
+    m, a, b = _turned(mean, begin, repeats), _turned(scale, begin, repeats), _turned(shift, begin, repeats)
+    for start in range(begin, end, width):
         for c in range(0, width, LANES):
-            store(y, start + c, _normal(load(x, start + c), load(mean, c), load(scale, c), load(shift, c)))
+            store(y, start + c, _normal(load(x, start + c), load(m, c), load(a, c), load(b, c)))
+    for at in range(end, y.size):
+        c = at % channels
+        y[at] = _normal(x[at], mean[c], scale[c], shift[c])
     _poison(y, poisoned, 1)
 
 
 @kernel
 def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, length: int, y: Array) -> None:
     """The same for runs of one channel after the other, each `length` long."""
-    channels = mean.size
-    runs = x.size // length
-    for run in range(runs):
-        c = run % channels
-        m, a, b = broadcast(mean[c]), broadcast(scale[c]), broadcast(shift[c])
-        whole = length // LANES * LANES
-        start = run * length
-        for at in range(start, start + whole, LANES):
-            store(y, at, _normal(load(x, at), m, a, b))
-        for at in range(start + whole, start + length):
-            y[at] = _normal(x[at], mean[c], scale[c], shift[c])
+    for start in range(0, y.size, length):
+        c = start // length % mean.size
+        m, a, b = mean[c], scale[c], shift[c]
+        end = start + length
+        begin = start + (_unaligned(y, start, end) if length >= _LONG else 0)
+        whole = begin + (end - begin) // LANES * LANES
+        for at in range(start, begin):
+            y[at] = _normal(x[at], m, a, b)
+        for at in range(begin, whole, LANES):
+            store(y, at, _normal(load(x, at), broadcast(m), broadcast(a), broadcast(b)))
+        for at in range(whole, end):
+            y[at] = _normal(x[at], m, a, b)
     _poison(y, poisoned, length)
 
 
 @kernel
-def gradient_rows(dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, dx: Array) -> None:
-    """((dy − offset) − (x − mean)·slope)·scale, for coefficients as wide as a row."""
-    width = mean.size
-    rows = x.size // width
-    for at in range(rows * width, x.size):
-        c = at - rows * width
+def gradient_rows(
+    dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, repeats: int, dx: Array
+) -> None:
+    """((dy − offset) − (x − mean)·slope)·scale, for channels in the last axis; otherwise as `normalize_rows`."""
+    channels = mean.size
+    width = channels * repeats
+    begin = _unaligned(dx, 0, dx.size)
+    end = begin + (dx.size - begin) // width * width
+    for at in range(begin):
+        c = at % channels
         dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
-    for start in range(0, rows * width, width):
+    m, o = _turned(mean, begin, repeats), _turned(offset, begin, repeats)
+    k, a = _turned(slope, begin, repeats), _turned(scale, begin, repeats)
+    for start in range(begin, end, width):
         for c in range(0, width, LANES):
-            m, o, k, a = load(mean, c), load(offset, c), load(slope, c), load(scale, c)
-            store(dx, start + c, _gradient(load(dy, start + c), load(x, start + c), m, o, k, a))
+            at = start + c
+            store(dx, at, _gradient(load(dy, at), load(x, at), load(m, c), load(o, c), load(k, c), load(a, c)))
+    for at in range(end, dx.size):
+        c = at % channels
+        dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
 
 
 @kernel
@@ -95,17 +143,19 @@ def gradient_runs(
     dy: Array, x: Array, mean: Array, offset: Array, slope: Array, scale: Array, length: int, dx: Array
 ) -> None:
     """The same for runs of one channel after the other, each `length` long."""
-    channels = mean.size
-    runs = x.size // length
-    for run in range(runs):
-        c = run % channels
-        m, o, k, a = broadcast(mean[c]), broadcast(offset[c]), broadcast(slope[c]), broadcast(scale[c])
-        whole = length // LANES * LANES
-        start = run * length
-        for at in range(start, start + whole, LANES):
-            store(dx, at, _gradient(load(dy, at), load(x, at), m, o, k, a))
-        for at in range(start + whole, start + length):
-            dx[at] = _gradient(dy[at], x[at], mean[c], offset[c], slope[c], scale[c])
+    for start in range(0, dx.size, length):
+        c = start // length % mean.size
+        m, o, k, a = mean[c], offset[c], slope[c], scale[c]
+        end = start + length
+        begin = start + (_unaligned(dx, start, end) if length >= _LONG else 0)
+        whole = begin + (end - begin) // LANES * LANES
+        for at in range(start, begin):
+            dx[at] = _gradient(dy[at], x[at], m, o, k, a)
+        mv, ov, kv, av = broadcast(m), broadcast(o), broadcast(k), broadcast(a)
+        for at in range(begin, whole, LANES):
+            store(dx, at, _gradient(load(dy, at), load(x, at), mv, ov, kv, av))
+        for at in range(whole, end):
+            dx[at] = _gradient(dy[at], x[at], m, o, k, a)
 
 
 @kernel

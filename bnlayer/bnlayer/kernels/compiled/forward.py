@@ -1,18 +1,28 @@
-"""The forward passes: exact moments, and normalizing.
+"""The forward pass that reduces: exact moments.
 
 Each pass sees its data flat: as rows of a width that vectors divide, where the channels are the last axis, or as runs
-of one channel after the other. Per element:
+of one channel after the other. Per element of float32 data:
 
-    d = float64(x) − pivot        S += bits(d + M1) − bits(M1)        T += bits(d·d + M2) − bits(M2)
+    d = float64(x) − pivot        S += bits(d·(1 − 2^-53) + M1) − bits(M1)        T += bits(d·d + M2) − bits(M2)
 
-where the two bits(M) are subtracted once, at the fold. All T terms fit their window, and are finite, if and only if
-the OR of their bit patterns still has the exponent of M2: a greater one would set a bit above it. float64 data have a
-second fold, for what the first one rounds away.
+with one rounding each (`fused`), and the two bits(M) subtracted once, at the fold. Neither can be a tie (see
+`bnlayer.words`). So a term's rounding does not depend on what it is added to, as long as the last place of that is the
+unit: **a few terms are added as floats, one after the other**, to M1 and M2 themselves, and only their sum becomes an
+integer. The same integer, for half of the operations.
+
+Such a chain of eight keeps its last place if the squares' sum stays below 4^w/8: then no partial sum of deviations
+reaches 2^w either (Cauchy and Schwarz; M2's own 2^-10·4^w are the margin for the roundings). A sum that does not would
+set one of the three bits below M2's exponent; the differences from M2's bits are OR-ed, and looked at once a block. A
+block where one is set is added again, term by term, and so is the rest of the pass: values have grown since the probe,
+which leaves a factor of 2.8 for the largest. Term by term, the exponent must stay M2's: otherwise a value is not
+finite, or outside its window, or so near to its end that the reference has to tell.
+
+float64 data have a second fold, for what the first one rounds away, and go term by term.
 
 Rows of the arrays that a pass works on, each as wide as the data's rows (or eight lanes a channel, for runs):
 
     constants   M1, M2, those of the second fold, and the pivot
-    sums        S, T, those of the second fold, and the OR; the first four since they were last folded
+    sums        S, T, those of the second fold, and how many were not masked, since they were last folded
     totals      hi, lo of each fold of S, then of T
 """
 
@@ -23,14 +33,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.jit import inlined, kernel
+from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power
+from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
     LANES,
     bits,
     broadcast,
+    fused,
     load,
     load_truths,
-    number,
     prefetch,
     store,
     where,
@@ -39,25 +50,12 @@ from bnlayer.kernels.compiled.simd import (
 
 Array = NDArray[Any]
 
-# Terms are below 2^52, so that 2^11 of them stay below 2^63.
-FOLD_EVERY = 2**11
-# Rows at a step: the sums of eight channels are loaded and stored once for all of them.
+# Rows at a step, and terms of a chain: the sums of eight channels are loaded and stored once for all of them.
 _ROWS = 8
-# Elements ahead of which cache lines are asked for, a step's worth at a step: rows side by side are more streams than
-# prefetchers follow, and a row of 128 channels is over before they have seen where it goes.
-AHEAD = 4096
-LINE = 16  # elements of float32 in a cache line
-
-_LOW = 0xFFFF_FFFF
 _SPLITTER = 134_217_729.0  # 2^27 + 1, as in `bnlayer.words`
 _M1, _M2, _M1_FINE, _M2_FINE, _PIVOT = range(5)
-_S, _T, _S_FINE, _T_FINE, _SEEN = range(5)
-
-
-@inlined
-def power(exponent: int) -> Any:
-    """2^exponent; infinity above float64's range, whose lower end no grid reaches."""
-    return number(np.int64(min(exponent + 1023, 2047)) << 52)
+_S, _T, _S_FINE, _T_FINE, _COUNT = range(5)
+_MARGIN = 2.0**-10  # of M2: it costs a window nothing but its last 2^-11
 
 
 @inlined
@@ -65,13 +63,13 @@ def _constants(pivot: Array, exponent: Array, repeats: int, lanes: int) -> Array
     """The constants, each channel's in `lanes` places side by side, all of them `repeats` times over."""
     channels = pivot.size
     width = channels * lanes * repeats
-    constants = np.empty((5, width))
+    constants = lines(5, width, np.float64)
     for at in range(width):
         c = at // lanes % channels
         w = exponent[c]
         constants[_PIVOT, at] = pivot[c]
         constants[_M1, at] = 3.0 * power(w)
-        constants[_M2, at] = power(2 * w)
+        constants[_M2, at] = power(2 * w) * (1.0 + _MARGIN)
         constants[_M1_FINE, at] = 3.0 * power(w - 52)
         constants[_M2_FINE, at] = 1.5 * power(2 * w - 51)
     return constants
@@ -93,107 +91,115 @@ def _square_error(d: Any, square: Any, splitter: Any) -> Any:
 
 
 @inlined
-def fold(sums: Array, magics: Array, totals: Array, at: int, terms: int) -> None:
-    """Bring the sums of one place into its totals, less the bits(M) of its terms.
-
-    Args:
-        sums, magics: the first sum, the second, and so on; a row of `magics` for each of `sums`.
-        totals: hi, lo of each fold of the first sum, then of the second.
-        at: the place.
-        terms: how many were added since the last time.
-    """
-    folds = totals.shape[0] // 4
-    for level in range(folds):
-        for side in range(2):
-            row = 2 * level + side
-            total = sums[row, at] - terms * bits(magics[row, at])
-            to = 2 * folds * side + 2 * level
-            totals[to, at] += total >> 32
-            totals[to + 1, at] += total & _LOW
-            sums[row, at] = 0
+def _below(odd: Array, bit: int) -> bool:
+    """Whether no sum of squares differed from its M2 in that bit or a higher one."""
+    seen = np.int64(0)
+    for lane in range(odd.size):
+        seen |= odd[lane]
+    return seen >> bit == 0
 
 
 @inlined
-def gather(totals: Array, words: Array, lanes: int) -> None:
-    """Add up the places of each channel, carry, and write the canonical words."""
-    channels = words.shape[1]
-    for row in range(0, totals.shape[0], 2):
-        for c in range(channels):
-            words[row, c] = 0
-            words[row + 1, c] = 0
-        for at in range(totals.shape[1]):
-            c = at // lanes % channels
-            words[row, c] += totals[row, at]
-            words[row + 1, c] += totals[row + 1, at]
-        for c in range(channels):
-            words[row, c] += words[row + 1, c] >> 32
-            words[row + 1, c] &= _LOW
-
-
-@inlined
-def _all_fit(sums: Array, exponent: Array, lanes: int) -> bool:
-    """Whether every square was finite, and below its channel's window."""
-    fit = True
-    for at in range(sums.shape[1]):
-        c = at // lanes % exponent.size
-        fit &= sums[_SEEN, at] >> 52 == 1023 + 2 * exponent[c]
-    return fit
+def _deviation(v: Any, centred: bool, pivot: Any) -> Any:
+    """v − pivot; centred on 0 it is v itself."""
+    return widen(v) if centred else widen(v) - pivot
 
 
 @inlined
 def _step(
-    x: Array, starts: Any, mask: Any, fine: Any, i: int, rows: int, c: int, constants: Array, sums: Array, count: Array
-) -> None:
-    """Add `rows` rows from row i on, in the eight places from c on."""
+    x: Array, starts: Any, mask: Any, fine: Any, i: int, rows: int, chain: int, centred: bool, c: int,
+    constants: Array, sums: Array, odd: Any,
+) -> Any:  # fmt: skip
+    """Add `rows` rows from row i on, in the eight places from c on, in chains; `odd` with what was seen."""
     width = constants.shape[1]
     pivot, m1, m2 = load(constants, _PIVOT * width + c), load(constants, c), load(constants, _M2 * width + c)
-    s, t, seen = load(sums, c), load(sums, _T * width + c), load(sums, _SEEN * width + c)
+    s, t, count = load(sums, c), load(sums, _T * width + c), load(sums, _COUNT * width + c)
+    shrink = broadcast(SHRINK)
     if starts is None and rows == _ROWS:
         for line in range(0, _ROWS * LANES, LINE):
             prefetch(x, i * width + c * _ROWS + AHEAD + line)
-    for j in range(i, i + rows):
-        start = j * width if starts is None else starts[j]
-        d = widen(load(x, start + c)) - pivot
-        if mask is not None:
-            truth = load_truths(mask, start + c)
-            d = where(truth, d)
-            store(count, c, load(count, c) - truth)
-        square = d * d
-        s = s + bits(d + m1)
-        u = bits(square + m2)
-        t = t + u
-        seen = seen | u
-        if fine is not None:
-            splitter = broadcast(_SPLITTER)
-            m1_fine, m2_fine = load(constants, _M1_FINE * width + c), load(constants, _M2_FINE * width + c)
-            rest = d - ((d + m1) - m1)
-            rest_of_square = (square - ((square + m2) - m2)) + _square_error(d, square, splitter)
-            at, to = _S_FINE * width + c, _T_FINE * width + c
-            store(sums, at, load(sums, at) + bits(rest + m1_fine))
-            store(sums, to, load(sums, to) + bits(rest_of_square + m2_fine))
+    for link in range(i, i + rows, chain):
+        s_chain, t_chain = m1, m2
+        for j in range(link, link + chain):
+            start = j * width if starts is None else starts[j]
+            if starts is not None and rows == _ROWS:
+                prefetch(x, start + c + AHEAD)
+            d = _deviation(load(x, start + c), centred, pivot)
+            if mask is not None:
+                truth = load_truths(mask, start + c)
+                d = where(truth, d)
+                count = count - truth
+            if fine is None:
+                s_chain = fused(d, shrink, s_chain)
+                t_chain = fused(d, d, t_chain)
+            else:
+                square = d * d
+                s_chain, t_chain = d + m1, square + m2
+                at, to = _S_FINE * width + c, _T_FINE * width + c
+                store(sums, at, load(sums, at) + bits(d - (s_chain - m1) + load(constants, _M1_FINE * width + c)))
+                rest = (square - (t_chain - m2)) + _square_error(d, square, broadcast(_SPLITTER))
+                store(sums, to, load(sums, to) + bits(rest + load(constants, _M2_FINE * width + c)))
+        s = s + bits(s_chain)
+        t = t + bits(t_chain)
+        odd = odd | (bits(t_chain) ^ bits(m2))
     store(sums, c, s)
     store(sums, _T * width + c, t)
-    store(sums, _SEEN * width + c, seen)
+    if mask is not None:
+        store(sums, _COUNT * width + c, count)
+    return odd
 
 
 @inlined
-def _one(x: Array, mask: Any, fine: Any, at: int, c: int, constants: Array, sums: Array, count: Array) -> None:
+def _one(x: Array, mask: Any, fine: Any, at: int, c: int, constants: Array, sums: Array, odd: Array) -> None:
     """Add one element in place c."""
     d = widen(x[at]) - constants[_PIVOT, c]
     if mask is not None:
         d = d if mask[at] else 0.0
-        count[c] += mask[at] != 0
+        sums[_COUNT, c] += mask[at] != 0
     m1, m2 = constants[_M1, c], constants[_M2, c]
-    square = d * d
-    u = bits(square + m2)
-    sums[_S, c] += bits(d + m1)
-    sums[_T, c] += u
-    sums[_SEEN, c] |= u
-    if fine is not None:
-        rest = d - ((d + m1) - m1)
-        rest_of_square = (square - ((square + m2) - m2)) + _square_error(d, square, _SPLITTER)
-        sums[_S_FINE, c] += bits(rest + constants[_M1_FINE, c])
+    if fine is None:
+        v, u = fused(d, SHRINK, m1), fused(d, d, m2)
+    else:
+        square = d * d
+        v, u = d + m1, square + m2
+        rest_of_square = (square - (u - m2)) + _square_error(d, square, _SPLITTER)
+        sums[_S_FINE, c] += bits(d - (v - m1) + constants[_M1_FINE, c])
         sums[_T_FINE, c] += bits(rest_of_square + constants[_M2_FINE, c])
+    sums[_S, c] += bits(v)
+    sums[_T, c] += bits(u)
+    odd[0] |= bits(u) ^ bits(m2)
+
+
+@inlined
+def _rows(
+    x: Array, starts: Any, mask: Any, fine: Any, first: int, last: int, chain: int, centred: bool,
+    constants: Array, sums: Array, odd: Array,
+) -> int:  # fmt: skip
+    """Add the rows from `first` to `last`; how many chains that were, each place."""
+    width = constants.shape[1]
+    even = width // LANES * LANES
+    whole = first + (last - first) // _ROWS * _ROWS
+    seen = load(odd, 0)
+    for i in range(first, whole, _ROWS):
+        for c in range(0, even, LANES):
+            seen = _step(x, starts, mask, fine, i, _ROWS, chain, centred, c, constants, sums, seen)
+    for i in range(whole, last):
+        for c in range(0, even, LANES):
+            seen = _step(x, starts, mask, fine, i, 1, 1, centred, c, constants, sums, seen)
+    store(odd, 0, seen)
+    if starts is not None:
+        for i in range(first, last):
+            for c in range(even, width):
+                _one(x, mask, fine, starts[i] + c, c, constants, sums, odd)
+    return (whole - first) // chain + (last - whole)
+
+
+@inlined
+def _centred(pivot: Array) -> bool:
+    centred = True
+    for c in range(pivot.size):
+        centred &= pivot[c] == 0.0
+    return centred
 
 
 @kernel
@@ -217,31 +223,36 @@ def moments_of_rows(
     folds = 1 if fine is None else 2
     constants = _constants(pivot, exponent, repeats, 1)
     width = constants.shape[1]
-    sums, totals = np.zeros((5, width), np.int64), np.zeros((4 * folds, width), np.int64)
-    count = np.zeros(width, np.int64)
-    for c in range(width):
-        sums[_SEEN, c] = bits(constants[_M2, c])
-    rows = x.size // width if starts is None else starts.size
     even = width // LANES * LANES
-    for first in range(0, rows, FOLD_EVERY):
-        last = min(first + FOLD_EVERY, rows)
-        whole = first + (last - first) // _ROWS * _ROWS
-        for i in range(first, whole, _ROWS):
-            for c in range(0, even, LANES):
-                _step(x, starts, mask, fine, i, _ROWS, c, constants, sums, count)
-        for i in range(whole, last):
-            for c in range(0, even, LANES):
-                _step(x, starts, mask, fine, i, 1, c, constants, sums, count)
-        if starts is not None:
-            for i in range(first, last):
-                for c in range(even, width):
-                    _one(x, mask, fine, starts[i] + c, c, constants, sums, count)
+    sums, totals = lines(5, width, np.int64), lines(4 * folds, width, np.int64)
+    count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
+    centred, chained = _centred(pivot), fine is None
+    rows = x.size // width if starts is None else starts.size
+    for first in range(0, rows, BLOCK):
+        last = min(first + BLOCK, rows)
+        chains = last - first
+        if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
+            if chained:
+                if centred:
+                    chains = _rows(x, starts, mask, fine, first, last, _ROWS, True, constants, sums, odd)
+                else:
+                    chains = _rows(x, starts, mask, fine, first, last, _ROWS, False, constants, sums, odd)
+                if not _below(odd, 49):
+                    chained = False
+                    sums[:] = 0
+                    odd[:] = 0
+        if not chained:
+            chains = _rows(x, starts, mask, fine, first, last, 1, False, constants, sums, odd)
         for c in range(width):
-            fold(sums, constants, totals, c, last - first)
+            links = chains if c < even else last - first
+            fold(sums, constants, totals, c, links, links)
+            count[c] += sums[_COUNT, c]
+            sums[_COUNT, c] = 0
     rest = x.size - rows * width if starts is None else 0
     for c in range(rest):
-        _one(x, mask, fine, rows * width + c, c, constants, sums, count)
-        fold(sums, constants, totals, c, 1)
+        _one(x, mask, fine, rows * width + c, c, constants, sums, odd)
+        fold(sums, constants, totals, c, 1, 1)
+        count[c] += sums[_COUNT, c]
     gather(totals, words, 1)
     channels = words.shape[1]
     for c in range(channels):
@@ -251,7 +262,73 @@ def moments_of_rows(
         words[-2] = 0
         for c in range(width):
             words[-2, c % channels] += count[c]
-    return _all_fit(sums, exponent, 1)
+    return _below(odd, 52)
+
+
+@inlined
+def _run(
+    x: Array, mask: Any, fine: Any, start: int, steps: int, chain: int, centred: bool, at: int,
+    constants: Array, sums: Array, odd: Any,
+) -> Any:  # fmt: skip
+    """Add a run of 8·steps elements in the eight lanes of a channel, in chains; `odd` with what was seen."""
+    width = constants.shape[1]
+    pivot, m1, m2 = load(constants, _PIVOT * width + at), load(constants, at), load(constants, _M2 * width + at)
+    s, t, count = load(sums, at), load(sums, _T * width + at), load(sums, _COUNT * width + at)
+    s_fine, t_fine = load(sums, _S_FINE * width + at), load(sums, _T_FINE * width + at)
+    shrink = broadcast(SHRINK)
+    for link in range(0, steps, chain):
+        s_chain, t_chain = m1, m2
+        for j in range(link, link + chain):
+            d = _deviation(load(x, start + j * LANES), centred, pivot)
+            if mask is not None:
+                truth = load_truths(mask, start + j * LANES)
+                d = where(truth, d)
+                count = count - truth
+            if fine is None:
+                s_chain = fused(d, shrink, s_chain)
+                t_chain = fused(d, d, t_chain)
+            else:
+                square = d * d
+                s_chain, t_chain = d + m1, square + m2
+                s_fine = s_fine + bits(d - (s_chain - m1) + load(constants, _M1_FINE * width + at))
+                rest = (square - (t_chain - m2)) + _square_error(d, square, broadcast(_SPLITTER))
+                t_fine = t_fine + bits(rest + load(constants, _M2_FINE * width + at))
+        s = s + bits(s_chain)
+        t = t + bits(t_chain)
+        odd = odd | (bits(t_chain) ^ bits(m2))
+    store(sums, at, s)
+    store(sums, _T * width + at, t)
+    if mask is not None:
+        store(sums, _COUNT * width + at, count)
+    if fine is not None:
+        store(sums, _S_FINE * width + at, s_fine)
+        store(sums, _T_FINE * width + at, t_fine)
+    return odd
+
+
+@inlined
+def _runs(
+    x: Array, mask: Any, fine: Any, first: int, last: int, begin: int, end: int, length: int, chain: int,
+    centred: bool, constants: Array, sums: Array, odd: Array,
+) -> int:  # fmt: skip
+    """Add the places from `begin` to `end` of all runs of some images; how many chains that were, each lane."""
+    channels = constants.shape[1] // LANES
+    whole = (end - begin) // LANES
+    linked = whole // _ROWS * _ROWS
+    seen = load(odd, 0)
+    for image in range(first, last):
+        for c in range(channels):
+            start, at = (image * channels + c) * length + begin, c * LANES
+            seen = _run(x, mask, fine, start, linked, chain, centred, at, constants, sums, seen)
+            rest = start + linked * LANES
+            seen = _run(x, mask, fine, rest, whole - linked, 1, centred, at, constants, sums, seen)
+    store(odd, 0, seen)
+    for image in range(first, last):
+        for c in range(channels):
+            start = (image * channels + c) * length
+            for at in range(start + begin + whole * LANES, start + end):
+                _one(x, mask, fine, at, c * LANES, constants, sums, odd)
+    return (linked // chain + whole - linked) * (last - first)
 
 
 @kernel
@@ -260,28 +337,39 @@ def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Arra
     folds, channels = 1 if fine is None else 2, pivot.size
     constants = _constants(pivot, exponent, 1, LANES)
     width = constants.shape[1]
-    sums, totals = np.zeros((5, width), np.int64), np.zeros((4 * folds, width), np.int64)
-    count = np.zeros(width, np.int64)
-    for at in range(width):
-        sums[_SEEN, at] = bits(constants[_M2, at])
+    sums, totals = lines(5, width, np.int64), lines(4 * folds, width, np.int64)
+    count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
+    centred, chained = _centred(pivot), fine is None
     images = x.size // (channels * length)
     piece = min(length, (FOLD_EVERY - LANES) * LANES)
     for begin in range(0, length, piece):
         end = min(begin + piece, length)
-        whole = (end - begin) // LANES
-        loose = end - begin - whole * LANES
-        at_once = max(1, FOLD_EVERY // (whole + LANES))
+        loose = (end - begin) % LANES
+        at_once = max(1, FOLD_EVERY // ((end - begin) // LANES + LANES))
         for first in range(0, images, at_once):
             last = min(first + at_once, images)
-            for a in range(first, last):
-                for c in range(channels):
-                    start = (a * channels + c) * length + begin
-                    _run(x, mask, fine, start, whole, c * LANES, constants, sums, count)
-                    for at in range(start + whole * LANES, start + end - begin):
-                        _one(x, mask, fine, at, c * LANES, constants, sums, count)
+            chains = 0
+            if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
+                if chained:
+                    if centred:
+                        chains = _runs(
+                            x, mask, fine, first, last, begin, end, length, _ROWS, True, constants, sums, odd
+                        )
+                    else:
+                        chains = _runs(
+                            x, mask, fine, first, last, begin, end, length, _ROWS, False, constants, sums, odd
+                        )
+                    if not _below(odd, 49):
+                        chained = False
+                        sums[:] = 0
+                        odd[:] = 0
+            if not chained:
+                chains = _runs(x, mask, fine, first, last, begin, end, length, 1, False, constants, sums, odd)
             for at in range(width):
-                terms = whole + loose if at % LANES == 0 else whole
-                fold(sums, constants, totals, at, terms * (last - first))
+                links = chains + (loose * (last - first) if at % LANES == 0 else 0)
+                fold(sums, constants, totals, at, links, links)
+                count[at] += sums[_COUNT, at]
+                sums[_COUNT, at] = 0
     gather(totals, words, LANES)
     for c in range(channels):
         words[-2, c] = images * length
@@ -290,40 +378,4 @@ def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Arra
         words[-2] = 0
         for at in range(width):
             words[-2, at // LANES] += count[at]
-    return _all_fit(sums, exponent, LANES)
-
-
-@inlined
-def _run(
-    x: Array, mask: Any, fine: Any, start: int, steps: int, at: int, constants: Array, sums: Array, count: Array
-) -> None:
-    """Add a run of 8·steps elements in the eight lanes of a channel."""
-    width = constants.shape[1]
-    pivot, m1, m2 = load(constants, _PIVOT * width + at), load(constants, at), load(constants, _M2 * width + at)
-    s, t, seen = load(sums, at), load(sums, _T * width + at), load(sums, _SEEN * width + at)
-    n = load(count, at)
-    s_fine, t_fine = load(sums, _S_FINE * width + at), load(sums, _T_FINE * width + at)
-    for j in range(steps):
-        d = widen(load(x, start + j * LANES)) - pivot
-        if mask is not None:
-            truth = load_truths(mask, start + j * LANES)
-            d = where(truth, d)
-            n = n - truth
-        square = d * d
-        s = s + bits(d + m1)
-        u = bits(square + m2)
-        t = t + u
-        seen = seen | u
-        if fine is not None:
-            rest = d - ((d + m1) - m1)
-            error = _square_error(d, square, broadcast(_SPLITTER))
-            s_fine = s_fine + bits(rest + load(constants, _M1_FINE * width + at))
-            t_fine = t_fine + bits((square - ((square + m2) - m2)) + error + load(constants, _M2_FINE * width + at))
-    store(sums, at, s)
-    store(sums, _T * width + at, t)
-    store(sums, _SEEN * width + at, seen)
-    if mask is not None:
-        store(count, at, n)
-    if fine is not None:
-        store(sums, _S_FINE * width + at, s_fine)
-        store(sums, _T_FINE * width + at, t_fine)
+    return _below(odd, 52)

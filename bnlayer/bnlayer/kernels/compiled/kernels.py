@@ -105,11 +105,8 @@ def normalize(
         return y
     if length > 1 or x.shape[1] == 1:
         elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, poisoned_C, length, y.reshape(-1))
-    elif repeats == 1:
-        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, poisoned_C, y.reshape(-1))
     else:
-        mean, scale, shift, poisoned = (np.tile(v, repeats) for v in (mean_C, scale_C, shift_C, poisoned_C))
-        elementwise.normalize_rows(_flat(x), mean, scale, shift, poisoned, y.reshape(-1))
+        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, poisoned_C, repeats, y.reshape(-1))
     return y
 
 
@@ -119,7 +116,8 @@ def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> ND
     repeats, length = _layout(x)
     if x.size:
         probes.gradient_extremes(_flat(dy), _flat(x), mean_C, repeats, length, best)
-    return exponent_above(best.view(x.dtype).astype(np.float64), grid.precision.lowest)
+    lowest = grid.precision.lowest
+    return np.maximum(exponent_above(best.view(x.dtype).astype(np.float64), lowest), lowest)
 
 
 def gradient_sums(
@@ -160,11 +158,8 @@ def input_gradient(
     flat_dy, flat_x, flat_dx = _flat(dy), _flat(x), dx.reshape(-1)
     if length > 1 or x.shape[1] == 1:
         elementwise.gradient_runs(flat_dy, flat_x, mean_C, offset_C, slope_C, scale_C, length, flat_dx)
-    elif repeats == 1:
-        elementwise.gradient_rows(flat_dy, flat_x, mean_C, offset_C, slope_C, scale_C, flat_dx)
     else:
-        mean, offset, slope, scale = (np.tile(v, repeats) for v in (mean_C, offset_C, slope_C, scale_C))
-        elementwise.gradient_rows(flat_dy, flat_x, mean, offset, slope, scale, flat_dx)
+        elementwise.gradient_rows(flat_dy, flat_x, mean_C, offset_C, slope_C, scale_C, repeats, flat_dx)
     if mask is not None:
         if _of_rows(mask, x):
             elementwise.scale_masked_rows(flat_dy, np.flatnonzero(~mask) * x.shape[1], scale_C, flat_dx)

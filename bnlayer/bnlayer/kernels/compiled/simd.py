@@ -4,10 +4,10 @@ LLVM's own vectorizer gives up silently: on a descending loop, on an index that 
 cares to compare for overlap; the kernel is then four to seven times slower. These types have no such moods. Eight is
 the width of AVX-512 in float64; LLVM makes two or four narrower instructions of one where the machine has less.
 
-A vector is a Numba type of its own, known to + − × | &; `load` and `store` move it. The functions below take scalars
+A vector is a Numba type of its own, known to + − × | & ^; `load` and `store` move it. The functions below take scalars
 too, so that one formula serves the vectors and the few elements that are left over.
 
-Every operation rounds once: nothing here is ever contracted.
+Every operation rounds once. Nothing is ever contracted: what is fused says so (`fused`).
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ _operator(operator.sub, {FLOAT32: "fsub", FLOAT64: "fsub", INT32: "sub", INT64: 
 _operator(operator.mul, {FLOAT32: "fmul", FLOAT64: "fmul"})
 _operator(operator.or_, {INT32: "or_", INT64: "or_"})
 _operator(operator.and_, {INT32: "and_", INT64: "and_"})
+_operator(operator.xor, {INT32: "xor", INT64: "xor"})
 
 
 def _address(context: Any, builder: Any, sig: Any, args: Any, element: Any) -> Any:
@@ -135,14 +136,17 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 @_instruction
 def prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Have the cache line of an element fetched, soon to be read; the index may lie behind the array's end."""
+    """Have the cache line of an element brought to the second-level cache; the index may lie behind the array's end.
+
+    Not to the first: what is asked for far enough ahead would push out what is needed before it.
+    """
     del typing, index
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         address = _address(context, builder, sig, args, _BYTE)
         kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [address, *(ir.Constant(_INT32, hint) for hint in (0, 3, 1))])  # a read, kept, of data
+        builder.call(function, [address, *(ir.Constant(_INT32, hint) for hint in (0, 2, 1))])  # a read, of data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -187,6 +191,21 @@ def widen(typing: Any, value: Any) -> Any:
         return args[0] if wider is value else builder.fpext(args[0], _llvm(wider))
 
     return wider(value), generate
+
+
+@_instruction
+def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c for float64, rounded once, on every machine: where there is no such instruction, the C library's."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        kind = _llvm(a)
+        name = f"llvm.fma.v{LANES}f64" if isinstance(a, Vector) else "llvm.fma.f64"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return builder.call(function, args)
+
+    return a(a, b, c), generate
 
 
 def _reinterpreted(value: Any, kind: Any) -> Any:
