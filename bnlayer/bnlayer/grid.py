@@ -52,7 +52,7 @@ class Grid:
         lowest = precision_of(dtype).lowest
         return cls(dtype, np.zeros(channels), np.full(channels, lowest, np.int64), False)
 
-    @property
+    @cached_property
     def precision(self) -> Precision:
         """The arithmetic of the data's dtype."""
         return precision_of(self.dtype)
@@ -133,7 +133,7 @@ class BackwardGrid:
         lowest = np.full(channels, precision_of(dtype).lowest, np.int64)
         return cls(dtype, lowest, lowest, False)
 
-    @property
+    @cached_property
     def precision(self) -> Precision:
         """The arithmetic of the data's dtype."""
         return precision_of(self.dtype)

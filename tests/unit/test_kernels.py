@@ -135,24 +135,38 @@ def in_pieces(x: Array, grid: Grid) -> list[list[int]]:
     return sums(sum(rows[1:], rows[0]).words)
 
 
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    reach=st.floats(0.01, 1.0),
-    pivot=st.sampled_from([0.0, 1.0, 2.0**-50, -3e7, 1e-20]),
-    exponent=st.integers(-20, 20),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_chain_is_its_terms(seed: int, reach: float, pivot: float, exponent: int) -> None:
-    """Added one after the other as floats, or each as an integer: wherever in the window they lie, up to its end."""
-    rng = np.random.default_rng(seed)
-    pivot = float(np.float32(pivot))
-    signs = rng.choice([1.0, -1.0], (16, 1, 1)) if rng.random() < 0.5 else 1.0
-    offsets = signs * (reach + rng.choice([0, 1, 3], (16, 8, 1)) * rng.choice([2.0**-51, 2.0**-24, 2.0**-10]))
-    grid = Grid("float32", np.full(8, pivot), np.full(8, exponent), True)
-    x = (pivot + offsets * 2.0**exponent).astype(np.float32)
-    same(compiled.moments(x, None, grid).words, reference.moments(x, None, grid).words)
-    if not reference.moments(x, None, grid).misfit_C.any():
-        assert sums(compiled.moments(x, None, grid).words) == in_pieces(x, grid)
+WIDE = 64  # channels: so many make a row, and eight rows a chain
+
+
+@pytest.mark.parametrize("pivot", [0.0, 1.0, -3e7, 1e-20])
+@pytest.mark.parametrize("reach", [0.01, 0.1, 0.124, 0.125, 0.126, 0.15, 0.17, 0.18, 0.3, 0.6, 0.999, 1.0])
+@pytest.mark.parametrize("signs", ["one", "both"])
+def test_a_chain_is_its_terms(reach: float, pivot: float, signs: str) -> None:
+    """Added one after the other as floats, or each as an integer: wherever in the window they lie, up to its end.
+
+    From an eighth of it on, eight values of one sign leave the window together.
+    """
+    rng = np.random.default_rng(0)
+    for exponent in (-20, 5, 27):
+        sign = 1.0 if signs == "one" else rng.choice([1.0, -1.0], (16, WIDE, 1))
+        nudges = rng.choice([0, 1, 3], (16, WIDE, 1)) * rng.choice([2.0**-51, 2.0**-24, 2.0**-10], (1, WIDE, 1))
+        grid = Grid("float32", np.full(WIDE, float(np.float32(pivot))), np.full(WIDE, exponent), True)
+        x = (grid.pivot_C[0] + sign * (reach - nudges) * 2.0**exponent).astype(np.float32)
+        wanted = reference.moments(x, None, grid)
+        same(compiled.moments(x, None, grid).words, wanted.words)
+        if not wanted.misfit_C.any():
+            assert sums(wanted.words) == in_pieces(x, grid)
+
+
+@pytest.mark.parametrize("shape", [(40, WIDE, 1), (2, 5, 200)], ids=str)
+def test_values_that_have_grown_need_no_reference(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains that leave the window are added term by term, in the compiled pass itself."""
+    channels = shape[1]
+    grid = Grid("float32", np.zeros(channels), np.full(channels, 3), True)
+    x = np.full(shape, 5.0, np.float32)
+    wanted = reference.moments(x, None, grid).words
+    monkeypatch.setattr(reference, "moments", None)
+    same(compiled.moments(x, None, grid).words, wanted)
 
 
 def test_eight_values_at_the_end_of_a_chain_are_added_one_by_one() -> None:
@@ -162,12 +176,12 @@ def test_eight_values_at_the_end_of_a_chain_are_added_one_by_one() -> None:
     """
     w = 10
     unit = 2.0 ** (w - 51)
-    pivot = float(np.float32(2.0 ** (w - 3)))
-    grid = Grid("float32", np.full(8, -pivot), np.full(8, w), True)
-    x = np.full((8, 8, 1), 0.9 * unit, np.float32)
+    grid = Grid("float32", np.full(WIDE, -(2.0 ** (w - 3))), np.full(WIDE, w), True)
+    x = np.full((8, WIDE, 1), 0.9 * unit, np.float32)
     x[3] = -1.1 * unit
-    same(compiled.moments(x, None, grid).words, reference.moments(x, None, grid).words)
-    assert sums(compiled.moments(x, None, grid).words) == in_pieces(x, grid)
+    wanted = reference.moments(x, None, grid)
+    same(compiled.moments(x, None, grid).words, wanted.words)
+    assert sums(wanted.words) == in_pieces(x, grid) == [[2**51 + 6] * WIDE, [2**49 - 1] * WIDE]
 
 
 @settings(max_examples=60, deadline=None)

@@ -81,9 +81,9 @@ def _step(
     top_g, top_h = load(largest, at), load(largest, width + at)
     if ahead:
         for line in range(0, _ROWS * LANES, LINE):
-            ahead = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
-            prefetch(x, ahead)
-            prefetch(dy, ahead)
+            later = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
+            prefetch(x, later)
+            prefetch(dy, later)
     shrink = broadcast(SHRINK)
     for link in range(0, steps, chain):
         a_chain = m_a

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.forward import power
+from bnlayer.kernels.compiled.folds import power
 from bnlayer.kernels.compiled.jit import inlined, kernel
 
 Array = NDArray[Any]

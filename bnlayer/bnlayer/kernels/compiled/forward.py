@@ -96,7 +96,7 @@ def _below(odd: Array, bit: int) -> bool:
     seen = np.int64(0)
     for lane in range(odd.size):
         seen |= odd[lane]
-    return seen >> bit == 0
+    return bool(seen >> bit == 0)
 
 
 @inlined

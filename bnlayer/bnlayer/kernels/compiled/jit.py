@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numba import njit
 from numba.core import event
+from numpy.typing import NDArray
 
 _log = logging.getLogger("bnlayer.kernels")
 
@@ -36,7 +37,7 @@ def inlined(function: F) -> F:
 
 
 @inlined
-def lines(rows: int, width: int, dtype: Any) -> Any:
+def lines(rows: int, width: int, dtype: Any) -> NDArray[Any]:
     """An array of zeros that begins with a cache line: a vector that lies across two takes twice as long."""
     item = np.empty(1, dtype).itemsize
     places = np.zeros(rows * width + _LINE // item, dtype)
