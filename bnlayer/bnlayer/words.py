@@ -34,15 +34,14 @@ def integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.i
 def integers_without_ties(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
     """v·(1 − 2^-53), rounded once, in units of the magic number's last place; |v| < 2^51 of them.
 
-    As v itself, but what lies half-way between two integers, or nearly so, goes to the one that is nearer to 0.
+    The factor takes less than the last place of v, so it does nothing but to send ties towards 0.
     """
     rounded = v + magic
     q = rounded.view(np.int64) - magic.view(np.int64)
     rest = v - (rounded - magic)
-    half = np.spacing(magic) / 2
-    if (np.abs(rest) * 2 > half).any():  # else what v loses, less than half of `half`, can't matter
-        lost = v * 2.0**-53
-        q += (rest - half > lost).astype(np.int64) - (rest + half < lost)
+    tie = np.abs(rest) * 2 == np.spacing(magic)
+    if tie.any():
+        q += (tie & (rest > 0) & (v < 0)).astype(np.int64) - (tie & (rest < 0) & (v > 0))
     return q
 
 
