@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power
+from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power, repeated
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
     LANES,
@@ -54,14 +54,25 @@ def _constants(gradient: Array, deviation: Array, repeats: int, lanes: int) -> A
     channels = gradient.size
     width = channels * lanes * repeats
     constants = lines(4, width, np.float64)
-    for at in range(width):
-        c = at // lanes % channels
+    for at in range(channels * lanes):
+        c = at if lanes == 1 else at // lanes
         a, b = gradient[c], gradient[c] + deviation[c]
         constants[0, at] = 3.0 * power(a)
         constants[1, at] = 3.0 * power(b)
         constants[2, at] = 3.0 * power(max(a - 52, -1000))
         constants[3, at] = 3.0 * power(max(b - 52, -1000))
+    repeated(constants, channels * lanes)
     return constants
+
+
+@inlined
+def _means(mean: Array, width: int, lanes: int) -> Array:
+    """The means, places as in `_constants`."""
+    means = lines(1, width, mean.dtype)
+    for at in range(mean.size * lanes):
+        means[0, at] = mean[at if lanes == 1 else at // lanes]
+    repeated(means, mean.size * lanes)
+    return means
 
 
 @inlined
@@ -74,7 +85,7 @@ def _step(
     Args:
         ahead: whether they are all of a step's rows: cache lines that come after them are asked for.
     """
-    width = means.size
+    width = means.shape[1]
     mean, m_a, m_b = load(means, at), load(constants, at), load(constants, width + at)
     a, b = load(sums, at), load(sums, width + at)
     a_fine, b_fine = load(sums, 2 * width + at), load(sums, 3 * width + at)
@@ -123,7 +134,7 @@ def _one(
 ) -> None:  # fmt: skip
     """Add one element in one place."""
     gradient = dy[index]
-    deviation = x[index] - means[at]
+    deviation = x[index] - means[0, at]
     size = magnitude(gradient)
     largest[0, at] = max(largest[0, at], size)
     if check is not None:
@@ -151,11 +162,13 @@ def _finish(largest: Array, gradient: Array, deviation: Array, lanes: int, words
     for c in range(channels):
         words[-2, c] = 0
         words[-1, c] = 0
-    for at in range(largest.shape[1]):
-        c = at // lanes % channels
-        top_g, top_h = widen(number(largest[0, at])), widen(number(largest[1, at]))
-        fit &= top_g < power(gradient[c]) and top_h < power(deviation[c])
-        words[-1, c] |= (np.int64(top_g >= power(gradient[c] - 20)) << 32) | np.int64(largest[0, at] > 0)
+    for c in range(channels):
+        window, small, reach = power(gradient[c]), power(gradient[c] - 20), power(deviation[c])
+        for first in range(c * lanes, largest.shape[1], channels * lanes):
+            for at in range(first, first + lanes):
+                top_g, top_h = widen(number(largest[0, at])), widen(number(largest[1, at]))
+                fit &= top_g < window and top_h < reach
+                words[-1, c] |= (np.int64(top_g >= small) << 32) | np.int64(largest[0, at] > 0)
     return fit
 
 
@@ -163,8 +176,11 @@ def _finish(largest: Array, gradient: Array, deviation: Array, lanes: int, words
 def _chains_held(largest: Array, gradient: Array, lanes: int) -> bool:
     """Whether all gradients so far were small enough to be added in chains."""
     held = True
-    for at in range(largest.shape[1]):
-        held &= widen(number(largest[0, at])) < power(gradient[at // lanes % gradient.size] - 2)
+    for c in range(gradient.size):
+        quarter = power(gradient[c] - 2)
+        for first in range(c * lanes, largest.shape[1], gradient.size * lanes):
+            for at in range(first, first + lanes):
+                held &= widen(number(largest[0, at])) < quarter
     return held
 
 
@@ -174,7 +190,7 @@ def _rows(
     sums: Array, largest: Array,
 ) -> int:  # fmt: skip
     """Add the rows from `first` to `last`; how many chains that were, each place."""
-    width = means.size
+    width = means.shape[1]
     whole = first + (last - first) // _ROWS * _ROWS
     for i in range(first, whole, _ROWS):
         for c in range(0, width, LANES):
@@ -190,7 +206,7 @@ def _runs(
     means: Array, constants: Array, sums: Array, largest: Array,
 ) -> int:  # fmt: skip
     """Add the places from `begin` to `end` of all runs of some images; how many chains that were, each lane."""
-    channels = means.size // LANES
+    channels = means.shape[1] // LANES
     whole = (end - begin) // LANES
     linked = whole // _ROWS * _ROWS
     for image in range(first, last):
@@ -226,9 +242,7 @@ def sums_of_rows(
     """
     constants = _constants(gradient, deviation, repeats, 1)
     width = constants.shape[1]
-    means = np.empty(width, x.dtype)
-    for c in range(width):
-        means[c] = mean[c % mean.size]
+    means = _means(mean, width, 1)
     folds = 1 if fine is None else 2
     sums, totals = lines(4, width, np.int64), lines(4 * folds, width, np.int64)
     largest = lines(2, width, top.dtype)
@@ -263,9 +277,7 @@ def sums_of_runs(
     constants = _constants(gradient, deviation, 1, LANES)
     width = constants.shape[1]
     channels = mean.size
-    means = np.empty(width, x.dtype)
-    for at in range(width):
-        means[at] = mean[at // LANES]
+    means = _means(mean, width, LANES)
     folds = 1 if fine is None else 2
     sums, totals = lines(4, width, np.int64), lines(4 * folds, width, np.int64)
     largest = lines(2, width, top.dtype)

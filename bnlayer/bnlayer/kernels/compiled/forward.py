@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power
+from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power, repeated
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
     LANES,
@@ -64,14 +64,15 @@ def _constants(pivot: Array, exponent: Array, repeats: int, lanes: int) -> Array
     channels = pivot.size
     width = channels * lanes * repeats
     constants = lines(5, width, np.float64)
-    for at in range(width):
-        c = at // lanes % channels
+    for at in range(channels * lanes):
+        c = at if lanes == 1 else at // lanes
         w = exponent[c]
         constants[_PIVOT, at] = pivot[c]
         constants[_M1, at] = 3.0 * power(w)
         constants[_M2, at] = power(2 * w) * (1.0 + _MARGIN)
         constants[_M1_FINE, at] = 3.0 * power(w - 52)
         constants[_M2_FINE, at] = 1.5 * power(2 * w - 51)
+    repeated(constants, channels * lanes)
     return constants
 
 
@@ -260,8 +261,9 @@ def moments_of_rows(
         words[-1, c] = 0
     if mask is not None:
         words[-2] = 0
-        for c in range(width):
-            words[-2, c % channels] += count[c]
+        for c in range(channels):
+            for at in range(c, width, channels):
+                words[-2, c] += count[at]
     return _below(odd, 52)
 
 
