@@ -126,23 +126,28 @@ def _check_terms(layer: str, terms: LayerTerms) -> None:
 
 
 def _check_words(call: Call, terms: LayerTerms, body: Body) -> None:
-    what = f"the {call.operation} of {call.place}"
     shape = (_rows(call, terms), terms.channels)
     if not isinstance(body, np.ndarray):
-        raise RefusedError(f"expected one array of int64 words for {what}")
+        raise RefusedError(f"expected one array of int64 words for the {call.operation} of {call.place}")
     words: Words = body
     if words.dtype != np.int64 or words.shape != shape:
         raise RefusedError(
-            f"expected int64 words of shape {shape} for {what}, received {words.dtype} of shape {words.shape}"
+            f"expected int64 words of shape {shape} for the {call.operation} of {call.place}, received {words.dtype} "
+            f"of shape {words.shape}"
         )
     if call.operation is Operation.PROBE:
         return
     if call.place.direction is Direction.FORWARD:
         count = words[-2]
         if count.min() < 0 or count.max() > _MOST_TERMS:
-            raise RefusedError(f"expected counts from 0 to 2^40 for {what}, received {count.min()} to {count.max()}")
+            raise RefusedError(
+                f"expected counts from 0 to 2^40 for the {call.operation} of {call.place}, received {count.min()} to "
+                f"{count.max()}"
+            )
     if words[-1].min() < 0:
-        raise RefusedError(f"expected flags of 0 or more for {what}, received {words[-1].min()}")
+        raise RefusedError(
+            f"expected flags of 0 or more for the {call.operation} of {call.place}, received {words[-1].min()}"
+        )
 
 
 def _rows(call: Call, terms: LayerTerms) -> int:
