@@ -1,5 +1,7 @@
 """The passes over the data, beside the memory's limit, float kernels, torch and JAX.
 
+    python -m benchmarks.kernels RESULT.json NUMBER SECONDS [PEER ...]     one of SHAPES
+
 Figures, by shape, in seconds or as ratios:
 
     kernels/SHAPE/PASS/CONTENDER/seconds    PASS: forward, backward, masked forward, or one of the four kernels
@@ -11,6 +13,7 @@ A pass is timed as the layer makes it: its second kernel right after its first, 
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +25,8 @@ from numpy.typing import NDArray
 
 from benchmarks import limits, peers
 from benchmarks.float_kernels import FloatKernels
-from benchmarks.timing import Contender, timed
+from benchmarks.processes import write
+from benchmarks.timing import Contender, keep_memory, timed
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.moments import BatchStatistics
@@ -140,7 +144,7 @@ def ours(kernels: ModuleType, name: str, batch: Batch) -> Runs:
 
 
 def floats(batch: Batch) -> Runs:
-    """The runs of the float kernels, with either walk."""
+    """The runs of the float kernels: with either walk, and before this project's own writing passes."""
     x, dy, _ = batch.seen
     mean, scale = batch.statistics.rounded_mean, batch.statistics.inverse_std.astype(np.float32)
     pivot, small = batch.grid.pivot_C.astype(np.float32), np.full(x.shape[1], 0.01, np.float32)
@@ -155,6 +159,13 @@ def floats(batch: Batch) -> Runs:
         runs[FORWARD, f"float, {walk}"] = _in_turn(bound[0], bound[1])
         runs[BACKWARD, f"float, {walk}"] = _in_turn(bound[2], bound[3])
         runs |= {(part, f"float, {walk}"): run for part, run in zip(PARTS, bound, strict=True)}
+    compiled = kernel_sets().get("compiled")
+    if compiled is not None:
+        writing = ours(compiled, "compiled", batch)
+        for which, reading, written in ((FORWARD, *list(PARTS)[:2]), (BACKWARD, *list(PARTS)[2:])):
+            runs[which, "float, written as here"] = _in_turn(
+                runs[reading, "float, forwards"], writing[written, "compiled"]
+            )
     return runs
 
 
@@ -242,3 +253,14 @@ def _in_turn(first: Callable[[], object], second: Callable[[], object]) -> Calla
         return second()
 
     return both
+
+
+def main(result: str, number: str, budget_s: str, *available: str) -> None:
+    """Measure one shape in this process."""
+    keep_memory()
+    peers.one_thread()
+    write(result, measure(SHAPES[int(number)], float(budget_s), available))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

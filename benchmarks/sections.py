@@ -42,17 +42,16 @@ class Settings:
 
 
 def kernels(settings: Settings) -> Figures:
-    """The passes over the data, by shape."""
-    from benchmarks.kernels import SHAPES, measure
-    from benchmarks.timing import keep_memory
+    """The passes over the data, by shape: each in a process of its own, which no other shape's memory is left in."""
+    from benchmarks.kernels import SHAPES
+    from benchmarks.processes import alone
 
-    keep_memory()
     found: Figures = {}
-    for shape in SHAPES:
+    for number, shape in enumerate(SHAPES):
         if not settings.shapes or str(shape) in settings.shapes:
             settings.say(f"kernels {shape}")
-            budget_s = 3.0 + shape.elements / 2**20  # the same number of turns, more or less
-            found |= measure(shape, 3 * budget_s if settings.full else budget_s, settings.available)
+            budget_s = (3.0 + shape.elements / 2**20) * (3 if settings.full else 1)  # as many turns, more or less
+            found |= alone("benchmarks.kernels", str(number), str(budget_s), *settings.available)
     return found
 
 
