@@ -175,10 +175,10 @@ def probes(batch: Batch) -> Runs:
     runs: Runs = {}
     for which, variants in ((FORWARD, limits.forward(x)), (BACKWARD, limits.backward(dy, x))):
         first, second = list(PARTS)[:2] if which == FORWARD else list(PARTS)[2:]
-        for variant, (read, write) in variants.items():
-            runs[which, f"limit, {variant}"] = _in_turn(read, write)
+        for variant, (read, written) in variants.items():
+            runs[which, f"limit, {variant}"] = _in_turn(read, written)
             reading, writing = variant.split(", ")
-            runs[first, f"limit, {reading}"], runs[second, f"limit, {writing}"] = read, write
+            runs[first, f"limit, {reading}"], runs[second, f"limit, {writing}"] = read, written
     return runs
 
 
