@@ -27,6 +27,7 @@ _KINDS: dict[str, np.dtype[Any]] = {
     )
 }
 _KINDS["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+_ON_THE_WIRE = {name: kind.newbyteorder("<") for name, kind in _KINDS.items()}
 # `dtype.name` is computed at every access, and slower than everything else here: native dtypes are looked up.
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
@@ -89,10 +90,11 @@ def unpack(payload: pb.Payload, data: bytes | bytearray) -> list[NDArray[Any]]:
         if kind is None:
             raise WireError(f"expected arrays of {', '.join(_KINDS)}; received {header.dtype!r}")
         shape = tuple(header.shape)
-        stop = start + math.prod(shape) * kind.itemsize
+        size = math.prod(shape)
+        stop = start + size * kind.itemsize
         if stop > len(data):
             raise WireError(f"expected {stop} bytes or more for the arrays named, received {len(data)}")
-        flat = np.frombuffer(data, kind.newbyteorder("<"), math.prod(shape), start)
+        flat = np.frombuffer(data, _ON_THE_WIRE[header.dtype], size, start)
         arrays.append(flat.astype(kind, copy=False).reshape(shape))
         start = stop
     if start != len(data):

@@ -137,6 +137,9 @@ def _check_words(call: Call, terms: LayerTerms, body: Body) -> None:
         )
     if call.operation is Operation.PROBE:
         return
+    # Counts and flags in one look: what is below 0 is far above as an unsigned number.
+    if words[-2:].view(np.uint64).max() <= _MOST_TERMS:
+        return
     if call.place.direction is Direction.FORWARD:
         count = words[-2]
         if count.min() < 0 or count.max() > _MOST_TERMS:
