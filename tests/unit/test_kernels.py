@@ -384,3 +384,36 @@ def test_two_threads_may_make_the_first_call_at_once(tmp_path: Path) -> None:
     assert done.stdout == "True\n", done.stderr
     # Said once, by whoever came first.
     assert done.stderr.count("compiling the kernels for this machine; it takes some seconds, once") == 1
+
+
+WITHOUT_FUSED = """
+import numpy as np
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import reference
+from bnlayer.kernels.compiled import kernels as compiled
+rng = np.random.default_rng(0)
+x, dy = (rng.normal(size=(2, 20, 64, 1)) * 1e-3 + 0.1).astype(np.float32)
+everywhere, grid = np.ones(64, bool), Grid.unknown("float32", 64)
+grid = grid.probed(reference.probe(x, None, grid), everywhere)
+print((compiled.moments(x, None, grid).words == reference.moments(x, None, grid).words).all())
+mean = np.full(64, 0.1, np.float32)
+back = BackwardGrid.unknown("float32", 64)
+back = back.probed(reference.gradient_probe(dy, x, mean, back), everywhere)
+sums = (kernels.gradient_sums(dy, x, None, mean, back).words for kernels in (compiled, reference))
+print((next(sums) == next(sums)).all())
+"""
+
+
+@pytest.mark.timeout(120)  # two kernels are compiled
+def test_a_processor_without_fused_operations_gives_the_same_bits(tmp_path: Path) -> None:
+    """The C library rounds once as well; a product and a sum would round twice."""
+    target = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FUSED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **target},
+        timeout=110,
+        check=False,
+    )
+    assert done.stdout == "True\nTrue\n", done.stderr

@@ -54,7 +54,10 @@ HALVES = st.integers(-(2**51), 2**51 - 1).map(lambda n: (2 * n + 1) * 2.0**-52)
 
 
 @given(
-    v=WIDE | HALVES, exponent=st.integers(-150, 130), nudge=st.sampled_from([0, 1, -1, 3, -3]), scale=st.integers(-60, 0)
+    v=WIDE | HALVES,
+    exponent=st.integers(-150, 130),
+    nudge=st.sampled_from([0, 1, -1, 3, -3]),
+    scale=st.integers(-60, 0),
 )
 def test_integers_without_ties_are_the_nearest(v: float, exponent: int, nudge: int, scale: int) -> None:
     """To v·(1 − 2^-53), which never lies half-way, in Python's fractions."""
