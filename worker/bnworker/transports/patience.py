@@ -60,9 +60,7 @@ class Wait:
     announced: bool = False
 
 
-def complete(
-    request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float], None], *arguments: *Ts
-) -> None:
+def complete(request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float], None], *arguments: *Ts) -> None:
     """Return when a request has completed.
 
     Args:
@@ -87,9 +85,7 @@ def complete(
         raise
 
 
-def _poll(
-    request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float], None], *arguments: *Ts
-) -> None:
+def _poll(request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float], None], *arguments: *Ts) -> None:
     yield_until = time.monotonic() + _YIELD_S
     while not request.Test():
         now = time.monotonic()
