@@ -145,8 +145,8 @@ class BackwardGrid:
 
     def reaching(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
         """The grid whose deviations hold every unmasked |x − mean| < 2^reach of the forward pass."""
-        floor = self.precision.deviation_floor
-        deviation = np.maximum(np.maximum(self.deviation_C, reach_C), floor)
+        floor, ceiling = self.precision.deviation_floor, self.precision.deviation_ceiling
+        deviation = np.clip(np.maximum(self.deviation_C, reach_C), floor, ceiling)
         return BackwardGrid(self.dtype, self.gradient_C, deviation, self.known)
 
     def probed(self, exponents: NDArray[np.int64], need_C: NDArray[np.bool_]) -> BackwardGrid:
@@ -160,7 +160,8 @@ class BackwardGrid:
         # Eight bits of room: gradients shrink and grow faster than activations do.
         wide = np.clip(exponents[0] + 8, precision.lowest, precision.highest + 20)
         gradient = np.where(need_C & (exponents[0] > precision.lowest), wide, self.gradient_C)
-        deviation = np.where(need_C, np.maximum(self.deviation_C, exponents[1]), self.deviation_C)
+        farthest = np.minimum(exponents[1], precision.deviation_ceiling)  # beyond it is a misfit: never a wrong sum
+        deviation = np.where(need_C, np.maximum(self.deviation_C, farthest), self.deviation_C)
         return BackwardGrid(self.dtype, gradient, deviation, True)
 
     def kept(self, reach_C: NDArray[np.int64]) -> BackwardGrid:

@@ -24,6 +24,8 @@ class Precision:
         lowest: window exponent that says "no range": a constant channel, or no data yet.
         highest: largest window exponent.
         deviation_floor: smallest window exponent of |x − mean| in a backward pass.
+        deviation_ceiling: largest one. Values that are not masked lie below it; with the largest window of a gradient
+            (20 above `highest`) the magic number of their products is finite.
         epsilon: one unit in the last place of 1, which bounds the rounding of the mean.
         sign: mask that turns the negative numbers' bits into an ordered integer.
     """
@@ -34,6 +36,7 @@ class Precision:
     lowest: int
     highest: int
     deviation_floor: int
+    deviation_ceiling: int
     epsilon: float
     sign: int
 
@@ -53,8 +56,8 @@ class Precision:
         return int(self.key(np.array([-np.inf], self.dtype))[0])
 
 
-SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 2.0**-23, 0x7FFF_FFFF)
-DOUBLE = Precision("float64", np.dtype(np.float64), 2, -480, 500, -480, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
+SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 130, 2.0**-23, 0x7FFF_FFFF)
+DOUBLE = Precision("float64", np.dtype(np.float64), 2, -480, 500, -480, 501, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
 
 
 # Asked several times in an exchange, and NumPy computes a dtype's name anew each time.

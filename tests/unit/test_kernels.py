@@ -20,6 +20,8 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import choice, kernels, reference
 from bnlayer.kernels.compiled import forward
 from bnlayer.kernels.compiled import kernels as compiled
+from bnlayer.layer import BatchNormalization
+from bnlayer.precision import precision_of
 from bnlayer.words import as_ints
 
 Array = NDArray[Any]
@@ -246,6 +248,37 @@ def test_what_is_written_may_begin_anywhere(shape: tuple[int, int, int], dtype: 
         assert not room.any(), "something was written beside the array"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_backward_windows_at_their_ends(dtype: str) -> None:
+    """The smallest units, and the largest magic numbers: a float64 second fold had another unit in each kernel set."""
+    rng = np.random.default_rng(0)
+    precision = precision_of(dtype)
+    x, dy = rng.normal(size=(2, 16, 8, 1))
+    for gradient in (precision.lowest, precision.highest + 20):
+        for deviation in (precision.deviation_floor, precision.deviation_ceiling):
+            grid = BackwardGrid(dtype, np.full(8, gradient), np.full(8, deviation), True)
+            with np.errstate(over="ignore"):
+                g, h = (np.ldexp(v, e - 4).astype(dtype) for v, e in ((dy, gradient), (x, deviation)))
+            arguments = g, h, None, np.zeros(8, h.dtype), grid
+            same(compiled.gradient_sums(*arguments).words, reference.gradient_sums(*arguments).words)
+
+
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+def test_padding_beyond_every_window_is_no_wrong_gradient(chosen: pytest.MonkeyPatch, name: str) -> None:
+    """float64: |x − mean|·|dy| of a masked place can't be summed at 1e306; it was, as bits of NaN, without a word."""
+    chosen.setenv("BNLAYER_KERNELS", name)
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 16, 2))
+    mask = np.arange(16) > 0
+    x[0], dy[0] = (1e306, 1.0), 2.0
+    layer = BatchNormalization(dtype="float64")
+    layer(x, training=True, mask=mask)
+    dx = layer.backward(dy)
+    assert layer.gamma is not None
+    assert layer.gamma.gradient is not None
+    assert np.isnan(layer.gamma.gradient).tolist() == np.isnan(dx).all(0).tolist() == [True, False]
+
+
 def test_zeros_keep_their_signs() -> None:
     """−0 and +0 are different bits, in the probe's keys as in the output."""
     x = np.array([0.0, -0.0, -0.0, 0.0] * 16, np.float32).reshape(16, 4, 1)
@@ -330,6 +363,8 @@ caching.CacheImpl._locator_classes = []  # no folder can be written to
 logging.basicConfig()
 import numpy as np
 from bnlayer.kernels.compiled import kernels as compiled
+from bnlayer.layer import BatchNormalization
+from bnlayer.precision import precision_of
 from bnlayer.words import as_ints
 x = np.ones((16, 8, 1), np.float32)
 one = x[0, :, 0]

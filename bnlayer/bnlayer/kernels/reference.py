@@ -138,7 +138,7 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
 
     Args:
         x: (A, C, B), float32 or float64.
-        mask: broadcasts to x; True where a value counts.
+        mask: (A, 1, 1), (A, C, B), or what `View` makes between them; True where a value counts.
         grid: what to count in.
     """
     folds, channels = grid.precision.folds, x.shape[1]

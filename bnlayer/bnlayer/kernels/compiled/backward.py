@@ -10,8 +10,8 @@ deviations are in `forward`; their products have ties, and go term by term.
 
 Whether all fits is read off the largest |dy| and |x − mean|, as integers in the order of the numbers: infinity and NaN
 are above every window. The latter is only looked at where the forward pass has not shown it already. Chains of four
-keep their last place if the largest gradient is a quarter of the window or less, which leaves it a factor of 64 since
-the probe; beyond that the pass is made again, term by term.
+keep their last place if the largest gradient is less than a quarter of the window, which leaves it a factor of 64 since
+the probe; beyond that the block is added again, term by term, and so is the rest of the pass.
 
 Layouts, folds and arrays are those of `forward`; the sums here are A, B, and A, B of the second fold, and the largest
 magnitudes are kept beside them.
@@ -59,8 +59,8 @@ def _constants(gradient: Array, deviation: Array, repeats: int, lanes: int) -> A
         a, b = gradient[c], gradient[c] + deviation[c]
         constants[0, at] = 3.0 * power(a)
         constants[1, at] = 3.0 * power(b)
-        constants[2, at] = 3.0 * power(max(a - 52, -1000))
-        constants[3, at] = 3.0 * power(max(b - 52, -1000))
+        constants[2, at] = 3.0 * power(a - 52)
+        constants[3, at] = 3.0 * power(b - 52)
     repeated(constants, channels * lanes)
     return constants
 

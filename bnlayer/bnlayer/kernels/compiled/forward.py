@@ -13,9 +13,9 @@ integer. The same integer, for half of the operations.
 Such a chain of eight keeps its last place if the squares' sum stays below 4^w/8: then no partial sum of deviations
 reaches 2^w either (Cauchy and Schwarz; M2's own 2^-10·4^w are the margin for the roundings). A sum that does not would
 set one of the three bits below M2's exponent; the differences from M2's bits are OR-ed, and looked at once a block. A
-block where one is set is added again, term by term, and so is the rest of the pass: values have grown since the probe,
-which leaves a factor of 2.8 for the largest. Term by term, the exponent must stay M2's: otherwise a value is not
-finite, or outside its window, or so near to its end that the reference has to tell.
+block where one is set is added again, term by term, and so is the rest of the pass: values have grown since the probe
+(a lone one may by a factor of 2.8), or eight lie at the very end of what it left them. Term by term, the exponent must
+stay M2's: otherwise a value is not finite, or outside its window, or so near to its end that the reference has to tell.
 
 float64 data have a second fold, for what the first one rounds away, and go term by term.
 
