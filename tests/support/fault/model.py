@@ -78,7 +78,7 @@ class Layer:
         self.probed = False
 
     def _regrid(self, c: int, highest: float, lowest: float) -> None:
-        self.pivot[c] = _single(highest / 2 + lowest / 2)
+        self.pivot[c] = 0.0 if lowest <= 0.0 <= highest else _single(highest / 2 + lowest / 2)
         half = max(highest - self.pivot[c], self.pivot[c] - lowest)
         self.exponent[c] = math.frexp(half)[1] + 3 if half > 0 else _LOWEST
 
