@@ -50,7 +50,7 @@ class ForwardExchange:
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
         """The exchange before anything was said."""
-        need = (np.zeros if grid.known else np.ones)(grid.pivot_C.shape, np.bool_)
+        need = np.zeros(grid.pivot_C.shape, bool) if grid.known else np.ones(grid.pivot_C.shape, bool)
         return cls(grid, epsilon, masked, need, Operation.SUMS if grid.known else Operation.PROBE)
 
     @property
@@ -105,7 +105,7 @@ class BackwardExchange:
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
         """The exchange before anything was said."""
-        need = (np.zeros if grid.known else np.ones)(grid.gradient_C.shape, np.bool_)
+        need = np.zeros(grid.gradient_C.shape, bool) if grid.known else np.ones(grid.gradient_C.shape, bool)
         wants = Operation.SUMS if grid.known else Operation.PROBE
         return cls(grid.reaching(statistics.reach), statistics, need, wants)
 

@@ -36,9 +36,7 @@ def integers_without_ties(v: NDArray[np.float64], magic: NDArray[np.float64]) ->
 
     The factor takes less than the last place of v, so it does nothing but to send ties towards 0.
     """
-    rounded = v + magic
-    q = rounded.view(np.int64) - magic.view(np.int64)
-    rest = v - (rounded - magic)
+    q, rest = integers(v, magic), remainder(v, magic)
     tie = np.abs(rest) * 2 == np.spacing(magic)
     if tie.any():
         q += (tie & (rest > 0) & (v < 0)).astype(np.int64) - (tie & (rest < 0) & (v > 0))
@@ -48,9 +46,7 @@ def integers_without_ties(v: NDArray[np.float64], magic: NDArray[np.float64]) ->
 def square_integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
     """v·v, rounded once, in units of the magic number's last place; 0 ≤ v·v < 2^52 of them."""
     square = v * v
-    rounded = square + magic
-    q = rounded.view(np.int64) - magic.view(np.int64)
-    rest = square - (rounded - magic)
+    q, rest = integers(square, magic), remainder(square, magic)
     tie = np.abs(rest) * 2 == np.spacing(magic)  # of the rounded product: the product itself lies beside it
     if tie.any():
         error = np.where(tie, product_error(v, v), 0.0)

@@ -293,7 +293,10 @@ def test_a_rank_that_computes_is_not_dead(serve: Callable[..., Any], run_rank: C
 def test_a_rank_that_holds_the_gil_is_not_dead(
     serve: Callable[..., Any], run_rank: Callable[..., Any], hold: int, between: str, holds: int
 ) -> None:
-    """Python's lock is held for seconds, again and again: a straggler, by name, and no more."""
+    """Python's lock is held for seconds, again and again: a straggler, by name, and no more.
+
+    A gap of `sleep(0)` may be over before the heart's thread has its turn: one in four is enough for the lease of 5 s.
+    """
     service = serve()
     code = (
         "import ctypes\n"

@@ -82,7 +82,13 @@ def test_a_rank_that_computes_hears_of_it_at_its_next_call(
 def test_hanging_up_is_no_goodbye(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
     """A client that ends its requests, but not its process, is let go by the service, and comes back."""
     service = serve()
-    body = "world._transport._stream._connection.requests.put(None)\ntime.sleep(0.2)\nworld.barrier()"
+    body = (
+        "stream = world._transport._stream\n"
+        "connection = stream._connection\n"
+        "connection.requests.put(None)\n"
+        "while stream._connection is connection: time.sleep(0.01)  # until the service has let it go\n"
+        "world.barrier()"
+    )
     rude = run_rank(service.address, 1, 2, body)
     with _world(service.address, 0, 2) as world:
         assert rude.line() == "joined"

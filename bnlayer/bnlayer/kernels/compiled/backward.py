@@ -13,8 +13,8 @@ are above every window. The latter is only looked at where the forward pass has 
 keep their last place if the largest gradient is less than a quarter of the window, which leaves it a factor of 64 since
 the probe; beyond that the block is added again, term by term, and so is the rest of the pass.
 
-Layouts, folds and arrays are those of `forward`; the sums here are A, B, and A, B of the second fold, and the largest
-magnitudes are kept beside them.
+Layouts are those of `forward`, folds and arrays those of `folds`; the sums here are A, B, and A, B of the second fold,
+and the largest magnitudes are kept beside them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power, repeated
+from bnlayer.kernels.compiled.folds import (
+    AHEAD,
+    BLOCK,
+    FLOATS_OF_LINE,
+    FOLD_EVERY,
+    SHRINK,
+    fold,
+    gather,
+    power,
+    repeated,
+)
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
     LANES,
@@ -91,7 +101,7 @@ def _step(
     a_fine, b_fine = load(sums, 2 * width + at), load(sums, 3 * width + at)
     top_g, top_h = load(largest, at), load(largest, width + at)
     if ahead:
-        for line in range(0, _ROWS * LANES, LINE):
+        for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
             later = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
             prefetch(x, later)
             prefetch(dy, later)

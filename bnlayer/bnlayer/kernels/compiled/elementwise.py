@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.jit import inlined, kernel
+from bnlayer.kernels.compiled.jit import LINE, inlined, kernel
 from bnlayer.kernels.compiled.simd import LANES, broadcast, load, store
 
 Array = NDArray[Any]
 
-LINE = 64  # bytes of a cache line
 _LONG = 256  # elements: a shorter run is not worth two loops over single ones
 
 

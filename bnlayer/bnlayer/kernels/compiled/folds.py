@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.jit import inlined
+from bnlayer.kernels.compiled.jit import LINE, inlined
 from bnlayer.kernels.compiled.simd import bits, number
 
 Array = NDArray[Any]
@@ -26,7 +26,7 @@ BLOCK = 2**10
 # Elements ahead of which cache lines are asked for, a step's worth at a step: rows side by side are more streams than
 # prefetchers follow, and a row of 128 channels is over before they have seen where it goes.
 AHEAD = 8192
-LINE = 16  # elements of float32 in a cache line
+FLOATS_OF_LINE = LINE // 4
 # What ties are broken by: see `bnlayer.words`.
 SHRINK = 1.0 - 2.0**-53
 

@@ -33,7 +33,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.kernels.compiled.folds import AHEAD, BLOCK, FOLD_EVERY, LINE, SHRINK, fold, gather, power, repeated
+from bnlayer.kernels.compiled.folds import (
+    AHEAD,
+    BLOCK,
+    FLOATS_OF_LINE,
+    FOLD_EVERY,
+    SHRINK,
+    fold,
+    gather,
+    power,
+    repeated,
+)
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
     LANES,
@@ -108,26 +118,32 @@ def _deviation(v: Any, centred: bool, pivot: Any) -> Any:
 
 @inlined
 def _step(
-    x: Array, starts: Any, mask: Any, fine: Any, i: int, rows: int, chain: int, centred: bool, c: int,
-    constants: Array, sums: Array, odd: Any,
+    x: Array, starts: Any, mask: Any, fine: Any, first: int, stride: int, steps: int, chain: int, ahead: bool,
+    centred: bool, at: int, constants: Array, sums: Array, odd: Any,
 ) -> Any:  # fmt: skip
-    """Add `rows` rows from row i on, in the eight places from c on, in chains; `odd` with what was seen."""
+    """Add `steps` times eight elements in the eight places from `at` on, in chains; `odd` with what was seen.
+
+    Args:
+        first: the first element, from which the others are `stride` apart; with `starts`, the first row that counts.
+        ahead: whether they are all of a step's rows: cache lines that come after them are asked for.
+    """
     width = constants.shape[1]
-    pivot, m1, m2 = load(constants, _PIVOT * width + c), load(constants, c), load(constants, _M2 * width + c)
-    s, t, count = load(sums, c), load(sums, _T * width + c), load(sums, _COUNT * width + c)
+    pivot, m1, m2 = load(constants, _PIVOT * width + at), load(constants, at), load(constants, _M2 * width + at)
+    s, t, count = load(sums, at), load(sums, _T * width + at), load(sums, _COUNT * width + at)
+    s_fine, t_fine = load(sums, _S_FINE * width + at), load(sums, _T_FINE * width + at)
     shrink = broadcast(SHRINK)
-    if starts is None and rows == _ROWS:
-        for line in range(0, _ROWS * LANES, LINE):
-            prefetch(x, i * width + c * _ROWS + AHEAD + line)
-    for link in range(i, i + rows, chain):
+    if starts is None and ahead:
+        for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
+            prefetch(x, first + at * (_ROWS - 1) + AHEAD + line)  # of the row's beginning + 8·at
+    for link in range(0, steps, chain):
         s_chain, t_chain = m1, m2
         for j in range(link, link + chain):
-            start = j * width if starts is None else starts[j]
-            if starts is not None and rows == _ROWS:
-                prefetch(x, start + c + AHEAD)
-            d = _deviation(load(x, start + c), centred, pivot)
+            index = first + j * stride if starts is None else starts[first + j] + at
+            if starts is not None and ahead:
+                prefetch(x, index + AHEAD)
+            d = _deviation(load(x, index), centred, pivot)
             if mask is not None:
-                truth = load_truths(mask, start + c)
+                truth = load_truths(mask, index)
                 d = where(truth, d)
                 count = count - truth
             if fine is None:
@@ -136,17 +152,19 @@ def _step(
             else:
                 square = d * d
                 s_chain, t_chain = d + m1, square + m2
-                at, to = _S_FINE * width + c, _T_FINE * width + c
-                store(sums, at, load(sums, at) + bits(d - (s_chain - m1) + load(constants, _M1_FINE * width + c)))
+                s_fine = s_fine + bits(d - (s_chain - m1) + load(constants, _M1_FINE * width + at))
                 rest = (square - (t_chain - m2)) + _square_error(d, square, broadcast(_SPLITTER))
-                store(sums, to, load(sums, to) + bits(rest + load(constants, _M2_FINE * width + c)))
+                t_fine = t_fine + bits(rest + load(constants, _M2_FINE * width + at))
         s = s + bits(s_chain)
         t = t + bits(t_chain)
         odd = odd | (bits(t_chain) ^ bits(m2))
-    store(sums, c, s)
-    store(sums, _T * width + c, t)
+    store(sums, at, s)
+    store(sums, _T * width + at, t)
     if mask is not None:
-        store(sums, _COUNT * width + c, count)
+        store(sums, _COUNT * width + at, count)
+    if fine is not None:
+        store(sums, _S_FINE * width + at, s_fine)
+        store(sums, _T_FINE * width + at, t_fine)
     return odd
 
 
@@ -183,10 +201,12 @@ def _rows(
     seen = load(odd, 0)
     for i in range(first, whole, _ROWS):
         for c in range(0, even, LANES):
-            seen = _step(x, starts, mask, fine, i, _ROWS, chain, centred, c, constants, sums, seen)
+            at = i * width + c if starts is None else i
+            seen = _step(x, starts, mask, fine, at, width, _ROWS, chain, True, centred, c, constants, sums, seen)
     for i in range(whole, last):
         for c in range(0, even, LANES):
-            seen = _step(x, starts, mask, fine, i, 1, 1, centred, c, constants, sums, seen)
+            at = i * width + c if starts is None else i
+            seen = _step(x, starts, mask, fine, at, width, 1, 1, False, centred, c, constants, sums, seen)
     store(odd, 0, seen)
     if starts is not None:
         for i in range(first, last):
@@ -268,47 +288,6 @@ def moments_of_rows(
 
 
 @inlined
-def _run(
-    x: Array, mask: Any, fine: Any, start: int, steps: int, chain: int, centred: bool, at: int,
-    constants: Array, sums: Array, odd: Any,
-) -> Any:  # fmt: skip
-    """Add a run of 8·steps elements in the eight lanes of a channel, in chains; `odd` with what was seen."""
-    width = constants.shape[1]
-    pivot, m1, m2 = load(constants, _PIVOT * width + at), load(constants, at), load(constants, _M2 * width + at)
-    s, t, count = load(sums, at), load(sums, _T * width + at), load(sums, _COUNT * width + at)
-    s_fine, t_fine = load(sums, _S_FINE * width + at), load(sums, _T_FINE * width + at)
-    shrink = broadcast(SHRINK)
-    for link in range(0, steps, chain):
-        s_chain, t_chain = m1, m2
-        for j in range(link, link + chain):
-            d = _deviation(load(x, start + j * LANES), centred, pivot)
-            if mask is not None:
-                truth = load_truths(mask, start + j * LANES)
-                d = where(truth, d)
-                count = count - truth
-            if fine is None:
-                s_chain = fused(d, shrink, s_chain)
-                t_chain = fused(d, d, t_chain)
-            else:
-                square = d * d
-                s_chain, t_chain = d + m1, square + m2
-                s_fine = s_fine + bits(d - (s_chain - m1) + load(constants, _M1_FINE * width + at))
-                rest = (square - (t_chain - m2)) + _square_error(d, square, broadcast(_SPLITTER))
-                t_fine = t_fine + bits(rest + load(constants, _M2_FINE * width + at))
-        s = s + bits(s_chain)
-        t = t + bits(t_chain)
-        odd = odd | (bits(t_chain) ^ bits(m2))
-    store(sums, at, s)
-    store(sums, _T * width + at, t)
-    if mask is not None:
-        store(sums, _COUNT * width + at, count)
-    if fine is not None:
-        store(sums, _S_FINE * width + at, s_fine)
-        store(sums, _T_FINE * width + at, t_fine)
-    return odd
-
-
-@inlined
 def _runs(
     x: Array, mask: Any, fine: Any, first: int, last: int, begin: int, end: int, length: int, chain: int,
     centred: bool, constants: Array, sums: Array, odd: Array,
@@ -321,9 +300,9 @@ def _runs(
     for image in range(first, last):
         for c in range(channels):
             start, at = (image * channels + c) * length + begin, c * LANES
-            seen = _run(x, mask, fine, start, linked, chain, centred, at, constants, sums, seen)
-            rest = start + linked * LANES
-            seen = _run(x, mask, fine, rest, whole - linked, 1, centred, at, constants, sums, seen)
+            rest, loose = start + linked * LANES, whole - linked
+            seen = _step(x, None, mask, fine, start, LANES, linked, chain, False, centred, at, constants, sums, seen)
+            seen = _step(x, None, mask, fine, rest, LANES, loose, 1, False, centred, at, constants, sums, seen)
     store(odd, 0, seen)
     for image in range(first, last):
         for c in range(channels):

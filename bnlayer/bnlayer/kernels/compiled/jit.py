@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger("bnlayer.kernels")
 
-_LINE = 64  # bytes of a cache line
+LINE = 64  # bytes of a cache line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,8 +40,8 @@ def inlined(function: F) -> F:
 def lines(rows: int, width: int, dtype: Any) -> NDArray[Any]:
     """An array of zeros that begins with a cache line: a vector that lies across two takes twice as long."""
     item = np.empty(1, dtype).itemsize
-    places = np.zeros(rows * width + _LINE // item, dtype)
-    first = -places.ctypes.data % _LINE // item
+    places = np.zeros(rows * width + LINE // item, dtype)
+    first = -places.ctypes.data % LINE // item
     return places[first : first + rows * width].reshape((rows, width))
 
 

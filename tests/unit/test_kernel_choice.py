@@ -1,0 +1,168 @@
+"""Which kernels a process has, and how it comes by them: chosen, missing, compiled, for this processor or another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnlayer.grid import Grid
+from bnlayer.kernels import kernels, reference
+from bnlayer.kernels.compiled import forward
+from bnlayer.kernels.compiled import kernels as compiled
+
+
+def test_the_compiled_kernels_are_the_default(chosen: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is a Numba; which ones they are is said at debug level."""
+    chosen.delenv("BNLAYER_KERNELS", raising=False)
+    with caplog.at_level(logging.DEBUG, "bnlayer.kernels"):
+        assert kernels() is compiled
+    assert caplog.messages == ["kernels: compiled"]
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("reference", reference), ("compiled", compiled)])
+def test_the_environment_chooses(chosen: pytest.MonkeyPatch, name: str, wanted: object) -> None:
+    """By name."""
+    chosen.setenv("BNLAYER_KERNELS", name)
+    assert kernels() is wanted
+
+
+def test_an_unknown_kernel_set_is_refused(chosen: pytest.MonkeyPatch) -> None:
+    """With the names there are."""
+    chosen.setenv("BNLAYER_KERNELS", "fast")
+    with pytest.raises(ValueError, match="expected 'compiled' or 'reference', received 'fast'"):
+        kernels()
+
+
+WITHOUT_NUMBA = """
+import logging, sys
+sys.modules["numba"] = None
+logging.basicConfig(level=logging.INFO)
+from bnlayer.kernels import kernels
+print(kernels().__name__)
+"""
+
+
+def without_numba(**environ: str) -> subprocess.CompletedProcess[str]:
+    """Choose the kernels where there is no Numba."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, env=environ, timeout=60, check=False
+    )
+
+
+def test_without_numba_the_reference_serves() -> None:
+    """One line says how to get the fast ones."""
+    done = without_numba()
+    assert done.stdout == "bnlayer.kernels.reference\n", done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'bnlayer[fast]' brings those that are five times faster" in done.stderr
+
+
+def test_asking_for_what_is_not_there_is_an_error() -> None:
+    """Rather than something slower in silence."""
+    done = without_numba(BNLAYER_KERNELS="compiled")
+    assert done.returncode == 1
+    assert "ImportError: BNLAYER_KERNELS=compiled needs Numba: pip install 'bnlayer[fast]'" in done.stderr
+
+
+NO_CACHE = """
+import logging
+from numba.core import caching
+caching.CacheImpl._locator_classes = []  # no folder can be written to
+logging.basicConfig()
+import numpy as np
+from bnlayer.kernels.compiled import kernels as compiled
+from bnlayer.layer import BatchNormalization
+from bnlayer.precision import precision_of
+from bnlayer.words import as_ints
+x = np.ones((16, 8, 1), np.float32)
+one = x[0, :, 0]
+print(compiled.normalize(x, one, one, one, one < 0).sum())
+"""
+
+
+def test_without_a_folder_for_the_cache_the_kernels_are_compiled_anew() -> None:
+    """A read-only home is no reason to fail."""
+    done = subprocess.run([sys.executable, "-c", NO_CACHE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "128.0\n", done.stderr
+
+
+def test_read_only_data_need_no_kernels_of_their_own() -> None:
+    """A memory-mapped batch, or one from another framework, would else be waited for seconds."""
+    x = np.arange(96, dtype=np.float32).reshape(6, 16, 1)
+    grid = Grid.unknown("float32", 16).probed(compiled.probe(x, None, Grid.unknown("float32", 16)), np.ones(16, bool))
+    compiled.moments(x, None, grid)
+    before = len(forward.moments_of_rows.signatures)  # type: ignore[attr-defined]  # Numba's
+    x.flags.writeable = False
+    compiled.moments(x, None, grid)
+    assert len(forward.moments_of_rows.signatures) == before  # type: ignore[attr-defined]  # Numba's
+
+
+TWO_THREADS = """
+import threading, numpy as np
+from bnlayer import BatchNormalization
+x = np.arange(4096, dtype=np.float32).reshape(64, 64)
+made = [None, None]
+start = threading.Barrier(2)
+def step(number):
+    start.wait()
+    made[number] = BatchNormalization()(x, training=True).tobytes()
+threads = [threading.Thread(target=step, args=(number,)) for number in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(made[0] is not None and made[0] == made[1])
+"""
+
+
+@pytest.mark.timeout(120)  # an empty cache: all is compiled
+def test_two_threads_may_make_the_first_call_at_once(tmp_path: Path) -> None:
+    """Both find the kernels not compiled yet; nothing is compiled wrongly, and nobody waits for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_THREADS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        timeout=110,
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
+    # Said once, by whoever came first.
+    assert done.stderr.count("compiling the kernels for this machine; it takes some seconds, once") == 1
+
+
+WITHOUT_FUSED = """
+import numpy as np
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import reference
+from bnlayer.kernels.compiled import kernels as compiled
+rng = np.random.default_rng(0)
+x, dy = (rng.normal(size=(2, 20, 64, 1)) * 1e-3 + 0.1).astype(np.float32)
+everywhere, grid = np.ones(64, bool), Grid.unknown("float32", 64)
+grid = grid.probed(reference.probe(x, None, grid), everywhere)
+print((compiled.moments(x, None, grid).words == reference.moments(x, None, grid).words).all())
+mean = np.full(64, 0.1, np.float32)
+back = BackwardGrid.unknown("float32", 64)
+back = back.probed(reference.gradient_probe(dy, x, mean, back), everywhere)
+sums = (kernels.gradient_sums(dy, x, None, mean, back).words for kernels in (compiled, reference))
+print((next(sums) == next(sums)).all())
+"""
+
+
+@pytest.mark.timeout(120)  # two kernels are compiled
+def test_a_processor_without_fused_operations_gives_the_same_bits(tmp_path: Path) -> None:
+    """The C library rounds once as well; a product and a sum would round twice."""
+    target = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FUSED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **target},
+        timeout=110,
+        check=False,
+    )
+    assert done.stdout == "True\nTrue\n", done.stderr
