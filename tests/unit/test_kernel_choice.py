@@ -135,22 +135,19 @@ def test_two_threads_may_make_the_first_call_at_once(tmp_path: Path) -> None:
     assert done.stderr.count("compiling the kernels for this machine; it takes some seconds, once") == 1
 
 
+# Of such deviations, 0.5 + n·2^-31, some have squares that rounded twice would be rounded to another side.
 WITHOUT_FUSED = """
 import numpy as np
-from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.grid import Grid
 from bnlayer.kernels import reference
 from bnlayer.kernels.compiled import kernels as compiled
-halves = (np.arange(-640, 640).reshape(20, 64, 1) * 2 + 1) * 2.0**-48  # of a unit: rounded twice they would be ties
-x = halves.astype(np.float32)
-mean, four = np.zeros(64, np.float32), np.full(64, 4)
-grid, back = Grid("float32", np.zeros(64), four, True), BackwardGrid("float32", four, four, True)
+x = (np.arange(2**18).reshape(-1, 64, 1) * 2.0**-31).astype(np.float32)
+grid = Grid("float32", np.full(64, -0.5), np.zeros(64, np.int64), True)
 print((compiled.moments(x, None, grid).words == reference.moments(x, None, grid).words).all())
-sums = (kernels.gradient_sums(x, x, None, mean, back).words for kernels in (compiled, reference))
-print((next(sums) == next(sums)).all())
 """
 
 
-@pytest.mark.timeout(120)  # two kernels are compiled
+@pytest.mark.timeout(120)  # a kernel is compiled
 def test_a_processor_without_fused_operations_gives_the_same_bits(tmp_path: Path) -> None:
     """The C library rounds once as well; a product and a sum would round twice."""
     target = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -162,4 +159,4 @@ def test_a_processor_without_fused_operations_gives_the_same_bits(tmp_path: Path
         timeout=110,
         check=False,
     )
-    assert done.stdout == "True\nTrue\n", done.stderr
+    assert done.stdout == "True\n", done.stderr
