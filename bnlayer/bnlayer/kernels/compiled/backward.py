@@ -13,8 +13,8 @@ are above every window. The latter is only looked at where the forward pass has 
 keep their last place if the largest gradient is less than a quarter of the window, which leaves it a factor of 64 since
 the probe; beyond that the block is added again, term by term, and so is the rest of the pass.
 
-Layouts are those of `forward`, folds and arrays those of `folds`; the sums here are A, B, and A, B of the second fold,
-and the largest magnitudes are kept beside them.
+Layouts are those of `forward`. The sums A and B of a place lie as `folds` has them, then, in the data's own width, its
+mean, the largest |dy| and the largest |x − mean|, as `_beside` says.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ from bnlayer.kernels.compiled.folds import (
     FLOATS_OF_LINE,
     FOLD_EVERY,
     SHRINK,
+    discount,
     fold,
+    forget,
     gather,
+    magic,
     power,
-    repeated,
+    sums,
+    where_is,
 )
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
     LANES,
+    all_negative,
     bits,
     broadcast,
     fused,
@@ -58,48 +63,71 @@ Array = NDArray[Any]
 _ROWS = 4
 
 
+_MEAN, _LARGEST_GRADIENT, _LARGEST_DEVIATION = range(3)
+
+
 @inlined
-def _constants(gradient: Array, deviation: Array, repeats: int, lanes: int) -> Array:
-    """M_A, M_B, and those of the second fold; places as in `forward`."""
-    channels = gradient.size
-    width = channels * lanes * repeats
-    constants = lines(4, width, np.float64)
-    for at in range(channels * lanes):
-        c = at if lanes == 1 else at // lanes
+def _height(check: Any, fine: Any) -> int:
+    """The lines of eight places: a line holds one of what is beside the sums, or two if it is narrow."""
+    if check is None:
+        return 5 if fine is None else 10
+    return 6 if fine is None else 11
+
+
+@inlined
+def _beside(at: int, what: int, check: Any, fine: Any) -> int:
+    """The index of what is kept beside the sums, in an array of numbers as wide as the data's."""
+    block = at // LANES * _height(check, fine)
+    start = (block + 4) * 2 if fine is None else block + 8
+    return (start + what) * LANES + at % LANES
+
+
+@inlined
+def _places(gradient: Array, deviation: Array, mean: Array, repeats: int, lanes: int, check: Any, fine: Any) -> Array:
+    """The places of a pass, as in `forward`; the largest magnitudes are 0."""
+    width, height = mean.size * lanes * repeats, _height(check, fine)
+    places = lines(width * height, np.int64)
+    means = places.view(mean.dtype)
+    c = 0
+    for at in range(width):
         a, b = gradient[c], gradient[c] + deviation[c]
-        constants[0, at] = 3.0 * power(a)
-        constants[1, at] = 3.0 * power(b)
-        constants[2, at] = 3.0 * power(a - 52)
-        constants[3, at] = 3.0 * power(b - 52)
-    repeated(constants, channels * lanes)
-    return constants
-
-
-@inlined
-def _means(mean: Array, width: int, lanes: int) -> Array:
-    """The means, places as in `_constants`."""
-    means = lines(1, width, mean.dtype)
-    for at in range(mean.size * lanes):
-        means[0, at] = mean[at if lanes == 1 else at // lanes]
-    repeated(means, mean.size * lanes)
-    return means
+        places[where_is(at, magic(0, 0), height)] = bits(3.0 * power(a))
+        places[where_is(at, magic(0, 1), height)] = bits(3.0 * power(b))
+        if fine is not None:
+            places[where_is(at, magic(1, 0), height)] = bits(3.0 * power(a - 52))
+            places[where_is(at, magic(1, 1), height)] = bits(3.0 * power(b - 52))
+        means[_beside(at, _MEAN, check, fine)] = mean[c]
+        if lanes == 1:  # noqa: SIM108 - two ways
+            c = c + 1 if c + 1 < mean.size else 0
+        else:
+            c = (at + 1) // lanes
+    return places
 
 
 @inlined
 def _step(
     dy: Array, x: Array, check: Any, fine: Any, start: int, stride: int, steps: int, chain: int, ahead: bool,
-    at: int, means: Array, constants: Array, sums: Array, largest: Array,
+    at: int, places: Array, means: Array, largest: Array,
 ) -> None:  # fmt: skip
     """Add `steps` times eight elements, `stride` apart from `start` on, in the eight places from `at` on, in chains.
 
     Args:
         ahead: whether they are all of a step's rows: cache lines that come after them are asked for.
+        means, largest: the same memory as `places`, as the data's numbers and as integers of their width.
     """
-    width = means.shape[1]
-    mean, m_a, m_b = load(means, at), load(constants, at), load(constants, width + at)
-    a, b = load(sums, at), load(sums, width + at)
-    a_fine, b_fine = load(sums, 2 * width + at), load(sums, 3 * width + at)
-    top_g, top_h = load(largest, at), load(largest, width + at)
+    block = at * _height(check, fine)
+    m_a, m_b = number(load(places, block + magic(0, 0) * LANES)), number(load(places, block + magic(0, 1) * LANES))
+    a, b = load(places, block + sums(0, 0) * LANES), load(places, block + sums(0, 1) * LANES)
+    if fine is not None:
+        m_a_fine = number(load(places, block + magic(1, 0) * LANES))
+        m_b_fine = number(load(places, block + magic(1, 1) * LANES))
+        a_fine, b_fine = load(places, block + sums(1, 0) * LANES), load(places, block + sums(1, 1) * LANES)
+    mean, top_g = (
+        load(means, _beside(at, _MEAN, check, fine)),
+        load(largest, _beside(at, _LARGEST_GRADIENT, check, fine)),
+    )
+    if check is not None:
+        top_h = load(largest, _beside(at, _LARGEST_DEVIATION, check, fine))
     if ahead:
         for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
             later = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
@@ -123,49 +151,56 @@ def _step(
             else:
                 product = g * h
                 a_chain, b_rounded = g + m_a, product + m_b
-                a_fine = a_fine + bits(g - (a_chain - m_a) + load(constants, 2 * width + at))
+                a_fine = a_fine + bits(g - (a_chain - m_a) + m_a_fine)
                 b = b + bits(b_rounded)
-                b_fine = b_fine + bits(product - (b_rounded - m_b) + load(constants, 3 * width + at))
+                b_fine = b_fine + bits(product - (b_rounded - m_b) + m_b_fine)
         a = a + bits(a_chain)
-    store(sums, at, a)
-    store(sums, width + at, b)
-    store(largest, at, top_g)
+    store(places, block + sums(0, 0) * LANES, a)
+    store(places, block + sums(0, 1) * LANES, b)
+    store(largest, _beside(at, _LARGEST_GRADIENT, check, fine), top_g)
     if check is not None:
-        store(largest, width + at, top_h)
+        store(largest, _beside(at, _LARGEST_DEVIATION, check, fine), top_h)
     if fine is not None:
-        store(sums, 2 * width + at, a_fine)
-        store(sums, 3 * width + at, b_fine)
+        store(places, block + sums(1, 0) * LANES, a_fine)
+        store(places, block + sums(1, 1) * LANES, b_fine)
 
 
 @inlined
 def _one(
-    dy: Array, x: Array, check: Any, fine: Any, index: int, at: int, means: Array, constants: Array, sums: Array,
-    largest: Array,
-) -> None:  # fmt: skip
+    dy: Array, x: Array, check: Any, fine: Any, index: int, at: int, places: Array, means: Array, largest: Array
+) -> None:
     """Add one element in one place."""
+    height = _height(check, fine)
     gradient = dy[index]
-    deviation = x[index] - means[0, at]
+    deviation = x[index] - means[_beside(at, _MEAN, check, fine)]
     size = magnitude(gradient)
-    largest[0, at] = max(largest[0, at], size)
+    top_g = _beside(at, _LARGEST_GRADIENT, check, fine)
+    largest[top_g] = max(largest[top_g], size)
     if check is not None:
+        top_h = _beside(at, _LARGEST_DEVIATION, check, fine)
         deviation = where(size, deviation)
-        largest[1, at] = max(largest[1, at], magnitude(deviation))
+        largest[top_h] = max(largest[top_h], magnitude(deviation))
     g, h = widen(gradient), widen(deviation)
-    m_a, m_b = constants[0, at], constants[1, at]
+    m_a = number(places[where_is(at, magic(0, 0), height)])
+    m_b = number(places[where_is(at, magic(0, 1), height)])
     if fine is None:
-        sums[0, at] += bits(fused(g, SHRINK, m_a))
-        sums[1, at] += bits(fused(g, h, m_b))
+        places[where_is(at, sums(0, 0), height)] += bits(fused(g, SHRINK, m_a))
+        places[where_is(at, sums(0, 1), height)] += bits(fused(g, h, m_b))
     else:
         product = g * h
         a, b = g + m_a, product + m_b
-        sums[0, at] += bits(a)
-        sums[1, at] += bits(b)
-        sums[2, at] += bits(g - (a - m_a) + constants[2, at])
-        sums[3, at] += bits(product - (b - m_b) + constants[3, at])
+        m_a_fine = number(places[where_is(at, magic(1, 0), height)])
+        m_b_fine = number(places[where_is(at, magic(1, 1), height)])
+        places[where_is(at, sums(0, 0), height)] += bits(a)
+        places[where_is(at, sums(0, 1), height)] += bits(b)
+        places[where_is(at, sums(1, 0), height)] += bits(g - (a - m_a) + m_a_fine)
+        places[where_is(at, sums(1, 1), height)] += bits(product - (b - m_b) + m_b_fine)
 
 
 @inlined
-def _finish(largest: Array, gradient: Array, deviation: Array, lanes: int, words: Array) -> bool:
+def _finish(
+    largest: Array, check: Any, fine: Any, width: int, gradient: Array, deviation: Array, lanes: int, words: Array
+) -> bool:
     """Write the flags; whether all values were finite and within their windows."""
     channels = words.shape[1]
     fit = True
@@ -174,59 +209,58 @@ def _finish(largest: Array, gradient: Array, deviation: Array, lanes: int, words
         words[-1, c] = 0
     for c in range(channels):
         window, small, reach = power(gradient[c]), power(gradient[c] - 20), power(deviation[c])
-        for first in range(c * lanes, largest.shape[1], channels * lanes):
+        for first in range(c * lanes, width, channels * lanes):
             for at in range(first, first + lanes):
-                top_g, top_h = widen(number(largest[0, at])), widen(number(largest[1, at]))
-                fit &= top_g < window and top_h < reach
-                words[-1, c] |= (np.int64(top_g >= small) << 32) | np.int64(largest[0, at] > 0)
+                top_g = largest[_beside(at, _LARGEST_GRADIENT, check, fine)]
+                fit &= widen(number(top_g)) < window
+                if check is not None:
+                    fit &= widen(number(largest[_beside(at, _LARGEST_DEVIATION, check, fine)])) < reach
+                words[-1, c] |= (np.int64(widen(number(top_g)) >= small) << 32) | np.int64(top_g > 0)
     return fit
 
 
 @inlined
-def _chains_held(largest: Array, gradient: Array, lanes: int) -> bool:
-    """Whether all gradients so far were small enough to be added in chains."""
-    held = True
-    for c in range(gradient.size):
-        quarter = power(gradient[c] - 2)
-        for first in range(c * lanes, largest.shape[1], gradient.size * lanes):
-            for at in range(first, first + lanes):
-                held &= widen(number(largest[0, at])) < quarter
-    return held
+def _chains_held(places: Array, largest: Array, check: Any, width: int) -> bool:
+    """Whether all gradients of float32 so far were below a quarter of their windows, 2^wA/4 = M_A/12."""
+    below = broadcast(np.int64(-1))
+    for at in range(0, width, LANES):
+        top = widen(number(load(largest, _beside(at, _LARGEST_GRADIENT, check, None))))
+        below = below & (magnitude(broadcast(12.0) * top) - load(places, at * _height(check, None)))
+    return all_negative(below)
 
 
 @inlined
 def _rows(
-    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, chain: int, means: Array, constants: Array,
-    sums: Array, largest: Array,
+    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, chain: int, width: int, places: Array,
+    means: Array, largest: Array,
 ) -> int:  # fmt: skip
     """Add the rows from `first` to `last`; how many chains that were, each place."""
-    width = means.shape[1]
     whole = first + (last - first) // _ROWS * _ROWS
     for i in range(first, whole, _ROWS):
         for c in range(0, width, LANES):
-            _step(dy, x, check, fine, i * width + c, width, _ROWS, chain, True, c, means, constants, sums, largest)
+            _step(dy, x, check, fine, i * width + c, width, _ROWS, chain, True, c, places, means, largest)
     for c in range(0, width, LANES):
-        _step(dy, x, check, fine, whole * width + c, width, last - whole, 1, False, c, means, constants, sums, largest)
+        _step(dy, x, check, fine, whole * width + c, width, last - whole, 1, False, c, places, means, largest)
     return (whole - first) // chain + last - whole
 
 
 @inlined
 def _runs(
     dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, begin: int, end: int, length: int, chain: int,
-    means: Array, constants: Array, sums: Array, largest: Array,
+    places: Array, means: Array, largest: Array,
 ) -> int:  # fmt: skip
     """Add the places from `begin` to `end` of all runs of some images; how many chains that were, each lane."""
-    channels = means.shape[1] // LANES
+    channels = places.size // (_height(check, fine) * LANES)
     whole = (end - begin) // LANES
     linked = whole // _ROWS * _ROWS
     for image in range(first, last):
         for c in range(channels):
             start, at = (image * channels + c) * length + begin, c * LANES
             rest = start + linked * LANES
-            _step(dy, x, check, fine, start, LANES, linked, chain, False, at, means, constants, sums, largest)
-            _step(dy, x, check, fine, rest, LANES, whole - linked, 1, False, at, means, constants, sums, largest)
+            _step(dy, x, check, fine, start, LANES, linked, chain, False, at, places, means, largest)
+            _step(dy, x, check, fine, rest, LANES, whole - linked, 1, False, at, places, means, largest)
             for index in range(start + whole * LANES, start + end - begin):
-                _one(dy, x, check, fine, index, at, means, constants, sums, largest)
+                _one(dy, x, check, fine, index, at, places, means, largest)
     return (linked // chain + whole - linked) * (last - first)
 
 
@@ -250,12 +284,10 @@ def sums_of_rows(
     Returns:
         Whether all values were finite and within their windows; if not, the words are worth nothing.
     """
-    constants = _constants(gradient, deviation, repeats, 1)
-    width = constants.shape[1]
-    means = _means(mean, width, 1)
-    folds = 1 if fine is None else 2
-    sums, totals = lines(4, width, np.int64), lines(4 * folds, width, np.int64)
-    largest = lines(2, width, top.dtype)
+    width, height, folds = mean.size * repeats, _height(check, fine), 1 if fine is None else 2
+    places = _places(gradient, deviation, mean, repeats, 1, check, fine)
+    means, largest = places.view(mean.dtype), places.view(top.dtype)
+    totals = np.zeros((4 * folds, width), np.int64)
     rows = x.size // width
     chained = fine is None
     for first in range(0, rows, BLOCK):
@@ -263,19 +295,21 @@ def sums_of_rows(
         chains = last - first
         if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
             if chained:
-                chains = _rows(dy, x, check, fine, first, last, _ROWS, means, constants, sums, largest)
-                if not _chains_held(largest, gradient, 1):
+                chains = _rows(dy, x, check, fine, first, last, _ROWS, width, places, means, largest)
+                if not _chains_held(places, largest, check, width):
                     chained = False
-                    sums[:] = 0
+                    forget(places, height, folds)
         if not chained:
-            chains = _rows(dy, x, check, fine, first, last, 1, means, constants, sums, largest)
-        for c in range(width):
-            fold(sums, constants, totals, c, chains, last - first)
-    for c in range(x.size - rows * width):
-        _one(dy, x, check, fine, rows * width + c, c, means, constants, sums, largest)
-        fold(sums, constants, totals, c, 1, 1)
-    gather(totals, words, 1)
-    return _finish(largest, gradient, deviation, 1, words)
+            chains = _rows(dy, x, check, fine, first, last, 1, width, places, means, largest)
+        fold(places, height, folds, totals, chains, last - first)
+    rest = x.size - rows * width
+    for c in range(rest):
+        _one(dy, x, check, fine, rows * width + c, c, places, means, largest)
+        discount(places, height, folds, c, 1, 1)
+    if rest:
+        fold(places, height, folds, totals, 0, 0)
+    gather(totals, 1, repeats, words)
+    return _finish(largest, check, fine, width, gradient, deviation, 1, words)
 
 
 @kernel
@@ -284,13 +318,11 @@ def sums_of_runs(
     top: Array, words: Array,
 ) -> bool:  # fmt: skip
     """The words of runs of one channel after the other, each `length` long; otherwise as `sums_of_rows`."""
-    constants = _constants(gradient, deviation, 1, LANES)
-    width = constants.shape[1]
-    channels = mean.size
-    means = _means(mean, width, LANES)
-    folds = 1 if fine is None else 2
-    sums, totals = lines(4, width, np.int64), lines(4 * folds, width, np.int64)
-    largest = lines(2, width, top.dtype)
+    channels, height, folds = mean.size, _height(check, fine), 1 if fine is None else 2
+    width = channels * LANES
+    places = _places(gradient, deviation, mean, 1, LANES, check, fine)
+    means, largest = places.view(mean.dtype), places.view(top.dtype)
+    totals = np.zeros((4 * folds, width), np.int64)
     images = x.size // (channels * length)
     piece = min(length, (FOLD_EVERY - LANES) * LANES)
     chained = fine is None
@@ -303,16 +335,15 @@ def sums_of_runs(
             chains = 0
             if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
                 if chained:
-                    chains = _runs(
-                        dy, x, check, fine, first, last, begin, end, length, _ROWS, means, constants, sums, largest
-                    )
-                    if not _chains_held(largest, gradient, LANES):
+                    chains = _runs(dy, x, check, fine, first, last, begin, end, length, _ROWS, places, means, largest)
+                    if not _chains_held(places, largest, check, width):
                         chained = False
-                        sums[:] = 0
+                        forget(places, height, folds)
             if not chained:
-                chains = _runs(dy, x, check, fine, first, last, begin, end, length, 1, means, constants, sums, largest)
-            for at in range(width):
-                more = loose * (last - first) if at % LANES == 0 else 0
-                fold(sums, constants, totals, at, chains + more, whole * (last - first) + more)
-    gather(totals, words, LANES)
-    return _finish(largest, gradient, deviation, LANES, words)
+                chains = _runs(dy, x, check, fine, first, last, begin, end, length, 1, places, means, largest)
+            singles = loose * (last - first)
+            for c in range(channels):
+                discount(places, height, folds, c * LANES, singles, singles)
+            fold(places, height, folds, totals, chains, whole * (last - first))
+    gather(totals, LANES, 1, words)
+    return _finish(largest, check, fine, width, gradient, deviation, LANES, words)

@@ -1,10 +1,15 @@
-"""What the passes that sum have in common: how the integers of a pass become words.
+"""What the passes that sum have in common: where they keep their sums, and how those become words.
 
-Rows of the arrays that a pass works on, each as wide as the data's rows (or eight lanes a channel, for runs):
+A pass has as many *places* as its data's rows are wide (or eight lanes a channel, for runs). What eight places need
+lies in consecutive cache lines of one array, as int64:
 
-    magics    the M of the first sum, of the second, and those of the second fold
-    sums      as many, as bit patterns that were added up since they were last folded
-    totals    hi, lo of each fold of the first sum, then of the second
+    bits(M) of the first sum, bits(M) of the second, the first sum, the second; the same of the second fold, if there
+    is one; whatever else the pass keeps
+
+Sums are bit patterns, added up since they were last folded. Side by side the lines can't be in each other's way: an
+array for each would put them 4 KB apart at 512 channels, in the same set of a first-level cache whose eight ways the
+rows of the batch take already, and a pass would take up to three times as long, depending on where arrays happen to
+lie.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.kernels.compiled.jit import LINE, inlined
-from bnlayer.kernels.compiled.simd import bits, number
+from bnlayer.kernels.compiled.simd import LANES, broadcast, load, number, store, upper
 
 Array = NDArray[Any]
 
@@ -40,44 +45,82 @@ def power(exponent: int) -> Any:
 
 
 @inlined
-def repeated(places: Array, width: int) -> None:
-    """Give all places what the first `width` have, over and over. (A division for each place takes longer.)"""
-    for row in range(places.shape[0]):
-        for at in range(width, places.shape[1]):
-            places[row, at] = places[row, at - width]
+def magic(level: int, side: int) -> int:
+    """The line of a bits(M): of a fold, and of the first sum or the second."""
+    return 4 * level + side
 
 
 @inlined
-def fold(sums: Array, magics: Array, totals: Array, at: int, first: int, second: int) -> None:
-    """Bring the sums of one place into its totals, less the bits(M) that they hold.
+def sums(level: int, side: int) -> int:
+    """The line of a sum."""
+    return 4 * level + 2 + side
 
-    Args:
-        sums, magics: the first sum, the second, those of the second fold; a row of `magics` for each of `sums`.
-        totals: hi, lo of each fold of the first sum, then of the second.
-        at: the place.
-        first, second: how many bits(M) were added to either since the last time: terms, or chains of them.
-    """
-    folds = totals.shape[0] // 4
+
+@inlined
+def where_is(at: int, line: int, height: int) -> int:
+    """The index of a place's entry in a line, in an array that has `height` lines for each eight places."""
+    return (at // LANES * height + line) * LANES + at % LANES
+
+
+@inlined
+def discount(places: Array, height: int, folds: int, at: int, first: int, second: int) -> None:
+    """Take from the sums of one place the bits(M) that were added to it alone, not to all places: see `fold`."""
     for level in range(folds):
         for side in range(2):
-            row = 2 * level + side
-            total = sums[row, at] - (first if side == 0 else second) * bits(magics[row, at])
-            to = 2 * folds * side + 2 * level
-            totals[to, at] += total >> 32
-            totals[to + 1, at] += total & _LOW
-            sums[row, at] = 0
+            terms = first if side == 0 else second
+            places[where_is(at, sums(level, side), height)] -= terms * places[where_is(at, magic(level, side), height)]
 
 
 @inlined
-def gather(totals: Array, words: Array, lanes: int) -> None:
+def fold(places: Array, height: int, folds: int, totals: Array, first: int, second: int) -> None:
+    """Bring all sums into the totals, less the bits(M) that they hold, and begin them anew.
+
+    Args:
+        places, height: what the pass works on.
+        totals: (4·folds, places): hi, lo of each fold of the first sum, then of the second.
+        first, second: how many bits(M) were added to either since the last time: terms, or chains of them.
+    """
+    width = totals.shape[1]
+    low, nothing = broadcast(np.int64(_LOW)), broadcast(np.int64(0))
+    for at in range(0, width, LANES):
+        for level in range(folds):
+            for side in range(2):
+                index = at * height + sums(level, side) * LANES
+                terms = broadcast(np.int64(first if side == 0 else second))
+                total = load(places, index) - terms * load(places, at * height + magic(level, side) * LANES)
+                to = (2 * folds * side + 2 * level) * width + at
+                store(totals, to, load(totals, to) + upper(total))
+                store(totals, to + width, load(totals, to + width) + (total & low))
+                store(places, index, nothing)
+
+
+@inlined
+def forget(places: Array, height: int, folds: int) -> None:
+    """Set all sums to 0."""
+    for block in range(0, places.size, height * LANES):
+        for level in range(folds):
+            for side in range(2):
+                begin = block + sums(level, side) * LANES
+                places[begin : begin + LANES] = 0
+
+
+@inlined
+def gather(totals: Array, lanes: int, repeats: int, words: Array) -> None:
     """Add up the places of each channel, carry, and write the canonical words."""
-    channels, width = words.shape[1], totals.shape[1]
+    channels = words.shape[1]
+    once = channels * lanes
+    for row in range(totals.shape[0]):
+        for first in range(once, repeats * once, once):
+            for at in range(once):
+                totals[row, at] += totals[row, first + at]
+        if lanes > 1:
+            for c in range(channels):
+                total = totals[row, c * lanes]
+                for at in range(c * lanes + 1, (c + 1) * lanes):
+                    total += totals[row, at]
+                totals[row, c] = total
     for row in range(0, totals.shape[0], 2):
         for c in range(channels):
-            hi, lo = np.int64(0), np.int64(0)
-            for first in range(c * lanes, width, channels * lanes):
-                for at in range(first, first + lanes):
-                    hi += totals[row, at]
-                    lo += totals[row + 1, at]
-            words[row, c] = hi + (lo >> 32)
+            lo = totals[row + 1, c]
+            words[row, c] = totals[row, c] + (lo >> 32)
             words[row + 1, c] = lo & _LOW

@@ -19,11 +19,8 @@ stay M2's: otherwise a value is not finite, or outside its window, or so near to
 
 float64 data have a second fold, for what the first one rounds away, and go term by term.
 
-Rows of the arrays that a pass works on, each as wide as the data's rows (or eight lanes a channel, for runs):
-
-    constants   M1, M2, those of the second fold, and the pivot
-    sums        S, T, those of the second fold, and how many were not masked, since they were last folded
-    totals      hi, lo of each fold of S, then of T
+The sums S and T of a place, and the constants M1 and M2, lie as `folds` has them, then its pivot and, with a mask,
+how many of its values counted.
 """
 
 from __future__ import annotations
@@ -39,10 +36,14 @@ from bnlayer.kernels.compiled.folds import (
     FLOATS_OF_LINE,
     FOLD_EVERY,
     SHRINK,
+    discount,
     fold,
+    forget,
     gather,
+    magic,
     power,
-    repeated,
+    sums,
+    where_is,
 )
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
@@ -52,6 +53,7 @@ from bnlayer.kernels.compiled.simd import (
     fused,
     load,
     load_truths,
+    number,
     prefetch,
     store,
     where,
@@ -63,27 +65,28 @@ Array = NDArray[Any]
 # Rows at a step, and terms of a chain: the sums of eight channels are loaded and stored once for all of them.
 _ROWS = 8
 _SPLITTER = 134_217_729.0  # 2^27 + 1, as in `bnlayer.words`
-_M1, _M2, _M1_FINE, _M2_FINE, _PIVOT = range(5)
-_S, _T, _S_FINE, _T_FINE, _COUNT = range(5)
 _MARGIN = 2.0**-10  # of M2: it costs a window nothing but its last 2^-11
 
 
 @inlined
-def _constants(pivot: Array, exponent: Array, repeats: int, lanes: int) -> Array:
-    """The constants, each channel's in `lanes` places side by side, all of them `repeats` times over."""
-    channels = pivot.size
-    width = channels * lanes * repeats
-    constants = lines(5, width, np.float64)
-    for at in range(channels * lanes):
-        c = at if lanes == 1 else at // lanes
+def _places(pivot: Array, exponent: Array, repeats: int, lanes: int, folds: int, height: int) -> Array:
+    """The places of a pass: each channel has `lanes` side by side, all of them `repeats` times over; sums are 0."""
+    width = pivot.size * lanes * repeats
+    places = lines((width + LANES - 1) // LANES * LANES * height, np.int64)
+    c = 0
+    for at in range(width):
         w = exponent[c]
-        constants[_PIVOT, at] = pivot[c]
-        constants[_M1, at] = 3.0 * power(w)
-        constants[_M2, at] = power(2 * w) * (1.0 + _MARGIN)
-        constants[_M1_FINE, at] = 3.0 * power(w - 52)
-        constants[_M2_FINE, at] = 1.5 * power(2 * w - 51)
-    repeated(constants, channels * lanes)
-    return constants
+        places[where_is(at, magic(0, 0), height)] = bits(3.0 * power(w))
+        places[where_is(at, magic(0, 1), height)] = bits(power(2 * w) * (1.0 + _MARGIN))
+        if folds > 1:
+            places[where_is(at, magic(1, 0), height)] = bits(3.0 * power(w - 52))
+            places[where_is(at, magic(1, 1), height)] = bits(1.5 * power(2 * w - 51))
+        places[where_is(at, 4 * folds, height)] = bits(pivot[c])
+        if lanes == 1:  # noqa: SIM108 - two ways
+            c = c + 1 if c + 1 < pivot.size else 0
+        else:
+            c = (at + 1) // lanes
+    return places
 
 
 @inlined
@@ -119,7 +122,7 @@ def _deviation(v: Any, centred: bool, pivot: Any) -> Any:
 @inlined
 def _step(
     x: Array, starts: Any, mask: Any, fine: Any, first: int, stride: int, steps: int, chain: int, ahead: bool,
-    centred: bool, at: int, constants: Array, sums: Array, odd: Any,
+    centred: bool, at: int, places: Array, height: int, odd: Any,
 ) -> Any:  # fmt: skip
     """Add `steps` times eight elements in the eight places from `at` on, in chains; `odd` with what was seen.
 
@@ -127,10 +130,16 @@ def _step(
         first: the first element, from which the others are `stride` apart; with `starts`, the first row that counts.
         ahead: whether they are all of a step's rows: cache lines that come after them are asked for.
     """
-    width = constants.shape[1]
-    pivot, m1, m2 = load(constants, _PIVOT * width + at), load(constants, at), load(constants, _M2 * width + at)
-    s, t, count = load(sums, at), load(sums, _T * width + at), load(sums, _COUNT * width + at)
-    s_fine, t_fine = load(sums, _S_FINE * width + at), load(sums, _T_FINE * width + at)
+    folds, block = 1 if fine is None else 2, at * height
+    m1, m2 = number(load(places, block + magic(0, 0) * LANES)), number(load(places, block + magic(0, 1) * LANES))
+    s, t = load(places, block + sums(0, 0) * LANES), load(places, block + sums(0, 1) * LANES)
+    pivot = number(load(places, block + 4 * folds * LANES))
+    if mask is not None:
+        count = load(places, block + (height - 1) * LANES)
+    if fine is not None:
+        m1_fine = number(load(places, block + magic(1, 0) * LANES))
+        m2_fine = number(load(places, block + magic(1, 1) * LANES))
+        s_fine, t_fine = load(places, block + sums(1, 0) * LANES), load(places, block + sums(1, 1) * LANES)
     shrink = broadcast(SHRINK)
     if starts is None and ahead:
         for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
@@ -152,66 +161,89 @@ def _step(
             else:
                 square = d * d
                 s_chain, t_chain = d + m1, square + m2
-                s_fine = s_fine + bits(d - (s_chain - m1) + load(constants, _M1_FINE * width + at))
+                s_fine = s_fine + bits(d - (s_chain - m1) + m1_fine)
                 rest = (square - (t_chain - m2)) + _square_error(d, square, broadcast(_SPLITTER))
-                t_fine = t_fine + bits(rest + load(constants, _M2_FINE * width + at))
+                t_fine = t_fine + bits(rest + m2_fine)
         s = s + bits(s_chain)
         t = t + bits(t_chain)
         odd = odd | (bits(t_chain) ^ bits(m2))
-    store(sums, at, s)
-    store(sums, _T * width + at, t)
+    store(places, block + sums(0, 0) * LANES, s)
+    store(places, block + sums(0, 1) * LANES, t)
     if mask is not None:
-        store(sums, _COUNT * width + at, count)
+        store(places, block + (height - 1) * LANES, count)
     if fine is not None:
-        store(sums, _S_FINE * width + at, s_fine)
-        store(sums, _T_FINE * width + at, t_fine)
+        store(places, block + sums(1, 0) * LANES, s_fine)
+        store(places, block + sums(1, 1) * LANES, t_fine)
     return odd
 
 
 @inlined
-def _one(x: Array, mask: Any, fine: Any, at: int, c: int, constants: Array, sums: Array, odd: Array) -> None:
-    """Add one element in place c."""
-    d = widen(x[at]) - constants[_PIVOT, c]
+def _one(x: Array, mask: Any, fine: Any, index: int, at: int, places: Array, height: int, odd: Array) -> None:
+    """Add one element in one place."""
+    folds = 1 if fine is None else 2
+    d = widen(x[index]) - number(places[where_is(at, 4 * folds, height)])
     if mask is not None:
-        d = d if mask[at] else 0.0
-        sums[_COUNT, c] += mask[at] != 0
-    m1, m2 = constants[_M1, c], constants[_M2, c]
+        d = d if mask[index] else 0.0
+        places[where_is(at, height - 1, height)] += mask[index] != 0
+    m1 = number(places[where_is(at, magic(0, 0), height)])
+    m2 = number(places[where_is(at, magic(0, 1), height)])
     if fine is None:
         v, u = fused(d, SHRINK, m1), fused(d, d, m2)
     else:
         square = d * d
         v, u = d + m1, square + m2
-        rest_of_square = (square - (u - m2)) + _square_error(d, square, _SPLITTER)
-        sums[_S_FINE, c] += bits(d - (v - m1) + constants[_M1_FINE, c])
-        sums[_T_FINE, c] += bits(rest_of_square + constants[_M2_FINE, c])
-    sums[_S, c] += bits(v)
-    sums[_T, c] += bits(u)
+        rest = (square - (u - m2)) + _square_error(d, square, _SPLITTER)
+        m1_fine = number(places[where_is(at, magic(1, 0), height)])
+        m2_fine = number(places[where_is(at, magic(1, 1), height)])
+        places[where_is(at, sums(1, 0), height)] += bits(d - (v - m1) + m1_fine)
+        places[where_is(at, sums(1, 1), height)] += bits(rest + m2_fine)
+    places[where_is(at, sums(0, 0), height)] += bits(v)
+    places[where_is(at, sums(0, 1), height)] += bits(u)
     odd[0] |= bits(u) ^ bits(m2)
+
+
+@inlined
+def _count(places: Array, height: int, mask: Any, count: Array) -> None:
+    """Count what was not masked since the last time."""
+    if mask is not None:
+        for at in range(count.size):
+            index = where_is(at, height - 1, height)
+            count[at] += places[index]
+            places[index] = 0
+
+
+@inlined
+def _begin_again(places: Array, height: int, mask: Any, folds: int, odd: Array) -> None:
+    """Forget what was summed and counted since the last time."""
+    forget(places, height, folds)
+    if mask is not None:
+        for first in range((height - 1) * LANES, places.size, height * LANES):
+            places[first : first + LANES] = 0
+    odd[:] = 0
 
 
 @inlined
 def _rows(
     x: Array, starts: Any, mask: Any, fine: Any, first: int, last: int, chain: int, centred: bool,
-    constants: Array, sums: Array, odd: Array,
+    width: int, places: Array, height: int, odd: Array,
 ) -> int:  # fmt: skip
     """Add the rows from `first` to `last`; how many chains that were, each place."""
-    width = constants.shape[1]
     even = width // LANES * LANES
     whole = first + (last - first) // _ROWS * _ROWS
     seen = load(odd, 0)
     for i in range(first, whole, _ROWS):
         for c in range(0, even, LANES):
             at = i * width + c if starts is None else i
-            seen = _step(x, starts, mask, fine, at, width, _ROWS, chain, True, centred, c, constants, sums, seen)
+            seen = _step(x, starts, mask, fine, at, width, _ROWS, chain, True, centred, c, places, height, seen)
     for i in range(whole, last):
         for c in range(0, even, LANES):
             at = i * width + c if starts is None else i
-            seen = _step(x, starts, mask, fine, at, width, 1, 1, False, centred, c, constants, sums, seen)
+            seen = _step(x, starts, mask, fine, at, width, 1, 1, False, centred, c, places, height, seen)
     store(odd, 0, seen)
     if starts is not None:
         for i in range(first, last):
             for c in range(even, width):
-                _one(x, mask, fine, starts[i] + c, c, constants, sums, odd)
+                _one(x, mask, fine, starts[i] + c, c, places, height, odd)
     return (whole - first) // chain + (last - whole)
 
 
@@ -241,11 +273,11 @@ def moments_of_rows(
     Returns:
         Whether all values were finite and within the window; if not, the words are worth nothing.
     """
-    folds = 1 if fine is None else 2
-    constants = _constants(pivot, exponent, repeats, 1)
-    width = constants.shape[1]
+    folds, width = 1 if fine is None else 2, pivot.size * repeats
+    height = 4 * folds + (1 if mask is None else 2)
+    places = _places(pivot, exponent, repeats, 1, folds, height)
     even = width // LANES * LANES
-    sums, totals = lines(5, width, np.int64), lines(4 * folds, width, np.int64)
+    totals = np.zeros((4 * folds, places.size // height), np.int64)
     count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
     centred, chained = _centred(pivot), fine is None
     rows = x.size // width if starts is None else starts.size
@@ -255,26 +287,26 @@ def moments_of_rows(
         if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
             if chained:
                 if centred:
-                    chains = _rows(x, starts, mask, fine, first, last, _ROWS, True, constants, sums, odd)
+                    chains = _rows(x, starts, mask, fine, first, last, _ROWS, True, width, places, height, odd)
                 else:
-                    chains = _rows(x, starts, mask, fine, first, last, _ROWS, False, constants, sums, odd)
+                    chains = _rows(x, starts, mask, fine, first, last, _ROWS, False, width, places, height, odd)
                 if not _below(odd, 49):
                     chained = False
-                    sums[:] = 0
-                    odd[:] = 0
+                    _begin_again(places, height, mask, folds, odd)
         if not chained:
-            chains = _rows(x, starts, mask, fine, first, last, 1, False, constants, sums, odd)
-        for c in range(width):
-            links = chains if c < even else last - first
-            fold(sums, constants, totals, c, links, links)
-            count[c] += sums[_COUNT, c]
-            sums[_COUNT, c] = 0
+            chains = _rows(x, starts, mask, fine, first, last, 1, False, width, places, height, odd)
+        for c in range(even, width):
+            discount(places, height, folds, c, last - first - chains, last - first - chains)
+        fold(places, height, folds, totals, chains, chains)
+        _count(places, height, mask, count)
     rest = x.size - rows * width if starts is None else 0
     for c in range(rest):
-        _one(x, mask, fine, rows * width + c, c, constants, sums, odd)
-        fold(sums, constants, totals, c, 1, 1)
-        count[c] += sums[_COUNT, c]
-    gather(totals, words, 1)
+        _one(x, mask, fine, rows * width + c, c, places, height, odd)
+        discount(places, height, folds, c, 1, 1)
+    if rest:
+        fold(places, height, folds, totals, 0, 0)
+        _count(places, height, mask, count)
+    gather(totals, 1, repeats, words)
     channels = words.shape[1]
     for c in range(channels):
         words[-2, c] = rows if starts is not None else x.size // channels
@@ -290,10 +322,10 @@ def moments_of_rows(
 @inlined
 def _runs(
     x: Array, mask: Any, fine: Any, first: int, last: int, begin: int, end: int, length: int, chain: int,
-    centred: bool, constants: Array, sums: Array, odd: Array,
+    centred: bool, places: Array, height: int, odd: Array,
 ) -> int:  # fmt: skip
     """Add the places from `begin` to `end` of all runs of some images; how many chains that were, each lane."""
-    channels = constants.shape[1] // LANES
+    channels = places.size // (LANES * height)
     whole = (end - begin) // LANES
     linked = whole // _ROWS * _ROWS
     seen = load(odd, 0)
@@ -301,14 +333,14 @@ def _runs(
         for c in range(channels):
             start, at = (image * channels + c) * length + begin, c * LANES
             rest, loose = start + linked * LANES, whole - linked
-            seen = _step(x, None, mask, fine, start, LANES, linked, chain, False, centred, at, constants, sums, seen)
-            seen = _step(x, None, mask, fine, rest, LANES, loose, 1, False, centred, at, constants, sums, seen)
+            seen = _step(x, None, mask, fine, start, LANES, linked, chain, False, centred, at, places, height, seen)
+            seen = _step(x, None, mask, fine, rest, LANES, loose, 1, False, centred, at, places, height, seen)
     store(odd, 0, seen)
     for image in range(first, last):
         for c in range(channels):
             start = (image * channels + c) * length
             for at in range(start + begin + whole * LANES, start + end):
-                _one(x, mask, fine, at, c * LANES, constants, sums, odd)
+                _one(x, mask, fine, at, c * LANES, places, height, odd)
     return (linked // chain + whole - linked) * (last - first)
 
 
@@ -316,9 +348,9 @@ def _runs(
 def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Array, length: int, words: Array) -> bool:
     """The words of runs of one channel after the other, each `length` long; otherwise as `moments_of_rows`."""
     folds, channels = 1 if fine is None else 2, pivot.size
-    constants = _constants(pivot, exponent, 1, LANES)
-    width = constants.shape[1]
-    sums, totals = lines(5, width, np.int64), lines(4 * folds, width, np.int64)
+    width, height = channels * LANES, 4 * folds + (1 if mask is None else 2)
+    places = _places(pivot, exponent, 1, LANES, folds, height)
+    totals = np.zeros((4 * folds, places.size // height), np.int64)
     count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
     centred, chained = _centred(pivot), fine is None
     images = x.size // (channels * length)
@@ -333,25 +365,22 @@ def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Arra
             if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
                 if chained:
                     if centred:
-                        chains = _runs(
-                            x, mask, fine, first, last, begin, end, length, _ROWS, True, constants, sums, odd
-                        )
+                        chains = _runs(x, mask, fine, first, last, begin, end, length, _ROWS, True, places, height, odd)
                     else:
                         chains = _runs(
-                            x, mask, fine, first, last, begin, end, length, _ROWS, False, constants, sums, odd
+                            x, mask, fine, first, last, begin, end, length, _ROWS, False, places, height, odd
                         )
                     if not _below(odd, 49):
                         chained = False
-                        sums[:] = 0
-                        odd[:] = 0
+                        _begin_again(places, height, mask, folds, odd)
             if not chained:
-                chains = _runs(x, mask, fine, first, last, begin, end, length, 1, False, constants, sums, odd)
-            for at in range(width):
-                links = chains + (loose * (last - first) if at % LANES == 0 else 0)
-                fold(sums, constants, totals, at, links, links)
-                count[at] += sums[_COUNT, at]
-                sums[_COUNT, at] = 0
-    gather(totals, words, LANES)
+                chains = _runs(x, mask, fine, first, last, begin, end, length, 1, False, places, height, odd)
+            singles = loose * (last - first)
+            for c in range(channels):
+                discount(places, height, folds, c * LANES, singles, singles)
+            fold(places, height, folds, totals, chains, chains)
+            _count(places, height, mask, count)
+    gather(totals, LANES, 1, words)
     for c in range(channels):
         words[-2, c] = images * length
         words[-1, c] = 0

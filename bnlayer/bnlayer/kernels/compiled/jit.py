@@ -37,12 +37,12 @@ def inlined(function: F) -> F:
 
 
 @inlined
-def lines(rows: int, width: int, dtype: Any) -> NDArray[Any]:
-    """An array of zeros that begins with a cache line: a vector that lies across two takes twice as long."""
+def lines(size: int, dtype: Any) -> NDArray[Any]:
+    """A flat array of zeros that begins with a cache line: a vector that lies across two takes twice as long."""
     item = np.empty(1, dtype).itemsize
-    places = np.zeros(rows * width + LINE // item, dtype)
+    places = np.zeros(size + LINE // item, dtype)
     first = -places.ctypes.data % LINE // item
-    return places[first : first + rows * width].reshape((rows, width))
+    return places[first : first + size]
 
 
 class _Announcer(event.Listener):

@@ -98,7 +98,7 @@ def _operator(function: Callable[[Any, Any], Any], instructions: dict[Vector, st
 
 _operator(operator.add, {FLOAT32: "fadd", FLOAT64: "fadd", INT32: "add", INT64: "add"})
 _operator(operator.sub, {FLOAT32: "fsub", FLOAT64: "fsub", INT32: "sub", INT64: "sub"})
-_operator(operator.mul, {FLOAT32: "fmul", FLOAT64: "fmul"})
+_operator(operator.mul, {FLOAT32: "fmul", FLOAT64: "fmul", INT64: "mul"})
 _operator(operator.or_, {INT32: "or_", INT64: "or_"})
 _operator(operator.and_, {INT32: "and_", INT64: "and_"})
 _operator(operator.xor, {INT32: "xor", INT64: "xor"})
@@ -244,6 +244,32 @@ def magnitude(typing: Any, value: Any) -> Any:
         return builder.and_(builder.bitcast(args[0], _llvm(kind)), _constant(kind, mask))
 
     return kind(value), generate
+
+
+@_instruction
+def upper(typing: Any, value: Any) -> Any:
+    """The upper halves of eight int64, signed."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        return builder.ashr(args[0], _constant(value, 32))
+
+    return value(value), generate
+
+
+@_instruction
+def all_negative(typing: Any, value: Any) -> Any:
+    """Whether all of eight int64 are below 0."""
+    del typing
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        kind = ir.FunctionType(_INT64, [value.llvm])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.and.v{LANES}i64")
+        return builder.icmp_signed("<", builder.call(function, args), ir.Constant(_INT64, 0))
+
+    return types.boolean(value), generate
 
 
 @_instruction
