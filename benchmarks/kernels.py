@@ -111,14 +111,14 @@ class Batch:
         grid = grid.probed(reference.probe(x3, None, grid), everywhere)
         statistics = reference.moments(x3, None, grid).statistics(peers.EPSILON, False)
         backward = BackwardGrid.unknown("float32", flat[1]).reaching(statistics.reach)
-        found = reference.gradient_probe(dy3, x3, statistics.rounded_mean, backward)
+        found = reference.gradient_probe(dy3, x3, statistics.pivot, backward)
         return cls(x, dy, axis, (x3, dy3, seen_mask), grid, backward.probed(found, everywhere), statistics)
 
 
 def ours(kernels: ModuleType, name: str, batch: Batch) -> Runs:
     """The runs of one of this project's kernel sets."""
     (x, dy, mask), grid, backward_grid = batch.seen, batch.grid, batch.backward_grid
-    mean, poisoned = batch.statistics.rounded_mean, np.zeros(x.shape[1], bool)
+    mean, pivot, poisoned = batch.statistics.rounded_mean, batch.statistics.pivot, np.zeros(x.shape[1], bool)
     scale = batch.statistics.inverse_std.astype(np.float32)
     small = np.full(x.shape[1], 0.01, np.float32)
 
@@ -129,7 +129,7 @@ def ours(kernels: ModuleType, name: str, batch: Batch) -> Runs:
         return kernels.normalize(x, mean, scale, small, poisoned)
 
     def sums() -> object:
-        return kernels.gradient_sums(dy, x, None, mean, backward_grid, fits=True)  # as after any sound forward pass
+        return kernels.gradient_sums(dy, x, None, pivot, backward_grid, fits=True)  # as after any sound forward pass
 
     def gradient() -> object:
         return kernels.input_gradient(dy, x, None, mean, small, small, scale, poisoned)

@@ -1,4 +1,4 @@
-"""`GradientSums`: the exact Σ dy and Σ dy·(x − μ) of a batch, and the coefficients of the input gradient.
+"""`GradientSums`: the exact Σ dy and Σ dy·(x − p) of a batch, and the coefficients of the input gradient.
 
 Both sums run over ALL positions, masked ones included: a masked output depends on the mean and variance too.
 
@@ -74,7 +74,7 @@ class GradientSums:
 
     @property
     def misfit_C(self) -> NDArray[np.bool_]:
-        """Whether some |dy| or |x − mean| lies outside its window."""
+        """Whether some |dy| or |x − p| lies outside its window."""
         return counted(self.words[-2])[0]
 
     @property
@@ -91,7 +91,8 @@ class GradientSums:
         rows, (poisoned, refused) = np.empty((4, self.words.shape[1])), np.empty((2, self.words.shape[1]), np.bool_)
         again = quick.gradients(
             self.words, self.grid.gradient_C, self.grid.deviation_C, statistics.divisor, statistics.inverse_std,
-            statistics.residual, statistics.mean_share, statistics.poisoned, rows, poisoned, refused,
+            statistics.residual, statistics.mean_share, statistics.pivot_residual, statistics.poisoned, rows, poisoned,
+            refused,
         )  # fmt: skip
         beta, gamma, offset, slope = rows
         found = Gradients(beta, gamma, offset, slope, poisoned)
@@ -109,7 +110,7 @@ class GradientSums:
     def gradients(self, statistics: BatchStatistics) -> Gradients:
         """The gradients of gamma and beta and the coefficients of the input gradient.
 
-        B' = B − A·r        k = s²·B'/D        c1 = A/D − k·(r + μ·e/D)        dγ = s·B'        dβ = A
+        B' = B − A·(μ − p)        k = s²·B'/D        c1 = A/D − k·(r + μ·e/D)        dγ = s·B'        dβ = A
 
         Args:
             statistics: of the training call whose outputs the gradients belong to.
@@ -123,7 +124,7 @@ class GradientSums:
         else:
             a = as_float(*self.words[0:2]) * power_of_two(unit)
             b = as_float(*self.words[2:4]) * power_of_two(both)
-        b = b - a * statistics.residual
+        b = b - a * statistics.pivot_residual
         slope = s * s * b / statistics.divisor
         offset = a / statistics.divisor - slope * (statistics.residual + statistics.mean_share)
         poisoned = statistics.poisoned | self.not_finite_C | self.misfit_C

@@ -110,7 +110,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class BackwardGrid:
-    """The backward grid: |dy| < 2^gradient, |x − mean| < 2^deviation.
+    """The backward grid: |dy| < 2^gradient, |x − p| < 2^deviation, with the p of the batch's statistics.
 
     Gradients are integers in units of 2^(gradient − 51), their products with deviations in units of
     2^(gradient + deviation − 51).
@@ -144,7 +144,7 @@ class BackwardGrid:
         return _fingerprint(self.gradient_C, self.deviation_C)
 
     def reaching(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
-        """The grid whose deviations hold every unmasked |x − mean| < 2^reach of the forward pass."""
+        """The grid whose deviations hold every unmasked |x − p| < 2^reach of the forward pass."""
         floor, ceiling = self.precision.deviation_floor, self.precision.deviation_ceiling
         deviation = np.clip(np.maximum(self.deviation_C, reach_C), floor, ceiling)
         return BackwardGrid(self.dtype, self.gradient_C, deviation, self.known)
@@ -153,7 +153,7 @@ class BackwardGrid:
         """The grid after a probe.
 
         Args:
-            exponents: (2, C) int64, the largest exponents of |dy| and of |x − mean|, over finite values.
+            exponents: (2, C) int64, the largest exponents of |dy| and of |x − p|, over finite values.
             need_C: the channels that take a new grid.
         """
         precision = self.precision

@@ -34,10 +34,13 @@ class BatchStatistics:
         mean: μ = Σx / D.
         variance: v = Σ(x − μ)² / D, biased.
         inverse_std: 1 / √(v + ε).
-        rounded_mean: μ rounded to the data's dtype (held in that dtype): what the kernels subtract.
+        rounded_mean: μ rounded to the data's dtype (held in that dtype): what the passes that write subtract.
         residual: r = μ − rounded_mean, computed without cancellation.
         mean_share: μ·e/D, 0 without a mask.
-        reach: int64, |x − rounded_mean| < 2^reach for every unmasked x.
+        pivot: p, what gradients are multiplied about (held in the data's dtype): 0 where float32 data lie about the
+            grid's pivot 0, else rounded_mean.
+        pivot_residual: μ − p.
+        reach: int64, |x − p| < 2^reach for every unmasked x.
         poisoned: bool, an unmasked value was not finite, or lies outside every window.
     """
 
@@ -49,6 +52,8 @@ class BatchStatistics:
     rounded_mean: NDArray[np.floating]
     residual: NDArray[np.float64]
     mean_share: NDArray[np.float64]
+    pivot: NDArray[np.floating]
+    pivot_residual: NDArray[np.float64]
     reach: NDArray[np.int64]
     poisoned: NDArray[np.bool_]
 
@@ -163,17 +168,18 @@ class Moments:
             refused = self.refused(epsilon)
             return partial(self.statistics, epsilon, masked), refused if refused.any() else None
         grid, channels = self.grid, self.words.shape[1]
-        rows, rounded, reach = np.empty((7, channels)), np.empty(channels, np.float32), np.empty(channels, np.int64)
-        poisoned, refused = np.empty((2, channels), np.bool_)
+        rows, (rounded, pivot) = np.empty((8, channels)), np.empty((2, channels), np.float32)
+        reach, (poisoned, refused) = np.empty(channels, np.int64), np.empty((2, channels), np.bool_)
         e = MASKED_COUNT_EPSILON if masked else 0.0
         again = quick.statistics(
             self.words, grid.pivot_C, grid.exponent_C, epsilon, e, grid.precision.lowest,
-            rows, rounded, reach, poisoned, refused,
+            rows, rounded, pivot, reach, poisoned, refused,
         )  # fmt: skip
-        count, divisor, mean, variance, inverse_std, residual, mean_share = rows
+        count, divisor, mean, variance, inverse_std, residual, mean_share, pivot_residual = rows
         statistics = BatchStatistics(
-            count, divisor, mean, variance, inverse_std, rounded, residual, mean_share, reach, poisoned
-        )
+            count, divisor, mean, variance, inverse_std, rounded, residual, mean_share, pivot, pivot_residual, reach,
+            poisoned,
+        )  # fmt: skip
         return lambda: statistics, refused if again else None
 
     @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
@@ -211,7 +217,10 @@ class Moments:
         mean = center - delta
         variance = (spread + delta * delta) * (n / divisor)
         rounded = mean.astype(precision.dtype)
+        residual = ((grid.pivot_C - rounded.astype(np.float64)) + a) - delta
         farthest = np.sqrt(n * (spread + 8.0 * grid.unit2_C)) + np.abs(delta) + precision.epsilon * np.abs(mean)
+        reach = exponent_above(farthest, precision.lowest) + 1
+        about_zero = (grid.pivot_C == 0) & (precision.folds == 1)
         return BatchStatistics(
             count=n,
             divisor=divisor,
@@ -219,9 +228,11 @@ class Moments:
             variance=variance,
             inverse_std=1.0 / np.sqrt(variance + epsilon),
             rounded_mean=rounded,
-            residual=((grid.pivot_C - rounded.astype(np.float64)) + a) - delta,
+            residual=residual,
             mean_share=mean * (e / divisor),
-            reach=exponent_above(farthest, precision.lowest) + 1,
+            pivot=np.where(about_zero, 0, rounded).astype(precision.dtype),
+            pivot_residual=np.where(about_zero, mean, residual),
+            reach=np.where(about_zero, grid.exponent_C, reach),
             poisoned=self.not_finite_C | self.misfit_C,
         )
 

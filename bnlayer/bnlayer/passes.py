@@ -71,25 +71,25 @@ def normalize(
     return _written(view, kind, dtype, pass_over)
 
 
-def gradient_probe(dy: View, view: View, mean_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
-    """The exponents of the largest finite |dy| and |x − mean|; (2, C)."""
+def gradient_probe(dy: View, view: View, pivot_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
+    """The exponents of the largest finite |dy| and |x − pivot|; (2, C)."""
     kind = grid.precision.dtype
 
     def pass_over(at: slice) -> NDArray[np.int64]:
-        sizes: NDArray[np.int64] = kernels().gradient_probe(dy.values(at, kind), view.values(at, kind), mean_C, grid)
+        sizes: NDArray[np.int64] = kernels().gradient_probe(dy.values(at, kind), view.values(at, kind), pivot_C, grid)
         return sizes
 
     found = _over(view, kind, pass_over)
     return found[0] if len(found) == 1 else np.maximum.reduce(found)
 
 
-def gradient_sums(dy: View, view: View, mean_C: Array, grid: BackwardGrid, *, fits: bool) -> GradientSums:
+def gradient_sums(dy: View, view: View, pivot_C: Array, grid: BackwardGrid, *, fits: bool) -> GradientSums:
     """The exact sums of the output's gradients; `fits`: the forward pass has shown that every x lies in its window."""
     kind = grid.precision.dtype
 
     def pass_over(at: slice) -> NDArray[np.int64]:
         values = dy.values(at, kind), view.values(at, kind), view.truths(at)
-        words: NDArray[np.int64] = kernels().gradient_sums(*values, mean_C, grid, fits=fits).words
+        words: NDArray[np.int64] = kernels().gradient_sums(*values, pivot_C, grid, fits=fits).words
         return words
 
     return GradientSums(_pooled(_over(view, kind, pass_over), flags=2), grid)

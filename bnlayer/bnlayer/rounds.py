@@ -111,13 +111,13 @@ class Rounds:
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
-        mean = statistics.rounded_mean
+        pivot = statistics.pivot
         fits = not statistics.poisoned.any()
         while True:
             if exchange.wants is Operation.PROBE:
-                words = passes.gradient_probe(dy, view, mean, exchange.grid)
+                words = passes.gradient_probe(dy, view, pivot, exchange.grid)
             else:
-                words = passes.gradient_sums(dy, view, mean, exchange.grid, fits=fits).words
+                words = passes.gradient_sums(dy, view, pivot, exchange.grid, fits=fits).words
             exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, terms, words).words)
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1

@@ -102,11 +102,11 @@ def backward(mirror: Mirror, options: Options) -> Exchange:
     while exchange.gradients is None:
         assert exchange.wants is not None
         said.append(str(exchange.wants))
-        mean = statistics.rounded_mean
+        pivot = statistics.pivot
         if exchange.wants is Operation.PROBE:
-            words = reference.gradient_probe(dy_view, view, mean, exchange.grid)
+            words = reference.gradient_probe(dy_view, view, pivot, exchange.grid)
         else:
-            words = reference.gradient_sums(dy_view, view, None, mean, exchange.grid).words
+            words = reference.gradient_sums(dy_view, view, None, pivot, exchange.grid).words
         terms = replace(mirror.terms, grid=exchange.fingerprint)
         place = Place(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
         total = yield Call(exchange.wants, place, terms, exchange.attempt), words

@@ -64,19 +64,19 @@ def alike(x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: 
     moments = reference.moments(x, mask, grid)
     same(compiled.moments(x, mask, grid).words, moments.words)
     statistics = moments.statistics(1e-3, mask is not None)
-    mean, poisoned = statistics.rounded_mean, statistics.poisoned
+    mean, pivot, poisoned = statistics.rounded_mean, statistics.pivot, statistics.poisoned
     offset, slope, scale, shift = rng.normal(size=(4, channels)).astype(x.dtype)
     same(compiled.normalize(x, mean, scale, shift, poisoned), reference.normalize(x, mean, scale, shift, poisoned))
     unknown = BackwardGrid.unknown(x.dtype.name, channels).reaching(statistics.reach)
-    reached = reference.gradient_probe(dy, x, mean, unknown)
-    same(compiled.gradient_probe(dy, x, mean, unknown), reached)
+    reached = reference.gradient_probe(dy, x, pivot, unknown)
+    same(compiled.gradient_probe(dy, x, pivot, unknown), reached)
     known = unknown.probed(reached, np.ones(channels, bool))
     fits = mask is None and not poisoned.any()
     for factor in (1, 70, 1e5, 1e-9):  # within the window, too large for chains, above it, far below it
         scaled = (dy * factor).astype(x.dtype)
-        wanted = reference.gradient_sums(scaled, x, mask, mean, known).words
-        same(compiled.gradient_sums(scaled, x, mask, mean, known).words, wanted)
-        same(compiled.gradient_sums(scaled, x, mask, mean, known, fits=fits).words, wanted)
+        wanted = reference.gradient_sums(scaled, x, mask, pivot, known).words
+        same(compiled.gradient_sums(scaled, x, mask, pivot, known).words, wanted)
+        same(compiled.gradient_sums(scaled, x, mask, pivot, known, fits=fits).words, wanted)
     arguments = dy, x, mask, mean, offset, slope, scale, poisoned
     same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
 

@@ -194,8 +194,8 @@ def normalize(
     return y
 
 
-def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
-    """The exponents of the largest finite |dy| and |x − mean|.
+def gradient_probe(dy: Array, x: Array, pivot_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
+    """The exponents of the largest finite |dy| and |x − pivot|.
 
     Returns:
         (2, C) int64; the grid's lowest exponent where there is none.
@@ -203,7 +203,7 @@ def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> ND
     lowest = grid.precision.lowest
     best = np.full((2, x.shape[1]), lowest, np.int64)
     for rows, columns in _blocks(_shape(x)):
-        g, h = _factors(dy[rows, :, columns], x[rows, :, columns], mean_C)
+        g, h = _factors(dy[rows, :, columns], x[rows, :, columns], pivot_C)
         for side, values in enumerate((g, h)):
             largest = np.abs(values).max((0, 2), initial=0.0)
             best[side] = np.maximum(best[side], exponent_above(largest, lowest))
@@ -211,16 +211,16 @@ def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> ND
 
 
 def gradient_sums(
-    dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid, *, fits: bool = False
+    dy: Array, x: Array, mask: Mask, pivot_C: Array, grid: BackwardGrid, *, fits: bool = False
 ) -> GradientSums:
-    """The exact sums of a shard's output gradients: Σ dy and Σ dy·(x − mean) over all positions.
+    """The exact sums of a shard's output gradients: Σ dy and Σ dy·(x − pivot) over all positions.
 
     Args:
         dy, x: (A, C, B), of one dtype.
         mask: broadcasts to x; a dy that is not finite counts as 0 where it is False, and poisons where it is True.
-        mean_C: (C,), of x's dtype.
+        pivot_C: (C,), of x's dtype.
         grid: what to count in.
-        fits: whether the forward pass has shown that every x is finite, and x − mean within its window: a kernel
+        fits: whether the forward pass has shown that every x is finite, and x − pivot within its window: a kernel
             need not look again.
     """
     del fits
@@ -232,7 +232,7 @@ def gradient_sums(
     small = power_of_two(grid.gradient_C - 20)[:, None]
     for rows, columns in _blocks(_shape(x)):
         block, m = dy[rows, :, columns], _cut(mask, rows, columns)
-        g, h = _factors(block, x[rows, :, columns], mean_C)
+        g, h = _factors(block, x[rows, :, columns], pivot_C)
         size = np.abs(g)
         outside = (size >= window) | (np.abs(h) >= reach)
         finite = np.isfinite(block)
@@ -287,10 +287,10 @@ def input_gradient(
     return dx
 
 
-def _factors(dy: Array, x: Array, mean_C: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """dy and x − mean as float64; 0 where they are not finite, and no deviation where dy is 0."""
+def _factors(dy: Array, x: Array, pivot_C: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """dy and x − pivot as float64; 0 where they are not finite, and no deviation where dy is 0."""
     with np.errstate(over="ignore", invalid="ignore"):
-        d = x - mean_C[:, None]
+        d = x - pivot_C[:, None]
     g = np.where(np.isfinite(dy), dy, 0).astype(np.float64)
     h = np.where((g != 0) & np.isfinite(d), d, 0).astype(np.float64)
     return g, h

@@ -37,7 +37,7 @@ def _exponent_above(a: float, none: int) -> Any:
 @kernel
 def statistics(
     words: Array, pivot: Array, exponent: Array, epsilon: float, e: float, lowest: int,
-    rows: Array, rounded: Array, reach: Array, poisoned: Array, refused: Array,
+    rows: Array, rounded: Array, about: Array, reach: Array, poisoned: Array, refused: Array,
 ) -> bool:  # fmt: skip
     """`Moments.statistics` and `Moments.refused`.
 
@@ -47,8 +47,9 @@ def statistics(
         epsilon: the layer's.
         e: 1e-7 with a mask, else 0.
         lowest: the exponent that says "no range".
-        rows: (7, C) float64, receives count, divisor, mean, variance, inverse_std, residual, mean_share.
-        rounded: (C,) float32, receives rounded_mean.
+        rows: (8, C) float64, receives count, divisor, mean, variance, inverse_std, residual, mean_share,
+            pivot_residual.
+        rounded, about: (C,) float32, receive rounded_mean and pivot.
         reach: (C,) int64.
         poisoned, refused: (C,) bool.
 
@@ -79,7 +80,10 @@ def statistics(
         rows[5, c] = ((pivot[c] - np.float64(rounded[c])) + a) - delta
         rows[6, c] = mean * (e / divisor)
         farthest = math.sqrt(n * (spread + 8.0 * u2)) + abs(delta) + 2.0**-23 * abs(mean)
-        reach[c] = _exponent_above(farthest, lowest) + 1
+        about_zero = pivot[c] == 0.0
+        about[c] = np.float32(0.0) if about_zero else rounded[c]
+        rows[7, c] = mean if about_zero else rows[5, c]
+        reach[c] = w if about_zero else _exponent_above(farthest, lowest) + 1
         poisoned[c] = not_finite or misfit
     return again
 
@@ -118,14 +122,14 @@ def coefficients(gamma: Any, beta: Any, inverse_std: Array, residual: Array, sca
 @kernel
 def gradients(
     words: Array, gradient: Array, deviation: Array, divisor: Array, inverse_std: Array, residual: Array,
-    mean_share: Array, forward_poisoned: Array, rows: Array, poisoned: Array, refused: Array,
+    mean_share: Array, pivot_residual: Array, forward_poisoned: Array, rows: Array, poisoned: Array, refused: Array,
 ) -> bool:  # fmt: skip
     """`GradientSums.gradients` and `GradientSums.refused`.
 
     Args:
         words: (6, C), reduced.
         gradient, deviation: (C,), the grid.
-        divisor, inverse_std, residual, mean_share, forward_poisoned: of the batch's statistics.
+        divisor, inverse_std, residual, mean_share, pivot_residual, forward_poisoned: of the batch's statistics.
         rows: (4, C) float64, receives beta, gamma, offset, slope.
         poisoned, refused: (C,) bool.
 
@@ -141,7 +145,7 @@ def gradients(
         s = inverse_std[c]
         a = _as_float(words[0, c], words[1, c]) * power(gradient[c] - 51)
         b = _as_float(words[2, c], words[3, c]) * power(gradient[c] + deviation[c] - 51)
-        b = b - a * residual[c]
+        b = b - a * pivot_residual[c]
         slope = s * s * b / divisor[c]
         offset = a / divisor[c] - slope * (residual[c] + mean_share[c])
         bad = forward_poisoned[c] or not_finite or misfit

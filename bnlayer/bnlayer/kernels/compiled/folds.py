@@ -45,6 +45,15 @@ def power(exponent: int) -> Any:
 
 
 @inlined
+def all_zero(pivot: Array) -> bool:
+    """Whether values are their own deviations, in all channels: a subtraction less for each."""
+    centred = True
+    for c in range(pivot.size):
+        centred &= pivot[c] == 0.0
+    return centred
+
+
+@inlined
 def magic(level: int, side: int) -> int:
     """The line of a bits(M): of a fold, and of the first sum or the second."""
     return 4 * level + side

@@ -36,6 +36,7 @@ from bnlayer.kernels.compiled.folds import (
     FLOATS_OF_LINE,
     FOLD_EVERY,
     SHRINK,
+    all_zero,
     discount,
     fold,
     forget,
@@ -247,14 +248,6 @@ def _rows(
     return (whole - first) // chain + (last - whole)
 
 
-@inlined
-def _centred(pivot: Array) -> bool:
-    centred = True
-    for c in range(pivot.size):
-        centred &= pivot[c] == 0.0
-    return centred
-
-
 @kernel
 def moments_of_rows(
     x: Array, starts: Any, mask: Any, fine: Any, pivot: Array, exponent: Array, repeats: int, words: Array
@@ -279,7 +272,7 @@ def moments_of_rows(
     even = width // LANES * LANES
     totals = np.zeros((4 * folds, places.size // height), np.int64)
     count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
-    centred, chained = _centred(pivot), fine is None
+    centred, chained = all_zero(pivot), fine is None
     rows = x.size // width if starts is None else starts.size
     for first in range(0, rows, BLOCK):
         last = min(first + BLOCK, rows)
@@ -352,7 +345,7 @@ def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Arra
     places = _places(pivot, exponent, 1, LANES, folds, height)
     totals = np.zeros((4 * folds, places.size // height), np.int64)
     count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
-    centred, chained = _centred(pivot), fine is None
+    centred, chained = all_zero(pivot), fine is None
     images = x.size // (channels * length)
     piece = min(length, (FOLD_EVERY - LANES) * LANES)
     for begin in range(0, length, piece):

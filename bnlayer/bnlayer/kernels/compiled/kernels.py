@@ -110,18 +110,18 @@ def normalize(
     return y
 
 
-def gradient_probe(dy: Array, x: Array, mean_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
-    """The exponents of the largest finite |dy| and |x − mean|; see `reference.gradient_probe`."""
+def gradient_probe(dy: Array, x: Array, pivot_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
+    """The exponents of the largest finite |dy| and |x − pivot|; see `reference.gradient_probe`."""
     best = np.zeros((2, x.shape[1]), _INTEGERS[x.dtype.itemsize])
     repeats, length = _layout(x)
     if x.size:
-        probes.gradient_extremes(_flat(dy), _flat(x), mean_C, repeats, length, best)
+        probes.gradient_extremes(_flat(dy), _flat(x), pivot_C, repeats, length, best)
     lowest = grid.precision.lowest
     return np.maximum(exponent_above(best.view(x.dtype).astype(np.float64), lowest), lowest)
 
 
 def gradient_sums(
-    dy: Array, x: Array, mask: Mask, mean_C: Array, grid: BackwardGrid, *, fits: bool = False
+    dy: Array, x: Array, mask: Mask, pivot_C: Array, grid: BackwardGrid, *, fits: bool = False
 ) -> GradientSums:
     """The exact sums of a shard's output gradients; see `reference.gradient_sums`."""
     words = np.empty((GradientSums.rows(grid.precision.folds), x.shape[1]), np.int64)
@@ -130,13 +130,13 @@ def gradient_sums(
     top = np.empty(0, _INTEGERS[x.dtype.itemsize])
     gradient, deviation = grid.gradient_C, grid.deviation_C
     if not x.size:
-        return reference.gradient_sums(dy, x, mask, mean_C, grid)
+        return reference.gradient_sums(dy, x, mask, pivot_C, grid)
     flat_dy, flat_x = _flat(dy), _flat(x)
     if length > 1 or x.shape[1] == 1:
-        fit = backward.sums_of_runs(flat_dy, flat_x, check, fine, mean_C, gradient, deviation, length, top, words)
+        fit = backward.sums_of_runs(flat_dy, flat_x, check, fine, pivot_C, gradient, deviation, length, top, words)
     else:
-        fit = backward.sums_of_rows(flat_dy, flat_x, check, fine, mean_C, gradient, deviation, repeats, top, words)
-    return GradientSums(words, grid) if fit else reference.gradient_sums(dy, x, mask, mean_C, grid)
+        fit = backward.sums_of_rows(flat_dy, flat_x, check, fine, pivot_C, gradient, deviation, repeats, top, words)
+    return GradientSums(words, grid) if fit else reference.gradient_sums(dy, x, mask, pivot_C, grid)
 
 
 def input_gradient(

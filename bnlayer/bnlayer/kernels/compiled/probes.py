@@ -37,10 +37,10 @@ def _keys(x: Any, none: Any) -> tuple[Any, Any]:
 
 
 @inlined
-def _sizes(dy: Any, x: Any, mean: Any) -> tuple[Any, Any]:
-    """|dy| and |x − mean| as integers; 0 where they are not finite, and no deviation where dy is 0."""
+def _sizes(dy: Any, x: Any, pivot: Any) -> tuple[Any, Any]:
+    """|dy| and |x − pivot| as integers; 0 where they are not finite, and no deviation where dy is 0."""
     size = magnitude(where(finite(dy), dy))
-    deviation = x - mean
+    deviation = x - pivot
     return size, magnitude(where(size, where(finite(deviation), deviation)))
 
 
@@ -97,14 +97,14 @@ def extremes(x: Array, mask: Any, repeats: int, length: int, top: Array) -> None
 
 
 @kernel
-def gradient_extremes(dy: Array, x: Array, mean: Array, repeats: int, length: int, top: Array) -> None:
-    """Raise `top`, (2, C), to the largest magnitudes of dy and of x − mean; the rest as in `extremes`."""
+def gradient_extremes(dy: Array, x: Array, pivot: Array, repeats: int, length: int, top: Array) -> None:
+    """Raise `top`, (2, C), to the largest magnitudes of dy and of x − pivot; the rest as in `extremes`."""
     channels = top.shape[1]
     lanes = 1 if length == 1 else LANES
     width = channels * repeats * lanes
-    best, means = np.zeros((2, width), top.dtype), np.empty(width, x.dtype)
+    best, pivots = np.zeros((2, width), top.dtype), np.empty(width, x.dtype)
     for at in range(width):
-        means[at] = mean[at // lanes % channels]
+        pivots[at] = pivot[at // lanes % channels]
     row = width if length == 1 else length
     whole = row // LANES * LANES
     for begin in range(0, x.size, row):
@@ -113,12 +113,12 @@ def gradient_extremes(dy: Array, x: Array, mean: Array, repeats: int, length: in
         stop = begin + whole if end - begin == row else begin
         for at in range(begin, stop, LANES):
             place = base + at - begin if lanes == 1 else base
-            size, deviation = _sizes(load(dy, at), load(x, at), load(means, place))
+            size, deviation = _sizes(load(dy, at), load(x, at), load(pivots, place))
             store(best, place, greater(load(best, place), size))
             store(best, width + place, greater(load(best, width + place), deviation))
         for at in range(stop, end):
             place = base + at - begin if lanes == 1 else base
-            size, deviation = _sizes(dy[at], x[at], means[place])
+            size, deviation = _sizes(dy[at], x[at], pivots[place])
             best[0, place] = max(best[0, place], size)
             best[1, place] = max(best[1, place], deviation)
     _raise(top, best, lanes)
