@@ -64,13 +64,13 @@ def test_the_variance_of_a_constant_is_never_negative(values: list[float], const
 def test_every_counted_value_lies_within_reach(
     window: list[float], values: list[float], scale: float, masked: bool
 ) -> None:
-    """|x − mean| < 2^reach, also for data far below the unit of the grid, whose computed variance is 0."""
+    """|x − pivot| < 2^reach, also for data far below the unit of the grid, whose computed variance is 0."""
     x = column(*(v * scale for v in values))
     moments = reference.moments(x, None, grid_of(*window))
     if moments.misfit_C[0]:
         return
     statistics = moments.statistics(1e-3, masked)
-    farthest = np.abs(x.astype(np.float64) - float(statistics.rounded_mean[0])).max()
+    farthest = np.abs(x.astype(np.float64) - float(statistics.pivot[0])).max()
     assert farthest < np.ldexp(1.0, max(int(statistics.reach[0]), -148))
 
 
@@ -171,3 +171,19 @@ def test_masked_outliers_without_a_gradient_ask_for_no_probe() -> None:
 
     run_all(meeting, body)
     assert [c.place.step for c in meeting.calls if c.operation is Operation.PROBE] == [0, 0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_about_zero_keep_their_digits_far_from_the_mean(masked: bool) -> None:
+    """Data 400 deviations from 0, on a grid whose pivot is 0: products are summed about 0, not the mean."""
+    rng = np.random.default_rng(0)
+    bn = BatchNormalization()
+    bn((400 * rng.standard_normal((64, 3))).astype(np.float32), training=True)
+    x, dy = (400 + rng.standard_normal((4096, 3))).astype(np.float32), rng.standard_normal((4096, 3)).astype(np.float32)
+    mask = rng.random(4096) < 0.5 if masked else None
+    bn(x, training=True, mask=mask)
+    assert (bn.state.forward.pivot_C == 0).all()
+    dx = bn.backward(dy)
+    want = evaluate(x, dy, None if mask is None else mask[:, None])
+    assert float(np.abs(dx - want.dx).max() / np.abs(want.dx).max()) <= 2e-6
+    assert float(np.abs(gradients(bn)[0] - want.gamma).max() / np.abs(dy).sum(0).max()) <= 2.0**-24

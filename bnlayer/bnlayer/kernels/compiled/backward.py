@@ -120,16 +120,13 @@ def _step(
     block = at * _height(check, fine)
     m_a, m_b = number(load(places, block + magic(0, 0) * LANES)), number(load(places, block + magic(0, 1) * LANES))
     a, b = load(places, block + sums(0, 0) * LANES), load(places, block + sums(0, 1) * LANES)
-    if fine is not None:
-        m_a_fine = number(load(places, block + magic(1, 0) * LANES))
-        m_b_fine = number(load(places, block + magic(1, 1) * LANES))
-        a_fine, b_fine = load(places, block + sums(1, 0) * LANES), load(places, block + sums(1, 1) * LANES)
-    pivot, top_g = (
-        load(pivots, _beside(at, _PIVOT, check, fine)),
-        load(largest, _beside(at, _LARGEST_GRADIENT, check, fine)),
-    )
-    if check is not None:
-        top_h = load(largest, _beside(at, _LARGEST_DEVIATION, check, fine))
+    last = 0 if fine is None else 1  # as in `forward`
+    m_a_fine = number(load(places, block + magic(last, 0) * LANES))
+    m_b_fine = number(load(places, block + magic(last, 1) * LANES))
+    a_fine, b_fine = load(places, block + sums(last, 0) * LANES), load(places, block + sums(last, 1) * LANES)
+    pivot = load(pivots, _beside(at, _PIVOT, check, fine))
+    top_g = load(largest, _beside(at, _LARGEST_GRADIENT, check, fine))
+    top_h = load(largest, _beside(at, _PIVOT if check is None else _LARGEST_DEVIATION, check, fine))
     if ahead:
         for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
             later = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
@@ -244,7 +241,7 @@ def _chains_held(places: Array, largest: Array, check: Any, width: int) -> bool:
     for at in range(0, width, LANES):
         top = widen(number(load(largest, _beside(at, _LARGEST_GRADIENT, check, None))))
         below = below & (magnitude(broadcast(12.0) * top) - load(places, at * _height(check, None)))
-    return all_negative(below)
+    return bool(all_negative(below))
 
 
 @inlined

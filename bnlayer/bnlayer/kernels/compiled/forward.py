@@ -134,13 +134,11 @@ def _step(
     folds, block = 1 if fine is None else 2, at * height
     m1, m2 = number(load(places, block + magic(0, 0) * LANES)), number(load(places, block + magic(0, 1) * LANES))
     s, t = load(places, block + sums(0, 0) * LANES), load(places, block + sums(0, 1) * LANES)
-    pivot = number(load(places, block + 4 * folds * LANES))
-    if mask is not None:
-        count = load(places, block + (height - 1) * LANES)
-    if fine is not None:
-        m1_fine = number(load(places, block + magic(1, 0) * LANES))
-        m2_fine = number(load(places, block + magic(1, 1) * LANES))
-        s_fine, t_fine = load(places, block + sums(1, 0) * LANES), load(places, block + sums(1, 1) * LANES)
+    pivot, count = number(load(places, block + 4 * folds * LANES)), load(places, block + (height - 1) * LANES)
+    last = folds - 1  # float32's only fold is not its fine one: what is loaded here goes unused then
+    m1_fine = number(load(places, block + magic(last, 0) * LANES))
+    m2_fine = number(load(places, block + magic(last, 1) * LANES))
+    s_fine, t_fine = load(places, block + sums(last, 0) * LANES), load(places, block + sums(last, 1) * LANES)
     shrink = broadcast(SHRINK)
     if starts is None and ahead:
         for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
