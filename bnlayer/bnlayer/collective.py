@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
@@ -47,8 +47,7 @@ class Direction(StrEnum):
     BACKWARD = "backward"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a rank is.
 
     Attributes:
@@ -112,8 +111,7 @@ class PlainTerms:
     root: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What one rank says at the door, but for the numbers.
 
     Attributes:
@@ -134,8 +132,7 @@ class Call:
         return str(self.place) if self.place.layer is not None else f"{self.operation} (number {self.place.step})"
 
 
-@dataclass(frozen=True, slots=True)
-class Total:
+class Total(NamedTuple):
     """What an exact exchange returns.
 
     Attributes:

@@ -137,7 +137,7 @@ def test_another_call_while_one_waits_is_refused() -> None:
     service = Service()
     _join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
-    other = replace(_BARRIER, place=Place(None, None, 1))
+    other = _BARRIER._replace(place=Place(None, None, 1))
     failed, *_ = _told(service, Contribute(1, 1, 1, other, None))
     assert isinstance(failed, Failed)
     assert "expected nothing while contribution 1 waits for its answer, received another" in failed.text

@@ -54,9 +54,9 @@ _GOOD: list[tuple[Call, Body]] = [
 ]
 
 _BAD: list[tuple[Call, Body, str]] = [
-    (Call(Operation.SUMS, replace(_FORWARD, layer=None), _TERMS), _WORDS, "a layer name of 1 to 200 characters, rece"),
-    (Call(Operation.SUMS, replace(_FORWARD, layer=""), _TERMS), _WORDS, "received ''"),
-    (Call(Operation.SUMS, replace(_FORWARD, layer="x" * 201), _TERMS), _WORDS, "1 to 200 characters"),
+    (Call(Operation.SUMS, _FORWARD._replace(layer=None), _TERMS), _WORDS, "a layer name of 1 to 200 characters, rece"),
+    (Call(Operation.SUMS, _FORWARD._replace(layer=""), _TERMS), _WORDS, "received ''"),
+    (Call(Operation.SUMS, _FORWARD._replace(layer="x" * 201), _TERMS), _WORDS, "1 to 200 characters"),
     (Call(Operation.BARRIER, _FORWARD, _TERMS), None, "an operation of a layer for layer 'a', received barrier"),
     (Call(Operation.SUMS, _FORWARD, replace(_TERMS, channels=0)), _WORDS, "1 channel or more in float32 or float64"),
     (Call(Operation.SUMS, _FORWARD, replace(_TERMS, dtype="int8")), _WORDS, "received 2 in 'int8'"),

@@ -111,20 +111,17 @@ class Patience:
         self._told: tuple[int, Verdict] | None = None
         self._sends: list[MPI.Request] = []
 
-    def complete(self, request: MPI.Request, wait: Wait) -> None:
-        """Return when a request has completed.
-
-        Raises:
-            PeerLostError: it has not by the deadline, or MPI has failed.
-        """
-        complete(request, wait.start, self._look_around, wait)
-
     def drain(self) -> None:
         """Receive the notes that crossed an exchange which completed after all."""
         self._read_notes()
         MPI.Request.Testall(self._sends)
 
-    def _look_around(self, wait: Wait, waited: float) -> None:
+    def look_around(self, wait: Wait, waited: float) -> None:
+        """Hear what other ranks say of a wait, and say where this one is; for `complete`.
+
+        Raises:
+            PeerLostError: it has taken its time, or another rank has found out that it has.
+        """
         self._read_notes()
         if self._told is not None and self._told[0] == wait.round:
             raise self._told[1].error(wait.call)

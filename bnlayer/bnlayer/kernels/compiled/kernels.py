@@ -30,6 +30,7 @@ name = "compiled (Numba)"
 
 _NARROW = 64  # channels: fewer are repeated, so that a row is worth a loop
 _INTEGERS: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.int64)}
+_EMPTY = {size: np.empty(0, dtype) for size, dtype in _INTEGERS.items()}
 
 
 @cache
@@ -127,7 +128,7 @@ def gradient_sums(
     words = np.empty((GradientSums.rows(grid.precision.folds), x.shape[1]), np.int64)
     repeats, length = _layout(x)
     check, fine = None if fits and mask is None else 1, _fine(x)
-    top = np.empty(0, _INTEGERS[x.dtype.itemsize])
+    top = _EMPTY[x.dtype.itemsize]
     gradient, deviation = grid.gradient_C, grid.deviation_C
     if not x.size:
         return reference.gradient_sums(dy, x, mask, pivot_C, grid)
