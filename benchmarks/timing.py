@@ -5,20 +5,26 @@ ratio of their times stands where the times don't. Each has the same number of t
 and its fastest run counts: whatever else the machine does only ever adds time.
 
 New arrays are part of the work. The C library's allocator is told to keep what is freed, for every contender alike:
-whether pages go back to the system and come again, zeroed, depends on who else allocated what in between.
+whether pages go back to the system and come again, zeroed, depends on who else allocated what in between. And where an
+array lies is a matter of luck: which sets of the caches its pages share with the others' takes up to a quarter of a
+pass. So other memory is free in each round, and everybody meets several places.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 _RUNS = 3  # per turn, after one that warms the caches and is not counted
 _SLOW = 40.0  # a contender this many times slower than the fastest takes every eighth turn, and runs once in it
 _SELDOM = 8
+_PAGE, _ELSEWHERE = 2**12, 2**11  # bytes; pages, of which some are taken in a round: new arrays come to lie elsewhere
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
 
@@ -67,8 +73,9 @@ def timed(contenders: Mapping[str, Callable[[], object]], budget_s: float, least
     gc.collect()
     gc.disable()
     try:
-        begin, rounds = time.perf_counter(), 0
+        begin, rounds, places = time.perf_counter(), 0, random.Random(0)
         while rounds < least or time.perf_counter() - begin < budget_s:
+            taken = np.empty(places.randrange(_ELSEWHERE) * _PAGE, np.uint8)
             for name, contender in found.items():
                 slow = once[name] > patience
                 if slow and rounds % _SELDOM:
@@ -78,6 +85,7 @@ def timed(contenders: Mapping[str, Callable[[], object]], budget_s: float, least
                 wall[name] += time.perf_counter() - start
                 processor[name] += time.process_time() - busy
             rounds += 1
+            del taken
     finally:
         gc.enable()
     for name, contender in found.items():
