@@ -282,3 +282,15 @@ def test_zeros_keep_their_signs() -> None:
     same(compiled.normalize(x, none, one, -none, fine), reference.normalize(x, none, one, -none, fine))
     arguments = x, x, None, none, none, none, -one, fine
     same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 1), (2, 3, 128)], ids=str)
+def test_gradients_too_large_for_a_chain_are_added_one_by_one(shape: tuple[int, int, int]) -> None:
+    """Three near the window's end take a chain past its binade; the last place of a fourth, tiny one would be lost."""
+    grid = BackwardGrid("float32", np.zeros(shape[1], np.int64), np.zeros(shape[1], np.int64), True)
+    dy = np.full(shape, 0.9, np.float32)
+    tiny = np.float32(2.0**-28 * (1 + 2.0**-23))  # an odd multiple of the sum's unit, 2^-51
+    (dy if shape[2] == 1 else dy.reshape(*shape[:2], -1, 8).transpose(2, 0, 1, 3))[3::4] = tiny
+    x, pivot = np.zeros(shape, np.float32), np.zeros(shape[1], np.float32)
+    wanted = reference.gradient_sums(dy, x, None, pivot, grid).words
+    same(compiled.gradient_sums(dy, x, None, pivot, grid, fits=True).words, wanted)

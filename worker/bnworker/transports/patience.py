@@ -97,7 +97,7 @@ def _poll(request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float
 
 
 class Patience:
-    """Waits for requests on one communicator, and exchanges notes with the other ranks meanwhile.
+    """What a rank does while it waits on one communicator: it exchanges notes with the others, and ends a wait in time.
 
     Args:
         comm: a communicator of the transport's own.

@@ -31,6 +31,7 @@ from bnlayer.kernels.compiled.folds import (
     FOLD_EVERY,
     SHRINK,
     all_zero,
+    channel_after,
     discount,
     fold,
     forget,
@@ -62,8 +63,6 @@ Array = NDArray[Any]
 # Rows at a step, and terms of a chain. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one
 # cache set.
 _ROWS = 4
-
-
 _PIVOT, _LARGEST_GRADIENT, _LARGEST_DEVIATION = range(3)
 
 
@@ -87,7 +86,7 @@ def _beside(at: int, what: int, check: Any, fine: Any) -> int:
 def _places(gradient: Array, deviation: Array, pivot: Array, repeats: int, lanes: int, check: Any, fine: Any) -> Array:
     """The places of a pass, as in `forward`; the largest magnitudes are 0."""
     width, height = pivot.size * lanes * repeats, _height(check, fine)
-    places = lines(width * height, np.int64)
+    places = lines(width * height)
     pivots = places.view(pivot.dtype)
     c = 0
     for at in range(width):
@@ -98,10 +97,7 @@ def _places(gradient: Array, deviation: Array, pivot: Array, repeats: int, lanes
             places[where_is(at, magic(1, 0), height)] = bits(3.0 * power(a - 52))
             places[where_is(at, magic(1, 1), height)] = bits(3.0 * power(b - 52))
         pivots[_beside(at, _PIVOT, check, fine)] = pivot[c]
-        if lanes == 1:  # noqa: SIM108 - two ways
-            c = c + 1 if c + 1 < pivot.size else 0
-        else:
-            c = (at + 1) // lanes
+        c = channel_after(c, at, pivot.size, lanes)
     return places
 
 

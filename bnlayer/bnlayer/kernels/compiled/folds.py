@@ -54,6 +54,14 @@ def all_zero(pivot: Array) -> bool:
 
 
 @inlined
+def channel_after(channel: int, at: int, channels: int, lanes: int) -> int:
+    """Whose the place after `at` is: without a division where the channels come over and over."""
+    if lanes > 1:
+        return (at + 1) // lanes
+    return channel + 1 if channel + 1 < channels else 0
+
+
+@inlined
 def magic(level: int, side: int) -> int:
     """The line of a bits(M): of a fold, and of the first sum or the second."""
     return 4 * level + side

@@ -37,6 +37,7 @@ from bnlayer.kernels.compiled.folds import (
     FOLD_EVERY,
     SHRINK,
     all_zero,
+    channel_after,
     discount,
     fold,
     forget,
@@ -73,7 +74,7 @@ _MARGIN = 2.0**-10  # of M2: it costs a window nothing but its last 2^-11
 def _places(pivot: Array, exponent: Array, repeats: int, lanes: int, folds: int, height: int) -> Array:
     """The places of a pass: each channel has `lanes` side by side, all of them `repeats` times over; sums are 0."""
     width = pivot.size * lanes * repeats
-    places = lines((width + LANES - 1) // LANES * LANES * height, np.int64)
+    places = lines((width + LANES - 1) // LANES * LANES * height)
     c = 0
     for at in range(width):
         w = exponent[c]
@@ -83,10 +84,7 @@ def _places(pivot: Array, exponent: Array, repeats: int, lanes: int, folds: int,
             places[where_is(at, magic(1, 0), height)] = bits(3.0 * power(w - 52))
             places[where_is(at, magic(1, 1), height)] = bits(1.5 * power(2 * w - 51))
         places[where_is(at, 4 * folds, height)] = bits(pivot[c])
-        if lanes == 1:  # noqa: SIM108 - two ways
-            c = c + 1 if c + 1 < pivot.size else 0
-        else:
-            c = (at + 1) // lanes
+        c = channel_after(c, at, pivot.size, lanes)
     return places
 
 
