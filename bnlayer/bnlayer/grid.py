@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 
 from bnlayer.precision import Precision, exponent_above, power_of_two, precision_of
 
+# Which units, and which roundings to them, an exponent stands for: words of another release's would add up to nonsense.
+_UNITS = b"2"
+
 
 def _fingerprint(*arrays: NDArray[np.generic]) -> int:
     """A 63-bit name of some arrays: equal grids have equal names on every machine."""
-    digest = blake2b(digest_size=8)
+    digest = blake2b(_UNITS, digest_size=8)
     for array in arrays:
         digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
@@ -31,7 +34,7 @@ def _fingerprint(*arrays: NDArray[np.generic]) -> int:
 class Grid:
     """The forward grid: d = x − pivot, |d| < 2^exponent.
 
-    Deviations are integers in units of u1 = 2^(exponent − 51), squared deviations in units of
+    Deviations are integers in units of u1 = 2^(exponent + slack − 51), squared deviations in units of
     u2 = 2^(2·exponent − 52).
 
     Attributes:
@@ -70,7 +73,7 @@ class Grid:
     @cached_property
     def unit1_C(self) -> NDArray[np.float64]:
         """The unit of a deviation."""
-        return power_of_two(self.exponent_C - 51)
+        return power_of_two(self.exponent_C + self.precision.slack - 51)
 
     @cached_property
     def unit2_C(self) -> NDArray[np.float64]:
@@ -82,7 +85,7 @@ class Grid:
         """The grid after a probe.
 
             pivot = 0 if lo ≤ 0 ≤ hi, else (hi + lo)/2, rounded to the data's dtype
-            exponent = frexp(max(hi − pivot, pivot − lo)) + 3
+            exponent = frexp(max(hi − pivot, pivot − lo)) + room
 
         Values on both sides of 0, as a layer's inputs mostly are, are their own deviations: it takes the window a bit
         at most, and a kernel one subtraction less.
@@ -102,8 +105,7 @@ class Grid:
         middle = (hi / 2 + lo / 2).astype(precision.dtype).astype(np.float64) + 0.0
         pivot = np.where((lo <= 0.0) & (hi >= 0.0), 0.0, middle)
         half_range = np.maximum(hi - pivot, pivot - lo)
-        # Three bits of room: the data may grow 8-fold before a value falls outside the window.
-        wide = np.minimum(exponent_above(half_range, precision.lowest) + 3, precision.highest)
+        wide = np.minimum(exponent_above(half_range, precision.lowest) + precision.room, precision.highest)
         exponent = np.where(half_range > 0, np.maximum(wide, precision.lowest), precision.lowest)
         return Grid(self.dtype, np.where(found, pivot, self.pivot_C), np.where(found, exponent, self.exponent_C), True)
 
@@ -157,8 +159,8 @@ class BackwardGrid:
             need_C: the channels that take a new grid.
         """
         precision = self.precision
-        # Eight bits of room: gradients shrink and grow faster than activations do.
-        wide = np.clip(exponents[0] + 8, precision.lowest, precision.highest + 20)
+        # More room than forward: gradients shrink and grow faster than activations do.
+        wide = np.clip(exponents[0] + precision.gradient_room, precision.lowest, precision.highest + 20)
         gradient = np.where(need_C & (exponents[0] > precision.lowest), wide, self.gradient_C)
         farthest = np.minimum(exponents[1], precision.deviation_ceiling)  # beyond it is a misfit: never a wrong sum
         deviation = np.where(need_C, np.maximum(self.deviation_C, farthest), self.deviation_C)

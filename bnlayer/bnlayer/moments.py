@@ -147,7 +147,7 @@ class Moments:
             finer = (103, 103)
         else:
             sums, squares = as_ints(*self.words[0:2]), as_ints(*self.words[2:4])
-            finer = (51, 52)
+            finer = (51 - self.grid.precision.slack, 52)
         pooled = []
         for n, s, q, p, w in zip(
             self.count_C.tolist(), sums, squares, self.grid.pivot_C.tolist(), self.grid.exponent_C.tolist(), strict=True

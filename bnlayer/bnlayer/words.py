@@ -8,8 +8,14 @@ pattern, read as int64, is linear in the rounded value, so `q = bits(v + M) − 
 Such a rounding has ties, which go to the even neighbour: whether v is rounded up or down would depend on what it is
 added to, if M were a sum already. The float32 sums have none, so that terms may also be added one after the other:
 
-    v·(1 − 2^-53)    with v = m·2^k, m odd, is an odd multiple of 2^(k − 53); half a unit is 2^(w − 52), and k < w
+    v·(1 − 2^-53)    with v = m·2^k, m odd, is an odd multiple of 2^(k − 53); half a unit is at least 2^(w − 52), k < w
     d·d              with d = m·2^k, m odd, is an odd multiple of 2^(2k); half a unit is 2^(2w − 53), an odd power
+    g'·h             with g' the float64 next to g towards 0, whose last bit is odd, is an odd multiple of
+                     2^(e − 53 + k) for 2^(e−1) < |g| < 2^e and h = m·2^k, m odd; half a unit is 2^(wA + wX − 52),
+                     and e ≤ wA, k < wX
+
+g' = fl(g·(1 − 2^-53)), and for factors of 24 digits g'·h is rounded as g·h, but that ties go towards 0: what the two
+differ by is less than half a unit, and less than the last place of g·h unless that is a tie or a whole number of units.
 
 A sum of q is the pair (hi, lo) with hi = Σ(q >> 32) and lo = Σ(q & 0xffffffff). Only the carried pair is canonical:
 0 ≤ lo < 2^32. There is room for 2^40 terms and 2^20 ranks.
@@ -32,7 +38,7 @@ def integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.i
 
 
 def integers_without_ties(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
-    """v·(1 − 2^-53), rounded once, in units of the magic number's last place; |v| < 2^51 of them.
+    """v·(1 − 2^-53), rounded once, in units of the magic number's last place; |v| < 2^51 of them. For v = g·h, g'·h.
 
     The factor takes less than the last place of v, so it does nothing but to send ties towards 0.
     """

@@ -55,7 +55,7 @@ def test_values_on_both_sides_of_0_are_their_own_deviations(values: list[float],
     """The window holds the larger side then; elsewhere the pivot is the middle."""
     grid = probed(values)
     assert (grid.pivot_C[0], np.signbit(grid.pivot_C[0])) == (pivot, pivot < 0)
-    assert grid.window_C[0] == (64.0 if pivot == 0 else 32.0)
+    assert grid.window_C[0] == (256.0 if pivot == 0 else 128.0)
 
 
 def test_channels_without_a_value_or_a_need_keep_their_grid() -> None:

@@ -74,7 +74,7 @@ class _Sum:
     def add_products(self, g: NDArray[np.float64], h: NDArray[np.float64]) -> None:
         """Add a block of products."""
         if len(self._magics) == 1:
-            self._add(0, integers(g * h, self._magics[0]))
+            self._add(0, integers_without_ties(g * h, self._magics[0]))
         else:
             self._add_folds(g * h)
 
@@ -142,7 +142,7 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
         grid: what to count in.
     """
     folds, channels = grid.precision.folds, x.shape[1]
-    deviations = _Sum(channels, _signed(grid.exponent_C, folds))
+    deviations = _Sum(channels, _signed(grid.exponent_C + grid.precision.slack, folds))
     squares = _Sum(channels, _positive(grid.exponent_C, folds))
     count = np.zeros(channels, np.int64)
     misfit, not_finite = np.zeros(channels, bool), np.zeros(channels, bool)

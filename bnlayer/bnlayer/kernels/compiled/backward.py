@@ -3,15 +3,19 @@
 Per element, with |g| < 2^wA and |h| < 2^wX:
 
     g = float64(dy)                                h = float64(x − pivot)
-    A += bits(g·(1 − 2^-53) + M_A) − bits(M_A)     B += bits(g·h + M_B) − bits(M_B)
+    A += round(g', to multiples of 2^(wA−51))      B += round(g'·h, to multiples of 2^(wA+wX−51))
 
-with one rounding each (`fused`), and the two bits(M) subtracted once, at the fold. Gradients are added in chains, as
-deviations are in `forward`; their products have ties, and go term by term.
+g' is the float64 next to g towards 0, as fl(g·(1 − 2^-53)) gives it, so that neither A's terms nor B's have ties (see
+`bnlayer.words`), and both are added up as chains: two float64 that stand in memory between the rows of a step and those
+of the next. Operations go by halves of a vector: Zen 4 widens four float32 as it loads them, twice, in less time than
+eight.
 
 Whether all fits is read off the largest |dy| and |x − pivot|, as integers in the order of the numbers: infinity and NaN
-are above every window. The latter is only looked at where the forward pass has not shown it already. Chains of four
-keep their last place if the largest gradient is less than a quarter of the window, which leaves it a factor of 64 since
-the probe; beyond that the block is added again, term by term, and so is the rest of the pass.
+are above every window. The latter is only looked at where the forward pass has not shown it already. Chains of K terms
+keep their last place if the largest gradient is below 2^wA/K: K = 512 leaves gradients a factor of 8 since the probe.
+Where they have grown more, the part since the last fold is added again with shorter chains, down to single terms.
+
+float64 data have a second fold, for what the first one rounds away; theirs are rounded term by term, ties to even.
 
 Layouts are those of `forward`. The sums A and B of a place lie as `folds` has them, then, in the data's own width, its
 pivot, the largest |dy| and the largest |x − pivot|, as `_beside` says.
@@ -24,44 +28,49 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.kernels.compiled.double import add_product, add_products
 from bnlayer.kernels.compiled.folds import (
     AHEAD,
-    BLOCK,
     FLOATS_OF_LINE,
-    FOLD_EVERY,
+    LONGEST,
+    SHORTER,
     SHRINK,
     all_zero,
+    begin,
     channel_after,
     discount,
     fold,
-    forget,
     gather,
     magic,
+    part,
     power,
     sums,
     where_is,
 )
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
-    LANES,
     all_negative,
     bits,
     broadcast,
+    first_half,
     fused,
     greater,
     load,
+    load_again,
+    load_half,
     magnitude,
     number,
     prefetch,
+    second_half,
     store,
     where,
     widen,
 )
+from bnlayer.kernels.compiled.vectors import HALF, LANES
 
 Array = NDArray[Any]
 
-# Rows at a step, and terms of a chain. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one
-# cache set.
+# Rows at a step. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one cache set.
 _ROWS = 4
 _PIVOT, _LARGEST_GRADIENT, _LARGEST_DEVIATION = range(3)
 
@@ -98,66 +107,71 @@ def _places(gradient: Array, deviation: Array, pivot: Array, repeats: int, lanes
             places[where_is(at, magic(1, 1), height)] = bits(3.0 * power(b - 52))
         pivots[_beside(at, _PIVOT, check, fine)] = pivot[c]
         c = channel_after(c, at, pivot.size, lanes)
+    begin(places, height, 1 if fine is None else 2)
     return places
 
 
 @inlined
-def _step(
-    dy: Array, x: Array, check: Any, fine: Any, start: int, stride: int, steps: int, chain: int, ahead: bool,
-    centred: bool, at: int, places: Array, pivots: Array, largest: Array,
+def _chain(
+    dy: Array, x: Array, check: Any, start: int, stride: int, steps: int, ahead: bool, centred: bool, at: int,
+    chains: Array, pivots: Array, largest: Array,
 ) -> None:  # fmt: skip
-    """Add `steps` times eight elements, `stride` apart from `start` on, in the eight places from `at` on, in chains.
+    """Add `steps` times eight elements of float32, `stride` apart from `start` on, to the chains of eight places.
 
     Args:
         ahead: whether they are all of a step's rows: cache lines that come after them are asked for.
         centred: whether all pivots are 0.
-        pivots, largest: the same memory as `places`, as the data's numbers and as integers of their width.
+        chains, pivots, largest: the places, as float64, and as the data's numbers and integers of their width.
     """
-    block = at * _height(check, fine)
-    m_a, m_b = number(load(places, block + magic(0, 0) * LANES)), number(load(places, block + magic(0, 1) * LANES))
-    a, b = load(places, block + sums(0, 0) * LANES), load(places, block + sums(0, 1) * LANES)
-    last = 0 if fine is None else 1  # as in `forward`
-    m_a_fine = number(load(places, block + magic(last, 0) * LANES))
-    m_b_fine = number(load(places, block + magic(last, 1) * LANES))
-    a_fine, b_fine = load(places, block + sums(last, 0) * LANES), load(places, block + sums(last, 1) * LANES)
-    pivot = load(pivots, _beside(at, _PIVOT, check, fine))
-    top_g = load(largest, _beside(at, _LARGEST_GRADIENT, check, fine))
-    top_h = load(largest, _beside(at, _PIVOT if check is None else _LARGEST_DEVIATION, check, fine))
+    block = at * _height(check, None)
+    to_a, to_b = block + sums(0, 0) * LANES, block + sums(0, 1) * LANES
+    to_g, to_h = _beside(at, _LARGEST_GRADIENT, check, None), _beside(at, _LARGEST_DEVIATION, check, None)
+    a_first, a_second = load_half(chains, to_a), load_half(chains, to_a + HALF)
+    b_first, b_second = load_half(chains, to_b), load_half(chains, to_b + HALF)
+    pivot, top_g = load(pivots, _beside(at, _PIVOT, check, None)), load(largest, to_g)
+    top_h = load(largest, to_g if check is None else to_h)
     if ahead:
         for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
             later = start + at * (_ROWS - 1) + AHEAD + line  # of the row's beginning + 4·at
             prefetch(x, later)
             prefetch(dy, later)
-    shrink = broadcast(SHRINK)
-    for link in range(0, steps, chain):
-        a_chain = m_a
-        for j in range(link, link + chain):
-            gradient = load(dy, start + j * stride)
-            deviation = load(x, start + j * stride) if centred else load(x, start + j * stride) - pivot
-            size = magnitude(gradient)
-            top_g = greater(top_g, size)
-            if check is not None:
-                deviation = where(size, deviation)  # what meets no gradient does not matter
+    shrink = first_half(broadcast(SHRINK))
+    for j in range(steps):
+        index = start + j * stride
+        if check is None and centred:
+            h_first, h_second = load_half(x, index), load_half(x, index + HALF)
+        else:
+            deviation = load(x, index) - pivot
+            if check is not None:  # what meets no gradient does not matter
+                deviation = where(magnitude(load(dy, index)), deviation)
                 top_h = greater(top_h, magnitude(deviation))
-            g, h = widen(gradient), widen(deviation)
-            if fine is None:
-                a_chain = fused(g, shrink, a_chain)
-                b = b + bits(fused(g, h, m_b))
-            else:
-                product = g * h
-                a_chain, b_rounded = g + m_a, product + m_b
-                a_fine = a_fine + bits(g - (a_chain - m_a) + m_a_fine)
-                b = b + bits(b_rounded)
-                b_fine = b_fine + bits(product - (b_rounded - m_b) + m_b_fine)
-        a = a + bits(a_chain)
-    store(places, block + sums(0, 0) * LANES, a)
-    store(places, block + sums(0, 1) * LANES, b)
-    store(largest, _beside(at, _LARGEST_GRADIENT, check, fine), top_g)
+            h_first, h_second = first_half(deviation), second_half(deviation)
+        g_first, g_second = widen(load_half(dy, index)) * shrink, widen(load_half(dy, index + HALF)) * shrink
+        a_first, a_second = a_first + g_first, a_second + g_second
+        b_first = fused(g_first, widen(h_first), b_first)
+        b_second = fused(g_second, widen(h_second), b_second)
+        top_g = greater(top_g, magnitude(load_again(dy, index)))
+    store(chains, to_a, a_first)
+    store(chains, to_a + HALF, a_second)
+    store(chains, to_b, b_first)
+    store(chains, to_b + HALF, b_second)
+    store(largest, to_g, top_g)
     if check is not None:
-        store(largest, _beside(at, _LARGEST_DEVIATION, check, fine), top_h)
-    if fine is not None:
-        store(places, block + sums(1, 0) * LANES, a_fine)
-        store(places, block + sums(1, 1) * LANES, b_fine)
+        store(largest, to_h, top_h)
+
+
+@inlined
+def _step(
+    dy: Array, x: Array, check: Any, fine: Any, start: int, stride: int, steps: int, ahead: bool, centred: bool,
+    at: int, places: Array, chains: Array, pivots: Array, largest: Array,
+) -> None:  # fmt: skip
+    """Add eight elements `steps` times, in the eight places from `at` on."""
+    if fine is None:
+        _chain(dy, x, check, start, stride, steps, ahead, centred, at, chains, pivots, largest)
+    else:
+        to_p, to_g = _beside(at, _PIVOT, check, 1), _beside(at, _LARGEST_GRADIENT, check, 1)
+        to_h, height = _beside(at, _LARGEST_DEVIATION, check, 1), _height(check, 1)
+        add_products(dy, x, check, start, stride, steps, at, places, height, pivots, to_p, largest, to_g, to_h)
 
 
 @inlined
@@ -176,20 +190,13 @@ def _one(
         deviation = where(size, deviation)
         largest[top_h] = max(largest[top_h], magnitude(deviation))
     g, h = widen(gradient), widen(deviation)
-    m_a = number(places[where_is(at, magic(0, 0), height)])
-    m_b = number(places[where_is(at, magic(0, 1), height)])
     if fine is None:
-        places[where_is(at, sums(0, 0), height)] += bits(fused(g, SHRINK, m_a))
-        places[where_is(at, sums(0, 1), height)] += bits(fused(g, h, m_b))
+        to_a, to_b = where_is(at, sums(0, 0), height), where_is(at, sums(0, 1), height)
+        shrunk = g * SHRINK
+        places[to_a] = bits(shrunk + number(places[to_a]))
+        places[to_b] = bits(fused(shrunk, h, number(places[to_b])))
     else:
-        product = g * h
-        a, b = g + m_a, product + m_b
-        m_a_fine = number(places[where_is(at, magic(1, 0), height)])
-        m_b_fine = number(places[where_is(at, magic(1, 1), height)])
-        places[where_is(at, sums(0, 0), height)] += bits(a)
-        places[where_is(at, sums(0, 1), height)] += bits(b)
-        places[where_is(at, sums(1, 0), height)] += bits(g - (a - m_a) + m_a_fine)
-        places[where_is(at, sums(1, 1), height)] += bits(product - (b - m_b) + m_b_fine)
+        add_product(g, h, at, places, height)
 
 
 @inlined
@@ -231,72 +238,50 @@ def _finish(
 
 
 @inlined
-def _chains_held(places: Array, largest: Array, check: Any, width: int) -> bool:
-    """Whether all gradients of float32 so far were below a quarter of their windows, 2^wA/4 = M_A/12."""
-    below = broadcast(np.int64(-1))
-    for at in range(0, width, LANES):
+def _held(places: Array, largest: Array, check: Any, terms: int) -> bool:
+    """Whether so many gradients of float32 as large as the largest so far stay below their windows, 2^wA = M_A/3."""
+    below, factor = broadcast(np.int64(-1)), broadcast(3.0 * terms)
+    height = _height(check, None)
+    for at in range(0, places.size // height, LANES):
         top = widen(number(load(largest, _beside(at, _LARGEST_GRADIENT, check, None))))
-        below = below & (magnitude(broadcast(12.0) * top) - load(places, at * _height(check, None)))
+        below = below & (magnitude(factor * top) - load(places, at * height + magic(0, 0) * LANES))
     return bool(all_negative(below))
 
 
 @inlined
 def _rows(
-    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, chain: int, centred: bool, width: int,
-    places: Array, pivots: Array, largest: Array,
-) -> int:  # fmt: skip
-    """Add the rows from `first` to `last`; how many chains that were, each place."""
+    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, centred: bool, width: int, places: Array,
+    chains: Array, pivots: Array, largest: Array,
+) -> None:  # fmt: skip
+    """Add the rows from `first` to `last`."""
     whole = first + (last - first) // _ROWS * _ROWS
     for i in range(first, whole, _ROWS):
         for c in range(0, width, LANES):
-            _step(dy, x, check, fine, i * width + c, width, _ROWS, chain, True, centred, c, places, pivots, largest)
+            at = i * width + c
+            _step(dy, x, check, fine, at, width, _ROWS, True, centred, c, places, chains, pivots, largest)
     for c in range(0, width, LANES):
-        _step(dy, x, check, fine, whole * width + c, width, last - whole, 1, False, centred, c, places, pivots, largest)
-    return (whole - first) // chain + last - whole
-
-
-@inlined
-def _chained_rows(
-    dy: Array, x: Array, check: Any, first: int, last: int, centred: bool, width: int, places: Array, pivots: Array,
-    largest: Array,
-) -> int:  # fmt: skip
-    """`_rows` in chains; without a subtraction where there is none, and no deviation to look at."""
-    if check is None:  # noqa: SIM102 - by itself, so that Numba makes no second loop where there is a check
-        if centred:
-            return _rows(dy, x, check, None, first, last, _ROWS, True, width, places, pivots, largest)
-    return _rows(dy, x, check, None, first, last, _ROWS, False, width, places, pivots, largest)
+        at = whole * width + c
+        _step(dy, x, check, fine, at, width, last - whole, False, centred, c, places, chains, pivots, largest)
 
 
 @inlined
 def _runs(
-    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, begin: int, end: int, length: int, chain: int,
-    centred: bool, places: Array, pivots: Array, largest: Array,
-) -> int:  # fmt: skip
-    """Add the places from `begin` to `end` of all runs of some images; how many chains that were, each lane."""
-    channels = places.size // (_height(check, fine) * LANES)
-    whole = (end - begin) // LANES
-    linked = whole // _ROWS * _ROWS
+    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, begun: int, end: int, length: int,
+    centred: bool, places: Array, chains: Array, pivots: Array, largest: Array,
+) -> None:  # fmt: skip
+    """Add the places from `begun` to `end` of all runs of some images."""
+    height = _height(check, fine)
+    channels = places.size // (height * LANES)
+    whole = (end - begun) // LANES
     for image in range(first, last):
         for c in range(channels):
-            start, at = (image * channels + c) * length + begin, c * LANES
-            rest = start + linked * LANES
-            _step(dy, x, check, fine, start, LANES, linked, chain, False, centred, at, places, pivots, largest)
-            _step(dy, x, check, fine, rest, LANES, whole - linked, 1, False, centred, at, places, pivots, largest)
-            for index in range(start + whole * LANES, start + end - begin):
-                _one(dy, x, check, fine, index, at, places, pivots, largest)
-    return (linked // chain + whole - linked) * (last - first)
-
-
-@inlined
-def _chained_runs(
-    dy: Array, x: Array, check: Any, first: int, last: int, begin: int, end: int, length: int, centred: bool,
-    places: Array, pivots: Array, largest: Array,
-) -> int:  # fmt: skip
-    """`_runs` in chains, as `_chained_rows`."""
-    if check is None:  # noqa: SIM102 - as in `_chained_rows`
-        if centred:
-            return _runs(dy, x, check, None, first, last, begin, end, length, _ROWS, True, places, pivots, largest)
-    return _runs(dy, x, check, None, first, last, begin, end, length, _ROWS, False, places, pivots, largest)
+            start, at = (image * channels + c) * length + begun, c * LANES
+            _step(dy, x, check, fine, start, LANES, whole, False, centred, at, places, chains, pivots, largest)
+            rest = start + whole * LANES
+            for lane in range((end - begun) % LANES):
+                _one(dy, x, check, fine, rest + lane, at + lane, places, pivots, largest)
+                if fine is not None:
+                    discount(places, height, at + lane)
 
 
 @kernel
@@ -321,28 +306,33 @@ def sums_of_rows(
     """
     width, height, folds = pivot.size * repeats, _height(check, fine), 1 if fine is None else 2
     places = _places(gradient, deviation, pivot, repeats, 1, check, fine)
-    pivots, largest = places.view(pivot.dtype), places.view(top.dtype)
+    chains, pivots, largest = places.view(np.float64), places.view(pivot.dtype), places.view(top.dtype)
     totals = np.zeros((4 * folds, width), np.int64)
-    rows = x.size // width
-    centred, chained = all_zero(pivot), fine is None
-    for first in range(0, rows, BLOCK):
-        last = min(first + BLOCK, rows)
-        chains = last - first
+    rows, centred, longest, first = x.size // width, all_zero(pivot), LONGEST, 0
+    while first < rows:
+        last = min(first + longest, rows)
+        if fine is not None:
+            _rows(dy, x, check, fine, first, last, False, width, places, chains, pivots, largest)
+        elif check is None and centred:
+            _rows(dy, x, None, None, first, last, True, width, places, chains, pivots, largest)
+        else:
+            _rows(dy, x, check, None, first, last, False, width, places, chains, pivots, largest)
         if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
-            if chained:
-                chains = _chained_rows(dy, x, check, first, last, centred, width, places, pivots, largest)
-                if not _chains_held(places, largest, check, width):
-                    chained = False
-                    forget(places, height, folds)
-        if not chained:
-            chains = _rows(dy, x, check, fine, first, last, 1, False, width, places, pivots, largest)
-        fold(places, height, folds, totals, chains, last - first)
+            if not _held(places, largest, check, last - first):
+                if longest == 1:
+                    return False
+                longest = max(longest // SHORTER, 1)
+                begin(places, height, folds)
+                continue
+        fold(places, height, folds, totals, 0 if fine is None else last - first)
+        first = last
     rest = x.size - rows * width
     for c in range(rest):
         _one(dy, x, check, fine, rows * width + c, c, places, pivots, largest)
-        discount(places, height, folds, c, 1, 1)
+        if fine is not None:
+            discount(places, height, c)
     if rest:
-        fold(places, height, folds, totals, 0, 0)
+        fold(places, height, folds, totals, 0)
     gather(totals, 1, repeats, words)
     return _finish(largest, check, fine, width, gradient, deviation, 1, words)
 
@@ -353,34 +343,29 @@ def sums_of_runs(
     top: Array, words: Array,
 ) -> bool:  # fmt: skip
     """The words of runs of one channel after the other, each `length` long; otherwise as `sums_of_rows`."""
-    channels, height, folds = pivot.size, _height(check, fine), 1 if fine is None else 2
-    width = channels * LANES
+    height, folds = _height(check, fine), 1 if fine is None else 2
+    width, images = pivot.size * LANES, x.size // (pivot.size * length)
     places = _places(gradient, deviation, pivot, 1, LANES, check, fine)
-    pivots, largest = places.view(pivot.dtype), places.view(top.dtype)
+    chains, pivots, largest = places.view(np.float64), places.view(pivot.dtype), places.view(top.dtype)
     totals = np.zeros((4 * folds, width), np.int64)
-    images = x.size // (channels * length)
-    piece = min(length, (FOLD_EVERY - LANES) * LANES)
-    centred, chained = all_zero(pivot), fine is None
-    for begin in range(0, length, piece):
-        end = min(begin + piece, length)
-        whole, loose = (end - begin) // LANES, (end - begin) % LANES
-        at_once = max(1, FOLD_EVERY // (whole + LANES))
-        for first in range(0, images, at_once):
-            last = min(first + at_once, images)
-            chains = 0
-            if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
-                if chained:
-                    chains = _chained_runs(
-                        dy, x, check, first, last, begin, end, length, centred, places, pivots, largest
-                    )
-                    if not _chains_held(places, largest, check, width):
-                        chained = False
-                        forget(places, height, folds)
-            if not chained:
-                chains = _runs(dy, x, check, fine, first, last, begin, end, length, 1, False, places, pivots, largest)
-            singles = loose * (last - first)
-            for c in range(channels):
-                discount(places, height, folds, c * LANES, singles, singles)
-            fold(places, height, folds, totals, chains, whole * (last - first))
+    centred, longest, first, begun = all_zero(pivot), LONGEST, 0, 0
+    while first < images:
+        end, last = part(length, begun, first, images, longest)
+        if fine is not None:
+            _runs(dy, x, check, fine, first, last, begun, end, length, False, places, chains, pivots, largest)
+        elif check is None and centred:
+            _runs(dy, x, None, None, first, last, begun, end, length, True, places, chains, pivots, largest)
+        else:
+            _runs(dy, x, check, None, first, last, begun, end, length, False, places, chains, pivots, largest)
+        terms = (end - begun + LANES - 1) // LANES * (last - first)
+        if fine is None:  # noqa: SIM102 - as in `sums_of_rows`
+            if not _held(places, largest, check, terms):
+                if longest == 1:
+                    return False
+                longest = max(longest // SHORTER, 1)
+                begin(places, height, folds)
+                continue
+        fold(places, height, folds, totals, 0 if fine is None else (end - begun) // LANES * (last - first))
+        first, begun = (last, 0) if end == length else (first, end)
     gather(totals, LANES, 1, words)
     return _finish(largest, check, fine, width, gradient, deviation, LANES, words)

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from bnlayer.kernels.compiled.folds import power
 from bnlayer.kernels.compiled.jit import inlined, kernel
+from bnlayer.precision import SINGLE
 
 Array = NDArray[Any]
 
 _LOW = 0xFFFF_FFFF
+_SLACK = SINGLE.slack
 
 
 @inlined
@@ -64,7 +66,7 @@ def statistics(
         some = np.float64(max(count, 1))
         n = np.float64(count)
         u2 = power(2 * w - 52)
-        a = _as_float(words[0, c], words[1, c]) * power(w - 51) / some
+        a = _as_float(words[0, c], words[1, c]) * power(w + _SLACK - 51) / some
         spread = max(_as_float(words[2, c], words[3, c]) * u2 / some - a * a, 0.0)
         coarse = w > lowest and count > 0 and spread + epsilon < u2 * min(2.0**22, 2.0**42 / some)
         refused[c] = (misfit or coarse) and not not_finite

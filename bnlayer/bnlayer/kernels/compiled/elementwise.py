@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.kernels.compiled.jit import LINE, inlined, kernel
-from bnlayer.kernels.compiled.simd import LANES, broadcast, load, store
+from bnlayer.kernels.compiled.simd import broadcast, load, store
+from bnlayer.kernels.compiled.vectors import LANES
 
 Array = NDArray[Any]
 

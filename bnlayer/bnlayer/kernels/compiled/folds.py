@@ -6,10 +6,13 @@ lies in consecutive cache lines of one array, as int64:
     bits(M) of the first sum, bits(M) of the second, the first sum, the second; the same of the second fold, if there
     is one; whatever else the pass keeps
 
-Sums are bit patterns, added up since they were last folded. Side by side the lines can't be in each other's way: an
-array for each would put them 4 KB apart at 512 channels, in the same set of a first-level cache whose eight ways the
-rows of the batch take already, and a pass would take up to three times as long, depending on where arrays happen to
-lie.
+A sum begins as its bits(M). That of float32 data is a *chain*: a float64, M and the terms since the last fold, added
+one after the other, which is exact for terms without ties while it keeps M's exponent (`bnlayer.words`). That of
+float64 data is an integer: bit patterns, each term's added by itself.
+
+Side by side the lines can't be in each other's way: an array for each would put them 4 KB apart at 512 channels, in the
+same set of a first-level cache whose eight ways the rows of the batch take already, and a pass would take up to three
+times as long, depending on where arrays happen to lie.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.kernels.compiled.jit import LINE, inlined
-from bnlayer.kernels.compiled.simd import LANES, broadcast, load, number, store, upper
+from bnlayer.kernels.compiled.simd import broadcast, load, number, store, upper
+from bnlayer.kernels.compiled.vectors import LANES
 
 Array = NDArray[Any]
 
-# Terms are below 2^52, so that 2^11 of them stay below 2^63.
-FOLD_EVERY = 2**11
-# Rows after which the chains are looked at.
-BLOCK = 2**10
+# Terms between two folds. Each is below 2^52, so that so many integers stay below 2^61; chains hold as many while
+# values are about as large as when they were probed (`bnlayer.grid`).
+LONGEST = 2**9
+# By how much fewer they become where a chain did not hold.
+SHORTER = 4
 # Elements ahead of which cache lines are asked for, a step's worth at a step: rows side by side are more streams than
 # prefetchers follow, and a row of 128 channels is over before they have seen where it goes.
 AHEAD = 8192
@@ -80,45 +85,61 @@ def where_is(at: int, line: int, height: int) -> int:
 
 
 @inlined
-def discount(places: Array, height: int, folds: int, at: int, first: int, second: int) -> None:
-    """Take from the sums of one place the bits(M) that were added to it alone, not to all places: see `fold`."""
-    for level in range(folds):
-        for side in range(2):
-            terms = first if side == 0 else second
-            places[where_is(at, sums(level, side), height)] -= terms * places[where_is(at, magic(level, side), height)]
+def begin(places: Array, height: int, folds: int) -> None:
+    """Begin all sums anew."""
+    for block in range(0, places.size, height * LANES):
+        for level in range(folds):
+            for side in range(2):
+                first = load(places, block + magic(level, side) * LANES)
+                store(places, block + sums(level, side) * LANES, first)
 
 
 @inlined
-def fold(places: Array, height: int, folds: int, totals: Array, first: int, second: int) -> None:
-    """Bring all sums into the totals, less the bits(M) that they hold, and begin them anew.
+def discount(places: Array, height: int, at: int) -> None:
+    """Take from the sums of one place, of float64 data, the bits(M) of a term that came into it alone: see `fold`."""
+    for level in range(2):
+        for side in range(2):
+            places[where_is(at, sums(level, side), height)] -= places[where_is(at, magic(level, side), height)]
+
+
+@inlined
+def fold(places: Array, height: int, folds: int, totals: Array, terms: int) -> None:
+    """Bring all sums into the totals, and begin them anew.
 
     Args:
         places, height: what the pass works on.
         totals: (4·folds, places): hi, lo of each fold of the first sum, then of the second.
-        first, second: how many bits(M) were added to either since the last time: terms, or chains of them.
+        terms: how many bits(M) came into each sum since it began: none into chains.
     """
     width = totals.shape[1]
-    low, nothing = broadcast(np.int64(_LOW)), broadcast(np.int64(0))
+    low, held = broadcast(np.int64(_LOW)), broadcast(np.int64(terms + 1))
     for at in range(0, width, LANES):
         for level in range(folds):
             for side in range(2):
                 index = at * height + sums(level, side) * LANES
-                terms = broadcast(np.int64(first if side == 0 else second))
-                total = load(places, index) - terms * load(places, at * height + magic(level, side) * LANES)
+                first = load(places, at * height + magic(level, side) * LANES)
+                total = load(places, index) - held * first
                 to = (2 * folds * side + 2 * level) * width + at
                 store(totals, to, load(totals, to) + upper(total))
                 store(totals, to + width, load(totals, to + width) + (total & low))
-                store(places, index, nothing)
+                store(places, index, first)
 
 
 @inlined
-def forget(places: Array, height: int, folds: int) -> None:
-    """Set all sums to 0."""
-    for block in range(0, places.size, height * LANES):
-        for level in range(folds):
-            for side in range(2):
-                begin = block + sums(level, side) * LANES
-                places[begin : begin + LANES] = 0
+def part(length: int, begun: int, image: int, images: int, longest: int) -> tuple[int, int]:
+    """How far to go through runs before a fold: to which place of them, and to which image.
+
+    Args:
+        length: of a run.
+        begun, image: the place and the image where to begin.
+        longest: the most terms for a lane.
+    """
+    left = (length - begun + LANES - 1) // LANES
+    if left > longest:
+        return begun + longest * LANES, image + 1
+    if begun > 0:
+        return length, image + 1
+    return length, min(image + longest // left, images)
 
 
 @inlined

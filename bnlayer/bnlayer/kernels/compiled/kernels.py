@@ -19,7 +19,7 @@ from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.kernels.compiled import backward, elementwise, forward, probes
-from bnlayer.kernels.compiled.simd import LANES
+from bnlayer.kernels.compiled.vectors import LANES
 from bnlayer.moments import Moments
 from bnlayer.precision import exponent_above
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from bnlayer.kernels.compiled.jit import inlined, kernel
 from bnlayer.kernels.compiled.simd import (
-    LANES,
     broadcast,
     either,
     finite,
@@ -25,6 +24,7 @@ from bnlayer.kernels.compiled.simd import (
     store,
     where,
 )
+from bnlayer.kernels.compiled.vectors import LANES
 
 Array = NDArray[Any]
 

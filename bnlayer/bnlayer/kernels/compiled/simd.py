@@ -12,96 +12,35 @@ Every operation rounds once. Nothing is ever contracted: what is fused says so (
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic
 
-LANES = 8
-
-_INT32, _INT64, _BYTE = ir.IntType(32), ir.IntType(64), ir.IntType(8)
-
-
-class Vector(types.Type):
-    """Eight values of one dtype.
-
-    Attributes:
-        element: Numba's type of one of them.
-        llvm: LLVM's type of the whole.
-    """
-
-    def __init__(self, element: Any, llvm: Any) -> None:
-        super().__init__(name=f"{element.name}x{LANES}")
-        self.element = element
-        self.llvm = ir.VectorType(llvm, LANES)
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Vector) -> None:
-        super().__init__(manager, kind, kind.llvm)
-
-
-FLOAT32 = Vector(types.float32, ir.FloatType())
-FLOAT64 = Vector(types.float64, ir.DoubleType())
-INT32 = Vector(types.int32, _INT32)
-INT64 = Vector(types.int64, _INT64)
-_VECTORS = {vector.element: vector for vector in (FLOAT32, FLOAT64, INT32, INT64)}
-_WIDER = {FLOAT32: FLOAT64, FLOAT64: FLOAT64, types.float32: types.float64, types.float64: types.float64}
-_BITS = {FLOAT64: INT64, FLOAT32: INT32, types.float64: types.int64, types.float32: types.int32}
-_NUMBERS = {bits: number for number, bits in _BITS.items()}
-
-
-def _llvm(kind: Any) -> Any:
-    """LLVM's type of a scalar or vector."""
-    if isinstance(kind, Vector):
-        return kind.llvm
-    return {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: _INT32, types.int64: _INT64}[
-        kind
-    ]
-
-
-def _constant(kind: Any, value: int) -> Any:
-    """The same integer in every lane."""
-    shape = _llvm(kind)
-    return ir.Constant(shape, [value] * LANES) if isinstance(kind, Vector) else ir.Constant(shape, value)
+from bnlayer.kernels.compiled.vectors import (
+    BITS,
+    HALF,
+    HALVES,
+    INT32,
+    INT64,
+    LANES,
+    LLVM_BYTE,
+    LLVM_INT32,
+    LLVM_INT64,
+    NUMBERS,
+    VECTORS,
+    WIDER,
+    Vector,
+    constant,
+    llvm_of,
+)
 
 
 def _instruction(generator: Callable[..., Any]) -> Any:
     """A function of the kernels that becomes LLVM's instructions; Numba types what goes in and comes out."""
     return intrinsic(generator)
-
-
-def _operator(function: Callable[[Any, Any], Any], instructions: dict[Vector, str]) -> None:
-    """Teach Numba an operator on two vectors of one type."""
-
-    @infer_global(function)
-    class Template(AbstractTemplate):
-        def generic(self, args: Any, kws: Any) -> Any:
-            del kws
-            if len(args) == 2 and args[0] == args[1] and args[0] in instructions:
-                return signature(args[0], args[0], args[0])
-            return None
-
-    for vector, instruction in instructions.items():
-
-        def lower(context: Any, builder: Any, sig: Any, args: Any, instruction: str = instruction) -> Any:
-            del context, sig
-            return getattr(builder, instruction)(*args)
-
-        lower_builtin(function, vector, vector)(lower)
-
-
-_operator(operator.add, {FLOAT32: "fadd", FLOAT64: "fadd", INT32: "add", INT64: "add"})
-_operator(operator.sub, {FLOAT32: "fsub", FLOAT64: "fsub", INT32: "sub", INT64: "sub"})
-_operator(operator.mul, {FLOAT32: "fmul", FLOAT64: "fmul", INT64: "mul"})
-_operator(operator.or_, {INT32: "or_", INT64: "or_"})
-_operator(operator.and_, {INT32: "and_", INT64: "and_"})
-_operator(operator.xor, {INT32: "xor", INT64: "xor"})
 
 
 def _address(context: Any, builder: Any, sig: Any, args: Any, element: Any) -> Any:
@@ -113,12 +52,67 @@ def _address(context: Any, builder: Any, sig: Any, args: Any, element: Any) -> A
 def load(typing: Any, array: Any, index: Any) -> Any:
     """The eight elements of a contiguous array from an index on."""
     del typing, index
-    vector = _VECTORS[array.dtype]
+    vector = VECTORS[array.dtype]
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
 
     return vector(array, types.intp), generate
+
+
+@_instruction
+def load_half(typing: Any, array: Any, index: Any) -> Any:
+    """The four elements of a contiguous array from an index on."""
+    del typing, index
+    vector = HALVES[array.dtype]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
+
+    return vector(array, types.intp), generate
+
+
+@_instruction
+def load_again(typing: Any, array: Any, index: Any) -> Any:
+    """As `load`, where the same elements are loaded by halves too: neither is made of the other.
+
+    A float32 is widened as it is loaded, for less than it takes to cut it out of a register.
+    """
+    del typing, index
+    vector = VECTORS[array.dtype]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        loaded = builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
+        loaded.opname = "load volatile"
+        return loaded
+
+    return vector(array, types.intp), generate
+
+
+def _half(value: Any, first: int) -> Any:
+    """Four of the eight lanes."""
+    vector = HALVES[value.element]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        del context, sig
+        lanes = ir.Constant(ir.VectorType(LLVM_INT32, vector.lanes), list(range(first, first + vector.lanes)))
+        return builder.shuffle_vector(args[0], ir.Constant(value.llvm, ir.Undefined), lanes)
+
+    return vector(value), generate
+
+
+@_instruction
+def first_half(typing: Any, value: Any) -> Any:
+    """The first four of eight."""
+    del typing
+    return _half(value, 0)
+
+
+@_instruction
+def second_half(typing: Any, value: Any) -> Any:
+    """The last four of eight."""
+    del typing
+    return _half(value, HALF)
 
 
 @_instruction
@@ -143,10 +137,10 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
     del typing, index
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        address = _address(context, builder, sig, args, _BYTE)
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
+        address = _address(context, builder, sig, args, LLVM_BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [LLVM_BYTE.as_pointer(), LLVM_INT32, LLVM_INT32, LLVM_INT32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [address, *(ir.Constant(_INT32, hint) for hint in (0, 2, 1))])  # a read, of data
+        builder.call(function, [address, *(ir.Constant(LLVM_INT32, hint) for hint in (0, 2, 1))])  # a read, of data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -158,7 +152,7 @@ def load_truths(typing: Any, array: Any, index: Any) -> Any:
     del typing, index
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.VectorType(_BYTE, LANES)
+        kind = ir.VectorType(LLVM_BYTE, LANES)
         told = builder.load(_address(context, builder, sig, args, kind), align=1)
         return builder.sext(builder.icmp_signed("!=", told, ir.Constant(kind, [0] * LANES)), INT64.llvm)
 
@@ -169,12 +163,12 @@ def load_truths(typing: Any, array: Any, index: Any) -> Any:
 def broadcast(typing: Any, value: Any) -> Any:
     """A scalar in every lane."""
     del typing
-    vector = _VECTORS[value]
+    vector = VECTORS[value]
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        one = builder.insert_element(ir.Constant(vector.llvm, ir.Undefined), args[0], ir.Constant(_INT32, 0))
-        lanes = ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES)
+        one = builder.insert_element(ir.Constant(vector.llvm, ir.Undefined), args[0], ir.Constant(LLVM_INT32, 0))
+        lanes = ir.Constant(ir.VectorType(LLVM_INT32, LANES), [0] * LANES)
         return builder.shuffle_vector(one, ir.Constant(vector.llvm, ir.Undefined), lanes)
 
     return vector(value), generate
@@ -184,11 +178,11 @@ def broadcast(typing: Any, value: Any) -> Any:
 def widen(typing: Any, value: Any) -> Any:
     """A float as float64, exactly."""
     del typing
-    wider = _WIDER[value]
+    wider = WIDER[value]
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        return args[0] if wider is value else builder.fpext(args[0], _llvm(wider))
+        return args[0] if wider is value else builder.fpext(args[0], llvm_of(wider))
 
     return wider(value), generate
 
@@ -200,8 +194,8 @@ def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        kind = _llvm(a)
-        name = f"llvm.fma.v{LANES}f64" if isinstance(a, Vector) else "llvm.fma.f64"
+        kind = llvm_of(a)
+        name = f"llvm.fma.v{a.lanes}f64" if isinstance(a, Vector) else "llvm.fma.f64"
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, args)
 
@@ -213,7 +207,7 @@ def _reinterpreted(value: Any, kind: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        return builder.bitcast(args[0], _llvm(kind))
+        return builder.bitcast(args[0], llvm_of(kind))
 
     return kind(value), generate
 
@@ -222,26 +216,26 @@ def _reinterpreted(value: Any, kind: Any) -> Any:
 def bits(typing: Any, value: Any) -> Any:
     """The bit pattern of a float, as a signed integer."""
     del typing
-    return _reinterpreted(value, _BITS[value])
+    return _reinterpreted(value, BITS[value])
 
 
 @_instruction
 def number(typing: Any, value: Any) -> Any:
     """The float of a bit pattern."""
     del typing
-    return _reinterpreted(value, _NUMBERS[value])
+    return _reinterpreted(value, NUMBERS[value])
 
 
 @_instruction
 def magnitude(typing: Any, value: Any) -> Any:
     """|value| as an integer in the order of the numbers: infinity above all of them, NaN above infinity."""
     del typing
-    kind = _BITS[value]
+    kind = BITS[value]
     mask = (1 << (31 if kind in (INT32, types.int32) else 63)) - 1
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        return builder.and_(builder.bitcast(args[0], _llvm(kind)), _constant(kind, mask))
+        return builder.and_(builder.bitcast(args[0], llvm_of(kind)), constant(kind, mask))
 
     return kind(value), generate
 
@@ -253,7 +247,7 @@ def upper(typing: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        return builder.ashr(args[0], _constant(value, 32))
+        return builder.ashr(args[0], constant(value, 32))
 
     return value(value), generate
 
@@ -265,9 +259,9 @@ def all_negative(typing: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        kind = ir.FunctionType(_INT64, [value.llvm])
+        kind = ir.FunctionType(LLVM_INT64, [value.llvm])
         function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.and.v{LANES}i64")
-        return builder.icmp_signed("<", builder.call(function, args), ir.Constant(_INT64, 0))
+        return builder.icmp_signed("<", builder.call(function, args), ir.Constant(LLVM_INT64, 0))
 
     return types.boolean(value), generate
 
@@ -291,8 +285,8 @@ def where(typing: Any, truth: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        nothing = ir.Constant(_llvm(value), [0.0] * LANES if isinstance(value, Vector) else 0.0)
-        return builder.select(builder.icmp_signed("!=", args[0], _constant(truth, 0)), args[1], nothing)
+        nothing = ir.Constant(llvm_of(value), [0.0] * LANES if isinstance(value, Vector) else 0.0)
+        return builder.select(builder.icmp_signed("!=", args[0], constant(truth, 0)), args[1], nothing)
 
     return value(truth, value), generate
 
@@ -304,7 +298,7 @@ def either(typing: Any, truth: Any, value: Any, other: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        return builder.select(builder.icmp_signed("!=", args[0], _constant(truth, 0)), args[1], args[2])
+        return builder.select(builder.icmp_signed("!=", args[0], constant(truth, 0)), args[1], args[2])
 
     return value(truth, value, other), generate
 
@@ -313,13 +307,13 @@ def either(typing: Any, truth: Any, value: Any, other: Any) -> Any:
 def finite(typing: Any, value: Any) -> Any:
     """−1 where a float is finite, 0 elsewhere, as an integer of its width."""
     del typing
-    kind = _BITS[value]
+    kind = BITS[value]
     sign, infinity = (1 << 31, 0x7F80_0000) if kind in (INT32, types.int32) else (1 << 63, 0x7FF0 << 48)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        size = builder.and_(builder.bitcast(args[0], _llvm(kind)), _constant(kind, sign - 1))
-        return builder.sext(builder.icmp_signed("<", size, _constant(kind, infinity)), _llvm(kind))
+        size = builder.and_(builder.bitcast(args[0], llvm_of(kind)), constant(kind, sign - 1))
+        return builder.sext(builder.icmp_signed("<", size, constant(kind, infinity)), llvm_of(kind))
 
     return kind(value), generate
 
@@ -328,14 +322,14 @@ def finite(typing: Any, value: Any) -> Any:
 def key(typing: Any, value: Any) -> Any:
     """An integer in the order of the floats (−0 < +0): `bnlayer.precision.Precision.key`, in the float's own width."""
     del typing
-    kind = _BITS[value]
+    kind = BITS[value]
     width = 32 if kind in (INT32, types.int32) else 64
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
-        pattern = builder.bitcast(args[0], _llvm(kind))
-        negative = builder.ashr(pattern, _constant(kind, width - 1))
-        return builder.xor(pattern, builder.and_(negative, _constant(kind, (1 << (width - 1)) - 1)))
+        pattern = builder.bitcast(args[0], llvm_of(kind))
+        negative = builder.ashr(pattern, constant(kind, width - 1))
+        return builder.xor(pattern, builder.and_(negative, constant(kind, (1 << (width - 1)) - 1)))
 
     return kind(value), generate
 
