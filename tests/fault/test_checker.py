@@ -1,7 +1,7 @@
 """The history checker itself: it accepts an honest history, worked out by hand, and catches each kind of lie.
 
 Two ranks, one layer of three channels that all see the same: rank 0 the value 1, rank 1 the value 3. Around the
-pivot 2, the deviations −1 and 1 are −2^47 and 2^47 units of 2^(4 − 51), their squares 2^44 units of 2^(8 − 52).
+pivot 2, the deviations −1 and 1 are −2^40 and 2^40 units of 2^(6 − 46), their squares 2^40 units of 2^(12 − 52).
 The mean is 2, the variance 1; with momentum 0.9, the moving mean goes from 0 to 0.2, the moving variance stays at 1.
 """
 
@@ -37,8 +37,8 @@ def _key(value: float) -> int:
 _SEED = _statistics(0.0, 1.0)
 _ONE = _statistics(0.2, 1.0)
 _TWO = _statistics(float(np.float32(0.2)) * 0.9 + 0.2, 1.0)
-_SENT = [_words(-(2**15), 0, 2**12, 0, 1, 0), _words(2**15, 0, 2**12, 0, 1, 0)]
-_TOTAL = _words(0, 0, 2**13, 0, 2, 0)
+_SENT = [_words(-(2**8), 0, 2**8, 0, 1, 0), _words(2**8, 0, 2**8, 0, 1, 0)]
+_TOTAL = _words(0, 0, 2**9, 0, 2, 0)
 _PROBES = [_words(_key(1.0), _key(-1.0)), _words(_key(3.0), _key(-3.0))]
 _PROBED = _words(_key(3.0), _key(-1.0))
 
@@ -87,7 +87,7 @@ def test_the_moving_update_is_the_one_of_the_formula() -> None:
 
 def test_a_timeline_holds_every_state_once() -> None:
     """As a lone rank sees them, over two runs of a job: what an owner that was cut short may have gone back to."""
-    total = _words(2**15, 0, 2**12, 0, 1, 0)
+    total = _words(2**8, 0, 2**8, 0, 1, 0)
     alone = Record("sums", "a", "forward", 0, 1, total, total, 1, 0.0, 0.0)
     probe = Record("probe", "a", "forward", 0, 0, _PROBED, _PROBED, 0, 0.0, 0.0)
     enrolled = _honest()[0][0]
@@ -109,7 +109,7 @@ def _lost_contribution(histories: Histories) -> None:
 
 
 def _doubled_contribution(histories: Histories) -> None:
-    _change(histories, 4, got=_words(2**15, 0, 3 * 2**12, 0, 3, 0))
+    _change(histories, 4, got=_words(2**8, 0, 3 * 2**8, 0, 3, 0))
 
 
 def _stale_total(histories: Histories) -> None:

@@ -166,9 +166,11 @@ def test_values_that_have_grown_need_no_reference(shape: tuple[int, int, int], m
 
 
 @pytest.mark.parametrize("shape", [(1100, WIDE, 1), (2, 3, 9000), (9000, 1, 1)], ids=str)
-@pytest.mark.parametrize("reach", [0.0441, 0.0443, 0.088, 0.25])
+@pytest.mark.parametrize("reach", [0.01, 0.0441, 0.0443, 0.088, 0.25])
 def test_the_deviations_of_a_long_chain_have_room(shape: tuple[int, int, int], reach: float) -> None:
     """All of one sign, and as large as the squares of 512 allow: their sum is 22 windows long, and still exact.
+
+    Of 9000 smaller ones, whose squares would hold, the sum would be 90 windows long.
 
     A twelfth of them end between two units, whose rounding a sum past its binade would lose.
     """
@@ -282,6 +284,21 @@ def test_zeros_keep_their_signs() -> None:
     same(compiled.normalize(x, none, one, -none, fine), reference.normalize(x, none, one, -none, fine))
     arguments = x, x, None, none, none, none, -one, fine
     same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(9, 64, 1), (2, 3, 21)], ids=str)
+def test_no_gradient_is_overlooked(shape: tuple[int, int, int]) -> None:
+    """One that is not finite, or outside its window: wherever it lies, among the vectors' halves and what is left."""
+    rng = np.random.default_rng(0)
+    dy, x = rng.normal(size=(2, *shape)).astype(np.float32)
+    channels, pivot = shape[1], np.zeros(shape[1], np.float32)
+    grid = BackwardGrid("float32", np.full(channels, 10), np.full(channels, 4), True)
+    for place in range(dy.size):
+        spoiled = dy.copy()
+        spoiled.reshape(-1)[place] = (np.nan, -np.inf, -2000.0)[place % 3]
+        wanted = reference.gradient_sums(spoiled, x, None, pivot, grid).words
+        assert (wanted[-2:] != reference.gradient_sums(dy, x, None, pivot, grid).words[-2:]).any()
+        same(compiled.gradient_sums(spoiled, x, None, pivot, grid, fits=True).words, wanted)
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 1), (2, 3, 128)], ids=str)

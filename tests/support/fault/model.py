@@ -80,14 +80,14 @@ class Layer:
     def _regrid(self, c: int, highest: float, lowest: float) -> None:
         self.pivot[c] = 0.0 if lowest <= 0.0 <= highest else _single(highest / 2 + lowest / 2)
         half = max(highest - self.pivot[c], self.pivot[c] - lowest)
-        self.exponent[c] = math.frexp(half)[1] + 3 if half > 0 else _LOWEST
+        self.exponent[c] = math.frexp(half)[1] + 5 if half > 0 else _LOWEST
 
     def _moments(self, c: int, word: list[int]) -> tuple[float, float, bool]:
         """The batch's mean and variance, and whether the grid does not do for it."""
         s, t, n, flags = (word[0] << 32) + word[1], (word[2] << 32) + word[3], word[4], word[5]
         w = self.exponent[c]
         unit = math.ldexp(1.0, 2 * w - 52)
-        a = float(s) * math.ldexp(1.0, w - 51) / n
+        a = float(s) * math.ldexp(1.0, w - 46) / n
         spread = max(float(t) * unit / n - a * a, 0.0)
         coarse = spread + EPSILON < unit * min(2.0**22, 2.0**42 / n) and w > _LOWEST
         return self.pivot[c] + a, spread, flags >> 32 > 0 or coarse
