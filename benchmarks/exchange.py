@@ -211,14 +211,17 @@ def run_rank(given: argparse.Namespace) -> None:
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[str]:
-    """A server; yields the last word of its first line."""
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().split()[-1]
-        finally:
+def started(*commands: tuple[str, ...]) -> Iterator[list[str]]:
+    """Servers; yields the last word of each one's first line."""
+    processes = [
+        subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) for command in commands
+    ]
+    try:
+        yield [process.stdout.readline().split()[-1] for process in processes if process.stdout is not None]
+    finally:
+        for process in processes:
             process.kill()
+            process.communicate()
 
 
 def measure(given: argparse.Namespace) -> dict[str, list[float]]:
@@ -228,10 +231,12 @@ def measure(given: argparse.Namespace) -> dict[str, list[float]]:
     daemon = ("-m", "bnserver", "--log-level", "error", "--listen", "127.0.0.1:0")
     with (
         tempfile.TemporaryDirectory() as folder,
-        started(script, "--serve", "socket", "--ranks", str(given.ranks), "--size", str(size)) as raw,
-        started(script, "--serve", "grpc", "--ranks", str(given.ranks)) as bare,
-        started(*daemon) as service,
-        started(*daemon, "--state-dir", folder) as journal,
+        started(
+            (script, "--serve", "socket", "--ranks", str(given.ranks), "--size", str(size)),
+            (script, "--serve", "grpc", "--ranks", str(given.ranks)),
+            daemon,
+            (*daemon, "--state-dir", folder),
+        ) as (raw, bare, service, journal),
     ):
         where = json.dumps({"socket": int(raw), "grpc": int(bare), "service": service, "journal": journal})
         shape = ("--ranks", str(given.ranks), "--channels", str(given.channels))

@@ -83,7 +83,7 @@ def starting(settings: Settings) -> Figures:
     from benchmarks.starting import measure
 
     settings.say("starting: fresh processes")
-    return measure(11 if settings.full else 5)
+    return measure(11 if settings.full else 5, cold=settings.full)
 
 
 def mpi(settings: Settings) -> Figures:
@@ -133,7 +133,7 @@ def step(settings: Settings) -> Figures:
         settings.say("step: TensorFlow is NOT INSTALLED; --tensorflow-python names an interpreter that has it")
         return found
     settings.say("step: ten layers in TensorFlow")
-    found |= steps_tensorflow.measure(settings.tensorflow_python, number)
+    found |= steps_tensorflow.measure(settings.tensorflow_python, number // 2)
     for ours in ("mpi", "service"):
         if f"step/{ours}" in found:
             found[f"step/tensorflow ÷ {ours}"] = found["step/tensorflow"] / found[f"step/{ours}"]

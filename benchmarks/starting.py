@@ -6,7 +6,7 @@ First calls are a training call, its backward and an inference, channels last an
 needs before it runs a line is not counted. Figures:
 
     starting/warm/import, starting/warm/first calls, starting/warm/seconds    the first quartile over processes
-    starting/cold/seconds                                                     once, with an empty cache of Numba's
+    starting/cold/seconds                                                     once, without machine code; --full
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ def _in_fresh_process(environment: dict[str, str]) -> dict[str, float]:
     return found
 
 
-def measure(processes: int) -> dict[str, float]:
-    """All figures."""
+def measure(processes: int, *, cold: bool) -> dict[str, float]:
+    """All figures; the cold one if asked for."""
     _in_fresh_process({})  # fills the cache
     warm = [_in_fresh_process({}) for _ in range(processes)]
     figures = {}
     for what in warm[0]:
         figures[f"starting/warm/{what}"] = sorted(found[what] for found in warm)[processes // 4]
+    if not cold:
+        return figures
     with tempfile.TemporaryDirectory() as empty:
         figures["starting/cold/seconds"] = _in_fresh_process({"NUMBA_CACHE_DIR": empty})["seconds"]
     return figures
