@@ -116,8 +116,8 @@ class GradientSums:
             statistics: of the training call whose outputs the gradients belong to.
         """
         grid, s = self.grid, statistics.inverse_std
-        unit = grid.gradient_C - 51
-        both = grid.gradient_C + grid.deviation_C - 51
+        unit = grid.gradient_C + grid.precision.gradient_slack - 51
+        both = unit + grid.deviation_C
         if grid.precision.folds == 2:
             a = np.ldexp(_floats(two_folds(self.words[0:4], 52)), unit - 52)
             b = np.ldexp(_floats(two_folds(self.words[4:8], 52)), both - 52)

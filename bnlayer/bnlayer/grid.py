@@ -114,8 +114,8 @@ class Grid:
 class BackwardGrid:
     """The backward grid: |dy| < 2^gradient, |x − p| < 2^deviation, with the p of the batch's statistics.
 
-    Gradients are integers in units of 2^(gradient − 51), their products with deviations in units of
-    2^(gradient + deviation − 51).
+    Gradients are integers in units of 2^(gradient + slack − 51), their products with deviations in units of
+    2^(gradient + slack + deviation − 51), with the precision's `gradient_slack`.
 
     Attributes:
         dtype: the data's dtype.

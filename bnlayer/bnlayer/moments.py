@@ -187,12 +187,13 @@ class Moments:
         """The channels that need a new grid, (C,) bool.
 
         A value lies outside the window; or the window has become too coarse for the spread:
-        V + ε < u2·min(2^22, 2^42/N). A poisoned channel asks for none: it stays so on any grid.
+        V + ε < max(u2, |a|·u1/2)·min(2^22, 2^42/N). A poisoned channel asks for none: it stays so on any grid.
         """
-        _, variance = self.mean_variance
+        a, variance = self.mean_variance
         n = np.maximum(self.count_C, 1)
-        # 2^22 units of T bound the relative error of V + ε by 2^-22; many terms' roundings average out below it.
-        needed = self.grid.unit2_C * np.minimum(2.0**22, 2.0**42 / n)
+        # T is wrong by half a unit a term at most, a by half of u1, which makes a² wrong by |a|·u1: together less than
+        # 2^-20 of V + ε. Many terms' roundings average out far below it.
+        needed = np.maximum(self.grid.unit2_C, np.abs(a) * self.grid.unit1_C / 2) * np.minimum(2.0**22, 2.0**42 / n)
         ranged = (self.grid.exponent_C > self.grid.precision.lowest) & (self.count_C > 0)
         coarse = (variance + epsilon < needed) & ranged
         return (self.misfit_C | coarse) & ~self.not_finite_C
@@ -218,7 +219,7 @@ class Moments:
         variance = (spread + delta * delta) * (n / divisor)
         rounded = mean.astype(precision.dtype)
         residual = ((grid.pivot_C - rounded.astype(np.float64)) + a) - delta
-        farthest = np.sqrt(n * (spread + 8.0 * grid.unit2_C)) + np.abs(delta) + precision.epsilon * np.abs(mean)
+        farthest = np.sqrt(n * (spread + 128.0 * grid.unit2_C)) + np.abs(delta) + precision.epsilon * np.abs(mean)
         reach = exponent_above(farthest, precision.lowest) + 1
         about_zero = (grid.pivot_C == 0) & (precision.folds == 1)
         return BatchStatistics(

@@ -28,7 +28,8 @@ class Precision:
             (20 above `highest`) the magic number of their products is finite.
         room: bits by which a probe makes a window wider than what it saw.
         slack: bits by which the unit of deviations is coarser than the window needs: sums of many have room beside it.
-        gradient_room: `room`, of a backward pass.
+        gradient_room, gradient_slack: the same of a backward pass.
+        gradient_span: bits below a window's end at which it has become too coarse for gradients that have shrunk.
         epsilon: one unit in the last place of 1, which bounds the rounding of the mean.
         sign: mask that turns the negative numbers' bits into an ordered integer.
     """
@@ -43,6 +44,8 @@ class Precision:
     room: int
     slack: int
     gradient_room: int
+    gradient_slack: int
+    gradient_span: int
     epsilon: float
     sign: int
 
@@ -62,8 +65,10 @@ class Precision:
         return int(self.key(np.array([-np.inf], self.dtype))[0])
 
 
-SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 130, 5, 5, 12, 2.0**-23, 0x7FFF_FFFF)
-DOUBLE = Precision("float64", np.dtype(np.float64), 2, -480, 500, -480, 501, 3, 0, 8, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF)
+SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 130, 5, 5, 8, 9, 16, 2.0**-23, 0x7FFF_FFFF)
+DOUBLE = Precision(
+    "float64", np.dtype(np.float64), 2, -480, 500, -480, 501, 3, 0, 8, 0, 20, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF
+)
 
 
 # Asked several times in an exchange, and NumPy computes a dtype's name anew each time.

@@ -14,8 +14,9 @@ added to, if M were a sum already. The float32 sums have none, so that terms may
                      2^(e − 53 + k) for 2^(e−1) < |g| < 2^e and h = m·2^k, m odd; half a unit is 2^(wA + wX − 52),
                      and e ≤ wA, k < wX
 
-g' = fl(g·(1 − 2^-53)), and for factors of 24 digits g'·h is rounded as g·h, but that ties go towards 0: what the two
-differ by is less than half a unit, and less than the last place of g·h unless that is a tie or a whole number of units.
+g' = fl(g·(1 − 2^-53)), and for factors of 24 digits g'·h is rounded as g·h, but that ties go towards 0. The two differ
+by less than half a unit, and by less than a sixteenth of the last place of g·h: no half-way point lies between them, a
+tie is left on the side of 0, and a whole number of units rounds back.
 
 A sum of q is the pair (hi, lo) with hi = Σ(q >> 32) and lo = Σ(q & 0xffffffff). Only the carried pair is canonical:
 0 ≤ lo < 2^32. There is room for 2^40 terms and 2^20 ranks.
@@ -38,9 +39,10 @@ def integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.i
 
 
 def integers_without_ties(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
-    """v·(1 − 2^-53), rounded once, in units of the magic number's last place; |v| < 2^51 of them. For v = g·h, g'·h.
+    """v·(1 − 2^-53), rounded once, in units of the magic number's last place; |v| < 2^51 of them.
 
-    The factor takes less than the last place of v, so it does nothing but to send ties towards 0.
+    The factor takes less than the last place of v, so it does nothing but to send ties towards 0. For v = g·h of at
+    most 48 digits this is the rounding of g'·h.
     """
     q, rest = integers(v, magic), remainder(v, magic)
     tie = np.abs(rest) * 2 == np.spacing(magic)

@@ -74,6 +74,16 @@ def test_every_counted_value_lies_within_reach(
     assert farthest < np.ldexp(1.0, max(int(statistics.reach[0]), -148))
 
 
+@pytest.mark.parametrize(("value", "refused"), [(1.5, False), (29.0, True)])
+def test_a_mean_far_from_the_pivot_needs_a_finer_grid(value: float, refused: bool) -> None:
+    """The rounding of deviations makes a² wrong by |a|·u1, beside an epsilon that u2 would do for."""
+    grid = Grid("float32", np.array([1.0]), np.array([5]), True)
+    moments = reference.moments(column(value, value), None, grid)
+    assert moments.refused(1e-5).tolist() == [refused]
+    _, compiled = moments.judged(1e-5, False)
+    assert (compiled is not None) == refused
+
+
 def test_grids_that_differ_in_the_pivot_alone_have_other_names() -> None:
     """Their words would add up to nonsense."""
     one, other = grid_of(10, 11), grid_of(1000, 1001)
@@ -91,7 +101,7 @@ def test_a_single_masked_in_value_has_keras_variance() -> None:
 
 
 def test_gradients_may_grow_a_hundredfold_without_a_probe() -> None:
-    """Twelve bits of room: a probe a step would double the exchanges of every unsteady run."""
+    """Eight bits of room: a probe a step would double the exchanges of every unsteady run."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 2)).astype(np.float32)
     dys = [rng.standard_normal((64, 2)) * scale for scale in (1.0, 10.0, 50.0, 0.01)]

@@ -225,11 +225,12 @@ def gradient_sums(
     """
     del fits
     folds, channels = grid.precision.folds, x.shape[1]
-    gradients = _Sum(channels, _signed(grid.gradient_C, folds))
-    products = _Sum(channels, _signed(grid.gradient_C + grid.deviation_C, folds))
+    wide = grid.gradient_C + grid.precision.gradient_slack
+    gradients = _Sum(channels, _signed(wide, folds))
+    products = _Sum(channels, _signed(wide + grid.deviation_C, folds))
     seen = {name: np.zeros(channels, bool) for name in ("misfit", "not_finite", "large", "any")}
     window, reach = power_of_two(grid.gradient_C)[:, None], power_of_two(grid.deviation_C)[:, None]
-    small = power_of_two(grid.gradient_C - 20)[:, None]
+    small = power_of_two(grid.gradient_C - grid.precision.gradient_span)[:, None]
     for rows, columns in _blocks(_shape(x)):
         block, m = dy[rows, :, columns], _cut(mask, rows, columns)
         g, h = _factors(block, x[rows, :, columns], pivot_C)

@@ -89,7 +89,8 @@ class Layer:
         unit = math.ldexp(1.0, 2 * w - 52)
         a = float(s) * math.ldexp(1.0, w - 46) / n
         spread = max(float(t) * unit / n - a * a, 0.0)
-        coarse = spread + EPSILON < unit * min(2.0**22, 2.0**42 / n) and w > _LOWEST
+        finest = max(unit, abs(a) * math.ldexp(1.0, w - 47))
+        coarse = spread + EPSILON < finest * min(2.0**22, 2.0**42 / n) and w > _LOWEST
         return self.pivot[c] + a, spread, flags >> 32 > 0 or coarse
 
 

@@ -3,7 +3,7 @@
 Per element, with |g| < 2^wA and |h| < 2^wX:
 
     g = float64(dy)                                h = float64(x − pivot)
-    A += round(g', to multiples of 2^(wA−51))      B += round(g'·h, to multiples of 2^(wA+wX−51))
+    A += round(g', to multiples of 2^(wA−42))      B += round(g'·h, to multiples of 2^(wA+wX−42))
 
 g' is the float64 next to g towards 0, as fl(g·(1 − 2^-53)) gives it, so that neither A's terms nor B's have ties (see
 `bnlayer.words`), and both are added up as chains: two float64 that stand in memory between the rows of a step and those
@@ -11,9 +11,8 @@ of the next. Operations go by halves of a vector: Zen 4 widens four float32 as i
 eight.
 
 Whether all fits is read off the largest |dy| and |x − pivot|, as integers in the order of the numbers: infinity and NaN
-are above every window. The latter is only looked at where the forward pass has not shown it already. Chains of K terms
-keep their last place if the largest gradient is below 2^wA/K: K = 512 leaves gradients a factor of 8 since the probe.
-Where they have grown more, the part since the last fold is added again with shorter chains, down to single terms.
+are above every window. The latter is only looked at where the forward pass has not shown it already. M_A = 3·2^(wA+9)
+and M_B = 3·2^(wA+wX+9) leave chains of 512 terms their last place, whatever fits.
 
 float64 data have a second fold, for what the first one rounds away; theirs are rounded term by term, ties to even.
 
@@ -33,7 +32,6 @@ from bnlayer.kernels.compiled.folds import (
     AHEAD,
     FLOATS_OF_LINE,
     LONGEST,
-    SHORTER,
     SHRINK,
     all_zero,
     begin,
@@ -49,7 +47,6 @@ from bnlayer.kernels.compiled.folds import (
 )
 from bnlayer.kernels.compiled.jit import inlined, kernel, lines
 from bnlayer.kernels.compiled.simd import (
-    all_negative,
     bits,
     broadcast,
     first_half,
@@ -67,12 +64,14 @@ from bnlayer.kernels.compiled.simd import (
     widen,
 )
 from bnlayer.kernels.compiled.vectors import HALF, LANES
+from bnlayer.precision import DOUBLE, SINGLE
 
 Array = NDArray[Any]
 
 # Rows at a step. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one cache set.
 _ROWS = 4
 _PIVOT, _LARGEST_GRADIENT, _LARGEST_DEVIATION = range(3)
+_SLACK, _SPAN, _FINE_SPAN = SINGLE.gradient_slack, SINGLE.gradient_span, DOUBLE.gradient_span
 
 
 @inlined
@@ -99,7 +98,8 @@ def _places(gradient: Array, deviation: Array, pivot: Array, repeats: int, lanes
     pivots = places.view(pivot.dtype)
     c = 0
     for at in range(width):
-        a, b = gradient[c], gradient[c] + deviation[c]
+        a = gradient[c] + (_SLACK if fine is None else 0)
+        b = a + deviation[c]
         places[where_is(at, magic(0, 0), height)] = bits(3.0 * power(a))
         places[where_is(at, magic(0, 1), height)] = bits(3.0 * power(b))
         if fine is not None:
@@ -225,27 +225,16 @@ def _finish(
     """Write the flags; whether all values were finite and within their windows."""
     channels = words.shape[1]
     found = _largest(largest, check, fine, width, channels, lanes)
-    fit = True
+    fit, span = True, _SPAN if fine is None else _FINE_SPAN
     for c in range(channels):
         top_g = widen(number(found[0, c]))
         fit &= top_g < power(gradient[c])
         words[-2, c] = 0
-        words[-1, c] = (np.int64(top_g >= power(gradient[c] - 20)) << 32) | np.int64(found[0, c] > 0)
+        words[-1, c] = (np.int64(top_g >= power(gradient[c] - span)) << 32) | np.int64(found[0, c] > 0)
     if check is not None:
         for c in range(channels):
             fit &= widen(number(found[1, c])) < power(deviation[c])
     return fit
-
-
-@inlined
-def _held(places: Array, largest: Array, check: Any, terms: int) -> bool:
-    """Whether so many gradients of float32 as large as the largest so far stay below their windows, 2^wA = M_A/3."""
-    below, factor = broadcast(np.int64(-1)), broadcast(3.0 * terms)
-    height = _height(check, None)
-    for at in range(0, places.size // height, LANES):
-        top = widen(number(load(largest, _beside(at, _LARGEST_GRADIENT, check, None))))
-        below = below & (magnitude(factor * top) - load(places, at * height + magic(0, 0) * LANES))
-    return bool(all_negative(below))
 
 
 @inlined
@@ -308,24 +297,16 @@ def sums_of_rows(
     places = _places(gradient, deviation, pivot, repeats, 1, check, fine)
     chains, pivots, largest = places.view(np.float64), places.view(pivot.dtype), places.view(top.dtype)
     totals = np.zeros((4 * folds, width), np.int64)
-    rows, centred, longest, first = x.size // width, all_zero(pivot), LONGEST, 0
-    while first < rows:
-        last = min(first + longest, rows)
+    rows, centred = x.size // width, all_zero(pivot)
+    for first in range(0, rows, LONGEST):
+        last = min(first + LONGEST, rows)
         if fine is not None:
             _rows(dy, x, check, fine, first, last, False, width, places, chains, pivots, largest)
         elif check is None and centred:
             _rows(dy, x, None, None, first, last, True, width, places, chains, pivots, largest)
         else:
             _rows(dy, x, check, None, first, last, False, width, places, chains, pivots, largest)
-        if fine is None:  # noqa: SIM102 - by itself, so that Numba leaves out what float64 never does
-            if not _held(places, largest, check, last - first):
-                if longest == 1:
-                    return False
-                longest = max(longest // SHORTER, 1)
-                begin(places, height, folds)
-                continue
         fold(places, height, folds, totals, 0 if fine is None else last - first)
-        first = last
     rest = x.size - rows * width
     for c in range(rest):
         _one(dy, x, check, fine, rows * width + c, c, places, pivots, largest)
@@ -348,23 +329,15 @@ def sums_of_runs(
     places = _places(gradient, deviation, pivot, 1, LANES, check, fine)
     chains, pivots, largest = places.view(np.float64), places.view(pivot.dtype), places.view(top.dtype)
     totals = np.zeros((4 * folds, width), np.int64)
-    centred, longest, first, begun = all_zero(pivot), LONGEST, 0, 0
+    centred, first, begun = all_zero(pivot), 0, 0
     while first < images:
-        end, last = part(length, begun, first, images, longest)
+        end, last = part(length, begun, first, images, LONGEST)
         if fine is not None:
             _runs(dy, x, check, fine, first, last, begun, end, length, False, places, chains, pivots, largest)
         elif check is None and centred:
             _runs(dy, x, None, None, first, last, begun, end, length, True, places, chains, pivots, largest)
         else:
             _runs(dy, x, check, None, first, last, begun, end, length, False, places, chains, pivots, largest)
-        terms = (end - begun + LANES - 1) // LANES * (last - first)
-        if fine is None:  # noqa: SIM102 - as in `sums_of_rows`
-            if not _held(places, largest, check, terms):
-                if longest == 1:
-                    return False
-                longest = max(longest // SHORTER, 1)
-                begin(places, height, folds)
-                continue
         fold(places, height, folds, totals, 0 if fine is None else (end - begun) // LANES * (last - first))
         first, begun = (last, 0) if end == length else (first, end)
     gather(totals, LANES, 1, words)

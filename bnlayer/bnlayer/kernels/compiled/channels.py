@@ -19,7 +19,7 @@ from bnlayer.precision import SINGLE
 Array = NDArray[Any]
 
 _LOW = 0xFFFF_FFFF
-_SLACK = SINGLE.slack
+_SLACK, _GRADIENT_SLACK = SINGLE.slack, SINGLE.gradient_slack
 
 
 @inlined
@@ -68,7 +68,8 @@ def statistics(
         u2 = power(2 * w - 52)
         a = _as_float(words[0, c], words[1, c]) * power(w + _SLACK - 51) / some
         spread = max(_as_float(words[2, c], words[3, c]) * u2 / some - a * a, 0.0)
-        coarse = w > lowest and count > 0 and spread + epsilon < u2 * min(2.0**22, 2.0**42 / some)
+        unit = max(u2, abs(a) * power(w + _SLACK - 52))
+        coarse = w > lowest and count > 0 and spread + epsilon < unit * min(2.0**22, 2.0**42 / some)
         refused[c] = (misfit or coarse) and not not_finite
         again |= refused[c]
         divisor = n + e if n + e > 0 else 1.0
@@ -81,7 +82,7 @@ def statistics(
         rows[4, c] = 1.0 / math.sqrt(variance + epsilon)
         rows[5, c] = ((pivot[c] - np.float64(rounded[c])) + a) - delta
         rows[6, c] = mean * (e / divisor)
-        farthest = math.sqrt(n * (spread + 8.0 * u2)) + abs(delta) + 2.0**-23 * abs(mean)
+        farthest = math.sqrt(n * (spread + 128.0 * u2)) + abs(delta) + 2.0**-23 * abs(mean)
         about_zero = pivot[c] == 0.0
         about[c] = np.float32(0.0) if about_zero else rounded[c]
         rows[7, c] = mean if about_zero else rows[5, c]
@@ -145,8 +146,8 @@ def gradients(
         refused[c] = (misfit or (some and not large)) and not (not_finite or forward_poisoned[c])
         again |= refused[c]
         s = inverse_std[c]
-        a = _as_float(words[0, c], words[1, c]) * power(gradient[c] - 51)
-        b = _as_float(words[2, c], words[3, c]) * power(gradient[c] + deviation[c] - 51)
+        a = _as_float(words[0, c], words[1, c]) * power(gradient[c] + _GRADIENT_SLACK - 51)
+        b = _as_float(words[2, c], words[3, c]) * power(gradient[c] + _GRADIENT_SLACK + deviation[c] - 51)
         b = b - a * pivot_residual[c]
         slope = s * s * b / divisor[c]
         offset = a / divisor[c] - slope * (residual[c] + mean_share[c])

@@ -10,10 +10,10 @@ what it is added to, as long as the last place of that is the unit: **terms are 
 to M1 = 3·2^(w+5) and M2 = 4^w themselves, and only the sum of some hundreds becomes an integer, that of the terms' own.
 
 Such a chain keeps its last place while the squares' sum stays below 4^w, which M2's exponent shows afterwards: no
-square is negative. Then no partial sum of up to 2^10 deviations reaches 2^(w+5) either (Cauchy and Schwarz). 512 terms
-hold if they are as large as the largest that the probe saw. Where they have grown, the part since the last fold is
-added again with shorter chains; where a single term does not hold, it is not finite, or outside its window, or so near
-to its end that the reference has to tell.
+square is negative. Then no partial sum of 512 deviations reaches 2^(w+5) either (Cauchy and Schwarz). 512 terms hold if
+they are as large as the largest that the probe saw. Where they have grown, the part since the last fold is added again
+with shorter chains, and so is the rest of the pass; where a single term does not hold, it is not finite, or outside its
+window, and the reference has to tell which.
 
 float64 data have a second fold, for what the first one rounds away, and go term by term: each is rounded on M1 = 3·2^w
 and M2 by itself, ties to even, and its bits are added.

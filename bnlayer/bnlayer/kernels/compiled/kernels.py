@@ -1,7 +1,8 @@
 """The compiled kernel set: the same functions as `reference`, and the same bits.
 
 Where values are not finite, or leave their window, the fast passes see it and say so; which channels it was, and which
-way, is then found by the reference. That happens at a step of a run that regrids, or at one that is lost anyway.
+way, is then found by the reference. That happens at a step of a run that regrids, at one that is lost anyway, or where
+a masked value that is not finite meets a gradient.
 
 Shape suffixes: A axes before the channels, C channels, B axes after them.
 """

@@ -28,7 +28,6 @@ from bnlayer.kernels.compiled.vectors import (
     LANES,
     LLVM_BYTE,
     LLVM_INT32,
-    LLVM_INT64,
     NUMBERS,
     VECTORS,
     WIDER,
@@ -250,20 +249,6 @@ def upper(typing: Any, value: Any) -> Any:
         return builder.ashr(args[0], constant(value, 32))
 
     return value(value), generate
-
-
-@_instruction
-def all_negative(typing: Any, value: Any) -> Any:
-    """Whether all of eight int64 are below 0."""
-    del typing
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        del context, sig
-        kind = ir.FunctionType(LLVM_INT64, [value.llvm])
-        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.and.v{LANES}i64")
-        return builder.icmp_signed("<", builder.call(function, args), ir.Constant(LLVM_INT64, 0))
-
-    return types.boolean(value), generate
 
 
 @_instruction
