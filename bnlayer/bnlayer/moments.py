@@ -219,8 +219,9 @@ class Moments:
         variance = (spread + delta * delta) * (n / divisor)
         rounded = mean.astype(precision.dtype)
         residual = ((grid.pivot_C - rounded.astype(np.float64)) + a) - delta
-        farthest = np.sqrt(n * (spread + 128.0 * grid.unit2_C)) + np.abs(delta) + precision.epsilon * np.abs(mean)
-        reach = exponent_above(farthest, precision.lowest) + 1
+        farthest = np.sqrt(n * (spread + 128.0 * grid.unit2_C))  # from the mean without e
+        from_mean = exponent_above(farthest + np.abs(delta) + precision.epsilon * np.abs(mean), precision.lowest) + 1
+        from_zero = exponent_above(farthest + np.abs(a), precision.lowest) + 1
         about_zero = (grid.pivot_C == 0) & (precision.folds == 1)
         return BatchStatistics(
             count=n,
@@ -233,7 +234,7 @@ class Moments:
             mean_share=mean * (e / divisor),
             pivot=np.where(about_zero, 0, rounded).astype(precision.dtype),
             pivot_residual=np.where(about_zero, mean, residual),
-            reach=np.where(about_zero, grid.exponent_C, reach),
+            reach=np.where(about_zero, np.minimum(grid.exponent_C, from_zero), from_mean),
             poisoned=self.not_finite_C | self.misfit_C,
         )
 

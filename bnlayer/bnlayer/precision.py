@@ -65,7 +65,7 @@ class Precision:
         return int(self.key(np.array([-np.inf], self.dtype))[0])
 
 
-SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 130, 5, 5, 8, 9, 16, 2.0**-23, 0x7FFF_FFFF)
+SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 130, 5, 5, 8, 9, 20, 2.0**-23, 0x7FFF_FFFF)
 DOUBLE = Precision(
     "float64", np.dtype(np.float64), 2, -480, 500, -480, 501, 3, 0, 8, 0, 20, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF
 )

@@ -82,11 +82,13 @@ def statistics(
         rows[4, c] = 1.0 / math.sqrt(variance + epsilon)
         rows[5, c] = ((pivot[c] - np.float64(rounded[c])) + a) - delta
         rows[6, c] = mean * (e / divisor)
-        farthest = math.sqrt(n * (spread + 128.0 * u2)) + abs(delta) + 2.0**-23 * abs(mean)
+        farthest = math.sqrt(n * (spread + 128.0 * u2))
+        from_mean = _exponent_above(farthest + abs(delta) + 2.0**-23 * abs(mean), lowest) + 1
+        from_zero = _exponent_above(farthest + abs(a), lowest) + 1
         about_zero = pivot[c] == 0.0
         about[c] = np.float32(0.0) if about_zero else rounded[c]
         rows[7, c] = mean if about_zero else rows[5, c]
-        reach[c] = w if about_zero else _exponent_above(farthest, lowest) + 1
+        reach[c] = min(w, from_zero) if about_zero else from_mean
         poisoned[c] = not_finite or misfit
     return again
 
