@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bnlayer
 from bnlayer.grid import Grid
 from bnlayer.kernels import kernels, reference
 from bnlayer.kernels.compiled import forward
@@ -160,3 +162,35 @@ def test_a_processor_without_fused_operations_gives_the_same_bits(tmp_path: Path
         check=False,
     )
     assert done.stdout == "True\n", done.stderr
+
+
+_COMPARED = """
+import numpy as np
+from bnlayer.grid import Grid
+from bnlayer.kernels import reference
+from bnlayer.kernels.compiled import kernels as compiled
+x = np.random.default_rng(0).normal(size=(16, 64, 1)).astype(np.float32)
+grid = Grid("float32", np.zeros(64), np.full(64, 8), True)
+print((compiled.moments(x, None, grid).words == reference.moments(x, None, grid).words).all())
+"""
+
+
+@pytest.mark.timeout(120)  # compiles twice
+def test_machine_code_of_another_release_is_not_used(tmp_path: Path) -> None:
+    """Numba looks at a kernel's own file alone: after a change in another one it went on with the old machine code."""
+    package = tmp_path / "bnlayer"
+    shutil.copytree(Path(bnlayer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def same() -> str:
+        command = [sys.executable, "-B", "-c", _COMPARED]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
+        return done.stdout.strip()
+
+    assert same() == "True"
+    release = package / "precision.py"
+    text = release.read_text(encoding="utf-8")
+    changed = text.replace("-148, 130, 5, 5,", "-148, 130, 5, 4,")
+    assert changed != text
+    release.write_text(changed, encoding="utf-8")
+    assert same() == "True"

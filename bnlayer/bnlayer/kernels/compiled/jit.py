@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from hashlib import blake2b
+from importlib.resources import files
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -18,6 +20,20 @@ LINE = 64  # bytes of a cache line
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _sources() -> bytes:
+    """A name of all that machine code is made from."""
+    digest = blake2b(digest_size=16)
+    package = files("bnlayer")
+    within = sorted((package / "kernels" / "compiled").iterdir(), key=lambda source: source.name)
+    for source in (package / "precision.py", *within):
+        if source.name.endswith(".py"):
+            digest.update(blake2b(source.name.encode() + b"\n" + source.read_bytes()).digest())
+    return digest.digest()
+
+
+_SOURCES = _sources()
+
+
 def kernel(function: F) -> F:
     """Compile a function when it is first called; it lets other threads run meanwhile.
 
@@ -26,9 +42,14 @@ def kernel(function: F) -> F:
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
-        return cast("F", njit(cache=True, **options)(function))
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # "no locator available": no folder for the cache
         return cast("F", njit(**options)(function))
+    # Numba knows machine code by the file that its kernel is in, whatever has changed in those that it inlines from.
+    index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)  # there is no public way
+    if index is not None:  # with NUMBA_DISABLE_JIT there is none
+        index._source_stamp = (index._source_stamp, _SOURCES)  # noqa: SLF001
+    return cast("F", compiled)
 
 
 def inlined(function: F) -> F:
