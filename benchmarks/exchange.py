@@ -213,10 +213,11 @@ def run_rank(given: argparse.Namespace) -> None:
 @contextmanager
 def started(*commands: tuple[str, ...]) -> Iterator[list[str]]:
     """Servers; yields the last word of each one's first line."""
-    processes = [
-        subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) for command in commands
-    ]
+    processes: list[subprocess.Popen[str]] = []
     try:
+        processes.extend(
+            subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) for command in commands
+        )
         yield [process.stdout.readline().split()[-1] for process in processes if process.stdout is not None]
     finally:
         for process in processes:

@@ -133,7 +133,7 @@ def step(settings: Settings) -> Figures:
         settings.say("step: TensorFlow is NOT INSTALLED; --tensorflow-python names an interpreter that has it")
         return found
     settings.say("step: ten layers in TensorFlow")
-    found |= steps_tensorflow.measure(settings.tensorflow_python, number // 2)
+    found |= steps_tensorflow.measure(settings.tensorflow_python, number // 2)  # each takes several of ours
     for ours in ("mpi", "service"):
         if f"step/{ours}" in found:
             found[f"step/tensorflow ÷ {ours}"] = found["step/tensorflow"] / found[f"step/{ours}"]

@@ -65,10 +65,16 @@ class Precision:
         return int(self.key(np.array([-np.inf], self.dtype))[0])
 
 
-SINGLE = Precision("float32", np.dtype(np.float32), 1, -160, 126, -148, 130, 5, 5, 8, 9, 20, 2.0**-23, 0x7FFF_FFFF)
+SINGLE = Precision(
+    name="float32", dtype=np.dtype(np.float32), folds=1, lowest=-160, highest=126, deviation_floor=-148,
+    deviation_ceiling=130, room=5, slack=5, gradient_room=8, gradient_slack=9, gradient_span=20, epsilon=2.0**-23,
+    sign=0x7FFF_FFFF,
+)  # fmt: skip
 DOUBLE = Precision(
-    "float64", np.dtype(np.float64), 2, -480, 500, -480, 501, 3, 0, 8, 0, 20, 2.0**-52, 0x7FFF_FFFF_FFFF_FFFF
-)
+    name="float64", dtype=np.dtype(np.float64), folds=2, lowest=-480, highest=500, deviation_floor=-480,
+    deviation_ceiling=501, room=3, slack=0, gradient_room=8, gradient_slack=0, gradient_span=20, epsilon=2.0**-52,
+    sign=0x7FFF_FFFF_FFFF_FFFF,
+)  # fmt: skip
 
 
 # Asked several times in an exchange, and NumPy computes a dtype's name anew each time.

@@ -11,8 +11,8 @@ added to, if M were a sum already. The float32 sums have none, so that terms may
     v·(1 − 2^-53)    with v = m·2^k, m odd, is an odd multiple of 2^(k − 53); half a unit is at least 2^(w − 52), k < w
     d·d              with d = m·2^k, m odd, is an odd multiple of 2^(2k); half a unit is 2^(2w − 53), an odd power
     g'·h             with g' the float64 next to g towards 0, whose last bit is odd, is an odd multiple of
-                     2^(e − 53 + k) for 2^(e−1) < |g| < 2^e and h = m·2^k, m odd; half a unit is 2^(wA + wX − 52),
-                     and e ≤ wA, k < wX
+                     2^(e − 53 + k) for 2^(e−1) < |g| < 2^e and h = m·2^k, m odd; half a unit is at least
+                     2^(wA + wX − 52), and e ≤ wA, k < wX
 
 g' = fl(g·(1 − 2^-53)), and for factors of 24 digits g'·h is rounded as g·h, but that ties go towards 0. The two differ
 by less than half a unit, and by less than a sixteenth of the last place of g·h: no half-way point lies between them, a

@@ -51,6 +51,28 @@ def _square_error(d: Any, square: Any, splitter: Any) -> Any:
 
 
 @inlined
+def _magics(places: Array, at: int, height: int) -> tuple[float, float, float, float]:
+    """What the terms of one place are added to: M of both sums, then those of their second folds."""
+    return (
+        number(places[where_is(at, magic(0, 0), height)]),
+        number(places[where_is(at, magic(0, 1), height)]),
+        number(places[where_is(at, magic(1, 0), height)]),
+        number(places[where_is(at, magic(1, 1), height)]),
+    )
+
+
+@inlined
+def _add(
+    places: Array, at: int, height: int, first: float, second: float, first_fine: float, second_fine: float
+) -> None:
+    """Add the bits of rounded terms to the sums of one place."""
+    places[where_is(at, sums(0, 0), height)] += bits(first)
+    places[where_is(at, sums(0, 1), height)] += bits(second)
+    places[where_is(at, sums(1, 0), height)] += bits(first_fine)
+    places[where_is(at, sums(1, 1), height)] += bits(second_fine)
+
+
+@inlined
 def add_deviations(
     x: Array, starts: Any, mask: Any, first: int, stride: int, steps: int, at: int, places: Array, numbers: Array,
     height: int, count: Any, odd: Any,
@@ -97,18 +119,12 @@ def add_deviations(
 @inlined
 def add_deviation(d: float, at: int, places: Array, height: int, odd: Array) -> None:
     """Add one deviation and its square to one place."""
-    m1 = number(places[where_is(at, magic(0, 0), height)])
-    m2 = number(places[where_is(at, magic(0, 1), height)])
-    m1_fine = number(places[where_is(at, magic(1, 0), height)])
-    m2_fine = number(places[where_is(at, magic(1, 1), height)])
+    m1, m2, m1_fine, m2_fine = _magics(places, at, height)
     square = d * d
     s, t = d + m1, square + m2
     odd[0] |= bits(t) ^ bits(m2)
     rest = (square - (t - m2)) + _square_error(d, square, _SPLITTER)
-    places[where_is(at, sums(0, 0), height)] += bits(s)
-    places[where_is(at, sums(0, 1), height)] += bits(t)
-    places[where_is(at, sums(1, 0), height)] += bits(d - (s - m1) + m1_fine)
-    places[where_is(at, sums(1, 1), height)] += bits(rest + m2_fine)
+    _add(places, at, height, s, t, d - (s - m1) + m1_fine, rest + m2_fine)
 
 
 @inlined
@@ -153,13 +169,7 @@ def add_products(
 @inlined
 def add_product(g: float, h: float, at: int, places: Array, height: int) -> None:
     """Add one gradient and its product with a deviation to one place."""
-    m_a = number(places[where_is(at, magic(0, 0), height)])
-    m_b = number(places[where_is(at, magic(0, 1), height)])
-    m_a_fine = number(places[where_is(at, magic(1, 0), height)])
-    m_b_fine = number(places[where_is(at, magic(1, 1), height)])
+    m_a, m_b, m_a_fine, m_b_fine = _magics(places, at, height)
     product = g * h
     a, b = g + m_a, product + m_b
-    places[where_is(at, sums(0, 0), height)] += bits(a)
-    places[where_is(at, sums(0, 1), height)] += bits(b)
-    places[where_is(at, sums(1, 0), height)] += bits(g - (a - m_a) + m_a_fine)
-    places[where_is(at, sums(1, 1), height)] += bits(product - (b - m_b) + m_b_fine)
+    _add(places, at, height, a, b, g - (a - m_a) + m_a_fine, product - (b - m_b) + m_b_fine)

@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from bnlayer.kernels.compiled.jit import LINE, inlined
 from bnlayer.kernels.compiled.simd import broadcast, load, number, store, upper
 from bnlayer.kernels.compiled.vectors import LANES
+from bnlayer.precision import SINGLE
 
 Array = NDArray[Any]
 
-# Terms between two folds. Each is below 2^52, so that so many integers stay below 2^61; chains hold as many while
-# values are about as large as when they were probed (`bnlayer.grid`).
-LONGEST = 2**9
-# By how much fewer they become where a chain did not hold.
+# Terms between two folds: as many as the units of gradients leave room for, and fewer than 4^slack, for which those of
+# deviations do while their squares hold. Integers, each below 2^52, have room for 2^11.
+LONGEST = 2**SINGLE.gradient_slack
+# By how much fewer they become where a chain of squares did not hold.
 SHORTER = 4
 # Elements ahead of which cache lines are asked for, a step's worth at a step: rows side by side are more streams than
 # prefetchers follow, and a row of 128 channels is over before they have seen where it goes.

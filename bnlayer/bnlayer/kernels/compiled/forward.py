@@ -222,6 +222,25 @@ def _begin_again(places: Array, height: int, mask: Any, folds: int) -> None:
 
 
 @inlined
+def _settled(
+    places: Array, height: int, mask: Any, fine: Any, odd: Array, totals: Array, count: Array, terms: int
+) -> bool:
+    """Fold what was added since the last time, if it held, or forget it; whether it did.
+
+    Args:
+        terms: how many there were for each place.
+    """
+    folds = 1 if fine is None else 2
+    held = _held(places, height, fine, odd)
+    if held:
+        fold(places, height, folds, totals, 0 if fine is None else terms)
+        _count(places, height, mask, count)
+    else:
+        _begin_again(places, height, mask, folds)
+    return held
+
+
+@inlined
 def _rows(
     x: Array, starts: Any, mask: Any, fine: Any, first: int, last: int, centred: bool, width: int, places: Array,
     chains: Array, height: int, odd: Array,
@@ -277,25 +296,19 @@ def moments_of_rows(
             _rows(x, starts, mask, fine, first, last, True, width, places, chains, height, odd)
         else:
             _rows(x, starts, mask, fine, first, last, False, width, places, chains, height, odd)
-        if not _held(places, height, fine, odd):
-            if longest == 1 or fine is not None:
-                return False
+        if _settled(places, height, mask, fine, odd, totals, count, last - first):
+            first = last
+        elif longest == 1 or fine is not None:
+            return False
+        else:
             longest = max(longest // SHORTER, 1)
-            _begin_again(places, height, mask, folds)
-            continue
-        fold(places, height, folds, totals, 0 if fine is None else last - first)
-        _count(places, height, mask, count)
-        first = last
     rest = x.size - rows * width if starts is None else 0
     for c in range(rest):
         _one(x, mask, fine, rows * width + c, c, places, height, odd)
         if fine is not None:
             discount(places, height, c)
-    if rest:
-        if not _held(places, height, fine, odd):
-            return False
-        fold(places, height, folds, totals, 0)
-        _count(places, height, mask, count)
+    if rest and not _settled(places, height, mask, fine, odd, totals, count, 0):
+        return False
     gather(totals, 1, repeats, words)
     channels = words.shape[1]
     for c in range(channels):
@@ -352,15 +365,13 @@ def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Arra
             _runs(x, mask, fine, first, last, begun, end, length, True, places, chains, height, odd)
         else:
             _runs(x, mask, fine, first, last, begun, end, length, False, places, chains, height, odd)
-        if not _held(places, height, fine, odd):
-            if longest == 1 or fine is not None:
-                return False
+        terms = (end - begun) // LANES * (last - first)
+        if _settled(places, height, mask, fine, odd, totals, count, terms):
+            first, begun = (last, 0) if end == length else (first, end)
+        elif longest == 1 or fine is not None:
+            return False
+        else:
             longest = max(longest // SHORTER, 1)
-            _begin_again(places, height, mask, folds)
-            continue
-        fold(places, height, folds, totals, 0 if fine is None else (end - begun) // LANES * (last - first))
-        _count(places, height, mask, count)
-        first, begun = (last, 0) if end == length else (first, end)
     gather(totals, LANES, 1, words)
     for c in range(channels):
         words[-2, c] = images * length

@@ -26,7 +26,7 @@ def _sources() -> bytes:
     package = files("bnlayer")
     within = sorted((package / "kernels" / "compiled").iterdir(), key=lambda source: source.name)
     for source in (package / "precision.py", *within):
-        if source.name.endswith(".py"):
+        if source.name.endswith(".py") and source.is_file():
             digest.update(blake2b(source.name.encode() + b"\n" + source.read_bytes()).digest())
     return digest.digest()
 

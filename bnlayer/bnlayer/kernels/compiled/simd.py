@@ -2,7 +2,8 @@
 
 LLVM's own vectorizer gives up silently: on a descending loop, on an index that may be negative, on more arrays than it
 cares to compare for overlap; the kernel is then four to seven times slower. These types have no such moods. Eight is
-the width of AVX-512 in float64; LLVM makes two or four narrower instructions of one where the machine has less.
+the width of AVX-512 in float64; LLVM makes two or four narrower instructions of one where the machine has less. Some
+passes go by halves, of four.
 
 A vector is a Numba type of its own, known to + − × | & ^; `load` and `store` move it. The functions below take scalars
 too, so that one formula serves the vectors and the few elements that are left over.
@@ -47,45 +48,40 @@ def _address(context: Any, builder: Any, sig: Any, args: Any, element: Any) -> A
     return builder.bitcast(builder.gep(array.data, [args[1]]), element.as_pointer())
 
 
+def _loaded(array: Any, vector: Vector, *, volatile: bool = False) -> Any:
+    """A vector of a contiguous array's elements, from an index on."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        loaded = builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
+        if volatile:
+            loaded.opname = "load volatile"
+        return loaded
+
+    return vector(array, types.intp), generate
+
+
 @_instruction
 def load(typing: Any, array: Any, index: Any) -> Any:
     """The eight elements of a contiguous array from an index on."""
     del typing, index
-    vector = VECTORS[array.dtype]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
-
-    return vector(array, types.intp), generate
+    return _loaded(array, VECTORS[array.dtype])
 
 
 @_instruction
 def load_half(typing: Any, array: Any, index: Any) -> Any:
     """The four elements of a contiguous array from an index on."""
     del typing, index
-    vector = HALVES[array.dtype]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
-
-    return vector(array, types.intp), generate
+    return _loaded(array, HALVES[array.dtype])
 
 
 @_instruction
 def load_again(typing: Any, array: Any, index: Any) -> Any:
-    """As `load`, where the same elements are loaded by halves too: neither is made of the other.
+    """As `load`, where the same elements are loaded by halves too, before it: neither is made of the other.
 
     A float32 is widened as it is loaded, for less than it takes to cut it out of a register.
     """
     del typing, index
-    vector = VECTORS[array.dtype]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        loaded = builder.load(_address(context, builder, sig, args, vector.llvm), align=array.dtype.bitwidth // 8)
-        loaded.opname = "load volatile"
-        return loaded
-
-    return vector(array, types.intp), generate
+    return _loaded(array, VECTORS[array.dtype], volatile=True)
 
 
 def _half(value: Any, first: int) -> Any:
