@@ -30,7 +30,7 @@ def test_the_launchers_ranks(alone: Trained, workers: int, tmp_path: Path) -> No
 
 def test_mpiexecs_own_ranks(alone: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`mpiexec -n 3 bnlayer train`: the command is a rank, and one rank alone shows and writes."""
-    for name, value in environment(Vendor.OPEN_MPI, 99, {}).items():  # MPICH reads none of these
+    for name, value in environment(Vendor.OPEN_MPI, 99, tmp_path, {}).items():  # MPICH reads none of these
         monkeypatch.setenv(name, value)
     run = trained(tmp_path, *FIFTY_STEPS, before=[Path(sys.prefix, "bin", "mpiexec"), "-n", "3"])
     assert (run.summary["transport"], run.summary["world_size"]) == ("mpi", 3)

@@ -334,6 +334,8 @@ def play(ending: Ending, transport: str, folder: Path) -> None:
         out, err = job.out.all(), job.err.all()
         assert code == ending.code, (out, err)
         assert left == []
+        # An Open MPI's mpiexec that was killed left its session here; the next with its pid did not start.
+        assert list(job.temporary.iterdir()) == []
         assert ending.shows(out), (out, err)
         for pattern in ending.says:
             assert re.search(f"^bnlayer(?: launch)?: (?:launch: )?{re.escape(pattern)}", err, re.MULTILINE), err

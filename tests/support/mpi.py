@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,12 @@ class Job:
     ) -> None:
         mpiexec = Path(sys.prefix, "bin", "mpiexec")
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+        self._temporary = tempfile.TemporaryDirectory(prefix="ranks-")
+        session = {"PRTE_MCA_prte_local_tmpdir_base": self._temporary.name}  # Open MPI's, which it leaves when killed
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
         self._process = subprocess.Popen(
             [mpiexec, "-n", str(world_size), sys.executable, *arguments],
-            env={**inherited, **_OPEN_MPI, "PYTHONPATH": path, **(environ or {})},
+            env={**inherited, **_OPEN_MPI, **session, "PYTHONPATH": path, **(environ or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -65,6 +68,7 @@ class Job:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
+        self._temporary.cleanup()
 
     def wait(self, limit_s: float) -> Ended:
         """Wait for the job's end.

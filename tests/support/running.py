@@ -70,6 +70,9 @@ class Running:
         options: of the launcher.
         logs: the log folder.
         hangs_up: whether its stdout is closed after the first line.
+
+    Attributes:
+        temporary: where it and all that it starts keep their temporary files.
     """
 
     def __init__(
@@ -78,11 +81,13 @@ class Running:
         mark = secrets.token_hex(8)
         self._mark = f"{_MARK}={mark}".encode()
         environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
+        self.temporary = Path(f"{logs}.tmp")
+        self.temporary.mkdir()
         self.ranks = ranks
         self.process = subprocess.Popen(
             # A test run under nohup hands down an ignored SIGHUP, which a launcher would respect.
             ["env", "--default-signal=HUP", *arguments(ranks, *command, options=[*options, f"--log-dir={logs}"])],
-            env={**environ, _MARK: mark, "LOGS": str(logs)},
+            env={**environ, _MARK: mark, "LOGS": str(logs), "TMPDIR": str(self.temporary)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

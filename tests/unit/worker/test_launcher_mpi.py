@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from bnworker.launcher import mpi
 from bnworker.launcher.mpi import Vendor
+
+_FOLDER = Path("/launch")
 
 
 @pytest.mark.parametrize(
@@ -27,22 +30,22 @@ def test_vendor(text: str, vendor: Vendor) -> None:
 
 def test_mpich_needs_nothing() -> None:
     """Variables that nothing reads would only mislead."""
-    assert mpi.environment(Vendor.MPICH, 99, {}) == {}
+    assert mpi.environment(Vendor.MPICH, 99, _FOLDER, {}) == {}
 
 
 def test_open_mpi_beyond_the_cores() -> None:
     """More ranks than cores must be allowed, and must not spin; what the user set is left alone."""
     many = len(os.sched_getaffinity(0)) + 1
-    needed = mpi.environment(Vendor.OPEN_MPI, many, {"OMPI_MCA_mpi_yield_when_idle": "0"})
+    needed = mpi.environment(Vendor.OPEN_MPI, many, _FOLDER, {"OMPI_MCA_mpi_yield_when_idle": "0"})
     assert needed["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
     assert "OMPI_MCA_mpi_yield_when_idle" not in needed
-    assert "PRTE_MCA_rmaps_default_mapping_policy" not in mpi.environment(Vendor.OPEN_MPI, 1, {})
+    assert "PRTE_MCA_rmaps_default_mapping_policy" not in mpi.environment(Vendor.OPEN_MPI, 1, _FOLDER, {})
 
 
 def test_open_mpi_as_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Root, and root alone, is allowed."""
     both = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert mpi.environment(Vendor.OPEN_MPI, 1, {}) == both
+    assert both.items() <= mpi.environment(Vendor.OPEN_MPI, 1, _FOLDER, {}).items()
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert mpi.environment(Vendor.OPEN_MPI, 1, {}) == {}
+    assert not both.keys() & mpi.environment(Vendor.OPEN_MPI, 1, _FOLDER, {}).keys()

@@ -50,11 +50,18 @@ def vendor(version_text: str) -> Vendor:
     return Vendor.MPICH if any(name in text for name in ("hydra", "mpich")) else Vendor.OTHER
 
 
-def environment(vendor: Vendor, ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that this mpiexec needs in addition."""
+def environment(vendor: Vendor, ranks: int, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that this mpiexec needs in addition.
+
+    Open MPI's mpiexec keeps files of its session in `ompi.PID`. One that is killed leaves them, and the next that has
+    its pid ends with "The PMIx server's listener thread failed to start": so they are kept in the launch's own folder.
+    """
     if vendor is not Vendor.OPEN_MPI:
         return {}
-    needed: dict[str, str] = {}
+    needed = {
+        "PRTE_MCA_prte_local_tmpdir_base": str(folder),  # version 5
+        "OMPI_MCA_orte_local_tmpdir_base": str(folder),  # version 4
+    }
     if os.geteuid() == 0:
         needed |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if ranks > len(os.sched_getaffinity(0)):

@@ -166,7 +166,7 @@ def start_mpiexec(job: Job, folder: Path, environ: Mapping[str, str]) -> subproc
     for rank in range(job.ranks):
         for name in ("out", "err", "end"):
             os.mkfifo(folder / f"{rank}.{name}", 0o600)
-    needed = mpi.environment(mpi.vendor(mpi.version(mpiexec)), job.ranks, environ)
+    needed = mpi.environment(mpi.vendor(mpi.version(mpiexec)), job.ranks, folder, environ)
     shim = [sys.executable, "-I", "-S", str(_HERE / "mpirank.py"), str(folder), str(job.ranks)]
     command = [mpiexec, "-n", str(job.ranks), *shim, *job.command]
     return _start(command, {**environ, **needed}, subprocess.PIPE)
