@@ -10,6 +10,7 @@ whatever else the machine does meets all of them alike. A number is the median o
   grpc        the same over one bidirectional gRPC stream per rank, asyncio server, a message of bytes each way
   service     world.exchange over the statistics service, in memory alone
   journal     the same with --state-dir: every exchange is written before it is answered
+  stream      the same as service over gRPC alone: what ranks on other machines do
   layer       a training call of a layer on 8 rows, over the service without a state directory
 """
 
@@ -47,7 +48,7 @@ from bnworker.transports.service import ServiceTransport
 
 _ROWS = 6  # words per channel, float32
 _METHOD = "/echo/Exchange"
-_WAYS = ("socket", "grpc", "service", "journal", "layer")
+_WAYS = ("socket", "grpc", "service", "stream", "journal", "layer")
 
 
 # ---- the two servers to compare with ----
@@ -149,9 +150,12 @@ def by_grpc(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
     return exchange
 
 
-def by_service(address: str, rank: int, ranks: int, words: NDArray[np.int64]) -> tuple[Callable[[], None], World]:
+def by_service(
+    address: str, rank: int, ranks: int, words: NDArray[np.int64], *, local_socket: bool = True
+) -> tuple[Callable[[], None], World]:
     """One exchange of a layer's sums, without the layer."""
-    world = World(ServiceTransport(address, "bench", rank, ranks), install=False)
+    job = "bench" if local_socket else "bench-stream"
+    world = World(ServiceTransport(address, job, rank, ranks, local_socket=local_socket), install=False)
     layer = BatchNormalization(synchronized=True, name="a", collective=world)
     x = np.random.default_rng(rank).normal(size=(8, words.shape[1])).astype(np.float32)
     layer(x, training=True)
@@ -183,12 +187,14 @@ def run_rank(given: argparse.Namespace) -> None:
     words = np.ones((_ROWS, given.channels), np.int64)
     where = json.loads(given.where)
     service, one = by_service(where["service"], given.rank, given.ranks, words)
-    journal, two = by_service(where["journal"], given.rank, given.ranks, words)
-    layer, three = by_layer(where["service"], given.rank, given.ranks, given.channels)
+    stream, two = by_service(where["service"], given.rank, given.ranks, words, local_socket=False)
+    journal, three = by_service(where["journal"], given.rank, given.ranks, words)
+    layer, four = by_layer(where["service"], given.rank, given.ranks, given.channels)
     ways: dict[str, Callable[[], None]] = {
         "socket": by_socket(where["socket"], words),
         "grpc": by_grpc(where["grpc"], words),
         "service": service,
+        "stream": stream,
         "journal": journal,
         "layer": layer,
     }
@@ -202,7 +208,7 @@ def run_rank(given: argparse.Namespace) -> None:
                 blocks[name].append((time.perf_counter() - start) / given.exchanges)
     if given.rank == 0:
         print(json.dumps(blocks), flush=True)
-    for world in (one, two, three):
+    for world in (one, two, three, four):
         world.leave()
     os._exit(0)  # the bare stream of gRPC has no goodbye
 
@@ -257,15 +263,16 @@ def measure(given: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def figures(ranks: int, rounds: int) -> dict[str, float]:
-    """What the suite shows: service/R ranks/C=…/ and socket, grpc, exchange, journal; and the ratio that has a bar."""
+    """What the suite shows: service/R ranks/C=…/ and socket, grpc, exchange, stream, journal; and ratios."""
     found: dict[str, float] = {}
     for channels in (64, 256, 1024, 2048):
         given = argparse.Namespace(ranks=ranks, channels=channels, blocks=10, exchanges=max(10, rounds // 10))
         median = {name: statistics.median(seconds) for name, seconds in measure(given).items()}
         at = f"service/{ranks} ranks/C={channels}"
-        found |= {f"{at}/{name}": median[name] for name in ("socket", "grpc", "journal", "layer")}
+        found |= {f"{at}/{name}": median[name] for name in ("socket", "grpc", "stream", "journal", "layer")}
         found[f"{at}/exchange"] = median["service"]
         found[f"{at}/exchange ÷ socket"] = median["service"] / median["socket"]
+        found[f"{at}/stream ÷ socket"] = median["stream"] / median["socket"]
         found[f"{at}/journal ÷ exchange"] = median["journal"] / median["service"]
     return found
 

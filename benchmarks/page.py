@@ -93,6 +93,7 @@ def exchanges(document: Document) -> str:
         "MPI, the layer's door": "mpi/{} ranks/C={}/door",
         "MPI, a bare Iallreduce": "mpi/{} ranks/C={}/bare",
         "service, the layer's door": "service/{} ranks/C={}/exchange",
+        "service over gRPC alone": "service/{} ranks/C={}/stream",
         "raw Python sockets": "service/{} ranks/C={}/socket",
         "gloo all_reduce": "gloo/{} ranks/C={}/all_reduce",
     }

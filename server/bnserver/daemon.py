@@ -113,12 +113,12 @@ async def _serve(
         server = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-        address = f"{host}:{_bind(server, listen)}"
+        port = _bind(server, listen)
         await server.start()
         try:
-            await exchanges.open()
+            await exchanges.open(port)
             await _set_health(health_service, HealthCheckResponse.SERVING)
-            _announce(address, ready_file)
+            _announce(f"{host}:{port}", ready_file)
             await stop.wait()
             _log.info("stopping: telling every rank, saving every job")
             await _set_health(health_service, HealthCheckResponse.NOT_SERVING)

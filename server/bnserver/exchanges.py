@@ -21,6 +21,7 @@ import grpc.aio
 
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.failures import DETAILS_KEY, StatusParts, status_of
+from bnproto.frames import framed
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.attention import TICK_S, Attention
@@ -36,12 +37,13 @@ from bnserver.core.effects import (
     Settle,
     Straggling,
 )
-from bnserver.core.events import Event, Heartbeat, Lost, Stop, Tick
+from bnserver.core.events import Event, Heartbeat, Lost, Malformed, Stop, Tick
 from bnserver.core.members import Patience
 from bnserver.core.past import PastError
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.failpoints import Failpoints
+from bnserver.local import LocalSockets, Visitors
 from bnserver.store import Store, StoreError
 from bnserver.translation import Messages, Reader, Writer, failure_of
 
@@ -57,10 +59,22 @@ Saying = Callable[[bool], Coroutine[Any, Any, None]]
 
 @dataclass(slots=True)
 class _Outbox:
-    """What one stream's writer has to send; a status, or None for a clean end, is the last of it."""
+    """What one stream's writer has to send; a status, or None for a clean end, is the last of it.
 
+    Attributes:
+        reader: of what the stream's rank sends, on whichever way.
+        local: whether its latest request came on its local socket.
+    """
+
+    reader: Reader
     queue: asyncio.Queue[pb.ExchangeResponse | StatusParts | None] = field(default_factory=asyncio.Queue)
     generation: int = 0
+    local: bool = False
+
+    def goes_on(self, local: bool) -> None:
+        """Requests come on the other way from now on: what has begun on this one is said there, from the begin."""
+        self.local = local
+        self.reader.forget()
 
 
 class Exchanges(rpc.StatisticsServiceServicer):
@@ -96,9 +110,13 @@ class Exchanges(rpc.StatisticsServiceServicer):
         self._tasks: set[asyncio.Task[None]] = set()
         self._saves: set[asyncio.Task[None]] = set()
         self._unsaved: dict[str, StoreError] = {}
+        self._sockets = LocalSockets(boot_id, Visitors(self._asked, self._garbled))
 
-    async def open(self) -> None:
+    async def open(self, port: int) -> None:
         """Load what was saved, and let ranks in.
+
+        Args:
+            port: that the service listens on.
 
         Raises:
             StoreError: a file is corrupt.
@@ -110,6 +128,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
             self._service = Service(pasts, self._patience, now)
         except PastError as error:
             raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
+        await self._sockets.open(port)
         self._ready.set()
         self._start(self._tick(), self._tasks)
 
@@ -123,6 +142,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
         for job in self._service.jobs:
             self._persist(job)
         await asyncio.gather(*self._saves)
+        self._sockets.close()
         for error in self._unsaved.values():
             raise error
 
@@ -130,8 +150,8 @@ class Exchanges(rpc.StatisticsServiceServicer):
         self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
     ) -> None:
         """One rank's stream, from join to leave."""
-        stream, outbox = next(self._numbers), _Outbox()
-        self._outboxes[stream] = outbox
+        stream = next(self._numbers)
+        outbox = self._outboxes[stream] = _Outbox(Reader(stream))
         reading = asyncio.create_task(self._read(stream, request_iterator))
         try:
             while True:
@@ -148,6 +168,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
         finally:
             reading.cancel()
             del self._outboxes[stream]
+            self._sockets.end(stream)
             self._dispatch(Lost(stream))
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
@@ -158,13 +179,27 @@ class Exchanges(rpc.StatisticsServiceServicer):
 
     async def _read(self, stream: int, requests: AsyncIterator[pb.ExchangeRequest]) -> None:
         await self._ready.wait()
-        reader = Reader(stream)
         async for request in requests:
-            event = reader.read(request)
-            if event is not None:
-                self._failpoints.reached("before-event")
-                self._dispatch(event)
+            self._take(stream, request, local=False)
         # It hung up without a goodbye; a connection that broke cancels `Exchange` instead.
+        self._hung_up(stream)
+
+    def _take(self, stream: int, request: pb.ExchangeRequest, *, local: bool) -> None:
+        outbox = self._outboxes[stream]
+        if outbox.local is not local and not request.HasField("heartbeat"):
+            outbox.goes_on(local)
+        event = outbox.reader.read(request)
+        if event is not None:
+            self._failpoints.reached("before-event")
+            self._dispatch(event)
+
+    def _asked(self, stream: int, request: pb.ExchangeRequest) -> None:
+        self._take(stream, request, local=True)
+
+    def _garbled(self, stream: int, text: str) -> None:
+        self._dispatch(Malformed(stream, text))
+
+    def _hung_up(self, stream: int) -> None:
         self._dispatch(Lost(stream))
         self._end(stream, None)
 
@@ -221,17 +256,32 @@ class Exchanges(rpc.StatisticsServiceServicer):
         _log.info("job %r, generation %d: %d ranks", effect.job, effect.generation, effect.world_size)
         for stream in effect.streams:
             self._outboxes[stream].generation = effect.generation
-        self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size))
+            invitation = self._sockets.invitation(stream)
+            self._send((stream,), self._writer.joined(effect.generation, effect.world_size, invitation))
 
     def _generation(self, streams: tuple[int, ...]) -> int:
         return next((self._outboxes[stream].generation for stream in streams if stream in self._outboxes), 0)
 
     def _send(self, streams: tuple[int, ...], messages: Messages) -> None:
+        data = b""
         for stream in streams:
             outbox = self._outboxes.get(stream)
-            if outbox is not None:
-                for message in messages:
-                    outbox.queue.put_nowait(message)
+            if outbox is None:
+                continue
+            if outbox.local and self._sockets.stands(stream):
+                data = data or b"".join(framed(message) for message in messages)
+                self._send_locally(stream, data)
+                continue
+            for message in messages:
+                outbox.queue.put_nowait(message)
+
+    def _send_locally(self, stream: int, data: bytes) -> None:
+        if self._failpoints.reached("before-reply"):
+            self._sockets.end(stream)
+            self._hung_up(stream)
+            return
+        self._sockets.send(stream, data)
+        self._failpoints.reached("after-reply")
 
     def _end(self, stream: int, status: StatusParts | None) -> None:
         outbox = self._outboxes.get(stream)

@@ -43,6 +43,10 @@ class Reader:
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
+    def forget(self) -> None:
+        """The parts that are missing don't come: what they belong to is said anew."""
+        self._waiting = None
+
     def _event(self, request: pb.ExchangeRequest) -> Event | None:
         kind = request.WhichOneof("message")
         if (kind == "join") is (self._alive is not None):
@@ -126,9 +130,11 @@ class Writer:
         self._lease_ms = round(patience.lease * 1000)
         self._durable = durable
 
-    def joined(self, generation: int, world_size: int) -> Messages:
+    def joined(self, generation: int, world_size: int, local_socket: pb.LocalSocket | None) -> Messages:
         """All ranks are there."""
-        message = pb.Joined(world_size=world_size, lease_ms=self._lease_ms, durable=self._durable)
+        message = pb.Joined(
+            world_size=world_size, lease_ms=self._lease_ms, durable=self._durable, local_socket=local_socket
+        )
         return [pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, joined=message)]
 
     def heartbeat(self) -> pb.HeartbeatResponse:

@@ -21,9 +21,11 @@ def address() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("world_size", "name"), [(world_size, name) for world_size in (1, 2, 3, 4) for name in names("service", world_size)]
 )
-def test_contract(address: str, world_size: int, name: str) -> None:
+@pytest.mark.parametrize("local_socket", [True, False], ids=["local", "stream"])
+def test_contract(address: str, world_size: int, name: str, local_socket: bool) -> None:
     """Each body passes on every rank, all ranks see the same, and a disagreement is told within a second."""
-    ranks, watches = run_threads(address, f"{name}-{world_size}", world_size, name)
+    job = f"{name}-{world_size}-{local_socket}"
+    ranks, watches = run_threads(address, job, world_size, name, local_socket=local_socket)
     for saw in ranks:
         if isinstance(saw, BaseException):
             raise saw

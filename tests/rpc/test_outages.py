@@ -16,13 +16,16 @@ import pytest
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnworker import World
+from bnworker.transports import service as service_transport
 from bnworker.transports.service import ServiceTransport
+from bnworker.transports.stream import Stream
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
 _HOST = socket.gethostname()
 _RANKS = 3
 _LAYERS = 5
+_ENOUGH = 10  # faults: with fewer the test does not test
 _SLACK_S = 1.0  # for a machine that does other things
 
 
@@ -119,6 +122,45 @@ def _free_port() -> int:
 
 
 # ---- what heals ----
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_local_sockets_and_connections_that_end_at_any_moment_change_nothing(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Of a rank that sends, waits or computes; a connection made anew has a local socket again, which ends as well."""
+    undisturbed = _job(serve().address, 40)
+    streams: list[Stream] = []
+
+    def kept(*arguments: Any, **options: Any) -> Stream:
+        streams.append(Stream(*arguments, **options))
+        return streams[-1]
+
+    monkeypatch.setattr(service_transport, "Stream", kept)
+    rng = np.random.default_rng(seed)
+    ended = {"socket": 0, "connection": 0}
+    over = threading.Event()
+
+    def break_things() -> None:
+        while not over.wait(float(rng.uniform(0, 0.01))):
+            stream = streams[rng.integers(len(streams))] if streams else None
+            connection = stream._connection if stream is not None else None
+            if connection is None or connection.local is None:
+                continue
+            if rng.random() < 0.5:
+                ended["socket"] += 1
+                connection.local.end()
+                over.wait(float(rng.uniform(0, 0.01)))
+            ended["connection"] += 1
+            connection.cut()
+
+    breaker = threading.Thread(target=break_things, daemon=True)
+    breaker.start()
+    disturbed = _job(serve("--away=10").address, 40)
+    over.set()
+    breaker.join()
+    assert disturbed == undisturbed
+    assert min(ended.values()) >= _ENOUGH, ended
 
 
 def test_cut_connections_heal(serve: Callable[..., Any]) -> None:

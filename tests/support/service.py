@@ -33,14 +33,16 @@ def daemon(*arguments: str) -> Iterator[str]:
                 process.kill()
 
 
-def run_threads(address: str, job: str, world_size: int, name: str) -> tuple[list[Any], list[Watch]]:
+def run_threads(
+    address: str, job: str, world_size: int, name: str, *, local_socket: bool
+) -> tuple[list[Any], list[Watch]]:
     """Run a body of the contract on ranks that are threads; what each saw or raised, and when, in rank order."""
     results: list[Any] = [AssertionError("this rank hangs")] * world_size
     watches = [Watch()] * world_size
 
     def rank(number: int) -> None:
         try:
-            transport = ServiceTransport(address, job, number, world_size, timeout=15)
+            transport = ServiceTransport(address, job, number, world_size, timeout=15, local_socket=local_socket)
             watches[number] = watch(transport)
             with World(transport, install=False) as world:
                 results[number] = BODIES[name].run(world)

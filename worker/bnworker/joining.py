@@ -36,7 +36,8 @@ def join(
     Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
     `BNLAYER_JOB`, `BNLAYER_TOKEN` (or `BNLAYER_TOKEN_FILE`), `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
     then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; MPI's
-    variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`.
+    variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`. A service on this machine is
+    reached over a local socket as well; `BNLAYER_LOCAL_SOCKET=0` does without.
 
     Args:
         transport: "alone", "mpi" or "service".
@@ -88,7 +89,15 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
     token = chosen.token
     if chosen.token_file is not None:
         token = Path(chosen.token_file).read_text(encoding="utf-8").strip()
-    return ServiceTransport(chosen.address, chosen.job, chosen.rank, chosen.world_size, token=token, timeout=timeout)
+    return ServiceTransport(
+        chosen.address,
+        chosen.job,
+        chosen.rank,
+        chosen.world_size,
+        token=token,
+        timeout=timeout,
+        local_socket=chosen.local_socket,
+    )
 
 
 def _opened_mpi(chosen: Plan, timeout: float, deterministic: bool) -> Transport:

@@ -31,6 +31,7 @@ class Plan:
         job: the job's name at the service.
         token: the job's token.
         token_file: a file that holds it.
+        local_socket: whether to go around gRPC where the service is on this machine.
         reason: why this transport and this rank, in words, for the log.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     job: str | None = None
     token: str | None = None
     token_file: str | None = None
+    local_socket: bool = True
 
 
 def plan(
@@ -96,7 +98,10 @@ def plan(
     _refuse_address(str(address))
     token = token if token is not None else environ.get("BNLAYER_TOKEN")
     token_file = environ.get("BNLAYER_TOKEN_FILE") if token is None else None
-    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, token, token_file)
+    local = environ.get("BNLAYER_LOCAL_SOCKET") or "1"
+    if local not in ("0", "1"):
+        raise ValueError(f"BNLAYER_LOCAL_SOCKET: expected 0 or 1, received {local!r}.")
+    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, token, token_file, local == "1")
 
 
 def _transport(

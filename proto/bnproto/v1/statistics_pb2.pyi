@@ -15,6 +15,9 @@ Laws:
    when a status arrives.
 6. Whatever a rank repeats counts once: contributions and pushes carry numbers.
 7. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
+8. A rank on the service's machine may attach a local socket to its stream, and send the same requests there. An
+   answer comes the way that its request came, or on the stream if the socket has ended. How a stream ends is said on
+   the stream alone; its socket ends with it.
 """
 
 import builtins
@@ -155,6 +158,7 @@ class ExchangeRequest(google.protobuf.message.Message):
     PUSH_FIELD_NUMBER: builtins.int
     LEAVE_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    ATTACH_FIELD_NUMBER: builtins.int
     @property
     def join(self) -> Global___Join: ...
     @property
@@ -169,6 +173,8 @@ class ExchangeRequest(google.protobuf.message.Message):
     def leave(self) -> Global___Leave: ...
     @property
     def heartbeat(self) -> Global___Heartbeat: ...
+    @property
+    def attach(self) -> Global___Attach: ...
     def __init__(
         self,
         *,
@@ -179,12 +185,13 @@ class ExchangeRequest(google.protobuf.message.Message):
         push: Global___Push | None = ...,
         leave: Global___Leave | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        attach: Global___Attach | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["contribution", b"contribution", "heartbeat", b"heartbeat", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["attach", b"attach", "contribution", b"contribution", "heartbeat", b"heartbeat", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["contribution", b"contribution", "heartbeat", b"heartbeat", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attach", b"attach", "contribution", b"contribution", "heartbeat", b"heartbeat", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["join", "contribution", "part", "pull", "push", "leave", "heartbeat"]
+    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["join", "contribution", "part", "pull", "push", "leave", "heartbeat", "attach"]
     _WhichOneofArgType_message: typing_extensions.TypeAlias = typing.Literal["message", b"message"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -200,6 +207,7 @@ class ExchangeResponse(google.protobuf.message.Message):
     RESULT_FIELD_NUMBER: builtins.int
     PART_FIELD_NUMBER: builtins.int
     OWNED_FIELD_NUMBER: builtins.int
+    ATTACHED_FIELD_NUMBER: builtins.int
     boot_id: builtins.int
     """Names this run of the service: another number means that it was restarted."""
     generation: builtins.int
@@ -212,6 +220,8 @@ class ExchangeResponse(google.protobuf.message.Message):
     def part(self) -> Global___Part: ...
     @property
     def owned(self) -> Global___Owned: ...
+    @property
+    def attached(self) -> Global___Attached: ...
     def __init__(
         self,
         *,
@@ -221,12 +231,13 @@ class ExchangeResponse(google.protobuf.message.Message):
         result: Global___Result | None = ...,
         part: Global___Part | None = ...,
         owned: Global___Owned | None = ...,
+        attached: Global___Attached | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["joined", b"joined", "message", b"message", "owned", b"owned", "part", b"part", "result", b"result"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["attached", b"attached", "joined", b"joined", "message", b"message", "owned", b"owned", "part", b"part", "result", b"result"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["boot_id", b"boot_id", "generation", b"generation", "joined", b"joined", "message", b"message", "owned", b"owned", "part", b"part", "result", b"result"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attached", b"attached", "boot_id", b"boot_id", "generation", b"generation", "joined", b"joined", "message", b"message", "owned", b"owned", "part", b"part", "result", b"result"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["joined", "result", "part", "owned"]
+    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["joined", "result", "part", "owned", "attached"]
     _WhichOneofArgType_message: typing_extensions.TypeAlias = typing.Literal["message", b"message"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -349,22 +360,91 @@ class Joined(google.protobuf.message.Message):
     WORLD_SIZE_FIELD_NUMBER: builtins.int
     LEASE_MS_FIELD_NUMBER: builtins.int
     DURABLE_FIELD_NUMBER: builtins.int
+    LOCAL_SOCKET_FIELD_NUMBER: builtins.int
     world_size: builtins.int
     lease_ms: builtins.int
     """A rank that sends nothing for this long is taken for frozen; 0: never."""
     durable: builtins.bool
     """Whether the service keeps its jobs on disk, so that it is worth waiting for its return."""
+    @property
+    def local_socket(self) -> Global___LocalSocket:
+        """Where this rank may attach a local socket; absent: nowhere."""
+
     def __init__(
         self,
         *,
         world_size: builtins.int = ...,
         lease_ms: builtins.int = ...,
         durable: builtins.bool = ...,
+        local_socket: Global___LocalSocket | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["durable", b"durable", "lease_ms", b"lease_ms", "world_size", b"world_size"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["local_socket", b"local_socket"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["durable", b"durable", "lease_ms", b"lease_ms", "local_socket", b"local_socket", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Joined: typing_extensions.TypeAlias = Joined
+
+@typing.final
+class LocalSocket(google.protobuf.message.Message):
+    """A Unix stream socket beside a rank's stream. ExchangeRequests and ExchangeResponses travel there, each after its length
+    in 4 bytes, little-endian; an Attach comes first.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    TICKET_FIELD_NUMBER: builtins.int
+    PORT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """In the abstract namespace of Unix sockets, without its leading zero byte."""
+    ticket: builtins.bytes
+    """For Attach: says which stream the socket is for."""
+    port: builtins.int
+    """That the service listens on. A rank that was told another port is led through something in between, and stays
+    on its stream.
+    """
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        ticket: builtins.bytes = ...,
+        port: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["name", b"name", "port", b"port", "ticket", b"ticket"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___LocalSocket: typing_extensions.TypeAlias = LocalSocket
+
+@typing.final
+class Attach(google.protobuf.message.Message):
+    """Takes a local socket for a rank's stream; on local sockets alone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: builtins.int
+    ticket: builtins.bytes
+    def __init__(
+        self,
+        *,
+        ticket: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ticket", b"ticket"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Attach: typing_extensions.TypeAlias = Attach
+
+@typing.final
+class Attached(google.protobuf.message.Message):
+    """The socket was taken."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___Attached: typing_extensions.TypeAlias = Attached
 
 @typing.final
 class Contribution(google.protobuf.message.Message):

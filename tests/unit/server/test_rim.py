@@ -15,6 +15,7 @@ from bnserver.core.events import Event, Join, Tick
 from bnserver.core.service import Service
 from bnserver.exchanges import Exchanges, _Outbox
 from bnserver.store import Store
+from bnserver.translation import Reader
 
 
 class _SlowStore(Store):
@@ -35,7 +36,7 @@ def test_a_goodbye_is_answered_after_what_came_before_it_is_saved(tmp_path: Path
         store = _SlowStore(tmp_path)
         exchanges = Exchanges(1, store)
         exchanges._service.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
-        outbox = exchanges._outboxes[1] = _Outbox()
+        outbox = exchanges._outboxes[1] = _Outbox(Reader(1))
         exchanges._perform(Persist("j"))
         exchanges._perform(Closed(1))
         for _ in range(10):
@@ -61,7 +62,7 @@ def test_a_fault_of_the_service_costs_one_stream(caplog: pytest.LogCaptureFixtur
     async def scene() -> StatusParts:
         exchanges = Exchanges(1, None)
         exchanges._service = _BrokenService()
-        outbox = exchanges._outboxes[1] = _Outbox()
+        outbox = exchanges._outboxes[1] = _Outbox(Reader(1))
         exchanges._dispatch(Tick())
         exchanges._dispatch(Join(1, "j", Peer(0), 1, 9.0, 9.0))
         status = await outbox.queue.get()

@@ -191,3 +191,16 @@ def test_a_plan_for_the_service_holds_all_of_it() -> None:
         "t",
         None,
     )
+
+
+@pytest.mark.parametrize(("said", "expected"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_the_local_socket_can_be_turned_off(said: str | None, expected: bool) -> None:
+    """BNLAYER_LOCAL_SOCKET=0 keeps a rank on its stream."""
+    environ = SERVICE | OURS | ({} if said is None else {"BNLAYER_LOCAL_SOCKET": said})
+    assert plan(environ).local_socket is expected
+
+
+def test_the_local_socket_is_on_or_off() -> None:
+    """Anything else is a mistake in a job's script."""
+    with pytest.raises(ValueError, match="BNLAYER_LOCAL_SOCKET: expected 0 or 1, received 'no'"):
+        plan(SERVICE | OURS | {"BNLAYER_LOCAL_SOCKET": "no"})

@@ -22,26 +22,27 @@ class Memory:
         generation: that it is in; 0 before all ranks have joined.
         answered: the number of the last contribution that was answered.
         versions: the owner's version of each layer, as of the last answer.
+        asked: what is not answered yet: a request, and the parts of its payload.
     """
 
     def __init__(self, join: pb.Join) -> None:
         self.generation = 0
         self.answered = 0
         self.versions: dict[str, int] = {}
+        self.asked: list[pb.ExchangeRequest] = []
         self._join = join
         self._boot_id = 0
         self._layer_answered = 0
-        self._asked: list[pb.ExchangeRequest] = []
         self._contributed: list[pb.ExchangeRequest] = []
 
     def asks(self, requests: list[pb.ExchangeRequest]) -> None:
         """It asks for something: a request, and the parts of its payload."""
-        self._asked = requests
+        self.asked = requests
 
     @property
     def leaves(self) -> bool:
         """Whether it has said goodbye."""
-        return bool(self._asked) and self._asked[0].HasField("leave")
+        return bool(self.asked) and self.asked[0].HasField("leave")
 
     def hears(self, response: pb.ExchangeResponse) -> bool:
         """It hears an answer, whole; returns whether that is news."""
@@ -53,7 +54,7 @@ class Memory:
             case "result":
                 return self._answers(response.result)
             case _:
-                self._asked = []
+                self.asked = []
                 return True
 
     def resumption(self) -> list[pb.ExchangeRequest]:
@@ -66,15 +67,15 @@ class Memory:
             join.resume.sequence = self.answered
             join.resume.layer_sequence = self._layer_answered
             join.resume.versions.update(self.versions)
-        return [pb.ExchangeRequest(join=join), *self._contributed, *self._asked]
+        return [pb.ExchangeRequest(join=join), *self._contributed, *self.asked]
 
     def _answers(self, result: pb.Result) -> bool:
-        if result.sequence <= self.answered or not self._asked or not self._asked[0].HasField("contribution"):
+        if result.sequence <= self.answered or not self.asked or not self.asked[0].HasField("contribution"):
             return False  # said twice, or to an exchange that was interrupted
-        contribution = self._asked[0].contribution
+        contribution = self.asked[0].contribution
         self.answered = result.sequence
         if contribution.HasField("layer"):
             self._layer_answered = result.sequence
             self.versions[contribution.layer] = result.version
-        self._contributed, self._asked = self._asked, []
+        self._contributed, self.asked = self.asked, []
         return True

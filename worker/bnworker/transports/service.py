@@ -17,7 +17,8 @@ from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.stream import Answer, Stream
+from bnworker.transports.answers import Answer
+from bnworker.transports.stream import Stream
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class ServiceTransport:
         rank, world_size: who this process is.
         token: the job's, where the service asks for one.
         timeout: seconds that joining, and each exchange, may take.
+        local_socket: whether to exchange over a local socket where the service is on this machine.
 
     Raises:
         ServiceError: nobody listens there, or the service refuses.
@@ -50,6 +52,7 @@ class ServiceTransport:
         *,
         token: str | None = None,
         timeout: float = 300.0,
+        local_socket: bool = True,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -66,7 +69,7 @@ class ServiceTransport:
             timeout_ms=max(1, round(timeout * 1000)),
             incarnation=secrets.randbits(63) + 1,
         )
-        self._stream = Stream(address, join, timeout)
+        self._stream = Stream(address, join, timeout, local_socket=local_socket)
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""

@@ -4,9 +4,11 @@ Laws of this room:
 1. Every wait ends: with an answer, with the service's reason, or by the deadline.
 2. A connection that breaks is made anew, and the conversation goes on where it was; the service may have been started
    again meanwhile. What the service says of a failure ends the conversation for good; later waits raise the same.
-3. The caller's thread waits in a queue and nowhere else. Ctrl-C reaches it there, whereas an interrupt within gRPC
-   can leave gRPC's locks taken, and then closing hangs (grpc issue 40834). A thread of the stream's own talks to
-   gRPC.
+3. The caller's thread waits in a queue, or for a local socket, and nowhere else. Ctrl-C reaches it there, whereas an
+   interrupt within gRPC can leave gRPC's locks taken, and then closing hangs (grpc issue 40834). A thread of the
+   stream's own talks to gRPC.
+4. Where a local socket ends, what is not answered is asked again on the stream; how the conversation ends is heard
+   there alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
@@ -23,12 +24,14 @@ from threading import Event, Lock, Thread
 import grpc
 
 from bnlayer.errors import CollectiveError, ServiceError
-from bnproto.arrays import Joining
+from bnproto.arrays import WireError
 from bnproto.channel import CLIENT_OPTIONS
 from bnproto.failures import DETAILS_KEY, error_of, failure_in
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnworker.transports.answers import Answer, Whole
 from bnworker.transports.heart import Heart
+from bnworker.transports.local import LocalSocket, attached
 from bnworker.transports.memory import Memory
 
 _PATIENCE_S = 2.0  # a service that listens answers sooner; then the log says what we wait for
@@ -47,26 +50,25 @@ _NOBODY_S = 0.5
 _log = logging.getLogger("bnworker")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A response, and all bytes of its payload."""
-
-    response: pb.ExchangeResponse
-    data: bytes | bytearray
-
-
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """One connection: what is to be sent, and what gRPC knows of it."""
+    """One connection: what is to be sent, what gRPC knows of it, and its local socket where it has one."""
 
     channel: grpc.Channel
     requests: SimpleQueue[pb.ExchangeRequest | None] = field(default_factory=SimpleQueue)
     call: grpc.Call | None = None
+    local: LocalSocket | None = None
 
     def cut(self) -> None:
         """End it: whoever listens to it hears so."""
         if self.call is not None:
             self.call.cancel()
+        self.end_local()
+
+    def end_local(self) -> None:
+        """End its local socket."""
+        if self.local is not None:
+            self.local.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Stream:
         address: of the service, HOST:PORT.
         join: how this rank takes its place.
         timeout: seconds to wait for all ranks, and afterwards for each answer.
+        local_socket: whether to exchange over a local socket where the service is on this machine.
 
     Raises:
         ServiceError: nobody listens there.
@@ -93,8 +96,10 @@ class Stream:
         memory: what this rank knows of the conversation.
     """
 
-    def __init__(self, address: str, join: pb.Join, timeout: float) -> None:
+    def __init__(self, address: str, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
         self.memory = Memory(join)
+        self._locals = local_socket
+        self._local: LocalSocket | None = None  # that the latest request went out on
         self._address = address
         self._timeout = timeout
         self._outage_s = timeout
@@ -115,14 +120,29 @@ class Stream:
             self.close(None)
             raise
 
+    @property
+    def local(self) -> bool:
+        """Whether the next request goes around gRPC, on a local socket."""
+        connection = self._connection
+        return connection is not None and connection.local is not None
+
     def ask(self, request: pb.ExchangeRequest, parts: list[pb.Part] | None = None) -> None:
         """Send a request that is answered, and the parts of its payload."""
         requests = [request, *(pb.ExchangeRequest(part=part) for part in parts or ())]
         with self._requests:
             self.memory.asks(requests)
-            if self._connection is not None:
-                for each in requests:
-                    self._connection.requests.put(each)
+            self._local = self._connection.local if self._connection is not None else None
+            if self._local is None:
+                self._ask_on_the_stream()
+                return
+            try:
+                self._local.send(requests, self._timeout)
+            except OSError:
+                self._without(self._local)
+                self._ask_on_the_stream()
+            except BaseException:  # an interrupt: some of it may have gone
+                self._without(self._local)
+                raise
 
     def receive(self) -> Answer:
         """The answer to what was asked.
@@ -162,13 +182,50 @@ class Stream:
         self._thread.join(_HANG_UP_S)
 
     def _hear(self, deadline: float) -> Answer | CollectiveError | None:
-        """What the stream's thread has to say next; None if it says nothing until the deadline."""
+        """What the service, or the stream's thread, has to say next; None if nothing until the deadline."""
         while (left := deadline - time.monotonic()) > 0:
+            if self._local is not None:
+                answer = self._hear_locally(self._local, min(left, _TURN_S))
+                if answer is not None:
+                    return answer
+                continue
             try:
                 return self._heard.get(timeout=min(left, _TURN_S))
             except Empty:
                 continue
         return None
+
+    def _hear_locally(self, local: LocalSocket, timeout: float) -> Answer | None:
+        """What the service answers on the local socket; None if nothing in time, or if it has ended."""
+        try:
+            answer = local.hear(timeout)
+        except (OSError, WireError):
+            with self._requests:
+                self._without(local)
+                self._ask_on_the_stream()
+            return None
+        except BaseException:  # an interrupt: what was received may be lost
+            with self._requests:
+                self._without(local)
+            raise
+        if answer is None:
+            return None
+        with self._requests:
+            news = self.memory.hears(answer.response)
+        return answer if news else None
+
+    def _without(self, local: LocalSocket) -> None:
+        """Go on without a local socket; the lock is held."""
+        local.end()
+        self._local = None
+        if self._connection is not None and self._connection.local is local:
+            self._connection.local = None
+
+    def _ask_on_the_stream(self) -> None:
+        """Ask there what is not answered; without a connection, the next one begins with it. The lock is held."""
+        if self._connection is not None:
+            for each in self.memory.asked:
+                self._connection.requests.put(each)
 
     # ---- what the stream's thread does: everything that waits within gRPC ----
 
@@ -213,12 +270,19 @@ class Stream:
                 connection.cut()
             self._heart.beats(stub, None, connection.cut)
             try:
-                for answer in _whole(responses):
-                    self._take(answer, stub, connection)
+                whole = Whole()
+                for response in responses:
+                    answer = whole.add(response)
+                    if answer is not None:
+                        self._take(answer, stub, connection)
                 return self._ended_by_service()
             except grpc.RpcError as error:
                 return self._explained(responses, error)
+            except WireError as error:
+                connection.cut()
+                return _Broke("INTERNAL", str(error))
         finally:
+            connection.end_local()  # whoever sends on it holds the lock
             with self._requests:
                 self._connection, self._stands = None, False
             self._heart.rest()
@@ -234,6 +298,10 @@ class Stream:
                 _log.warning("rank %d is back at the service at %s", self._heart.rank, self._address)
             self._heart.lease = lease
             self._heart.beats(stub, response.boot_id, connection.cut)
+            if self._locals:
+                local = attached(response.joined, response.boot_id, self._address)
+                with self._requests:
+                    connection.local = local
         self._heart.answers += 1
         with self._requests:
             news = self.memory.hears(response)
@@ -295,20 +363,3 @@ def _somebody_listens(address: str) -> bool:
     except (OSError, ValueError):  # whoever it is takes its time, or the address is none: gRPC says more
         return True
     return True
-
-
-def _whole(responses: Iterator[pb.ExchangeResponse]) -> Iterator[Answer]:
-    """The answers of a connection, each with its parts; one that breaks off is none."""
-    for response in responses:
-        payload = None
-        if response.HasField("result"):
-            payload = response.result.payload
-        elif response.HasField("owned"):
-            payload = response.owned.payload
-        if payload is None:
-            yield Answer(response, b"")
-            continue
-        joining = Joining(payload)
-        while not joining.complete:
-            joining.add(next(responses).part)
-        yield Answer(response, joining.data)

@@ -1,0 +1,43 @@
+"""Answers of the service, put together from the messages in which they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bnproto.arrays import Joining, WireError
+from bnproto.v1 import statistics_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response, and all bytes of its payload."""
+
+    response: pb.ExchangeResponse
+    data: bytes | bytearray
+
+
+class Whole:
+    """Puts the parts of an answer together."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[pb.ExchangeResponse, Joining] | None = None
+
+    def add(self, response: pb.ExchangeResponse) -> Answer | None:
+        """Hear a response; returns the answer that it completes.
+
+        Raises:
+            WireError: it is no part of the answer that has begun, or of none.
+        """
+        kind = response.WhichOneof("message")
+        if (kind == "part") is not (self._begun is not None):
+            raise WireError(f"expected {'a part' if self._begun else 'the begin'} of an answer, received {kind}")
+        if self._begun is not None:
+            first, joining = self._begun
+            joining.add(response.part)
+        else:
+            first = response
+            if kind not in ("result", "owned"):
+                return Answer(response, b"")
+            joining = Joining(response.result.payload if kind == "result" else response.owned.payload)
+        self._begun = None if joining.complete else (first, joining)
+        return Answer(first, joining.data) if joining.complete else None
