@@ -35,12 +35,12 @@ class Frames:
 
     def __init__(self, largest: int = LARGEST_BYTES) -> None:
         self.largest = largest
-        self._bytes = bytearray(_FIRST_ROOM)
+        self._bytes = bytearray(min(_FIRST_ROOM, _LENGTH.size + largest))
         self._start = 0
         self._stop = 0
 
     def room(self) -> memoryview:
-        """Where the next bytes go; never empty.
+        """Where the next bytes go; never empty, once all whole messages are taken.
 
         Raises:
             WireError: a message is announced that is larger than any.

@@ -21,7 +21,6 @@ import grpc.aio
 
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.failures import DETAILS_KEY, StatusParts, status_of
-from bnproto.frames import framed
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.attention import TICK_S, Attention
@@ -43,7 +42,7 @@ from bnserver.core.past import PastError
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.failpoints import Failpoints
-from bnserver.local import LocalSockets, Visitors
+from bnserver.local import Frame, LocalSockets, Visitors
 from bnserver.store import Store, StoreError
 from bnserver.translation import Messages, Reader, Writer, failure_of
 
@@ -62,19 +61,14 @@ class _Outbox:
     """What one stream's writer has to send; a status, or None for a clean end, is the last of it.
 
     Attributes:
-        reader: of what the stream's rank sends, on whichever way.
-        local: whether its latest request came on its local socket.
+        reader: of what the rank sends on the stream.
+        beside: of what it sends on its local socket.
     """
 
     reader: Reader
+    beside: Reader | None = None
     queue: asyncio.Queue[pb.ExchangeResponse | StatusParts | None] = field(default_factory=asyncio.Queue)
     generation: int = 0
-    local: bool = False
-
-    def goes_on(self, local: bool) -> None:
-        """Requests come on the other way from now on: what has begun on this one is said there, from the begin."""
-        self.local = local
-        self.reader.forget()
 
 
 class Exchanges(rpc.StatisticsServiceServicer):
@@ -110,7 +104,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
         self._tasks: set[asyncio.Task[None]] = set()
         self._saves: set[asyncio.Task[None]] = set()
         self._unsaved: dict[str, StoreError] = {}
-        self._sockets = LocalSockets(boot_id, Visitors(self._asked, self._garbled))
+        self._sockets = LocalSockets(boot_id, Visitors(self._asked, self._garbled, self._hung_up))
 
     async def open(self, port: int) -> None:
         """Load what was saved, and let ranks in.
@@ -142,7 +136,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
         for job in self._service.jobs:
             self._persist(job)
         await asyncio.gather(*self._saves)
-        self._sockets.close()
+        await self._sockets.close()
         for error in self._unsaved.values():
             raise error
 
@@ -179,27 +173,29 @@ class Exchanges(rpc.StatisticsServiceServicer):
 
     async def _read(self, stream: int, requests: AsyncIterator[pb.ExchangeRequest]) -> None:
         await self._ready.wait()
+        outbox = self._outboxes[stream]
         async for request in requests:
-            self._take(stream, request, local=False)
+            self._take(outbox.reader, request)
         # It hung up without a goodbye; a connection that broke cancels `Exchange` instead.
         self._hung_up(stream)
 
-    def _take(self, stream: int, request: pb.ExchangeRequest, *, local: bool) -> None:
-        outbox = self._outboxes[stream]
-        if outbox.local is not local and not request.HasField("heartbeat"):
-            outbox.goes_on(local)
-        event = outbox.reader.read(request)
+    def _take(self, reader: Reader, request: pb.ExchangeRequest) -> None:
+        event = reader.read(request)
         if event is not None:
             self._failpoints.reached("before-event")
             self._dispatch(event)
 
     def _asked(self, stream: int, request: pb.ExchangeRequest) -> None:
-        self._take(stream, request, local=True)
+        """A rank says something on its local socket."""
+        outbox = self._outboxes[stream]
+        outbox.beside = outbox.beside or outbox.reader.beside()
+        self._take(outbox.beside, request)
 
     def _garbled(self, stream: int, text: str) -> None:
         self._dispatch(Malformed(stream, text))
 
     def _hung_up(self, stream: int) -> None:
+        """Its rank can't be heard any more, on the stream or on its local socket: both end."""
         self._dispatch(Lost(stream))
         self._end(stream, None)
 
@@ -263,30 +259,30 @@ class Exchanges(rpc.StatisticsServiceServicer):
         return next((self._outboxes[stream].generation for stream in streams if stream in self._outboxes), 0)
 
     def _send(self, streams: tuple[int, ...], messages: Messages) -> None:
-        data = b""
+        frames: list[Frame] = []
         for stream in streams:
             outbox = self._outboxes.get(stream)
             if outbox is None:
                 continue
-            if outbox.local and self._sockets.stands(stream):
-                data = data or b"".join(framed(message) for message in messages)
-                self._send_locally(stream, data)
+            if self._sockets.stands(stream):
+                frames = frames or [Frame(message) for message in messages]
+                self._send_locally(stream, frames)
                 continue
             for message in messages:
                 outbox.queue.put_nowait(message)
 
-    def _send_locally(self, stream: int, data: bytes) -> None:
+    def _send_locally(self, stream: int, frames: list[Frame]) -> None:
         if self._failpoints.reached("before-reply"):
-            self._sockets.end(stream)
             self._hung_up(stream)
             return
-        self._sockets.send(stream, data)
+        self._sockets.send(stream, frames)
         self._failpoints.reached("after-reply")
 
     def _end(self, stream: int, status: StatusParts | None) -> None:
         outbox = self._outboxes.get(stream)
         if outbox is not None:
             outbox.queue.put_nowait(status)
+        self._sockets.end(stream)
 
     def _close(self, stream: int) -> None:
         """Answer a goodbye; what is being saved is saved first."""

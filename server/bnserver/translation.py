@@ -43,9 +43,11 @@ class Reader:
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
-    def forget(self) -> None:
-        """The parts that are missing don't come: what they belong to is said anew."""
-        self._waiting = None
+    def beside(self) -> Reader:
+        """For what the same rank sends on another way."""
+        other = Reader(self._stream)
+        other._alive = self._alive
+        return other
 
     def _event(self, request: pb.ExchangeRequest) -> Event | None:
         kind = request.WhichOneof("message")

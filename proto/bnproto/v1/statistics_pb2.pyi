@@ -15,9 +15,9 @@ Laws:
    when a status arrives.
 6. Whatever a rank repeats counts once: contributions and pushes carry numbers.
 7. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
-8. A rank on the service's machine may attach a local socket to its stream, and send the same requests there. An
-   answer comes the way that its request came, or on the stream if the socket has ended. How a stream ends is said on
-   the stream alone; its socket ends with it.
+8. A rank on the service's machine may attach a local socket to its stream. From then on it sends its requests there,
+   and hears the answers there; a Leave may come on either. How a stream ends is said on the stream alone. Where one
+   of the two ends, so does the other.
 """
 
 import builtins

@@ -15,6 +15,11 @@ def _result(sequence: int, version: int | None = None) -> pb.ExchangeResponse:
     return pb.ExchangeResponse(boot_id=5, generation=3, result=pb.Result(sequence=sequence, version=version))
 
 
+def _resumption(memory: Memory) -> list[pb.ExchangeRequest]:
+    """All that is said on a connection, first the join."""
+    return [memory.joining(), *memory.repetition()]
+
+
 def _joined() -> Memory:
     memory = Memory(_JOIN)
     assert memory.hears(pb.ExchangeResponse(boot_id=5, generation=3, joined=pb.Joined()))
@@ -23,7 +28,7 @@ def _joined() -> Memory:
 
 def test_before_all_have_joined_it_joins_again() -> None:
     """There is nothing to resume; the incarnation says who it is."""
-    assert Memory(_JOIN).resumption() == [pb.ExchangeRequest(join=_JOIN)]
+    assert _resumption(Memory(_JOIN)) == [pb.ExchangeRequest(join=_JOIN)]
 
 
 def test_it_says_again_what_waits_and_what_was_answered_last() -> None:
@@ -34,7 +39,7 @@ def test_it_says_again_what_waits_and_what_was_answered_last() -> None:
     memory.asks(_contribution(2))
     assert memory.hears(_result(2))
     memory.asks(_contribution(3))
-    join, *said = memory.resumption()
+    join, *said = _resumption(memory)
     assert said == _contribution(2) + _contribution(3)
     expected = pb.Join()
     expected.CopyFrom(_JOIN)
@@ -46,8 +51,8 @@ def test_it_says_again_what_waits_and_what_was_answered_last() -> None:
 def test_the_join_itself_stays_as_it_was() -> None:
     """What was added for one connection is not there on the next."""
     memory = _joined()
-    first = memory.resumption()
-    assert memory.resumption() == first
+    first = _resumption(memory)
+    assert _resumption(memory) == first
     assert not _JOIN.HasField("resume")
 
 
@@ -70,9 +75,9 @@ def test_a_pull_is_asked_again_until_it_is_answered() -> None:
     memory.hears(_result(1))
     pull = [pb.ExchangeRequest(pull=pb.Pull(layer="a"))]
     memory.asks(pull)
-    assert memory.resumption()[1:] == _contribution(1) + pull
+    assert _resumption(memory)[1:] == _contribution(1) + pull
     assert memory.hears(pb.ExchangeResponse(boot_id=5, owned=pb.Owned()))
-    assert memory.resumption()[1:] == _contribution(1)
+    assert _resumption(memory)[1:] == _contribution(1)
 
 
 def test_a_goodbye_takes_the_place_of_what_was_interrupted() -> None:
@@ -83,4 +88,4 @@ def test_a_goodbye_takes_the_place_of_what_was_interrupted() -> None:
     memory.asks([pb.ExchangeRequest(leave=pb.Leave(reason="x"))])
     assert not memory.hears(_result(1))
     assert memory.leaves
-    assert [request.WhichOneof("message") for request in memory.resumption()] == ["join", "leave"]
+    assert [request.WhichOneof("message") for request in _resumption(memory)] == ["join", "leave"]

@@ -2,17 +2,19 @@
 
 Laws of this room:
 1. The caller's thread sends and receives here; any thread may end it, and whoever waits then hears so at once.
-2. After an error or an interrupt nobody knows which bytes have come or gone: whoever sees one ends it.
+2. After an error or an interrupt nobody knows which bytes have come or gone: it is not used any more.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-import time
+import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from threading import Lock
+
+from google.protobuf.message import DecodeError
 
 from bnproto.arrays import WireError
 from bnproto.frames import Frames, framed
@@ -20,7 +22,8 @@ from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.answers import Answer, Whole
 
 _ATTACH_S = 1.0  # a service that runs answers within a millisecond
-_MOMENT_S = 0.001  # 0 would mean not to wait at all, in another way
+_MOMENT_S = 0.001
+_TIMEVAL = struct.Struct("ll")
 
 _log = logging.getLogger("bnworker")
 
@@ -40,10 +43,12 @@ class LocalSocket:
     def __init__(self, invitation: pb.LocalSocket, boot_id: int) -> None:
         self._frames = Frames()
         self._whole = Whole()
-        self._using = Lock()  # held while a call needs the socket to stay open
+        self._over = False
+        self._waits: dict[int, float] = {}
+        self._sending, self._hearing = Lock(), Lock()  # held in a call that needs the socket open
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.settimeout(_ATTACH_S)
+            self._patience(socket.SO_SNDTIMEO, _ATTACH_S)  # a job of many ranks may find the door crowded
             self._socket.connect(f"\0{invitation.name}")
             self.send([pb.ExchangeRequest(attach=pb.Attach(ticket=invitation.ticket))], _ATTACH_S)
             answer = self.hear(_ATTACH_S)
@@ -57,49 +62,82 @@ class LocalSocket:
         """Send requests.
 
         Args:
-            requests: in this order.
-            timeout: seconds.
+            requests: in this order, with nothing in between.
+            timeout: seconds for which nothing may move.
 
         Raises:
-            OSError: it has ended, or not all was taken in time.
+            OSError: it has ended, or the service took nothing for so long.
         """
-        data = b"".join(framed(request) for request in requests)
-        with self._using:
-            self._socket.settimeout(timeout)
-            self._socket.sendall(data)
+        try:
+            with self._sending:
+                for request in requests:
+                    self._patience(socket.SO_SNDTIMEO, timeout)
+                    self._socket.sendall(framed(request))
+        finally:
+            if self._over:
+                self._close()
 
     def hear(self, timeout: float) -> Answer | None:
-        """The next answer; None if it is not there within so many seconds.
+        """The next answer; None if nothing comes for so many seconds.
 
         Raises:
             OSError: it has ended.
             WireError: what comes makes no sense.
         """
-        until = time.monotonic() + timeout
-        with self._using:
-            while True:
-                while (data := self._frames.next()) is not None:
-                    answer = self._whole.add(pb.ExchangeResponse.FromString(data))
-                    if answer is not None:
-                        return answer
-                self._socket.settimeout(max(_MOMENT_S, until - time.monotonic()))
-                try:
+        try:
+            with self._hearing:
+                while True:
+                    while (data := self._frames.next()) is not None:
+                        answer = self._whole.add(_response(data))
+                        if answer is not None:
+                            return answer
+                    self._patience(socket.SO_RCVTIMEO, timeout)
                     count = self._socket.recv_into(self._frames.room())
-                except TimeoutError:
-                    return None
-                if not count:
-                    raise ConnectionResetError("the service ended the local socket")
-                self._frames.came(count)
+                    if not count:
+                        raise ConnectionResetError("the service ended the local socket")
+                    self._frames.came(count)
+        except BlockingIOError:
+            return None
+        finally:
+            if self._over:
+                self._close()
 
     def end(self) -> None:
-        """End it, from whichever thread."""
-        self._shut()
-        with self._using:
-            self._socket.close()
-
-    def _shut(self) -> None:
+        """End it, from whichever thread, without a wait: who uses it hears so, and closes it."""
+        self._over = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        self._close()
+
+    def forget(self) -> None:
+        """Close a child's copy of it: the parent goes on. A thread that is not here may have held the locks."""
+        self._socket.close()
+
+    def _close(self) -> None:
+        """Close it, unless it is in use."""
+        if self._sending.acquire(blocking=False):
+            try:
+                if self._hearing.acquire(blocking=False):
+                    try:
+                        self._socket.close()
+                    finally:
+                        self._hearing.release()
+            finally:
+                self._sending.release()
+
+    def _patience(self, option: int, seconds: float) -> None:
+        """How long the kernel waits, in one direction: what sends must not change what hears."""
+        if self._waits.get(option) != seconds:
+            self._waits[option] = seconds
+            whole, part = divmod(round(1e6 * max(seconds, _MOMENT_S)), 1_000_000)  # 0 would mean for ever
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, part))
+
+
+def _response(data: bytes) -> pb.ExchangeResponse:
+    try:
+        return pb.ExchangeResponse.FromString(data)
+    except DecodeError as error:
+        raise WireError(f"expected a response: {error}") from error
 
 
 def attached(joined: pb.Joined, boot_id: int, address: str) -> LocalSocket | None:
@@ -116,5 +154,5 @@ def attached(joined: pb.Joined, boot_id: int, address: str) -> LocalSocket | Non
     try:
         return LocalSocket(invitation, boot_id)
     except (OSError, WireError) as error:
-        _log.debug("no local socket to the service at %s (%s): exchanges go over gRPC", address, error)
+        _log.info("no local socket to the service at %s (%s): exchanges go over gRPC, more slowly", address, error)
         return None

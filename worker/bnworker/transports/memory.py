@@ -57,7 +57,7 @@ class Memory:
                 self.asked = []
                 return True
 
-    def resumption(self) -> list[pb.ExchangeRequest]:
+    def joining(self) -> pb.ExchangeRequest:
         """What is said first on a connection."""
         join = pb.Join()
         join.CopyFrom(self._join)
@@ -67,7 +67,11 @@ class Memory:
             join.resume.sequence = self.answered
             join.resume.layer_sequence = self._layer_answered
             join.resume.versions.update(self.versions)
-        return [pb.ExchangeRequest(join=join), *self._contributed, *self.asked]
+        return pb.ExchangeRequest(join=join)
+
+    def repetition(self) -> list[pb.ExchangeRequest]:
+        """What is said after it."""
+        return [*self._contributed, *self.asked]
 
     def _answers(self, result: pb.Result) -> bool:
         if result.sequence <= self.answered or not self.asked or not self.asked[0].HasField("contribution"):

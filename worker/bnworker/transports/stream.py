@@ -7,19 +7,22 @@ Laws of this room:
 3. The caller's thread waits in a queue, or for a local socket, and nowhere else. Ctrl-C reaches it there, whereas an
    interrupt within gRPC can leave gRPC's locks taken, and then closing hangs (grpc issue 40834). A thread of the
    stream's own talks to gRPC.
-4. Where a local socket ends, what is not answered is asked again on the stream; how the conversation ends is heard
-   there alone.
+4. A connection has one way for questions and answers, from the moment when all have joined: its local socket, if it
+   has one, or else the stream. The two end together; why they did is heard on the stream alone.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import socket
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, RLock, Thread
+from weakref import WeakSet
 
 import grpc
 
@@ -30,6 +33,7 @@ from bnproto.failures import DETAILS_KEY, error_of, failure_in
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnworker.transports.answers import Answer, Whole
+from bnworker.transports.connection import Connection
 from bnworker.transports.heart import Heart
 from bnworker.transports.local import LocalSocket, attached
 from bnworker.transports.memory import Memory
@@ -48,27 +52,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 _NOBODY_S = 0.5
 
 _log = logging.getLogger("bnworker")
-
-
-@dataclass(slots=True, eq=False)
-class _Connection:
-    """One connection: what is to be sent, what gRPC knows of it, and its local socket where it has one."""
-
-    channel: grpc.Channel
-    requests: SimpleQueue[pb.ExchangeRequest | None] = field(default_factory=SimpleQueue)
-    call: grpc.Call | None = None
-    local: LocalSocket | None = None
-
-    def cut(self) -> None:
-        """End it: whoever listens to it hears so."""
-        if self.call is not None:
-            self.call.cancel()
-        self.end_local()
-
-    def end_local(self) -> None:
-        """End its local socket."""
-        if self.local is not None:
-            self.local.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +81,23 @@ class Stream:
 
     def __init__(self, address: str, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
         self.memory = Memory(join)
-        self._locals = local_socket
-        self._local: LocalSocket | None = None  # that the latest request went out on
         self._address = address
         self._timeout = timeout
+        self._wants_socket = local_socket
         self._outage_s = timeout
         self._durable = True
-        self._stands = False
-        self._requests = Lock()  # held while something is added to the memory and to a connection
-        self._connection: _Connection | None = None
-        self._heard: SimpleQueue[Answer | CollectiveError] = SimpleQueue()
+        # Held while something changes in the memory or a connection; a signal handler may leave in the middle of that.
+        self._changing = RLock()
+        self._connection: Connection | None = None
+        # None: look again where answers come from.
+        self._heard: SimpleQueue[Answer | CollectiveError | None] = SimpleQueue()
         self._error: CollectiveError | None = None
         self._closing = Event()
         self._ended = Event()
         self._heart = Heart(join)
         self._thread = Thread(target=self._listen, name="bnworker-stream", daemon=True)
         self._thread.start()
+        _streams.add(self)
         try:
             self.receive()
         except BaseException:
@@ -121,28 +105,26 @@ class Stream:
             raise
 
     @property
-    def local(self) -> bool:
-        """Whether the next request goes around gRPC, on a local socket."""
+    def is_local(self) -> bool:
+        """Whether the next question goes around gRPC, on a local socket."""
         connection = self._connection
-        return connection is not None and connection.local is not None
+        return connection is not None and connection.socket is not None
 
     def ask(self, request: pb.ExchangeRequest, parts: list[pb.Part] | None = None) -> None:
-        """Send a request that is answered, and the parts of its payload."""
+        """Send a request that is answered, and the parts of its payload; without a connection, the next one does."""
         requests = [request, *(pb.ExchangeRequest(part=part) for part in parts or ())]
-        with self._requests:
+        with self._changing:
             self.memory.asks(requests)
-            self._local = self._connection.local if self._connection is not None else None
-            if self._local is None:
-                self._ask_on_the_stream()
+            connection = self._connection
+            if connection is None or not connection.stands:
+                if connection is not None and self.memory.leaves:
+                    connection.say(self.memory.repetition())
                 return
-            try:
-                self._local.send(requests, self._timeout)
-            except OSError:
-                self._without(self._local)
-                self._ask_on_the_stream()
-            except BaseException:  # an interrupt: some of it may have gone
-                self._without(self._local)
-                raise
+            if connection.socket is None:
+                connection.say(requests)
+                return
+            where = connection.socket
+        self._send(connection, where, requests)
 
     def receive(self) -> Answer:
         """The answer to what was asked.
@@ -153,6 +135,8 @@ class Stream:
         if self._error is not None:
             raise self._error.again()
         heard = self._hear(time.monotonic() + self._timeout + _LATE_S)
+        if self._error is not None:  # a signal handler has left meanwhile
+            raise self._error.again()
         if heard is None:
             heard = ServiceError(
                 f"The service at {self._address} did not answer within {self._timeout:g} s. It may be frozen or cut "
@@ -166,66 +150,81 @@ class Stream:
     def close(self, reason: str | None) -> None:
         """Say goodbye and hang up; never raises. None hangs up without a goodbye."""
         if reason is not None and self._error is None:
+            with self._changing:
+                if self.memory.asked and self._connection is not None:  # perhaps in the middle of a message
+                    self._connection.give_up_socket()
             self.ask(pb.ExchangeRequest(leave=pb.Leave(reason=reason)))
             start = time.monotonic()
             while isinstance(self._hear(start + _GOODBYE_S), Answer):
                 pass  # an answer that nobody waits for any more
-            if self._durable and not self._stands and not self._ended.is_set():
+            stands = self._connection is not None and self._connection.stands
+            if self._durable and not stands and not self._ended.is_set():
                 while isinstance(self._hear(start + min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S)), Answer):
                     pass
         self._error = self._error or ServiceError("This rank has left its job: join anew.")
         self._closing.set()
         self._heart.stop()
-        with self._requests:
+        with self._changing:
             if self._connection is not None:
                 self._connection.cut()
         self._thread.join(_HANG_UP_S)
+        # A wait of this thread, in which a signal handler came here, would go on without an end: Python's queue takes a
+        # time that has passed meanwhile for none at all.
+        self._heard.put(None)
 
     def _hear(self, deadline: float) -> Answer | CollectiveError | None:
-        """What the service, or the stream's thread, has to say next; None if nothing until the deadline."""
-        while (left := deadline - time.monotonic()) > 0:
-            if self._local is not None:
-                answer = self._hear_locally(self._local, min(left, _TURN_S))
-                if answer is not None:
-                    return answer
-                continue
-            try:
-                return self._heard.get(timeout=min(left, _TURN_S))
-            except Empty:
-                continue
+        """What the service, or the stream's thread, has to say next; None if nothing until the deadline or the end."""
+        while (left := deadline - time.monotonic()) > 0 and not self._closing.is_set():
+            turn = min(left, _TURN_S)
+            connection = self._connection
+            where = connection.socket if connection is not None else None
+            heard: Answer | CollectiveError | None = None
+            if connection is not None and where is not None and self._heard.empty():
+                heard = self._hear_at(connection, where, turn)
+            else:
+                with suppress(Empty):
+                    heard = self._heard.get(timeout=turn)
+            if heard is not None:
+                return heard
         return None
 
-    def _hear_locally(self, local: LocalSocket, timeout: float) -> Answer | None:
-        """What the service answers on the local socket; None if nothing in time, or if it has ended."""
+    def _hear_at(self, connection: Connection, where: LocalSocket, timeout: float) -> Answer | None:
+        """What the service answers on a connection's local socket; None if nothing in time, or if it has ended."""
         try:
-            answer = local.hear(timeout)
+            answer = where.hear(timeout)
         except (OSError, WireError):
-            with self._requests:
-                self._without(local)
-                self._ask_on_the_stream()
+            self._ends(connection, where)
             return None
-        except BaseException:  # an interrupt: what was received may be lost
-            with self._requests:
-                self._without(local)
-            raise
         if answer is None:
             return None
-        with self._requests:
-            news = self.memory.hears(answer.response)
+        with self._changing:
+            # Where there is another connection by now, this was asked again there, and will be answered there.
+            news = self._connection is connection and self.memory.hears(answer.response)
         return answer if news else None
 
-    def _without(self, local: LocalSocket) -> None:
-        """Go on without a local socket; the lock is held."""
-        local.end()
-        self._local = None
-        if self._connection is not None and self._connection.local is local:
-            self._connection.local = None
+    def _send(self, connection: Connection, where: LocalSocket, requests: list[pb.ExchangeRequest]) -> None:
+        try:
+            where.send(requests, self._timeout)
+        except OSError:
+            self._ends(connection, where)
 
-    def _ask_on_the_stream(self) -> None:
-        """Ask there what is not answered; without a connection, the next one begins with it. The lock is held."""
-        if self._connection is not None:
-            for each in self.memory.asked:
-                self._connection.requests.put(each)
+    def _ends(self, connection: Connection, where: LocalSocket) -> None:
+        """A local socket has ended, or is of no use: so is its connection, which the service then ends."""
+        with self._changing:
+            if connection.socket is where:
+                connection.socket, connection.stands = None, False
+        where.end()
+
+    def _forked(self) -> None:
+        """This process is a child of the rank, and must not speak for it. None of its threads run here."""
+        self._changing = RLock()
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.socket is not None:
+            connection.socket.forget()
+        self._error = ServiceError(
+            f"Process {os.getpid()} was forked from rank {self._heart.rank}, which has joined its job: a rank is one "
+            "process. Make exchanges there, or start processes before joining."
+        )
 
     # ---- what the stream's thread does: everything that waits within gRPC ----
 
@@ -258,12 +257,13 @@ class Stream:
 
     def _connected(self) -> CollectiveError | _Broke:
         """One connection, from its begin to its end; returns why it ended."""
-        connection = _Connection(grpc.insecure_channel(self._address, CLIENT_OPTIONS))
+        connection = Connection(grpc.insecure_channel(self._address, CLIENT_OPTIONS))
         stub = rpc.StatisticsServiceStub(connection.channel)
         try:
-            with self._requests:
-                for request in self.memory.resumption():
-                    connection.requests.put(request)
+            with self._changing:
+                connection.say([self.memory.joining()])
+                if self.memory.leaves:
+                    connection.say(self.memory.repetition())
                 responses = connection.call = stub.Exchange(iter(connection.requests.get, None))
                 self._connection = connection
             if self._closing.is_set():  # it was set before there was something to cut
@@ -282,31 +282,41 @@ class Stream:
                 connection.cut()
                 return _Broke("INTERNAL", str(error))
         finally:
-            connection.end_local()  # whoever sends on it holds the lock
-            with self._requests:
-                self._connection, self._stands = None, False
+            with self._changing:
+                self._connection = None
+            connection.end_sockets()
             self._heart.rest()
             connection.requests.put(None)
             connection.channel.close()
 
-    def _take(self, answer: Answer, stub: rpc.StatisticsServiceStub, connection: _Connection) -> None:
+    def _take(self, answer: Answer, stub: rpc.StatisticsServiceStub, connection: Connection) -> None:
         response = answer.response
         if response.HasField("joined"):
-            lease = response.joined.lease_ms / 1000
-            self._durable, self._stands = response.joined.durable, True
+            self._durable = response.joined.durable
             if self.memory.generation:
                 _log.warning("rank %d is back at the service at %s", self._heart.rank, self._address)
-            self._heart.lease = lease
+            self._heart.lease = response.joined.lease_ms / 1000
             self._heart.beats(stub, response.boot_id, connection.cut)
-            if self._locals:
-                local = attached(response.joined, response.boot_id, self._address)
-                with self._requests:
-                    connection.local = local
+            self._stand(connection, response)
         self._heart.answers += 1
-        with self._requests:
+        with self._changing:
             news = self.memory.hears(response)
         if news:
             self._heard.put(answer)
+
+    def _stand(self, connection: Connection, response: pb.ExchangeResponse) -> None:
+        """All have joined: choose the way of this connection, and repeat there what the service may lack."""
+        where = attached(response.joined, response.boot_id, self._address) if self._wants_socket else None
+        self._wants_socket = where is not None  # once is enough: each attempt may cost a connection
+        with self._changing:
+            connection.socket, connection.stands = where, True
+            repeated = self.memory.repetition() if not self.memory.leaves else []  # the goodbye was said already
+            if where is None:
+                connection.say(repeated)
+        if where is not None:
+            self._heard.put(None)
+            if repeated:
+                self._send(connection, where, repeated)
 
     def _ended_by_service(self) -> CollectiveError | _Broke:
         if self.memory.leaves:
@@ -363,3 +373,14 @@ def _somebody_listens(address: str) -> bool:
     except (OSError, ValueError):  # whoever it is takes its time, or the address is none: gRPC says more
         return True
     return True
+
+
+_streams: WeakSet[Stream] = WeakSet()
+
+
+def _after_fork() -> None:
+    for stream in _streams:
+        stream._forked()  # noqa: SLF001 - its own room
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,50 @@
+"""One connection of a rank to the service: a gRPC stream, and perhaps a local socket beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import grpc
+
+from bnproto.v1 import statistics_pb2 as pb
+from bnworker.transports.local import LocalSocket
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One connection: what is to be sent, and what gRPC knows of it.
+
+    Attributes:
+        socket: the way of questions and answers, where it is not the stream.
+        stands: whether all have joined, so that there are questions and answers.
+    """
+
+    channel: grpc.Channel
+    requests: SimpleQueue[pb.ExchangeRequest | None] = field(default_factory=SimpleQueue)
+    call: grpc.Call | None = None
+    socket: LocalSocket | None = None
+    stands: bool = False
+    _given_up: LocalSocket | None = None
+
+    def say(self, requests: Iterable[pb.ExchangeRequest]) -> None:
+        """Say something on the stream."""
+        for request in requests:
+            self.requests.put(request)
+
+    def give_up_socket(self) -> None:
+        """Use it no more. It stays open: the service would take its end for that of the connection."""
+        self._given_up, self.socket = self.socket or self._given_up, None
+
+    def cut(self) -> None:
+        """End it: whoever listens to it hears so."""
+        if self.call is not None:
+            self.call.cancel()
+        self.end_sockets()
+
+    def end_sockets(self) -> None:
+        """End what belongs to it beside the stream."""
+        for each in (self.socket, self._given_up):
+            if each is not None:
+                each.end()
