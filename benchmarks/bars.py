@@ -185,13 +185,14 @@ def _judged(bar: Bar, figures: Mapping[str, float], ran: Collection[str], missin
         return Judgement(bar, Verdict.MISSED, math.nan, f"not measured: {unmeasured[0]}")
     worst = (min if bar.at_least else max)(bar.figures, key=lambda name: figures[name])
     seen = figures[worst]
-    if not _within(seen, bar.must, bar.at_least):
+    if not within(seen, bar.must, bar.at_least):
         return Judgement(bar, Verdict.MISSED, seen, worst)
-    reached = bar.aim is None or _within(seen, bar.aim, bar.at_least)
+    reached = bar.aim is None or within(seen, bar.aim, bar.at_least)
     return Judgement(bar, Verdict.AIM if reached else Verdict.MUST, seen, worst)
 
 
-def _within(seen: float, bound: float, at_least: bool) -> bool:
+def within(seen: float, bound: float, at_least: bool) -> bool:
+    """Whether a figure keeps to a bound."""
     return seen >= bound if at_least else seen <= bound
 
 

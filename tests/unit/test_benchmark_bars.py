@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from benchmarks.again import measured, merged, missed
 from benchmarks.bars import BARS, Bar, Judgement, Verdict, exit_code, judge
+from benchmarks.sections import Figures, Settings
 
 BELOW = Bar("time", ("kernels/a", "kernels/b"), must=2.0, aim=1.5)
 ABOVE = Bar("speed", ("step/ratio",), must=3.0, aim=6.0, at_least=True, peer="tensorflow")
@@ -77,3 +79,48 @@ def test_every_bar_of_the_table_can_be_met_and_missed() -> None:
             figures = dict.fromkeys(bar.figures, bar.must * scale)
             (found,) = judge([bar], figures, ran=[bar.section], missing=[])
             assert (found.verdict is Verdict.MISSED) == ((scale < 1) if bar.at_least else (scale > 1))
+
+
+SHAPES = Bar("forward", ("kernels/1,2/forward/limits", "kernels/3,4/forward/limits"), must=2.0)
+STEPS = Bar("steps", ("step/ratio",), must=3.0, at_least=True)
+FIRST = {
+    "kernels/1,2/forward/limits": 2.5,
+    "kernels/1,2/forward/seconds": 25.0,
+    "kernels/3,4/forward/limits": 1.0,
+    "step/ratio": 1.0,
+}
+
+
+def test_what_misses_a_bar_is_measured_again_and_nothing_else() -> None:
+    """By the shape for kernels, whose section takes a minute."""
+    judgements = judge([SHAPES, STEPS], FIRST, ran=("kernels", "step"), missing=())
+    places = missed(judgements, FIRST)
+    assert places == ["kernels/1,2/forward", "step"]
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def measure(section: str, settings: Settings) -> Figures:
+        asked.append((section, settings.shapes))
+        return {f"{section}/x": 1.0}
+
+    settings = Settings(full=False, peers={}, tensorflow_python="", shapes=(), say=lambda what: None)
+    assert measured(places, settings, measure) == {"kernels/x": 1.0, "step/x": 1.0}
+    assert asked == [("kernels", ("1,2",)), ("step", ("1,2",))]
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (
+            {"kernels/1,2/forward/limits": 1.5, "kernels/1,2/forward/seconds": 15.0},
+            {"kernels/1,2/forward/limits": 1.5, "kernels/1,2/forward/seconds": 15.0},
+        ),
+        ({"kernels/1,2/forward/limits": 2.1, "kernels/1,2/forward/seconds": 15.0}, {}),
+        ({"kernels/1,2/forward/limits": math.nan}, {}),
+        ({}, {}),
+        ({"kernels/3,4/forward/limits": 0.5, "step/ratio": 2.9}, {}),
+        ({"step/ratio": 3.0, "step/ours": 1.0}, {"step/ratio": 3.0, "step/ours": 1.0}),
+    ],
+)
+def test_a_bar_that_is_reached_once_is_reached(second: Figures, expected: Figures) -> None:
+    """With all figures of that measurement; one that is missed twice stays as it was."""
+    assert merged([SHAPES, STEPS], FIRST, second) == FIRST | expected
