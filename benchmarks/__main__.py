@@ -4,7 +4,7 @@
 
 Prints tables and writes every figure to a JSON file. Exit status 1: a "must" bar is missed, or a section failed.
 Bars are judged only if the machine was quiet when the run began; `--judge always` judges them anyway. What misses a bar
-then is measured once more, in new processes.
+then is measured once more, at the end.
 """
 
 from __future__ import annotations

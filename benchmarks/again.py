@@ -1,4 +1,4 @@
-"""A missed bar is measured a second time, minutes later, in new processes; what is slow stays slow.
+"""A missed bar is measured a second time, at the end of the run; what is slow stays slow.
 
 A virtual machine's host may be busy for a minute, which no load average of its own shows; and where the memory
 of a process lies is drawn once for all its turns. Either only adds time, to one contender or to all. So where a bar is

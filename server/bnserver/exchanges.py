@@ -1,7 +1,8 @@
 """The rim of the service: streams in and out. It carries events to the core and does what the core says.
 
 One task per stream reads, one writes; between them stands a queue, so a rank that reads slowly holds up nobody
-but itself. All of them run in one event loop: the core is never entered twice at once.
+but itself. A rank on this machine asks, and is answered, beside its stream: `local.py`. All of them run in one event
+loop: the core is never entered twice at once.
 
 What the core wants written is written before anybody is told of it. Where that fails (a full disk), the jobs go on in
 memory, the log and the health service say so, and every second a snapshot is tried until it is on disk.

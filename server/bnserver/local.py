@@ -54,11 +54,6 @@ class Frame:
         self._data = b""
 
     @property
-    def made(self) -> bool:
-        """Whether the bytes are there."""
-        return bool(self._data)
-
-    @property
     def data(self) -> bytes:
         """What travels."""
         self._data = self._data or framed(self._message)
