@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import again, bars, peers, report, steps_tensorflow
+from benchmarks import bars, peers, remeasure, report, steps_tensorflow
 from benchmarks.machine import QUIET_BELOW, Machine
 from benchmarks.sections import SECTIONS, Figures, Settings
 
@@ -64,8 +64,8 @@ def document(
     settings: Settings,
     figures: Figures,
     seconds: dict[str, float],
-    judged: list[bars.Judgement],
-    places: list[str],
+    enforced: list[bars.Judgement],
+    missed_sections: list[str],
 ) -> dict[str, Any]:
     """What the JSON file holds."""
     return {
@@ -73,7 +73,7 @@ def document(
         "peers": dict(settings.peers),
         "full": settings.full,
         "seconds_by_section": seconds,
-        "measured_again": places,
+        "measured_again": missed_sections,
         "figures": figures,
         "bars": [
             {
@@ -85,7 +85,7 @@ def document(
                 "worst": j.worst,
                 "verdict": j.verdict,
             }
-            for j in judged
+            for j in enforced
         ],
     }
 
@@ -101,22 +101,22 @@ def main() -> int:
         peers={**peers.installed(), "tensorflow": steps_tensorflow.version(options.tensorflow_python)},
         tensorflow_python=options.tensorflow_python,
         shapes=tuple(options.shapes),
-        say=lambda what: console.print(f"[dim]… {what}[/]"),
+        report=lambda what: console.print(f"[dim]… {what}[/]"),
     )
     names = options.only or list(SECTIONS)
-    judged = machine.quiet or options.judge == "always"
+    enforced = machine.quiet or options.judge == "always"
     console.print(f"{machine.processor}, {machine.cores} cores, {machine.caches}; {machine.system}")
     console.print(f"Python {machine.python}, {_versions(machine.versions, 'without')}")
     console.print(f"peers: {_versions(settings.peers, 'NOT INSTALLED:')}")
-    _flag(console, machine, judged)
+    _flag(console, machine, enforced)
     figures, seconds, failed = run(names, settings, console)
     table = bars.narrowed(bars.BARS, settings.shapes) if settings.shapes else bars.BARS
     judgements = bars.judge(table, figures, ran=names, missing=settings.missing)
-    places = again.missed(judgements, figures) if judged and not failed else []
-    if places:
-        console.print(f"[bold]a bar is missed; measured once more: {', '.join(places)}[/]")
-        second = again.measured(places, settings, lambda name, narrowed: run([name], narrowed, console)[0])
-        figures = again.merged(table, figures, second)
+    missed_sections = remeasure.missed(judgements, figures) if enforced and not failed else []
+    if missed_sections:
+        console.print(f"[bold]a bar is missed; measured once more: {', '.join(missed_sections)}[/]")
+        second = remeasure.measured(missed_sections, settings, lambda name, narrowed: run([name], narrowed, console)[0])
+        figures = remeasure.merged(table, figures, second)
         judgements = bars.judge(table, figures, ran=names, missing=settings.missing)
     if "kernels" in names:
         console.print(report.kernel_table(figures))
@@ -124,29 +124,31 @@ def main() -> int:
     if others:
         console.print(report.figure_table(figures, others))
     shown = [j for j in judgements if j.verdict is not bars.Verdict.NOT_RUN]
-    console.print(report.bar_table(shown, judged=judged))
-    _flag(console, machine, judged)
+    console.print(report.bar_table(shown, enforced=enforced))
+    _flag(console, machine, enforced)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document(machine, settings, figures, seconds, judgements, places), indent=1, ensure_ascii=False)
+    text = json.dumps(
+        document(machine, settings, figures, seconds, judgements, missed_sections), indent=1, ensure_ascii=False
+    )
     options.json.write_text(text + "\n", encoding="utf-8")
     took = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
     console.print(f"{options.json} written; {took}")
     if failed:
         console.print(f"[bold red]failed: {', '.join(failed)}[/]")
         return 1
-    return bars.exit_code(judgements, judged=judged)
+    return bars.exit_code(judgements, enforced=enforced)
 
 
 def _versions(versions: Mapping[str, str | None], without: str) -> str:
     return ", ".join(f"{name} {version}" if version else f"{without} {name}" for name, version in versions.items())
 
 
-def _flag(console: Console, machine: Machine, judged: bool) -> None:
+def _flag(console: Console, machine: Machine, enforced: bool) -> None:
     if not machine.quiet:
-        says = "judged all the same" if judged else "not judged"
+        verdict = "judged all the same" if enforced else "not judged"
         console.print(
             f"[bold white on red] NOT QUIET [/] load average {machine.load[0]:.2f} at the start, above {QUIET_BELOW}: "
-            f"times are unreliable, bars are {says}."
+            f"times are unreliable, bars are {verdict}."
         )
 
 

@@ -196,6 +196,6 @@ def within(seen: float, bound: float, at_least: bool) -> bool:
     return seen >= bound if at_least else seen <= bound
 
 
-def exit_code(judgements: Iterable[Judgement], *, judged: bool) -> int:
+def exit_code(judgements: Iterable[Judgement], *, enforced: bool) -> int:
     """1 if a "must" is missed and the machine was quiet enough to be judged on, else 0."""
-    return int(judged and any(j.verdict is Verdict.MISSED for j in judgements))
+    return int(enforced and any(j.verdict is Verdict.MISSED for j in judgements))

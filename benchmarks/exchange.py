@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnlayer.exchange import ForwardExchange
 from bnlayer.kernels import kernels
 from bnlayer.view import View
@@ -46,7 +46,7 @@ from bnproto.channel import CLIENT_OPTIONS, SERVER_OPTIONS
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 
-_ROWS = 6  # words per channel, float32
+_ROWS = 6  # limbs per channel, float32
 _METHOD = "/echo/Exchange"
 _WAYS = ("socket", "grpc", "service", "stream", "journal", "layer")
 
@@ -120,14 +120,14 @@ def serve_grpc(ranks: int) -> None:
 # ---- a rank ----
 
 
-def by_socket(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
+def by_socket(port: int, limbs: NDArray[np.int64]) -> Callable[[], None]:
     """One exchange over a socket."""
     end = socket.create_connection(("127.0.0.1", port))
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    size = words.nbytes
+    size = limbs.nbytes
 
     def exchange() -> None:
-        end.sendall(words.tobytes())
+        end.sendall(limbs.tobytes())
         received = bytearray()
         while len(received) < size:
             received += end.recv(size)
@@ -136,7 +136,7 @@ def by_socket(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
     return exchange
 
 
-def by_grpc(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
+def by_grpc(port: int, limbs: NDArray[np.int64]) -> Callable[[], None]:
     """One exchange over bare gRPC."""
     channel = grpc.insecure_channel(f"127.0.0.1:{port}", CLIENT_OPTIONS)
     requests: SimpleQueue[bytes] = SimpleQueue()
@@ -144,28 +144,28 @@ def by_grpc(port: int, words: NDArray[np.int64]) -> Callable[[], None]:
     responses = call(iter(requests.get, None))
 
     def exchange() -> None:
-        requests.put(words.tobytes())
+        requests.put(limbs.tobytes())
         np.frombuffer(next(responses), np.int64)
 
     return exchange
 
 
 def by_service(
-    address: str, rank: int, ranks: int, words: NDArray[np.int64], *, local_socket: bool = True
+    address: str, rank: int, ranks: int, limbs: NDArray[np.int64], *, local_socket: bool = True
 ) -> tuple[Callable[[], None], World]:
     """One exchange of a layer's sums, without the layer."""
     job = "bench" if local_socket else "bench-stream"
     world = World(ServiceTransport(address, job, rank, ranks, local_socket=local_socket), install=False)
     layer = BatchNormalization(synchronized=True, name="a", collective=world)
-    x = np.random.default_rng(rank).normal(size=(8, words.shape[1])).astype(np.float32)
+    x = np.random.default_rng(rank).normal(size=(8, limbs.shape[1])).astype(np.float32)
     layer(x, training=True)
     exchange = ForwardExchange.begin(layer.state.forward, layer.epsilon, False)
-    sums = kernels().moments(View.of(x, 1, None).x, None, exchange.grid).words
-    terms = LayerTerms(words.shape[1], "float32", layer.momentum, layer.epsilon, grid=exchange.fingerprint)
+    sums = kernels().moments(View.of(x, 1, None).x, None, exchange.grid).limbs
+    signature = LayerSignature(limbs.shape[1], "float32", layer.momentum, layer.epsilon, grid=exchange.fingerprint)
     step = iter(range(1, 2**40))
 
     def once() -> None:
-        world.exchange(Call(Operation.SUMS, Place("a", Direction.FORWARD, next(step)), terms), sums)
+        world.exchange(Call(Operation.SUMS, ExchangeKey("a", Direction.FORWARD, next(step)), signature), sums)
 
     return once, world
 
@@ -184,15 +184,15 @@ def by_layer(address: str, rank: int, ranks: int, channels: int) -> tuple[Callab
 
 def run_rank(given: argparse.Namespace) -> None:
     """Take all ways in turns; rank 0 prints the seconds of each block."""
-    words = np.ones((_ROWS, given.channels), np.int64)
+    limbs = np.ones((_ROWS, given.channels), np.int64)
     where = json.loads(given.where)
-    service, one = by_service(where["service"], given.rank, given.ranks, words)
-    stream, two = by_service(where["service"], given.rank, given.ranks, words, local_socket=False)
-    journal, three = by_service(where["journal"], given.rank, given.ranks, words)
+    service, one = by_service(where["service"], given.rank, given.ranks, limbs)
+    stream, two = by_service(where["service"], given.rank, given.ranks, limbs, local_socket=False)
+    journal, three = by_service(where["journal"], given.rank, given.ranks, limbs)
     layer, four = by_layer(where["service"], given.rank, given.ranks, given.channels)
     ways: dict[str, Callable[[], None]] = {
-        "socket": by_socket(where["socket"], words),
-        "grpc": by_grpc(where["grpc"], words),
+        "socket": by_socket(where["socket"], limbs),
+        "grpc": by_grpc(where["grpc"], limbs),
         "service": service,
         "stream": stream,
         "journal": journal,
@@ -257,16 +257,16 @@ def measure(given: argparse.Namespace) -> dict[str, list[float]]:
             )
             for rank in range(given.ranks)
         ]
-        told = [rank.communicate()[0] for rank in ranks]
-    blocks: dict[str, list[float]] = json.loads(told[0])
+        outputs = [rank.communicate()[0] for rank in ranks]
+    blocks: dict[str, list[float]] = json.loads(outputs[0])
     return blocks
 
 
-def figures(ranks: int, rounds: int) -> dict[str, float]:
+def figures(ranks: int, repetitions: int) -> dict[str, float]:
     """What the suite shows: service/R ranks/C=…/ and socket, grpc, exchange, stream, journal; and ratios."""
     found: dict[str, float] = {}
     for channels in (64, 256, 1024, 2048):
-        given = argparse.Namespace(ranks=ranks, channels=channels, blocks=10, exchanges=max(10, rounds // 10))
+        given = argparse.Namespace(ranks=ranks, channels=channels, blocks=10, exchanges=max(10, repetitions // 10))
         median = {name: statistics.median(seconds) for name, seconds in measure(given).items()}
         at = f"service/{ranks} ranks/C={channels}"
         found |= {f"{at}/{name}": median[name] for name in ("socket", "grpc", "stream", "journal", "layer")}

@@ -18,15 +18,15 @@ from benchmarks.processes import free_ports, side_by_side, write
 _ROWS = 6
 
 
-def measure(ranks: int, rounds: int) -> dict[str, float]:
+def measure(ranks: int, repetitions: int) -> dict[str, float]:
     """Start ranks and return what rank 0 found."""
     (port,) = free_ports(1)
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environments = [{**common, "RANK": str(rank)} for rank in range(ranks)]
-    return side_by_side(environments, "benchmarks.exchange_gloo", str(rounds))
+    return side_by_side(environments, "benchmarks.exchange_gloo", str(repetitions))
 
 
-def rank(result: str, rounds: int) -> None:
+def rank(result: str, repetitions: int) -> None:
     """Measure as one of the ranks; rank 0 writes."""
     import torch
     import torch.distributed as dist
@@ -35,11 +35,11 @@ def rank(result: str, rounds: int) -> None:
     dist.init_process_group("gloo")
     figures = {}
     for channels in CHANNELS:
-        words = torch.zeros((_ROWS, channels), dtype=torch.int64)
+        limbs = torch.zeros((_ROWS, channels), dtype=torch.int64)
         seconds = []
-        for number in range(rounds + 10):
+        for number in range(repetitions + 10):
             start = time.perf_counter()
-            dist.all_reduce(words)
+            dist.all_reduce(limbs)
             if number >= 10:
                 seconds.append(time.perf_counter() - start)
         at = f"gloo/{dist.get_world_size()} ranks/C={channels}/all_reduce"

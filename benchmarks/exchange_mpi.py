@@ -26,40 +26,42 @@ from numpy.typing import NDArray
 from benchmarks.processes import under_mpi, write
 
 CHANNELS = (64, 256, 1024, 2048)
-_ROWS = 6  # int64 words per channel
+_ROWS = 6  # int64 limbs per channel
 _BLOCK = 50  # exchanges of one kind before the other kind's turn
 
 
-def measure(ranks: int, rounds: int) -> dict[str, float]:
+def measure(ranks: int, repetitions: int) -> dict[str, float]:
     """Start ranks and return what rank 0 found."""
-    return under_mpi(ranks, "benchmarks.exchange_mpi", str(rounds))
+    return under_mpi(ranks, "benchmarks.exchange_mpi", str(repetitions))
 
 
-def rank(result: str, rounds: int) -> None:
+def rank(result: str, repetitions: int) -> None:
     """Measure as one of the ranks; rank 0 writes."""
     from mpi4py import MPI
 
     import bnworker
-    from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
+    from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 
     bare_comm = MPI.COMM_WORLD.Dup()
     crowded = bare_comm.size > len(os.sched_getaffinity(0))
     figures: dict[str, float] = {}
     with bnworker.join(transport="mpi") as world:
         for channels in CHANNELS:
-            words = np.arange(_ROWS * channels, dtype=np.int64).reshape(_ROWS, channels)
-            total = np.empty_like(words)
-            terms = LayerTerms(channels, "float32", 0.99, 1e-3, grid=1234567890123456789)
+            limbs = np.arange(_ROWS * channels, dtype=np.int64).reshape(_ROWS, channels)
+            total = np.empty_like(limbs)
+            signature = LayerSignature(channels, "float32", 0.99, 1e-3, grid=1234567890123456789)
             step = 0
 
-            def door(words: NDArray[np.int64] = words, channels: int = channels, terms: LayerTerms = terms) -> None:
+            def door(
+                limbs: NDArray[np.int64] = limbs, channels: int = channels, signature: LayerSignature = signature
+            ) -> None:
                 nonlocal step
-                place = Place(f"layer_{channels}", Direction.FORWARD, step)
+                key = ExchangeKey(f"layer_{channels}", Direction.FORWARD, step)
                 step += 1
-                world.exchange(Call(Operation.SUMS, place, terms), words)
+                world.exchange(Call(Operation.SUMS, key, signature), limbs)
 
-            def bare(words: NDArray[np.int64] = words, total: NDArray[np.int64] = total) -> None:
-                request = bare_comm.Iallreduce(words, total, MPI.SUM)
+            def bare(limbs: NDArray[np.int64] = limbs, total: NDArray[np.int64] = total) -> None:
+                request = bare_comm.Iallreduce(limbs, total, MPI.SUM)
                 if crowded:
                     while not request.Test():
                         os.sched_yield()
@@ -67,7 +69,7 @@ def rank(result: str, rounds: int) -> None:
                     while not request.Test():
                         pass
 
-            times = _in_turn({"door": door, "bare": bare}, rounds, bare_comm.Barrier)
+            times = _in_turn({"door": door, "bare": bare}, repetitions, bare_comm.Barrier)
             at = f"mpi/{world.world_size} ranks/C={channels}"
             medians = {
                 name: float(np.quantile(np.median(np.reshape(seconds, (-1, _BLOCK)), 1), 0.25))
@@ -81,12 +83,12 @@ def rank(result: str, rounds: int) -> None:
 
 
 def _in_turn(
-    kinds: dict[str, Callable[[], None]], rounds: int, barrier: Callable[[], object]
+    kinds: dict[str, Callable[[], None]], repetitions: int, barrier: Callable[[], object]
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for run in kinds.values():
         run()
-    for _ in range(max(1, rounds // _BLOCK)):
+    for _ in range(max(1, repetitions // _BLOCK)):
         for name, run in kinds.items():
             barrier()
             for _ in range(_BLOCK):

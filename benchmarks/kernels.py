@@ -118,7 +118,7 @@ class Batch:
 def ours(kernels: ModuleType, name: str, batch: Batch) -> Runs:
     """The runs of one of this project's kernel sets."""
     (x, dy, mask), grid, backward_grid = batch.seen, batch.grid, batch.backward_grid
-    mean, pivot, poisoned = batch.statistics.rounded_mean, batch.statistics.pivot, np.zeros(x.shape[1], bool)
+    mean, pivot, nonfinite = batch.statistics.rounded_mean, batch.statistics.pivot, np.zeros(x.shape[1], bool)
     scale = batch.statistics.inverse_std.astype(np.float32)
     small = np.full(x.shape[1], 0.01, np.float32)
 
@@ -126,13 +126,13 @@ def ours(kernels: ModuleType, name: str, batch: Batch) -> Runs:
         return kernels.moments(x, None, grid)
 
     def normalize() -> object:
-        return kernels.normalize(x, mean, scale, small, poisoned)
+        return kernels.normalize(x, mean, scale, small, nonfinite)
 
     def sums() -> object:
         return kernels.gradient_sums(dy, x, None, pivot, backward_grid, fits=True)  # as after any sound forward pass
 
     def gradient() -> object:
-        return kernels.input_gradient(dy, x, None, mean, small, small, scale, poisoned)
+        return kernels.input_gradient(dy, x, None, mean, small, small, scale, nonfinite)
 
     parts = dict(zip(PARTS, (moments, normalize, sums, gradient), strict=True))
     return {

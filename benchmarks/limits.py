@@ -21,20 +21,20 @@ _STREAMS = 4  # places that are read at once: a processor prefetches several str
 
 
 @njit(cache=True, nogil=True)
-def read_bits(words: Array) -> np.int64:
+def read_bits(values: Array) -> np.int64:
     """Every word once, with an operation that no order slows down."""
     seen = np.int64(0)
-    for i in range(words.shape[0]):
-        seen ^= words[i]
+    for i in range(values.shape[0]):
+        seen ^= values[i]
     return seen
 
 
 @njit(cache=True, nogil=True)
-def read_bits_streams(words: Array) -> np.int64:
+def read_bits_streams(values: Array) -> np.int64:
     """The same from several places at once."""
-    quarter = words.shape[0] // _STREAMS
-    a, b = words[:quarter], words[quarter : 2 * quarter]
-    c, d = words[2 * quarter : 3 * quarter], words[3 * quarter :]
+    quarter = values.shape[0] // _STREAMS
+    a, b = values[:quarter], values[quarter : 2 * quarter]
+    c, d = values[2 * quarter : 3 * quarter], values[3 * quarter :]
     seen = np.int64(0)
     for i in range(quarter):
         seen ^= (a[i] ^ b[i]) ^ (c[i] ^ d[i])
@@ -96,10 +96,10 @@ def triad_chunks(a: Array, b: Array, out: Array) -> None:
 
 def forward(x: Array) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """The variants of (read, copy) on a contiguous float32 array."""
-    flat, words, y = x.reshape(-1), x.reshape(-1).view(np.int64), np.zeros(x.size, np.float32)
+    flat, values, y = x.reshape(-1), x.reshape(-1).view(np.int64), np.zeros(x.size, np.float32)
     reads: dict[str, Callable[[], object]] = {
-        "bits": lambda: read_bits(words),
-        "streams": lambda: read_bits_streams(words),
+        "bits": lambda: read_bits(values),
+        "streams": lambda: read_bits_streams(values),
         "floats": lambda: read_floats(flat),
     }
     copies: dict[str, Callable[[], object]] = {
@@ -112,9 +112,9 @@ def forward(x: Array) -> dict[str, tuple[Callable[[], object], Callable[[], obje
 def backward(dy: Array, x: Array) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """The variants of (read two, triad) on contiguous float32 arrays."""
     g, h, dx = dy.reshape(-1), x.reshape(-1), np.zeros(x.size, np.float32)
-    g_words, h_words = g.view(np.int64), h.view(np.int64)
+    g_values, h_values = g.view(np.int64), h.view(np.int64)
     reads: dict[str, Callable[[], object]] = {
-        "bits": lambda: read_two_bits(g_words, h_words),
+        "bits": lambda: read_two_bits(g_values, h_values),
         "floats": lambda: read_two_floats(g, h),
     }
     triads: dict[str, Callable[[], object]] = {

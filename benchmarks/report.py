@@ -71,13 +71,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs"
 
 
-def bar_table(judgements: Sequence[Judgement], *, judged: bool) -> Table:
+def bar_table(judgements: Sequence[Judgement], *, enforced: bool) -> Table:
     """Every bar and what became of it."""
-    title = "the bars" if judged else "the bars, NOT JUDGED: the machine was not quiet"
+    title = "the bars" if enforced else "the bars, NOT JUDGED: the machine was not quiet"
     table = Table("bar", "must", "aim", "seen", "verdict", "worst at", title=title)
     for judgement in judgements:
         bar, colour = judgement.bar, _COLOURS[judgement.verdict]
-        if not judged and judgement.verdict is Verdict.MISSED:
+        if not enforced and judgement.verdict is Verdict.MISSED:
             colour = "magenta"
         table.add_row(
             bar.name,

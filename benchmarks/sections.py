@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Figures = dict[str, float]
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Settings:
     peers: Mapping[str, str | None]
     tensorflow_python: str
     shapes: tuple[str, ...]
-    say: Say
+    report: Report
 
     @property
     def missing(self) -> list[str]:
@@ -49,7 +49,7 @@ def kernels(settings: Settings) -> Figures:
     found: Figures = {}
     for number, shape in enumerate(SHAPES):
         if not settings.shapes or str(shape) in settings.shapes:
-            settings.say(f"kernels {shape}")
+            settings.report(f"kernels {shape}")
             budget_s = (3.0 + shape.elements / 2**20) * (3 if settings.full else 1)  # as many turns, more or less
             found |= alone("benchmarks.kernels", str(number), str(budget_s), *settings.available)
     return found
@@ -62,12 +62,12 @@ def layer(settings: Settings) -> Figures:
     from benchmarks.timing import keep_memory
 
     keep_memory()
-    settings.say("layer: a small call")
+    settings.report("layer: a small call")
     found = whole.small_call(settings.available, 2.0)
     for shape in SHAPES if settings.full else SHAPES[2:4]:
-        settings.say(f"layer: {shape} beside its kernels")
+        settings.report(f"layer: {shape} beside its kernels")
         found |= whole.beyond_kernels(shape, 8.0 if settings.full else 2.0)
-    settings.say("layer: memory")
+    settings.report("layer: memory")
     return found | whole.memory()
 
 
@@ -82,7 +82,7 @@ def starting(settings: Settings) -> Figures:
     """Import and first calls in fresh processes."""
     from benchmarks.starting import measure
 
-    settings.say("starting: fresh processes")
+    settings.report("starting: fresh processes")
     return measure(11 if settings.full else 5, cold=settings.full)
 
 
@@ -92,7 +92,7 @@ def mpi(settings: Settings) -> Figures:
 
     # Two ranks take microseconds: a thousand rounds would be over within one disturbance.
     return _by_ranks(
-        "mpi", "mpi4py", lambda ranks, rounds: measure(ranks, rounds * (10 if ranks == 2 else 1)), settings
+        "mpi", "mpi4py", lambda ranks, repetitions: measure(ranks, repetitions * (10 if ranks == 2 else 1)), settings
     )
 
 
@@ -113,12 +113,12 @@ def service(settings: Settings) -> Figures:
 def _by_ranks(name: str, needed: str, measure: Callable[[int, int], Figures], settings: Settings) -> Figures:
     found: Figures = {}
     if needed in settings.missing:
-        settings.say(f"{name}: {needed} is NOT INSTALLED")
+        settings.report(f"{name}: {needed} is NOT INSTALLED")
         return found
     # More ranks than cores take turns on them: milliseconds an exchange.
-    for ranks, rounds in ((2, 2000), (4, 300), (8, 200)) if settings.full else ((2, 1000), (4, 100)):
-        settings.say(f"{name}: {ranks} ranks")
-        found |= measure(ranks, rounds)
+    for ranks, repetitions in ((2, 2000), (4, 300), (8, 200)) if settings.full else ((2, 1000), (4, 100)):
+        settings.report(f"{name}: {ranks} ranks")
+        found |= measure(ranks, repetitions)
     return found
 
 
@@ -127,12 +127,12 @@ def step(settings: Settings) -> Figures:
     from benchmarks import steps, steps_tensorflow
 
     number = 100 if settings.full else 30
-    settings.say("step: ten layers alone, over MPI, over the service")
+    settings.report("step: ten layers alone, over MPI, over the service")
     found = steps.measure(number)
     if "tensorflow" in settings.missing:
-        settings.say("step: TensorFlow is NOT INSTALLED; --tensorflow-python names an interpreter that has it")
+        settings.report("step: TensorFlow is NOT INSTALLED; --tensorflow-python names an interpreter that has it")
         return found
-    settings.say("step: ten layers in TensorFlow")
+    settings.report("step: ten layers in TensorFlow")
     found |= steps_tensorflow.measure(settings.tensorflow_python, number // 2)  # each takes several of ours
     for ours in ("mpi", "service"):
         if f"step/{ours}" in found:

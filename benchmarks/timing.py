@@ -73,18 +73,18 @@ def timed(contenders: Mapping[str, Callable[[], object]], budget_s: float, least
     gc.collect()
     gc.disable()
     try:
-        begin, rounds, places = time.perf_counter(), 0, random.Random(0)
-        while rounds < least or time.perf_counter() - begin < budget_s:
-            taken = np.empty(places.randrange(_ELSEWHERE) * _PAGE, np.uint8)
+        begin, repetitions, offsets = time.perf_counter(), 0, random.Random(0)
+        while repetitions < least or time.perf_counter() - begin < budget_s:
+            taken = np.empty(offsets.randrange(_ELSEWHERE) * _PAGE, np.uint8)
             for name, contender in found.items():
                 slow = once[name] > patience
-                if slow and rounds % _SELDOM:
+                if slow and repetitions % _SELDOM:
                     continue
                 busy, start = time.process_time(), time.perf_counter()
                 contender.turns.append(_turn(contender.run, _RUNS if not slow else 1))
                 wall[name] += time.perf_counter() - start
                 processor[name] += time.process_time() - busy
-            rounds += 1
+            repetitions += 1
             del taken
     finally:
         gc.enable()

@@ -48,12 +48,12 @@ class Verdict:
 
     def error(self, call: Call | None) -> CollectiveError:
         """The error for one rank, which made `call` (None: it was not waiting)."""
-        place = call.place if call is not None else None
+        key = call.key if call is not None else None
         return self.kind(
             self.text,
             ranks=self.ranks,
-            layer=place.layer if place is not None else None,
-            step=place.step if place is not None else None,
+            layer=key.layer if key is not None else None,
+            step=key.step if key is not None else None,
         )
 
 
@@ -82,12 +82,12 @@ def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int
             "look for an early return, a break, or a shard with fewer steps.",
             tuple(sorted(left)),
         )
-    if len({call.place for call in calls.values()}) > 1:
+    if len({call.key for call in calls.values()}) > 1:
         return Verdict(
             StallError,
             f"The ranks wait for each other: {_waiting(calls, peers)}. Every rank must call the same layers in the "
             "same order, in the same mode; look for a skipped layer, or one in evaluation or frozen on some ranks.",
-            _minority({rank: call.place for rank, call in calls.items()}),
+            _minority({rank: call.key for rank, call in calls.items()}),
         )
     return _mismatch(calls, peers)
 
@@ -95,58 +95,59 @@ def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int
 def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict | None:
     if len(set(calls.values())) == 1:
         return None
-    believed = {rank: _beliefs(call) for rank, call in calls.items()}
-    names = [name for name in believed[min(believed)] if len({b.get(name) for b in believed.values()}) > 1]
+    descriptions = {rank: _description(call) for rank, call in calls.items()}
+    names = [name for name in descriptions[min(descriptions)] if len({b.get(name) for b in descriptions.values()}) > 1]
     if "operation" in names:
         names = ["operation"]  # different operations have different terms: naming those too would only distract
     blamed = _minority(dict(calls))
     lines = []
     for name in names:
         held = defaultdict(list)
-        for rank, beliefs in sorted(believed.items()):
-            held[beliefs.get(name, "none")].append(rank)
+        for rank, description in sorted(descriptions.items()):
+            held[description.get(name, "none")].append(rank)
         ordered = sorted(held.items(), key=lambda item: (len(item[1]), item[1]))
         lines.append(f"{name}: " + ", ".join(f"{_names(ranks, peers)} sent {value}" for value, ranks in ordered))
     first = calls[min(calls)]
     advice = f"check the configuration of {_names(blamed, {})}" if len(blamed) < len(calls) else "compare their code"
     return Verdict(
         MismatchError,
-        f"{first.place}: {'; '.join(lines)}. All ranks must build the same model and make the same calls; {advice}.",
+        f"{first.key}: {'; '.join(lines)}. All ranks must build the same model and make the same calls; {advice}.",
         blamed,
     )
 
 
-def _beliefs(call: Call) -> dict[str, str]:
-    beliefs = {"operation": str(call.operation), "attempt": str(call.attempt)}
-    for field in fields(call.terms):
-        value = getattr(call.terms, field.name)
+def _description(call: Call) -> dict[str, str]:
+    description = {"operation": str(call.operation), "attempt": str(call.attempt)}
+    for field in fields(call.signature):
+        value = getattr(call.signature, field.name)
         text = f"{value:016x}" if field.name == "grid" else str(value)
         if len(text) > _SHOWN:
             name = blake2b(text.encode(), digest_size=4).hexdigest()
             text = f"{text[:_SHOWN]}… ({len(text)} characters, {name})"
-        beliefs[field.name] = text
-    return beliefs
+        description[field.name] = text
+    return description
 
 
-def _minority(said: Mapping[int, object]) -> tuple[int, ...]:
+def _minority(by_rank: Mapping[int, object]) -> tuple[int, ...]:
     """The ranks outside the largest group that says the same; all of them when two groups are largest."""
     groups: dict[object, list[int]] = defaultdict(list)
-    for rank, value in said.items():
+    for rank, value in by_rank.items():
         groups[value].append(rank)
     largest = max(len(ranks) for ranks in groups.values())
     if sum(len(ranks) == largest for ranks in groups.values()) > 1:
-        return tuple(sorted(said))
+        return tuple(sorted(by_rank))
     return tuple(sorted(rank for ranks in groups.values() if len(ranks) < largest for rank in ranks))
 
 
 def _waiting(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> str:
-    places: dict[str, list[int]] = defaultdict(list)
+    ranks_by_call: dict[str, list[int]] = defaultdict(list)
     for rank, call in sorted(calls.items()):
-        places[call.where].append(rank)
-    if not places:
+        ranks_by_call[call.where].append(rank)
+    if not ranks_by_call:
         return "nobody waited for it"
     return "; ".join(
-        f"{_names(ranks, peers)} {'waits' if len(ranks) == 1 else 'wait'} in {at}" for at, ranks in places.items()
+        f"{_names(ranks, peers)} {'waits' if len(ranks) == 1 else 'wait'} in {at}"
+        for at, ranks in ranks_by_call.items()
     )
 
 

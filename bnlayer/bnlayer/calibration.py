@@ -30,17 +30,17 @@ class Population:
 
     def __init__(self) -> None:
         self._sums: list[tuple[int, Fraction, Fraction]] = []
-        self.poisoned: NDArray[np.bool_] | None = None
+        self.nonfinite: NDArray[np.bool_] | None = None
 
     def add(self, moments: Moments) -> None:
         """Pool one more global batch."""
         sums = moments.exact()
-        bad = moments.not_finite_C | moments.misfit_C
-        if self.poisoned is None:
-            self._sums, self.poisoned = sums, bad
+        bad = moments.not_finite_C | moments.out_of_range_C
+        if self.nonfinite is None:
+            self._sums, self.nonfinite = sums, bad
             return
         self._sums = [(n + m, s + z, q + r) for (n, s, q), (m, z, r) in zip(self._sums, sums, strict=True)]
-        self.poisoned = self.poisoned | bad
+        self.nonfinite = self.nonfinite | bad
 
     @property
     def counts(self) -> list[int]:
@@ -96,14 +96,14 @@ def calibrating(layers: Iterable[BatchNormalization]) -> Iterator[None]:
 
 
 def _checked(layer: BatchNormalization, population: Population) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if population.poisoned is None:
+    if population.nonfinite is None:
         raise ValueError(
             f"Layer {layer.name!r} saw no batch while calibrating: call the model with training=True, unfrozen."
         )
     empty = [channel for channel, n in enumerate(population.counts) if n == 0]
     if empty:
         raise ValueError(f"Layer {layer.name!r} saw no value in channels {_some(empty)} while calibrating.")
-    bad = np.flatnonzero(population.poisoned).tolist()
+    bad = np.flatnonzero(population.nonfinite).tolist()
     if bad:
         raise ValueError(f"Layer {layer.name!r} saw values that are not finite in channels {_some(bad)}.")
     return population.mean_variance()

@@ -47,7 +47,7 @@ class Direction(StrEnum):
     BACKWARD = "backward"
 
 
-class Place(NamedTuple):
+class ExchangeKey(NamedTuple):
     """Where a rank is.
 
     Attributes:
@@ -69,7 +69,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTerms:
+class LayerSignature:
     """What every rank must believe of a layer for its integers to be added.
 
     Attributes:
@@ -80,7 +80,7 @@ class LayerTerms:
         renorm: how the layer renormalizes; None if it doesn't.
         unbiased: whether the moving variance is the unbiased one (torch's convention).
         flush_to_zero: whether this process rounds subnormal numbers to zero.
-        grid: fingerprint of the grid that the words are in units of; 0 for a probe or an enrolment.
+        grid: fingerprint of the grid that the limbs are in units of; 0 for a probe or an enrolment.
         policy: the layer's dtype policy, e.g. "mixed_float16".
     """
 
@@ -97,7 +97,7 @@ class LayerTerms:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainTerms:
+class PlainSignature:
     """What every rank must believe of a plain operation.
 
     Attributes:
@@ -122,25 +122,25 @@ class Call(NamedTuple):
     """
 
     operation: Operation
-    place: Place
-    terms: LayerTerms | PlainTerms
+    key: ExchangeKey
+    signature: LayerSignature | PlainSignature
     attempt: int = 0
 
     @property
     def where(self) -> str:
         """The place in words; a plain operation by its name."""
-        return str(self.place) if self.place.layer is not None else f"{self.operation} (number {self.place.step})"
+        return str(self.key) if self.key.layer is not None else f"{self.operation} (number {self.key.step})"
 
 
 class Total(NamedTuple):
     """What an exact exchange returns.
 
     Attributes:
-        words: the reduced int64 words, of the shape that was sent.
+        words: the reduced int64 limbs, of the shape that was sent.
         version: the owner's version after it, where the owner is elsewhere; None otherwise.
     """
 
-    words: NDArray[np.int64]
+    limbs: NDArray[np.int64]
     version: int | None = None
 
 
@@ -159,7 +159,7 @@ class Collective(Protocol):
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known; every rank calls it once. Returns the owner's state, seeded by rank 0's."""
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """Reduce words exactly over the ranks: MAX for a probe, SUM for sums."""
 
     def pull(self, layer: str) -> LayerState | None:
@@ -178,10 +178,10 @@ class Alone:
         del call
         return state
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """One rank's words are the total."""
         del call
-        return Total(words)
+        return Total(limbs)
 
     def pull(self, layer: str) -> LayerState | None:
         """Nobody else owns anything."""

@@ -1,7 +1,7 @@
 """One exchange, as every rank and the owner see it: [probe,] sums [, probe, sums].
 
 Laws of this room:
-1. The next step is a pure function of the words reduced so far: rank and owner take it alike, and nobody has to
+1. The next step is a pure function of the limbs reduced so far: rank and owner take it alike, and nobody has to
    tell anybody.
 2. At most one probe per exchange: a channel just probed is accepted.
 3. Nothing is committed before the sums are accepted.
@@ -45,7 +45,7 @@ class ForwardExchange:
     wants: Operation | None
     attempt: int = 0
     moments: Moments | None = None
-    found: Callable[[], BatchStatistics] | None = None
+    result: Callable[[], BatchStatistics] | None = None
 
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
@@ -55,31 +55,33 @@ class ForwardExchange:
 
     @property
     def rows(self) -> int:
-        """How many words per channel the next contribution has."""
+        """How many limbs per channel the next contribution has."""
         return 2 if self.wants is Operation.PROBE else Moments.rows(self.grid.precision.folds)
 
     @property
     def fingerprint(self) -> int:
-        """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
+        """What `LayerSignature.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    def reduced(self, words: NDArray[np.int64]) -> ForwardExchange:
-        """The exchange after the words of all ranks were reduced."""
+    def reduced(self, limbs: NDArray[np.int64]) -> ForwardExchange:
+        """The exchange after the limbs of all ranks were reduced."""
         if self.wants is Operation.PROBE:
-            grid = self.grid.probed(words, self.need_C)
+            grid = self.grid.probed(limbs, self.need_C)
             return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
-        moments = Moments(words, self.grid)
-        found, again = moments.judged(self.epsilon, self.masked)
-        if again is not None and not self.need_C.any():
-            return ForwardExchange(self.grid, self.epsilon, self.masked, again, Operation.PROBE, self.attempt + 1)
+        moments = Moments(limbs, self.grid)
+        result, channels_to_probe = moments.check_window(self.epsilon, self.masked)
+        if channels_to_probe is not None and not self.need_C.any():
+            return ForwardExchange(
+                self.grid, self.epsilon, self.masked, channels_to_probe, Operation.PROBE, self.attempt + 1
+            )
         return ForwardExchange(
-            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, found
+            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, result
         )
 
     @cached_property
     def statistics(self) -> BatchStatistics | None:
         """What follows from the moments, once they are accepted."""
-        return self.found() if self.found is not None else None
+        return self.result() if self.result is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ class BackwardExchange:
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
-    found: Callable[[], Gradients] | None = None
+    result: Callable[[], Gradients] | None = None
 
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
@@ -111,25 +113,25 @@ class BackwardExchange:
 
     @property
     def rows(self) -> int:
-        """How many words per channel the next contribution has."""
+        """How many limbs per channel the next contribution has."""
         return 2 if self.wants is Operation.PROBE else GradientSums.rows(self.grid.precision.folds)
 
     @property
     def fingerprint(self) -> int:
-        """What `LayerTerms.grid` must say in the next contribution: the grid, where it matters."""
+        """What `LayerSignature.grid` must say in the next contribution: the grid, where it matters."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    def reduced(self, words: NDArray[np.int64]) -> BackwardExchange:
-        """The exchange after the words of all ranks were reduced."""
+    def reduced(self, limbs: NDArray[np.int64]) -> BackwardExchange:
+        """The exchange after the limbs of all ranks were reduced."""
         if self.wants is Operation.PROBE:
-            grid = self.grid.probed(words, self.need_C)
+            grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        found, again = GradientSums(words, self.grid).judged(self.statistics)
-        if again is not None and not self.need_C.any():
-            return BackwardExchange(self.grid, self.statistics, again, Operation.PROBE, self.attempt + 1)
-        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, found)
+        result, channels_to_probe = GradientSums(limbs, self.grid).check_window(self.statistics)
+        if channels_to_probe is not None and not self.need_C.any():
+            return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
+        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, result)
 
     @cached_property
     def gradients(self) -> Gradients | None:
         """What follows from the sums, once they are accepted. The owner never asks."""
-        return self.found() if self.found is not None else None
+        return self.result() if self.result is not None else None

@@ -2,7 +2,7 @@
 
 Both sums run over ALL positions, masked ones included: a masked output depends on the mean and variance too.
 
-Shape suffixes: C channels, W words: per fold A_hi, A_lo; per fold B_hi, B_lo; two words of flags.
+Shape suffixes: C channels, W limbs: per fold A_hi, A_lo; per fold B_hi, B_lo; two words of flags.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid
 from bnlayer.kernels.choice import quick_channels
+from bnlayer.limbs import as_float, counted, flags
 from bnlayer.moments import BatchStatistics, two_folds
 from bnlayer.precision import power_of_two
-from bnlayer.words import as_float, counted, flags
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Gradients:
-    """What follows from the sums, each (C,) float64, NaN where the channel is poisoned.
+    """What follows from the sums, each (C,) float64, NaN where the channel is nonfinite.
 
     Attributes:
         beta: dβ = Σ dy.
         gamma: dγ = s·Σ dy·(x − μ).
         offset: c1 of dx = ((dy − c1) − (x − rounded_mean)·slope)·γs.
         slope: k = s²·B/D.
-        poisoned: bool, some value was not finite or lies outside every window.
+        nonfinite: bool, some value was not finite or lies outside every window.
     """
 
     beta: NDArray[np.float64]
     gamma: NDArray[np.float64]
     offset: NDArray[np.float64]
     slope: NDArray[np.float64]
-    poisoned: NDArray[np.bool_]
+    nonfinite: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,10 @@ class GradientSums:
 
     Attributes:
         words: (W, C) int64, packed.
-        grid: what the words are in units of.
+        grid: what the limbs are in units of.
     """
 
-    words: NDArray[np.int64]
+    limbs: NDArray[np.int64]
     grid: BackwardGrid
 
     @staticmethod
@@ -63,48 +63,48 @@ class GradientSums:
         grid: BackwardGrid,
         gradients: list[NDArray[np.int64]],
         products: list[NDArray[np.int64]],
-        misfit_C: NDArray[np.bool_],
+        out_of_range_C: NDArray[np.bool_],
         not_finite_C: NDArray[np.bool_],
         large_C: NDArray[np.bool_],
         any_C: NDArray[np.bool_],
     ) -> GradientSums:
         """One shard's sums, [hi, lo] per fold, and what the pass saw: see `refused` for the flags."""
-        rows = [*gradients, *products, flags(misfit_C, not_finite_C), flags(large_C, any_C)]
+        rows = [*gradients, *products, flags(out_of_range_C, not_finite_C), flags(large_C, any_C)]
         return cls(np.ascontiguousarray(np.stack(rows), np.int64), grid)
 
     @property
-    def misfit_C(self) -> NDArray[np.bool_]:
+    def out_of_range_C(self) -> NDArray[np.bool_]:
         """Whether some |dy| or |x − p| lies outside its window."""
-        return counted(self.words[-2])[0]
+        return counted(self.limbs[-2])[0]
 
     @property
     def not_finite_C(self) -> NDArray[np.bool_]:
         """Whether some unmasked dy is NaN or infinite."""
-        return counted(self.words[-2])[1]
+        return counted(self.limbs[-2])[1]
 
-    def judged(self, statistics: BatchStatistics) -> tuple[Callable[[], Gradients], NDArray[np.bool_] | None]:
+    def check_window(self, statistics: BatchStatistics) -> tuple[Callable[[], Gradients], NDArray[np.bool_] | None]:
         """What gives the `gradients`, and what is `refused`; None if nothing is. See `Moments.judged`."""
         quick = quick_channels()
         if quick is None or self.grid.precision.folds == 2:
-            refused = self.refused(statistics.poisoned)
+            refused = self.refused(statistics.nonfinite)
             return partial(self.gradients, statistics), refused if refused.any() else None
-        rows, (poisoned, refused) = np.empty((4, self.words.shape[1])), np.empty((2, self.words.shape[1]), np.bool_)
-        again = quick.gradients(
-            self.words, self.grid.gradient_C, self.grid.deviation_C, statistics.divisor, statistics.inverse_std,
-            statistics.residual, statistics.mean_share, statistics.pivot_residual, statistics.poisoned, rows, poisoned,
-            refused,
+        rows, (nonfinite, refused) = np.empty((4, self.limbs.shape[1])), np.empty((2, self.limbs.shape[1]), np.bool_)
+        any_refused = quick.gradients(
+            self.limbs, self.grid.gradient_C, self.grid.deviation_C, statistics.divisor, statistics.inverse_std,
+            statistics.residual, statistics.mean_share, statistics.pivot_residual, statistics.nonfinite,
+            rows, nonfinite, refused,
         )  # fmt: skip
         beta, gamma, offset, slope = rows
-        found = Gradients(beta, gamma, offset, slope, poisoned)
-        return lambda: found, refused if again else None
+        computed = Gradients(beta, gamma, offset, slope, nonfinite)
+        return lambda: computed, refused if any_refused else None
 
-    def refused(self, forward_poisoned_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def refused(self, forward_nonfinite_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
         A value lies outside its window; or gradients are there, and all lie 2^20-fold below it.
         """
-        large, any_nonzero = counted(self.words[-1])
-        return (self.misfit_C | (any_nonzero & ~large)) & ~(self.not_finite_C | forward_poisoned_C)
+        large, any_nonzero = counted(self.limbs[-1])
+        return (self.out_of_range_C | (any_nonzero & ~large)) & ~(self.not_finite_C | forward_nonfinite_C)
 
     @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def gradients(self, statistics: BatchStatistics) -> Gradients:
@@ -119,21 +119,21 @@ class GradientSums:
         unit = grid.gradient_C + grid.precision.gradient_slack - 51
         both = unit + grid.deviation_C
         if grid.precision.folds == 2:
-            a = np.ldexp(_floats(two_folds(self.words[0:4], 52)), unit - 52)
-            b = np.ldexp(_floats(two_folds(self.words[4:8], 52)), both - 52)
+            a = np.ldexp(_floats(two_folds(self.limbs[0:4], 52)), unit - 52)
+            b = np.ldexp(_floats(two_folds(self.limbs[4:8], 52)), both - 52)
         else:
-            a = as_float(*self.words[0:2]) * power_of_two(unit)
-            b = as_float(*self.words[2:4]) * power_of_two(both)
+            a = as_float(*self.limbs[0:2]) * power_of_two(unit)
+            b = as_float(*self.limbs[2:4]) * power_of_two(both)
         b = b - a * statistics.pivot_residual
         slope = s * s * b / statistics.divisor
         offset = a / statistics.divisor - slope * (statistics.residual + statistics.mean_share)
-        poisoned = statistics.poisoned | self.not_finite_C | self.misfit_C
+        nonfinite = statistics.nonfinite | self.not_finite_C | self.out_of_range_C
         return Gradients(
-            beta=np.where(poisoned, np.nan, a),
-            gamma=np.where(poisoned, np.nan, s * b),
+            beta=np.where(nonfinite, np.nan, a),
+            gamma=np.where(nonfinite, np.nan, s * b),
             offset=offset,
             slope=slope,
-            poisoned=poisoned,
+            nonfinite=nonfinite,
         )
 
 

@@ -1,7 +1,7 @@
 """The grids that all ranks share: what an integer of a sum is worth.
 
 A grid is found by a **probe**, a global MAX of integers, and then kept for as long as the data fits it; the
-ranks and the owner change it by these same pure functions of the same reduced words. It is part of a layer's
+ranks and the owner change it by these same pure functions of the same reduced limbs. It is part of a layer's
 state: the last bits of a statistic depend on it, so runs are compared at equal history.
 
 Shape suffixes: C channels.
@@ -162,7 +162,9 @@ class BackwardGrid:
         # More room than forward: gradients shrink and grow faster than activations do.
         wide = np.clip(exponents[0] + precision.gradient_room, precision.lowest, precision.highest + 20)
         gradient = np.where(need_C & (exponents[0] > precision.lowest), wide, self.gradient_C)
-        farthest = np.minimum(exponents[1], precision.deviation_ceiling)  # beyond it is a misfit: never a wrong sum
+        farthest = np.minimum(
+            exponents[1], precision.deviation_ceiling
+        )  # beyond it is a out_of_range: never a wrong sum
         deviation = np.where(need_C, np.maximum(self.deviation_C, farthest), self.deviation_C)
         return BackwardGrid(self.dtype, gradient, deviation, True)
 

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer import passes
-from bnlayer.collective import Alone, LayerTerms, current, is_current
+from bnlayer import tiling
+from bnlayer.collective import Alone, LayerSignature, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
+from bnlayer.exchange_driver import ExchangeDriver, share
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
-from bnlayer.rounds import Rounds, share
 from bnlayer.state import LayerState
 from bnlayer.view import View
 
@@ -45,8 +45,8 @@ class _TrainingPass:
         r_C, d_C: the corrections of renorm; None without.
     """
 
-    rounds: Rounds
-    terms: LayerTerms
+    driver: ExchangeDriver
+    signature: LayerSignature
     view: View
     statistics: BatchStatistics
     scale_C: NDArray[Any]
@@ -70,7 +70,7 @@ class BatchNormalization(Definition):
 
     μ and v are the mean and the biased variance of the batch, of its unmasked values where there is a mask; with
     `synchronized=True`, of the union of all ranks' batches, whatever their sizes, with the same bits as if one
-    process held it. Ranks exchange 6 (float64: 10) int64 words per channel and direction, never rows.
+    process held it. Ranks exchange 6 (float64: 10) int64 limbs per channel and direction, never rows.
 
     Args:
         axis: the axis that holds the channels.
@@ -102,8 +102,8 @@ class BatchNormalization(Definition):
     """
 
     _kept: LayerState | None = None
-    _told: LayerTerms | None = None
-    _rounds: Rounds | None = None
+    _signature_cache: LayerSignature | None = None
+    _driver: ExchangeDriver | None = None
     _pass: _TrainingPass | _InferencePass | None = None
     _observer: Callable[[Moments], None] | None = None
 
@@ -136,9 +136,9 @@ class BatchNormalization(Definition):
         view = View.of(x, self._pinned_axis(x.shape), mask)
         if not (training and self.trainable):
             return self._infer(view, keep=bool(training))
-        rounds = self._joined()
-        before, terms = self.state, self._terms()
-        result = rounds.forward(view, terms, before.forward)
+        driver = self._joined()
+        before, signature = self.state, self._signature()
+        result = driver.forward(view, signature, before.forward)
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
@@ -148,12 +148,12 @@ class BatchNormalization(Definition):
             variable.take(vector)
         if result.version is not None and result.version != after.version:
             # The owner's state was replaced in between: somebody pushed.
-            self._follow(rounds.collective.pull(self.name))
+            self._follow(driver.collective.pull(self.name))
         r, d = self._correction(statistics, before.moving)
         scale, shift = self._coefficients(statistics, r, d)
-        self._pass = _TrainingPass(rounds, terms, view, statistics, scale, r, d)
+        self._pass = _TrainingPass(driver, signature, view, statistics, scale, r, d)
         return view.restore(
-            passes.normalize(view, statistics.rounded_mean, scale, shift, statistics.poisoned, self.compute_dtype)
+            tiling.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
         )
 
     def _infer(self, view: View, *, keep: bool) -> NDArray[Any]:
@@ -163,8 +163,8 @@ class BatchNormalization(Definition):
         if keep or not isinstance(self._pass, _TrainingPass):
             self._pass = _InferencePass(view, scale)
         mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
-        fine = np.zeros(mean.shape, bool)
-        return view.restore(passes.normalize(view, mean, scale, shift, fine, self.compute_dtype))
+        none_nonfinite = np.zeros(mean.shape, bool)
+        return view.restore(tiling.normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype))
 
     @np.errstate(all="ignore")
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
@@ -203,9 +203,9 @@ class BatchNormalization(Definition):
         self._pass = None
         if isinstance(latest, _InferencePass):
             self._set_gradients(None, None)
-            return view.restore(passes.scaled(seen, latest.scale_C, self.compute_dtype))
+            return view.restore(tiling.scaled(seen, latest.scale_C, self.compute_dtype))
         statistics = latest.statistics
-        result = latest.rounds.backward(seen, view, latest.terms, statistics, self.state.backward)
+        result = latest.driver.backward(seen, view, latest.signature, statistics, self.state.backward)
         self._kept = self.state.after_backward(result.grid, statistics)
         total = result.total
         summed = total if self.grad_reduction == "global" else share(result, statistics)
@@ -215,43 +215,47 @@ class BatchNormalization(Definition):
             gamma = gamma * latest.r_C + summed.beta * latest.d_C
         self._set_gradients(gamma, summed.beta)
         dtype = self.dtype_policy.arithmetic_dtype
-        dx = passes.input_gradient(
+        dx = tiling.input_gradient(
             seen,
             view,
             statistics.rounded_mean,
             total.offset.astype(dtype),
             total.slope.astype(dtype),
             latest.scale_C,
-            total.poisoned,
+            total.nonfinite,
             self.compute_dtype,
         )
         return view.restore(dx)
 
-    def _joined(self) -> Rounds:
+    def _joined(self) -> ExchangeDriver:
         """The exchanges with the collective in force; a new collective is enrolled with first."""
         if not self.synchronized:
-            self._rounds = self._rounds or Rounds(Alone(), self.name)
-            return self._rounds
-        if self._rounds is not None and self.collective is None and is_current(self._rounds.collective):
-            return self._rounds
+            self._driver = self._driver or ExchangeDriver(Alone(), self.name)
+            return self._driver
+        if self._driver is not None and self.collective is None and is_current(self._driver.collective):
+            return self._driver
         collective = self.collective if self.collective is not None else current()
-        if self._rounds is None or self._rounds.collective is not collective:
-            if self._rounds is not None and self._rounds.collective.world_size > 1 and isinstance(collective, Alone):
+        if self._driver is None or self._driver.collective is not collective:
+            if self._driver is not None and self._driver.collective.world_size > 1 and isinstance(collective, Alone):
                 raise RuntimeError(
-                    f"Layer {self.name!r} belonged to a world of {self._rounds.collective.world_size} ranks, which was "
+                    f"Layer {self.name!r} belonged to a world of {self._driver.collective.world_size} ranks, which was "
                     "left: training on would be silently unsynchronized. Train inside `with bnworker.join()`, or make "
                     "a new layer for one process."
                 )
-            rounds = Rounds(collective, self.name)
-            self._follow(rounds.enroll(self, self._terms(), self.state))
-            self._rounds = rounds
-        return self._rounds
+            driver = ExchangeDriver(collective, self.name)
+            self._follow(driver.enroll(self, self._signature(), self.state))
+            self._driver = driver
+        return self._driver
 
-    def _terms(self) -> LayerTerms:
+    def _signature(self) -> LayerSignature:
         """What every rank must believe of this layer, whatever the call."""
-        told = self._told
-        if told is None or (told.momentum, told.epsilon, told.renorm) != (self.momentum, self.epsilon, self._renorm):
-            told = self._told = LayerTerms(
+        signature = self._signature_cache
+        if signature is None or (signature.momentum, signature.epsilon, signature.renorm) != (
+            self.momentum,
+            self.epsilon,
+            self._renorm,
+        ):
+            signature = self._signature_cache = LayerSignature(
                 channels=self.moving_mean.shape[0],
                 dtype=self.dtype_policy.arithmetic,
                 momentum=self.momentum,
@@ -259,7 +263,7 @@ class BatchNormalization(Definition):
                 policy=self.dtype_policy.name,
                 renorm=self._renorm,
             )
-        return told
+        return signature
 
     def _correction(
         self, statistics: BatchStatistics, moving: Moving
@@ -344,7 +348,7 @@ class BatchNormalization(Definition):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
-        return {**self.__dict__, "collective": None, "_rounds": None, "_pass": None, "_observer": None}
+        return {**self.__dict__, "collective": None, "_driver": None, "_pass": None, "_observer": None}
 
     def _must_be_built(self) -> None:
         if not self.built:

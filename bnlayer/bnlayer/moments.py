@@ -1,9 +1,9 @@
 """`Moments`: the exact sum, sum of squares and count of a batch, and the statistics that follow from them.
 
-Adding the words of two shards is exact, so neither the number of shards nor their order can be seen in any of
-this. Everything below is a pure function of the reduced words, evaluated alike by every rank and by the owner.
+Adding the limbs of two shards is exact, so neither the number of shards nor their order can be seen in any of
+this. Everything below is a pure function of the reduced limbs, evaluated alike by every rank and by the owner.
 
-Shape suffixes: C channels, W words of a packed sum: per fold S_hi, S_lo; per fold T_hi, T_lo; count; flags.
+Shape suffixes: C channels, W limbs of a packed sum: per fold S_hi, S_lo; per fold T_hi, T_lo; count; flags.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from bnlayer.grid import Grid
 from bnlayer.kernels.choice import quick_channels
+from bnlayer.limbs import as_float, as_ints, counted, flags
 from bnlayer.precision import exponent_above
-from bnlayer.words import as_float, as_ints, counted, flags
 
 MASKED_COUNT_EPSILON = 1e-7  # Keras adds it to the sum of a mask (`backend.epsilon()`)
 
@@ -41,7 +41,7 @@ class BatchStatistics:
             grid's pivot 0, else rounded_mean.
         pivot_residual: μ − p.
         reach: int64, |x − p| < 2^reach for every unmasked x.
-        poisoned: bool, an unmasked value was not finite, or lies outside every window.
+        nonfinite: bool, an unmasked value was not finite, or lies outside every window.
     """
 
     count: NDArray[np.float64]
@@ -55,7 +55,7 @@ class BatchStatistics:
     pivot: NDArray[np.floating]
     pivot_residual: NDArray[np.float64]
     reach: NDArray[np.int64]
-    poisoned: NDArray[np.bool_]
+    nonfinite: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,10 @@ class Moments:
 
     Attributes:
         words: (W, C) int64, packed.
-        grid: what the words are in units of.
+        grid: what the limbs are in units of.
     """
 
-    words: NDArray[np.int64]
+    limbs: NDArray[np.int64]
     grid: Grid
 
     @staticmethod
@@ -82,11 +82,11 @@ class Moments:
         deviations: list[NDArray[np.int64]],
         squares: list[NDArray[np.int64]],
         count_C: NDArray[np.int64],
-        misfit_C: NDArray[np.bool_],
+        out_of_range_C: NDArray[np.bool_],
         not_finite_C: NDArray[np.bool_],
     ) -> Moments:
         """One shard's moments from its sums, [hi, lo] per fold, and what the pass saw."""
-        rows = [*deviations, *squares, count_C, flags(misfit_C, not_finite_C)]
+        rows = [*deviations, *squares, count_C, flags(out_of_range_C, not_finite_C)]
         return cls(np.ascontiguousarray(np.stack(rows), np.int64), grid)
 
     def __add__(self, other: Moments) -> Moments:
@@ -97,22 +97,22 @@ class Moments:
         """
         if self.grid.fingerprint != other.grid.fingerprint:
             raise ValueError("Moments of different grids can't be added: probe again, on all ranks.")
-        return Moments(self.words + other.words, self.grid)
+        return Moments(self.limbs + other.limbs, self.grid)
 
     @property
     def count_C(self) -> NDArray[np.int64]:
         """N: the unmasked values."""
-        return np.asarray(self.words[-2])
+        return np.asarray(self.limbs[-2])
 
     @property
-    def misfit_C(self) -> NDArray[np.bool_]:
+    def out_of_range_C(self) -> NDArray[np.bool_]:
         """Whether some |x − pivot| lies outside the window."""
-        return counted(self.words[-1])[0]
+        return counted(self.limbs[-1])[0]
 
     @property
     def not_finite_C(self) -> NDArray[np.bool_]:
         """Whether some unmasked value is NaN or infinite."""
-        return counted(self.words[-1])[1]
+        return counted(self.limbs[-1])[1]
 
     @cached_property
     def mean_variance(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -123,15 +123,15 @@ class Moments:
         n = np.maximum(self.count_C, 1)
         if self.grid.precision.folds == 2:
             return self._mean_variance_exact(n)
-        a = as_float(*self.words[0:2]) * self.grid.unit1_C / n
-        second = as_float(*self.words[2:4]) * self.grid.unit2_C / n
+        a = as_float(*self.limbs[0:2]) * self.grid.unit1_C / n
+        second = as_float(*self.limbs[2:4]) * self.grid.unit2_C / n
         return a, np.maximum(second - a * a, 0.0)
 
     def _mean_variance_exact(self, n: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The same for two folds, in integers, rounded once at the end: T·N − S² cancels too much for floats."""
         # The second folds are in units 2^52 (deviations) and 2^51 (squares) finer: both end at exponent − 103.
-        s = two_folds(self.words[0:4], 52)
-        t = two_folds(self.words[4:8], 51)
+        s = two_folds(self.limbs[0:4], 52)
+        t = two_folds(self.limbs[4:8], 51)
         w, counts = self.grid.exponent_C, n.tolist()
         a = np.array([si / ni for si, ni in zip(s, counts, strict=True)])
         spread = [
@@ -143,10 +143,10 @@ class Moments:
         """N, Σx and Σx² of each channel, without any further rounding; for pooling over grids."""
         folds = self.grid.precision.folds
         if folds == 2:
-            sums, squares = two_folds(self.words[0:4], 52), two_folds(self.words[4:8], 51)
+            sums, squares = two_folds(self.limbs[0:4], 52), two_folds(self.limbs[4:8], 51)
             finer = (103, 103)
         else:
-            sums, squares = as_ints(*self.words[0:2]), as_ints(*self.words[2:4])
+            sums, squares = as_ints(*self.limbs[0:2]), as_ints(*self.limbs[2:4])
             finer = (51 - self.grid.precision.slack, 52)
         pooled = []
         for n, s, q, p, w in zip(
@@ -157,7 +157,9 @@ class Moments:
             pooled.append((n, d + n * pivot, dd + 2 * pivot * d + n * pivot * pivot))
         return pooled
 
-    def judged(self, epsilon: float, masked: bool) -> tuple[Callable[[], BatchStatistics], NDArray[np.bool_] | None]:
+    def check_window(
+        self, epsilon: float, masked: bool
+    ) -> tuple[Callable[[], BatchStatistics], NDArray[np.bool_] | None]:
         """What gives the `statistics`, and what is `refused`; None if nothing is.
 
         Where one compiled call finds both they are there at once; otherwise they are computed when asked for: the owner
@@ -167,27 +169,27 @@ class Moments:
         if quick is None or self.grid.precision.folds == 2:
             refused = self.refused(epsilon)
             return partial(self.statistics, epsilon, masked), refused if refused.any() else None
-        grid, channels = self.grid, self.words.shape[1]
+        grid, channels = self.grid, self.limbs.shape[1]
         rows, (rounded, pivot) = np.empty((8, channels)), np.empty((2, channels), np.float32)
-        reach, (poisoned, refused) = np.empty(channels, np.int64), np.empty((2, channels), np.bool_)
+        reach, (nonfinite, refused) = np.empty(channels, np.int64), np.empty((2, channels), np.bool_)
         e = MASKED_COUNT_EPSILON if masked else 0.0
-        again = quick.statistics(
-            self.words, grid.pivot_C, grid.exponent_C, epsilon, e, grid.precision.lowest,
-            rows, rounded, pivot, reach, poisoned, refused,
+        any_refused = quick.statistics(
+            self.limbs, grid.pivot_C, grid.exponent_C, epsilon, e, grid.precision.lowest,
+            rows, rounded, pivot, reach, nonfinite, refused,
         )  # fmt: skip
         count, divisor, mean, variance, inverse_std, residual, mean_share, pivot_residual = rows
         statistics = BatchStatistics(
             count, divisor, mean, variance, inverse_std, rounded, residual, mean_share, pivot, pivot_residual, reach,
-            poisoned,
+            nonfinite,
         )  # fmt: skip
-        return lambda: statistics, refused if again else None
+        return lambda: statistics, refused if any_refused else None
 
     @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def refused(self, epsilon: float) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
         A value lies outside the window; or the window has become too coarse for the spread:
-        V + ε < max(u2, |a|·u1/2)·min(2^22, 2^42/N). A poisoned channel asks for none: it stays so on any grid.
+        V + ε < max(u2, |a|·u1/2)·min(2^22, 2^42/N). A nonfinite channel asks for none: it stays so on any grid.
         """
         a, variance = self.mean_variance
         n = np.maximum(self.count_C, 1)
@@ -196,7 +198,7 @@ class Moments:
         needed = np.maximum(self.grid.unit2_C, np.abs(a) * self.grid.unit1_C / 2) * np.minimum(2.0**22, 2.0**42 / n)
         ranged = (self.grid.exponent_C > self.grid.precision.lowest) & (self.count_C > 0)
         coarse = (variance + epsilon < needed) & ranged
-        return (self.misfit_C | coarse) & ~self.not_finite_C
+        return (self.out_of_range_C | coarse) & ~self.not_finite_C
 
     @np.errstate(all="ignore")
     def statistics(self, epsilon: float, masked: bool) -> BatchStatistics:
@@ -235,11 +237,11 @@ class Moments:
             pivot=np.where(about_zero, 0, rounded).astype(precision.dtype),
             pivot_residual=np.where(about_zero, mean, residual),
             reach=np.where(about_zero, np.minimum(grid.exponent_C, from_zero), from_mean),
-            poisoned=self.not_finite_C | self.misfit_C,
+            nonfinite=self.not_finite_C | self.out_of_range_C,
         )
 
 
-def two_folds(words: NDArray[np.int64], shift: int) -> list[int]:
+def two_folds(limbs: NDArray[np.int64], shift: int) -> list[int]:
     """One integer per channel from two folds, the second in units 2^shift finer."""
-    coarse, fine = as_ints(*words[0:2]), as_ints(*words[2:4])
+    coarse, fine = as_ints(*limbs[0:2]), as_ints(*limbs[2:4])
     return [(c << shift) + f for c, f in zip(coarse, fine, strict=True)]

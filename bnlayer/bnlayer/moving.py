@@ -1,6 +1,6 @@
 """The moving update: one pure function, used by the layer and by the owner of the moving statistics.
 
-Both apply it to the same reduced words, so a rank's mirror and the owner's values are the same bits.
+Both apply it to the same reduced limbs, so a rank's mirror and the owner's values are the same bits.
 """
 
 from __future__ import annotations
@@ -92,20 +92,20 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
     if quick is not None and moving.stddev is None and moving.mean.dtype == np.float32:
         to_mean, to_variance = np.empty((2, mean.shape[0]), np.float32)
         quick.moved(
-            mean, variance, statistics.count, statistics.poisoned, moving.mean, moving.variance,
+            mean, variance, statistics.count, statistics.nonfinite, moving.mean, moving.variance,
             rule.momentum, rule.synchronized, rule.masked, to_mean, to_variance,
         )  # fmt: skip
         return Moving(to_mean, to_variance)
     apply = statistics.count > 0
     if not rule.synchronized:
         apply = apply | rule.masked
-        mean = np.where(statistics.poisoned, np.nan, mean)
-        variance = np.where(statistics.poisoned, np.nan, variance)
+        mean = np.where(statistics.nonfinite, np.nan, mean)
+        variance = np.where(statistics.nonfinite, np.nan, variance)
     with np.errstate(over="ignore", invalid="ignore"):
         new = _moved(moving, mean, variance, rule)
         if rule.synchronized:
             finite = [np.isfinite(vector) for vector in new.vectors.values()]
-            apply = apply & ~statistics.poisoned & np.logical_and.reduce(finite)
+            apply = apply & ~statistics.nonfinite & np.logical_and.reduce(finite)
     old = moving.vectors
     kept = {name: np.where(apply, vector, old[name]) for name, vector in new.vectors.items()}
     return Moving(*kept.values())

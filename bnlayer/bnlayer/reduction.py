@@ -1,7 +1,7 @@
 """Plain reductions of arrays, such as gradients and metrics: what a sum, maximum or minimum over ranks is.
 
 Laws of this room:
-1. Integers are added exactly, as pairs (hi, lo) of int64 words. A total that its dtype can't hold is an
+1. Integers are added exactly, as pairs (hi, lo) of int64 limbs. A total that its dtype can't hold is an
    OverflowError.
 2. Floats are added in float64, and rounded once to the dtype they came in. Their sum is in rank order.
 3. Maxima and minima are those of ordered integers (−0 < +0), so no order matters. A NaN anywhere is the result.
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.dtypes import rounded
+from bnlayer.limbs import LOW, carried
 from bnlayer.precision import DOUBLE
-from bnlayer.words import LOW, carried
 
 OPS = ("sum", "max", "min")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -30,7 +30,7 @@ _TOP_BIT = np.uint64(2**63)  # turns the order of uint64 into that of int64
 
 
 @dataclass(frozen=True, eq=False)
-class Terms:
+class Encoded:
     """What one rank, or the sum of several, has to say; the arrays one after the other.
 
     Attributes:
@@ -39,7 +39,7 @@ class Terms:
     """
 
     floats: NDArray[np.float64]
-    words: NDArray[np.int64]
+    limbs: NDArray[np.int64]
 
 
 def refusal(op: str, dtype: np.dtype[Any]) -> str | None:
@@ -82,32 +82,32 @@ def reduce_in_rank_order(op: str, arrays_by_rank: Sequence[Sequence[NDArray[Any]
     return decode(op, total, first)
 
 
-def encode(op: str, arrays: Sequence[NDArray[Any]]) -> Terms:
+def encode(op: str, arrays: Sequence[NDArray[Any]]) -> Encoded:
     """One rank's arrays as terms, which `combined`, or an MPI library, reduces."""
     floats: list[NDArray[np.float64]] = []
-    words: list[NDArray[np.int64]] = []
+    limbs: list[NDArray[np.int64]] = []
     for array in arrays:
         flat = array.reshape(-1)
         if op != "sum":
-            words.append(_keys(op, flat))
+            limbs.append(_keys(op, flat))
         elif _is_float(flat.dtype):
             floats.append(flat.astype(np.float64))
         else:
-            words.extend(_pair(flat))
-    return Terms(
+            limbs.extend(_pair(flat))
+    return Encoded(
         np.concatenate(floats) if floats else np.empty(0, np.float64),
-        np.concatenate(words) if words else np.empty(0, np.int64),
+        np.concatenate(limbs) if limbs else np.empty(0, np.int64),
     )
 
 
-def combined(op: str, a: Terms, b: Terms) -> Terms:
+def combined(op: str, a: Encoded, b: Encoded) -> Encoded:
     """The terms of a, then b."""
     with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN are answers here
         floats = a.floats + b.floats
-    return Terms(floats, a.words + b.words if op == "sum" else np.maximum(a.words, b.words))
+    return Encoded(floats, a.limbs + b.limbs if op == "sum" else np.maximum(a.limbs, b.limbs))
 
 
-def decode(op: str, total: Terms, like: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+def decode(op: str, total: Encoded, like: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
     """The reduced arrays, from the terms of all ranks.
 
     Args:
@@ -119,7 +119,7 @@ def decode(op: str, total: Terms, like: Sequence[NDArray[Any]]) -> list[NDArray[
         OverflowError: an integer total does not fit its dtype.
     """
     results: list[NDArray[Any]] = []
-    at_float = at_word = 0
+    at_float = at_limb = 0
     for index, array in enumerate(like):
         n = array.size
         if op == "sum" and _is_float(array.dtype):
@@ -127,12 +127,12 @@ def decode(op: str, total: Terms, like: Sequence[NDArray[Any]]) -> list[NDArray[
                 flat = rounded(total.floats[at_float : at_float + n], array.dtype)
             at_float += n
         elif op == "sum":
-            hi, lo = total.words[at_word : at_word + n], total.words[at_word + n : at_word + 2 * n]
+            hi, lo = total.limbs[at_limb : at_limb + n], total.limbs[at_limb + n : at_limb + 2 * n]
             flat = _integers(hi, lo, array.dtype, index)
-            at_word += 2 * n
+            at_limb += 2 * n
         else:
-            flat = _values(op, total.words[at_word : at_word + n], array.dtype)
-            at_word += n
+            flat = _values(op, total.limbs[at_limb : at_limb + n], array.dtype)
+            at_limb += n
         results.append(flat.reshape(array.shape))
     return results
 
@@ -162,8 +162,8 @@ def _values(op: str, keys: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[A
 def _pair(flat: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The words hi and lo of integers: x = hi * 2^32 + lo, 0 <= lo < 2^32."""
     wide = flat if flat.dtype == np.uint64 else flat.astype(np.int64)
-    word = wide.dtype.type
-    return (wide >> word(32)).astype(np.int64), (wide & word(LOW)).astype(np.int64)
+    kind = wide.dtype.type
+    return (wide >> kind(32)).astype(np.int64), (wide & kind(LOW)).astype(np.int64)
 
 
 def _integers(hi: NDArray[np.int64], lo: NDArray[np.int64], dtype: np.dtype[Any], index: int) -> NDArray[Any]:

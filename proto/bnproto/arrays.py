@@ -107,7 +107,7 @@ def named(payload: pb.Payload, data: bytes | bytearray) -> dict[str, NDArray[Any
     return {header.name: array for header, array in zip(payload.arrays, unpack(payload, data), strict=True)}
 
 
-class Joining:
+class PayloadAssembler:
     """Collects the bytes of a payload whose parts arrive one by one."""
 
     def __init__(self, payload: pb.Payload) -> None:

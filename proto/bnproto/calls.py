@@ -5,7 +5,7 @@ Words that this version does not know (an operation, a direction) are refused: l
 
 from __future__ import annotations
 
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.renorm import Renorm
 from bnproto.arrays import WireError
 from bnproto.v1 import statistics_pb2 as pb
@@ -33,29 +33,29 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
         sequence=sequence,
         generation=generation,
         operation=_TO_OPERATION[call.operation],
-        layer=call.place.layer,
-        direction=_TO_DIRECTION[call.place.direction],
-        step=call.place.step,
+        layer=call.key.layer,
+        direction=_TO_DIRECTION[call.key.direction],
+        step=call.key.step,
         attempt=call.attempt,
         payload=payload,
     )
-    terms = call.terms
-    if isinstance(terms, PlainTerms):
-        message.plain_terms.op = terms.op
-        message.plain_terms.arrays.extend(terms.arrays)
-        message.plain_terms.root = terms.root
+    signature = call.signature
+    if isinstance(signature, PlainSignature):
+        message.plain_signature.op = signature.op
+        message.plain_signature.arrays.extend(signature.arrays)
+        message.plain_signature.root = signature.root
         return message
-    message.layer_terms.channels = terms.channels
-    message.layer_terms.dtype = terms.dtype
-    message.layer_terms.momentum = terms.momentum
-    message.layer_terms.epsilon = terms.epsilon
-    message.layer_terms.masked = terms.masked
-    message.layer_terms.policy = terms.policy
-    if terms.renorm is not None:
-        message.layer_terms.renorm.CopyFrom(_renorm_message(terms.renorm))
-    message.layer_terms.unbiased = terms.unbiased
-    message.layer_terms.flush_to_zero = terms.flush_to_zero
-    message.layer_terms.grid = terms.grid
+    message.layer_signature.channels = signature.channels
+    message.layer_signature.dtype = signature.dtype
+    message.layer_signature.momentum = signature.momentum
+    message.layer_signature.epsilon = signature.epsilon
+    message.layer_signature.masked = signature.masked
+    message.layer_signature.policy = signature.policy
+    if signature.renorm is not None:
+        message.layer_signature.renorm.CopyFrom(_renorm_message(signature.renorm))
+    message.layer_signature.unbiased = signature.unbiased
+    message.layer_signature.flush_to_zero = signature.flush_to_zero
+    message.layer_signature.grid = signature.grid
     return message
 
 
@@ -71,15 +71,15 @@ def call_of(message: pb.Contribution) -> Call:
     if message.direction not in _FROM_DIRECTION:
         raise WireError(f"expected one of the directions {_known(_FROM_DIRECTION)}; received {message.direction}")
     layer = message.layer if message.HasField("layer") else None
-    place = Place(layer, _FROM_DIRECTION[message.direction], message.step)
-    return Call(operation, place, _terms(message), message.attempt)
+    key = ExchangeKey(layer, _FROM_DIRECTION[message.direction], message.step)
+    return Call(operation, key, _signature(message), message.attempt)
 
 
-def _terms(message: pb.Contribution) -> LayerTerms | PlainTerms:
-    kind = message.WhichOneof("terms")
-    if kind == "layer_terms":
-        layer = message.layer_terms
-        return LayerTerms(
+def _signature(message: pb.Contribution) -> LayerSignature | PlainSignature:
+    kind = message.WhichOneof("signature")
+    if kind == "layer_signature":
+        layer = message.layer_signature
+        return LayerSignature(
             channels=layer.channels,
             dtype=layer.dtype,
             momentum=layer.momentum,
@@ -91,9 +91,9 @@ def _terms(message: pb.Contribution) -> LayerTerms | PlainTerms:
             flush_to_zero=layer.flush_to_zero,
             grid=layer.grid,
         )
-    if kind == "plain_terms":
-        plain = message.plain_terms
-        return PlainTerms(plain.op, tuple(plain.arrays), plain.root)
+    if kind == "plain_signature":
+        plain = message.plain_signature
+        return PlainSignature(plain.op, tuple(plain.arrays), plain.root)
     raise WireError("expected the terms of a layer or of a plain operation, received neither")
 
 

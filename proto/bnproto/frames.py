@@ -55,7 +55,7 @@ class Frames:
             self._bytes, self._start, self._stop = moved, 0, held
         return memoryview(self._bytes)[self._stop :]
 
-    def came(self, count: int) -> None:
+    def received(self, count: int) -> None:
         """So many bytes were received."""
         self._stop += count
 

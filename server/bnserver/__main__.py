@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from bnserver.core.members import Patience
+from bnserver.core.members import LivenessTimeouts
 from bnserver.daemon import serve
 
 _ABOUT = """\
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument(
         "--lease",
         type=_seconds,
-        default=Patience().lease,
+        default=LivenessTimeouts().lease,
         metavar="SECONDS",
         help="a rank that gives no sign of life for so long is taken for frozen, and the others are told; 0: never; "
         "%(default)g if not given",
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument(
         "--away",
         type=_seconds,
-        default=Patience().away,
+        default=LivenessTimeouts().away,
         metavar="SECONDS",
         help="how long a rank whose connection broke may take to come back; a killed one is told to the others so much "
         "later; %(default)g if not given",
@@ -92,7 +92,7 @@ def main() -> int:
         options.state_dir,
         insecure=options.insecure,
         ready_file=options.ready_file,
-        patience=Patience(options.lease, options.away),
+        timeouts=LivenessTimeouts(options.lease, options.away),
         log_level=options.log_level,
         log_file=options.log_file,
     )

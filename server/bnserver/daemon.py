@@ -22,10 +22,10 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from bnlayer.kernels import warm
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2_grpc as rpc
-from bnserver.core.members import Patience
-from bnserver.exchanges import Exchanges
+from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
 from bnserver.logs import LogError, logged
+from bnserver.servicer import Servicer
 from bnserver.store import Store, StoreError
 
 _GRACE_S = 2.0  # for ranks to hear that the service stops; the whole drain has 5 s
@@ -49,7 +49,7 @@ def serve(
     *,
     insecure: bool = False,
     ready_file: Path | None = None,
-    patience: Patience | None = None,
+    timeouts: LivenessTimeouts | None = None,
     log_level: str = "info",
     log_file: Path | None = None,
 ) -> int:
@@ -76,7 +76,7 @@ def serve(
             )
         with logged(log_level, log_file):
             warm.owner()  # before it listens: nobody waits for a compilation in the middle of an exchange
-            asyncio.run(_serve(listen, host, state_dir, ready_file, patience, Failpoints(os.environ)))
+            asyncio.run(_serve(listen, host, state_dir, ready_file, timeouts, Failpoints(os.environ)))
     except (ListenError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE
@@ -91,7 +91,7 @@ async def _serve(
     host: str,
     state_dir: Path | None,
     ready_file: Path | None,
-    patience: Patience | None,
+    timeouts: LivenessTimeouts | None,
     failpoints: Failpoints,
 ) -> None:
     stop = asyncio.Event()
@@ -107,8 +107,8 @@ async def _serve(
             await health_service.set(SAVING_NAME, status)
 
         await say_whether_saving(store is not None)
-        exchanges = Exchanges(
-            secrets.randbits(63), store, patience=patience, failpoints=failpoints, saving=say_whether_saving
+        exchanges = Servicer(
+            secrets.randbits(63), store, timeouts=timeouts, failpoints=failpoints, saving=say_whether_saving
         )
         server = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)

@@ -30,7 +30,7 @@ _log = logging.getLogger("bnserver")
 
 
 @dataclass(frozen=True, slots=True)
-class Visitors:
+class Callbacks:
     """What the rim does with what comes in.
 
     Attributes:
@@ -68,8 +68,8 @@ class LocalSockets:
         visitors: are told what comes in.
     """
 
-    def __init__(self, boot_id: int, visitors: Visitors) -> None:
-        self.visitors = visitors
+    def __init__(self, boot_id: int, callbacks: Callbacks) -> None:
+        self.callbacks = callbacks
         self._boot_id = boot_id
         self._name = ""
         self._port = 0
@@ -117,7 +117,7 @@ class LocalSockets:
         self._tickets[ticket], self._invited[stream] = stream, ticket
         return pb.LocalSocket(name=self._name, ticket=ticket, port=self._port)
 
-    def stands(self, stream: int) -> bool:
+    def is_active(self, stream: int) -> bool:
         """Whether a stream has a socket."""
         return stream in self._sockets
 
@@ -134,7 +134,7 @@ class LocalSockets:
 
     # ---- what a socket says of itself ----
 
-    def came(self, socket: LocalSocket) -> None:
+    def connected(self, socket: LocalSocket) -> None:
         """Somebody has connected."""
         self._strangers[socket] = None
         if self._closed:  # it was at the door already
@@ -152,11 +152,11 @@ class LocalSockets:
         socket.send([Frame(pb.ExchangeResponse(boot_id=self._boot_id, attached=pb.Attached()))])
         return stream
 
-    def gone(self, socket: LocalSocket, stream: int | None) -> None:
+    def disconnected(self, socket: LocalSocket, stream: int | None) -> None:
         """A socket has ended."""
         self._strangers.pop(socket, None)
         if stream is not None and self._sockets.get(stream) is socket:
-            self.visitors.lost(stream)
+            self.callbacks.lost(stream)
 
 
 class LocalSocket(asyncio.BufferedProtocol):
@@ -189,7 +189,7 @@ class LocalSocket(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._hurry = asyncio.get_running_loop().call_later(_ATTACH_WITHIN_S, transport.abort)
-        self._sockets.came(self)
+        self._sockets.connected(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended, from either side."""
@@ -197,7 +197,7 @@ class LocalSocket(asyncio.BufferedProtocol):
         self._calm()
         self._transport = None
         self._unsent.clear()
-        self._sockets.gone(self, self._stream)
+        self._sockets.disconnected(self, self._stream)
 
     def pause_writing(self) -> None:
         """The kernel takes no more."""
@@ -215,7 +215,7 @@ class LocalSocket(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Something was received."""
-        self._frames.came(nbytes)
+        self._frames.received(nbytes)
         try:
             while self._open and (data := self._frames.next()) is not None:
                 self._take(pb.ExchangeRequest.FromString(data))
@@ -232,7 +232,7 @@ class LocalSocket(asyncio.BufferedProtocol):
 
     def _take(self, request: pb.ExchangeRequest) -> None:
         if self._stream is not None:
-            self._sockets.visitors.asked(self._stream, request)
+            self._sockets.callbacks.asked(self._stream, request)
             return
         self._stream = self._sockets.attached(self, request.attach.ticket)
         if self._stream is None:
@@ -244,7 +244,7 @@ class LocalSocket(asyncio.BufferedProtocol):
     def _garbled(self, text: str) -> None:
         """Say so to whoever sent it; nothing that follows can be read."""
         if self._stream is not None:
-            self._sockets.visitors.garbled(self._stream, text)
+            self._sockets.callbacks.garbled(self._stream, text)
         self.end()
 
     def _calm(self) -> None:

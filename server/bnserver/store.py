@@ -29,9 +29,9 @@ from typing import IO
 from urllib.parse import quote
 
 from bnproto.v1 import journal_pb2 as pb
-from bnserver.core.entries import Entry
+from bnserver.core.journal_records import JournalRecord
 from bnserver.failpoints import Failpoints
-from bnserver.records import FrameError, RecordError, Torn, decode, encode, encode_header, framed, frames
+from bnserver.journal_encoding import FrameError, RecordError, Torn, decode, encode, encode_header, framed, frames
 
 _FORMAT = 1
 _SUFFIX = ".job"
@@ -64,7 +64,7 @@ class _File:
     handle: int | None = None
     frames: int = 0
     size: int = 0
-    entries: int = 0
+    records: int = 0
     snapshot: int = 0
     broken: bool = False
     meanwhile: list[bytes] | None = None
@@ -94,27 +94,27 @@ class Store:
         self._writing = asyncio.Lock()
         self._lock = _locked(directory)
 
-    def load(self) -> dict[str, list[Entry]]:
+    def load(self) -> dict[str, list[JournalRecord]]:
         """The past of every job that was kept.
 
         Raises:
             StoreError: a file is corrupt.
         """
-        pasts = {}
+        journals = {}
         for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            job, past, file = _loaded(path)
+            job, records, file = _loaded(path)
             if file.size < path.stat().st_size:
                 os.truncate(path, file.size)
             self._files[job] = file
-            pasts[job] = past
-        return pasts
+            journals[job] = records
+        return journals
 
     def path(self, job: str) -> Path:
         """A job's file: readable, without a character that a file name can't have, and never the same for two."""
         digest = blake2b(job.encode(), digest_size=8).hexdigest()
         return self._directory / f"{quote(job, safe='')[:80]}.{digest}{_SUFFIX}"
 
-    def append(self, job: str, entry: Entry) -> None:
+    def append(self, job: str, record: JournalRecord) -> None:
         """Add an entry to a job's journal; it outlives this process when this returns.
 
         Raises:
@@ -122,7 +122,7 @@ class Store:
         """
         self._failpoints.reached("before-journal")
         file = self._files.setdefault(job, _File())
-        body = encode(entry)
+        body = encode(record)
         if file.meanwhile is not None:
             file.meanwhile.append(body)
         if file.broken:
@@ -135,16 +135,16 @@ class Store:
             with suppress(OSError):
                 os.truncate(self.path(job), file.size)  # half an entry is none
             file.close()
-            raise self._told(job, error) from error
+            raise self._store_error(job, error) from error
         self._failpoints.reached("after-journal")
 
     def long(self, job: str) -> bool:
         """Whether a job's journal has become so long that a snapshot should replace it."""
         file = self._files[job]
-        long = file.entries >= _LONG_ENTRIES or file.size - file.snapshot >= _LONG_BYTES
+        long = file.records >= _LONG_ENTRIES or file.size - file.snapshot >= _LONG_BYTES
         return long and file.meanwhile is None and not file.broken
 
-    async def save(self, job: str, past: Callable[[], Sequence[Entry]]) -> None:
+    async def save(self, job: str, records: Callable[[], Sequence[JournalRecord]]) -> None:
         """Replace a job's file by a snapshot; it is on disk when this returns.
 
         Args:
@@ -156,7 +156,7 @@ class Store:
         """
         file = self._files.setdefault(job, _File())
         async with self._writing:
-            file.meanwhile, taken = [], tuple(past())
+            file.meanwhile, taken = [], tuple(records())
             path = self.path(job)
             aside = path.with_suffix(_ASIDE)
             try:
@@ -164,7 +164,7 @@ class Store:
                 self._take_place(file, aside, path, count, size)
                 await asyncio.to_thread(_sync, self._directory)
             except OSError as error:
-                raise self._told(job, error) from error
+                raise self._store_error(job, error) from error
             finally:
                 file.meanwhile = None
 
@@ -198,12 +198,12 @@ class Store:
         else:
             _write_all(file.handle, frame)
         file.frames += 1
-        file.entries += 1
+        file.records += 1
         file.size += len(frame)
 
-    def _write_aside(self, job: str, aside: Path, past: tuple[Entry, ...]) -> tuple[int, int]:
+    def _write_aside(self, job: str, aside: Path, records: tuple[JournalRecord, ...]) -> tuple[int, int]:
         """Write a snapshot beside the file, and sync it; returns its frames and bytes."""
-        bodies = [_header(job, synced=len(past) + 1), *map(encode, past)]
+        bodies = [_header(job, synced=len(records) + 1), *map(encode, records)]
         data = b"".join(framed(number, body) for number, body in enumerate(bodies))
         half = len(data) // 2
         with aside.open("wb") as target:
@@ -228,10 +228,10 @@ class Store:
             fresh.close()
         file.close()
         file.meanwhile, file.broken = None, False
-        file.frames, file.size, file.entries, file.snapshot = fresh.frames, fresh.size, fresh.entries, fresh.snapshot
+        file.frames, file.size, file.records, file.snapshot = fresh.frames, fresh.size, fresh.records, fresh.snapshot
         self._failpoints.reached("after-rename")
 
-    def _told(self, job: str, error: OSError) -> StoreError:
+    def _store_error(self, job: str, error: OSError) -> StoreError:
         return StoreError(f"Job {job!r} could not be saved to {self.path(job)}: {error}.")
 
 
@@ -287,10 +287,10 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
+def _loaded(path: Path) -> tuple[str, list[JournalRecord], _File]:
     """A file's job, past, and as much of it as can be gone on with."""
     header: pb.Header | None = None
-    past: list[Entry] = []
+    records: list[JournalRecord] = []
     file = _File()
     try:
         try:
@@ -299,13 +299,13 @@ def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
                     _check_torn(path, header, file, frame)
                     break
                 end, body = frame
-                entry = decode(body)
-                if isinstance(entry, pb.Header):
-                    header = _checked(entry, file)
+                record = decode(body)
+                if isinstance(record, pb.Header):
+                    header = _checked(record, file)
                 elif header is None:
                     raise RecordError("it does not begin with a header")
                 else:
-                    past.append(entry)
+                    records.append(record)
                 file.frames, file.size = file.frames + 1, end
         except FrameError as error:
             # After a power cut the end of a journal may be anything. What was synced may not.
@@ -316,13 +316,13 @@ def _loaded(path: Path) -> tuple[str, list[Entry], _File]:
             raise RecordError("it is empty")
         if file.frames < header.synced:
             raise RecordError(f"it has {file.frames} of the {header.synced} records of its snapshot")
-        file.entries = file.frames - max(header.synced, 1)
+        file.records = file.frames - max(header.synced, 1)
     except (FrameError, RecordError, OSError) as error:
         raise StoreError(
             f"The snapshot {path} is corrupt: {error}. Put a good copy in its place; or move it away, and its job "
             "begins anew, without its moving statistics."
         ) from error
-    return header.job, past, file
+    return header.job, records, file
 
 
 def _checked(header: pb.Header, file: _File) -> pb.Header:

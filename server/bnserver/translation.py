@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import LayerTerms, Operation
+from bnlayer.collective import LayerSignature, Operation
 from bnlayer.state import LayerState
-from bnproto.arrays import Joining, WireError, named, pack, unpack
+from bnproto.arrays import PayloadAssembler, WireError, named, pack, unpack
 from bnproto.calls import call_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Released, Totals
 from bnserver.core.events import Arrays, Body, Contribute, Event, Heartbeat, Join, Leave, Malformed, Pull, Push, Resume
-from bnserver.core.members import Patience
+from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
 
 Messages = list[pb.ExchangeResponse]
@@ -34,7 +34,7 @@ class Reader:
     def __init__(self, stream: int) -> None:
         self._stream = stream
         self._alive: Heartbeat | None = None
-        self._waiting: tuple[pb.ExchangeRequest, Joining] | None = None
+        self._waiting: tuple[pb.ExchangeRequest, PayloadAssembler] | None = None
 
     def read(self, request: pb.ExchangeRequest) -> Event | None:
         """The event that a request brings; None if parts are missing."""
@@ -90,13 +90,13 @@ class Reader:
         return self._taken(request, joining) if joining.complete else None
 
     def _whole(self, request: pb.ExchangeRequest, payload: pb.Payload) -> Event | None:
-        joining = Joining(payload)
+        joining = PayloadAssembler(payload)
         if joining.complete:
             return self._taken(request, joining)
         self._waiting = (request, joining)
         return None
 
-    def _taken(self, request: pb.ExchangeRequest, joining: Joining) -> Event:
+    def _taken(self, request: pb.ExchangeRequest, joining: PayloadAssembler) -> Event:
         self._waiting = None
         if request.WhichOneof("message") == "push":
             state = LayerState.from_arrays(named(joining.payload, joining.data), request.push.dtype)
@@ -104,8 +104,8 @@ class Reader:
         message = request.contribution
         call = call_of(message)
         body: Body
-        if call.operation is Operation.ENROLL and isinstance(call.terms, LayerTerms):
-            body = LayerState.from_arrays(named(joining.payload, joining.data), call.terms.dtype)
+        if call.operation is Operation.ENROLL and isinstance(call.signature, LayerSignature):
+            body = LayerState.from_arrays(named(joining.payload, joining.data), call.signature.dtype)
         elif call.operation in (Operation.PROBE, Operation.SUMS):
             arrays = unpack(joining.payload, joining.data)
             if len(arrays) != 1:
@@ -127,9 +127,9 @@ class Writer:
         durable: whether jobs outlive it.
     """
 
-    def __init__(self, boot_id: int, patience: Patience, *, durable: bool) -> None:
+    def __init__(self, boot_id: int, timeouts: LivenessTimeouts, *, durable: bool) -> None:
         self._boot_id = boot_id
-        self._lease_ms = round(patience.lease * 1000)
+        self._lease_ms = round(timeouts.lease * 1000)
         self._durable = durable
 
     def joined(self, generation: int, world_size: int, local_socket: pb.LocalSocket | None) -> Messages:
@@ -150,7 +150,7 @@ class Writer:
         arrays: Arrays
         match effect:
             case Totals():
-                version, arrays = effect.version, (effect.words,)
+                version, arrays = effect.version, (effect.limbs,)
             case Enrolled():
                 state = effect.state.arrays()
                 version, names, arrays = effect.state.version, tuple(state), tuple(state.values())

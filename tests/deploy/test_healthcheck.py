@@ -45,9 +45,9 @@ def test_nobody_at_the_address_is_not_healthy(service: tuple[health.HealthServic
     """A stopped daemon is told from a healthy one, by a sentence instead of a traceback."""
     _, address = service
     elsewhere = address.replace("127.0.0.1", "127.0.0.2")  # the same port, where nothing listens
-    status, said = _check(elsewhere)
+    status, reported = _check(elsewhere)
     assert status == 1
-    assert said.startswith(f"{elsewhere}: expected SERVING, received UNAVAILABLE: ")
+    assert reported.startswith(f"{elsewhere}: expected SERVING, received UNAVAILABLE: ")
 
 
 def _check(address: str) -> tuple[int, str]:

@@ -20,7 +20,7 @@ History = list[Record]
 Histories = list[History]
 
 
-def _words(*rows: int) -> str:
+def _limbs(*rows: int) -> str:
     return np.repeat(np.array(rows, "<i8")[:, np.newaxis], 3, axis=1).tobytes().hex()
 
 
@@ -37,10 +37,10 @@ def _key(value: float) -> int:
 _SEED = _statistics(0.0, 1.0)
 _ONE = _statistics(0.2, 1.0)
 _TWO = _statistics(float(np.float32(0.2)) * 0.9 + 0.2, 1.0)
-_SENT = [_words(-(2**8), 0, 2**8, 0, 1, 0), _words(2**8, 0, 2**8, 0, 1, 0)]
-_TOTAL = _words(0, 0, 2**9, 0, 2, 0)
-_PROBES = [_words(_key(1.0), _key(-1.0)), _words(_key(3.0), _key(-3.0))]
-_PROBED = _words(_key(3.0), _key(-1.0))
+_SENT = [_limbs(-(2**8), 0, 2**8, 0, 1, 0), _limbs(2**8, 0, 2**8, 0, 1, 0)]
+_TOTAL = _limbs(0, 0, 2**9, 0, 2, 0)
+_PROBES = [_limbs(_key(1.0), _key(-1.0)), _limbs(_key(3.0), _key(-3.0))]
+_PROBED = _limbs(_key(3.0), _key(-1.0))
 
 
 def _honest() -> Histories:
@@ -60,7 +60,7 @@ def _rank(rank: int) -> History:
     add("enroll", "", 0, 0, _SEED if rank == 0 else _statistics(9.0, 9.0), _SEED, 0)
     add("probe", "forward", 0, 0, _PROBES[rank], _PROBED, 0)
     add("sums", "forward", 0, 1, _SENT[rank], _TOTAL, 1)
-    add("sums", "backward", 0, 0, _words(rank, 0, 0, 0, 0, 0), _words(1, 0, 0, 0, 0, 0), 1)
+    add("sums", "backward", 0, 0, _limbs(rank, 0, 0, 0, 0, 0), _limbs(1, 0, 0, 0, 0, 0), 1)
     add("sums", "forward", 1, 0, _SENT[rank], _TOTAL, 2)
     add("allreduce", "", 1, 0, np.float32(0.5).tobytes().hex(), np.float32(1.0).tobytes().hex(), -1, layer="")
     add("barrier", "", 1, 0, "", "", -1, layer="before")
@@ -87,7 +87,7 @@ def test_the_moving_update_is_the_one_of_the_formula() -> None:
 
 def test_a_timeline_holds_every_state_once() -> None:
     """As a lone rank sees them, over two runs of a job: what an owner that was cut short may have gone back to."""
-    total = _words(2**8, 0, 2**8, 0, 1, 0)
+    total = _limbs(2**8, 0, 2**8, 0, 1, 0)
     alone = Record("sums", "a", "forward", 0, 1, total, total, 1, 0.0, 0.0)
     probe = Record("probe", "a", "forward", 0, 0, _PROBED, _PROBED, 0, 0.0, 0.0)
     enrolled = _honest()[0][0]
@@ -109,7 +109,7 @@ def _lost_contribution(histories: Histories) -> None:
 
 
 def _doubled_contribution(histories: Histories) -> None:
-    _change(histories, 4, got=_words(2**8, 0, 3 * 2**8, 0, 3, 0))
+    _change(histories, 4, got=_limbs(2**8, 0, 3 * 2**8, 0, 3, 0))
 
 
 def _stale_total(histories: Histories) -> None:

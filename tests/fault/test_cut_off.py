@@ -59,8 +59,8 @@ def test_a_rank_whose_connection_falls_silent_makes_another_one(
 
     with proxy(service.address, _WORLD, plan) as between:
         job = Job(f"silent-{way}", team, between.addresses, tmp_path, seed=SEED, until=_STEPS)
-        job.hear("joined")
-        job.hear("reached")
+        job.expect("joined")
+        job.expect("reached")
         assert between.struck == {Kind.BLACKHOLE: 1}
         job.leave()
         assert check(job.histories(), owner(service.address, job.name)) == []
@@ -76,7 +76,7 @@ def test_a_connection_that_falls_silent_while_ranks_gather(service: Daemon, team
     with proxy(service.address, _WORLD, plan) as between:
         began = time.monotonic()
         job = Job("gathering", team, between.addresses, tmp_path, seed=SEED, until=_STEPS)
-        job.hear("joined")
+        job.expect("joined")
         assert time.monotonic() - began <= DEFAULT_LEASE_S  # until it has joined, a rank knows of no other
         assert between.struck == {Kind.BLACKHOLE: 1}
         job.finish()
@@ -100,13 +100,13 @@ def test_a_rank_that_stays_cut_off_is_told_to_the_others(
         options = {"timeout": _TIMEOUT_S}
         name = f"gone-{way}"
         job = Job(name, team, between.addresses, tmp_path, seed=SEED, until=10_000, options=options)
-        job.hear("joined")
+        job.expect("joined")
         job.until(lambda: between.latest > 0, "the rank is cut off")
         began = between.latest
         for rank in (0, 2):
-            told = team[rank].hear("told")
-            assert told["when"] - began <= SHORT_LEASE_S + 1.0
-            assert (told["kind"], told["ranks"]) == ("PeerLostError", [_CUT_OFF])
-            assert f"rank {_CUT_OFF} (host " in told["text"]
-            assert f"pid {team[_CUT_OFF].pid})" in told["text"]
-        assert team[_CUT_OFF].hear("told")["when"] - began <= _TIMEOUT_S + 2.0
+            failure = team[rank].expect("told")
+            assert failure["when"] - began <= SHORT_LEASE_S + 1.0
+            assert (failure["kind"], failure["ranks"]) == ("PeerLostError", [_CUT_OFF])
+            assert f"rank {_CUT_OFF} (host " in failure["text"]
+            assert f"pid {team[_CUT_OFF].pid})" in failure["text"]
+        assert team[_CUT_OFF].expect("told")["when"] - began <= _TIMEOUT_S + 2.0

@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     # In so long a lease heartbeats are minutes apart: the next bytes are the request.
     with daemon(folder / "service", "--lease=600", "--away=10") as service, ranks(_WORLD, folder / "ranks") as team:
         job = Job("whole", team, [service.address], folder, seed=SEED, until=_STEPS, options=_OPTIONS)
-        job.hear("joined")
+        job.expect("joined")
         job.finish()
         job.leave()
         yield Whole(service, team, owner(service.address, "whole"), job.histories())
@@ -72,9 +72,9 @@ def test_each_request_counts_once(fault: Fault, struck: int, whole: Whole, tmp_p
     name = f"{fault.kind}-{fault.up}-{struck}"
     with proxy(service.address, _WORLD, lambda rank, number: HEALTHY) as between:
         job = Job(name, team, between.addresses, tmp_path, seed=SEED, until=_STEPS, options=_OPTIONS, own=own)
-        job.hear("joined")
+        job.expect("joined")
         for _ in pauses:
-            team[struck].hear("paused")
+            team[struck].expect("paused")
             between.strike(struck, fault)
             team[struck].go_on()
         job.finish()

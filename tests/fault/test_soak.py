@@ -9,7 +9,7 @@ import pytest
 
 from support.fault import soak
 from support.fault.report import Report, Times
-from support.fault.soak import Entry, Progress
+from support.fault.soak import Progress, SoakRun
 
 pytestmark = pytest.mark.fault
 
@@ -48,7 +48,7 @@ def test_what_the_soak_says(
     campaign: soak.Campaign, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A broken promise, a broken time limit and a campaign that breaks by itself make it fail, with what repeats it."""
-    monkeypatch.setattr(soak, "CAMPAIGNS", {"one": Entry(campaign, 10, "kills")})
+    monkeypatch.setattr(soak, "CAMPAIGNS", {"one": SoakRun(campaign, 10, "kills")})
     monkeypatch.setattr(sys, "argv", ["soak"])
     monkeypatch.setenv("SOAK_SEED", "7")
     monkeypatch.setenv("SOAK_SCALE", "0.5")

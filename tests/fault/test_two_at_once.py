@@ -28,13 +28,13 @@ def test_a_rank_that_is_lost_while_the_service_is_away(number: signal.Signals, t
         ranks(_WORLD, tmp_path / "ranks") as team,
     ):
         job = Job("both", team, [service.address], tmp_path, seed=SEED, until=10_000)
-        job.hear("joined")
+        job.expect("joined")
         job.await_progress([20] * _WORLD, quiet=team)
         service.kill()
         team[_LOST].signal(number)
         listens = service.start()
         for rank in (0, 2):
-            told = team[rank].hear("told")
-            assert (told["kind"], told["ranks"]) == ("PeerLostError", [_LOST])
-            assert f"pid {team[_LOST].pid})" in told["text"]
-            assert told["when"] - listens <= _LEASE_S + _BACK_S
+            failure = team[rank].expect("told")
+            assert (failure["kind"], failure["ranks"]) == ("PeerLostError", [_LOST])
+            assert f"pid {team[_LOST].pid})" in failure["text"]
+            assert failure["when"] - listens <= _LEASE_S + _BACK_S

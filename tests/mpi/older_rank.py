@@ -30,10 +30,10 @@ def main() -> None:
             sums = [world.allreduce([np.full(3, world.rank + step)])[0].tolist() for step in range(3)]
             world.allreduce([np.zeros(1 + world.rank * disagree)])
             world.leave()
-            said = f"{sums}"
+            reported = f"{sums}"
         except CollectiveError as error:
-            said = f"{sums}, {type(error).__name__}"
-        sys.stdout.write(f"{world.rank}: {said}\n")
+            reported = f"{sums}, {type(error).__name__}"
+        sys.stdout.write(f"{world.rank}: {reported}\n")
 
 
 if __name__ == "__main__":

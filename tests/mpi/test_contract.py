@@ -8,7 +8,7 @@ import pytest
 
 from support import mpi
 from support.contract import names
-from support.contract.timing import TOLD_S, Watch, latency
+from support.contract.timing import FAILURE_WITHIN_S, Watch, latency
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
 
@@ -36,7 +36,7 @@ def test_contract(outcomes: dict[int, Outcomes], world_size: int, name: str) -> 
     ranks = [rank[name] for rank in outcomes[world_size]]
     for number, rank in enumerate(ranks):
         assert "failed" not in rank, f"rank {number}: {rank['failed']}"
-    told = [rank["saw"] for rank in ranks if rank["saw"] is not None]
-    assert all(saw == told[0] for saw in told)
+    as_text = [rank["saw"] for rank in ranks if rank["saw"] is not None]
+    assert all(saw == as_text[0] for saw in as_text)
     if name.startswith("disagree_"):
-        assert latency([Watch(rank["spoke"], rank["told"]) for rank in ranks]) <= TOLD_S
+        assert latency([Watch(rank["spoke"], rank["told"]) for rank in ranks]) <= FAILURE_WITHIN_S

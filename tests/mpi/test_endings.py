@@ -44,26 +44,26 @@ def until_gone(pid: int) -> None:
 )
 def test_leaving_is_told_at_once(world_size: int, way: str, kind: str, what: str, tmp_path: Path) -> None:
     """An exception, a failing exit and an early return reach the others within a second; the job fails."""
-    ended, told = end(world_size, way, tmp_path)
+    ended, events = end(world_size, way, tmp_path)
     assert ended.code != 0
-    assert len(told) == world_size - 1
-    for name, text, ranks, seconds in told:
+    assert len(events) == world_size - 1
+    for name, text, ranks, seconds in events:
         assert name == kind
         assert without_hosts(text).startswith(f"rank {world_size - 1} {what}")
         assert ranks == [world_size - 1]
         assert seconds < 1.0
-    assert len({text for _, text, _, _ in told}) == 1
+    assert len({text for _, text, _, _ in events}) == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("way", ["freezes", "freezes-midway"])
 def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_path: Path) -> None:
     """A rank that is stopped (SIGSTOP), before an exchange or in the middle of it; the job ends, and fails."""
-    ended, told = end(world_size, way, tmp_path)
+    ended, events = end(world_size, way, tmp_path)
     assert ended.code != 0
-    assert len(told) == world_size - 1
+    assert len(events) == world_size - 1
     waiting = "rank 0 waits" if world_size == 2 else "rank 0, rank 1 wait"
-    for name, text, ranks, seconds in told:
+    for name, text, ranks, seconds in events:
         assert name == "PeerLostError"
         assert without_hosts(text) == (
             f"rank {world_size - 1} did not come within 2 s (last seen completing barrier (number 0)). {waiting} in "
@@ -71,21 +71,21 @@ def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_p
         )
         assert ranks == [world_size - 1]
         assert TIMEOUT_S - 0.5 < seconds < TIMEOUT_S + 1.0  # told by the first to give up, who came a little earlier
-    assert len({text for _, text, _, _ in told}) == 1
+    assert len({text for _, text, _, _ in events}) == 1
     assert "ends the whole MPI job" in ended.err
 
 
 def test_who_came_late_is_not_blamed(tmp_path: Path) -> None:
     """Rank 2 computes for longer than rank 0 waits. Rank 1 came late as well, but it came: it is told at once."""
-    ended, told = end(3, "is-slow", tmp_path)
+    ended, events = end(3, "is-slow", tmp_path)
     assert ended.code != 0
-    assert [ranks for _, _, ranks, _ in told] == [[2], [2]]
-    first, second = (without_hosts(text) for _, text, _, _ in told)
+    assert [ranks for _, _, ranks, _ in events] == [[2], [2]]
+    first, second = (without_hosts(text) for _, text, _, _ in events)
     gone = "rank 2 did not come within 2 s (last seen completing barrier (number 0))"
     assert first == f"{gone}. rank 0, rank 1 wait in allreduce (number 1)."
     assert second == first
-    assert told[0][3] >= TIMEOUT_S
-    assert told[1][3] < TIMEOUT_S / 2
+    assert events[0][3] >= TIMEOUT_S
+    assert events[1][3] < TIMEOUT_S / 2
 
 
 def test_a_crash_ends_the_job(tmp_path: Path) -> None:

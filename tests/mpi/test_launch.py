@@ -50,7 +50,7 @@ def test_the_cause_may_end_after_those_that_are_told(tmp_path: Path) -> None:
     os.mkfifo(gate)
     text = (
         "import select\n"
-        "from bnworker.told import tell\n"
+        "from bnworker.failure_marker import tell\n"
         "if rank == 0:\n"
         f"    open({str(gate)!r}, 'w').write(str(os.getpid()))\n"
         "    tell()\n"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.contract import names
-from support.contract.timing import TOLD_S, latency
+from support.contract.timing import FAILURE_WITHIN_S, latency
 from support.service import daemon, run_threads
 
 pytestmark = pytest.mark.rpc
@@ -29,7 +29,7 @@ def test_contract(address: str, world_size: int, name: str, local_socket: bool) 
     for saw in ranks:
         if isinstance(saw, BaseException):
             raise saw
-    told = [saw for saw in ranks if saw is not None]
-    assert all(saw == told[0] for saw in told)
+    as_text = [saw for saw in ranks if saw is not None]
+    assert all(saw == as_text[0] for saw in as_text)
     if name.startswith("disagree_"):
-        assert latency(watches) <= TOLD_S
+        assert latency(watches) <= FAILURE_WITHIN_S

@@ -173,7 +173,7 @@ def test_health_says_when_ranks_can_join(serve: Callable[..., Any]) -> None:
 def test_a_drain_tells_waiting_ranks_and_ends_in_time(serve: Callable[..., Any], number: int) -> None:
     """Whoever waits is told why, at once; the daemon exits 0 within 5 s."""
     service = serve()
-    told: list[ServiceError] = []
+    reported: list[ServiceError] = []
 
     def waits(rank: int) -> None:
         world = _world(service.address, rank, 3)
@@ -183,7 +183,7 @@ def test_a_drain_tells_waiting_ranks_and_ends_in_time(serve: Callable[..., Any],
             else:
                 parked.wait(10)
         except ServiceError as error:
-            told.append(error)
+            reported.append(error)
         world.leave()
 
     parked = threading.Event()
@@ -199,7 +199,7 @@ def test_a_drain_tells_waiting_ranks_and_ends_in_time(serve: Callable[..., Any],
     for rank in ranks:
         rank.join(10)
     text = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
-    assert [(str(error), error.ranks) for error in told] == [(text, ())] * 2
+    assert [(str(error), error.ranks) for error in reported] == [(text, ())] * 2
 
 
 def test_statistics_outlive_a_drain(serve: Callable[..., Any], tmp_path: Path) -> None:

@@ -153,15 +153,15 @@ def test_a_service_that_cannot_start_is_heard(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("level", "said"), [("warning", False), ("info", True)])
-def test_the_level_of_a_daemon(start: Callable[..., Any], tmp_path: Path, level: str, said: bool) -> None:
+@pytest.mark.parametrize(("level", "reported"), [("warning", False), ("info", True)])
+def test_the_level_of_a_daemon(start: Callable[..., Any], tmp_path: Path, level: str, reported: bool) -> None:
     """Its log on stderr is cut; the file gets all of it."""
     log = tmp_path / "log"
     service = start("-m", "bnserver", "--listen", "127.0.0.1:0", "--log-level", level, "--log-file", str(log))
     assert service.line().startswith("bnserver listening on ")
     code, _, err = service.end(signal.SIGTERM)
     assert code == 0
-    assert ("INFO stopping" in err) is said
+    assert ("INFO stopping" in err) is reported
     assert " bnserver INFO stopping" in log.read_text(encoding="utf-8")
 
 

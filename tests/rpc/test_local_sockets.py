@@ -307,13 +307,13 @@ def test_a_forked_child_does_not_speak_for_its_rank(serve: Callable[..., Any]) -
             warnings.simplefilter("ignore", DeprecationWarning)  # threads beside a fork: that is the point
             child = os.fork()
         if child == 0:
-            told = b"nothing"
+            reported = b"nothing"
             try:
                 world.allreduce([np.array([1000])])
             except ServiceError as error:
-                told = str(error).encode()
+                reported = str(error).encode()
             finally:
-                os.write(writing, told)
+                os.write(writing, reported)
                 os._exit(0)
         os.waitpid(child, 0)
         assert f"Process {child} was forked from rank 0" in os.read(reading, 1000).decode()

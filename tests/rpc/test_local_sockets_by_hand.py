@@ -77,7 +77,7 @@ class _Plug:
                 return None
             if not count:
                 return None
-            self.frames.came(count)
+            self.frames.received(count)
         return pb.ExchangeResponse.FromString(data)
 
     def attach(self, ticket: bytes) -> pb.ExchangeResponse | None:
@@ -108,7 +108,7 @@ def _barrier(sequence: int) -> pb.ExchangeRequest:
         generation=1,
         operation=pb.OPERATION_BARRIER,
         step=sequence - 1,
-        plain_terms=pb.PlainTerms(root=-1),
+        plain_signature=pb.PlainSignature(root=-1),
     )
     return pb.ExchangeRequest(contribution=contribution)
 
@@ -132,9 +132,9 @@ def test_what_is_asked_there_is_answered_there(hand: _Hand, plug: _Plug) -> None
 def _large(sequence: int) -> list[pb.ExchangeRequest]:
     """A reduction that travels in parts."""
     payload, parts = pack([np.arange(400_000.0)])
-    terms = pb.PlainTerms(op="sum", arrays=["float64[400000]"], root=-1)
+    signature = pb.PlainSignature(op="sum", arrays=["float64[400000]"], root=-1)
     contribution = pb.Contribution(
-        sequence=sequence, generation=1, operation=pb.OPERATION_REDUCE, plain_terms=terms, payload=payload
+        sequence=sequence, generation=1, operation=pb.OPERATION_REDUCE, plain_signature=signature, payload=payload
     )
     return [pb.ExchangeRequest(contribution=contribution), *(pb.ExchangeRequest(part=part) for part in parts)]
 

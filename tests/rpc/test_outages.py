@@ -315,14 +315,14 @@ def test_a_frozen_rank_is_told_within_its_lease(
     begin = time.monotonic()
     with pytest.raises(PeerLostError) as caught:
         _forever(lambda: layer(np.ones((2, 3), np.float32), training=True))
-    told = other.line()
+    reported = other.line()
     assert time.monotonic() - begin < lease + 1.0 + _SLACK_S
     step = caught.value.step
     who = f"rank 2 (host {_HOST}, pid {frozen.popen.pid})"
     why = f"{who} was lost: it froze, without a sign of life for 1.5 s (last seen "
     assert str(caught.value).startswith(why)
     assert "layer 'a' (forward, step " in str(caught.value)
-    assert told.startswith(f"PeerLostError [2] a {step} {why}")
+    assert reported.startswith(f"PeerLostError [2] a {step} {why}")
     assert (caught.value.ranks, caught.value.layer) == ((2,), "a")
     assert step in ((1, 2) if parked else (1,))
     world.leave()

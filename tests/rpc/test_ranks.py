@@ -49,7 +49,7 @@ def test_kill_9_is_told_within_a_second(serve: Callable[..., Any], run_rank: Cal
     world.barrier()
     begin = time.monotonic()
     lost.signal(signal.SIGKILL)
-    told = other.line()
+    reported = other.line()
     assert time.monotonic() - begin < 1.0
     with pytest.raises(PeerLostError) as caught:
         world.barrier()
@@ -59,7 +59,7 @@ def test_kill_9_is_told_within_a_second(serve: Callable[..., Any], run_rank: Cal
     assert str(caught.value).startswith(gone)
     assert "barrier (number 1)" in str(caught.value)
     assert (caught.value.ranks, caught.value.layer, caught.value.step) == ((2,), None, 1)
-    assert told.startswith(f"PeerLostError [2] None 1 {gone}")
+    assert reported.startswith(f"PeerLostError [2] None 1 {gone}")
 
 
 @pytest.mark.fault

@@ -62,7 +62,7 @@ def test_a_rank_opens_its_own_shards_alone(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ['[0] ["0.npz"]', '[1] ["1.npz", "2.npz"]']
 
 
-def said(folder: Path, workers: int, *options: str) -> str:
+def reported(folder: Path, workers: int, *options: str) -> str:
     """What the command writes on stderr about bad data; its exit code is 2, and no rank reports another one lost."""
     done = run(
         [*COMMAND, f"--data={folder}", f"--workers={workers}", *OPTIONS, *options],
@@ -85,7 +85,7 @@ def test_a_bad_label(workers: int, tmp_path: Path) -> None:
     y[13] = -1
     np.savez(folder / "2.npz", x=x, y=y)
     line = f"bnlayer: train: {folder}/2.npz: row 13 of y: label -1; expected an integer from 0 to 65,535."
-    assert said(folder, workers).count(line) == 1
+    assert reported(folder, workers).count(line) == 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -95,14 +95,14 @@ def test_a_bad_row_in_the_middle_of_an_epoch(workers: int, tmp_path: Path) -> No
     x, y = rows(20, 40)
     x[:, 2] = np.nan
     np.savez(folder / "2.npz", x=x, y=y)
-    text = said(folder, workers)
+    text = reported(folder, workers)
     assert text.count(f"bnlayer: train: {folder}/2.npz: row ") == 1
     assert text.count("feature 2 is nan; expected a finite number.") == 1
 
 
 def test_a_missing_file_starts_nothing(tmp_path: Path) -> None:
     """It is said by the launcher, at once."""
-    assert said(tmp_path / "gone.npz", 3) == (
+    assert reported(tmp_path / "gone.npz", 3) == (
         f"bnlayer: train: --data {tmp_path}/gone.npz: cannot be read: No such file or directory.\n"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.kernels import reference
 from bnlayer.moments import BatchStatistics
@@ -41,12 +41,12 @@ class Rank:
     deaf: bool = False
     layers: dict[str, Mirror] = field(default_factory=dict)
     exchange: Exchange | None = None
-    rounds: int = 9
+    contributions: int = 9
 
     def hears(self, sequence: int) -> None:
         """An answer arrives."""
         self.answered, self.before = sequence, self.last
-        if self.last is not None and self.last[0].place.layer is not None:
+        if self.last is not None and self.last[0].key.layer is not None:
             self.layer_answered = sequence
 
 
@@ -54,7 +54,7 @@ class Rank:
 class Mirror:
     """What a rank knows of a layer."""
 
-    terms: LayerTerms
+    signature: LayerSignature
     state: LayerState
     steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
     x: NDArray[np.float32] | None = None
@@ -68,24 +68,24 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
     mask = None
     if masked:
         mask = np.array([word == "1" for word in options["mask"].split(",")]).reshape(-1, 1, 1)
-    exchange = ForwardExchange.begin(mirror.state.forward, mirror.terms.epsilon, masked)
-    view, said = x.reshape(*x.shape, 1), []
+    exchange = ForwardExchange.begin(mirror.state.forward, mirror.signature.epsilon, masked)
+    view, operations = x.reshape(*x.shape, 1), []
     while exchange.wants is not None:
-        said.append(str(exchange.wants))
+        operations.append(str(exchange.wants))
         probe = exchange.wants is Operation.PROBE
-        words = (
-            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).words
+        limbs = (
+            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).limbs
         )
-        terms = replace(mirror.terms, masked=masked, grid=exchange.fingerprint)
-        place = Place(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
-        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
-        exchange = exchange.reduced(total.words)
+        signature = replace(mirror.signature, masked=masked, grid=exchange.fingerprint)
+        key = ExchangeKey(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
+        total = yield Call(exchange.wants, key, signature, exchange.attempt), limbs
+        exchange = exchange.reduced(total.limbs)
     assert exchange.statistics is not None
     mirror.x, mirror.statistics = x, exchange.statistics
     mirror.steps[Direction.FORWARD] += 1
-    rule = Rule(mirror.terms.momentum, mirror.terms.epsilon, masked=masked)
+    rule = Rule(mirror.signature.momentum, mirror.signature.epsilon, masked=masked)
     mirror.state = mirror.state.after_forward(exchange.statistics, exchange.grid, rule)
-    return f"after {', '.join(said)}: {described(options['layer'], mirror.state)}"
+    return f"after {', '.join(operations)}: {described(options['layer'], mirror.state)}"
 
 
 def backward(mirror: Mirror, options: Options) -> Exchange:
@@ -93,27 +93,27 @@ def backward(mirror: Mirror, options: Options) -> Exchange:
     dy, x, statistics = numbers(options["dy"]), mirror.x, mirror.statistics
     if x is None or statistics is None:
         # A rank that resumes without a training call; the owner refuses it, whatever it sends.
-        words = np.zeros((2, mirror.terms.channels), np.int64)
-        place = Place(options["layer"], Direction.BACKWARD, 0)
-        yield Call(Operation.PROBE, place, mirror.terms), words
+        limbs = np.zeros((2, mirror.signature.channels), np.int64)
+        key = ExchangeKey(options["layer"], Direction.BACKWARD, 0)
+        yield Call(Operation.PROBE, key, mirror.signature), limbs
         return "nothing"
-    exchange, said = BackwardExchange.begin(mirror.state.backward, statistics), []
+    exchange, operations = BackwardExchange.begin(mirror.state.backward, statistics), []
     view, dy_view = x.reshape(*x.shape, 1), dy.reshape(*dy.shape, 1)
     while exchange.gradients is None:
         assert exchange.wants is not None
-        said.append(str(exchange.wants))
+        operations.append(str(exchange.wants))
         pivot = statistics.pivot
         if exchange.wants is Operation.PROBE:
-            words = reference.gradient_probe(dy_view, view, pivot, exchange.grid)
+            limbs = reference.gradient_probe(dy_view, view, pivot, exchange.grid)
         else:
-            words = reference.gradient_sums(dy_view, view, None, pivot, exchange.grid).words
-        terms = replace(mirror.terms, grid=exchange.fingerprint)
-        place = Place(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
-        total = yield Call(exchange.wants, place, terms, exchange.attempt), words
-        exchange = exchange.reduced(total.words)
+            limbs = reference.gradient_sums(dy_view, view, None, pivot, exchange.grid).limbs
+        signature = replace(mirror.signature, grid=exchange.fingerprint)
+        key = ExchangeKey(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
+        total = yield Call(exchange.wants, key, signature, exchange.attempt), limbs
+        exchange = exchange.reduced(total.limbs)
     mirror.steps[Direction.BACKWARD] += 1
     mirror.state = mirror.state.after_backward(exchange.grid, statistics)
-    return f"after {', '.join(said)}: dbeta {listed(exchange.gradients.beta)}"
+    return f"after {', '.join(operations)}: dbeta {listed(exchange.gradients.beta)}"
 
 
 def described(name: str, state: LayerState) -> str:

@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.failures import error_of
 from bnserver.core.effects import (
+    ApplyUpdate,
     Broadcast,
     Closed,
     Effect,
@@ -42,11 +43,9 @@ from bnserver.core.effects import (
     Record,
     Reduce,
     Released,
-    Settle,
     Straggling,
     Totals,
 )
-from bnserver.core.entries import Entry
 from bnserver.core.events import (
     Body,
     Contribute,
@@ -62,6 +61,7 @@ from bnserver.core.events import (
     Stop,
     Tick,
 )
+from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
 from bnserver.translation import failure_of
 from scenarios.actors import Exchange, Mirror, Options, Rank, backward, described, forward, listed, numbers
@@ -74,8 +74,8 @@ def play(blocks: list[Block]) -> list[Block]:
     for variant in orders(blocks):
         scene = Scene()
         results.append([replace(block, expected=tuple(scene.act(block.commands))) for block in variant])
-    told = {tuple(block.expected for block in result) for result in results}
-    assert len(told) == 1, f"the order is visible: {told}"
+    reported = {tuple(block.expected for block in result) for result in results}
+    assert len(reported) == 1, f"the order is visible: {reported}"
     return [replace(block, expected=got.expected) for block, got in zip(blocks, results[0], strict=True)]
 
 
@@ -86,7 +86,7 @@ class Scene:
         self._service = Service()
         self._tenths = 0
         self._streams = count(1)
-        self._written: dict[str, list[Entry]] = defaultdict(list)
+        self._written: dict[str, list[JournalRecord]] = defaultdict(list)
         self._ranks: dict[str, Rank] = {}
         self._by_stream: dict[int, Rank] = {}
         self._lines: dict[str, list[str]] = defaultdict(list)
@@ -94,8 +94,8 @@ class Scene:
     def act(self, commands: tuple[str, ...]) -> list[str]:
         """Carry out commands; returns what was said, rank by rank."""
         for command in commands:
-            verb, *words = shlex.split(command)
-            options = dict(word.split("=", 1) for word in words)
+            verb, *arguments = shlex.split(command)
+            options = dict(word.split("=", 1) for word in arguments)
             names = list(self._ranks) if options.get("rank") == "*" else [options.get("as", options.get("rank", ""))]
             for name in names:
                 getattr(self, f"_do_{verb}")(name, options)
@@ -116,7 +116,7 @@ class Scene:
 
     def _do_enroll(self, name: str, options: Options) -> None:
         rank, channels = self._ranks[name], int(options.get("channels", 1))
-        terms = LayerTerms(
+        signature = LayerSignature(
             channels,
             options.get("dtype", "float32"),
             float(options.get("momentum", 0.9)),
@@ -124,16 +124,16 @@ class Scene:
         )
         state = LayerState(
             Moving(np.full(channels, float(options.get("mean", 0)), np.float32), np.ones(channels, np.float32)),
-            Grid.unknown(terms.dtype, channels),
-            BackwardGrid.unknown(terms.dtype, channels),
+            Grid.unknown(signature.dtype, channels),
+            BackwardGrid.unknown(signature.dtype, channels),
         )
-        rank.layers[options["layer"]] = Mirror(terms, state)
-        self._say(rank, Call(Operation.ENROLL, Place(options["layer"], None, 0), terms), state)
+        rank.layers[options["layer"]] = Mirror(signature, state)
+        self._contribute(rank, Call(Operation.ENROLL, ExchangeKey(options["layer"], None, 0), signature), state)
 
     def _do_forward(self, name: str, options: Options) -> None:
         """A training call; with `rounds=1` the rank falls silent after its first contribution."""
         rank = self._ranks[name]
-        rank.rounds = int(options.get("rounds", 9))
+        rank.contributions = int(options.get("rounds", 9))
         self._begin(rank, forward(rank.layers[options["layer"]], options))
 
     def _do_backward(self, name: str, options: Options) -> None:
@@ -141,34 +141,34 @@ class Scene:
         self._begin(rank, backward(rank.layers[options["layer"]], options))
 
     def _do_sums(self, name: str, options: Options) -> None:
-        """Raw words, one number for all of a channel's: for what no layer would send."""
-        terms = LayerTerms(int(options.get("channels", 1)), "float32", 0.9, 0.001)
-        words = np.full((int(options.get("rows", 6)), terms.channels), int(options["words"]), np.int64)
-        place = Place(options["layer"], Direction.FORWARD, int(options.get("step", 0)))
-        self._say(self._ranks[name], Call(Operation.SUMS, place, terms), words)
+        """Raw limbs, one number for all of a channel's: for what no layer would send."""
+        signature = LayerSignature(int(options.get("channels", 1)), "float32", 0.9, 0.001)
+        limbs = np.full((int(options.get("rows", 6)), signature.channels), int(options["words"]), np.int64)
+        key = ExchangeKey(options["layer"], Direction.FORWARD, int(options.get("step", 0)))
+        self._contribute(self._ranks[name], Call(Operation.SUMS, key, signature), limbs)
 
     def _do_again(self, name: str, options: Options) -> None:
         """The last contribution once more."""
         rank = self._ranks[name]
         assert rank.last is not None
         rank.sequence -= 1
-        self._say(rank, *rank.last)
+        self._contribute(rank, *rank.last)
 
     def _do_barrier(self, name: str, options: Options) -> None:
-        place = Place(None, None, int(options.get("step", 0)))
-        self._say(self._ranks[name], Call(Operation.BARRIER, place, PlainTerms()), None)
+        key = ExchangeKey(None, None, int(options.get("step", 0)))
+        self._contribute(self._ranks[name], Call(Operation.BARRIER, key, PlainSignature()), None)
 
     def _do_allreduce(self, name: str, options: Options) -> None:
         array = numbers(options["x"])[0].astype(options.get("dtype", "float32"))
-        terms = PlainTerms(options.get("op", "sum"), (f"{array.dtype.name}{list(array.shape)}",))
+        signature = PlainSignature(options.get("op", "sum"), (f"{array.dtype.name}{list(array.shape)}",))
         if "says" in options:
-            terms = replace(terms, arrays=(options["says"],))
-        self._say(self._ranks[name], Call(Operation.REDUCE, Place(None, None, 0), terms), (array,))
+            signature = replace(signature, arrays=(options["says"],))
+        self._contribute(self._ranks[name], Call(Operation.REDUCE, ExchangeKey(None, None, 0), signature), (array,))
 
     def _do_broadcast(self, name: str, options: Options) -> None:
         rank, root = self._ranks[name], int(options["root"])
         body = (numbers(options["x"])[0],) if "x" in options else None
-        self._say(rank, Call(Operation.BROADCAST, Place(None, None, 0), PlainTerms(root=root)), body)
+        self._contribute(rank, Call(Operation.BROADCAST, ExchangeKey(None, None, 0), PlainSignature(root=root)), body)
 
     def _do_pull(self, name: str, options: Options) -> None:
         self._handle(Pull(self._ranks[name].stream, options["layer"]))
@@ -204,9 +204,9 @@ class Scene:
         resume = Resume(rank.generation, rank.answered, known) if rank.generation else None
         asked = rank.last if rank.sequence > rank.answered else None
         self._handle(replace(rank.join, stream=rank.stream, resume=resume))
-        for sequence, said in ((rank.answered, rank.before), (rank.answered + 1, asked)):
-            if said is not None and "quiet" not in options:
-                self._handle(Contribute(rank.stream, rank.generation, sequence, *said))
+        for sequence, operations in ((rank.answered, rank.before), (rank.answered + 1, asked)):
+            if operations is not None and "quiet" not in options:
+                self._handle(Contribute(rank.stream, rank.generation, sequence, *operations))
 
     def _do_freeze(self, name: str, options: Options) -> None:
         """The rank gives no sign of life any more; its connection stands."""
@@ -217,13 +217,13 @@ class Scene:
 
         With `shortened=1` from a snapshot; with `lost=1` from nothing.
         """
-        past = {job: self._service.past(job) for job in self._service.jobs}
+        records = {job: self._service.records(job) for job in self._service.jobs}
         if "shortened" not in options:
-            past = dict(self._written)
+            records = dict(self._written)
         if "lost" in options:
-            past = {}
-        owned = {job: self._service.states(job) for job in past}
-        self._service = Service(past, now=self._now)
+            records = {}
+        owned = {job: self._service.states(job) for job in records}
+        self._service = Service(records, now=self._now)
         for job, states in owned.items():
             assert _bits(self._service.states(job)) == _bits(states)
         for rank in self._ranks.values():
@@ -256,9 +256,9 @@ class Scene:
 
     def _begin(self, rank: Rank, exchange: Exchange) -> None:
         rank.exchange = exchange
-        self._say(rank, *next(exchange))
+        self._contribute(rank, *next(exchange))
 
-    def _say(self, rank: Rank, call: Call, body: Body) -> None:
+    def _contribute(self, rank: Rank, call: Call, body: Body) -> None:
         rank.sequence += 1
         rank.last = (call, body)
         self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
@@ -266,14 +266,14 @@ class Scene:
     def _handle(self, event: Event) -> None:
         effects = self._service.handle(event, self._now)
         written = [number for number, effect in enumerate(effects) if isinstance(effect, Record)]
-        told = [number for number, effect in enumerate(effects) if isinstance(effect, Totals | Enrolled | Owned)]
-        assert not written or not told or written[0] < told[0], "somebody is told what is not written"
-        replies = [reply for effect in effects for reply in self._hear(effect)]
-        for rank, call, words in replies:
-            self._say(rank, call, words)
+        reported = [number for number, effect in enumerate(effects) if isinstance(effect, Totals | Enrolled | Owned)]
+        assert not written or not reported or written[0] < reported[0], "somebody is told what is not written"
+        replies = [reply for effect in effects for reply in self._replies(effect)]
+        for rank, call, limbs in replies:
+            self._contribute(rank, call, limbs)
 
-    def _hear(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
-        if isinstance(effect, Settle):
+    def _replies(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
+        if isinstance(effect, ApplyUpdate):
             return
         if isinstance(effect, Persist | Record | Straggling):
             self._note(effect)
@@ -286,11 +286,11 @@ class Scene:
             if hasattr(effect, "sequence"):
                 rank.hears(effect.sequence)
             if not isinstance(effect, Totals):
-                self._lines[f"rank {rank.name}"].append(_said(effect, rank))
+                self._lines[f"rank {rank.name}"].append(_described(effect, rank))
                 continue
             assert rank.exchange is not None
-            rank.rounds -= 1
-            if rank.rounds == 0:
+            rank.contributions -= 1
+            if rank.contributions == 0:
                 continue
             try:
                 yield rank, *rank.exchange.send(effect)
@@ -304,7 +304,7 @@ class Scene:
             case Persist():
                 self._lines["service"].append(f"saves job {effect.job!r}")
             case Record():
-                self._written[effect.job].append(effect.entry)
+                self._written[effect.job].append(effect.record)
             case Straggling():
                 self._lines["service"].append(f"logs of job {effect.job!r}: {effect.text}")
 
@@ -316,7 +316,7 @@ class Scene:
                 assert all((mine[key] == array).all() for key, array in owned.arrays().items() if key != "flags")
 
 
-def _said(effect: Any, rank: Rank) -> str:
+def _described(effect: Any, rank: Rank) -> str:
     match effect:
         case Joined():
             back, rank.generation = rank.generation == effect.generation, effect.generation
@@ -324,7 +324,7 @@ def _said(effect: Any, rank: Rank) -> str:
             return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
         case Enrolled():
             assert rank.last is not None
-            name = str(rank.last[0].place.layer)
+            name = str(rank.last[0].key.layer)
             rank.layers[name].state = effect.state
             return f"enrolled: {described(name, effect.state)}, owner's version {effect.state.version}"
         case Reduce():
@@ -356,8 +356,8 @@ def _grouped(lines: dict[str, list[str]]) -> list[str]:
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in sorted(lines):
         alike[tuple(lines[name])].append(name)
-    told = []
-    for said, names in alike.items():
+    reported = []
+    for operations, names in alike.items():
         who = names[0] if len(names) == 1 else "ranks " + ", ".join(name.removeprefix("rank ") for name in names)
-        told += [f"{who}: {line}" for line in said]
-    return told
+        reported += [f"{who}: {line}" for line in operations]
+    return reported

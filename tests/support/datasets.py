@@ -45,21 +45,21 @@ class Table:
     """Where the ranks of `together` meet."""
 
     world_size: int
-    said: dict[int, Any] = field(default_factory=dict)
+    given: dict[int, Any] = field(default_factory=dict)
     exchanges: int = 0
     barrier: threading.Barrier = field(init=False)
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.world_size, timeout=20)
 
-    def meet(self, rank: int, said: Any) -> list[Any]:
+    def meet(self, rank: int, given: Any) -> list[Any]:
         """What all ranks said, in rank order."""
-        self.said[rank] = said
+        self.given[rank] = given
         self.barrier.wait()
-        all_said = [self.said[one] for one in range(self.world_size)]
+        all_given = [self.given[one] for one in range(self.world_size)]
         self.exchanges += rank == 0
         self.barrier.wait()
-        return all_said
+        return all_given
 
 
 @dataclass
@@ -72,13 +72,13 @@ class Reader:
 
     def allreduce(self, arrays: Iterable[ArrayLike], op: Literal["sum", "max", "min"] = "sum") -> list[NDArray[Any]]:
         """Element by element over all ranks."""
-        said = self.table.meet(self.rank, [np.asarray(array) for array in arrays])
-        return [np.asarray(_REDUCED[op].reduce(np.stack(column))) for column in zip(*said, strict=True)]
+        given = self.table.meet(self.rank, [np.asarray(array) for array in arrays])
+        return [np.asarray(_REDUCED[op].reduce(np.stack(column))) for column in zip(*given, strict=True)]
 
     def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
         """The root's arrays."""
-        said = self.table.meet(self.rank, None if arrays is None else [np.asarray(array) for array in arrays])
-        return list(said[root])
+        given = self.table.meet(self.rank, None if arrays is None else [np.asarray(array) for array in arrays])
+        return list(given[root])
 
 
 def together(world_size: int, body: Callable[[Reader], T]) -> list[T | Exception]:

@@ -48,9 +48,9 @@ def epoch(
 
 def run(epochs: int, *, ranks: int = 2) -> list[Event]:
     """All events of a run of so many epochs."""
-    told: list[Event] = []
+    events: list[Event] = []
     for number in range(1, epochs + 1):
         first = (number - 1) * STEPS_PER_EPOCH + 1
-        told += [step(each) for each in range(first, first + STEPS_PER_EPOCH)]
-        told.append(epoch(number, ranks=ranks))
-    return told
+        events += [step(each) for each in range(first, first + STEPS_PER_EPOCH)]
+        events.append(epoch(number, ranks=ranks))
+    return events

@@ -33,7 +33,7 @@ def undisturbed(folder: Path, transport: str, kills: int) -> bytes:
     """The file that a run leaves which nobody disturbs, of the length for so many kills."""
     path = folder / "whole.safetensors"
     with _Launch(path, transport, 50, steps_for(kills)) as launch:
-        assert launch.wait() == 0, launch.said()
+        assert launch.wait() == 0, launch.output()
     return path.read_bytes()
 
 
@@ -62,7 +62,7 @@ def killed_and_resumed(folder: Path, transport: str, kills: int, seed: int) -> t
         who = "launcher" if victim == _LAUNCHER else f"rank {victim}"
         story.append(f"{who}: exit code {code}, checkpoint at step {kept.progress.steps if kept else 0}")
     with _Launch(path, transport, 50, steps_for(kills)) as launch:
-        assert launch.wait() == 0, launch.said()
+        assert launch.wait() == 0, launch.output()
     return path.read_bytes(), story
 
 
@@ -96,7 +96,7 @@ class _Launch:
         # A rank that outlived its launcher must not write any more when the next one begins.
         self._await(lambda: not self._alive(), "everything is gone")
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What all of it wrote."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
@@ -111,7 +111,7 @@ class _Launch:
 
     def kill(self, victim: int) -> None:
         """Kill a rank, or the launcher, with -9."""
-        assert not self._over(), f"it ended before it was killed:\n{self.said()}"
+        assert not self._over(), f"it ended before it was killed:\n{self.output()}"
         pid = self._process.pid if victim == _LAUNCHER else self._ranks().get(victim)
         if pid is not None:
             with suppress(ProcessLookupError):
@@ -124,7 +124,7 @@ class _Launch:
     def _await(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while not holds():
-            assert time.monotonic() < deadline, f"waited {_PATIENCE_S} s until {what}:\n{self.said()}"
+            assert time.monotonic() < deadline, f"waited {_PATIENCE_S} s until {what}:\n{self.output()}"
             time.sleep(0.002)
 
     def _await_another(self, seen: int) -> None:
@@ -144,9 +144,9 @@ class _Launch:
         for pid in self._alive():
             with suppress(OSError):
                 variables = dict(part.partition(b"=")[::2] for part in _read(pid, "environ"))
-                words = _read(pid, "cmdline")
+                limbs = _read(pid, "cmdline")
                 number = next((variables[name] for name in _RANK if name in variables), None)
-                if number is not None and b"bnworker.cli" in words and b"-n" not in words:
+                if number is not None and b"bnworker.cli" in limbs and b"-n" not in limbs:
                     found[int(number)] = pid
         return found
 

@@ -32,13 +32,13 @@ class Meeting:
         self.calls: list[Call] = []
         self.bytes_sent = 0
         self._rng = np.random.default_rng(seed)
-        self._said: dict[int, tuple[Call, Any]] = {}
+        self._given: dict[int, tuple[Call, Any]] = {}
         self._answer: Any = None
         self._barrier = threading.Barrier(world_size, self._complete, timeout=30)
 
     def meet(self, rank: int, call: Call, value: Any) -> Any:
         """Say a call and get the answer of all."""
-        self._said[rank] = call, value
+        self._given[rank] = call, value
         self._barrier.wait()
         answer = self._answer
         self._barrier.wait()
@@ -47,21 +47,21 @@ class Meeting:
         return answer
 
     def _complete(self) -> None:
-        if not self._said:
+        if not self._given:
             return
-        said, self._said = self._said, {}
-        verdict = judge({rank: call for rank, (call, _) in said.items()}, {}, {})
+        given, self._given = self._given, {}
+        verdict = judge({rank: call for rank, (call, _) in given.items()}, {}, {})
         if verdict is not None:
             self._answer = verdict
             return
-        call, value = said[0]
+        call, value = given[0]
         self.calls.append(call)
         if call.operation is Operation.ENROLL:
             self._answer = value
             return
         self.bytes_sent += value.nbytes
-        words = np.stack([said[int(rank)][1] for rank in self._rng.permutation(self.world_size)])
-        reduced = words.max(0) if call.operation is Operation.PROBE else np.add.reduce(words, 0)
+        limbs = np.stack([given[int(rank)][1] for rank in self._rng.permutation(self.world_size)])
+        reduced = limbs.max(0) if call.operation is Operation.PROBE else np.add.reduce(limbs, 0)
         self._answer = Total(reduced)
 
 
@@ -78,9 +78,9 @@ class SimulatedRank:
         answer: LayerState = self._meeting.meet(self.rank, call, state)
         return answer
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
-        """The reduced words."""
-        answer: Total = self._meeting.meet(self.rank, call, words)
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+        """The reduced limbs."""
+        answer: Total = self._meeting.meet(self.rank, call, limbs)
         return answer
 
     def pull(self, layer: str) -> LayerState | None:

@@ -99,8 +99,8 @@ class Running:
 
     def ready(self) -> dict[int, int]:
         """Wait for all ranks; returns rank: pid."""
-        said = self.out.until(r"^\[(\d+)\] ready (\d+) .*$", self.ranks)
-        return {int(line[1]): int(line[2]) for line in said}
+        lines = self.out.until(r"^\[(\d+)\] ready (\d+) .*$", self.ranks)
+        return {int(line[1]): int(line[2]) for line in lines}
 
     def job_folder(self) -> Path:
         """The launcher's temporary folder."""

@@ -102,10 +102,10 @@ def read(folder: Path, world_size: int) -> list[Seen]:
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world_size)]
 
 
-def cut_out(call: Call, words: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Total:
+def cut_out(call: Call, limbs: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Total:
     """An exchange that exchanges nothing."""
     del call
-    return Total(words)
+    return Total(limbs)
 
 
 def main(folder: Path, *, cut: bool) -> None:

@@ -6,19 +6,19 @@ import pytest
 
 from bnlayer import MismatchError, PeerLostError, StallError
 from bnlayer.agreement import Peer, judge
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.environment import announced
 
 
 def sums(layer: str = "bn3", step: int = 120, channels: int = 256, grid: int = 255) -> Call:
     """A forward contribution."""
-    terms = LayerTerms(channels, "float32", 0.99, 1e-3, grid=grid)
-    return Call(Operation.SUMS, Place(layer, Direction.FORWARD, step), terms)
+    signature = LayerSignature(channels, "float32", 0.99, 1e-3, grid=grid)
+    return Call(Operation.SUMS, ExchangeKey(layer, Direction.FORWARD, step), signature)
 
 
 def reduction(number: int, op: str = "sum") -> Call:
     """A plain reduction."""
-    return Call(Operation.REDUCE, Place(None, None, number), PlainTerms(op, ("float32(3,)",)))
+    return Call(Operation.REDUCE, ExchangeKey(None, None, number), PlainSignature(op, ("float32(3,)",)))
 
 
 def test_equal_calls_can_be_answered() -> None:
@@ -53,11 +53,11 @@ def test_a_tie_blames_both_sides() -> None:
 
 def test_a_probe_against_sums_and_other_attempts_are_mismatches() -> None:
     """At one place, but in different rounds of it."""
-    probe = Call(Operation.PROBE, sums().place, sums().terms)
+    probe = Call(Operation.PROBE, sums().key, sums().signature)
     verdict = judge({0: sums(), 1: probe, 2: sums()}, {}, {})
     assert verdict is not None
     assert "operation: rank 1 sent probe, ranks 0, 2 sent sums" in verdict.text
-    verdict = judge({0: sums(), 1: Call(Operation.SUMS, sums().place, sums().terms, 2)}, {}, {})
+    verdict = judge({0: sums(), 1: Call(Operation.SUMS, sums().key, sums().signature, 2)}, {}, {})
     assert verdict is not None
     assert verdict.kind is MismatchError
     assert "attempt: rank 0 sent 0, rank 1 sent 2" in verdict.text
@@ -72,14 +72,14 @@ def test_plain_operations_are_compared_too() -> None:
     assert verdict is not None
     assert verdict.kind is StallError
     assert "rank 0 waits in allreduce (number 3); rank 1 waits in layer 'bn3' (forward, step 120)" in verdict.text
-    barrier = Call(Operation.BARRIER, Place(None, None, 3), PlainTerms())
+    barrier = Call(Operation.BARRIER, ExchangeKey(None, None, 3), PlainSignature())
     verdict = judge({0: reduction(3), 1: barrier}, {}, {})
     assert verdict is not None
     assert verdict.text.startswith(
         "a plain operation (number 3): operation: rank 0 sent allreduce, rank 1 sent barrier. All ranks"
     )
     many = tuple(f"float32[{n}]" for n in range(1000))
-    other = Call(Operation.REDUCE, Place(None, None, 3), PlainTerms("sum", many))
+    other = Call(Operation.REDUCE, ExchangeKey(None, None, 3), PlainSignature("sum", many))
     verdict = judge({0: reduction(3), 1: other}, {}, {})
     assert verdict is not None
     assert len(verdict.text) < 700

@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from benchmarks.again import measured, merged, missed
 from benchmarks.bars import BARS, Bar, Judgement, Verdict, exit_code, judge
+from benchmarks.remeasure import measured, merged, missed
 from benchmarks.sections import Figures, Settings
 
 BELOW = Bar("time", ("kernels/a", "kernels/b"), must=2.0, aim=1.5)
 ABOVE = Bar("speed", ("step/ratio",), must=3.0, aim=6.0, at_least=True, peer="tensorflow")
 
 
-def judged(
+def enforced(
     bar: Bar, *, ran: tuple[str, ...] = ("kernels", "step"), missing: tuple[str, ...] = (), **figures: float
 ) -> Judgement:
     """The judgement of one bar; figures by the last part of their names."""
@@ -35,39 +35,39 @@ def judged(
 )
 def test_the_worst_figure_counts(a: float, b: float, verdict: Verdict) -> None:
     """One bad shape can't hide behind the others, and NaN is no good figure."""
-    assert judged(BELOW, a=a, b=b).verdict is verdict
+    assert enforced(BELOW, a=a, b=b).verdict is verdict
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(6.0, "aim reached"), (3.0, "must reached"), (2.99, "MISSED")])
 def test_a_lower_bound(ratio: float, verdict: str) -> None:
     """Where more is better, the bounds turn round."""
-    assert judged(ABOVE, ratio=ratio).verdict == verdict
+    assert enforced(ABOVE, ratio=ratio).verdict == verdict
 
 
 def test_what_was_not_measured_is_missed() -> None:
     """A kernel that vanished from the run is no pass."""
-    found = judged(BELOW, a=1.0)
+    found = enforced(BELOW, a=1.0)
     assert found.verdict is Verdict.MISSED
     assert found.worst == "not measured: kernels/b"
 
 
 def test_a_peer_that_is_not_installed_fails_nothing() -> None:
     """It is listed as such."""
-    assert judged(ABOVE, missing=("tensorflow",)).verdict is Verdict.NO_PEER
-    assert judged(ABOVE).verdict is Verdict.MISSED
+    assert enforced(ABOVE, missing=("tensorflow",)).verdict is Verdict.NO_PEER
+    assert enforced(ABOVE).verdict is Verdict.MISSED
 
 
 def test_a_section_that_did_not_run_is_not_judged() -> None:
     """`--only` judges what it ran."""
-    assert judged(BELOW, ran=("step",)).verdict is Verdict.NOT_RUN
+    assert enforced(BELOW, ran=("step",)).verdict is Verdict.NOT_RUN
 
 
 @pytest.mark.parametrize(("judging", "code"), [(True, 1), (False, 0)])
 def test_only_a_quiet_machine_fails(judging: bool, code: int) -> None:
     """A missed bar fails a run, beside any number of good ones; on a busy machine it is only shown."""
-    verdicts = [judged(BELOW, a=1.0, b=1.0), judged(BELOW, a=1.0, b=9.0), judged(BELOW, a=1.0, b=1.0)]
-    assert exit_code(verdicts, judged=judging) == code
-    assert exit_code(verdicts[:1], judged=judging) == 0
+    verdicts = [enforced(BELOW, a=1.0, b=1.0), enforced(BELOW, a=1.0, b=9.0), enforced(BELOW, a=1.0, b=1.0)]
+    assert exit_code(verdicts, enforced=judging) == code
+    assert exit_code(verdicts[:1], enforced=judging) == 0
 
 
 def test_every_bar_of_the_table_can_be_met_and_missed() -> None:
@@ -94,16 +94,16 @@ FIRST = {
 def test_what_misses_a_bar_is_measured_again_and_nothing_else() -> None:
     """By the shape for kernels, whose section takes a minute."""
     judgements = judge([SHAPES, STEPS], FIRST, ran=("kernels", "step"), missing=())
-    places = missed(judgements, FIRST)
-    assert places == ["kernels/1,2/forward", "step"]
+    missed_sections = missed(judgements, FIRST)
+    assert missed_sections == ["kernels/1,2/forward", "step"]
     asked: list[tuple[str, tuple[str, ...]]] = []
 
     def measure(section: str, settings: Settings) -> Figures:
         asked.append((section, settings.shapes))
         return {f"{section}/x": 1.0}
 
-    settings = Settings(full=False, peers={}, tensorflow_python="", shapes=(), say=lambda what: None)
-    assert measured(places, settings, measure) == {"kernels/x": 1.0, "step/x": 1.0}
+    settings = Settings(full=False, peers={}, tensorflow_python="", shapes=(), report=lambda what: None)
+    assert measured(missed_sections, settings, measure) == {"kernels/x": 1.0, "step/x": 1.0}
     assert asked == [("kernels", ("1,2",)), ("step", ("1,2",))]
 
 

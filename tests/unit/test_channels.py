@@ -21,7 +21,7 @@ C = 64
 LOW = 2**32 - 1
 
 
-def words_of(rng: np.random.Generator, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def limbs_of(rng: np.random.Generator, counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sums that data of such counts could give: deviations all over the window, squares about them."""
     fill = rng.choice([0.0, 1e-7, 1e-3, 0.3, 1.0], C)
     mean = rng.uniform(-1, 1, C) * fill
@@ -40,7 +40,7 @@ def some_moments(seed: int) -> Moments:
     pivot = rng.choice([0.0, 1.0, -3e7, 1e-30], C).astype(np.float32).astype(np.float64)
     exponent = rng.integers(-150, 127, C)
     exponent[rng.random(C) < 0.1] = -160
-    return Moments(words_of(rng, counts), Grid("float32", pivot, exponent, True))
+    return Moments(limbs_of(rng, counts), Grid("float32", pivot, exponent, True))
 
 
 def same(got: object, wanted: object) -> None:
@@ -57,7 +57,7 @@ def same(got: object, wanted: object) -> None:
 def test_statistics_and_what_is_refused(seed: int, epsilon: float, masked: bool) -> None:
     """Of counts and flags of every kind, on windows of every size."""
     found = some_moments(seed)
-    quick, again = found.judged(epsilon, masked)
+    quick, again = found.check_window(epsilon, masked)
     refused = found.refused(epsilon)
     assert (again is not None) == refused.any()
     if again is not None:
@@ -68,7 +68,7 @@ def test_statistics_and_what_is_refused(seed: int, epsilon: float, masked: bool)
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), synchronized=st.booleans(), masked=st.booleans())
 def test_the_moving_update(seed: int, synchronized: bool, masked: bool) -> None:
-    """Channels without a value, poisoned ones, and results that float32 can't hold."""
+    """Channels without a value, nonfinite ones, and results that float32 can't hold."""
     statistics = some_moments(seed).statistics(1e-3, masked)
     rng = np.random.default_rng(seed)
     old = Moving(*rng.normal(size=(2, C)).astype(np.float32))
@@ -91,10 +91,10 @@ def test_gradients_and_what_is_refused(seed: int) -> None:
     rng = np.random.default_rng(seed)
     statistics = some_moments(seed).statistics(1e-3, masked=bool(seed % 2))
     grid = BackwardGrid("float32", rng.integers(-160, 147, C), rng.integers(-148, 130, C), True)
-    words = np.array([*rng.integers(-(2**30), 2**30, (4, C)), *rng.choice([0, 1, 2**32, 2**32 + 1], (2, C))])
-    found = GradientSums(words, grid)
-    quick, again = found.judged(statistics)
-    refused = found.refused(statistics.poisoned)
+    limbs = np.array([*rng.integers(-(2**30), 2**30, (4, C)), *rng.choice([0, 1, 2**32, 2**32 + 1], (2, C))])
+    found = GradientSums(limbs, grid)
+    quick, again = found.check_window(statistics)
+    refused = found.refused(statistics.nonfinite)
     assert (again is not None) == refused.any()
     if again is not None:
         assert (again == refused).all()

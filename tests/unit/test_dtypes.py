@@ -222,9 +222,9 @@ def test_ranks_of_unlike_policies_are_told(mine: str, others: str, text: str) ->
         bn = BatchNormalization(dtype=policy, synchronized=True, name="bn", collective=rank)
         bn(np.ones((2, 2)), training=True)
 
-    for told in run_ranks(Meeting(3), body):
-        assert isinstance(told, MismatchError)
-        assert str(told).startswith(f"the enrolment of layer 'bn': {text}")
+    for reported in run_ranks(Meeting(3), body):
+        assert isinstance(reported, MismatchError)
+        assert str(reported).startswith(f"the enrolment of layer 'bn': {text}")
 
 
 def test_a_state_goes_to_a_layer_of_its_variables_alone() -> None:

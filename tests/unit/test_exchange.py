@@ -40,14 +40,14 @@ def test_steady_state_is_one_exchange_a_direction(dtype: str) -> None:
     sums = [call for call in calls if call.operation is Operation.SUMS]
     assert len(sums) <= 402
     for direction in ("forward", "backward"):
-        steps = [call.place.step for call in sums if call.place.direction == direction]
+        steps = [call.key.step for call in sums if call.key.direction == direction]
         assert sorted(set(steps)) == list(range(200))
 
 
 def test_a_jump_of_scale_costs_one_probe_each_way() -> None:
     """Up: a value falls outside the window. Down: the window has become too coarse. Both regrid within the exchange."""
     calls = exchanges("jump", 5)
-    forward = [(call.operation, call.place.step, call.attempt) for call in calls if call.place.direction == "forward"]
+    forward = [(call.operation, call.key.step, call.attempt) for call in calls if call.key.direction == "forward"]
     again = [(Operation.SUMS, 0), (Operation.PROBE, 1), (Operation.SUMS, 2)]
     assert forward[:2] == [(Operation.PROBE, 0, 0), (Operation.SUMS, 0, 1)]
     jumps = [(op, step, attempt) for step in (1, 2) for op, attempt in again]
@@ -69,7 +69,7 @@ def test_constant_data_asks_for_no_second_probe() -> None:
 
 
 def test_nan_data_does_not_probe_for_ever() -> None:
-    """A poisoned channel asks for nothing: it stays poisoned on any grid."""
+    """A nonfinite channel asks for nothing: it stays nonfinite on any grid."""
     meeting = Meeting(1)
 
     def body(rank: SimulatedRank) -> None:

@@ -105,7 +105,7 @@ class _Unreachable:
         """No."""
         raise AssertionError(call)
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """No."""
         raise AssertionError(call)
 
@@ -143,7 +143,7 @@ def test_evaluation_in_between_leaves_the_numbering_alone() -> None:
             bn.backward(np.ones((4, 2)))
 
     run_all(meeting, body)
-    sums = [call.place.step for call in meeting.calls if call.operation is Operation.SUMS]
+    sums = [call.key.step for call in meeting.calls if call.operation is Operation.SUMS]
     assert sums == [0, 0, 1, 1, 2, 2]
 
 

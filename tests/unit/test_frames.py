@@ -18,7 +18,7 @@ def _received(frames: Frames, data: bytes, chunk: int) -> list[bytes]:
         assert count
         room[:count] = data[:count]
         data = data[count:]
-        frames.came(count)
+        frames.received(count)
         while (message := frames.next()) is not None:
             messages.append(message)
     return messages
@@ -48,7 +48,7 @@ def test_a_message_larger_than_any_is_refused_before_there_is_room_for_it(larges
     """Its length alone says so."""
     frames = Frames(largest)
     frames.room()[:4] = (largest + 1).to_bytes(4, "little")
-    frames.came(4)
+    frames.received(4)
     with pytest.raises(
         WireError, match=f"expected a message of at most {largest} bytes, received one of {largest + 1}"
     ):

@@ -119,7 +119,7 @@ def test_moments_read_back_what_was_packed() -> None:
     """Mean and variance of a few numbers, by hand."""
     grid = probed([1.0, 2.0, 6.0])
     moments = reference.moments(np.array([1.0, 2.0, 6.0], np.float32).reshape(3, 1, 1), None, grid)
-    assert moments.words.shape == (Moments.rows(1), 1) == (6, 1)
+    assert moments.limbs.shape == (Moments.rows(1), 1) == (6, 1)
     a, variance = moments.mean_variance
     assert grid.pivot_C + a == pytest.approx([3.0])
     assert variance == pytest.approx([14 / 3])

@@ -44,14 +44,14 @@ def probes_after_the_first_step(batches: list[NDArray[Any]], gradients_of: list[
             bn.backward(dy)
 
     run_all(meeting, body)
-    return [str(c.place.direction) for c in meeting.calls if c.operation is Operation.PROBE and c.place.step > 0]
+    return [str(c.key.direction) for c in meeting.calls if c.operation is Operation.PROBE and c.key.step > 0]
 
 
 @given(values=st.lists(VALUES, min_size=2, max_size=2), constant=VALUES, count=st.integers(1, 5))
 def test_the_variance_of_a_constant_is_never_negative(values: list[float], constant: float, count: int) -> None:
     """Off the pivot T/N − a² rounds to either side of 0."""
     moments = reference.moments(column(*[constant] * count), None, grid_of(*values))
-    if not moments.misfit_C[0]:
+    if not moments.out_of_range_C[0]:
         assert moments.mean_variance[1][0] >= 0
 
 
@@ -67,7 +67,7 @@ def test_every_counted_value_lies_within_reach(
     """|x − pivot| < 2^reach, also for data far below the unit of the grid, whose computed variance is 0."""
     x = column(*(v * scale for v in values))
     moments = reference.moments(x, None, grid_of(*window))
-    if moments.misfit_C[0]:
+    if moments.out_of_range_C[0]:
         return
     statistics = moments.statistics(1e-3, masked)
     farthest = np.abs(x.astype(np.float64) - float(statistics.pivot[0])).max()
@@ -80,7 +80,7 @@ def test_a_mean_far_from_the_pivot_needs_a_finer_grid(value: float, refused: boo
     grid = Grid("float32", np.array([1.0]), np.array([5]), True)
     moments = reference.moments(column(value, value), None, grid)
     assert moments.refused(1e-5).tolist() == [refused]
-    _, compiled = moments.judged(1e-5, False)
+    _, compiled = moments.check_window(1e-5, False)
     assert (compiled is not None) == refused
 
 
@@ -142,7 +142,7 @@ def test_moments_of_two_folds_are_exact() -> None:
     values = [1e8, -1e8, 1.0 + 2**-40, 3e-9]
     grid = grid_of(*values, dtype="float64")
     moments = reference.moments(column(*values, dtype="float64"), None, grid)
-    assert moments.words.shape[0] == Moments.rows(2)
+    assert moments.limbs.shape[0] == Moments.rows(2)
     a, variance = moments.mean_variance
     exact = [Fraction(v) - Fraction(float(grid.pivot_C[0])) for v in values]
     mean = sum(exact) / 4
@@ -180,7 +180,7 @@ def test_masked_outliers_without_a_gradient_ask_for_no_probe() -> None:
             bn.backward(dy)
 
     run_all(meeting, body)
-    assert [c.place.step for c in meeting.calls if c.operation is Operation.PROBE] == [0, 0]
+    assert [c.key.step for c in meeting.calls if c.operation is Operation.PROBE] == [0, 0]
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -174,22 +174,22 @@ def test_a_failed_save_leaves_the_old_file_alone(
 
 def test_a_file_takes_its_name_only_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written whole, synced, renamed within its folder, and the folder synced: in this order."""
-    path, told = tmp_path / "layer.npz", []
+    path, reported = tmp_path / "layer.npz", []
     sync, rename = os.fsync, Path.replace
 
     def synced(descriptor: int) -> None:
         target = Path(f"/proc/self/fd/{descriptor}").readlink()
-        told.append(f"sync {'folder' if target.is_dir() else target.stat().st_size > 0}")
+        reported.append(f"sync {'folder' if target.is_dir() else target.stat().st_size > 0}")
         sync(descriptor)
 
     def renamed(old: Path, new: Path) -> Path:
-        told.append(f"rename {old.parent == new.parent} {new.name}")
+        reported.append(f"rename {old.parent == new.parent} {new.name}")
         return rename(old, new)
 
     monkeypatch.setattr("os.fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
     save(path, trained())
-    assert told == ["sync True", "rename True layer.npz", "sync folder"]
+    assert reported == ["sync True", "rename True layer.npz", "sync folder"]
     assert _names(tmp_path) == ["layer.npz"]
 
 

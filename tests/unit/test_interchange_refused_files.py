@@ -45,11 +45,11 @@ def test_every_cut_and_every_flipped_byte_is_noticed(suffix: str, tmp_path: Path
     before, noticed = target.state, 0
     unchanged = bits(target)
     # A few hundred places, the ends included.
-    places = sorted({*range(0, len(data), 1 + len(data) // 400), *range(64), *range(len(data) - 64, len(data))})
-    for place in places:
+    offsets = sorted({*range(0, len(data), 1 + len(data) // 400), *range(64), *range(len(data) - 64, len(data))})
+    for offset in offsets:
         flipped = bytearray(data)
-        flipped[place] ^= 0x5A
-        for broken in (data[:place], bytes(flipped)):
+        flipped[offset] ^= 0x5A
+        for broken in (data[:offset], bytes(flipped)):
             damaged.write_bytes(broken)
             refusal = _refusal(damaged, target)
             if refusal is not None:
@@ -61,7 +61,7 @@ def test_every_cut_and_every_flipped_byte_is_noticed(suffix: str, tmp_path: Path
                 assert bits(target) == bits(bn)
                 target.restore(before)
                 target.set_weights([np.zeros(2), np.zeros(2), *target.get_weights()[2:]])
-    assert noticed > 1.5 * len(places)
+    assert noticed > 1.5 * len(offsets)
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed_by_the_digest(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def _array(key: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], N
     return change
 
 
-def _told(**entries: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+def _with(**entries: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
     def change(arrays: dict[str, Any], description: dict[str, Any]) -> None:
         description.update(entries)
 
@@ -166,14 +166,14 @@ def _told(**entries: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
         (_array("bn/delta", [1.0]), "arrays that it describes; missing: none; not described: bn/delta."),
         (_array("bn/gamma", [1.0, 1.0]), "expected array 'bn/gamma' of dtype float32, received float64."),
         (_array("bn/gamma", np.ones(2, np.float32)), "its digest differs"),
-        (_told(layers={"bn": {"ndim": 2, "config": {}}}), "its digest differs"),
-        (_told(format_version=2), "expected format version 1, received 2."),
-        (_told(layers=[]), "expected a description of layers, dtypes and digest, received ['digest', 'dtypes', "),
+        (_with(layers={"bn": {"ndim": 2, "config": {}}}), "its digest differs"),
+        (_with(format_version=2), "expected format version 1, received 2."),
+        (_with(layers=[]), "expected a description of layers, dtypes and digest, received ['digest', 'dtypes', "),
         (
-            _told(layers={"bn": {"ndim": "2", "config": {}}}),
+            _with(layers={"bn": {"ndim": "2", "config": {}}}),
             "layer 'bn': expected its configuration and rank, received",
         ),
-        (_told(layers={"bn": 3}), "layer 'bn': expected its configuration and rank, received 3."),
+        (_with(layers={"bn": 3}), "layer 'bn': expected its configuration and rank, received 3."),
     ],
 )
 def test_changed_contents_are_refused(
@@ -193,7 +193,7 @@ def test_changed_contents_are_refused(
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
-    ("told", "arrays", "text"),
+    ("described", "arrays", "text"),
     [
         ({"ndim": 3, "config": {"axis": 9}}, {}, "layer 'bn': Axis 9 is out of bounds for input shape (3, 3, 3)"),
         ({"ndim": 10**9, "config": {}}, {}, "layer 'bn': Expected a rank of the inputs between 1 and 64, received"),
@@ -207,7 +207,7 @@ def test_changed_contents_are_refused(
 )
 def test_consistent_files_that_describe_no_layer_are_refused(
     suffix: str,
-    told: dict[str, Any],
+    described: dict[str, Any],
     arrays: dict[str, NDArray[Any]] | None,
     text: str,
     tmp_path: Path,
@@ -216,9 +216,9 @@ def test_consistent_files_that_describe_no_layer_are_refused(
     """Digest and names are right, yet no layer is like that; the case without arrays is one that is not built."""
     contents = describe({"bn": trained()})
     changed = {} if arrays is None else {**contents.arrays, **{f"bn/{key}": value for key, value in arrays.items()}}
-    monkeypatch.setattr("bnlayer.interchange.contents._digest", lambda told, arrays: "right")
+    monkeypatch.setattr("bnlayer.interchange.contents._digest", lambda described, arrays: "right")
     dtypes = {key: array.dtype.name for key, array in changed.items()}
-    description = {"format_version": 1, "digest": "right", "layers": {"bn": told}, "dtypes": dtypes}
+    description = {"format_version": 1, "digest": "right", "layers": {"bn": described}, "dtypes": dtypes}
     path = tmp_path / f"odd{suffix}"
     path.write_bytes(CONTAINERS[suffix].encode(Contents(changed, json.dumps(description))))
     if not text:
@@ -232,7 +232,7 @@ def test_consistent_files_that_describe_no_layer_are_refused(
 
 def test_arrays_of_no_described_layer_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would vanish silently."""
-    monkeypatch.setattr("bnlayer.interchange.contents._digest", lambda told, arrays: "right")
+    monkeypatch.setattr("bnlayer.interchange.contents._digest", lambda described, arrays: "right")
     description = {"format_version": 1, "digest": "right", "layers": {}, "dtypes": {"bn/gamma": "float32"}}
     contents = Contents({"bn/gamma": np.ones(2, np.float32)}, json.dumps(description))
     path = tmp_path / "stray.npz"

@@ -81,7 +81,7 @@ import numpy as np
 from bnlayer.kernels.compiled import kernels as compiled
 from bnlayer.layer import BatchNormalization
 from bnlayer.precision import precision_of
-from bnlayer.words import as_ints
+from bnlayer.limbs import as_ints
 x = np.ones((16, 8, 1), np.float32)
 one = x[0, :, 0]
 print(compiled.normalize(x, one, one, one, one < 0).sum())
@@ -145,7 +145,7 @@ from bnlayer.kernels import reference
 from bnlayer.kernels.compiled import kernels as compiled
 x = (np.arange(2**18).reshape(-1, 64, 1) * 2.0**-31).astype(np.float32)
 grid = Grid("float32", np.full(64, -0.5), np.zeros(64, np.int64), True)
-print((compiled.moments(x, None, grid).words == reference.moments(x, None, grid).words).all())
+print((compiled.moments(x, None, grid).limbs == reference.moments(x, None, grid).limbs).all())
 """
 
 
@@ -171,7 +171,7 @@ from bnlayer.kernels import reference
 from bnlayer.kernels.compiled import kernels as compiled
 x = np.random.default_rng(0).normal(size=(16, 64, 1)).astype(np.float32)
 grid = Grid("float32", np.zeros(64), np.full(64, 8), True)
-print((compiled.moments(x, None, grid).words == reference.moments(x, None, grid).words).all())
+print((compiled.moments(x, None, grid).limbs == reference.moments(x, None, grid).limbs).all())
 """
 
 

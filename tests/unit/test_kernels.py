@@ -14,8 +14,8 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.kernels.compiled import kernels as compiled
 from bnlayer.layer import BatchNormalization
+from bnlayer.limbs import as_ints
 from bnlayer.precision import precision_of
-from bnlayer.words import as_ints
 
 Array = NDArray[Any]
 
@@ -62,22 +62,22 @@ def alike(x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: 
     channels = x.shape[1]
     same(compiled.probe(x, mask, grid), reference.probe(x, mask, grid))
     moments = reference.moments(x, mask, grid)
-    same(compiled.moments(x, mask, grid).words, moments.words)
+    same(compiled.moments(x, mask, grid).limbs, moments.limbs)
     statistics = moments.statistics(1e-3, mask is not None)
-    mean, pivot, poisoned = statistics.rounded_mean, statistics.pivot, statistics.poisoned
+    mean, pivot, nonfinite = statistics.rounded_mean, statistics.pivot, statistics.nonfinite
     offset, slope, scale, shift = rng.normal(size=(4, channels)).astype(x.dtype)
-    same(compiled.normalize(x, mean, scale, shift, poisoned), reference.normalize(x, mean, scale, shift, poisoned))
+    same(compiled.normalize(x, mean, scale, shift, nonfinite), reference.normalize(x, mean, scale, shift, nonfinite))
     unknown = BackwardGrid.unknown(x.dtype.name, channels).reaching(statistics.reach)
     reached = reference.gradient_probe(dy, x, pivot, unknown)
     same(compiled.gradient_probe(dy, x, pivot, unknown), reached)
     known = unknown.probed(reached, np.ones(channels, bool))
-    fits = mask is None and not poisoned.any()
+    fits = mask is None and not nonfinite.any()
     for factor in (1, 150, 1e6, 1e-9):  # within the window, near its end, above it, far below it
         scaled = (dy * factor).astype(x.dtype)
-        wanted = reference.gradient_sums(scaled, x, mask, pivot, known).words
-        same(compiled.gradient_sums(scaled, x, mask, pivot, known).words, wanted)
-        same(compiled.gradient_sums(scaled, x, mask, pivot, known, fits=fits).words, wanted)
-    arguments = dy, x, mask, mean, offset, slope, scale, poisoned
+        wanted = reference.gradient_sums(scaled, x, mask, pivot, known).limbs
+        same(compiled.gradient_sums(scaled, x, mask, pivot, known).limbs, wanted)
+        same(compiled.gradient_sums(scaled, x, mask, pivot, known, fits=fits).limbs, wanted)
+    arguments = dy, x, mask, mean, offset, slope, scale, nonfinite
     same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
 
 
@@ -121,15 +121,15 @@ def test_the_same_bits(shape: tuple[int, int, int], data: str, dtype: str) -> No
         alike(x, dy, mask, grid, rng)
 
 
-def sums(words: Array) -> list[list[int]]:
+def sums(limbs: Array) -> list[list[int]]:
     """The sums of deviations and of squares."""
-    return [as_ints(words[0], words[1]), as_ints(words[2], words[3])]
+    return [as_ints(limbs[0], limbs[1]), as_ints(limbs[2], limbs[3])]
 
 
 def in_pieces(x: Array, grid: Grid) -> list[list[int]]:
     """The same sums, row by row."""
     rows = [compiled.moments(x[i : i + 1], None, grid) for i in range(x.shape[0])]
-    return sums(sum(rows[1:], rows[0]).words)
+    return sums(sum(rows[1:], rows[0]).limbs)
 
 
 WIDE = 64  # channels: so many make a row
@@ -150,9 +150,9 @@ def test_a_chain_is_its_terms(reach: float, pivot: float, signs: str) -> None:
         grid = Grid("float32", np.full(WIDE, float(np.float32(pivot))), np.full(WIDE, exponent), True)
         x = (grid.pivot_C[0] + sign * (reach - nudges) * 2.0**exponent).astype(np.float32)
         wanted = reference.moments(x, None, grid)
-        same(compiled.moments(x, None, grid).words, wanted.words)
-        if not wanted.misfit_C.any():
-            assert sums(wanted.words) == in_pieces(x, grid)
+        same(compiled.moments(x, None, grid).limbs, wanted.limbs)
+        if not wanted.out_of_range_C.any():
+            assert sums(wanted.limbs) == in_pieces(x, grid)
 
 
 @pytest.mark.parametrize("shape", [(40, WIDE, 1), (2, 5, 200)], ids=str)
@@ -161,9 +161,9 @@ def test_values_that_have_grown_need_no_reference(shape: tuple[int, int, int], m
     channels = shape[1]
     grid = Grid("float32", np.zeros(channels), np.full(channels, 3), True)
     x = np.full(shape, 5.0, np.float32)
-    wanted = reference.moments(x, None, grid).words
+    wanted = reference.moments(x, None, grid).limbs
     monkeypatch.setattr(reference, "moments", None)
-    same(compiled.moments(x, None, grid).words, wanted)
+    same(compiled.moments(x, None, grid).limbs, wanted)
 
 
 @pytest.mark.parametrize("shape", [(5000, WIDE, 1), (2, 3, 9000), (9000, 1, 1)], ids=str)
@@ -179,7 +179,7 @@ def test_the_deviations_of_a_long_chain_have_room(shape: tuple[int, int, int], r
     grid = Grid("float32", np.full(shape[1], 0.0), np.full(shape[1], 10), True)
     x = np.full(shape, reach * 2.0**10, np.float32)
     x[rng.random(shape) < 1 / 12] = grid.unit1_C[0] * 0.75
-    same(compiled.moments(x, None, grid).words, reference.moments(x, None, grid).words)
+    same(compiled.moments(x, None, grid).limbs, reference.moments(x, None, grid).limbs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -197,11 +197,11 @@ def test_the_same_bits_on_any_shape(
     rng = np.random.default_rng(seed)
     shape = (shape[0] * shape[2], shape[1], 1) if last else shape
     x = np.ldexp(rng.standard_cauchy(shape), exponent).astype(np.float32)
-    told = masked(mask, shape, rng)
+    element_mask = masked(mask, shape, rng)
     unknown = Grid.unknown("float32", shape[1])
-    grid = unknown.probed(reference.probe(x, told, unknown), np.ones(shape[1], bool))
+    grid = unknown.probed(reference.probe(x, element_mask, unknown), np.ones(shape[1], bool))
     with np.errstate(all="ignore"):
-        alike(x, rng.normal(size=shape).astype(np.float32), told, grid, rng)
+        alike(x, rng.normal(size=shape).astype(np.float32), element_mask, grid, rng)
 
 
 @pytest.mark.parametrize("shape", [(20_000, 8, 1), (1, 2, 160_000)], ids=str)
@@ -211,14 +211,14 @@ def test_full_windows_do_not_overflow(shape: tuple[int, int, int]) -> None:
     channels = shape[1]
     grid = Grid("float32", np.zeros(channels), np.full(channels, 2), True)
     wanted = reference.moments(x, None, grid)
-    assert not wanted.misfit_C.any()
-    same(compiled.moments(x, None, grid).words, wanted.words)
+    assert not wanted.out_of_range_C.any()
+    same(compiled.moments(x, None, grid).limbs, wanted.limbs)
     whole = np.full(channels, 2)
     backward = BackwardGrid("float32", whole, whole, True)
     mean = np.zeros(channels, np.float32)
     same(
-        compiled.gradient_sums(x, x, None, mean, backward).words,
-        reference.gradient_sums(x, x, None, mean, backward).words,
+        compiled.gradient_sums(x, x, None, mean, backward).limbs,
+        reference.gradient_sums(x, x, None, mean, backward).limbs,
     )
 
 
@@ -256,7 +256,7 @@ def test_backward_windows_at_their_ends(dtype: str) -> None:
             with np.errstate(over="ignore"):
                 g, h = (np.ldexp(v, e - 4).astype(dtype) for v, e in ((dy, gradient), (x, deviation)))
             arguments = g, h, None, np.zeros(8, h.dtype), grid
-            same(compiled.gradient_sums(*arguments).words, reference.gradient_sums(*arguments).words)
+            same(compiled.gradient_sums(*arguments).limbs, reference.gradient_sums(*arguments).limbs)
 
 
 @pytest.mark.parametrize("name", ["compiled", "reference"])
@@ -294,12 +294,12 @@ def test_no_gradient_is_overlooked(shape: tuple[int, int, int]) -> None:
     dy, x = rng.normal(size=(2, *shape)).astype(np.float32)
     channels, pivot = shape[1], np.zeros(shape[1], np.float32)
     grid = BackwardGrid("float32", np.full(channels, 10), np.full(channels, 4), True)
-    for place in range(dy.size):
+    for index in range(dy.size):
         spoiled = dy.copy()
-        spoiled.reshape(-1)[place] = (np.nan, -np.inf, -2000.0)[place % 3]
-        wanted = reference.gradient_sums(spoiled, x, None, pivot, grid).words
-        assert (wanted[-2:] != reference.gradient_sums(dy, x, None, pivot, grid).words[-2:]).any()
-        same(compiled.gradient_sums(spoiled, x, None, pivot, grid, fits=True).words, wanted)
+        spoiled.reshape(-1)[index] = (np.nan, -np.inf, -2000.0)[index % 3]
+        wanted = reference.gradient_sums(spoiled, x, None, pivot, grid).limbs
+        assert (wanted[-2:] != reference.gradient_sums(dy, x, None, pivot, grid).limbs[-2:]).any()
+        same(compiled.gradient_sums(spoiled, x, None, pivot, grid, fits=True).limbs, wanted)
 
 
 @pytest.mark.parametrize("shape", [(1100, 64, 1), (2, 3, 9000), (9000, 1, 1)], ids=str)
@@ -312,5 +312,5 @@ def test_the_gradients_of_a_long_chain_have_room(shape: tuple[int, int, int]) ->
     dy[rng.random(shape) < 1 / 12] = 2.0**-19 * (1 + 2.0**-23)  # an odd multiple of the sum's unit, 2^-42
     pivot = np.zeros(channels, np.float32)
     wanted = reference.gradient_sums(dy, x, None, pivot, grid)
-    assert not wanted.misfit_C.any()
-    same(compiled.gradient_sums(dy, x, None, pivot, grid, fits=True).words, wanted.words)
+    assert not wanted.out_of_range_C.any()
+    same(compiled.gradient_sums(dy, x, None, pivot, grid, fits=True).limbs, wanted.limbs)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bnlayer import Alone, BatchNormalization, CollectiveError, PeerLostError
-from bnlayer.collective import Call, LayerTerms, Total, current
+from bnlayer.collective import Call, LayerSignature, Total, current
 from bnlayer.constraints import MaxNorm, MinMaxNorm
 from bnlayer.regularizers import L1L2
 
@@ -299,10 +299,10 @@ def test_a_setting_that_changes_is_said_at_the_next_exchange() -> None:
         def __init__(self) -> None:
             self.heard: list[float] = []
 
-        def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
-            assert isinstance(call.terms, LayerTerms)
-            self.heard.append(call.terms.momentum)
-            return super().exchange(call, words)
+        def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+            assert isinstance(call.signature, LayerSignature)
+            self.heard.append(call.signature.momentum)
+            return super().exchange(call, limbs)
 
     listening = Listening()
     bn = BatchNormalization(synchronized=True, collective=listening, momentum=0.9)

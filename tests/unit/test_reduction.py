@@ -128,9 +128,9 @@ def test_words_have_no_order(op: str) -> None:
     """Integer sums, and all maxima and minima, may be combined in any grouping: what an MPI library does."""
     rng = np.random.default_rng(1)
     ranks: Ranks = [[rng.integers(-9, 9, 5), rng.integers(0, 9, 4).astype(np.uint64)] for _ in range(4)]
-    terms = [encode(op, rank) for rank in ranks]
-    left = combined(op, combined(op, combined(op, terms[0], terms[1]), terms[2]), terms[3])
-    tree = combined(op, combined(op, terms[3], terms[1]), combined(op, terms[2], terms[0]))
+    encoded = [encode(op, rank) for rank in ranks]
+    left = combined(op, combined(op, combined(op, encoded[0], encoded[1]), encoded[2]), encoded[3])
+    tree = combined(op, combined(op, encoded[3], encoded[1]), combined(op, encoded[2], encoded[0]))
     for a, b in zip(decode(op, left, ranks[0]), decode(op, tree, ranks[0]), strict=True):
         assert a.tobytes() == b.tobytes()
 

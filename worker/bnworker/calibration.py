@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bnlayer import calibrating
 from bnworker.checkpoint import BEST, Checkpoint, CheckpointError
-from bnworker.data import Dataset, settle
+from bnworker.data import Dataset, raise_on_every_rank
 from bnworker.evaluation import Scores, evaluate
 from bnworker.settings import Settings, SettingsError
 from bnworker.training import perceptron
@@ -88,7 +88,7 @@ def calibrate(
     with calibrating(model.norms):
         for batch in data.batches(batch_size, settings.seed, 1):
             model(batch.x, training=True)
-            settle(world, batch.problem)
+            raise_on_every_rank(world, batch.problem)
             rows += batch.rows
             watch(batch.rows)
     if world.rank == 0:

@@ -58,8 +58,8 @@ class Progress:
     @property
     def best(self) -> Epoch | None:
         """The first of the complete epochs with the lowest validation loss."""
-        judged = [(epoch.validation_loss, epoch) for epoch in self.epochs if epoch.validation_loss is not None]
-        return min(judged, key=lambda pair: pair[0], default=(0.0, None))[1]
+        evaluated = [(epoch.validation_loss, epoch) for epoch in self.epochs if epoch.validation_loss is not None]
+        return min(evaluated, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def as_json(self) -> dict[str, Any]:
         """As plain JSON values; floats keep every bit."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnworker.data import Batch, DataError, Dataset, settle
+from bnworker.data import Batch, DataError, Dataset, raise_on_every_rank
 from bnworker.model import Perceptron, cross_entropy
 from bnworker.world import World
 
@@ -52,13 +52,13 @@ def evaluate(model: Perceptron, data: Dataset, world: World, waiting: float = 0.
     sums, waits = world.allreduce([np.array([*test, *validation, problem is not None], np.float64), waits])
     test_loss, test_correct, validation_loss, validation_correct, problems = sums.tolist()
     if problems:
-        settle(world, problem)
-    judged = data.validation_rows
+        raise_on_every_rank(world, problem)
+    evaluated = data.validation_rows
     return Scores(
         test_loss / data.test_rows,
         test_correct / data.test_rows,
-        validation_loss / judged if judged else None,
-        validation_correct / judged if judged else None,
+        validation_loss / evaluated if evaluated else None,
+        validation_correct / evaluated if evaluated else None,
         tuple(waits.tolist()),
     )
 

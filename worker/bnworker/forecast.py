@@ -22,7 +22,7 @@ from bnworker.training import perceptron
 
 _WORD = 8  # bytes
 _STEP_SUMS = 3  # the loss, the rows classified rightly, and whether a rank could not read its rows; float64
-_ENROLLED_WORDS = 4  # a channel's grids, beside its two moving statistics
+_ENROLLED_LIMBS = 4  # a channel's grids, beside its two moving statistics
 _FLAGS = 3  # words of a layer's state
 _PROCESS_BYTES = 140 * 2**20  # Python, NumPy, gRPC, and what `digits` imports: measured on Linux, x86-64
 _TEMPORARIES = 3  # float64 arrays of a layer's size that its kernels hold at once
@@ -99,7 +99,7 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
     ]
     gradients = Exchange("allreduce of the Dense gradients", dense * item + _STEP_SUMS * _WORD)
     channels = sum(norm.state.channels for norm in model.norms)
-    states = channels * (2 * item + _ENROLLED_WORDS * _WORD) + len(model.norms) * _FLAGS * _WORD
+    states = channels * (2 * item + _ENROLLED_LIMBS * _WORD) + len(model.norms) * _FLAGS * _WORD
     per_rank = data.rows_per_rank(workers)
     batch = min(settings.batch_size, data.rows)
     step_rows = tuple(math.ceil(batch * rows / data.rows) for rows in per_rank)

@@ -29,5 +29,5 @@ class Statistics:
 
     def completed(self, call: Call, received: int) -> None:
         """Count one completed exchange that brought so many bytes."""
-        self.exchanges[call.place.layer, call.place.direction, call.operation] += 1
+        self.exchanges[call.key.layer, call.key.direction, call.operation] += 1
         self.bytes_received += received

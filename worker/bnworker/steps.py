@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data import Batch, settle
+from bnworker.data import Batch, raise_on_every_rank
 from bnworker.model import Perceptron, cross_entropy
 from bnworker.optimizer import SGD
 from bnworker.world import World
@@ -38,7 +38,7 @@ def step(model: Perceptron, optimizer: SGD, batch: Batch, world: World) -> tuple
     *dense, sums = world.allreduce([*local, np.array([loss, correct, batch.problem is not None], np.float64)])
     total, right, problems = sums.tolist()
     if problems:
-        settle(world, batch.problem)
+        raise_on_every_rank(world, batch.problem)
     norms: list[NDArray[Any]] = []
     for norm in model.norms:
         for weight, penalty in zip(norm.trainable_weights, norm.regularizer_gradients(), strict=True):

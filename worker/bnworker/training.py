@@ -238,14 +238,14 @@ class _Run:
             if self._due():
                 self._save()
         self._seconds += seconds
-        judged = self._judged(number, evaluate(self._model, self._data, world, waited), seconds)
+        evaluated = self._evaluated(number, evaluate(self._model, self._data, world, waited), seconds)
         if self._progress.steps == number * self._steps_per_epoch:
-            self._progress = Progress(self._progress.steps, (*self._progress.epochs, judged))
-            if self._settings.early_stop is not None and self._progress.best is judged:
-                self._best = self._model.tensors(judged.steps)
+            self._progress = Progress(self._progress.steps, (*self._progress.epochs, evaluated))
+            if self._settings.early_stop is not None and self._progress.best is evaluated:
+                self._best = self._model.tensors(evaluated.steps)
         else:
-            self._unfinished = judged
-        self._watch(judged)
+            self._unfinished = evaluated
+        self._watch(evaluated)
         self._save()
 
     def _step(self, batches: Iterator[Batch], epoch: int) -> Step:
@@ -275,7 +275,7 @@ class _Run:
             waiting_seconds=self._world.statistics.waiting_seconds - waited,
         )
 
-    def _judged(self, number: int, scores: Scores, seconds: float) -> Epoch:
+    def _evaluated(self, number: int, scores: Scores, seconds: float) -> Epoch:
         for loss in (scores.test_loss, scores.validation_loss):
             _refuse_divergence(0.0 if loss is None else loss, f"The loss over held-out rows after epoch {number}")
         made = self._progress
@@ -328,7 +328,9 @@ class _Run:
         made = self._progress
         if self._unfinished is None and made.steps > len(made.epochs) * self._steps_per_epoch:
             # Resumed with no step left, within an epoch.
-            self._unfinished = self._judged(len(made.epochs) + 1, evaluate(self._model, self._data, self._world), 0.0)
+            self._unfinished = self._evaluated(
+                len(made.epochs) + 1, evaluate(self._model, self._data, self._world), 0.0
+            )
             self._watch(self._unfinished)
         epochs = made.epochs if self._unfinished is None else (*made.epochs, self._unfinished)
         kept = epochs[-1]

@@ -19,11 +19,11 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer.collective import Call, Operation, Place, PlainTerms, Total
+from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError
 from bnlayer.reduction import OPS, refusal
 from bnlayer.state import LayerState
-from bnworker import told
+from bnworker import failure_marker
 from bnworker.presence import Presence, failure
 from bnworker.statistics import Statistics
 from bnworker.transports import Transport
@@ -144,7 +144,7 @@ class World:
             raise ValueError(f"allreduce(op=): expected one of {', '.join(OPS)}, received {op!r}.")
         checked = _checked("allreduce", arrays, op)
         described = tuple(f"{array.dtype.name}{list(array.shape)}" for array in checked)
-        call = self._call(Operation.REDUCE, PlainTerms(op, described))
+        call = self._call(Operation.REDUCE, PlainSignature(op, described))
         return self._through(call, _size(checked), lambda: self._transport.reduce(call, checked), _size)
 
     def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
@@ -168,7 +168,7 @@ class World:
         mine = None
         if root == self.rank:
             mine = [array.copy() for array in _checked("broadcast", () if arrays is None else arrays, "max")]
-        call = self._call(Operation.BROADCAST, PlainTerms(root=root))
+        call = self._call(Operation.BROADCAST, PlainSignature(root=root))
         return self._through(call, _size(mine or ()), lambda: self._transport.broadcast(call, mine), _size)
 
     def barrier(self) -> None:
@@ -177,7 +177,7 @@ class World:
         Raises:
             CollectiveError: the ranks disagree, or one is lost.
         """
-        call = self._call(Operation.BARRIER, PlainTerms())
+        call = self._call(Operation.BARRIER, PlainSignature())
         self._through(call, 0, lambda: self._transport.barrier(call), lambda _: 0)
 
     # ---- the layer's door ----
@@ -194,15 +194,15 @@ class World:
             logger.warning(
                 "layer %r goes on from the service's statistics (version %d), which an earlier run of this job left; "
                 "for a fresh start give the job another name, or the layer: name=",
-                call.place.layer,
+                call.key.layer,
                 seeded.version,
             )
         return seeded
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
-        """Reduce exact words over all ranks; a layer calls it."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+        """Reduce exact limbs over all ranks; a layer calls it."""
         return self._through(
-            call, words.nbytes, lambda: self._transport.exchange(call, words), lambda total: total.words.nbytes
+            call, limbs.nbytes, lambda: self._transport.exchange(call, limbs), lambda total: total.limbs.nbytes
         )
 
     def pull(self, layer: Layer | str) -> LayerState | None:
@@ -273,8 +273,8 @@ class World:
 
     # ---- one exchange ----
 
-    def _call(self, operation: Operation, terms: PlainTerms) -> Call:
-        call = Call(operation, Place(None, None, self._plain), terms)
+    def _call(self, operation: Operation, signature: PlainSignature) -> Call:
+        call = Call(operation, ExchangeKey(None, None, self._plain), signature)
         self._plain += 1
         return call
 
@@ -312,7 +312,7 @@ class World:
             return action()
         except CollectiveError as error:
             self._error = error
-            told.tell()
+            failure_marker.mark()
             raise
         except OverflowError:  # every rank was told: they are in step
             raise

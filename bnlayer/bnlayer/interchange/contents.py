@@ -111,12 +111,12 @@ def describe(layers: Mapping[str, BatchNormalization]) -> Contents:
     Raises:
         ValueError: a layer's configuration has no serialized form.
     """
-    told = {name: {"ndim": rank_of(layer), "config": layer.get_config()} for name, layer in layers.items()}
+    described = {name: {"ndim": rank_of(layer), "config": layer.get_config()} for name, layer in layers.items()}
     arrays = {f"{name}/{key}": array for name, layer in layers.items() for key, array in _arrays_of(layer).items()}
     description = {
         "format_version": _FORMAT_VERSION,
-        "digest": _digest(told, arrays),
-        "layers": told,
+        "digest": _digest(described, arrays),
+        "layers": described,
         "dtypes": {key: array.dtype.name for key, array in arrays.items()},
     }
     return Contents(arrays, json.dumps(description, default=_plain))
@@ -130,7 +130,7 @@ def understand(contents: Contents) -> dict[str, Stored]:
     Raises:
         ValueError: the contents are not what `describe` made.
     """
-    told, dtypes, digest = _parsed(contents.description)
+    described, dtypes, digest = _parsed(contents.description)
     _same_names(set(dtypes), set(contents.arrays))
     arrays = {}
     for key, name in dtypes.items():
@@ -139,15 +139,15 @@ def understand(contents: Contents) -> dict[str, Stored]:
         arrays[key] = array.view(dtype_named(name)) if bits else array
         if arrays[key].dtype.name != name:
             raise ValueError(f"expected array {key!r} of dtype {name}, received {array.dtype}.")
-    if _digest(told, arrays) != digest:
+    if _digest(described, arrays) != digest:
         raise ValueError("its digest differs from what it says: the file is damaged, or was changed.")
-    parts: dict[str, Arrays] = {name: {} for name in told}
+    parts: dict[str, Arrays] = {name: {} for name in described}
     for key, array in arrays.items():
         layer, _, name = key.rpartition("/")
         if layer not in parts:
             raise ValueError(f"expected arrays of the layers {', '.join(parts) or '(none)'}, received {key!r}.")
         parts[layer][name] = array
-    return {name: Stored(name, entry["config"], entry["ndim"], parts[name]) for name, entry in told.items()}
+    return {name: Stored(name, entry["config"], entry["ndim"], parts[name]) for name, entry in described.items()}
 
 
 def _parsed(description: str) -> tuple[dict[str, Any], dict[str, str], str]:
@@ -159,14 +159,14 @@ def _parsed(description: str) -> tuple[dict[str, Any], dict[str, str], str]:
     version = parsed.get("format_version") if isinstance(parsed, dict) else None
     if version != _FORMAT_VERSION:
         raise ValueError(f"expected format version {_FORMAT_VERSION}, received {version!r}.")
-    told, dtypes, digest = (parsed.get(key) for key in ("layers", "dtypes", "digest"))
-    if not (isinstance(told, dict) and isinstance(dtypes, dict) and isinstance(digest, str)):
+    described, dtypes, digest = (parsed.get(key) for key in ("layers", "dtypes", "digest"))
+    if not (isinstance(described, dict) and isinstance(dtypes, dict) and isinstance(digest, str)):
         raise ValueError(f"expected a description of layers, dtypes and digest, received {sorted(parsed)}.")
-    for name, entry in told.items():
+    for name, entry in described.items():
         rank = entry.get("ndim") if isinstance(entry, dict) else 0
         if not (isinstance(entry, dict) and isinstance(entry.get("config"), dict) and isinstance(rank, int | None)):
             raise ValueError(f"layer {name!r}: expected its configuration and rank, received {entry!r}.")
-    return told, cast("dict[str, str]", dtypes), digest
+    return described, cast("dict[str, str]", dtypes), digest
 
 
 def _same_names(expected: set[str], received: set[str]) -> None:
@@ -189,10 +189,10 @@ def _shapes(arrays: Arrays) -> str:
     return ", ".join(texts) or "no arrays (not built)"
 
 
-def _digest(told: dict[str, Any], arrays: Arrays) -> str:
+def _digest(described: dict[str, Any], arrays: Arrays) -> str:
     """A name of everything that counts."""
     digest = blake2b(digest_size=16)
-    facts = [told, [[key, array.dtype.name, array.shape] for key, array in sorted(arrays.items())]]
+    facts = [described, [[key, array.dtype.name, array.shape] for key, array in sorted(arrays.items())]]
     digest.update(json.dumps(facts, sort_keys=True, default=_plain).encode())
     for _, array in sorted(arrays.items()):
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -1,7 +1,7 @@
 """The kernels in NumPy: the oracle of every faster set, and what serves where there is none.
 
 Each pass goes through the data in blocks that fit a cache, so that its temporaries stay small. All sums are
-integers (see `bnlayer.words`), so the blocks can't be seen in the result.
+integers (see `bnlayer.limbs`), so the blocks can't be seen in the result.
 
 Shape suffixes: A axes before the channels, C channels, B axes after them.
 """
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 
 from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.moments import Moments
-from bnlayer.precision import exponent_above, power_of_two
-from bnlayer.words import (
+from bnlayer.limbs import (
     LOW,
     carried,
     integers,
@@ -27,6 +25,8 @@ from bnlayer.words import (
     remainder,
     square_integers,
 )
+from bnlayer.moments import Moments
+from bnlayer.precision import exponent_above, power_of_two
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
@@ -55,7 +55,7 @@ class _Sum:
 
     def __init__(self, channels: int, magics: list[NDArray[np.float64]]) -> None:
         self._magics = magics
-        self._words = [np.zeros(channels, np.int64) for _ in range(2 * len(magics))]
+        self._limbs = [np.zeros(channels, np.int64) for _ in range(2 * len(magics))]
 
     def add_values(self, v: NDArray[np.float64]) -> None:
         """Add a block of values."""
@@ -85,14 +85,14 @@ class _Sum:
         self._add(2, integers(rest if error is None else rest + error, self._magics[1]))
 
     def _add(self, at: int, q: NDArray[np.int64]) -> None:
-        hi = self._words[at] + (q >> 32).sum((0, 2))
-        lo = self._words[at + 1] + (q & LOW).sum((0, 2))
-        self._words[at], self._words[at + 1] = carried(hi, lo)
+        hi = self._limbs[at] + (q >> 32).sum((0, 2))
+        lo = self._limbs[at + 1] + (q & LOW).sum((0, 2))
+        self._limbs[at], self._limbs[at + 1] = carried(hi, lo)
 
     @property
-    def words(self) -> list[NDArray[np.int64]]:
+    def limbs(self) -> list[NDArray[np.int64]]:
         """The carried words."""
-        return self._words
+        return self._limbs
 
 
 def _signed(exponent: NDArray[np.int64], folds: int) -> list[NDArray[np.float64]]:
@@ -145,7 +145,7 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
     deviations = _Sum(channels, _signed(grid.exponent_C + grid.precision.slack, folds))
     squares = _Sum(channels, _positive(grid.exponent_C, folds))
     count = np.zeros(channels, np.int64)
-    misfit, not_finite = np.zeros(channels, bool), np.zeros(channels, bool)
+    out_of_range, not_finite = np.zeros(channels, bool), np.zeros(channels, bool)
     pivot, window = grid.pivot_C[:, None], grid.window_C[:, None]
     for rows, columns in _blocks(_shape(x)):
         block, m = x[rows, :, columns], _cut(mask, rows, columns)
@@ -162,23 +162,23 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
         if not good:
             finite = np.isfinite(block)
             counted = finite if m is None else finite & m
-            misfit |= (counted & ~fits).any((0, 2))
+            out_of_range |= (counted & ~fits).any((0, 2))
             not_finite |= (~finite if m is None else m & ~finite).any((0, 2))
             d = np.where(counted & fits, d, 0.0)
         deviations.add_values(d)
         squares.add_squares(d)
-    return Moments.pack(grid, deviations.words, squares.words, count, misfit, not_finite)
+    return Moments.pack(grid, deviations.limbs, squares.limbs, count, out_of_range, not_finite)
 
 
 def normalize(
-    x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array, out: Array | None = None
+    x: Array, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, out: Array | None = None
 ) -> Array:
-    """(x − mean)·scale + shift, one rounding per operation; NaN in poisoned channels.
+    """(x − mean)·scale + shift, one rounding per operation; NaN in nonfinite channels.
 
     Args:
         x: (A, C, B).
         mean_C, scale_C, shift_C: (C,), of x's dtype.
-        poisoned_C: (C,) bool.
+        nonfinite_C: (C,) bool.
         out: where to write it, contiguous, of x's shape and dtype; None: into a new array.
 
     Returns:
@@ -189,8 +189,8 @@ def normalize(
         np.subtract(x, mean_C[:, None], out=y)
         np.multiply(y, scale_C[:, None], out=y)
         np.add(y, shift_C[:, None], out=y)
-    if poisoned_C.any():
-        y[:, poisoned_C, :] = np.nan
+    if nonfinite_C.any():
+        y[:, nonfinite_C, :] = np.nan
     return y
 
 
@@ -228,7 +228,7 @@ def gradient_sums(
     wide = grid.gradient_C + grid.precision.gradient_slack
     gradients = _Sum(channels, _signed(wide, folds))
     products = _Sum(channels, _signed(wide + grid.deviation_C, folds))
-    seen = {name: np.zeros(channels, bool) for name in ("misfit", "not_finite", "large", "any")}
+    seen = {name: np.zeros(channels, bool) for name in ("out_of_range", "not_finite", "large", "any")}
     window, reach = power_of_two(grid.gradient_C)[:, None], power_of_two(grid.deviation_C)[:, None]
     small = power_of_two(grid.gradient_C - grid.precision.gradient_span)[:, None]
     for rows, columns in _blocks(_shape(x)):
@@ -241,12 +241,12 @@ def gradient_sums(
         seen["large"] |= (size >= small).any((0, 2))
         seen["any"] |= (g != 0).any((0, 2))
         if outside.any():
-            seen["misfit"] |= outside.any((0, 2))
+            seen["out_of_range"] |= outside.any((0, 2))
             g, h = np.where(outside, 0.0, g), np.where(outside, 0.0, h)
         gradients.add_values(g)
         products.add_products(g, h)
     return GradientSums.pack(
-        grid, gradients.words, products.words, seen["misfit"], seen["not_finite"], seen["large"], seen["any"]
+        grid, gradients.limbs, products.limbs, seen["out_of_range"], seen["not_finite"], seen["large"], seen["any"]
     )
 
 
@@ -258,16 +258,16 @@ def input_gradient(
     offset_C: Array,
     slope_C: Array,
     scale_C: Array,
-    poisoned_C: Array,
+    nonfinite_C: Array,
     out: Array | None = None,
 ) -> Array:
-    """((dy − offset) − (x − mean)·slope)·scale where unmasked, dy·scale where masked; NaN in poisoned channels.
+    """((dy − offset) − (x − mean)·slope)·scale where unmasked, dy·scale where masked; NaN in nonfinite channels.
 
     Args:
         dy, x: (A, C, B), of one dtype.
         mask: broadcasts to x.
         mean_C, offset_C, slope_C, scale_C: (C,), of x's dtype.
-        poisoned_C: (C,) bool.
+        nonfinite_C: (C,) bool.
         out: where to write it, contiguous, of x's shape and dtype; None: into a new array.
 
     Returns:
@@ -283,8 +283,8 @@ def input_gradient(
             if m is not None:
                 np.copyto(block, g, where=~m)
             np.multiply(block, scale_C[:, None], out=block)
-    if poisoned_C.any():
-        dx[:, poisoned_C, :] = np.nan
+    if nonfinite_C.any():
+        dx[:, nonfinite_C, :] = np.nan
     return dx
 
 

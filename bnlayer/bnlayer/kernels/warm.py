@@ -26,13 +26,13 @@ def owner() -> None:
     """What the owner of moving statistics computes with, for float32 layers."""
     one = np.ones(1, np.float32)
     grid, backward = Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1)
-    found, _ = Moments(np.zeros((Moments.rows(1), 1), np.int64), grid).judged(1e-3, masked=False)
-    statistics = found()
+    computed, _ = Moments(np.zeros((Moments.rows(1), 1), np.int64), grid).check_window(1e-3, masked=False)
+    statistics = computed()
     update(Moving(one, one), statistics, Rule(0.99, 1e-3))
-    GradientSums(np.zeros((GradientSums.rows(1), 1), np.int64), backward).judged(statistics)
+    GradientSums(np.zeros((GradientSums.rows(1), 1), np.int64), backward).check_window(statistics)
 
 
-def everything(told: Callable[[str], None]) -> None:
+def everything(report: Callable[[str], None]) -> None:
     """What any layer computes with.
 
     Args:
@@ -40,7 +40,7 @@ def everything(told: Callable[[str], None]) -> None:
     """
     layouts = {"channels last": ((8, 8), -1), "channels first": ((2, 8, 3), 1)}
     for dtype, (layout, (shape, axis)), masked in product(("float32", "float64"), layouts.items(), (False, True)):
-        told(f"{dtype}, {layout}, {'masked' if masked else 'unmasked'}")
+        report(f"{dtype}, {layout}, {'masked' if masked else 'unmasked'}")
         x = np.ones(shape, dtype)
         layer = BatchNormalization(axis=axis, dtype=dtype)
         layer(x, training=True, mask=np.ones(shape[:-1], bool) if masked else None)

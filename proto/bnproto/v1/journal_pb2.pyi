@@ -31,7 +31,7 @@ class Record(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: builtins.int
-    KEPT_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     BEGAN_FIELD_NUMBER: builtins.int
     OPERATION_FIELD_NUMBER: builtins.int
     PUSHED_FIELD_NUMBER: builtins.int
@@ -40,7 +40,7 @@ class Record(google.protobuf.message.Message):
     @property
     def header(self) -> Global___Header: ...
     @property
-    def kept(self) -> Global___Kept: ...
+    def snapshot(self) -> Global___LayerSnapshot: ...
     @property
     def began(self) -> Global___Began: ...
     @property
@@ -57,20 +57,20 @@ class Record(google.protobuf.message.Message):
         self,
         *,
         header: Global___Header | None = ...,
-        kept: Global___Kept | None = ...,
+        snapshot: Global___LayerSnapshot | None = ...,
         began: Global___Began | None = ...,
         operation: bnproto.v1.statistics_pb2.Contribution | None = ...,
         pushed: Global___Pushed | None = ...,
         left: Global___Left | None = ...,
         ended: Global___Ended | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "entry", b"entry", "header", b"header", "kept", b"kept", "left", b"left", "operation", b"operation", "pushed", b"pushed"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "header", b"header", "left", b"left", "operation", b"operation", "pushed", b"pushed", "record", b"record", "snapshot", b"snapshot"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "entry", b"entry", "header", b"header", "kept", b"kept", "left", b"left", "operation", b"operation", "pushed", b"pushed"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "header", b"header", "left", b"left", "operation", b"operation", "pushed", b"pushed", "record", b"record", "snapshot", b"snapshot"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_entry: typing_extensions.TypeAlias = typing.Literal["header", "kept", "began", "operation", "pushed", "left", "ended"]
-    _WhichOneofArgType_entry: typing_extensions.TypeAlias = typing.Literal["entry", b"entry"]
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_entry) -> _WhichOneofReturnType_entry | None: ...
+    _WhichOneofReturnType_record: typing_extensions.TypeAlias = typing.Literal["header", "snapshot", "began", "operation", "pushed", "left", "ended"]
+    _WhichOneofArgType_record: typing_extensions.TypeAlias = typing.Literal["record", b"record"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_record) -> _WhichOneofReturnType_record | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -102,7 +102,7 @@ class Header(google.protobuf.message.Message):
 Global___Header: typing_extensions.TypeAlias = Header
 
 @typing.final
-class Kept(google.protobuf.message.Message):
+class LayerSnapshot(google.protobuf.message.Message):
     """A layer, as it was before its latest training call."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -127,7 +127,7 @@ class Kept(google.protobuf.message.Message):
     _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dtype", b"dtype", "layer", b"layer", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-Global___Kept: typing_extensions.TypeAlias = Kept
+Global___LayerSnapshot: typing_extensions.TypeAlias = LayerSnapshot
 
 @typing.final
 class Began(google.protobuf.message.Message):
@@ -141,13 +141,13 @@ class Began(google.protobuf.message.Message):
     generation: builtins.int
     world_size: builtins.int
     @property
-    def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Enlisted]: ...
+    def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___MemberRecord]: ...
     def __init__(
         self,
         *,
         generation: builtins.int = ...,
         world_size: builtins.int = ...,
-        members: collections.abc.Iterable[Global___Enlisted] | None = ...,
+        members: collections.abc.Iterable[Global___MemberRecord] | None = ...,
     ) -> None: ...
     _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["generation", b"generation", "members", b"members", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -155,7 +155,7 @@ class Began(google.protobuf.message.Message):
 Global___Began: typing_extensions.TypeAlias = Began
 
 @typing.final
-class Enlisted(google.protobuf.message.Message):
+class MemberRecord(google.protobuf.message.Message):
     """A rank, and how it is known again."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -186,7 +186,7 @@ class Enlisted(google.protobuf.message.Message):
     _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["host", b"host", "incarnation", b"incarnation", "pid", b"pid", "pushes", b"pushes", "rank", b"rank", "timeout", b"timeout"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-Global___Enlisted: typing_extensions.TypeAlias = Enlisted
+Global___MemberRecord: typing_extensions.TypeAlias = MemberRecord
 
 @typing.final
 class Pushed(google.protobuf.message.Message):
@@ -200,13 +200,13 @@ class Pushed(google.protobuf.message.Message):
     rank: builtins.int
     number: builtins.int
     @property
-    def layer(self) -> Global___Kept: ...
+    def layer(self) -> Global___LayerSnapshot: ...
     def __init__(
         self,
         *,
         rank: builtins.int = ...,
         number: builtins.int = ...,
-        layer: Global___Kept | None = ...,
+        layer: Global___LayerSnapshot | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layer", b"layer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...

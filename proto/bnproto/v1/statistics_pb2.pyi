@@ -46,9 +46,9 @@ class _OperationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     OPERATION_ENROLL: _Operation.ValueType  # 1
     """Makes a layer known: the payload is its state, as named arrays; so is the result's."""
     OPERATION_PROBE: _Operation.ValueType  # 2
-    """MAX of int64 words."""
+    """MAX of int64 limbs."""
     OPERATION_SUMS: _Operation.ValueType  # 3
-    """SUM of int64 words."""
+    """SUM of int64 limbs."""
     OPERATION_REDUCE: _Operation.ValueType  # 4
     """A plain reduction; floats are added in float64, in rank order."""
     OPERATION_BROADCAST: _Operation.ValueType  # 5
@@ -60,9 +60,9 @@ OPERATION_UNSPECIFIED: Operation.ValueType  # 0
 OPERATION_ENROLL: Operation.ValueType  # 1
 """Makes a layer known: the payload is its state, as named arrays; so is the result's."""
 OPERATION_PROBE: Operation.ValueType  # 2
-"""MAX of int64 words."""
+"""MAX of int64 limbs."""
 OPERATION_SUMS: Operation.ValueType  # 3
-"""SUM of int64 words."""
+"""SUM of int64 limbs."""
 OPERATION_REDUCE: Operation.ValueType  # 4
 """A plain reduction; floats are added in float64, in rank order."""
 OPERATION_BROADCAST: Operation.ValueType  # 5
@@ -459,8 +459,8 @@ class Contribution(google.protobuf.message.Message):
     DIRECTION_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
-    LAYER_TERMS_FIELD_NUMBER: builtins.int
-    PLAIN_TERMS_FIELD_NUMBER: builtins.int
+    LAYER_SIGNATURE_FIELD_NUMBER: builtins.int
+    PLAIN_SIGNATURE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The number of this contribution within the generation, from 1, the same on every rank; a resend repeats it."""
@@ -475,9 +475,9 @@ class Contribution(google.protobuf.message.Message):
     attempt: builtins.int
     """The round within one exchange."""
     @property
-    def layer_terms(self) -> Global___LayerTerms: ...
+    def layer_signature(self) -> Global___LayerSignature: ...
     @property
-    def plain_terms(self) -> Global___PlainTerms: ...
+    def plain_signature(self) -> Global___PlainSignature: ...
     @property
     def payload(self) -> Global___Payload: ...
     def __init__(
@@ -490,27 +490,27 @@ class Contribution(google.protobuf.message.Message):
         direction: Global___Direction.ValueType = ...,
         step: builtins.int = ...,
         attempt: builtins.int = ...,
-        layer_terms: Global___LayerTerms | None = ...,
-        plain_terms: Global___PlainTerms | None = ...,
+        layer_signature: Global___LayerSignature | None = ...,
+        plain_signature: Global___PlainSignature | None = ...,
         payload: Global___Payload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer", "layer", b"layer", "layer_terms", b"layer_terms", "payload", b"payload", "plain_terms", b"plain_terms", "terms", b"terms"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer", "layer", b"layer", "layer_signature", b"layer_signature", "payload", b"payload", "plain_signature", b"plain_signature", "signature", b"signature"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer", "attempt", b"attempt", "direction", b"direction", "generation", b"generation", "layer", b"layer", "layer_terms", b"layer_terms", "operation", b"operation", "payload", b"payload", "plain_terms", b"plain_terms", "sequence", b"sequence", "step", b"step", "terms", b"terms"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer", "attempt", b"attempt", "direction", b"direction", "generation", b"generation", "layer", b"layer", "layer_signature", b"layer_signature", "operation", b"operation", "payload", b"payload", "plain_signature", b"plain_signature", "sequence", b"sequence", "signature", b"signature", "step", b"step"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__layer: typing_extensions.TypeAlias = typing.Literal["layer"]
     _WhichOneofArgType__layer: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer"]
-    _WhichOneofReturnType_terms: typing_extensions.TypeAlias = typing.Literal["layer_terms", "plain_terms"]
-    _WhichOneofArgType_terms: typing_extensions.TypeAlias = typing.Literal["terms", b"terms"]
+    _WhichOneofReturnType_signature: typing_extensions.TypeAlias = typing.Literal["layer_signature", "plain_signature"]
+    _WhichOneofArgType_signature: typing_extensions.TypeAlias = typing.Literal["signature", b"signature"]
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_terms) -> _WhichOneofReturnType_terms | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_signature) -> _WhichOneofReturnType_signature | None: ...
 
 Global___Contribution: typing_extensions.TypeAlias = Contribution
 
 @typing.final
-class LayerTerms(google.protobuf.message.Message):
+class LayerSignature(google.protobuf.message.Message):
     """What every rank must believe of a layer: the fingerprint of its configuration."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -534,7 +534,7 @@ class LayerTerms(google.protobuf.message.Message):
     unbiased: builtins.bool
     flush_to_zero: builtins.bool
     grid: builtins.int
-    """Fingerprint of the grid that the words are in units of; 0 for a probe or an enrolment."""
+    """Fingerprint of the grid that the limbs are in units of; 0 for a probe or an enrolment."""
     policy: builtins.str
     """The layer's dtype policy, e.g. "mixed_float16"."""
     @property
@@ -560,7 +560,7 @@ class LayerTerms(google.protobuf.message.Message):
     _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "masked", b"masked", "momentum", b"momentum", "policy", b"policy", "renorm", b"renorm", "unbiased", b"unbiased"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-Global___LayerTerms: typing_extensions.TypeAlias = LayerTerms
+Global___LayerSignature: typing_extensions.TypeAlias = LayerSignature
 
 @typing.final
 class Renorm(google.protobuf.message.Message):
@@ -604,7 +604,7 @@ class Renorm(google.protobuf.message.Message):
 Global___Renorm: typing_extensions.TypeAlias = Renorm
 
 @typing.final
-class PlainTerms(google.protobuf.message.Message):
+class PlainSignature(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OP_FIELD_NUMBER: builtins.int
@@ -628,7 +628,7 @@ class PlainTerms(google.protobuf.message.Message):
     _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["arrays", b"arrays", "op", b"op", "root", b"root"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-Global___PlainTerms: typing_extensions.TypeAlias = PlainTerms
+Global___PlainSignature: typing_extensions.TypeAlias = PlainSignature
 
 @typing.final
 class Result(google.protobuf.message.Message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bnlayer.collective import Call, Operation, PlainTerms
+from bnlayer.collective import Call, Operation, PlainSignature
 from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released, Totals
 from bnserver.core.events import Arrays, Body
 from bnserver.core.layers import DisagreementError
@@ -33,15 +33,15 @@ class Answer:
         Args:
             streams: their connections, by rank.
         """
-        told: list[Effect] = []
-        if isinstance(self.result, Broadcast) and isinstance(self.call.terms, PlainTerms):
-            root = self.call.terms.root
+        effects: list[Effect] = []
+        if isinstance(self.result, Broadcast) and isinstance(self.call.signature, PlainSignature):
+            root = self.call.signature.root
             if root in streams:
-                told.append(Released((streams[root],), self.sequence))
+                effects.append(Released((streams[root],), self.sequence))
             streams = {rank: stream for rank, stream in streams.items() if rank != root}
         if streams:
-            told.append(replace(self.result, streams=tuple(streams.values())))
-        return told
+            effects.append(replace(self.result, streams=tuple(streams.values())))
+        return effects
 
 
 def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
@@ -55,20 +55,20 @@ def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
     Raises:
         DisagreementError: it is not what they said it was.
     """
-    terms = call.terms
-    assert isinstance(terms, PlainTerms)
+    signature = call.signature
+    assert isinstance(signature, PlainSignature)
     if call.operation is Operation.BARRIER:
         return Answer(sequence, call, Released(_NOBODY, sequence))
     if call.operation is Operation.BROADCAST:
-        body = bodies[terms.root]
+        body = bodies[signature.root]
         if not isinstance(body, tuple):
-            raise DisagreementError(f"The root of the broadcast, rank {terms.root}, sent no arrays.")
+            raise DisagreementError(f"The root of the broadcast, rank {signature.root}, sent no arrays.")
         return Answer(sequence, call, Broadcast(_NOBODY, sequence, body))
     contributions = tuple(body for _, body in sorted(bodies.items()) if isinstance(body, tuple))
     kinds = {_described(arrays) for arrays in contributions}
     if len(kinds) > 1:
         raise DisagreementError(f"The ranks sent different arrays to the allreduce: {'; '.join(sorted(kinds))}.")
-    return Answer(sequence, call, Reduce(_NOBODY, sequence, terms.op, contributions))
+    return Answer(sequence, call, Reduce(_NOBODY, sequence, signature.op, contributions))
 
 
 def _described(arrays: Arrays) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bnlayer.state import LayerState
-from bnserver.core.entries import Entry
-from bnserver.core.events import Arrays, Words
+from bnserver.core.events import Arrays, Limbs
+from bnserver.core.journal_records import JournalRecord
 from bnserver.core.reasons import Reason
 
 
@@ -22,11 +22,11 @@ class Joined:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Totals:
-    """The reduced words of all ranks, and the owner's version after them."""
+    """The reduced limbs of all ranks, and the owner's version after them."""
 
     streams: tuple[int, ...]
     sequence: int
-    words: Words
+    limbs: Limbs
     version: int
 
 
@@ -117,11 +117,11 @@ class Record:
     """An entry of a job's past, to be written before the effects that follow are carried out."""
 
     job: str
-    entry: Entry
+    record: JournalRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Settle:
+class ApplyUpdate:
     """The owner's statistics of a layer are to be brought up to date, once the ranks have their answer."""
 
     job: str
@@ -147,6 +147,6 @@ Effect = (
     | Closed
     | Straggling
     | Record
-    | Settle
+    | ApplyUpdate
     | Persist
 )

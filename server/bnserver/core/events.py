@@ -16,10 +16,10 @@ from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 from bnlayer.state import LayerState
 
-Words = NDArray[np.int64]
+Limbs = NDArray[np.int64]
 Arrays = tuple[NDArray[Any], ...]
-Body = Words | LayerState | Arrays | None
-"""The numbers of a contribution: words of sums and probes, the state of an enrolment, the arrays of a plain
+Body = Limbs | LayerState | Arrays | None
+"""The numbers of a contribution: limbs of sums and probes, the state of an enrolment, the arrays of a plain
 reduction or of a broadcast's root; None for a barrier and for those that a broadcast reaches."""
 
 

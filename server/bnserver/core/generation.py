@@ -2,7 +2,7 @@
 
 Laws of this room:
 1. A rank has at most one contribution outstanding; a contribution counts once, however often it arrives.
-2. Integer words are added on arrival: the order can't be seen in the total.
+2. Integer limbs are added on arrival: the order can't be seen in the total.
 3. The operation completes when every rank has said the same. When that can't happen any more (they differ, or one
    has left or is lost), every rank is told: at once if all have spoken or left, otherwise after a short grace, in
    which the others may still speak, so that the text says where each of them is.
@@ -24,7 +24,7 @@ from bnlayer.agreement import Peer, Verdict, judge
 from bnlayer.collective import Call, Operation
 from bnlayer.errors import PeerLostError
 from bnserver.core.answers import Answer
-from bnserver.core.events import Body, Contribute, Words
+from bnserver.core.events import Body, Contribute, Limbs
 from bnserver.core.members import Member
 from bnserver.core.validation import RefusedError
 
@@ -51,7 +51,7 @@ _DECISIONS = {
 }
 
 
-class Heard(Enum):
+class Receipt(Enum):
     """What a contribution is."""
 
     NEW = auto()
@@ -76,17 +76,17 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Round:
+class PendingOperation:
     """The operation that the ranks are in: who has said what, since when."""
 
     calls: dict[int, Call] = field(default_factory=dict)
     bodies: dict[int, Body] = field(default_factory=dict)
     deadlines: dict[int, float] = field(default_factory=dict)
-    words: Words | None = None
+    limbs: Limbs | None = None
     agreed: bool = True
     doomed_since: float | None = None
     since: float = 0.0
-    slow_told: float = 0.0
+    straggling_logged_s: float = 0.0
 
     @property
     def call(self) -> Call:
@@ -100,12 +100,12 @@ class Round:
         self.deadlines[rank] = deadline
         if not isinstance(body, np.ndarray):
             self.bodies[rank] = body
-        elif self.words is None:
-            self.words = body.copy()
+        elif self.limbs is None:
+            self.limbs = body.copy()
         elif self.agreed and call.operation is Operation.PROBE:
-            np.maximum(self.words, body, out=self.words)
+            np.maximum(self.limbs, body, out=self.limbs)
         elif self.agreed:
-            self.words += body
+            self.limbs += body
 
 
 class Generation:
@@ -134,7 +134,7 @@ class Generation:
         self.completed = 0
         self.answer: Answer | None = None
         self.layer_answer: Answer | None = None
-        self.round = Round()
+        self.pending = PendingOperation()
         self._peers: dict[int, Peer] = {}
         self._seen: dict[int, Call] = {}
         self._held: list[tuple[int, Contribute]] = []
@@ -147,7 +147,7 @@ class Generation:
         self._peers[member.peer.rank] = member.peer
         self.running = self.running or len(self.members) == self.world_size
 
-    def gone(self, rank: int, reason: str, since: float, *, silent: bool = False) -> None:
+    def remove(self, rank: int, reason: str, since: float, *, silent: bool = False) -> None:
         """A rank has left, or is lost; the reason is empty for a clean end.
 
         Args:
@@ -159,12 +159,12 @@ class Generation:
         if reason:
             seen = self._last_seen(rank) if silent else ""
             reason += f" ({seen})" if seen else ""
-            doomed = self.round.doomed_since
-            self.round.doomed_since = since if doomed is None else min(doomed, since)
+            doomed = self.pending.doomed_since
+            self.pending.doomed_since = since if doomed is None else min(doomed, since)
         del self.members[rank]
         self.left[rank] = reason
-        self.round.calls.pop(rank, None)
-        self.round.deadlines.pop(rank, None)
+        self.pending.calls.pop(rank, None)
+        self.pending.deadlines.pop(rank, None)
 
     def due(self) -> list[tuple[int, Contribute]]:
         """What ranks said too early, and can be taken now; looks whether all of them are back."""
@@ -174,8 +174,12 @@ class Generation:
             self.recovering = False
             self.completed = max(self.completed, min((m.answered for m in self.members.values()), default=0))
         held, self._held = self._held, []
-        self._held = [(rank, said) for rank, said in held if said.sequence > self.completed + 1]
-        return [(rank, said) for rank, said in held if said.sequence <= self.completed + 1 and rank in self.members]
+        self._held = [(rank, contribution) for rank, contribution in held if contribution.sequence > self.completed + 1]
+        return [
+            (rank, contribution)
+            for rank, contribution in held
+            if contribution.sequence <= self.completed + 1 and rank in self.members
+        ]
 
     @property
     def departed(self) -> dict[int, Peer]:
@@ -194,7 +198,7 @@ class Generation:
 
     # ---- the operation ----
 
-    def spoke(self, rank: int, contribution: Contribute, now: float) -> Heard:
+    def contribute(self, rank: int, contribution: Contribute, now: float) -> Receipt:
         """A rank contributes.
 
         Raises:
@@ -208,26 +212,26 @@ class Generation:
             )
         if self.recovering or self.completed + 1 < contribution.sequence <= self.members[rank].answered + 1:
             self._held.append((rank, contribution))
-            return Heard.HELD
+            return Receipt.HELD
         if contribution.sequence <= self.completed:
             return self._answered(rank, contribution)
         if contribution.sequence != self.completed + 1:
             raise RefusedError(
                 f"expected contribution {self.completed + 1}, received contribution {contribution.sequence}"
             )
-        if rank in self.round.calls:
-            if contribution.call == self.round.calls[rank]:
-                return Heard.REPEATED
+        if rank in self.pending.calls:
+            if contribution.call == self.pending.calls[rank]:
+                return Receipt.REPEATED
             raise RefusedError(
                 f"expected nothing while contribution {contribution.sequence} waits for its answer, received another"
             )
-        if not self.round.calls:
-            self.round.since = now
+        if not self.pending.calls:
+            self.pending.since = now
         self._seen[rank] = contribution.call
         member = self.members[rank]
         member.answered = max(member.answered, self.completed)
-        self.round.add(rank, contribution.call, contribution.body, now + member.timeout)
-        return Heard.NEW
+        self.pending.add(rank, contribution.call, contribution.body, now + member.timeout)
+        return Receipt.NEW
 
     def decide(self, now: float) -> Outcome:
         """What becomes of the operation."""
@@ -235,55 +239,55 @@ class Generation:
         verdict = None if failed or self.recovering else self._overdue(now)
         if verdict is not None:
             return Outcome(Decision.ABORT, verdict, overdue=True)
-        calls = self.round.calls
+        calls = self.pending.calls
         if not calls and not failed:
             return Outcome(Decision.WAIT)
         everybody = len(calls) + len(self.left) == self.world_size
-        decision = _DECISIONS[self.round.agreed and not self.left, everybody or not self.running]
+        decision = _DECISIONS[self.pending.agreed and not self.left, everybody or not self.running]
         if decision is Decision.ABORT_SOON:
-            since = self.round.doomed_since
-            self.round.doomed_since = since = now if since is None else since
+            since = self.pending.doomed_since
+            self.pending.doomed_since = since = now if since is None else since
             decision = Decision.ABORT if now >= since + _GRACE_S else decision
-        return Outcome(decision, self._judged() if decision is Decision.ABORT else None)
+        return Outcome(decision, self._verdict() if decision is Decision.ABORT else None)
 
     def finished(self, answer: Answer) -> None:
         """The operation is complete, and the next begins."""
-        self.completed, self.answer, self.round = answer.sequence, answer, Round()
-        if answer.call.place.layer is not None:
+        self.completed, self.answer, self.pending = answer.sequence, answer, PendingOperation()
+        if answer.call.key.layer is not None:
             self.layer_answer = answer
 
     def straggling(self, now: float) -> str:
         """Who keeps the others waiting, and for how long; "" while that is not worth a line in the log."""
-        waited = now - self.round.since
-        if not self.round.calls or self.recovering or waited < max(_SLOW_S, 2 * self.round.slow_told):
+        waited = now - self.pending.since
+        if not self.pending.calls or self.recovering or waited < max(_SLOW_S, 2 * self.pending.straggling_logged_s):
             return ""
-        self.round.slow_told = waited
-        missing = self._missing(set(self.round.calls) | set(self.left))
+        self.pending.straggling_logged_s = waited
+        missing = self._missing(set(self.pending.calls) | set(self.left))
         names = "; ".join(f"{self._peers[rank]}, {self._last_seen(rank)}" for rank in missing[:_RANKS_SHOWN])
         more = f" and {len(missing) - _RANKS_SHOWN} more" if len(missing) > _RANKS_SHOWN else ""
         verb = "keeps" if len(missing) == 1 else "keep"
-        others = len(self.round.calls)
+        others = len(self.pending.calls)
         return f"{names}{more}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"
 
     # ---- words ----
 
-    def _answered(self, rank: int, contribution: Contribute) -> Heard:
+    def _answered(self, rank: int, contribution: Contribute) -> Receipt:
         answer = self.answer
         if contribution.sequence <= self.members[rank].answered:
-            return Heard.REPEATED
+            return Receipt.REPEATED
         if answer is not None and contribution.sequence == answer.sequence:
             if contribution.call != answer.call:
                 raise RefusedError(
                     f"expected contribution {contribution.sequence} as it was before, received another of this number"
                 )
-            return Heard.ANSWERED
+            return Receipt.ANSWERED
         raise RefusedError(
             f"expected contribution {self.completed + 1}, received contribution {contribution.sequence}, whose answer "
             "is not kept any more"
         )
 
-    def _judged(self) -> Verdict | None:
-        return judge(self.round.calls, self.left, self._peers)
+    def _verdict(self) -> Verdict | None:
+        return judge(self.pending.calls, self.left, self._peers)
 
     def _overdue(self, now: float) -> Verdict | None:
         """The verdict if some rank has waited for longer than it wants to."""
@@ -298,14 +302,14 @@ class Generation:
                 f"rank with the same job name and world size ({self.world_size}), or wait longer: timeout=.",
                 missing,
             )
-        if not any(now >= deadline for deadline in self.round.deadlines.values()):
+        if not any(now >= deadline for deadline in self.pending.deadlines.values()):
             return None
-        missing = self._missing(set(self.round.calls) | set(self.left))
-        timeout = min(self.members[rank].timeout for rank in self.round.calls)
+        missing = self._missing(set(self.pending.calls) | set(self.left))
+        timeout = min(self.members[rank].timeout for rank in self.pending.calls)
         names = "; ".join(
             f"{self._peers[rank]} did not take part within {timeout:g} s, {self._last_seen(rank)}" for rank in missing
         )
-        waits = "; ".join(f"{self._peers[rank]} waits in {call.where}" for rank, call in self.round.calls.items())
+        waits = "; ".join(f"{self._peers[rank]} waits in {call.where}" for rank, call in self.pending.calls.items())
         return Verdict(
             PeerLostError,
             f"{names}; {waits}. Look at what it is doing; if it is only slow, wait longer: timeout=.",
@@ -316,7 +320,7 @@ class Generation:
         if not self.running:
             return ""
         seen = self._seen.get(rank) or (self.answer.call if self.answer is not None else None)
-        how = "waiting in" if rank in self.round.calls else "completing"
+        how = "waiting in" if rank in self.pending.calls else "completing"
         return f"last seen {how} {seen.where}" if seen is not None else "last seen joining"
 
     def _missing(self, there: set[int]) -> tuple[int, ...]:

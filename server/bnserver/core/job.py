@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bnlayer.agreement import Verdict
-from bnlayer.collective import Call, PlainTerms
+from bnlayer.collective import Call, PlainSignature
 from bnlayer.errors import MismatchError, ServiceError
 from bnlayer.state import LayerState
 from bnserver.core.answers import Answer, plain
 from bnserver.core.effects import (
+    ApplyUpdate,
     Closed,
     Effect,
     Enrolled,
@@ -25,15 +26,14 @@ from bnserver.core.effects import (
     Owned,
     Persist,
     Record,
-    Settle,
     Straggling,
     Totals,
 )
-from bnserver.core.entries import Began, Ended, Enlisted, Left, Operated
 from bnserver.core.events import Contribute, Join, Push
-from bnserver.core.generation import Decision, Generation, Heard, Round
+from bnserver.core.generation import Decision, Generation, PendingOperation, Receipt
+from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberRecord
 from bnserver.core.layers import DisagreementError, Layers
-from bnserver.core.members import LOST, Member, Patience
+from bnserver.core.members import LOST, LivenessTimeouts, Member
 from bnserver.core.reasons import REASON_OF, Reason
 from bnserver.core.validation import RefusedError, check, check_join, check_state
 
@@ -49,12 +49,12 @@ class Job:
         ended: how the latest one that is over ended.
     """
 
-    def __init__(self, name: str, patience: Patience) -> None:
+    def __init__(self, name: str, timeouts: LivenessTimeouts) -> None:
         self.name = name
         self.number = 0
         self.layers = Layers()
         self.generations: list[Generation] = []
-        self._patience = patience
+        self._timeouts = timeouts
         self.ended = Ended(0)
 
     # ---- ranks come and go ----
@@ -77,13 +77,13 @@ class Job:
             failed = Failed(event.stream, Reason.MISMATCH, str(error), (event.peer.rank,))
             return None, [*effects, failed]
         member = Member(event.peer, event.timeout, now + event.join_timeout, event.incarnation)
-        member.comes(event.stream, 0, now)
+        member.connect(event.stream, 0, now)
         generation.joined(member)
         if not generation.running:
             return generation, effects
         self.layers.forget_unfinished()
         for each in generation.members.values():
-            each.heard = now  # it gathered without a lease
+            each.last_seen = now  # it gathered without a lease
         joined = Joined(tuple(generation.streams.values()), self.name, generation.number, generation.world_size)
         return generation, [*effects, Record(self.name, began(generation)), joined]
 
@@ -92,10 +92,10 @@ class Job:
         member = generation.members[rank]
         if not member.incarnation:
             return self.lose(generation, {rank: LOST}, now, silent=True)
-        window = self._patience.away
+        window = self._timeouts.away
         if generation.recovering:  # others are away, too: nobody waits for this one alone
-            window = self._patience.return_s(member.incarnation, member.timeout)
-        member.goes(now + window, now, restarted=generation.recovering)
+            window = self._timeouts.return_s(member.incarnation, member.timeout)
+        member.disconnect(now + window, now, restarted=generation.recovering)
         return []
 
     def leave(self, generation: Generation, rank: int, reason: str, now: float) -> list[Effect]:
@@ -114,10 +114,10 @@ class Job:
         effects: list[Effect] = []
         for rank, reason in reasons.items():
             # The others' grace began with its last sign of life: when it went away, or fell silent.
-            generation.gone(rank, reason, generation.members[rank].heard, silent=silent)
+            generation.remove(rank, reason, generation.members[rank].last_seen, silent=silent)
             if generation.running:
                 effects.append(Record(self.name, Left(generation.number, rank, generation.left[rank])))
-        effects += self.settle(generation, now)
+        effects += self.resolve(generation, now)
         if not generation.members and not generation.over:
             effects += self._end(generation, Ended(generation.number))
         return effects
@@ -133,8 +133,8 @@ class Job:
                     Reason.INVALID,
                     f"The service refused what {member.peer} sent: {text}.",
                     (rank,),
-                    call.place.layer if call else None,
-                    call.place.step if call else None,
+                    call.key.layer if call else None,
+                    call.key.step if call else None,
                 )
             )
         return [*failed, *self.lose(generation, {rank: f"sent what the service refused: {text}"}, now)]
@@ -155,9 +155,9 @@ class Job:
         member, known = generation.members[rank], event.resume
         effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
         if not generation.running:
-            member.comes(event.stream, 0, now)
+            member.connect(event.stream, 0, now)
             return effects
-        member.comes(event.stream, known.answered if known is not None else 0, now)
+        member.connect(event.stream, known.answered if known is not None else 0, now)
         if known is not None and self._behind(generation, known.layer_answered, known.versions):
             text = (
                 f"The service lost what the ranks of job {self.name!r} were told: {event.peer} knows of contribution "
@@ -226,12 +226,12 @@ class Job:
         """A rank takes part in an operation."""
         try:
             check(event, generation.world_size)
-            heard = generation.spoke(rank, event, now)
+            last_seen = generation.contribute(rank, event, now)
         except RefusedError as error:
             return self.refuse(generation, rank, str(error), event.call, now)
-        if heard is Heard.NEW:
-            return self.settle(generation, now)
-        if heard is Heard.ANSWERED and generation.answer is not None:
+        if last_seen is Receipt.NEW:
+            return self.resolve(generation, now)
+        if last_seen is Receipt.ANSWERED and generation.answer is not None:
             streams = generation.streams
             return generation.answer.to({rank: streams[rank]} if rank in streams else {})
         return []
@@ -260,13 +260,13 @@ class Job:
         """Time has passed."""
         effects: list[Effect] = []
         for generation in tuple(self.generations):
-            lease = self._patience.lease if generation.running else 0.0
+            lease = self._timeouts.lease if generation.running else 0.0
             ends = {rank: m.end(now, lease) for rank, m in sorted(generation.members.items())}
             lost = {rank: reason for rank, reason in ends.items() if reason}
             frozen = [
                 (generation.members[rank].peer, stream) for rank, stream in generation.streams.items() if rank in lost
             ]
-            effects += self.lose(generation, lost, now, silent=True) if lost else self.settle(generation, now)
+            effects += self.lose(generation, lost, now, silent=True) if lost else self.resolve(generation, now)
             for peer, stream in frozen:
                 text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
                 effects.append(Failed(stream, Reason.PEER_LOST, text, (peer.rank,)))
@@ -274,7 +274,7 @@ class Job:
                 effects.append(Straggling(self.name, text))
         return effects
 
-    def settle(self, generation: Generation, now: float) -> list[Effect]:
+    def resolve(self, generation: Generation, now: float) -> list[Effect]:
         """Complete or abort the operation, if it is time."""
         outcome = generation.decide(now)
         if outcome.verdict is not None:
@@ -301,45 +301,45 @@ class Job:
 
     def _complete(self, generation: Generation) -> list[Effect]:
         try:
-            answer, entry = self._answer(generation.round, generation.completed + 1)
+            answer, record = self._answer(generation.pending, generation.completed + 1)
         except DisagreementError as error:
             return self._abort(generation, Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
         generation.finished(answer)
-        told = answer.to(generation.streams)
-        if entry is None:
-            return told
-        return [Record(self.name, entry), *told, Settle(self.name, entry.call.place.layer or "")]
+        effects = answer.to(generation.streams)
+        if record is None:
+            return effects
+        return [Record(self.name, record), *effects, ApplyUpdate(self.name, record.call.key.layer or "")]
 
-    def _answer(self, done: Round, sequence: int) -> tuple[Answer, Operated | None]:
+    def _answer(self, done: PendingOperation, sequence: int) -> tuple[Answer, Completed | None]:
         """What comes of an operation, and what is written of it."""
         call = done.call
-        if isinstance(call.terms, PlainTerms):
+        if isinstance(call.signature, PlainSignature):
             return plain(sequence, call, done.bodies), None
-        if done.words is not None:
-            entry = Operated(sequence, call, done.words)
+        if done.limbs is not None:
+            record = Completed(sequence, call, done.limbs)
         else:
             seeds = {rank: body for rank, body in done.bodies.items() if isinstance(body, LayerState)}
-            entry = Operated(sequence, call, self.layers.enrolled(call.place.layer or "", seeds))
-        return self.operated(entry), entry
+            record = Completed(sequence, call, self.layers.enrolled(call.key.layer or "", seeds))
+        return self.operated(record), record
 
-    def operated(self, entry: Operated) -> Answer:
+    def operated(self, record: Completed) -> Answer:
         """Take a completed operation on a layer."""
-        call, body = entry.call, entry.body
-        assert not isinstance(call.terms, PlainTerms)
+        call, body = record.call, record.body
+        assert not isinstance(call.signature, PlainSignature)
         if isinstance(body, LayerState):
-            state = self.layers.enrolled(call.place.layer or "", {0: body})
-            return Answer(entry.sequence, call, Enrolled((), entry.sequence, state))
-        version = self.layers.reduced(entry.sequence, call, call.terms, body)
-        return Answer(entry.sequence, call, Totals((), entry.sequence, body, version))
+            state = self.layers.enrolled(call.key.layer or "", {0: body})
+            return Answer(record.sequence, call, Enrolled((), record.sequence, state))
+        version = self.layers.reduced(record.sequence, call, call.signature, body)
+        return Answer(record.sequence, call, Totals((), record.sequence, body, version))
 
     def _abort(self, generation: Generation, verdict: Verdict, reason: Reason) -> list[Effect]:
         """Tell every rank that is still here, and end the generation."""
-        told: list[Effect] = []
+        effects: list[Effect] = []
         for rank, stream in generation.streams.items():
-            place = generation.round.calls[rank].place if rank in generation.round.calls else None
-            layer, step = (place.layer, place.step) if place else (None, None)
-            told.append(Failed(stream, reason, verdict.text, verdict.ranks, layer, step))
-        return told + self._end(generation, Ended(generation.number, reason, verdict.text, verdict.ranks))
+            key = generation.pending.calls[rank].key if rank in generation.pending.calls else None
+            layer, step = (key.layer, key.step) if key else (None, None)
+            effects.append(Failed(stream, reason, verdict.text, verdict.ranks, layer, step))
+        return effects + self._end(generation, Ended(generation.number, reason, verdict.text, verdict.ranks))
 
     def _end(self, generation: Generation, ended: Ended) -> list[Effect]:
         generation.over = True
@@ -350,5 +350,7 @@ class Job:
 
 def began(generation: Generation) -> Began:
     """The entry of a generation's begin, with the ranks that are in it."""
-    members = tuple(Enlisted(m.peer, m.incarnation, m.timeout, m.pushes) for _, m in sorted(generation.members.items()))
+    members = tuple(
+        MemberRecord(m.peer, m.incarnation, m.timeout, m.pushes) for _, m in sorted(generation.members.items())
+    )
     return Began(generation.number, generation.world_size, members)

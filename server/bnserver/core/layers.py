@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bnlayer.collective import Call, Direction, LayerTerms
+from bnlayer.collective import Call, Direction, LayerSignature
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
-from bnserver.core.entries import Kept, Operated, Pushed
-from bnserver.core.events import Words
+from bnserver.core.events import Limbs
+from bnserver.core.journal_records import Completed, LayerSnapshot, Pushed
 
 
 class DisagreementError(Exception):
@@ -43,38 +43,38 @@ class _Layer:
         self.forward: ForwardExchange | None = None
         self.backward: BackwardExchange | None = None
         self.base = state
-        self.since: list[Operated | Pushed] = []
+        self.since: list[Completed | Pushed] = []
         self._state = state
         self._statistics: BatchStatistics | None = None
-        self._owed: tuple[ForwardExchange, Rule] | None = None
+        self._pending_update: tuple[ForwardExchange, Rule] | None = None
 
     @property
     def state(self) -> LayerState:
         """The authoritative one."""
-        self.settle()
+        self.apply_update()
         return self._state
 
     @property
     def statistics(self) -> BatchStatistics | None:
         """Of the latest training call: its backward pass needs them."""
-        self.settle()
+        self.apply_update()
         return self._statistics
 
-    def becomes(self, state: LayerState) -> None:
+    def replace(self, state: LayerState) -> None:
         """Take another state."""
-        self.settle()
+        self.apply_update()
         self._state, self.version = state, state.version
 
-    def completes(self, exchange: ForwardExchange, rule: Rule) -> None:
+    def complete(self, exchange: ForwardExchange, rule: Rule) -> None:
         """An exchange is complete: its update is owed."""
-        self.settle()
-        self._owed, self.version = (exchange, rule), self.version + 1
+        self.apply_update()
+        self._pending_update, self.version = (exchange, rule), self.version + 1
 
-    def settle(self) -> None:
+    def apply_update(self) -> None:
         """Make the update that is owed."""
-        if self._owed is None:
+        if self._pending_update is None:
             return
-        (exchange, rule), self._owed = self._owed, None
+        (exchange, rule), self._pending_update = self._pending_update, None
         self._statistics = exchange.statistics
         assert self._statistics is not None
         self._state = self._state.after_forward(self._statistics, exchange.grid, rule)
@@ -92,26 +92,26 @@ class Layers:
         return {name: layer.state for name, layer in self._layers.items()}
 
     @property
-    def entries(self) -> list[Kept | Operated | Pushed]:
+    def records(self) -> list[LayerSnapshot | Completed | Pushed]:
         """What leads from nothing to these layers."""
-        found: list[Kept | Operated | Pushed] = []
+        records: list[LayerSnapshot | Completed | Pushed] = []
         for name, layer in self._layers.items():
-            found += [Kept(name, layer.base), *layer.since]
-        return found
+            records += [LayerSnapshot(name, layer.base), *layer.since]
+        return records
 
-    def keep(self, entry: Kept) -> None:
+    def keep(self, record: LayerSnapshot) -> None:
         """Make a layer known as it was."""
-        self._layers[entry.layer] = _Layer(entry.state)
+        self._layers[record.layer] = _Layer(record.state)
 
     def forget_unfinished(self) -> None:
         """Begin a generation: the ranks know nothing of exchanges that were cut short."""
         self._layers = {name: _Layer(layer.state) for name, layer in self._layers.items()}
 
-    def settle(self, name: str) -> None:
+    def apply_update(self, name: str) -> None:
         """Make the update that a layer's latest exchange owes."""
         layer = self._layers.get(name)
         if layer is not None:
-            layer.settle()
+            layer.apply_update()
 
     def pulled(self, name: str) -> LayerState | None:
         """The state of a layer; None if there is no such layer."""
@@ -130,16 +130,16 @@ class Layers:
         version = layer.state.version if layer is not None else 0
         return Pushed(rank, number, name, replace(state, version=version + 1))
 
-    def replace(self, entry: Pushed) -> None:
+    def replace(self, record: Pushed) -> None:
         """Take what was pushed."""
-        layer = self._layers.get(entry.layer)
+        layer = self._layers.get(record.layer)
         if layer is None or not layer.since:
-            self._layers[entry.layer] = _Layer(entry.state)
+            self._layers[record.layer] = _Layer(record.state)
             return
         if isinstance(layer.since[-1], Pushed):
             layer.since.pop()  # replaced by this one, and nobody asks what it was
-        layer.since.append(entry)
-        layer.becomes(entry.state)
+        layer.since.append(record)
+        layer.replace(record.state)
 
     def enrolled(self, name: str, seeds: Mapping[int, LayerState]) -> LayerState:
         """The owner's state of a layer that all ranks named; rank 0's seeds one that is new.
@@ -159,75 +159,77 @@ class Layers:
             self._layers[name] = _Layer(state)
         return state
 
-    def reduced(self, sequence: int, call: Call, terms: LayerTerms, words: Words) -> int:
-        """Take the words that all ranks reduced; returns the layer's version after them.
+    def reduced(self, sequence: int, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
+        """Take the limbs that all ranks reduced; returns the layer's version after them.
 
         Raises:
             DisagreementError: it is not what this layer's owner must hear next.
         """
-        name = call.place.layer
+        name = call.key.layer
         layer = self._layers.get(name) if name is not None else None
         if layer is None:
             raise DisagreementError(f"The owner knows no layer {name!r}: enroll it first, on every rank.")
-        renorm = terms.renorm is not None
-        if (terms.channels, terms.dtype, renorm) != _shape(layer.state):
+        renorm = signature.renorm is not None
+        if (signature.channels, signature.dtype, renorm) != _shape(layer.state):
             raise DisagreementError(
-                f"{call.place}: the ranks have {terms.channels} channels in {terms.dtype} {_with_renorm(renorm)}, the "
-                f"owner has {layer.state.kind}. Enroll the layer anew, on every rank."
+                f"{call.key}: the ranks have {signature.channels} channels in {signature.dtype} "
+                f"{_with_renorm(renorm)}, the owner has {layer.state.kind}. Enroll the layer anew, on every rank."
             )
-        if call.place.direction is Direction.BACKWARD:
-            version = _backward(layer, call, terms, words)
+        if call.key.direction is Direction.BACKWARD:
+            version = _backward(layer, call, signature, limbs)
         else:
             base, begins = layer.state, layer.forward is None
-            version = _forward(layer, call, terms, words)
+            version = _forward(layer, call, signature, limbs)
             if begins:
                 layer.base, layer.since = base, []
-        layer.since.append(Operated(sequence, call, words))
+        layer.since.append(Completed(sequence, call, limbs))
         return version
 
 
-def _forward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
+def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
     exchange = layer.forward
     if exchange is None:
-        exchange = ForwardExchange.begin(layer.state.forward, terms.epsilon, terms.masked)
-    elif (exchange.epsilon, exchange.masked) != (terms.epsilon, terms.masked):
-        raise DisagreementError(f"{call.place}: epsilon or the mask changed in the middle of an exchange.")
-    _check_next(exchange, layer.state.version, call, terms)
-    exchange = exchange.reduced(words)
+        exchange = ForwardExchange.begin(layer.state.forward, signature.epsilon, signature.masked)
+    elif (exchange.epsilon, exchange.masked) != (signature.epsilon, signature.masked):
+        raise DisagreementError(f"{call.key}: epsilon or the mask changed in the middle of an exchange.")
+    _check_next(exchange, layer.state.version, call, signature)
+    exchange = exchange.reduced(limbs)
     if exchange.wants is not None:
         layer.forward = exchange
         return layer.version
     layer.forward = None
-    layer.completes(exchange, _rule(terms))
+    layer.complete(exchange, _rule(signature))
     return layer.version
 
 
-def _backward(layer: _Layer, call: Call, terms: LayerTerms, words: Words) -> int:
+def _backward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
     if layer.statistics is None:
         raise DisagreementError(
-            f"{call.place}: the owner saw no training call, since the ranks joined, to which these gradients belong. "
+            f"{call.key}: the owner saw no training call, since the ranks joined, to which these gradients belong. "
             "Call the layer in training mode first, on every rank."
         )
     exchange = layer.backward
     if exchange is None:
         exchange = BackwardExchange.begin(layer.state.backward, layer.statistics)
-    _check_next(exchange, layer.state.version, call, terms)
-    exchange = exchange.reduced(words)
+    _check_next(exchange, layer.state.version, call, signature)
+    exchange = exchange.reduced(limbs)
     if exchange.wants is not None:
         layer.backward = exchange
         return layer.version
     layer.backward = None
-    layer.becomes(layer.state.after_backward(exchange.grid, exchange.statistics))
+    layer.replace(layer.state.after_backward(exchange.grid, exchange.statistics))
     return layer.version
 
 
-def _check_next(exchange: ForwardExchange | BackwardExchange, version: int, call: Call, terms: LayerTerms) -> None:
-    said = (call.operation, call.attempt, terms.grid)
+def _check_next(
+    exchange: ForwardExchange | BackwardExchange, version: int, call: Call, signature: LayerSignature
+) -> None:
+    received = (call.operation, call.attempt, signature.grid)
     wanted = (exchange.wants, exchange.attempt, exchange.fingerprint)
-    if said == wanted:
+    if received == wanted:
         return
     raise DisagreementError(
-        f"{call.place}: the ranks sent {call.operation} (round {call.attempt}, grid {terms.grid:016x}), the owner "
+        f"{call.key}: the ranks sent {call.operation} (round {call.attempt}, grid {signature.grid:016x}), the owner "
         f"expected {exchange.wants} (round {exchange.attempt}, grid {exchange.fingerprint:016x}) at its version "
         f"{version}. The ranks agree with each other, but hold another state of the layer than its owner: call "
         "world.pull(layer) on every rank before training goes on."
@@ -250,6 +252,6 @@ def _with_renorm(renorm: bool) -> str:
     return "with renorm" if renorm else "without renorm"
 
 
-def _rule(terms: LayerTerms) -> Rule:
-    renorm_momentum = terms.renorm.momentum if terms.renorm is not None else 0.0  # not looked at
-    return Rule(terms.momentum, terms.epsilon, renorm_momentum, synchronized=True, masked=terms.masked)
+def _rule(signature: LayerSignature) -> Rule:
+    renorm_momentum = signature.renorm.momentum if signature.renorm is not None else 0.0  # not looked at
+    return Rule(signature.momentum, signature.epsilon, renorm_momentum, synchronized=True, masked=signature.masked)

@@ -19,7 +19,7 @@ _STAYED_AWAY = "was lost: it did not come back within {:g} s after the service w
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class LivenessTimeouts:
     """How long the service waits for signs of life.
 
     Attributes:
@@ -59,20 +59,20 @@ class Member:
     join_deadline: float
     incarnation: int = 0
     stream: int | None = None
-    heard: float = 0.0
+    last_seen: float = 0.0
     away_until: float = math.inf
     restarted: bool = False
     answered: int = 0
     pushes: int = 0
 
-    def comes(self, stream: int, answered: int, now: float) -> None:
+    def connect(self, stream: int, answered: int, now: float) -> None:
         """It is here, on this stream."""
-        self.stream, self.answered, self.heard = stream, answered, now
+        self.stream, self.answered, self.last_seen = stream, answered, now
         self.away_until, self.restarted = math.inf, False
 
-    def goes(self, until: float, now: float, *, restarted: bool = False) -> None:
+    def disconnect(self, until: float, now: float, *, restarted: bool = False) -> None:
         """Its stream broke; it has until then to come back."""
-        self.stream, self.heard, self.away_until, self.restarted = None, now, until, restarted
+        self.stream, self.last_seen, self.away_until, self.restarted = None, now, until, restarted
 
     def end(self, now: float, lease: float) -> str:
         """Why it counts as lost now; "" if it does not.
@@ -82,7 +82,7 @@ class Member:
             lease: in force; 0: none.
         """
         if self.stream is None and now >= self.away_until:
-            return _STAYED_AWAY.format(self.away_until - self.heard) if self.restarted else LOST
-        if self.stream is not None and lease and now >= self.heard + lease:
+            return _STAYED_AWAY.format(self.away_until - self.last_seen) if self.restarted else LOST
+        if self.stream is not None and lease and now >= self.last_seen + lease:
             return _FROZEN.format(lease)
         return ""

@@ -15,13 +15,13 @@ from typing import assert_never
 
 from bnlayer.state import LayerState
 from bnserver.core.effects import Closed, Effect, Failed, Owned
-from bnserver.core.entries import Entry
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import Generation
 from bnserver.core.job import Job
-from bnserver.core.members import Member, Patience
-from bnserver.core.past import entries, recovered
+from bnserver.core.journal_records import JournalRecord
+from bnserver.core.members import LivenessTimeouts, Member
 from bnserver.core.reasons import Reason
+from bnserver.core.recovery import records, recovered
 
 _STOPPING = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
 
@@ -42,14 +42,17 @@ class Service:
         now: seconds, on the clock of `handle`.
 
     Raises:
-        PastError: a past makes no sense.
+        RecoveryError: a past makes no sense.
     """
 
     def __init__(
-        self, pasts: Mapping[str, Iterable[Entry]] | None = None, patience: Patience | None = None, now: float = 0.0
+        self,
+        journals: Mapping[str, Iterable[JournalRecord]] | None = None,
+        timeouts: LivenessTimeouts | None = None,
+        now: float = 0.0,
     ) -> None:
-        self._patience = patience or Patience()
-        self._jobs = {name: recovered(name, past, self._patience, now) for name, past in (pasts or {}).items()}
+        self._timeouts = timeouts or LivenessTimeouts()
+        self._jobs = {name: recovered(name, records, self._timeouts, now) for name, records in (journals or {}).items()}
         self._seats: dict[int, _Seat] = {}
         self._stopping = False
 
@@ -58,17 +61,17 @@ class Service:
         """The names of all jobs."""
         return tuple(self._jobs)
 
-    def past(self, job: str) -> list[Entry]:
+    def records(self, job: str) -> list[JournalRecord]:
         """What a job would leave behind now: enough to go on with it."""
-        return entries(self._jobs[job])
+        return records(self._jobs[job])
 
     def states(self, job: str) -> dict[str, LayerState]:
         """What a job owns, by layer."""
         return self._jobs[job].layers.states
 
-    def settle(self, job: str, layer: str) -> None:
+    def apply_update(self, job: str, layer: str) -> None:
         """Bring a layer's statistics up to date."""
-        self._jobs[job].layers.settle(layer)
+        self._jobs[job].layers.apply_update(layer)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Decide what an event brings about.
@@ -94,7 +97,7 @@ class Service:
             case Heartbeat():
                 member = self._member(event)
                 if member is not None and member.stream is not None:
-                    member.heard = now
+                    member.last_seen = now
                 return []
             case Stop():
                 self._stopping = True
@@ -116,7 +119,7 @@ class Service:
     def _join(self, event: Join, now: float) -> list[Effect]:
         if self._stopping:
             return [Failed(event.stream, Reason.STOPPING, _STOPPING)]
-        job = self._jobs.get(event.job) or Job(event.job, self._patience)
+        job = self._jobs.get(event.job) or Job(event.job, self._timeouts)
         generation, effects = job.join(event, now)
         if generation is not None:
             self._jobs[event.job] = job
@@ -132,7 +135,7 @@ def _unseated(event: Contribute | Pull | Push | Leave | Lost | Malformed) -> lis
 
 def _seated(seat: _Seat, event: Contribute | Pull | Push | Leave | Lost | Malformed, now: float) -> list[Effect]:
     job, generation, rank = seat.job, seat.generation, seat.rank
-    generation.members[rank].heard = now
+    generation.members[rank].last_seen = now
     match event:
         case Contribute():
             return job.contribute(generation, rank, event, now)

@@ -10,12 +10,12 @@ import math
 
 import numpy as np
 
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, PlainTerms
+from bnlayer.collective import Call, Direction, LayerSignature, Operation, PlainSignature
 from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join, Words
+from bnserver.core.events import Body, Contribute, Join, Limbs
 
 _NAME_CHARACTERS = 200  # of a job or a layer: it stands in every error and in file names
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
@@ -53,10 +53,10 @@ def check(contribution: Contribute, world_size: int) -> None:
         RefusedError: with the reason.
     """
     call, body = contribution.call, contribution.body
-    if isinstance(call.terms, LayerTerms):
-        _check_layer(call, call.terms, body)
+    if isinstance(call.signature, LayerSignature):
+        _check_layer(call, call.signature, body)
     else:
-        _check_plain(call, call.terms, body, world_size)
+        _check_plain(call, call.signature, body, world_size)
 
 
 def check_state(state: LayerState) -> None:
@@ -81,95 +81,95 @@ def check_state(state: LayerState) -> None:
         )
 
 
-def _check_layer(call: Call, terms: LayerTerms, body: Body) -> None:
-    layer = call.place.layer
+def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
+    layer = call.key.layer
     if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
         raise RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {layer!r}")
     if call.operation not in (Operation.ENROLL, *_EXCHANGES):
         raise RefusedError(f"expected an operation of a layer for layer {layer!r}, received {call.operation}")
-    _check_terms(layer, terms)
+    _check_signature(layer, signature)
     if call.operation is Operation.ENROLL:
-        if not isinstance(body, LayerState) or call.place.direction is not None:
+        if not isinstance(body, LayerState) or call.key.direction is not None:
             raise RefusedError(f"expected the state of layer {layer!r} and no direction in its enrolment")
-        if (body.channels, body.forward.dtype) != (terms.channels, terms.dtype):
+        if (body.channels, body.forward.dtype) != (signature.channels, signature.dtype):
             raise RefusedError(
-                f"expected a state of {terms.channels} channels in {terms.dtype} for layer {layer!r}, received "
+                f"expected a state of {signature.channels} channels in {signature.dtype} for layer {layer!r}, received "
                 f"one of {body.channels} in {body.forward.dtype}"
             )
-        if (terms.renorm is None) != (body.moving.stddev is None):
-            wanted, got = ("no ", "some") if terms.renorm is None else ("", "none")
+        if (signature.renorm is None) != (body.moving.stddev is None):
+            wanted, got = ("no ", "some") if signature.renorm is None else ("", "none")
             raise RefusedError(f"expected {wanted}statistics of renorm in the state of layer {layer!r}, received {got}")
         check_state(body)
         return
-    if call.place.direction is None:
+    if call.key.direction is None:
         raise RefusedError(f"expected a direction for the {call.operation} of layer {layer!r}, received none")
-    _check_words(call, terms, body)
+    _check_limbs(call, signature, body)
 
 
-def _check_terms(layer: str, terms: LayerTerms) -> None:
-    if terms.channels < 1 or terms.dtype not in _PRECISIONS:
+def _check_signature(layer: str, signature: LayerSignature) -> None:
+    if signature.channels < 1 or signature.dtype not in _PRECISIONS:
         raise RefusedError(
             f"expected 1 channel or more in {' or '.join(_PRECISIONS)} for layer {layer!r}, received "
-            f"{terms.channels} in {terms.dtype!r}"
+            f"{signature.channels} in {signature.dtype!r}"
         )
-    if not (math.isfinite(terms.momentum) and math.isfinite(terms.epsilon) and terms.epsilon >= 0):
+    if not (math.isfinite(signature.momentum) and math.isfinite(signature.epsilon) and signature.epsilon >= 0):
         raise RefusedError(
             f"expected a finite momentum and an epsilon of 0 or more for layer {layer!r}, received "
-            f"{terms.momentum} and {terms.epsilon}"
+            f"{signature.momentum} and {signature.epsilon}"
         )
-    if terms.renorm is not None and not math.isfinite(terms.renorm.momentum):
+    if signature.renorm is not None and not math.isfinite(signature.renorm.momentum):
         raise RefusedError(
-            f"expected a finite momentum of renorm for layer {layer!r}, received {terms.renorm.momentum}"
+            f"expected a finite momentum of renorm for layer {layer!r}, received {signature.renorm.momentum}"
         )
-    if terms.unbiased:
+    if signature.unbiased:
         raise RefusedError(f"layer {layer!r} asks for unbiased, which this service does not know; update it")
 
 
-def _check_words(call: Call, terms: LayerTerms, body: Body) -> None:
-    shape = (_rows(call, terms), terms.channels)
+def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
+    shape = (_rows(call, signature), signature.channels)
     if not isinstance(body, np.ndarray):
-        raise RefusedError(f"expected one array of int64 words for the {call.operation} of {call.place}")
-    words: Words = body
-    if words.dtype != np.int64 or words.shape != shape:
+        raise RefusedError(f"expected one array of int64 limbs for the {call.operation} of {call.key}")
+    limbs: Limbs = body
+    if limbs.dtype != np.int64 or limbs.shape != shape:
         raise RefusedError(
-            f"expected int64 words of shape {shape} for the {call.operation} of {call.place}, received {words.dtype} "
-            f"of shape {words.shape}"
+            f"expected int64 limbs of shape {shape} for the {call.operation} of {call.key}, received {limbs.dtype} "
+            f"of shape {limbs.shape}"
         )
     if call.operation is Operation.PROBE:
         return
     # Counts and flags in one look: what is below 0 is far above as an unsigned number.
-    if words[-2:].view(np.uint64).max() <= _MOST_TERMS:
+    if limbs[-2:].view(np.uint64).max() <= _MOST_TERMS:
         return
-    if call.place.direction is Direction.FORWARD:
-        count = words[-2]
+    if call.key.direction is Direction.FORWARD:
+        count = limbs[-2]
         if count.min() < 0 or count.max() > _MOST_TERMS:
             raise RefusedError(
-                f"expected counts from 0 to 2^40 for the {call.operation} of {call.place}, received {count.min()} to "
+                f"expected counts from 0 to 2^40 for the {call.operation} of {call.key}, received {count.min()} to "
                 f"{count.max()}"
             )
-    if words[-1].min() < 0:
+    if limbs[-1].min() < 0:
         raise RefusedError(
-            f"expected flags of 0 or more for the {call.operation} of {call.place}, received {words[-1].min()}"
+            f"expected flags of 0 or more for the {call.operation} of {call.key}, received {limbs[-1].min()}"
         )
 
 
-def _rows(call: Call, terms: LayerTerms) -> int:
+def _rows(call: Call, signature: LayerSignature) -> int:
     if call.operation is Operation.PROBE:
         return 2
-    folds = _PRECISIONS[terms.dtype].folds
-    return Moments.rows(folds) if call.place.direction is Direction.FORWARD else GradientSums.rows(folds)
+    folds = _PRECISIONS[signature.dtype].folds
+    return Moments.rows(folds) if call.key.direction is Direction.FORWARD else GradientSums.rows(folds)
 
 
-def _check_plain(call: Call, terms: PlainTerms, body: Body, world_size: int) -> None:
-    if call.place.layer is not None or call.place.direction is not None:
-        raise RefusedError(f"expected no layer for the plain operation {call.operation}, received {call.place}")
+def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: int) -> None:
+    if call.key.layer is not None or call.key.direction is not None:
+        raise RefusedError(f"expected no layer for the plain operation {call.operation}, received {call.key}")
     match call.operation:
         case Operation.REDUCE:
-            if terms.op not in _OPS or not isinstance(body, tuple):
-                raise RefusedError(f"expected arrays and one of {', '.join(_OPS)}, received {terms.op!r}")
+            if signature.op not in _OPS or not isinstance(body, tuple):
+                raise RefusedError(f"expected arrays and one of {', '.join(_OPS)}, received {signature.op!r}")
         case Operation.BROADCAST:
-            if not 0 <= terms.root < world_size:
-                raise RefusedError(f"expected a root from 0 to {world_size - 1}, received {terms.root}")
+            if not 0 <= signature.root < world_size:
+                raise RefusedError(f"expected a root from 0 to {world_size - 1}, received {signature.root}")
         case Operation.BARRIER:
             if body is not None:
                 raise RefusedError("expected no arrays in a barrier")

@@ -39,7 +39,7 @@ class Disagreement:
         odd_layer, odd_step: that it holds on the one that does; it raises nothing if `odd_leaves`.
     """
 
-    say: Callable[[World, bool], object]
+    act: Callable[[World, bool], object]
     kind: type[CollectiveError]
     text: dict[int, str]
     blames_all: bool = True
@@ -53,10 +53,10 @@ class Disagreement:
         """What each rank does and sees; returns the text, which must be the same on every rank."""
         odd = world.rank == world.world_size - 1
         if odd and self.odd_leaves:
-            self.say(world, odd)
+            self.act(world, odd)
             return None
         with pytest.raises(CollectiveError) as caught:
-            self.say(world, odd)
+            self.act(world, odd)
         error = caught.value
         assert type(error) is self.kind
         blamed = (0, 1) if world.world_size == 2 and self.blames_all else (world.world_size - 1,)
@@ -77,9 +77,9 @@ class Disagreement:
         """The text is the expected one; but a service tells of a failure at once, whoever waits by then."""
         who, _, waiting = self.text[world.world_size].partition(". ")
         if self.kind is PeerLostError and world.transport == "service":
-            place = waiting.partition(" in ")[2]
+            key = waiting.partition(" in ")[2]
             assert text.startswith(f"{who}. ")
-            assert text.endswith((f" in {place}", ". nobody waited for it."))
+            assert text.endswith((f" in {key}", ". nobody waited for it."))
         else:
             assert text == self.text[world.world_size]
 
@@ -97,29 +97,29 @@ def stall(common: str, odd: str) -> dict[int, str]:
     }
 
 
-def mismatch(place: str, *beliefs: tuple[str, str, str]) -> dict[int, str]:
+def mismatch(key: str, *described: tuple[str, str, str]) -> dict[int, str]:
     """The text for ranks that believe different things: (what, common value, odd value) each."""
-    two = "; ".join(f"{name}: rank 0 sent {common}, rank 1 sent {odd}" for name, common, odd in beliefs)
-    three = "; ".join(f"{name}: rank 2 sent {odd}, rank 0, rank 1 sent {common}" for name, common, odd in beliefs)
+    two = "; ".join(f"{name}: rank 0 sent {common}, rank 1 sent {odd}" for name, common, odd in described)
+    three = "; ".join(f"{name}: rank 2 sent {odd}, rank 0, rank 1 sent {common}" for name, common, odd in described)
     return {
-        2: f"{place}: {two}. {_SAME_MODEL}compare their code.",
-        3: f"{place}: {three}. {_SAME_MODEL}check the configuration of rank 2.",
+        2: f"{key}: {two}. {_SAME_MODEL}compare their code.",
+        3: f"{key}: {three}. {_SAME_MODEL}check the configuration of rank 2.",
     }
 
 
-def left(place: str) -> dict[int, str]:
+def left(key: str) -> dict[int, str]:
     """The text for ranks that wait for one that has left cleanly."""
     return {
-        2: f"rank 1 left the job, while rank 0 waits in {place}. {_SAME_CALLS}",
-        3: f"rank 2 left the job, while rank 0, rank 1 wait in {place}. {_SAME_CALLS}",
+        2: f"rank 1 left the job, while rank 0 waits in {key}. {_SAME_CALLS}",
+        3: f"rank 2 left the job, while rank 0, rank 1 wait in {key}. {_SAME_CALLS}",
     }
 
 
-def lost(reason: str, place: str) -> dict[int, str]:
+def lost(reason: str, key: str) -> dict[int, str]:
     """The text for ranks that wait for one that has failed."""
     return {
-        2: f"rank 1 {reason}. rank 0 waits in {place}.",
-        3: f"rank 2 {reason}. rank 0, rank 1 wait in {place}.",
+        2: f"rank 1 {reason}. rank 0 waits in {key}.",
+        3: f"rank 2 {reason}. rank 0, rank 1 wait in {key}.",
     }
 
 

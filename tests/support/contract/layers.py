@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from bnlayer import BatchNormalization
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnlayer.kernels import kernels
 from bnlayer.view import View
 from bnworker import World
-from support.contract.registry import body, rows_of, told
+from support.contract.registry import as_text, body, rows_of
 
 
 @body()
@@ -21,30 +21,30 @@ def enrolment_seeds_from_rank_0(world: World) -> object:
     bn.moving_mean.assign(np.full(4, 100.0 + world.rank, np.float32))
     bn(rows_of(world.rank), training=True)
     assert bn.moving_mean.value.tolist() == [100.0] * 4
-    return told(bn.moving_mean.value)
+    return as_text(bn.moving_mean.value)
 
 
 @body()
 def probes_and_sums_are_exact(world: World) -> object:
     """A probe is the MAX of every rank's words, sums are the SUM, bit for bit."""
-    terms = LayerTerms(4, "float32", 0.99, 1e-3)
+    signature = LayerSignature(4, "float32", 0.99, 1e-3)
     bn = BatchNormalization(name="bn", synchronized=True)
     bn.build((None, 4))
-    world.enroll(Call(Operation.ENROLL, Place("bn", None, 0), terms), bn.state)
+    world.enroll(Call(Operation.ENROLL, ExchangeKey("bn", None, 0), signature), bn.state)
     views = [View.of(rows_of(rank), 1, None) for rank in range(world.world_size)]
     grid = bn.state.forward
     probes = [kernels().probe(view.x, None, grid) for view in views]
-    place = Place("bn", Direction.FORWARD, 0)
+    key = ExchangeKey("bn", Direction.FORWARD, 0)
     sent = probes[world.rank].copy()
-    got = world.exchange(Call(Operation.PROBE, place, terms), sent).words
+    got = world.exchange(Call(Operation.PROBE, key, signature), sent).limbs
     assert np.array_equal(got, np.max(probes, 0))
     assert np.array_equal(sent, probes[world.rank])
     grid = grid.probed(got, np.ones(4, bool))
-    sums = [kernels().moments(view.x, None, grid).words for view in views]
-    agreed = LayerTerms(4, "float32", 0.99, 1e-3, grid=grid.fingerprint)
-    total = world.exchange(Call(Operation.SUMS, place, agreed, 1), sums[world.rank])
-    assert np.array_equal(total.words, np.sum(sums, 0))
-    return told(total.words)
+    sums = [kernels().moments(view.x, None, grid).limbs for view in views]
+    agreed = LayerSignature(4, "float32", 0.99, 1e-3, grid=grid.fingerprint)
+    total = world.exchange(Call(Operation.SUMS, key, agreed, 1), sums[world.rank])
+    assert np.array_equal(total.limbs, np.sum(sums, 0))
+    return as_text(total.limbs)
 
 
 @body()
@@ -60,7 +60,7 @@ def layers_agree_in_outputs_and_gradients(world: World) -> object:
     assert dx.tobytes() == want_dx[mine].tobytes()
     assert bn.gamma is not None
     assert bn.gamma.gradient is not None
-    return [told(bn.moving_mean.value), told(bn.moving_variance.value), told(bn.gamma.gradient)]
+    return [as_text(bn.moving_mean.value), as_text(bn.moving_variance.value), as_text(bn.gamma.gradient)]
 
 
 @body(transports=("alone", "mpi"))
@@ -90,4 +90,4 @@ def what_all_push_is_trained_on(world: World) -> object:
     world.pull(bn)
     bn(rows_of(world.rank), training=True)
     assert bn.moving_mean.value.tolist() == [7.0] * 4
-    return told(bn.moving_mean.value)
+    return as_text(bn.moving_mean.value)

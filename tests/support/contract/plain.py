@@ -9,7 +9,7 @@ from bnlayer import CollectiveError
 from bnlayer.collective import Operation
 from bnlayer.reduction import FLOATS, INTEGERS, dtype_named
 from bnworker import World
-from support.contract.registry import body, of_rank, told
+from support.contract.registry import as_text, body, of_rank
 
 
 @body()
@@ -43,9 +43,9 @@ def broadcast_brings_dtype_and_shape_along(world: World) -> object:
         arrays = [of_rank(root, dtype_named(name)) for name in (*FLOATS, *INTEGERS, "bool")]
         arrays += [np.zeros((0, 2), np.float32), np.array(7, np.int16)]
         got = world.broadcast(arrays if world.rank == root else None, root=root)
-        assert [told(array) for array in got] == [told(array) for array in arrays]
+        assert [as_text(array) for array in got] == [as_text(array) for array in arrays]
         assert all(a.flags.writeable and not np.shares_memory(a, b) for a, b in zip(got, arrays, strict=True) if a.size)
-        seen.append([told(array) for array in got])
+        seen.append([as_text(array) for array in got])
     assert world.broadcast([], root=0) == []
     return seen
 

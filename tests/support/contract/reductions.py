@@ -8,7 +8,7 @@ import pytest
 
 from bnlayer.reduction import FLOATS, INTEGERS, dtype_named, reduce_in_rank_order
 from bnworker import World
-from support.contract.registry import body, of_rank, told
+from support.contract.registry import as_text, body, of_rank
 
 
 @body()
@@ -20,7 +20,7 @@ def sums_keep_dtype_and_shape(world: World) -> object:
         ranks = [of_rank(rank, dtype).astype(np.float64) for rank in range(world.world_size)]
         assert array.dtype == dtype
         assert (array == np.sum(ranks, 0).astype(dtype)).all()
-    return [told(array) for array in got]
+    return [as_text(array) for array in got]
 
 
 @body()
@@ -37,7 +37,7 @@ def maxima_and_minima_keep_dtype_and_shape(world: World) -> object:
         assert greatest.dtype == least.dtype == dtype
         assert (greatest == np.max([a.astype(dtype).astype(np.float64) for a in arrays], 0).astype(dtype)).all()
         assert (least == np.min([a.astype(dtype).astype(np.float64) for a in arrays], 0).astype(dtype)).all()
-        seen += [told(greatest), told(least)]
+        seen += [as_text(greatest), as_text(least)]
     return seen
 
 

@@ -51,7 +51,7 @@ def names(transport: str, world_size: int) -> list[str]:
     return [name for name, one in BODIES.items() if one.runs_in(transport, world_size)]
 
 
-def told(array: NDArray[Any]) -> list[str]:
+def as_text(array: NDArray[Any]) -> list[str]:
     """An array as something to compare across ranks."""
     return [array.dtype.name, str(array.shape), array.tobytes().hex()]
 

@@ -10,7 +10,7 @@ from typing import Any
 from bnlayer import CollectiveError
 from bnworker.transports import Transport
 
-TOLD_S = 1.0  # the promise: so long after the last rank has spoken, every rank has its error
+FAILURE_WITHIN_S = 1.0  # the promise: so long after the last rank has spoken, every rank has its error
 _SPEAKING = ("enroll", "exchange", "reduce", "broadcast", "barrier", "leave")
 
 
@@ -23,8 +23,8 @@ class Watch:
         told: when its first error was raised; None: never.
     """
 
-    spoke: float = 0.0
-    told: float | None = None
+    contributed_at: float = 0.0
+    as_text: float | None = None
 
 
 def watch(transport: Transport) -> Watch:
@@ -37,12 +37,12 @@ def watch(transport: Transport) -> Watch:
 
 def _timed(action: Callable[..., Any], seen: Watch) -> Callable[..., Any]:
     def timed(*arguments: Any) -> Any:
-        if seen.told is None:
-            seen.spoke = time.monotonic()
+        if seen.as_text is None:
+            seen.contributed_at = time.monotonic()
         try:
             return action(*arguments)
         except CollectiveError:
-            seen.told = time.monotonic() if seen.told is None else seen.told
+            seen.as_text = time.monotonic() if seen.as_text is None else seen.as_text
             raise
 
     return timed
@@ -50,5 +50,5 @@ def _timed(action: Callable[..., Any], seen: Watch) -> Callable[..., Any]:
 
 def latency(ranks: Sequence[Watch]) -> float:
     """How long after the last rank spoke the last one was told."""
-    told = [rank.told for rank in ranks if rank.told is not None]
-    return max(told) - max(rank.spoke for rank in ranks)
+    as_text = [rank.as_text for rank in ranks if rank.as_text is not None]
+    return max(as_text) - max(rank.contributed_at for rank in ranks)

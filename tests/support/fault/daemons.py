@@ -77,7 +77,7 @@ class Daemon:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         # Through pipes: what limits the size of its files must not limit what it says.
-        Thread(target=_hear, args=(self._process.stdout, self._lines), name="daemon-out", daemon=True).start()
+        Thread(target=_expect, args=(self._process.stdout, self._lines), name="daemon-out", daemon=True).start()
         self._logger = Thread(target=_log, args=(self._process.stderr, self.log), name="daemon-err", daemon=True)
         self._logger.start()
 
@@ -86,8 +86,8 @@ class Daemon:
         try:
             when, line = self._lines.get(timeout=_START_S)
         except Empty:
-            raise AssertionError(f"the service did not listen within {_START_S} s: {self.said()}") from None
-        assert line.startswith("bnserver listening on "), (line, self.said())
+            raise AssertionError(f"the service did not listen within {_START_S} s: {self.output()}") from None
+        assert line.startswith("bnserver listening on "), (line, self.output())
         self.address = line.split()[-1]
         return when
 
@@ -115,12 +115,12 @@ class Daemon:
         self._logger.join()
         return code
 
-    def said(self) -> str:
+    def output(self) -> str:
         """The end of its log."""
         return self.log.read_text(encoding="utf-8", errors="replace")[-4000:] if self.log.exists() else ""
 
 
-def _hear(out: IO[str], lines: SimpleQueue[tuple[float, str]]) -> None:
+def _expect(out: IO[str], lines: SimpleQueue[tuple[float, str]]) -> None:
     with out:
         for line in out:
             lines.put((time.monotonic(), line.strip()))

@@ -30,7 +30,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Kept:
+class LayerSnapshot:
     """What a service left behind that was killed.
 
     Attributes:
@@ -46,15 +46,15 @@ class Kept:
     states: list[dict[str, Owned]]
 
 
-def kept(folder: Path, seed: int) -> Kept:
+def kept(folder: Path, seed: int) -> LayerSnapshot:
     """Let a job end in order, begin it again, and kill the service in the middle."""
     runs: list[list[list[Record]]] = []
     snapshot = 0
     with daemon(folder / "service") as service, ranks(1, folder / "ranks") as team:
         for run, steps in enumerate((_SNAPSHOT_STEPS, _JOURNAL_STEPS)):
             job = Job(_JOB, team, [service.address], folder / str(run), seed=seed + run, until=steps)
-            job.hear("joined")
-            job.hear("reached")
+            job.expect("joined")
+            job.expect("reached")
             runs.append(job.histories())
             if run == 0:
                 job.leave()
@@ -62,10 +62,10 @@ def kept(folder: Path, seed: int) -> Kept:
                 snapshot = path.stat().st_size
         service.kill()
         (path,) = _files(service.state)
-    return Kept(path.name, path.read_bytes(), snapshot, timeline(*runs))
+    return LayerSnapshot(path.name, path.read_bytes(), snapshot, timeline(*runs))
 
 
-def flipped(folder: Path, seed: int, share: float, progress: Progress, before: Kept | None = None) -> Report:
+def flipped(folder: Path, seed: int, share: float, progress: Progress, before: LayerSnapshot | None = None) -> Report:
     """Flip one bit in each byte of what a service left behind, or in a share of them."""
     report = Report(f"a flipped byte, seed {seed}")
     rng = np.random.default_rng(seed)
@@ -87,7 +87,7 @@ def flipped(folder: Path, seed: int, share: float, progress: Progress, before: K
     return report
 
 
-def cut(folder: Path, seed: int, share: float, progress: Progress, before: Kept | None = None) -> Report:
+def cut(folder: Path, seed: int, share: float, progress: Progress, before: LayerSnapshot | None = None) -> Report:
     """Cut the file after each of its bytes, or after a share of them."""
     report = Report(f"a cut journal, seed {seed}")
     rng = np.random.default_rng(seed)
@@ -118,7 +118,7 @@ def cut(folder: Path, seed: int, share: float, progress: Progress, before: Kept 
 class _Scratch:
     """A state directory to be damaged, read within this process."""
 
-    def __init__(self, folder: Path, before: Kept) -> None:
+    def __init__(self, folder: Path, before: LayerSnapshot) -> None:
         self._folder = folder
         folder.mkdir()
         self._path = folder / before.name
@@ -145,7 +145,7 @@ class _Scratch:
         return str(self._path) in str(error)
 
 
-def _check_whole(scratch: _Scratch, before: Kept, report: Report) -> None:
+def _check_whole(scratch: _Scratch, before: LayerSnapshot, report: Report) -> None:
     report.same("the undamaged file", scratch.read(before.data), before.states[-1])
     report.same("there is a journal behind the snapshot", 0 < before.snapshot < len(before.data), True)
 

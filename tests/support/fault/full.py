@@ -31,7 +31,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Round:
+class Turn:
     """What one round does: a pure function of the seed.
 
     Attributes:
@@ -49,7 +49,7 @@ class Round:
     room: int
 
     @classmethod
-    def draw(cls, seed: int, number: int) -> Round:
+    def draw(cls, seed: int, number: int) -> Turn:
         """The round of this number; ways and kills take turns."""
         rng = np.random.default_rng([seed, number])
         exchanges, room = int(rng.integers(_MOST_EXCHANGES)), int(rng.integers(_MOST_BYTES))
@@ -59,21 +59,21 @@ class Round:
         return f"round {self.number}: {self.way}, {self.what}, {self.room} bytes left after {self.exchanges} exchanges"
 
 
-def full_disk(folder: Path, seed: int, rounds: int, progress: Progress) -> Report:
+def full_disk(folder: Path, seed: int, turns: int, progress: Progress) -> Report:
     """Fill the disk under a job, so many times."""
     report = Report(f"a full disk, seed {seed}")
     with ranks(WORLD, folder / "ranks") as team:
-        for turn in (Round.draw(seed, number) for number in range(rounds)):
-            place = folder / f"round-{turn.number}"
-            place.mkdir()
-            with disk(place / "disk", turn.way) as tiny:
-                service = Daemon(place, state=tiny.folder / "state")
+        for turn in (Turn.draw(seed, number) for number in range(turns)):
+            turn_folder = folder / f"round-{turn.number}"
+            turn_folder.mkdir()
+            with disk(turn_folder / "disk", turn.way) as tiny:
+                service = Daemon(turn_folder, state=tiny.folder / "state")
                 try:
                     story = _Round(turn, service, tiny, team, seed, report).play()
                     report.story.append(f"{turn}: {story}")
                     progress(report.story[-1])
                 except AssertionError as error:
-                    report.add([f"{turn}: {error}", service.said()])
+                    report.add([f"{turn}: {error}", service.output()])
                     break
                 finally:
                     if service.alive:
@@ -86,7 +86,7 @@ def full_disk(folder: Path, seed: int, rounds: int, progress: Progress) -> Repor
 class _Round:
     """One job on one disk."""
 
-    def __init__(self, turn: Round, service: Daemon, tiny: Disk, team: list[Rank], seed: int, report: Report) -> None:
+    def __init__(self, turn: Turn, service: Daemon, tiny: Disk, team: list[Rank], seed: int, report: Report) -> None:
         self._turn = turn
         self._service = service
         self._disk = tiny
@@ -98,7 +98,7 @@ class _Round:
 
     def play(self) -> str:
         """Fill the disk, and see what becomes of the job; returns it in words."""
-        self._job.hear("joined")
+        self._job.expect("joined")
         self._job.await_progress([self._turn.exchanges] * WORLD, quiet=self._team)
         largest = max((path.stat().st_size for path in self._service.state.iterdir()), default=0)
         self._disk.fill(self._service.pid, self._turn.room, largest)
@@ -113,10 +113,10 @@ class _Round:
             self._service.kill()
         if not self._service.alive:
             self._service.start()
-        answers = self._job.hear("reached", "told")
+        answers = self._job.expect("reached", "told")
         if self._turn.what == "saved" or all(answer["at"] == "reached" for answer in answers):
             return self._went_on(answers)
-        return self._told(answers)
+        return self._outcome(answers)
 
     def _log(self) -> str:
         return self._service.log.read_text(encoding="utf-8")
@@ -127,7 +127,7 @@ class _Round:
 
         def over() -> bool:
             done = all(self._job.exchanges(rank) >= count for rank, count in enumerate(counts))
-            return done or all(rank.spoke for rank in self._team)
+            return done or all(rank.has_output for rank in self._team)
 
         self._job.until(over, "the job goes on or its ranks are told")
 
@@ -141,7 +141,7 @@ class _Round:
         self._report.add([f"{self._turn}: {line}" for line in wrong])
         return "went on"
 
-    def _told(self, answers: list[dict[str, object]]) -> str:
+    def _outcome(self, answers: list[dict[str, object]]) -> str:
         """Every rank hears of it, and what is on disk is a state of before; the job can begin again."""
         for rank, answer in enumerate(answers):
             self._report.same(f"{self._turn}: what rank {rank} was told", answer.get("kind"), "ServiceError")

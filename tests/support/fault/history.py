@@ -60,7 +60,7 @@ class Record:
         return f"{self.op} {where} step {self.step} round {self.attempt}"
 
 
-def words(hexadecimal: str, channels: int) -> list[list[int]]:
+def limbs(hexadecimal: str, channels: int) -> list[list[int]]:
     """The words of a record, row by row."""
     return [list(map(int, row)) for row in np.frombuffer(bytes.fromhex(hexadecimal), "<i8").reshape(-1, channels)]
 
@@ -110,14 +110,14 @@ class Recorder:
         self._note("enroll", call, begin, statistics(state), statistics(owned), owned.version)
         return owned
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """Reduce words."""
-        sent = words.tobytes().hex()
+        sent = limbs.tobytes().hex()
         begin = self._begins()
-        total = self._world.exchange(call, words)
+        total = self._world.exchange(call, limbs)
         version = total.version if total.version is not None else -1
         op: Op = "probe" if call.operation.value == "probe" else "sums"
-        self._note(op, call, begin, sent, total.words.tobytes().hex(), version)
+        self._note(op, call, begin, sent, total.limbs.tobytes().hex(), version)
         return total
 
     def pull(self, layer: str) -> LayerState | None:
@@ -170,12 +170,12 @@ class Recorder:
         return time.monotonic()
 
     def _note(self, op: Op, call: Call, begin: float, sent: str, got: str, version: int) -> None:
-        place = call.place
+        key = call.key
         record = Record(
             op,
-            place.layer or "",
-            place.direction or "",
-            place.step,
+            key.layer or "",
+            key.direction or "",
+            key.step,
             call.attempt,
             sent,
             got,

@@ -60,27 +60,27 @@ class Job:
             log = str(self.paths[rank])
             worker.play(Part(address, name, rank, len(team), seed, until, log=log, **more))
 
-    def hear(self, *expected: str, within: float = PATIENCE_S) -> list[dict[str, Any]]:
+    def expect(self, *expected: str, within: float = PATIENCE_S) -> list[dict[str, Any]]:
         """The next answer of every rank."""
-        return [worker.hear(*expected, within=within) for worker in self.team]
+        return [worker.expect(*expected, within=within) for worker in self.team]
 
     def finish(self) -> None:
         """Return when every rank has reached its last step; as long as the job goes on, it may take its time."""
         counted, deadline = -1, 0.0
-        while not all(worker.spoke for worker in self.team):
+        while not all(worker.has_output for worker in self.team):
             now, done = time.monotonic(), sum(map(self.exchanges, range(len(self.team))))
             if done > counted:
                 counted, deadline = done, now + PATIENCE_S
             if now > deadline:
                 raise JobError(f"after {self._done()} exchanges the job stands still")
             time.sleep(_LOOK_S)
-        self.hear("reached")
+        self.expect("reached")
 
     def leave(self) -> None:
         """Every rank was told to stop where it is; now it leaves."""
         for worker in self.team:
             worker.go_on(0)
-        self.hear("left")
+        self.expect("left")
 
     def exchanges(self, rank: int) -> int:
         """How many a rank has completed: the lines of its history."""
@@ -115,8 +115,8 @@ class Job:
         deadline = time.monotonic() + PATIENCE_S
         while not holds():
             for rank in quiet:
-                if rank.spoke:
-                    raise JobError(f"while waiting until {what}, pid {rank.pid} said {rank.hear_any()}")
+                if rank.has_output:
+                    raise JobError(f"while waiting until {what}, pid {rank.pid} said {rank.expect_any()}")
             if time.monotonic() > deadline:
                 raise JobError(f"waited {PATIENCE_S:g} s until {what}; exchanges so far: {self._done()}")
             time.sleep(_LOOK_S)

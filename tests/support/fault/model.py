@@ -18,7 +18,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from support.fault.history import Record, digest, floats, words
+from support.fault.history import Record, digest, floats, limbs
 from support.fault.program import CHANNELS, EPSILON, MOMENTUM, large
 
 _LOWEST = -160  # the exponent of a channel without any range
@@ -60,7 +60,7 @@ class Layer:
         self.mean, self.variance, self.version = both[:CHANNELS], both[CHANNELS:], version
 
     def forward(self, op: str, total: list[list[int]]) -> None:
-        """Take the words of all ranks in one round of a forward exchange."""
+        """Take the limbs of all ranks in one round of a forward exchange."""
         if op == "probe":
             for c in range(CHANNELS):
                 if self.need[c]:
@@ -82,9 +82,9 @@ class Layer:
         half = max(highest - self.pivot[c], self.pivot[c] - lowest)
         self.exponent[c] = math.frexp(half)[1] + 5 if half > 0 else _LOWEST
 
-    def _moments(self, c: int, word: list[int]) -> tuple[float, float, bool]:
+    def _moments(self, c: int, limbs: list[int]) -> tuple[float, float, bool]:
         """The batch's mean and variance, and whether the grid does not do for it."""
-        s, t, n, flags = (word[0] << 32) + word[1], (word[2] << 32) + word[3], word[4], word[5]
+        s, t, n, flags = (limbs[0] << 32) + limbs[1], (limbs[2] << 32) + limbs[3], limbs[4], limbs[5]
         w = self.exponent[c]
         unit = math.ldexp(1.0, 2 * w - 52)
         a = float(s) * math.ldexp(1.0, w - 46) / n
@@ -176,7 +176,7 @@ class _Walk:
                 self.layers[first.layer].take(first.sent, 0)
             expected, version = self.layers[first.layer].owned
         elif first.op in ("probe", "sums"):
-            total = _total(first.op, [words(record.sent, CHANNELS) for record in records])
+            total = _total(first.op, [limbs(record.sent, CHANNELS) for record in records])
             layer = self.layers[first.layer]
             if first.direction == "forward":
                 layer.forward(first.op, total)
@@ -223,11 +223,11 @@ def _gaps(rank: int, history: Sequence[Record]) -> list[str]:
             wrong.append(f"rank {rank} has {record} twice")
         seen.add(record.key)
         if record.direction:
-            place = record.layer, record.direction
-            before = last.get(place)
+            key = record.layer, record.direction
+            before = last.get(key)
             if (record.step, record.attempt) not in _next(before):
                 wrong.append(f"rank {rank} has {record} after {before or 'nothing'}")
-            last[place] = record
+            last[key] = record
     return wrong
 
 

@@ -32,11 +32,11 @@ _STEPS = 12  # some 130 exchanges: no job is over before the signal
 _LONGEST_DELAY_S = 0.01
 
 Progress = Callable[[str], None]
-Place = tuple[str | None, int]
+Position = tuple[str | None, int]
 
 
 @dataclass(frozen=True)
-class Round:
+class Turn:
     """What one round does: a pure function of the seed.
 
     Attributes:
@@ -56,7 +56,7 @@ class Round:
     delay: float
 
     @classmethod
-    def draw(cls, seed: int, number: int) -> Round:
+    def draw(cls, seed: int, number: int) -> Turn:
         """The round of this number; the states take turns."""
         rng = np.random.default_rng([seed, number])
         victim = int(rng.integers(WORLD))
@@ -74,7 +74,7 @@ class Round:
 
 
 def rank_kills(
-    folder: Path, seed: int, rounds: int, number: signal.Signals, lease: float | None, progress: Progress
+    folder: Path, seed: int, turns: int, number: signal.Signals, lease: float | None, progress: Progress
 ) -> Report:
     """Send a signal to one rank of three, again and again.
 
@@ -89,21 +89,21 @@ def rank_kills(
     name = "kill -9" if number is signal.SIGKILL else "SIGSTOP"
     report = Report(f"{name} of a rank, seed {seed}")
     if number is signal.SIGKILL:
-        told = Times("a survivor was told", KILLED_S, share=0.99)
+        failures = Times("a survivor was told", KILLED_S, share=0.99)
     else:
-        told = Times("a survivor was told", (DEFAULT_LEASE_S if lease is None else lease) + STOPPED_S)
-    report.times.append(told)
+        failures = Times("a survivor was told", (DEFAULT_LEASE_S if lease is None else lease) + STOPPED_S)
+    report.times.append(failures)
     options = () if lease is None else (f"--lease={lease:g}",)
     with daemon(folder / "service", *options) as service, ranks(WORLD, folder / "ranks") as team:
         campaign = _Campaign(service.address, team, folder, seed, report)
-        for turn in (Round.draw(seed, count) for count in range(rounds)):
+        for turn in (Turn.draw(seed, count) for count in range(turns)):
             try:
-                told.seconds += campaign.play(turn, number)
+                failures.seconds += campaign.play(turn, number)
                 progress(str(turn))
             except AssertionError as error:
-                report.add([f"{turn}: {error}", service.said()])
+                report.add([f"{turn}: {error}", service.output()])
                 break
-    report.done = f"{len(told.seconds) // (WORLD - 1)} of {rounds} rounds, {len(told.seconds)} survivors told"
+    report.done = f"{len(failures.seconds) // (WORLD - 1)} of {turns} rounds, {len(failures.seconds)} survivors told"
     return report
 
 
@@ -117,17 +117,17 @@ class _Campaign:
         self._seed = seed
         self._report = report
         job = self._job("places")
-        job.hear("joined")
-        job.hear("reached")
+        job.expect("joined")
+        job.expect("reached")
         job.leave()
-        self._places = _told_places(job.histories()[0])
+        self._positions = _positions_of(job.histories()[0])
 
-    def play(self, turn: Round, number: signal.Signals) -> list[float]:
+    def play(self, turn: Turn, number: signal.Signals) -> list[float]:
         """Play a round; returns after how many seconds each survivor was told."""
         job = self._job(f"round-{turn.number}", turn)
-        job.hear("joined")
+        job.expect("joined")
         if turn.paused is not None:
-            self._team[turn.paused].hear("paused")
+            self._team[turn.paused].expect("paused")
         job.await_progress([turn.exchange] * WORLD)
         time.sleep(turn.delay)  # no matter where this hits it: that is what is tested
         victim = self._team[turn.victim]
@@ -135,21 +135,21 @@ class _Campaign:
         if turn.state == "parked":
             self._team[turn.late].go_on()  # a rank that computes is told at its next call
         survivors = [rank for rank in range(WORLD) if rank != turn.victim]
-        told = {rank: self._team[rank].hear("told") for rank in survivors}
-        for rank, answer in told.items():
+        failures = {rank: self._team[rank].expect("told") for rank in survivors}
+        for rank, answer in failures.items():
             self._judge(turn, f"{turn}: rank {rank}", victim.pid, answer)
         self._wake(turn, number)
         for path in job.paths:
             path.unlink()
-        return [answer["when"] - began for answer in told.values()]
+        return [answer["when"] - began for answer in failures.values()]
 
-    def _job(self, name: str, turn: Round | None = None) -> Job:
+    def _job(self, name: str, turn: Turn | None = None) -> Job:
         own = {}
         if turn is not None and turn.paused is not None:
             own[turn.paused] = {"pauses": (turn.exchange,), "how": "compute"}
         return Job(name, self._team, [self._address], self._folder, seed=self._seed, until=_STEPS, own=own)
 
-    def _judge(self, turn: Round, who: str, pid: int, answer: dict[str, Any]) -> None:
+    def _judge(self, turn: Turn, who: str, pid: int, answer: dict[str, Any]) -> None:
         """Whether a survivor was told by name: which rank, where it ran, and in which exchange this one was."""
         named = f"rank {turn.victim} (host {socket.gethostname()}, pid {pid})"
         self._report.same(f"{who}: its error", answer["kind"], "PeerLostError")
@@ -157,31 +157,31 @@ class _Campaign:
         if named not in answer["text"]:
             self._report.add([f"{who} was not told of {named}: {answer['text']}"])
         # What the victim had put in may complete one more than those that were seen.
-        known = self._places if turn.state == "running" else self._places[turn.exchange : turn.exchange + 2]
+        known = self._positions if turn.state == "running" else self._positions[turn.exchange : turn.exchange + 2]
         if (answer["layer"], answer["step"]) not in known:
             self._report.add([f"{who} was in {known}, and was told {answer['layer']}, {answer['step']}"])
 
-    def _wake(self, turn: Round, number: signal.Signals) -> None:
+    def _wake(self, turn: Turn, number: signal.Signals) -> None:
         """Make the victim ready for another round: a new process, or the old one, once it heard what happened."""
         victim = self._team[turn.victim]
         if number is signal.SIGKILL:
             end([victim])
             victim = self._team[turn.victim] = Rank(self._folder / "ranks" / f"{turn.number}.err")
-            victim.hear("ready")
+            victim.expect("ready")
             return
         victim.signal(signal.SIGCONT)
         if turn.state == "computing":
             victim.go_on()
-        victim.hear("told")
+        victim.expect("told")
 
 
-def _told_places(history: list[Record]) -> list[Place]:
-    places: list[Place] = []
+def _positions_of(history: list[Record]) -> list[Position]:
+    positions: list[Position] = []
     plain = 0
     for record in history:
         if record.op in ("allreduce", "broadcast", "barrier"):
-            places.append((None, plain))
+            positions.append((None, plain))
             plain += 1
         else:
-            places.append((record.layer, record.step))
-    return places
+            positions.append((record.layer, record.step))
+    return positions

@@ -65,21 +65,21 @@ class Rank:
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
 
-    def hear(self, *expected: str, within: float = PATIENCE_S) -> dict[str, Any]:
+    def expect(self, *expected: str, within: float = PATIENCE_S) -> dict[str, Any]:
         """Its next answer, which must be one of those expected."""
         try:
             answer = self._answers.get(timeout=within)
         except Empty:
             raise AssertionError(f"pid {self.pid} said nothing for {within:g} s, expected {expected}") from None
-        assert answer["at"] in expected, f"expected {expected}, heard {answer}; {self.said()}"
+        assert answer["at"] in expected, f"expected {expected}, heard {answer}; {self.output()}"
         return answer
 
     @property
-    def spoke(self) -> bool:
+    def has_output(self) -> bool:
         """Whether it has said something that nobody has heard."""
         return not self._answers.empty()
 
-    def hear_any(self) -> dict[str, Any]:
+    def expect_any(self) -> dict[str, Any]:
         """Its next answer, whatever it is."""
         return self._answers.get(timeout=PATIENCE_S)
 
@@ -99,7 +99,7 @@ class Rank:
             with suppress(BrokenPipeError):  # what it did not read any more
                 stream.close()
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What it wrote to stderr."""
         return self._errors.read_text(encoding="utf-8", errors="replace")[-4000:]
 
@@ -118,7 +118,7 @@ def ranks(count: int, folder: Path) -> Iterator[list[Rank]]:
     try:
         started.extend(Rank(folder / f"{number}.err") for number in range(count))
         for rank in started:
-            rank.hear("ready")
+            rank.expect("ready")
         yield started
     finally:
         end(started)

@@ -88,13 +88,13 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
                 resumed.seconds += [end - moment for end in ends if end is not None]
             _ended_well(job, service, report)
             whole = Job("whole", team, [service.address], folder, seed=seed, until=steps)
-            whole.hear("joined")
+            whole.expect("joined")
             whole.finish()
             whole.leave()
             held, undisturbed = owner(service.address, "parts"), owner(service.address, "whole")
             report.same("the owner's statistics, beside those of an undisturbed job", held, undisturbed)
         except AssertionError as error:
-            report.add([f"{type(error).__name__}: {error}", *report.story[-3:], service.said()])
+            report.add([f"{type(error).__name__}: {error}", *report.story[-3:], service.output()])
     report.done = f"{len(report.story)} kills in a job of {steps} steps"
     return report
 
@@ -113,7 +113,7 @@ def storm(folder: Path, seed: int, blows: int, progress: Progress) -> Report:
             _struck(job, service, drawn, report, progress)
             _ended_well(job, service, report)
         except AssertionError as error:
-            report.add([f"{type(error).__name__}: {error}", *report.story[-3:], *between.story[-5:], service.said()])
+            report.add([f"{type(error).__name__}: {error}", *report.story[-3:], *between.story[-5:], service.output()])
         report.done = f"{len(report.story)} blows and {between.struck.total()} broken connections in {steps} steps"
     return report
 
@@ -156,7 +156,7 @@ def _struck(job: Job, service: Daemon, blows: Sequence[Blow], report: Report, pr
         job.await_progress(floor, quiet)
         progress(report.story[-1])
         if blow.number == 0:
-            job.hear("joined")
+            job.expect("joined")
             quiet = list(job.team)
     return moments
 

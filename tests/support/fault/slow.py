@@ -46,7 +46,7 @@ def slow_is_not_dead(folder: Path, seed: int, steps: int, progress: Progress, ev
         job = Job("slow", team, [service.address], folder, seed=seed, until=steps, own=options)
         try:
             with saturated():
-                job.hear("joined")
+                job.expect("joined")
                 for count in range(_TELL_EVERY, steps * _LEAST_EXCHANGES, _TELL_EVERY):
                     job.await_progress([count] * WORLD, quiet=team)
                     progress(f"{count} exchanges")
@@ -59,5 +59,5 @@ def slow_is_not_dead(folder: Path, seed: int, steps: int, progress: Progress, ev
             if longest < HOLD_S / 2:
                 report.add(["nobody waited for the rank that held its lock: the test does not test"])
         except AssertionError as error:
-            report.add([str(error), service.said()])
+            report.add([str(error), service.output()])
     return report

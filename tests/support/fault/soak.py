@@ -35,7 +35,7 @@ _TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
-class Entry:
+class SoakRun:
     """One campaign of the soak.
 
     Attributes:
@@ -49,12 +49,12 @@ class Entry:
     unit: str
 
 
-def _stops(folder: Path, seed: int, rounds: int, progress: Progress, lease: float | None) -> Report:
-    return rank_kills(folder, seed, rounds, signal.SIGSTOP, lease, progress)
+def _stops(folder: Path, seed: int, turns: int, progress: Progress, lease: float | None) -> Report:
+    return rank_kills(folder, seed, turns, signal.SIGSTOP, lease, progress)
 
 
-def _kills(folder: Path, seed: int, rounds: int, progress: Progress) -> Report:
-    return rank_kills(folder, seed, rounds, signal.SIGKILL, None, progress)
+def _kills(folder: Path, seed: int, turns: int, progress: Progress) -> Report:
+    return rank_kills(folder, seed, turns, signal.SIGKILL, None, progress)
 
 
 def _damage(
@@ -64,17 +64,17 @@ def _damage(
 
 
 CAMPAIGNS = {
-    "service-kills": Entry(service_kills, 100, "kills"),
-    "storm": Entry(storm, 100, "blows"),
-    "rank-kills": Entry(_kills, 100, "kills"),
-    "rank-stops": Entry(partial(_stops, lease=SHORT_LEASE_S), 100, "stops"),
-    "rank-stops-default-lease": Entry(partial(_stops, lease=None), 5, "stops"),
-    "exchanges": Entry(exchanges_under_faults, 10_000, "exchanges"),
-    "failpoints": Entry(failpoints, 10, "hits of each"),
-    "flipped-bytes": Entry(partial(_damage, flipped), 100, "% of all bytes"),
-    "cut-journals": Entry(partial(_damage, cut), 100, "% of all bytes"),
-    "full-disk": Entry(full_disk, 40, "rounds"),
-    "slow": Entry(slow_is_not_dead, 10_000, "steps"),
+    "service-kills": SoakRun(service_kills, 100, "kills"),
+    "storm": SoakRun(storm, 100, "blows"),
+    "rank-kills": SoakRun(_kills, 100, "kills"),
+    "rank-stops": SoakRun(partial(_stops, lease=SHORT_LEASE_S), 100, "stops"),
+    "rank-stops-default-lease": SoakRun(partial(_stops, lease=None), 5, "stops"),
+    "exchanges": SoakRun(exchanges_under_faults, 10_000, "exchanges"),
+    "failpoints": SoakRun(failpoints, 10, "hits of each"),
+    "flipped-bytes": SoakRun(partial(_damage, flipped), 100, "% of all bytes"),
+    "cut-journals": SoakRun(partial(_damage, cut), 100, "% of all bytes"),
+    "full-disk": SoakRun(full_disk, 40, "rounds"),
+    "slow": SoakRun(slow_is_not_dead, 10_000, "steps"),
 }
 
 
@@ -86,32 +86,32 @@ def main() -> int:
     names = sys.argv[1:] or list(CAMPAIGNS)
     unknown = sorted(set(names) - set(CAMPAIGNS))
     if unknown:
-        _say(f"soak: unknown: {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
+        _print(f"soak: unknown: {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
         return 2
-    _say(f"soak: seed {seed}, scale {scale:g}; again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g}")
+    _print(f"soak: seed {seed}, scale {scale:g}; again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g}")
     reports = []
     for name in names:
-        entry = CAMPAIGNS[name]
-        amount = max(1, round(entry.amount * scale))
-        _say(f"=== {name}: {amount} {entry.unit}")
+        soak_run = CAMPAIGNS[name]
+        amount = max(1, round(soak_run.amount * scale))
+        _print(f"=== {name}: {amount} {soak_run.unit}")
         with tempfile.TemporaryDirectory(prefix="bnlayer-soak-") as folder:
             began = time.monotonic()
-            report = _run(entry, name, Path(folder), seed, amount)
-        _say(f"{report}\n        {time.monotonic() - began:.0f} s")
+            report = _run(soak_run, name, Path(folder), seed, amount)
+        _print(f"{report}\n        {time.monotonic() - began:.0f} s")
         reports.append((name, report))
-    _say("\n=== soak, seed " + str(seed))
+    _print("\n=== soak, seed " + str(seed))
     for _, report in reports:
-        _say(str(report))
+        _print(str(report))
     failed = [name for name, report in reports if report.violations]
     for name in failed:
-        _say(f"again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g} SOAK={name}")
+        _print(f"again: make soak SOAK_SEED={seed} SOAK_SCALE={scale:g} SOAK={name}")
     return 1 if failed else 0
 
 
-def _run(entry: Entry, name: str, folder: Path, seed: int, amount: int) -> Report:
+def _run(soak_run: SoakRun, name: str, folder: Path, seed: int, amount: int) -> Report:
     """A campaign's report; one that fails by itself is a failed one, and the others still have their turn."""
     try:
-        return entry.run(folder, seed, amount, _Bar(name))
+        return soak_run.run(folder, seed, amount, _Bar(name))
     except Exception:  # noqa: BLE001 - whatever it is, it is told
         return Report(name, wrong=[traceback.format_exc()])
 
@@ -121,16 +121,16 @@ class _Bar:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._began = self._told = time.monotonic()
+        self._began = self._last_print = time.monotonic()
 
     def __call__(self, what: str) -> None:
         now = time.monotonic()
-        if now >= self._told + _TELL_EVERY_S:
-            self._told = now
-            _say(f"{self._name} {now - self._began:5.0f} s: {what}")
+        if now >= self._last_print + _TELL_EVERY_S:
+            self._last_print = now
+            _print(f"{self._name} {now - self._began:5.0f} s: {what}")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 

@@ -101,7 +101,7 @@ def failpoints(folder: Path, seed: int, hits: int, progress: Progress, actions: 
                 if failing.case is None or report.wrong:
                     break
     except AssertionError as error:
-        report.add([f"{failing.story[-3:]}: {error}", service.said()])
+        report.add([f"{failing.story[-3:]}: {error}", service.output()])
     finally:
         if service.alive:
             service.signal(signal.SIGCONT)
@@ -141,10 +141,10 @@ class _Failing:
     def attend(self, job: Job) -> None:
         """See a job through to its end."""
         for word in ("joined", "reached"):
-            self._hear(job, word)
+            self._expect(job, word)
         for rank in job.team:
             rank.go_on(0)
-        self._hear(job, "left")
+        self._expect(job, "left")
         self._jobs += 1
         if self.case is not None and self.case.action in _UNSEEN:
             self.next()
@@ -158,9 +158,9 @@ class _Failing:
             job.until(lambda: self._helped_up() and asked.done(), "the service tells what it holds")
             return asked.result()
 
-    def _hear(self, job: Job, word: str) -> None:
-        job.until(lambda: self._helped_up() and all(rank.spoke for rank in job.team), f"every rank has {word}")
-        job.hear(word)
+    def _expect(self, job: Job, word: str) -> None:
+        job.until(lambda: self._helped_up() and all(rank.has_output for rank in job.team), f"every rank has {word}")
+        job.expect(word)
 
     def _helped_up(self) -> bool:
         if not self._service.alive:

@@ -37,7 +37,7 @@ def exchanges_under_faults(folder: Path, seed: int, exchanges: int, progress: Pr
         options = {"large_every": _LARGE_EVERY}
         job = Job("wire", team, between.addresses, folder, seed=seed, until=steps, options=options)
         try:
-            job.hear("joined")
+            job.expect("joined")
             for count in range(_TELL_EVERY, exchanges, _TELL_EVERY):
                 job.await_progress([count] * WORLD, quiet=team)
                 progress(f"{count} exchanges, {between.struck.total()} faults")
@@ -50,6 +50,6 @@ def exchanges_under_faults(folder: Path, seed: int, exchanges: int, progress: Pr
             struck = ", ".join(f"{count} {kind}" for kind, count in sorted(between.struck.items()))
             report.done = f"{len(histories[0])} exchanges of {WORLD} ranks; {between.struck.total()} faults: {struck}"
         except AssertionError as error:
-            report.add([str(error), *between.story[-5:], service.said()])
+            report.add([str(error), *between.story[-5:], service.output()])
         report.story = between.story
     return report

@@ -71,7 +71,7 @@ class Part:
 
 def main() -> None:
     """Play one part after the other until stdin ends."""
-    say(at="ready")
+    report(at="ready")
     while line := next_line():
         part = Part(**json.loads(line))
         try:
@@ -79,12 +79,12 @@ def main() -> None:
         except CollectiveError as error:
             when = time.monotonic()
             kind, ranks = type(error).__name__, list(error.ranks)
-            say(at="told", kind=kind, ranks=ranks, layer=error.layer, step=error.step, text=str(error), when=when)
+            report(at="told", kind=kind, ranks=ranks, layer=error.layer, step=error.step, text=str(error), when=when)
 
 
-def say(**words: Any) -> None:
+def report(**fields: Any) -> None:
     """Answer."""
-    sys.stdout.write(json.dumps({**words, "pid": os.getpid()}) + "\n")
+    sys.stdout.write(json.dumps({**fields, "pid": os.getpid()}) + "\n")
     sys.stdout.flush()
 
 
@@ -102,11 +102,11 @@ def next_line() -> str:
 def _play(part: Part) -> None:
     transport = ServiceTransport(part.address, part.job, part.rank, part.world_size, timeout=part.timeout)
     world = World(transport, install=False)
-    say(at="joined")
+    report(at="joined")
 
     def before(exchanges: int) -> None:
         if exchanges in part.pauses:
-            say(at="paused", exchange=exchanges)
+            report(at="paused", exchange=exchanges)
             if part.how == "compute":
                 _compute_until_told()
             next_line()
@@ -121,9 +121,9 @@ def _play(part: Part) -> None:
             if part.hold_every and step % part.hold_every == 0:
                 hold_the_interpreter(part.hold_s)
             if step == until:
-                say(at="reached", step=step)
+                report(at="reached", step=step)
                 until = int(next_line() or 0)
-    say(at="left")
+    report(at="left")
 
 
 def _compute_until_told() -> None:

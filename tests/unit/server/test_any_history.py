@@ -18,23 +18,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.exchange import ForwardExchange
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.moving import Moving, Rule
 from bnlayer.state import LayerState
 from bnserver.core.effects import Closed, Effect, Enrolled, Failed, Joined, Record, Released, Totals
-from bnserver.core.entries import Entry
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Resume, Tick
-from bnserver.core.members import Patience
+from bnserver.core.journal_records import JournalRecord
+from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 
 _WORLD = 4
 _TIMEOUT_S = 5.0
-_PATIENCE = Patience(lease=1.0, away=0.5)
-_TERMS = LayerTerms(1, "float32", 0.9, 0.001)
+_PATIENCE = LivenessTimeouts(lease=1.0, away=0.5)
+_SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
 _X = [np.full((rows, 1, 1), value, np.float32) for rows, value in ((1, 0.5), (2, -3.0), (0, 0.0), (3, 7.25))]
 _RANKS = st.integers(0, _WORLD - 1)
 _ORDERS = st.permutations(range(_WORLD))
@@ -73,11 +73,11 @@ class AnyHistory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.service = Service(patience=_PATIENCE)
+        self.service = Service(timeouts=_PATIENCE)
         self.numbers = itertools.count(1)
         self.now = 0.0
         self.ranks: dict[int, Process] = {}
-        self.written: list[Entry] = []
+        self.written: list[JournalRecord] = []
         self.returning: set[int] = set()
         self.ending = False
         self.answers: dict[tuple[int, int], bytes] = {}
@@ -140,7 +140,7 @@ class AnyHistory(RuleBasedStateMachine):
         """A rank is at another place than the others."""
         process = self.ranks.get(rank)
         if process is not None and process.generation and process.asked is None:
-            self.asks(process, Call(Operation.BARRIER, Place(None, None, 99), PlainTerms()), None)
+            self.asks(process, Call(Operation.BARRIER, ExchangeKey(None, None, 99), PlainSignature()), None)
 
     @rule(rank=_RANKS, reason=st.sampled_from(("", "failed with ValueError: x")))
     def leaves(self, rank: int, reason: str) -> None:
@@ -167,7 +167,7 @@ class AnyHistory(RuleBasedStateMachine):
         if self.returning or self.ending:
             self.ending = bool(self.ranks)  # it has a lease to come back, like those that still will
             return
-        self.passes(0.6)
+        self.advance(0.6)
         assert not any(each.stream is not None and each.hears for each in self.ranks.values())
 
     @rule(rank=_RANKS)
@@ -191,7 +191,7 @@ class AnyHistory(RuleBasedStateMachine):
         if process is None or process.stream is None or not process.generation or self.returning or self.ending:
             return
         process.alive = False
-        self.passes(1.2)
+        self.advance(1.2)
         assert not any(each.stream is not None and each.hears for each in self.ranks.values())
 
     @rule(rank=_RANKS)
@@ -206,9 +206,9 @@ class AnyHistory(RuleBasedStateMachine):
         peer = Peer(rank, f"h{rank}", process.incarnation - 1000)
         incarnation = process.incarnation
         self.does(Join(process.stream, "j", peer, _WORLD, _TIMEOUT_S, _TIMEOUT_S, incarnation, resume))
-        for said in (process.before, process.asked):
-            if said is not None and process.stream is not None:
-                sequence, call, body = said
+        for reported in (process.before, process.asked):
+            if reported is not None and process.stream is not None:
+                sequence, call, body = reported
                 self.does(Contribute(process.stream, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
 
     @rule(orders=_ORDERS)
@@ -222,9 +222,9 @@ class AnyHistory(RuleBasedStateMachine):
         """And started again from its journal, or from a snapshot: it owns what it owned."""
         if "j" not in self.service.jobs:
             return
-        past = self.service.past("j") if shortened else self.written
+        records = self.service.records("j") if shortened else self.written
         before = {name: _bits(state) for name, state in self.service.states("j").items()}
-        self.service = Service({"j": past}, _PATIENCE, self.now)
+        self.service = Service({"j": records}, _PATIENCE, self.now)
         assert {name: _bits(state) for name, state in self.service.states("j").items()} == before
         for process in self.ranks.values():
             process.stream = None
@@ -236,7 +236,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((0.1, 0.6, 6.0)))
     def time_passes(self, seconds: float) -> None:
         """Nobody waits longer than it wants to."""
-        self.passes(seconds)
+        self.advance(seconds)
         for process in self.ranks.values():
             if process.asked is not None and process.stream is not None and process.hears:
                 assert self.now < process.since + _TIMEOUT_S + 0.2
@@ -263,7 +263,7 @@ class AnyHistory(RuleBasedStateMachine):
         """Whatever happened: once everybody is back or lost, nobody waits."""
         for rank in tuple(self.ranks):
             self.comes_back(rank)
-        self.passes(_TIMEOUT_S + 1.0)
+        self.advance(_TIMEOUT_S + 1.0)
         assert all(process.asked is None for process in self.ranks.values())
 
     # ---- the model ----
@@ -274,7 +274,7 @@ class AnyHistory(RuleBasedStateMachine):
         if process.stream is not None:
             self.does(Contribute(process.stream, process.generation, process.answered + 1, call, body))  # type: ignore[arg-type]  # a body is what was said
 
-    def passes(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         """Time passes, and whoever lives says so."""
         end = self.now + seconds
         while self.now < end - 1e-6:
@@ -289,7 +289,7 @@ class AnyHistory(RuleBasedStateMachine):
         effects = self.service.handle(event, self.now)
         for effect in effects:
             if isinstance(effect, Record):
-                self.written.append(effect.entry)
+                self.written.append(effect.record)
                 continue
             streams = getattr(effect, "streams", None) or (getattr(effect, "stream", None),)
             for process in tuple(self.ranks.values()):
@@ -322,10 +322,10 @@ class AnyHistory(RuleBasedStateMachine):
         assert said_before is not None
         assert said_before[0] == effect.sequence == process.answered + 1
         process.answered, process.before, process.asked = effect.sequence, said_before, None
-        if said_before[1].place.layer is not None:
+        if said_before[1].key.layer is not None:
             process.layer_answered = effect.sequence
-        said = effect.words.tobytes() if isinstance(effect, Totals) else type(effect).__name__.encode()
-        assert self.answers.setdefault((process.generation, effect.sequence), said) == said
+        reported = effect.limbs.tobytes() if isinstance(effect, Totals) else type(effect).__name__.encode()
+        assert self.answers.setdefault((process.generation, effect.sequence), reported) == reported
         if isinstance(effect, Enrolled):
             process.state = effect.state
         elif isinstance(effect, Totals):
@@ -335,10 +335,10 @@ class AnyHistory(RuleBasedStateMachine):
         """A rank walks through the exchange as the owner does."""
         assert process.exchange is not None
         assert process.state is not None
-        exchange = process.exchange.reduced(totals.words)
+        exchange = process.exchange.reduced(totals.limbs)
         process.exchange = exchange
         if exchange.statistics is not None:
-            rule = Rule(_TERMS.momentum, _TERMS.epsilon)
+            rule = Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon)
             process.state = process.state.after_forward(exchange.statistics, exchange.grid, rule)
             process.steps, process.exchange = process.steps + 1, None
         assert totals.version == process.state.version
@@ -351,11 +351,11 @@ def _after(version: int) -> LayerState:
     if version == 0:
         return _fresh()
     state = _after(version - 1)
-    exchange = ForwardExchange.begin(state.forward, _TERMS.epsilon, False)
+    exchange = ForwardExchange.begin(state.forward, _SIGNATURE.epsilon, False)
     while exchange.wants is not None:
-        exchange = exchange.reduced(_words(exchange, np.concatenate(_X)))
+        exchange = exchange.reduced(_limbs(exchange, np.concatenate(_X)))
     assert exchange.statistics is not None
-    return state.after_forward(exchange.statistics, exchange.grid, Rule(_TERMS.momentum, _TERMS.epsilon))
+    return state.after_forward(exchange.statistics, exchange.grid, Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon))
 
 
 def _truth(version: int) -> bytes:
@@ -365,22 +365,22 @@ def _truth(version: int) -> bytes:
 def _next(process: Process) -> tuple[Call, object]:
     """What a well-behaved rank says now."""
     if process.state is None:
-        return Call(Operation.ENROLL, Place("a", None, 0), _TERMS), _fresh()
+        return Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE), _fresh()
     if process.exchange is None and process.answered % 2:
-        return Call(Operation.BARRIER, Place(None, None, process.answered), PlainTerms()), None
+        return Call(Operation.BARRIER, ExchangeKey(None, None, process.answered), PlainSignature()), None
     if process.exchange is None:
-        process.exchange = ForwardExchange.begin(process.state.forward, _TERMS.epsilon, False)
+        process.exchange = ForwardExchange.begin(process.state.forward, _SIGNATURE.epsilon, False)
     exchange = process.exchange
     assert exchange.wants is not None
-    terms = LayerTerms(1, "float32", 0.9, 0.001, grid=exchange.fingerprint)
-    place = Place("a", Direction.FORWARD, process.steps)
-    return Call(exchange.wants, place, terms, exchange.attempt), _words(exchange, _X[process.rank])
+    signature = LayerSignature(1, "float32", 0.9, 0.001, grid=exchange.fingerprint)
+    key = ExchangeKey("a", Direction.FORWARD, process.steps)
+    return Call(exchange.wants, key, signature, exchange.attempt), _limbs(exchange, _X[process.rank])
 
 
-def _words(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
+def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
     if exchange.wants is Operation.PROBE:
         return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid).words
+    return reference.moments(x, None, exchange.grid).limbs
 
 
 def _fresh() -> LayerState:

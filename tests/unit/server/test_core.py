@@ -7,40 +7,40 @@ import numpy as np
 import pytest
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
-from bnserver.core.effects import Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Settle, Totals
-from bnserver.core.entries import Ended, Entry, Kept
+from bnserver.core.effects import ApplyUpdate, Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Totals
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import _DECISIONS
+from bnserver.core.journal_records import Ended, JournalRecord, LayerSnapshot
 from bnserver.core.layers import DisagreementError, Layers
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 
-_TERMS = LayerTerms(1, "float32", 0.9, 0.001)
+_SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
 _STATE = LayerState(
     Moving(np.zeros(1, np.float32), np.ones(1, np.float32)),
     Grid.unknown("float32", 1),
     BackwardGrid.unknown("float32", 1),
 )
-_BARRIER = Call(Operation.BARRIER, Place(None, None, 0), PlainTerms())
+_BARRIER = Call(Operation.BARRIER, ExchangeKey(None, None, 0), PlainSignature())
 
 
 def _join(service: Service, *streams: int, job: str = "j") -> list[Effect]:
     joins = [Join(s, job, Peer(rank, "h", s), len(streams), 9.0, 9.0) for rank, s in enumerate(streams)]
-    return [effect for join in joins for effect in _told(service, join)]
+    return [effect for join in joins for effect in _effects_of(service, join)]
 
 
 def _enroll(service: Service, stream: int, generation: int = 1) -> list[Effect]:
-    call = Call(Operation.ENROLL, Place("a", None, 0), _TERMS)
-    return _told(service, Contribute(stream, generation, 1, call, _STATE))
+    call = Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE)
+    return _effects_of(service, Contribute(stream, generation, 1, call, _STATE))
 
 
-def _told(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
+def _effects_of(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
     """What the ranks are told, and what is saved; not what the service does for itself."""
-    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record | Settle)]
+    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record | ApplyUpdate)]
 
 
 def test_every_decision_is_in_the_table() -> None:
@@ -91,8 +91,8 @@ def test_a_refused_join_makes_no_job() -> None:
 def test_a_job_goes_on_from_its_snapshot() -> None:
     """What was saved is what the next run of the service owns, and generations go on counting."""
     kept = replace(_STATE, version=17)
-    past: list[Entry] = [Ended(4), Kept("a", kept)]
-    service = Service({"j": past})
+    records: list[JournalRecord] = [Ended(4), LayerSnapshot("a", kept)]
+    service = Service({"j": records})
     (joined,) = _join(service, 1)
     assert isinstance(joined, Joined)
     assert joined.generation == 5
@@ -106,7 +106,7 @@ def test_of_many_missing_ranks_some_are_named() -> None:
     """The text stays readable, and fits a status, where a whole job never came."""
     service = Service()
     service.handle(Join(1, "j", Peer(0), 1000, 9.0, 9.0), 0.0)
-    failed, _ = _told(service, Tick(), 9.0)
+    failed, _ = _effects_of(service, Tick(), 9.0)
     assert isinstance(failed, Failed)
     assert failed.text.startswith("Ranks 1, 2, 3, ")
     assert "19, 20 and 979 more of 1000 did not join in time; rank 0 waited." in failed.text
@@ -117,7 +117,7 @@ def test_a_contribution_to_another_generation_is_refused() -> None:
     """A rank that believes to be in a generation that is over can't add to this one."""
     service = Service()
     _join(service, 1)
-    failed, *_ = _told(service, Contribute(1, 2, 1, _BARRIER, None))
+    failed, *_ = _effects_of(service, Contribute(1, 2, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert "expected contributions to generation 1, which is running; received one to 2" in failed.text
 
@@ -126,7 +126,7 @@ def test_a_contribution_before_all_have_joined_is_refused() -> None:
     """Nobody can take part in a job that has not begun."""
     service = Service()
     service.handle(Join(1, "j", Peer(0), 2, 9.0, 9.0), 0.0)
-    failed, saved = _told(service, Contribute(1, 1, 1, _BARRIER, None))
+    failed, saved = _effects_of(service, Contribute(1, 1, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert "generation 1, which is not complete yet" in failed.text
     assert saved == Persist("j")
@@ -137,8 +137,8 @@ def test_another_call_while_one_waits_is_refused() -> None:
     service = Service()
     _join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
-    other = _BARRIER._replace(place=Place(None, None, 1))
-    failed, *_ = _told(service, Contribute(1, 1, 1, other, None))
+    other = _BARRIER._replace(key=ExchangeKey(None, None, 1))
+    failed, *_ = _effects_of(service, Contribute(1, 1, 1, other, None))
     assert isinstance(failed, Failed)
     assert "expected nothing while contribution 1 waits for its answer, received another" in failed.text
 
@@ -149,7 +149,7 @@ def test_a_leave_while_its_own_call_waits_counts_as_gone() -> None:
     _join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
     assert not any(isinstance(effect, Failed) for effect in service.handle(Leave(1, ""), 0.0))
-    (failed, saved) = _told(service, Contribute(2, 1, 1, _BARRIER, None))
+    (failed, saved) = _effects_of(service, Contribute(2, 1, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.STALL
     assert failed.text.startswith("rank 0 (host h, pid 1) left the job, while rank 1 (host h, pid 2) waits")
@@ -161,7 +161,7 @@ def test_a_bad_push_costs_the_place() -> None:
     service = Service()
     _join(service, 1)
     bad = replace(_STATE, moving=replace(_STATE.moving, mean=np.array([np.nan], np.float32)))
-    failed, saved = _told(service, Push(1, "a", bad))
+    failed, saved = _effects_of(service, Push(1, "a", bad))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID
     assert "expected finite numbers in moving_mean" in failed.text
@@ -173,7 +173,7 @@ def test_a_stopped_service_tells_nobody_twice() -> None:
     """After the stop all seats are empty."""
     service = Service()
     _join(service, 1)
-    (failed, _) = _told(service, Stop())
+    (failed, _) = _effects_of(service, Stop())
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.STOPPING
     assert service.handle(Stop(), 0.0) == []
@@ -183,9 +183,9 @@ def test_a_reduction_is_in_rank_order() -> None:
     """Whoever comes first: the float sum starts with rank 0."""
     service = Service()
     _join(service, 1, 2)
-    call = Call(Operation.REDUCE, Place(None, None, 0), PlainTerms("sum", ("x",)))
+    call = Call(Operation.REDUCE, ExchangeKey(None, None, 0), PlainSignature("sum", ("x",)))
     service.handle(Contribute(2, 1, 1, call, (np.ones(1),)), 0.0)
-    (reduce,) = _told(service, Contribute(1, 1, 1, call, (np.zeros(1),)))
+    (reduce,) = _effects_of(service, Contribute(1, 1, 1, call, (np.zeros(1),)))
     assert isinstance(reduce, Reduce)
     assert [arrays[0].tolist() for arrays in reduce.contributions] == [[0.0], [1.0]]
     assert reduce.streams == (1, 2)
@@ -197,45 +197,49 @@ def test_words_are_the_callers_own() -> None:
     _join(service, 1, 2)
     _enroll(service, 1)
     _enroll(service, 2)
-    call = Call(Operation.PROBE, Place("a", Direction.FORWARD, 0), _TERMS)
+    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
     first, second = np.array([[1], [2]]), np.array([[3], [0]])
     service.handle(Contribute(1, 1, 2, call, first), 0.0)
-    (totals,) = _told(service, Contribute(2, 1, 2, call, second))
+    (totals,) = _effects_of(service, Contribute(2, 1, 2, call, second))
     assert isinstance(totals, Totals)
-    assert totals.words.tolist() == [[3], [2]]
+    assert totals.limbs.tolist() == [[3], [2]]
     assert (first.tolist(), second.tolist()) == ([[1], [2]], [[3], [0]])
 
 
 def _layers() -> Layers:
     layers = Layers()
-    layers.keep(Kept("a", _STATE))
+    layers.keep(LayerSnapshot("a", _STATE))
     return layers
 
 
 @pytest.mark.parametrize(
-    ("place", "terms", "text"),
+    ("key", "signature", "text"),
     [
-        (Place("b", Direction.FORWARD, 0), _TERMS, "The owner knows no layer 'b': enroll it first, on every rank."),
         (
-            Place("a", Direction.FORWARD, 0),
-            replace(_TERMS, channels=2),
+            ExchangeKey("b", Direction.FORWARD, 0),
+            _SIGNATURE,
+            "The owner knows no layer 'b': enroll it first, on every rank.",
+        ),
+        (
+            ExchangeKey("a", Direction.FORWARD, 0),
+            replace(_SIGNATURE, channels=2),
             "the ranks have 2 channels in float32",
         ),
     ],
 )
-def test_words_for_another_layer_are_refused(place: Place, terms: LayerTerms, text: str) -> None:
+def test_limbs_for_another_layer_are_refused(key: ExchangeKey, signature: LayerSignature, text: str) -> None:
     """All ranks may agree on a layer that their owner does not have."""
     layers = _layers()
     with pytest.raises(DisagreementError, match=text):
-        layers.reduced(1, Call(Operation.PROBE, place, terms), terms, np.zeros((2, terms.channels), np.int64))
+        layers.reduced(1, Call(Operation.PROBE, key, signature), signature, np.zeros((2, signature.channels), np.int64))
 
 
 def test_a_mask_can_not_change_within_an_exchange() -> None:
     """After the probe the ranks must send the sums of the same call."""
     layers = _layers()
-    call = Call(Operation.PROBE, Place("a", Direction.FORWARD, 0), _TERMS)
-    layers.reduced(1, call, _TERMS, np.zeros((2, 1), np.int64))
-    masked = replace(_TERMS, masked=True)
-    call = Call(Operation.SUMS, Place("a", Direction.FORWARD, 0), masked, 1)
+    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
+    layers.reduced(1, call, _SIGNATURE, np.zeros((2, 1), np.int64))
+    masked = replace(_SIGNATURE, masked=True)
+    call = Call(Operation.SUMS, ExchangeKey("a", Direction.FORWARD, 0), masked, 1)
     with pytest.raises(DisagreementError, match="epsilon or the mask changed in the middle of an exchange"):
         layers.reduced(1, call, masked, np.zeros((6, 1), np.int64))

@@ -11,7 +11,7 @@ import pytest
 from bnproto.frames import framed
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver import local
-from bnserver.local import _STRANGERS, Frame, LocalSockets, Visitors
+from bnserver.local import _STRANGERS, Callbacks, Frame, LocalSockets
 
 _LIMIT_S = 20.0
 
@@ -25,8 +25,8 @@ def _played(scene: Callable[[LocalSockets, asyncio.Queue[int]], Coroutine[Any, A
 
     async def whole() -> None:
         asked = asyncio.Queue[int]()
-        visitors = Visitors(lambda stream, request: asked.put_nowait(stream), _ignore, _ignore)
-        sockets = LocalSockets(7, visitors)
+        callbacks = Callbacks(lambda stream, request: asked.put_nowait(stream), _ignore, _ignore)
+        sockets = LocalSockets(7, callbacks)
         await sockets.open(50051)
         try:
             await asyncio.wait_for(scene(sockets, asked), _LIMIT_S)
@@ -55,9 +55,9 @@ def test_who_says_nothing_is_shown_out_and_who_has_a_ticket_is_not(monkeypatch: 
         silent.close()
         ours.write(framed(pb.ExchangeRequest(pull=pb.Pull())))
         assert await asked.get() == 3
-        assert sockets.stands(3)
+        assert sockets.is_active(3)
         sockets.end(3)
-        assert not sockets.stands(3)
+        assert not sockets.is_active(3)
         await theirs.read()  # until its end
         ours.close()
 

@@ -10,10 +10,10 @@ import pytest
 from bnlayer.agreement import Peer
 from bnproto.failures import StatusParts
 from bnserver.core.effects import Closed, Persist
-from bnserver.core.entries import Entry
 from bnserver.core.events import Event, Join, Tick
+from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
-from bnserver.exchanges import Exchanges, _Outbox
+from bnserver.servicer import Servicer, _Outbox
 from bnserver.store import Store
 from bnserver.translation import Reader
 
@@ -25,7 +25,7 @@ class _SlowStore(Store):
         super().__init__(directory)
         self.disk = asyncio.Event()
 
-    async def save(self, job: str, past: Callable[[], Sequence[Entry]]) -> None:
+    async def save(self, job: str, records: Callable[[], Sequence[JournalRecord]]) -> None:
         await self.disk.wait()
 
 
@@ -34,7 +34,7 @@ def test_a_goodbye_is_answered_after_what_came_before_it_is_saved(tmp_path: Path
 
     async def scene() -> None:
         store = _SlowStore(tmp_path)
-        exchanges = Exchanges(1, store)
+        exchanges = Servicer(1, store)
         exchanges._service.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
         outbox = exchanges._outboxes[1] = _Outbox(Reader(1))
         exchanges._perform(Persist("j"))
@@ -60,7 +60,7 @@ def test_a_fault_of_the_service_costs_one_stream(caplog: pytest.LogCaptureFixtur
     """The rank whose request met it is told, the log has the traceback, and the service goes on."""
 
     async def scene() -> StatusParts:
-        exchanges = Exchanges(1, None)
+        exchanges = Servicer(1, None)
         exchanges._service = _BrokenService()
         outbox = exchanges._outboxes[1] = _Outbox(Reader(1))
         exchanges._dispatch(Tick())

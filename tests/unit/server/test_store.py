@@ -9,17 +9,26 @@ import numpy as np
 import pytest
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnproto.v1 import journal_pb2 as pb
 from bnserver import store as module
-from bnserver.core.entries import Began, Ended, Enlisted, Entry, Kept, Left, Operated, Pushed
+from bnserver.core.journal_records import (
+    Began,
+    Completed,
+    Ended,
+    JournalRecord,
+    LayerSnapshot,
+    Left,
+    MemberRecord,
+    Pushed,
+)
 from bnserver.core.reasons import Reason
 from bnserver.failpoints import VARIABLE, Failpoints
-from bnserver.records import decode, encode, encode_header, framed
+from bnserver.journal_encoding import decode, encode, encode_header, framed
 from bnserver.store import Store, StoreError
 
 
@@ -30,19 +39,19 @@ def _state(dtype: str, channels: int) -> LayerState:
     return LayerState(Moving(mean, mean**2), grid, backward, 2**40)
 
 
-_TERMS = LayerTerms(1, "float32", 0.9, 0.001, renorm=Renorm(0.9, rmax=3.0))
-_ENROLLED = Operated(2**40, Call(Operation.ENROLL, Place("a", None, 0), _TERMS), _state("float32", 1))
-_SUMS = Operated(
+_SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001, renorm=Renorm(0.9, rmax=3.0))
+_ENROLLED = Completed(2**40, Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE), _state("float32", 1))
+_SUMS = Completed(
     7,
-    Call(Operation.SUMS, Place("ü", Direction.BACKWARD, 3), replace(_TERMS, grid=2**62), 2),
+    Call(Operation.SUMS, ExchangeKey("ü", Direction.BACKWARD, 3), replace(_SIGNATURE, grid=2**62), 2),
     np.array([[-(2**63)], [2**63 - 1]]),
 )
-_SNAPSHOT: list[Entry] = [
+_SNAPSHOT: list[JournalRecord] = [
     Ended(2, Reason.DATA_LOSS, "text ü", (0, 3)),
-    Kept("a", _state("float32", 1)),
-    Began(3, 2, (Enlisted(Peer(0, "h", 7), 2**63 - 1, 300.0, 4), Enlisted(Peer(1, "h", 8), 5, 0.25))),
+    LayerSnapshot("a", _state("float32", 1)),
+    Began(3, 2, (MemberRecord(Peer(0, "h", 7), 2**63 - 1, 300.0, 4), MemberRecord(Peer(1, "h", 8), 5, 0.25))),
 ]
-_JOURNAL: list[Entry] = [
+_JOURNAL: list[JournalRecord] = [
     _ENROLLED,
     _SUMS,
     Pushed(1, 9, "b\n", _state("float64", 3)),
@@ -51,24 +60,26 @@ _JOURNAL: list[Entry] = [
 ]
 
 
-def _same(got: Sequence[Entry], expected: Sequence[Entry]) -> bool:
+def _same(got: Sequence[JournalRecord], expected: Sequence[JournalRecord]) -> bool:
     """Whether entries are equal, bits included: their bytes are."""
     return list(map(encode, got)) == list(map(encode, expected))
 
 
-def _written(directory: Path, job: str = "j", snapshot: Sequence[Entry] = (), journal: Sequence[Entry] = ()) -> Path:
+def _written(
+    directory: Path, job: str = "j", snapshot: Sequence[JournalRecord] = (), journal: Sequence[JournalRecord] = ()
+) -> Path:
     """A state directory as a daemon leaves it; returns the job's file."""
     store = Store(directory)
     store.load()
     if snapshot:
         asyncio.run(store.save(job, lambda: snapshot))
-    for entry in journal:
-        store.append(job, entry)
+    for record in journal:
+        store.append(job, record)
     store.close()
     return store.path(job)
 
 
-def _loaded(directory: Path) -> dict[str, list[Entry]]:
+def _loaded(directory: Path) -> dict[str, list[JournalRecord]]:
     store = Store(directory)
     try:
         return store.load()
@@ -79,18 +90,18 @@ def _loaded(directory: Path) -> dict[str, list[Entry]]:
 # ---- what is written ----
 
 
-@pytest.mark.parametrize("entry", [*_SNAPSHOT, *_JOURNAL], ids=lambda entry: type(entry).__name__)
-def test_an_entry_comes_back_as_it_was(entry: Entry) -> None:
+@pytest.mark.parametrize("record", [*_SNAPSHOT, *_JOURNAL], ids=lambda record: type(record).__name__)
+def test_an_entry_comes_back_as_it_was(record: JournalRecord) -> None:
     """Every field, and every bit of an array."""
-    got = decode(encode(entry))
-    assert type(got) is type(entry)
-    assert encode(got) == encode(entry)
-    if isinstance(entry, Operated) and isinstance(got, Operated):
-        assert (got.sequence, got.call) == (entry.sequence, entry.call)
-        if isinstance(entry.body, np.ndarray) and isinstance(got.body, np.ndarray):
-            assert (got.body.dtype, got.body.tolist()) == (entry.body.dtype, entry.body.tolist())
-    if isinstance(entry, Began | Left | Ended):
-        assert got == entry
+    got = decode(encode(record))
+    assert type(got) is type(record)
+    assert encode(got) == encode(record)
+    if isinstance(record, Completed) and isinstance(got, Completed):
+        assert (got.sequence, got.call) == (record.sequence, record.call)
+        if isinstance(record.body, np.ndarray) and isinstance(got.body, np.ndarray):
+            assert (got.body.dtype, got.body.tolist()) == (record.body.dtype, record.body.tolist())
+    if isinstance(record, Began | Left | Ended):
+        assert got == record
 
 
 def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
@@ -126,8 +137,8 @@ def test_a_snapshot_replaces_what_was_there(tmp_path: Path) -> None:
 def test_an_entry_is_in_the_file_when_append_returns(tmp_path: Path) -> None:
     """Nothing waits in this process, which may be killed now."""
     store = Store(tmp_path)
-    for count, entry in enumerate(_JOURNAL, 1):
-        store.append("j", entry)
+    for count, record in enumerate(_JOURNAL, 1):
+        store.append("j", record)
         (job,) = (job for job in [module._loaded(store.path("j"))])
         assert len(job[1]) == count
     store.close()
@@ -210,8 +221,8 @@ def test_after_a_power_cut_the_end_of_a_journal_may_be_anything(
             with pytest.raises(StoreError, match="is corrupt"):
                 _loaded(tmp_path)
         else:
-            past = _loaded(tmp_path)["j"]
-            assert _same(past, (_SNAPSHOT + _JOURNAL)[: len(past)])
+            records = _loaded(tmp_path)["j"]
+            assert _same(records, (_SNAPSHOT + _JOURNAL)[: len(records)])
             assert caplog.messages[0].startswith(f"{path} ends at byte ")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
@@ -15,12 +15,12 @@ from bnlayer.state import LayerState
 from bnserver.core.events import Body, Contribute, Join
 from bnserver.core.validation import RefusedError, check, check_join, check_state
 
-_TERMS = LayerTerms(2, "float32", 0.9, 0.001)
-_FORWARD = Place("a", Direction.FORWARD, 0)
-_BACKWARD = Place("a", Direction.BACKWARD, 0)
-_ENROL = Place("a", None, 0)
-_PLAIN = Place(None, None, 0)
-_WORDS = np.zeros((6, 2), np.int64)
+_SIGNATURE = LayerSignature(2, "float32", 0.9, 0.001)
+_FORWARD = ExchangeKey("a", Direction.FORWARD, 0)
+_BACKWARD = ExchangeKey("a", Direction.BACKWARD, 0)
+_ENROL = ExchangeKey("a", None, 0)
+_PLAIN = ExchangeKey(None, None, 0)
+_LIMBS = np.zeros((6, 2), np.int64)
 _STATE = LayerState(
     Moving(np.zeros(2, np.float32), np.ones(2, np.float32)),
     Grid.unknown("float32", 2),
@@ -35,54 +35,74 @@ def _moved(**vectors: np.ndarray[Any, np.dtype[np.float32]]) -> LayerState:
     return replace(_STATE, moving=replace(_STATE.moving, **vectors))
 
 
-def _changed(words: np.ndarray[Any, np.dtype[np.int64]], row: int, value: int) -> np.ndarray[Any, Any]:
-    words = words.copy()
-    words[row, 1] = value
-    return words
+def _changed(limbs: np.ndarray[Any, np.dtype[np.int64]], row: int, value: int) -> np.ndarray[Any, Any]:
+    limbs = limbs.copy()
+    limbs[row, 1] = value
+    return limbs
 
 
 _GOOD: list[tuple[Call, Body]] = [
-    (Call(Operation.ENROLL, _ENROL, _TERMS), _STATE),
-    (Call(Operation.PROBE, _FORWARD, _TERMS), np.full((2, 2), -(2**60), np.int64)),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), _WORDS),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), _changed(_WORDS, -2, 2**40)),
-    (Call(Operation.SUMS, _BACKWARD, _TERMS), _changed(_WORDS, 0, -5)),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, dtype="float64")), np.zeros((10, 2), np.int64)),
-    (Call(Operation.REDUCE, _PLAIN, PlainTerms("sum")), ()),
-    (Call(Operation.BROADCAST, _PLAIN, PlainTerms(root=1)), None),
-    (Call(Operation.BARRIER, _PLAIN, PlainTerms()), None),
+    (Call(Operation.ENROLL, _ENROL, _SIGNATURE), _STATE),
+    (Call(Operation.PROBE, _FORWARD, _SIGNATURE), np.full((2, 2), -(2**60), np.int64)),
+    (Call(Operation.SUMS, _FORWARD, _SIGNATURE), _LIMBS),
+    (Call(Operation.SUMS, _FORWARD, _SIGNATURE), _changed(_LIMBS, -2, 2**40)),
+    (Call(Operation.SUMS, _BACKWARD, _SIGNATURE), _changed(_LIMBS, 0, -5)),
+    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, dtype="float64")), np.zeros((10, 2), np.int64)),
+    (Call(Operation.REDUCE, _PLAIN, PlainSignature("sum")), ()),
+    (Call(Operation.BROADCAST, _PLAIN, PlainSignature(root=1)), None),
+    (Call(Operation.BARRIER, _PLAIN, PlainSignature()), None),
 ]
 
 _BAD: list[tuple[Call, Body, str]] = [
-    (Call(Operation.SUMS, _FORWARD._replace(layer=None), _TERMS), _WORDS, "a layer name of 1 to 200 characters, rece"),
-    (Call(Operation.SUMS, _FORWARD._replace(layer=""), _TERMS), _WORDS, "received ''"),
-    (Call(Operation.SUMS, _FORWARD._replace(layer="x" * 201), _TERMS), _WORDS, "1 to 200 characters"),
-    (Call(Operation.BARRIER, _FORWARD, _TERMS), None, "an operation of a layer for layer 'a', received barrier"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, channels=0)), _WORDS, "1 channel or more in float32 or float64"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, dtype="int8")), _WORDS, "received 2 in 'int8'"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, momentum=np.nan)), _WORDS, "a finite momentum"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, epsilon=-1.0)), _WORDS, "epsilon of 0 or more"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, renorm=Renorm(np.inf))), _WORDS, "a finite momentum of renorm"),
-    (Call(Operation.ENROLL, _ENROL, replace(_TERMS, renorm=Renorm())), _STATE, "expected statistics of renorm .* none"),
-    (Call(Operation.ENROLL, _ENROL, _TERMS), _RENORMING, "expected no statistics of renorm .* received some"),
-    (Call(Operation.SUMS, _FORWARD, replace(_TERMS, unbiased=True)), _WORDS, "asks for unbiased"),
-    (Call(Operation.ENROLL, _ENROL, _TERMS), None, "expected the state of layer 'a'"),
-    (Call(Operation.ENROLL, _FORWARD, _TERMS), _STATE, "no direction in its enrolment"),
-    (Call(Operation.ENROLL, _ENROL, replace(_TERMS, channels=3)), _STATE, "a state of 3 channels in float32 for layer"),
-    (Call(Operation.SUMS, _ENROL, _TERMS), _WORDS, "a direction for the sums of layer 'a', received none"),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), None, "one array of int64 words"),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), _WORDS[:5], r"of shape \(6, 2\) for the sums of layer 'a'.*\(5, 2\)"),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), _WORDS.astype(np.float64), "received float64"),
-    (Call(Operation.PROBE, _BACKWARD, _TERMS), _WORDS, r"of shape \(2, 2\)"),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), _changed(_WORDS, -2, -1), r"counts from 0 to 2\^40 .* received -1 to 0"),
-    (Call(Operation.SUMS, _FORWARD, _TERMS), _changed(_WORDS, -2, 2**40 + 1), r"counts from 0 to 2\^40"),
-    (Call(Operation.SUMS, _BACKWARD, _TERMS), _changed(_WORDS, -1, -1), "flags of 0 or more .* received -1"),
-    (Call(Operation.REDUCE, _FORWARD, PlainTerms("sum")), (), "no layer for the plain operation allreduce"),
-    (Call(Operation.REDUCE, _PLAIN, PlainTerms("mean")), (), "one of sum, max, min, received 'mean'"),
-    (Call(Operation.REDUCE, _PLAIN, PlainTerms("sum")), None, "expected arrays and one of"),
-    (Call(Operation.BROADCAST, _PLAIN, PlainTerms(root=2)), None, "a root from 0 to 1, received 2"),
-    (Call(Operation.BARRIER, _PLAIN, PlainTerms()), (), "no arrays in a barrier"),
-    (Call(Operation.SUMS, _PLAIN, PlainTerms()), _WORDS, "the terms of a layer for sums, received plain ones"),
+    (
+        Call(Operation.SUMS, _FORWARD._replace(layer=None), _SIGNATURE),
+        _LIMBS,
+        "a layer name of 1 to 200 characters, rece",
+    ),
+    (Call(Operation.SUMS, _FORWARD._replace(layer=""), _SIGNATURE), _LIMBS, "received ''"),
+    (Call(Operation.SUMS, _FORWARD._replace(layer="x" * 201), _SIGNATURE), _LIMBS, "1 to 200 characters"),
+    (Call(Operation.BARRIER, _FORWARD, _SIGNATURE), None, "an operation of a layer for layer 'a', received barrier"),
+    (
+        Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, channels=0)),
+        _LIMBS,
+        "1 channel or more in float32 or float64",
+    ),
+    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, dtype="int8")), _LIMBS, "received 2 in 'int8'"),
+    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, momentum=np.nan)), _LIMBS, "a finite momentum"),
+    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, epsilon=-1.0)), _LIMBS, "epsilon of 0 or more"),
+    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, renorm=Renorm(np.inf))), _LIMBS, "a finite momentum of renorm"),
+    (
+        Call(Operation.ENROLL, _ENROL, replace(_SIGNATURE, renorm=Renorm())),
+        _STATE,
+        "expected statistics of renorm .* none",
+    ),
+    (Call(Operation.ENROLL, _ENROL, _SIGNATURE), _RENORMING, "expected no statistics of renorm .* received some"),
+    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, unbiased=True)), _LIMBS, "asks for unbiased"),
+    (Call(Operation.ENROLL, _ENROL, _SIGNATURE), None, "expected the state of layer 'a'"),
+    (Call(Operation.ENROLL, _FORWARD, _SIGNATURE), _STATE, "no direction in its enrolment"),
+    (
+        Call(Operation.ENROLL, _ENROL, replace(_SIGNATURE, channels=3)),
+        _STATE,
+        "a state of 3 channels in float32 for layer",
+    ),
+    (Call(Operation.SUMS, _ENROL, _SIGNATURE), _LIMBS, "a direction for the sums of layer 'a', received none"),
+    (Call(Operation.SUMS, _FORWARD, _SIGNATURE), None, "one array of int64 limbs"),
+    (Call(Operation.SUMS, _FORWARD, _SIGNATURE), _LIMBS[:5], r"of shape \(6, 2\) for the sums of layer 'a'.*\(5, 2\)"),
+    (Call(Operation.SUMS, _FORWARD, _SIGNATURE), _LIMBS.astype(np.float64), "received float64"),
+    (Call(Operation.PROBE, _BACKWARD, _SIGNATURE), _LIMBS, r"of shape \(2, 2\)"),
+    (
+        Call(Operation.SUMS, _FORWARD, _SIGNATURE),
+        _changed(_LIMBS, -2, -1),
+        r"counts from 0 to 2\^40 .* received -1 to 0",
+    ),
+    (Call(Operation.SUMS, _FORWARD, _SIGNATURE), _changed(_LIMBS, -2, 2**40 + 1), r"counts from 0 to 2\^40"),
+    (Call(Operation.SUMS, _BACKWARD, _SIGNATURE), _changed(_LIMBS, -1, -1), "flags of 0 or more .* received -1"),
+    (Call(Operation.REDUCE, _FORWARD, PlainSignature("sum")), (), "no layer for the plain operation allreduce"),
+    (Call(Operation.REDUCE, _PLAIN, PlainSignature("mean")), (), "one of sum, max, min, received 'mean'"),
+    (Call(Operation.REDUCE, _PLAIN, PlainSignature("sum")), None, "expected arrays and one of"),
+    (Call(Operation.BROADCAST, _PLAIN, PlainSignature(root=2)), None, "a root from 0 to 1, received 2"),
+    (Call(Operation.BARRIER, _PLAIN, PlainSignature()), (), "no arrays in a barrier"),
+    (Call(Operation.SUMS, _PLAIN, PlainSignature()), _LIMBS, "the terms of a layer for sums, received plain ones"),
 ]
 
 

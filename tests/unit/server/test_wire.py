@@ -11,13 +11,13 @@ from google.rpc import error_details_pb2, status_pb2
 from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.errors import MismatchError, PeerLostError, ServiceError, StallError
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
-from bnproto.arrays import Joining, WireError, pack, unpack
+from bnproto.arrays import PayloadAssembler, WireError, pack, unpack
 from bnproto.calls import call_of, contribution_of
 from bnproto.channel import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.failures import error_of, failure_in, status_of
@@ -27,20 +27,20 @@ from bnserver.core.reasons import Reason
 from bnserver.translation import _REASONS, Reader
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
-_TERMS = LayerTerms(256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16")
+_SIGNATURE = LayerSignature(256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16")
 _CALLS = [
-    Call(Operation.ENROLL, Place("a", None, 0), LayerTerms(1, "float32", 0.9, 0.001)),
-    Call(Operation.PROBE, Place("", Direction.FORWARD, 2**40), _TERMS, 2),
-    Call(Operation.SUMS, Place("ü", Direction.BACKWARD, 1), _TERMS, 1),
-    Call(Operation.REDUCE, Place(None, None, 7), PlainTerms("max", ("float32[2]", "int8[]"))),
-    Call(Operation.BROADCAST, Place(None, None, 7), PlainTerms(root=3)),
-    Call(Operation.BARRIER, Place(None, None, 7), PlainTerms()),
+    Call(Operation.ENROLL, ExchangeKey("a", None, 0), LayerSignature(1, "float32", 0.9, 0.001)),
+    Call(Operation.PROBE, ExchangeKey("", Direction.FORWARD, 2**40), _SIGNATURE, 2),
+    Call(Operation.SUMS, ExchangeKey("ü", Direction.BACKWARD, 1), _SIGNATURE, 1),
+    Call(Operation.REDUCE, ExchangeKey(None, None, 7), PlainSignature("max", ("float32[2]", "int8[]"))),
+    Call(Operation.BROADCAST, ExchangeKey(None, None, 7), PlainSignature(root=3)),
+    Call(Operation.BARRIER, ExchangeKey(None, None, 7), PlainSignature()),
 ]
 
 
 def _joined(payload: pb.Payload, parts: list[pb.Part]) -> bytes | bytearray:
     """The bytes of a payload that has travelled."""
-    joining = Joining(pb.Payload.FromString(payload.SerializeToString()))
+    joining = PayloadAssembler(pb.Payload.FromString(payload.SerializeToString()))
     for part in parts:
         assert not joining.complete
         joining.add(pb.Part.FromString(part.SerializeToString()))
@@ -110,8 +110,8 @@ def test_headers_that_lie_are_refused(payload: pb.Payload, text: str) -> None:
 def test_more_bytes_than_announced_are_refused() -> None:
     """A stream of parts without an end can't fill the memory."""
     with pytest.raises(WireError, match="expected a payload of 1 bytes, received 2"):
-        Joining(pb.Payload(data=bytes(2), size=1))
-    joining = Joining(pb.Payload(data=bytes(2), size=3))
+        PayloadAssembler(pb.Payload(data=bytes(2), size=1))
+    joining = PayloadAssembler(pb.Payload(data=bytes(2), size=3))
     with pytest.raises(WireError, match="expected a payload of 3 bytes, received 4"):
         joining.add(pb.Part(data=bytes(2)))
 
@@ -130,8 +130,8 @@ def test_calls_come_off_as_they_were(call: Call) -> None:
 
 def test_every_term_travels() -> None:
     """A term that did not could differ between ranks, unseen: the call above sets each to another value."""
-    default = LayerTerms(0, "", 0.0, 0.0)
-    assert all(getattr(_TERMS, field.name) != getattr(default, field.name) for field in fields(LayerTerms))
+    default = LayerSignature(0, "", 0.0, 0.0)
+    assert all(getattr(_SIGNATURE, field.name) != getattr(default, field.name) for field in fields(LayerSignature))
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,10 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> N
             child.stdout.readline()
             threading.Event().wait(delay)  # where in its work it is hit
             child.kill()
-            told = child.stdout.read().split()
+            reported = child.stdout.read().split()
         found = read(path)
         assert found is not None
-        assert found.progress.steps >= max(map(int, told), default=0)
+        assert found.progress.steps >= max(map(int, reported), default=0)
 
 
 def test_drafts_of_killed_processes_are_removed(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def read_all(data: Dataset) -> None:
             raise batch.problem
 
 
-def said(name: Path | str, **options: Any) -> str:
+def reported(name: Path | str, **options: Any) -> str:
     """What is said about a data set; the folder of the test is left out."""
     with pytest.raises(DataError) as raised:
         read_all(load(str(name), **options))
@@ -82,24 +82,24 @@ ARRAYS: list[tuple[dict[str, Any], str]] = [
 def test_arrays(save: Callable[..., None], arrays: dict[str, Any], expected: str, tmp_path: Path) -> None:
     """What can be wrong inside a .npz."""
     save(tmp_path / "data.npz", **arrays)
-    text = said(tmp_path / "data.npz")
+    text = reported(tmp_path / "data.npz")
     assert text.removeprefix("--data ").startswith(f"data.npz: {expected}"), text
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
     """Some row must be left for every purpose."""
     np.savez(tmp_path / "data.npz", x=X[:2], y=Y[:2])
-    assert said(tmp_path / "data.npz") == (
+    assert reported(tmp_path / "data.npz") == (
         "--data data.npz: too few rows: 2, which leave 2 to train on, 0 to validate by and 0 to test by; expected at "
         "least one row to train on and to test by."
     )
     np.savez(tmp_path / "data.npz", x=X[:4], y=Y[:4])
-    assert said(tmp_path / "data.npz", validation_split=0.1) == (
+    assert reported(tmp_path / "data.npz", validation_split=0.1) == (
         "--data data.npz: too few rows: 4, which leave 3 to train on, 0 to validate by and 1 to test by; expected at "
         "least one row to train on, to validate by and to test by."
     )
     np.savez(tmp_path / "data.npz", x=X[:0], y=Y[:0])
-    assert "too few rows: 0, which" in said(tmp_path / "data.npz")
+    assert "too few rows: 0, which" in reported(tmp_path / "data.npz")
 
 
 def test_names(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_names(tmp_path: Path) -> None:
         "empty": "--data empty: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found 1 other files.",
         "a.npz": "--data a.npz: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found 0 other files.",
     }.items():
-        assert said(tmp_path / name) == expected
+        assert reported(tmp_path / name) == expected
         with pytest.raises(DataError):
             check(str(tmp_path / name))
 
@@ -134,30 +134,30 @@ def test_folders(tmp_path: Path) -> None:
     """What can be wrong with the names of shards."""
     folder = write(tmp_path / "shards", [5, 6], "npy")
     (folder / "y-1.npy").rename(tmp_path / "kept")
-    assert said(folder) == "--data shards/y-1.npy: is missing; x-1.npy is there."
+    assert reported(folder) == "--data shards/y-1.npy: is missing; x-1.npy is there."
     (tmp_path / "kept").rename(folder / "y-1.npy")
     np.save(folder / "x_test-1.npy", X)
-    assert said(folder) == "--data shards/y_test-1.npy: is missing; x-1.npy is there."
+    assert reported(folder) == "--data shards/y_test-1.npy: is missing; x-1.npy is there."
     (folder / "x_test-1.npy").rename(folder / "z-1.npy")
-    assert said(folder) == "--data shards/z-1.npy: expected the name x-NAME.npy, y-NAME.npy, x_test-… or y_test-…."
+    assert reported(folder) == "--data shards/z-1.npy: expected the name x-NAME.npy, y-NAME.npy, x_test-… or y_test-…."
     (folder / "z-1.npy").rename(folder / "2.npz")
-    assert said(folder) == "--data shards: holds both .npz (2.npz) and .npy (x-0.npy); expected shards of one kind."
+    assert reported(folder) == "--data shards: holds both .npz (2.npz) and .npy (x-0.npy); expected shards of one kind."
 
 
 def test_shards_that_differ(tmp_path: Path) -> None:
     """Features, dtype and test rows are the same in all shards; an empty one need not know its dtype."""
     folder = write(tmp_path / "shards", [5, 6])
     np.savez(folder / "2.npz", x=X[:, 1:], y=Y)
-    assert said(folder) == (
+    assert reported(folder) == (
         "shards/2.npz: has 3 features a row, and shards/0.npz has 4; expected the same in every shard."
     )
     np.savez(folder / "2.npz", x=X.astype("uint8"), y=Y)
-    assert said(folder) == (
+    assert reported(folder) == (
         "shards/2.npz: has uint8 as the features' dtype, and shards/0.npz has float32; expected the same in every "
         "shard."
     )
     np.savez(folder / "2.npz", x=X, y=Y, x_test=X, y_test=Y)
-    assert said(folder) == (
+    assert reported(folder) == (
         "shards/0.npz: holds no test rows, and shards/2.npz does; expected them in every shard, or in none."
     )
     np.savez(folder / "2.npz", x=np.empty((0, 4)), y=[])
@@ -168,9 +168,9 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     """Neither as objects in a .npy nor as a whole file."""
     folder = write(tmp_path / "shards", [5], "npy")
     np.save(folder / "x-0.npy", np.array([[Bomb()]] * 5), allow_pickle=True)
-    assert said(folder).startswith("shards/x-0.npy: x holds Python objects (pickles), which may run any code when ")
+    assert reported(folder).startswith("shards/x-0.npy: x holds Python objects (pickles), which may run any code when ")
     (folder / "x-0.npy").write_bytes(pickle.dumps(Bomb()))
-    assert said(folder).startswith("shards/x-0.npy: x is no array of np.save, or a damaged one: ")
+    assert reported(folder).startswith("shards/x-0.npy: x is no array of np.save, or a damaged one: ")
 
 
 def test_cut_short(tmp_path: Path) -> None:
@@ -179,17 +179,17 @@ def test_cut_short(tmp_path: Path) -> None:
     content = (whole / "0.npz").read_bytes()
     for size in range(0, len(content), 37):
         (tmp_path / "cut.npz").write_bytes(content[:size])
-        assert said(tmp_path / "cut.npz").startswith("cut.npz: no .npz file, or a damaged one: "), size
+        assert reported(tmp_path / "cut.npz").startswith("cut.npz: no .npz file, or a damaged one: "), size
     plain = write(tmp_path / "plain", [5], "npy")
     content = (plain / "x-0.npy").read_bytes()
     (plain / "x-0.npy").write_bytes(content[:-1])
-    assert said(plain) == (
+    assert reported(plain) == (
         "plain/x-0.npy: x of shape (5, 4) takes 208 bytes with its header, and has 207: the file is cut short, or "
         "damaged."
     )
     for size in (0, 5, 20, 100):
         (plain / "x-0.npy").write_bytes(content[:size])
-        assert said(plain).startswith("plain/x-0.npy: x is no array of np.save, or a damaged one: "), size
+        assert reported(plain).startswith("plain/x-0.npy: x is no array of np.save, or a damaged one: "), size
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -199,9 +199,9 @@ def test_damaged_anywhere(save: Callable[..., None], tmp_path: Path) -> None:
     save(tmp_path / "whole.npz", x=X[:6, :3], y=Y[:6])
     content = (tmp_path / "whole.npz").read_bytes()
     errors = 0
-    for place in range(0, len(content), 3):
+    for offset in range(0, len(content), 3):
         damaged = bytearray(content)
-        damaged[place] ^= 0xFF
+        damaged[offset] ^= 0xFF
         (tmp_path / "bad.npz").write_bytes(damaged)
         try:
             read_all(load(str(tmp_path / "bad.npz")))
@@ -217,14 +217,14 @@ def test_encrypted(tmp_path: Path) -> None:
     entry = content.index(b"PK\x01\x02")
     content[entry + 8] |= 1
     (tmp_path / "data.npz").write_bytes(content)
-    assert said(tmp_path / "data.npz") == "data.npz: x is encrypted; expected a file of np.savez."
+    assert reported(tmp_path / "data.npz") == "data.npz: x is encrypted; expected a file of np.savez."
 
 
 def test_a_folder_that_is_no_file(tmp_path: Path) -> None:
     """A zip with folders in it is looked at by its arrays."""
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
         archive.writestr("x/", "")
-    assert "expected the arrays x and y, found x/;" in said(tmp_path / "data.npz")
+    assert "expected the arrays x and y, found x/;" in reported(tmp_path / "data.npz")
 
 
 @pytest.mark.parametrize("kind", ["npz", "compressed", "npy"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bnlayer import BatchNormalization
-from bnworker.data import Batch, DataError, Dataset, from_arrays, load, settle
+from bnworker.data import Batch, DataError, Dataset, from_arrays, load, raise_on_every_rank
 from support.datasets import Reader, all_well, rows, together, write
 from support.ranks import Meeting, run_all
 
@@ -44,15 +44,15 @@ def test_the_rows_of_a_step_do_not_depend_on_the_ranks(sizes: list[int], kind: A
     for world_size in WORLDS:
         data = loaded(world_size, tmp_path, validation_split=0.2)
         taken = [numbers(step) for epoch in (1, 2) for step in steps(data, epoch)]
-        judged = [
+        evaluated = [
             numbers([batch for one in data for batch in part(one)]) for part in (Dataset.test, Dataset.validation)
         ]
-        seen.append((taken, judged, {one.fingerprint for one in data}, {one.rows for one in data}))
+        seen.append((taken, evaluated, {one.fingerprint for one in data}, {one.rows for one in data}))
         assert {batch.rows for step in steps(data) for batch in step} <= {6, data[0].rows % 6}
     assert all(one == seen[0] for one in seen)
-    taken, judged, *_ = seen[0]
+    taken, evaluated, *_ = seen[0]
     epoch = taken[: len(taken) // 2]
-    assert sorted(row for group in epoch + judged for row in group) == list(range(26))
+    assert sorted(row for group in epoch + evaluated for row in group) == list(range(26))
     assert taken[0] != taken[len(epoch)], "another epoch has another order"
 
 
@@ -138,7 +138,7 @@ def test_a_bad_row_met_in_training(tmp_path: Path) -> None:
         batch = next(data.batches(6, 3, 1))
         assert (batch.problem is None) == (world.rank == 0)
         with pytest.raises(DataError, match=r"1\.npz: row \d+ of x: feature 1 is inf; expected a finite number\.$"):
-            settle(world, batch.problem)
+            raise_on_every_rank(world, batch.problem)
         return len(batch.y), batch.rows
 
     assert all_well(together(2, body)) == [(3, 6), (0, 6)]
@@ -179,7 +179,7 @@ def test_nobody_has_a_problem() -> None:
     """One exchange, and nothing is raised."""
 
     def body(world: Reader) -> int:
-        settle(world, None)
+        raise_on_every_rank(world, None)
         return world.table.exchanges
 
     assert all_well(together(3, body)) == [1, 1, 1]

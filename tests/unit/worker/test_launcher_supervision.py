@@ -19,8 +19,8 @@ from bnworker.launcher.supervision import (
     Happening,
     Interrupted,
     Phase,
+    SendSignal,
     Supervision,
-    Tell,
     TimeUp,
 )
 
@@ -60,7 +60,7 @@ def test_success_needs_everybody() -> None:
 def test_a_failure_gives_the_others_time_then_ends_them() -> None:
     """Grace, SIGTERM, SIGKILL, in this order, each after its time."""
     job, done = play(3, Ended(1, 7), TimeUp(), TimeUp())
-    assert done == [Alarm(GRACE_S), Tell(TERM), Alarm(GRACE_S), Tell(KILL), Alarm(None)]
+    assert done == [Alarm(GRACE_S), SendSignal(TERM), Alarm(GRACE_S), SendSignal(KILL), Alarm(None)]
     assert job.running == {0, 2}
     assert job.exit_code() == 7
 
@@ -77,10 +77,10 @@ def test_ranks_that_the_launcher_ended_do_not_count() -> None:
         ([Ended(0, 3), Ended(1, 4)], 3),
         ([Ended(1, 4), Ended(0, 3)], 4),
         ([Ended(0, 1), Ended(1, -KILL)], 137),  # killed outranks exited, whoever was seen first
-        ([Ended(0, 1, told=True), Ended(1, 7)], 7),  # told comes last, even if it came first
-        ([Ended(0, 1, told=True), Ended(1, 0)], 1),  # but it is a failure
-        ([Ended(0, 1, told=True), Ended(1, -signal.SIGSEGV)], 139),
-        ([Ended(SERVICE, -KILL), Ended(0, 1, told=True), Ended(1, 1, told=True)], 137),
+        ([Ended(0, 1, secondary=True), Ended(1, 7)], 7),  # told comes last, even if it came first
+        ([Ended(0, 1, secondary=True), Ended(1, 0)], 1),  # but it is a failure
+        ([Ended(0, 1, secondary=True), Ended(1, -signal.SIGSEGV)], 139),
+        ([Ended(SERVICE, -KILL), Ended(0, 1, secondary=True), Ended(1, 1, secondary=True)], 137),
     ],
 )
 def test_the_exit_code_is_the_first_cause(ends: list[Ended], code: int) -> None:
@@ -92,7 +92,7 @@ def test_the_exit_code_is_the_first_cause(ends: list[Ended], code: int) -> None:
 def test_a_signal_is_passed_on_and_sets_the_code(number: int, code: int) -> None:
     """Whatever the ranks then exit with."""
     job, done = play(2, Interrupted(number), Ended(0, 0), Ended(1, 5))
-    assert done == [Tell(number), Alarm(GRACE_S)]
+    assert done == [SendSignal(number), Alarm(GRACE_S)]
     assert job.exit_code() == code
 
 
@@ -100,7 +100,7 @@ def test_a_signal_is_passed_on_and_sets_the_code(number: int, code: int) -> None
 def test_a_lost_terminal_or_reader_ends_the_job_with_sigterm(number: int, code: int) -> None:
     """The ranks may not notice a SIGPIPE, nor a SIGHUP; the code says what came."""
     job, done = play(1, Interrupted(number), Ended(0, -TERM))
-    assert done[0] == Tell(TERM)
+    assert done[0] == SendSignal(TERM)
     assert job.exit_code() == code
 
 
@@ -109,13 +109,13 @@ def test_the_grace_is_the_users() -> None:
     job = Supervision(frozenset({0, 1}), grace_s=30)
     job, grace = job.handle(Ended(1, 7))
     _, termination = job.handle(TimeUp())
-    assert (grace, termination) == ([Alarm(30)], [Tell(TERM), Alarm(30)])
+    assert (grace, termination) == ([Alarm(30)], [SendSignal(TERM), Alarm(30)])
 
 
 def test_a_second_signal_kills() -> None:
     """Ctrl-C twice: no more waiting."""
     job, done = play(1, Interrupted(INT), Interrupted(INT))
-    assert done == [Tell(INT), Alarm(GRACE_S), Tell(KILL), Alarm(None)]
+    assert done == [SendSignal(INT), Alarm(GRACE_S), SendSignal(KILL), Alarm(None)]
     assert job.exit_code() == 130
 
 
@@ -133,7 +133,7 @@ def test_a_signal_after_a_failure_keeps_the_failure() -> None:
         ([Ended(0, -TERM), Ended(1, 5), Ended(MPIEXEC, 5)], 5),
         ([Ended(0, -KILL), Ended(1, 5), Ended(MPIEXEC, 5)], 5),
         # Somebody killed rank 1: MPICH says 9, Open MPI 137.
-        ([Ended(1, -KILL), Ended(0, 1, told=True), Ended(MPIEXEC, 9)], 137),
+        ([Ended(1, -KILL), Ended(0, 1, secondary=True), Ended(MPIEXEC, 9)], 137),
         ([Ended(1, -KILL), Ended(0, -TERM), Ended(MPIEXEC, 137)], 137),
         ([Ended(1, -signal.SIGSEGV), Ended(0, -TERM), Ended(MPIEXEC, 139)], 139),
         ([Ended(1, -signal.SIGSEGV), Ended(MPIEXEC, 11)], 139),

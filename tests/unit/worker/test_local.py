@@ -72,7 +72,7 @@ def test_a_rank_waits_at_a_crowded_door() -> None:
             with end:
                 frames = Frames()
                 while frames.next() is None:
-                    frames.came(end.recv_into(frames.room()))
+                    frames.received(end.recv_into(frames.room()))
                 end.sendall(framed(pb.ExchangeResponse(boot_id=5, attached=pb.Attached())))
                 end.recv(1)
 

@@ -193,10 +193,10 @@ def test_a_plan_for_the_service_holds_all_of_it() -> None:
     )
 
 
-@pytest.mark.parametrize(("said", "expected"), [(None, True), ("", True), ("1", True), ("0", False)])
-def test_the_local_socket_can_be_turned_off(said: str | None, expected: bool) -> None:
+@pytest.mark.parametrize(("reported", "expected"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_the_local_socket_can_be_turned_off(reported: str | None, expected: bool) -> None:
     """BNLAYER_LOCAL_SOCKET=0 keeps a rank on its stream."""
-    environ = SERVICE | OURS | ({} if said is None else {"BNLAYER_LOCAL_SOCKET": said})
+    environ = SERVICE | OURS | ({} if reported is None else {"BNLAYER_LOCAL_SOCKET": reported})
     assert plan(environ).local_socket is expected
 
 

@@ -10,7 +10,7 @@ from bnworker.report.history import History, Point
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 
-def told(events: list[Event], steps: int) -> tuple[History, list[Point]]:
+def recorded(events: list[Event], steps: int) -> tuple[History, list[Point]]:
     """A history of a run of so many steps, and the points that it said were complete."""
     history = History(steps, STEPS_PER_EPOCH)
     points = [history.add(event) for event in events]
@@ -19,7 +19,7 @@ def told(events: list[Event], steps: int) -> tuple[History, list[Point]]:
 
 def test_a_short_run_keeps_every_step() -> None:
     """With its loss, speed and share of waiting."""
-    history, points = told(run(2), 2 * STEPS_PER_EPOCH)
+    history, points = recorded(run(2), 2 * STEPS_PER_EPOCH)
     assert points == history.points
     assert [point.step for point in points] == list(range(1, 11))
     assert points[2].loss == 3.0
@@ -43,20 +43,20 @@ def test_a_long_run_is_thinned() -> None:
 
 def test_no_point_spans_two_epochs() -> None:
     """Three thousand steps are taken three by three; the five of an epoch are three and two."""
-    _, points = told(run(2), 3000)
+    _, points = recorded(run(2), 3000)
     assert [point.step for point in points] == [3, 5, 8, 10]
 
 
 def test_steps_without_rows() -> None:
     """An unsynchronized replica may have none; nothing is divided by zero."""
-    history, _ = told([step(1, rows=0)], 1)
+    history, _ = recorded([step(1, rows=0)], 1)
     assert (history.points[0].loss, history.points[0].rows_per_second) == (0.0, 0.0)
 
 
 def test_a_resumed_run_shows_the_epochs_of_before() -> None:
     """Which know their losses, but neither layers nor waiting times."""
     before = tuple(epoch(number, ranks=0, layers=()) for number in (1, 2))
-    history, _ = told([Resumed(12, before), *(step(number) for number in (13, 14, 15)), epoch(3), Saved(15)], 15)
+    history, _ = recorded([Resumed(12, before), *(step(number) for number in (13, 14, 15)), epoch(3), Saved(15)], 15)
     assert history.resumed == 12
     assert [one.number for one in history.epochs] == [1, 2, 3]
     assert [steps for steps, _ in history.layers()["bn_1"]] == [15]
@@ -68,7 +68,7 @@ def test_a_resumed_run_shows_the_epochs_of_before() -> None:
 
 def test_layers_over_time() -> None:
     """Each layer's statistics after each epoch, in order."""
-    history, _ = told(run(3), 15)
+    history, _ = recorded(run(3), 15)
     layers = history.layers()
     assert list(layers) == ["bn_1", "bn_2"]
     assert [steps for steps, _ in layers["bn_2"]] == [5, 10, 15]

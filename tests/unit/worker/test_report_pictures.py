@@ -19,7 +19,7 @@ from bnworker.report.history import History
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 
-def told(events: list[Event]) -> History:
+def recorded(events: list[Event]) -> History:
     """The history of a run."""
     history = History(len(events), STEPS_PER_EPOCH)
     for event in events:
@@ -29,7 +29,7 @@ def told(events: list[Event]) -> History:
 
 def test_one_picture_of_each_kind() -> None:
     """Loss and accuracy, each layer, the waiting; each a PNG as wide as a page, with a caption."""
-    drawn = pictures(told(run(3)))
+    drawn = pictures(recorded(run(3)))
     assert [picture.name for picture in drawn] == ["learning", "layer_bn_1", "layer_bn_2", "waiting"]
     for picture in drawn:
         assert picture.png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -40,17 +40,17 @@ def test_one_picture_of_each_kind() -> None:
 
 def test_the_same_run_gives_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, and whatever the reader's own matplotlib is set to."""
-    before = [picture.png for picture in pictures(told(run(2)))]
+    before = [picture.png for picture in pictures(recorded(run(2)))]
     monkeypatch.setitem(mpl.rcParams, "axes.facecolor", "red")
     monkeypatch.setitem(mpl.rcParams, "font.size", 30.0)
-    assert [picture.png for picture in pictures(told(run(2)))] == before
+    assert [picture.png for picture in pictures(recorded(run(2)))] == before
     assert mpl.rcParams["font.size"] == 30.0
 
 
 def test_loss_and_accuracy() -> None:
     """Training and test over epochs, and every step; axes with names."""
     figure = Figure()
-    _learning(told(run(3)), figure)
+    _learning(recorded(run(3)), figure)
     loss, accuracy = figure.axes
     lines = {str(line.get_label()): line for line in loss.get_lines()}
     assert list(lines) == ["training, per step", "training", "test"]
@@ -64,7 +64,7 @@ def test_loss_and_accuracy() -> None:
 
 def test_a_layers_bands() -> None:
     """Median, middle half and range over the channels, after each epoch."""
-    history, figure = told(run(3)), Figure()
+    history, figure = recorded(run(3)), Figure()
     _layer(history, history.layers()["bn_1"], figure)
     mean, variance = figure.axes
     assert (mean.get_title(loc="left") or mean.get_title()) == "bn_1: moving mean"
@@ -79,7 +79,7 @@ def test_a_layers_bands() -> None:
 def test_waiting_per_rank() -> None:
     """A bar for each rank: what it waited, and the rest of the same time; beside it the share over epochs."""
     figure = Figure()
-    _waiting(told(run(2, ranks=3)), figure)
+    _waiting(recorded(run(2, ranks=3)), figure)
     totals, shares = figure.axes
     widths = [bar.get_width() for bar in totals.patches if isinstance(bar, Rectangle)]
     assert widths == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.06, 0.04])
@@ -105,7 +105,7 @@ def test_waiting_per_rank() -> None:
 )
 def test_what_there_is_is_drawn(events: list[Event], names: list[str] | None) -> None:
     """Runs at the edge: without a warning, and without a picture of nothing."""
-    drawn = [picture.name for picture in pictures(told(events))]
+    drawn = [picture.name for picture in pictures(recorded(events))]
     assert drawn == (["learning", "layer_bn_1", "layer_bn_2", "waiting"] if names is None else names)
 
 

@@ -58,9 +58,9 @@ def test_histograms_of_the_moving_statistics(tmp_path: Path) -> None:
     """Of every layer; a value that is not finite is left out, and a layer of nothing else has none."""
     recorder = Recorder(None, tmp_path, 5, 5)
     broken = LayerStatistics("bn_9", np.array([1.0, np.inf]), np.array([np.nan, np.nan]))
-    told = epoch(1)
-    object.__setattr__(told, "layers", (*told.layers, broken))
-    recorder.watch(told)
+    recorded = epoch(1)
+    object.__setattr__(recorded, "layers", (*recorded.layers, broken))
+    recorder.watch(recorded)
     recorder.finish({})
     found = {tag: values[0][1].histo for tag, values in written(tmp_path).items() if "moving" in tag}
     assert sorted(found) == [

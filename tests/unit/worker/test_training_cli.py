@@ -34,8 +34,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         monkeypatch.setattr(sys, "argv", ["bnlayer", *arguments])
         with pytest.raises(SystemExit) as raised:
             main()
-        said = capsys.readouterr()
-        return int(raised.value.code or 0), said.out, said.err
+        reported = capsys.readouterr()
+        return int(raised.value.code or 0), reported.out, reported.err
 
     return run
 

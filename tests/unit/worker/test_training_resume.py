@@ -47,7 +47,7 @@ def run(
 ) -> tuple[Outcome, list[tuple[int, bytes]], list[Event]]:
     """One run in a world of its own; its outcome, the files that it wrote by steps, and what it told."""
     files: list[tuple[int, bytes]] = []
-    told: list[Event] = []
+    events: list[Event] = []
 
     def write(checkpoint: Checkpoint) -> None:
         files.append((checkpoint.progress.steps, encode(checkpoint)))
@@ -57,7 +57,7 @@ def run(
         begun = None if start is None else decode(start, "run.safetensors")
         saving = Saving(write, every)
         used = given or data(settings)
-        return train(settings, used, world, watch=told.append, start=begun, saving=saving), files, told
+        return train(settings, used, world, watch=events.append, start=begun, saving=saving), files, events
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
@@ -67,10 +67,10 @@ def test_from_every_step(settings: Settings) -> None:
     steps = [number for number, _ in files]
     assert steps == list(range(1, whole.steps + 1))
     for at, (number, content) in enumerate(files):
-        again, later, told = run(settings, content, every=1)
+        again, later, events = run(settings, content, every=1)
         assert later == files[at + 1 :], number
-        assert isinstance(told[0], Resumed)
-        assert told[0].steps == again.resumed_steps == number
+        assert isinstance(events[0], Resumed)
+        assert events[0].steps == again.resumed_steps == number
         assert [epoch.record() for epoch in again.epochs] == [epoch.record() for epoch in whole.epochs]
         assert (again.kept, again.test_loss) == (whole.kept, whole.test_loss)
         mine, its = again.model.tensors(0), whole.model.tensors(0)
@@ -81,9 +81,9 @@ def test_what_is_saved_when() -> None:
     """After every epoch and at the end; in between every so many steps; no state twice."""
     assert [number for number, _ in run(PLAIN)[1]] == [5, 10, 15]
     assert [number for number, _ in run(PLAIN, every=4)[1]] == [4, 5, 8, 10, 12, 15]
-    _, files, told = run(replace(PLAIN, steps=8), every=4)
+    _, files, events = run(replace(PLAIN, steps=8), every=4)
     assert [number for number, _ in files] == [4, 5, 8]
-    assert [one.steps for one in told if isinstance(one, Saved)] == [4, 5, 8]
+    assert [one.steps for one in events if isinstance(one, Saved)] == [4, 5, 8]
 
 
 def test_to_go_further_is_to_have_gone_further() -> None:
@@ -97,9 +97,9 @@ def test_to_go_further_is_to_have_gone_further() -> None:
 def test_nothing_left_to_do() -> None:
     """A finished run that is resumed takes no step, writes nothing, and has the same result."""
     first, files, _ = run(EVERYTHING)
-    again, none, told = run(EVERYTHING, files[-1][1])
+    again, none, events = run(EVERYTHING, files[-1][1])
     assert none == []
-    assert [type(one) for one in told] == [Resumed]
+    assert [type(one) for one in events] == [Resumed]
     assert (again.steps, again.rows, again.seconds) == (first.steps, 0, 0.0)
     assert (again.test_loss, again.kept) == (first.test_loss, first.kept)
 
@@ -107,9 +107,9 @@ def test_nothing_left_to_do() -> None:
 def test_nothing_left_to_do_within_an_epoch() -> None:
     """It is judged as it is."""
     first, files, _ = run(replace(PLAIN, steps=7))
-    again, none, told = run(replace(PLAIN, steps=6), files[-1][1])
+    again, none, events = run(replace(PLAIN, steps=6), files[-1][1])
     assert none == []
-    assert [type(one) for one in told] == [Resumed, Epoch]
+    assert [type(one) for one in events] == [Resumed, Epoch]
     assert again.epochs[-1].record() == first.epochs[-1].record()
 
 

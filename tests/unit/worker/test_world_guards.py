@@ -31,7 +31,7 @@ class Preempted(BaseException):
 class Interrupted(AloneTransport):
     """A transport whose first exchange is cut off."""
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """Is never complete."""
         raise Preempted
 

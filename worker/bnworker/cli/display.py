@@ -121,12 +121,12 @@ class _Bar:
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(bar_width=None),
             *([MofNCompleteColumn()] if self._wide else []),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[status]}"),
             _TimeLeft(compact=True, elapsed_when_finished=True),
             console=console,
             expand=True,
         )
-        self._task = self.progress.add_task("", total=steps, epoch=1, said="")
+        self._task = self.progress.add_task("", total=steps, epoch=1, status="")
         self._loss = self._accuracy = self._speed = math.nan
         self._test = ""
 
@@ -136,14 +136,14 @@ class _Bar:
             self.progress.update(self._task, completed=event.steps, epoch=len(event.epochs) + 1)
         elif isinstance(event, Epoch):
             self._test = f" (test {event.test_accuracy:.1%})" if self._wide else ""
-            self.progress.update(self._task, said=self._said())
+            self.progress.update(self._task, status=self._status())
         elif isinstance(event, Step):
             self._loss = _smooth(self._loss, event.loss)
             self._accuracy = _smooth(self._accuracy, event.accuracy)
             self._speed = _smooth(self._speed, event.rows / event.seconds if event.seconds else 0.0)
-            self.progress.update(self._task, advance=1, epoch=event.epoch, said=self._said())
+            self.progress.update(self._task, advance=1, epoch=event.epoch, status=self._status())
 
-    def _said(self) -> str:
+    def _status(self) -> str:
         return f"loss {self._loss:.4f}  accuracy {self._accuracy:.1%}{self._test}  {self._speed:,.0f} rows/s"
 
 

@@ -48,11 +48,11 @@ def serve(
 
     It prints `bnserver listening on HOST:PORT` when it is ready. SIGTERM and SIGINT drain it: exit code 0 within 5 s.
     """
-    from bnserver.core.members import Patience
+    from bnserver.core.members import LivenessTimeouts
     from bnserver.daemon import serve as run
 
-    patience = Patience(lease, away)
+    timeouts = LivenessTimeouts(lease, away)
     code = run(
-        listen, state_dir, insecure=insecure, ready_file=ready_file, patience=patience, log_level=log_level.value
+        listen, state_dir, insecure=insecure, ready_file=ready_file, timeouts=timeouts, log_level=log_level.value
     )
     raise typer.Exit(code)

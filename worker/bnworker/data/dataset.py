@@ -129,11 +129,13 @@ class Dataset:
 
     def test(self) -> Iterator[Batch]:
         """This rank's test rows, in blocks."""
-        return self._judged([(part.tests, part.tested[part.piece.of(len(part.tested))]) for part in self.parts])
+        return self._evaluated([(part.tests, part.tested[part.piece.of(len(part.tested))]) for part in self.parts])
 
     def validation(self) -> Iterator[Batch]:
         """This rank's validation rows, in blocks."""
-        return self._judged([(part.given, part.validating[part.piece.of(len(part.validating))]) for part in self.parts])
+        return self._evaluated(
+            [(part.given, part.validating[part.piece.of(len(part.validating))]) for part in self.parts]
+        )
 
     def _steps(self, batch_size: int, seed: int, epoch: int, first: int) -> Iterator[Chosen]:
         """This rank's rows of each step."""
@@ -149,7 +151,7 @@ class Dataset:
             yield chosen
             before_M = after_M
 
-    def _judged(self, chosen: Chosen) -> Iterator[Batch]:
+    def _evaluated(self, chosen: Chosen) -> Iterator[Batch]:
         width = self.features * np.dtype(self.dtype).itemsize
         at_once = max(1, min(_JUDGED_ROWS, _JUDGED_BYTES // width))
         blocks = (

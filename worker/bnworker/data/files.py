@@ -100,8 +100,8 @@ class File:
         """
         self._compare(self.path)
 
-    def _compare(self, place: int | Path) -> None:
-        found = _signature(place, self.path)
+    def _compare(self, location: int | Path) -> None:
+        found = _signature(location, self.path)
         if found != self.signature:
             raise DataError(
                 f"{self.path}: the file changed while the run used it: it was {self.signature}; it is {found}. "
@@ -122,9 +122,9 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
         buffer, offset = buffer[got:], offset + got
 
 
-def _signature(place: int | Path, path: Path) -> Signature:
+def _signature(location: int | Path, path: Path) -> Signature:
     try:
-        found = os.fstat(place) if isinstance(place, int) else place.stat()
+        found = os.fstat(location) if isinstance(location, int) else location.stat()
     except OSError as error:
         raise _cannot(path, error) from None
     if not stat.S_ISREG(found.st_mode):

@@ -20,10 +20,10 @@ from bnworker.data import sources
 from bnworker.data.arrays import Array, held
 from bnworker.data.batches import ROWS_AT_MOST, TEST_SHARE, shares, split
 from bnworker.data.dataset import Dataset, Part
-from bnworker.data.known import exchanged
+from bnworker.data.manifest import exchanged
 from bnworker.data.ownership import Piece, pieces
 from bnworker.data.packaged import PACKAGED
-from bnworker.data.problem import DataError, Ranks, settle
+from bnworker.data.problem import DataError, Ranks, raise_on_every_rank
 from bnworker.data.shards import Shard, below, shard
 
 T = TypeVar("T")
@@ -179,6 +179,6 @@ def _together(world: Ranks | None, action: Callable[[], T]) -> T:
         result = action()
     except DataError as error:
         problem = error
-    settle(world, problem)
+    raise_on_every_rank(world, problem)
     assert result is not None, "settled"
     return result

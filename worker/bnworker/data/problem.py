@@ -35,7 +35,7 @@ class Ranks(Protocol):
         """Give every rank the root's arrays."""
 
 
-def settle(world: Ranks | None, problem: DataError | None) -> None:
+def raise_on_every_rank(world: Ranks | None, problem: DataError | None) -> None:
     """Return if no rank has a problem; every rank calls it at the same place.
 
     Args:
@@ -54,5 +54,5 @@ def settle(world: Ranks | None, problem: DataError | None) -> None:
     if first == world.world_size:
         return
     text = None if problem is None else [np.frombuffer(str(problem).encode(), np.uint8)]
-    (said,) = world.broadcast(text, root=int(first))
-    raise DataError(said.tobytes().decode())
+    (message,) = world.broadcast(text, root=int(first))
+    raise DataError(message.tobytes().decode())

@@ -107,7 +107,7 @@ def main() -> None:
     running.clear()  # before its number is free for another process
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(report, f"{status}\n".encode())
-    if status != 0 and (folder / f"{rank}.told").exists():  # see bnworker.told
+    if status != 0 and (folder / f"{rank}.told").exists():  # see bnworker.failure_marker
         _wait_for_the_cause(folder, ranks)
     elif folder.is_dir():
         (folder / f"{rank}.ended").touch()

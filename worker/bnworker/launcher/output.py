@@ -23,7 +23,7 @@ from bnworker.launcher.prefix import Prefixer, Style
 from bnworker.launcher.reactor import Consumer, Reactor, Sink, Stream
 from bnworker.launcher.starting import Job, LaunchError
 
-SAYS = "bnlayer launch:"  # in front of the launcher's own lines
+PREFIX = "bnlayer launch:"  # in front of the launcher's own lines
 _IN_LOGS = Style(timestamps=True, colour=False)
 _STDOUT, _STDERR = 1, 2
 
@@ -70,7 +70,7 @@ class Log:
         self._file.close()
 
 
-class _Shown:
+class _Screen:
     """A stream as lines with their heads, for a sink or a log."""
 
     def __init__(self, put: Callable[[bytes], None], style: Style, label: str, rank: int | None) -> None:
@@ -108,37 +108,37 @@ class Outputs:
             for descriptor in (_STDOUT, _STDERR)
         )
         self._streams: list[Stream] = []
-        self._logs = _opened(job, output.log_dir, self._say_on_screen) if output.log_dir is not None else {}
+        self._logs = _opened(job, output.log_dir, self._write_on_screen) if output.log_dir is not None else {}
 
     def rank(self, descriptor: int, rank: int, kind: str) -> None:
         """Pass on a rank's output; kind is "out" or "err"."""
         sink, style = (self._out, self._out_style) if kind == "out" else (self._err, self._err_style)
         log = self._logs.get(f"rank-{rank}.{kind}")
-        shown = _Shown(sink.put, style, f"[{rank}]", rank)
+        shown = _Screen(sink.put, style, f"[{rank}]", rank)
         self._stream(descriptor, sink, [log, shown] if log is not None else [shown])
 
     def other(self, descriptor: int, name: str) -> None:
         """Pass on the output of a process that is no rank."""
         label = f"[{name}]"
-        shown = _Shown(self._err.put, self._err_style, label, None)
+        shown = _Screen(self._err.put, self._err_style, label, None)
         log = self._logs.get("launch.log")
-        consumers = [_Shown(log.feed, _IN_LOGS, label, None), shown] if log is not None else [shown]
+        consumers = [_Screen(log.feed, _IN_LOGS, label, None), shown] if log is not None else [shown]
         self._stream(descriptor, self._err, consumers)
 
     def _stream(self, descriptor: int, sink: Sink, consumers: Sequence[Consumer]) -> None:
         self._streams.append(Stream(self._reactor, descriptor, sink, consumers))
 
-    def say(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """A line of the launcher's own."""
         if (log := self._logs.get("launch.log")) is not None:
             self._line(log.feed, _IN_LOGS, text)
-        self._say_on_screen(text)
+        self._write_on_screen(text)
 
-    def _say_on_screen(self, text: str) -> None:
+    def _write_on_screen(self, text: str) -> None:
         self._line(self._err.put, self._err_style, text)
 
     def _line(self, put: Callable[[bytes], None], style: Style, text: str) -> None:
-        _Shown(put, style, SAYS, None).feed(f"{text}\n".encode())
+        _Screen(put, style, PREFIX, None).feed(f"{text}\n".encode())
 
     @property
     def written(self) -> bool:

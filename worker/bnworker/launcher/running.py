@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from bnworker.failure_marker import FOLDER, is_marked
 from bnworker.launcher import starting
 from bnworker.launcher.guardian import sweep
 from bnworker.launcher.output import Output, Outputs
@@ -33,11 +34,10 @@ from bnworker.launcher.supervision import (
     Event,
     Interrupted,
     Phase,
+    SendSignal,
     Supervision,
-    Tell,
     TimeUp,
 )
-from bnworker.told import FOLDER, was_told
 
 # Python, NumPy and gRPC on a cold disk beside busy ranks; a start takes half a second otherwise.
 _SERVICE_START_S = 60.0
@@ -138,18 +138,18 @@ class _Run:
         assert process.stdout is not None
         assert process.stderr is not None
         self._outputs.other(starting.detach(process.stderr), "service")
-        said = bytearray()
+        message = bytearray()
         speaks = starting.detach(process.stdout)
 
         def ready() -> None:
             chunk = os.read(speaks, 4096)
-            said.extend(chunk or b"\n")  # its end ends the waiting
+            message.extend(chunk or b"\n")  # its end ends the waiting
 
         self.reactor.watch(speaks, ready)
-        self.reactor.pump(lambda: b"\n" in said or self.supervision.phase is not Phase.RUNNING, _SERVICE_START_S)
+        self.reactor.pump(lambda: b"\n" in message or self.supervision.phase is not Phase.RUNNING, _SERVICE_START_S)
         self.reactor.forget(speaks)
         self._outputs.other(speaks, "service")
-        line = bytes(said).partition(b"\n")[0]
+        line = bytes(message).partition(b"\n")[0]
         if self.supervision.phase is Phase.RUNNING and not line.startswith(_LISTENING):
             raise LaunchError("the statistics service for this job did not start; what it said stands above.", 1)
         self._on_end(process, self._service_ended)
@@ -193,7 +193,7 @@ class _Run:
         if self._finishing:
             self._impatient = True
         elif number in _PASSED_ON:
-            self._tell(number)
+            self._send_signal(number)
         else:
             self._handle(Interrupted(number))
 
@@ -203,11 +203,11 @@ class _Run:
             self._handle(Interrupted(signal.SIGPIPE))
 
     def _reported(self, rank: int, report: int) -> None:
-        said = os.read(report, 4096)
-        if not said:
+        message = os.read(report, 4096)
+        if not message:
             self.reactor.forget(report)
             os.close(report)
-        for line in said.split():
+        for line in message.split():
             if rank not in self._groups:
                 self._groups[rank] = int(line)
             else:
@@ -215,7 +215,7 @@ class _Run:
 
     def _ended(self, who: int, status: int) -> None:
         self._groups.pop(who, None)
-        self._handle(Ended(who, status, told=who >= 0 and was_told(self.folder, who)))
+        self._handle(Ended(who, status, secondary=who >= 0 and is_marked(self.folder, who)))
 
     def _service_ended(self, status: int) -> None:
         self._service = None
@@ -226,26 +226,26 @@ class _Run:
         before = self.supervision
         self.supervision, effects = before.handle(event)
         if isinstance(event, Ended) and len(self.supervision.ended) > len(before.ended) and event.status != 0:
-            self._outputs.say(str(event))
+            self._outputs.announce(str(event))
         for effect in effects:
             match effect:
-                case Tell(number):
-                    self._tell(number)
+                case SendSignal(number):
+                    self._send_signal(number)
                 case Alarm(seconds):
                     self.reactor.ring(seconds, lambda: self._handle(TimeUp()))
 
     # ---- what is done ----
 
-    def _tell(self, number: int) -> None:
+    def _send_signal(self, number: int) -> None:
         """Send a signal to the ranks; mpiexec, which would end them at once, hears only the last one."""
         ranks = {who for who in self._groups if who >= 0}
         for who in self._groups if number == signal.SIGKILL or not ranks else ranks:
             with suppress(ProcessLookupError):
                 os.killpg(self._groups[who], number)
         if ranks and number not in _PASSED_ON:
-            said = f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}"
+            message = f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}"
             then = f"; SIGKILL follows in {self._job.grace_s:g} s, or at once on Ctrl-C"
-            self._outputs.say(said if number == signal.SIGKILL else said + then)
+            self._outputs.announce(message if number == signal.SIGKILL else message + then)
 
     # ---- the end ----
 

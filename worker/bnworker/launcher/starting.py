@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from bnlayer.environment import announced
+from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
 from bnworker.launcher.supervision import GRACE_S
-from bnworker.told import FOLDER
 
 _HERE = Path(__file__).parent
 

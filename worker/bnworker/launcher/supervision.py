@@ -61,7 +61,7 @@ class Ended:
 
     who: int
     status: int
-    told: bool = False
+    secondary: bool = False
 
     @property
     def code(self) -> int:
@@ -88,7 +88,7 @@ class TimeUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class SendSignal:
     """Effect: send a signal to every process that still runs."""
 
     signal: int
@@ -102,7 +102,7 @@ class Alarm:
 
 
 Event = Ended | Interrupted | TimeUp
-Effect = Tell | Alarm
+Effect = SendSignal | Alarm
 
 _AFTER = {
     (Phase.RUNNING, Happening.SUCCEEDED): Phase.RUNNING,
@@ -192,16 +192,16 @@ def _on_entering(phase: Phase, event: Event, grace_s: float) -> Iterable[Effect]
         yield Alarm(grace_s)
     elif phase is Phase.TERMINATING:
         passed_on = isinstance(event, Interrupted) and event.signal in _AS_IT_IS and event.signal
-        yield Tell(passed_on or signal.SIGTERM)
+        yield SendSignal(passed_on or signal.SIGTERM)
         yield Alarm(grace_s)
     elif phase is Phase.KILLING:
-        yield Tell(signal.SIGKILL)
+        yield SendSignal(signal.SIGKILL)
         yield Alarm(None)
 
 
 def _first_cause(failures: list[Ended]) -> Ended:
     """Killed by a signal, before failed on its own, before told of another's failure; then the first."""
-    return min(failures, key=lambda end: 0 if end.status < 0 else 2 if end.told else 1)
+    return min(failures, key=lambda end: 0 if end.status < 0 else 2 if end.secondary else 1)
 
 
 def _confirmed(ranks: list[Ended], mpiexec: Ended) -> Ended:
@@ -211,8 +211,8 @@ def _confirmed(ranks: list[Ended], mpiexec: Ended) -> Ended:
     doing, and count only where its exit code speaks of them (MPICH's says n for signal n, Open MPI's 128 + n).
     """
     own = [end for end in ranks if end.status not in (-signal.SIGTERM, -signal.SIGKILL)]
-    said = [end for end in own if not end.told and mpiexec.code in (end.code, -end.status)]
+    matching = [end for end in own if not end.secondary and mpiexec.code in (end.code, -end.status)]
     killed = [end for end in ranks if end not in own and mpiexec.code in (end.code, -end.status)]
-    if said or killed:
-        return (said or killed)[0]
+    if matching or killed:
+        return (matching or killed)[0]
     return _first_cause(own) if own else mpiexec

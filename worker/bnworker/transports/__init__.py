@@ -36,7 +36,7 @@ class Transport(Protocol):
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """Reduce words over the ranks."""
 
     def pull(self, layer: str) -> LayerState | None:

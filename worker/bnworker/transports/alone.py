@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bnlayer.collective import Alone, Call, PlainTerms
+from bnlayer.collective import Alone, Call, PlainSignature
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 
@@ -24,8 +24,8 @@ class AloneTransport(Alone):
 
     def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The arrays of one rank, copied."""
-        assert isinstance(call.terms, PlainTerms)
-        return reduce_in_rank_order(call.terms.op, [arrays])
+        assert isinstance(call.signature, PlainSignature)
+        return reduce_in_rank_order(call.signature.op, [arrays])
 
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
         """The root's arrays; the only rank is the root."""

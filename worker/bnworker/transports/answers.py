@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bnproto.arrays import Joining, WireError
+from bnproto.arrays import PayloadAssembler, WireError
 from bnproto.v1 import statistics_pb2 as pb
 
 
@@ -20,7 +20,7 @@ class Whole:
     """Puts the parts of an answer together."""
 
     def __init__(self) -> None:
-        self._begun: tuple[pb.ExchangeResponse, Joining] | None = None
+        self._begun: tuple[pb.ExchangeResponse, PayloadAssembler] | None = None
 
     def add(self, response: pb.ExchangeResponse) -> Answer | None:
         """Hear a response; returns the answer that it completes.
@@ -38,6 +38,6 @@ class Whole:
             first = response
             if kind not in ("result", "owned"):
                 return Answer(response, b"")
-            joining = Joining(response.result.payload if kind == "result" else response.owned.payload)
+            joining = PayloadAssembler(response.result.payload if kind == "result" else response.owned.payload)
         self._begun = None if joining.complete else (first, joining)
         return Answer(first, joining.data) if joining.complete else None

@@ -95,7 +95,7 @@ class LocalSocket:
                     count = self._socket.recv_into(self._frames.room())
                     if not count:
                         raise ConnectionResetError("the service ended the local socket")
-                    self._frames.came(count)
+                    self._frames.received(count)
         except BlockingIOError:
             return None
         finally:

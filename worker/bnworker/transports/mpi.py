@@ -29,11 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer, judge
-from bnlayer.collective import Call, Operation, PlainTerms, Total
+from bnlayer.collective import Call, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError, PeerLostError
-from bnlayer.reduction import Terms, combined, decode, dtype_named, encode
+from bnlayer.reduction import Encoded, combined, decode, dtype_named, encode
 from bnlayer.state import LayerState
-from bnworker.transports.spoken import Names, heard, pushed_state, speak
+from bnworker.transports.call_encoding import CallFingerprints, decode_call, encode_call, pushed_digest
 
 try:
     from mpi4py import MPI
@@ -43,7 +43,7 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
         f"'bnlayer[mpi]' uses the MPI of this machine ({error})."
     ) from error
 
-from bnworker.transports.patience import Patience, Wait, complete
+from bnworker.transports.mpi_wait import NoteExchange, Wait, complete
 
 _LEAVING = 0  # the header of a rank that leaves; no name is 0
 _CHUNK = 2**24  # elements per collective: 128 MiB, far below the 2^31 bytes that old MPIs can count
@@ -75,8 +75,8 @@ class MPITransport:
         self._timeout = timeout
         self._deterministic = deterministic
         self._pushed: dict[str, str] = {}
-        self._names = Names()
-        self._round = 0
+        self._fingerprints = CallFingerprints()
+        self._exchange_number = 0
         self._over = False
         self._last: Call | None = None
         self._sound = True
@@ -84,7 +84,7 @@ class MPITransport:
         self._greatest = np.empty(2, np.int64)
         atexit.register(self._at_exit)
         self._comm, self._peers = self._meet(base)
-        self._patience = Patience(self._comm, self._peers)
+        self._notes = NoteExchange(self._comm, self._peers)
         self._agreeing = self._prepared()
 
     # ---- the transport ----
@@ -97,11 +97,11 @@ class MPITransport:
         names = state.arrays()
         return LayerState.from_arrays(dict(zip(names, received, strict=True)), state.forward.dtype)
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """Reduce words over the ranks, by MPI's own MAX or SUM of int64."""
-        wait = self._agree(call, words.shape)
+        wait = self._agree(call, limbs.shape)
         op = MPI.MAX if call.operation is Operation.PROBE else MPI.SUM
-        return Total(self._reduced(words, op, wait))
+        return Total(self._reduced(limbs, op, wait))
 
     def pull(self, layer: str) -> LayerState | None:
         """Every rank owns its own."""
@@ -110,27 +110,27 @@ class MPITransport:
 
     def push(self, layer: str, state: LayerState) -> LayerState | None:
         """Every rank owns its own; the next exchange of the layer finds out whether all pushed the same."""
-        self._pushed[layer] = pushed_state(self._pushed.get(layer, "nothing"), state)
+        self._pushed[layer] = pushed_digest(self._pushed.get(layer, "nothing"), state)
         return None
 
     def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Reduce arrays as `bnlayer.reduction` says, but for the order of floats unless deterministic."""
-        assert isinstance(call.terms, PlainTerms)
-        op = call.terms.op
+        assert isinstance(call.signature, PlainSignature)
+        op = call.signature.op
         wait = self._agree(call)
-        terms = encode(op, arrays)
-        words = self._reduced(terms.words, MPI.SUM if op == "sum" else MPI.MAX, wait)
+        encoded = encode(op, arrays)
+        limbs = self._reduced(encoded.limbs, MPI.SUM if op == "sum" else MPI.MAX, wait)
         if self._deterministic:
-            floats = self._added_in_rank_order(terms.floats, wait)
+            floats = self._added_in_rank_order(encoded.floats, wait)
         else:
-            floats = self._reduced(terms.floats, MPI.SUM, wait)
-        return decode(op, Terms(floats, words), arrays)
+            floats = self._reduced(encoded.floats, MPI.SUM, wait)
+        return decode(op, Encoded(floats, limbs), arrays)
 
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
         """The root's arrays."""
-        assert isinstance(call.terms, PlainTerms)
+        assert isinstance(call.signature, PlainSignature)
         wait = self._agree(call)
-        return self._send_from(call.terms.root, arrays, wait)
+        return self._send_from(call.signature.root, arrays, wait)
 
     def barrier(self, call: Call) -> None:
         """The header alone is a barrier."""
@@ -142,7 +142,7 @@ class MPITransport:
             return
         try:
             self._agree(None, reason=reason)
-            self._patience.drain()
+            self._notes.drain()
             if self._agreeing is not None:
                 self._agreeing.Free()
         except CollectiveError as error:
@@ -162,10 +162,10 @@ class MPITransport:
             CollectiveError: they have not; not raised where this rank leaves and all others came.
         """
         timeout = min(self._timeout, _FAILED_LEAVE_S) if reason else self._timeout
-        wait = Wait(self._round, call, timeout, time.monotonic(), self._last)
-        self._round += 1
-        pushed = "nothing" if call is None else self._pushed.get(call.place.layer or "", "nothing")
-        name = _LEAVING if call is None else self._names.of(call, shape, pushed)
+        wait = Wait(self._exchange_number, call, timeout, time.monotonic(), self._last)
+        self._exchange_number += 1
+        pushed = "nothing" if call is None else self._pushed.get(call.key.layer or "", "nothing")
+        name = _LEAVING if call is None else self._fingerprints.of(call, shape, pushed)
         self._header[0], self._header[1] = name, -name
         if self._agreeing is None:
             request = self._comm.Iallreduce(self._header, self._greatest, MPI.MAX)
@@ -177,18 +177,18 @@ class MPITransport:
         if greatest == -least:
             self._over, self._last = call is None, call
         else:
-            said = b"" if call is None else speak(call, "" if shape is None else str(shape), pushed)
-            self._disagree(call, said, reason, wait)
+            encoded_call = b"" if call is None else encode_call(call, "" if shape is None else str(shape), pushed)
+            self._disagree(call, encoded_call, reason, wait)
         return wait
 
-    def _disagree(self, call: Call | None, said: bytes, reason: str, wait: Wait) -> None:
+    def _disagree(self, call: Call | None, encoded_call: bytes, reason: str, wait: Wait) -> None:
         """Exchange what was said, and end the world for everyone in the same way."""
-        words = self._gathered(json.dumps([None if call is None else said.decode(), reason]).encode(), wait)
+        gathered = self._gathered(json.dumps([None if call is None else encoded_call.decode(), reason]).encode(), wait)
         self._over = True
-        self._patience.drain()
-        told = [json.loads(word) for word in words]
-        calls = {rank: heard(text.encode()) for rank, (text, _) in enumerate(told) if text is not None}
-        left = {rank: why for rank, (text, why) in enumerate(told) if text is None}
+        self._notes.drain()
+        reports = [json.loads(text) for text in gathered]
+        calls = {rank: decode_call(text.encode()) for rank, (text, _) in enumerate(reports) if text is not None}
+        left = {rank: why for rank, (text, why) in enumerate(reports) if text is None}
         if call is None:
             return
         verdict = judge(calls, left, {peer.rank: peer for peer in self._peers})
@@ -211,10 +211,10 @@ class MPITransport:
         for send, receive in zip(_chunks(floats), _chunks(total), strict=True):
             rows = np.empty((self.world_size, send.size), np.float64)
             self._complete(self._comm.Iallgather(send, rows), wait)
-            no_words = np.empty(0, np.int64)
-            added = Terms(rows[0], no_words)
+            no_limbs = np.empty(0, np.int64)
+            added = Encoded(rows[0], no_limbs)
             for row in rows[1:]:
-                added = combined("sum", added, Terms(row, no_words))
+                added = combined("sum", added, Encoded(row, no_limbs))
             receive[:] = added.floats
         return total
 
@@ -251,7 +251,7 @@ class MPITransport:
     def _complete(self, request: MPI.Request, wait: Wait) -> None:
         """Wait for a request; a wait that does not complete makes the communicator unsound."""
         sound, self._sound = self._sound, False
-        complete(request, wait.start, self._patience.look_around, wait)
+        complete(request, wait.start, self._notes.look_around, wait)
         self._sound = sound
 
     # ---- the beginning and the end ----

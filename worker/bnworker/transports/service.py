@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.collective import Call, PlainTerms, Total
+from bnlayer.collective import Call, PlainSignature, Total
 from bnlayer.errors import CollectiveError, ServiceError
 from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
@@ -82,11 +82,11 @@ class ServiceTransport:
 
         return self._at(call, ask)
 
-    def exchange(self, call: Call, words: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
         """Reduce words over the ranks: MAX for a probe, SUM for sums."""
 
         def ask() -> Total:
-            result = self._exchanged(call, (words,))
+            result = self._exchanged(call, (limbs,))
             (total,) = _arrays(result)
             return Total(total, result.response.result.version)
 
@@ -122,8 +122,8 @@ class ServiceTransport:
 
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
         """The arrays of the rank that `call.terms` names; None on every other rank."""
-        assert isinstance(call.terms, PlainTerms)
-        mine = arrays if call.terms.root == self.rank else None
+        assert isinstance(call.signature, PlainSignature)
+        mine = arrays if call.signature.root == self.rank else None
 
         def ask() -> list[NDArray[Any]]:
             result = self._exchanged(call, mine)
@@ -169,7 +169,7 @@ class ServiceTransport:
             return ask()
         except CollectiveError as error:
             if error.layer is None and error.step is None:
-                error.layer, error.step = call.place.layer, call.place.step
+                error.layer, error.step = call.key.layer, call.key.step
             raise
 
 

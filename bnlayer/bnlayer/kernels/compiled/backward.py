@@ -6,7 +6,7 @@ Per element, with |g| < 2^wA and |h| < 2^wX:
     A += round(g', to multiples of 2^(wA−42))      B += round(g'·h, to multiples of 2^(wA+wX−42))
 
 g' is the float64 next to g towards 0, as fl(g·(1 − 2^-53)) gives it, so that neither A's terms nor B's have ties (see
-`bnlayer.words`), and both are added up as chains: two float64 that stand in memory between the rows of a step and those
+`bnlayer.limbs`), and both are added up as chains: two float64 that stand in memory between the rows of a step and those
 of the next. Operations go by halves of a vector: Zen 4 widens four float32 as it loads them, twice, in less time than
 eight.
 
@@ -71,44 +71,46 @@ Array = NDArray[Any]
 # Rows at a step. Of 4 KB each, twice as many of both arrays would fight for the eight ways of one cache set.
 _ROWS = 4
 _PIVOT, _LARGEST_GRADIENT, _LARGEST_DEVIATION = range(3)
-_SLACK, _SPAN, _FINE_SPAN = SINGLE.gradient_slack, SINGLE.gradient_span, DOUBLE.gradient_span
+_SLACK, _SPAN, _FINER_SPAN = SINGLE.gradient_slack, SINGLE.gradient_span, DOUBLE.gradient_span
 
 
 @inlined
-def _height(check: Any, fine: Any) -> int:
+def _height(check: Any, finer: Any) -> int:
     """The lines of eight places: a line holds one of what is beside the sums, or two if it is narrow."""
     if check is None:
-        return 5 if fine is None else 10
-    return 6 if fine is None else 11
+        return 5 if finer is None else 10
+    return 6 if finer is None else 11
 
 
 @inlined
-def _beside(at: int, what: int, check: Any, fine: Any) -> int:
+def _beside(at: int, what: int, check: Any, finer: Any) -> int:
     """The index of what is kept beside the sums, in an array of numbers as wide as the data's."""
-    block = at // LANES * _height(check, fine)
-    start = (block + 4) * 2 if fine is None else block + 8
+    block = at // LANES * _height(check, finer)
+    start = (block + 4) * 2 if finer is None else block + 8
     return (start + what) * LANES + at % LANES
 
 
 @inlined
-def _places(gradient: Array, deviation: Array, pivot: Array, repeats: int, lanes: int, check: Any, fine: Any) -> Array:
+def _accumulators(
+    gradient: Array, deviation: Array, pivot: Array, repeats: int, lanes: int, check: Any, finer: Any
+) -> Array:
     """The places of a pass, as in `forward`; the largest magnitudes are 0."""
-    width, height = pivot.size * lanes * repeats, _height(check, fine)
-    places = lines(width * height)
-    pivots = places.view(pivot.dtype)
+    width, height = pivot.size * lanes * repeats, _height(check, finer)
+    accumulators = lines(width * height)
+    pivots = accumulators.view(pivot.dtype)
     c = 0
     for at in range(width):
-        a = gradient[c] + (_SLACK if fine is None else 0)
+        a = gradient[c] + (_SLACK if finer is None else 0)
         b = a + deviation[c]
-        places[where_is(at, magic(0, 0), height)] = bits(3.0 * power(a))
-        places[where_is(at, magic(0, 1), height)] = bits(3.0 * power(b))
-        if fine is not None:
-            places[where_is(at, magic(1, 0), height)] = bits(3.0 * power(a - 52))
-            places[where_is(at, magic(1, 1), height)] = bits(3.0 * power(b - 52))
-        pivots[_beside(at, _PIVOT, check, fine)] = pivot[c]
+        accumulators[where_is(at, magic(0, 0), height)] = bits(3.0 * power(a))
+        accumulators[where_is(at, magic(0, 1), height)] = bits(3.0 * power(b))
+        if finer is not None:
+            accumulators[where_is(at, magic(1, 0), height)] = bits(3.0 * power(a - 52))
+            accumulators[where_is(at, magic(1, 1), height)] = bits(3.0 * power(b - 52))
+        pivots[_beside(at, _PIVOT, check, finer)] = pivot[c]
         c = channel_after(c, at, pivot.size, lanes)
-    begin(places, height, 1 if fine is None else 2)
-    return places
+    begin(accumulators, height, 1 if finer is None else 2)
+    return accumulators
 
 
 @inlined
@@ -162,51 +164,51 @@ def _chain(
 
 @inlined
 def _step(
-    dy: Array, x: Array, check: Any, fine: Any, start: int, stride: int, steps: int, ahead: bool, centred: bool,
-    at: int, places: Array, chains: Array, pivots: Array, largest: Array,
+    dy: Array, x: Array, check: Any, finer: Any, start: int, stride: int, steps: int, ahead: bool, centred: bool,
+    at: int, accumulators: Array, chains: Array, pivots: Array, largest: Array,
 ) -> None:  # fmt: skip
     """Add eight elements `steps` times, in the eight places from `at` on."""
-    if fine is None:
+    if finer is None:
         _chain(dy, x, check, start, stride, steps, ahead, centred, at, chains, pivots, largest)
     else:
         to_p, to_g = _beside(at, _PIVOT, check, 1), _beside(at, _LARGEST_GRADIENT, check, 1)
         to_h, height = _beside(at, _LARGEST_DEVIATION, check, 1), _height(check, 1)
-        add_products(dy, x, check, start, stride, steps, at, places, height, pivots, to_p, largest, to_g, to_h)
+        add_products(dy, x, check, start, stride, steps, at, accumulators, height, pivots, to_p, largest, to_g, to_h)
 
 
 @inlined
 def _one(
-    dy: Array, x: Array, check: Any, fine: Any, index: int, at: int, places: Array, pivots: Array, largest: Array
+    dy: Array, x: Array, check: Any, finer: Any, index: int, at: int, accumulators: Array, pivots: Array, largest: Array
 ) -> None:
     """Add one element in one place."""
-    height = _height(check, fine)
+    height = _height(check, finer)
     gradient = dy[index]
-    deviation = x[index] - pivots[_beside(at, _PIVOT, check, fine)]
+    deviation = x[index] - pivots[_beside(at, _PIVOT, check, finer)]
     size = magnitude(gradient)
-    top_g = _beside(at, _LARGEST_GRADIENT, check, fine)
+    top_g = _beside(at, _LARGEST_GRADIENT, check, finer)
     largest[top_g] = max(largest[top_g], size)
     if check is not None:
-        top_h = _beside(at, _LARGEST_DEVIATION, check, fine)
+        top_h = _beside(at, _LARGEST_DEVIATION, check, finer)
         deviation = where(size, deviation)
         largest[top_h] = max(largest[top_h], magnitude(deviation))
     g, h = widen(gradient), widen(deviation)
-    if fine is None:
+    if finer is None:
         to_a, to_b = where_is(at, sums(0, 0), height), where_is(at, sums(0, 1), height)
         shrunk = g * SHRINK
-        places[to_a] = bits(shrunk + number(places[to_a]))
-        places[to_b] = bits(fused(shrunk, h, number(places[to_b])))
+        accumulators[to_a] = bits(shrunk + number(accumulators[to_a]))
+        accumulators[to_b] = bits(fused(shrunk, h, number(accumulators[to_b])))
     else:
-        add_product(g, h, at, places, height)
+        add_product(g, h, at, accumulators, height)
 
 
 @inlined
-def _largest(largest: Array, check: Any, fine: Any, width: int, channels: int, lanes: int) -> Array:
+def _largest(largest: Array, check: Any, finer: Any, width: int, channels: int, lanes: int) -> Array:
     """The largest |dy| of each channel, and the largest |x − pivot| where that was looked at; (2, at least C)."""
     found = np.zeros((2, width), largest.dtype)
     for at in range(0, width, LANES):
-        store(found, at, load(largest, _beside(at, _LARGEST_GRADIENT, check, fine)))
+        store(found, at, load(largest, _beside(at, _LARGEST_GRADIENT, check, finer)))
         if check is not None:
-            store(found, width + at, load(largest, _beside(at, _LARGEST_DEVIATION, check, fine)))
+            store(found, width + at, load(largest, _beside(at, _LARGEST_DEVIATION, check, finer)))
     once = channels * lanes
     for row in range(2):
         for first in range(once, width, once):
@@ -220,17 +222,17 @@ def _largest(largest: Array, check: Any, fine: Any, width: int, channels: int, l
 
 @inlined
 def _finish(
-    largest: Array, check: Any, fine: Any, width: int, gradient: Array, deviation: Array, lanes: int, words: Array
+    largest: Array, check: Any, finer: Any, width: int, gradient: Array, deviation: Array, lanes: int, limbs: Array
 ) -> bool:
     """Write the flags; whether all values were finite and within their windows."""
-    channels = words.shape[1]
-    found = _largest(largest, check, fine, width, channels, lanes)
-    fit, span = True, _SPAN if fine is None else _FINE_SPAN
+    channels = limbs.shape[1]
+    found = _largest(largest, check, finer, width, channels, lanes)
+    fit, span = True, _SPAN if finer is None else _FINER_SPAN
     for c in range(channels):
         top_g = widen(number(found[0, c]))
         fit &= top_g < power(gradient[c])
-        words[-2, c] = 0
-        words[-1, c] = (np.int64(top_g >= power(gradient[c] - span)) << 32) | np.int64(found[0, c] > 0)
+        limbs[-2, c] = 0
+        limbs[-1, c] = (np.int64(top_g >= power(gradient[c] - span)) << 32) | np.int64(found[0, c] > 0)
     if check is not None:
         for c in range(channels):
             fit &= widen(number(found[1, c])) < power(deviation[c])
@@ -239,7 +241,7 @@ def _finish(
 
 @inlined
 def _rows(
-    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, centred: bool, width: int, places: Array,
+    dy: Array, x: Array, check: Any, finer: Any, first: int, last: int, centred: bool, width: int, accumulators: Array,
     chains: Array, pivots: Array, largest: Array,
 ) -> None:  # fmt: skip
     """Add the rows from `first` to `last`."""
@@ -247,43 +249,43 @@ def _rows(
     for i in range(first, whole, _ROWS):
         for c in range(0, width, LANES):
             at = i * width + c
-            _step(dy, x, check, fine, at, width, _ROWS, True, centred, c, places, chains, pivots, largest)
+            _step(dy, x, check, finer, at, width, _ROWS, True, centred, c, accumulators, chains, pivots, largest)
     for c in range(0, width, LANES):
         at = whole * width + c
-        _step(dy, x, check, fine, at, width, last - whole, False, centred, c, places, chains, pivots, largest)
+        _step(dy, x, check, finer, at, width, last - whole, False, centred, c, accumulators, chains, pivots, largest)
 
 
 @inlined
 def _runs(
-    dy: Array, x: Array, check: Any, fine: Any, first: int, last: int, begun: int, end: int, length: int,
-    centred: bool, places: Array, chains: Array, pivots: Array, largest: Array,
+    dy: Array, x: Array, check: Any, finer: Any, first: int, last: int, begun: int, end: int, length: int,
+    centred: bool, accumulators: Array, chains: Array, pivots: Array, largest: Array,
 ) -> None:  # fmt: skip
     """Add the places from `begun` to `end` of all runs of some images."""
-    height = _height(check, fine)
-    channels = places.size // (height * LANES)
+    height = _height(check, finer)
+    channels = accumulators.size // (height * LANES)
     whole = (end - begun) // LANES
     for image in range(first, last):
         for c in range(channels):
             start, at = (image * channels + c) * length + begun, c * LANES
-            _step(dy, x, check, fine, start, LANES, whole, False, centred, at, places, chains, pivots, largest)
+            _step(dy, x, check, finer, start, LANES, whole, False, centred, at, accumulators, chains, pivots, largest)
             rest = start + whole * LANES
             for lane in range((end - begun) % LANES):
-                _one(dy, x, check, fine, rest + lane, at + lane, places, pivots, largest)
-                if fine is not None:
-                    discount(places, height, at + lane)
+                _one(dy, x, check, finer, rest + lane, at + lane, accumulators, pivots, largest)
+                if finer is not None:
+                    discount(accumulators, height, at + lane)
 
 
 @kernel
 def sums_of_rows(
-    dy: Array, x: Array, check: Any, fine: Any, pivot: Array, gradient: Array, deviation: Array, repeats: int,
-    top: Array, words: Array,
+    dy: Array, x: Array, check: Any, finer: Any, pivot: Array, gradient: Array, deviation: Array, repeats: int,
+    top: Array, limbs: Array,
 ) -> bool:  # fmt: skip
     """The words of rows of channels.
 
     Args:
         dy, x: flat.
         check: not None: look at the deviations too; otherwise the forward pass has shown that they fit.
-        fine: not None: float64 data, with a second fold.
+        finer: not None: float64 data, with a second fold.
         pivot: (C,), of x's dtype.
         gradient, deviation: (C,), the grid.
         repeats: how many rows are taken for one, so that vectors divide its width.
@@ -293,52 +295,60 @@ def sums_of_rows(
     Returns:
         Whether all values were finite and within their windows; if not, the words are worth nothing.
     """
-    width, height, folds = pivot.size * repeats, _height(check, fine), 1 if fine is None else 2
-    places = _places(gradient, deviation, pivot, repeats, 1, check, fine)
-    chains, pivots, largest = places.view(np.float64), places.view(pivot.dtype), places.view(top.dtype)
+    width, height, folds = pivot.size * repeats, _height(check, finer), 1 if finer is None else 2
+    accumulators = _accumulators(gradient, deviation, pivot, repeats, 1, check, finer)
+    chains, pivots, largest = (
+        accumulators.view(np.float64),
+        accumulators.view(pivot.dtype),
+        accumulators.view(top.dtype),
+    )
     totals = np.zeros((4 * folds, width), np.int64)
     rows, centred = x.size // width, all_zero(pivot)
     for first in range(0, rows, LONGEST):
         last = min(first + LONGEST, rows)
-        if fine is not None:
-            _rows(dy, x, check, fine, first, last, False, width, places, chains, pivots, largest)
+        if finer is not None:
+            _rows(dy, x, check, finer, first, last, False, width, accumulators, chains, pivots, largest)
         elif check is None and centred:
-            _rows(dy, x, None, None, first, last, True, width, places, chains, pivots, largest)
+            _rows(dy, x, None, None, first, last, True, width, accumulators, chains, pivots, largest)
         else:
-            _rows(dy, x, check, None, first, last, False, width, places, chains, pivots, largest)
-        fold(places, height, folds, totals, 0 if fine is None else last - first)
+            _rows(dy, x, check, None, first, last, False, width, accumulators, chains, pivots, largest)
+        fold(accumulators, height, folds, totals, 0 if finer is None else last - first)
     rest = x.size - rows * width
     for c in range(rest):
-        _one(dy, x, check, fine, rows * width + c, c, places, pivots, largest)
-        if fine is not None:
-            discount(places, height, c)
+        _one(dy, x, check, finer, rows * width + c, c, accumulators, pivots, largest)
+        if finer is not None:
+            discount(accumulators, height, c)
     if rest:
-        fold(places, height, folds, totals, 0)
-    gather(totals, 1, repeats, words)
-    return _finish(largest, check, fine, width, gradient, deviation, 1, words)
+        fold(accumulators, height, folds, totals, 0)
+    gather(totals, 1, repeats, limbs)
+    return _finish(largest, check, finer, width, gradient, deviation, 1, limbs)
 
 
 @kernel
 def sums_of_runs(
-    dy: Array, x: Array, check: Any, fine: Any, pivot: Array, gradient: Array, deviation: Array, length: int,
-    top: Array, words: Array,
+    dy: Array, x: Array, check: Any, finer: Any, pivot: Array, gradient: Array, deviation: Array, length: int,
+    top: Array, limbs: Array,
 ) -> bool:  # fmt: skip
     """The words of runs of one channel after the other, each `length` long; otherwise as `sums_of_rows`."""
-    height, folds = _height(check, fine), 1 if fine is None else 2
+    height, folds = _height(check, finer), 1 if finer is None else 2
     width, images = pivot.size * LANES, x.size // (pivot.size * length)
-    places = _places(gradient, deviation, pivot, 1, LANES, check, fine)
-    chains, pivots, largest = places.view(np.float64), places.view(pivot.dtype), places.view(top.dtype)
+    accumulators = _accumulators(gradient, deviation, pivot, 1, LANES, check, finer)
+    chains, pivots, largest = (
+        accumulators.view(np.float64),
+        accumulators.view(pivot.dtype),
+        accumulators.view(top.dtype),
+    )
     totals = np.zeros((4 * folds, width), np.int64)
     centred, first, begun = all_zero(pivot), 0, 0
     while first < images:
         end, last = part(length, begun, first, images, LONGEST)
-        if fine is not None:
-            _runs(dy, x, check, fine, first, last, begun, end, length, False, places, chains, pivots, largest)
+        if finer is not None:
+            _runs(dy, x, check, finer, first, last, begun, end, length, False, accumulators, chains, pivots, largest)
         elif check is None and centred:
-            _runs(dy, x, None, None, first, last, begun, end, length, True, places, chains, pivots, largest)
+            _runs(dy, x, None, None, first, last, begun, end, length, True, accumulators, chains, pivots, largest)
         else:
-            _runs(dy, x, check, None, first, last, begun, end, length, False, places, chains, pivots, largest)
-        fold(places, height, folds, totals, 0 if fine is None else (end - begun) // LANES * (last - first))
+            _runs(dy, x, check, None, first, last, begun, end, length, False, accumulators, chains, pivots, largest)
+        fold(accumulators, height, folds, totals, 0 if finer is None else (end - begun) // LANES * (last - first))
         first, begun = (last, 0) if end == length else (first, end)
-    gather(totals, LANES, 1, words)
-    return _finish(largest, check, fine, width, gradient, deviation, LANES, words)
+    gather(totals, LANES, 1, limbs)
+    return _finish(largest, check, finer, width, gradient, deviation, LANES, limbs)

@@ -24,7 +24,7 @@ _SLACK, _GRADIENT_SLACK = SINGLE.slack, SINGLE.gradient_slack
 
 @inlined
 def _as_float(hi: int, lo: int) -> Any:
-    """`bnlayer.words.as_float`."""
+    """`bnlayer.limbs.as_float`."""
     hi += lo >> 32
     lo &= _LOW
     return np.float64(hi) * 2.0**32 + np.float64(lo)
@@ -38,8 +38,8 @@ def _exponent_above(a: float, none: int) -> Any:
 
 @kernel
 def statistics(
-    words: Array, pivot: Array, exponent: Array, epsilon: float, e: float, lowest: int,
-    rows: Array, rounded: Array, about: Array, reach: Array, poisoned: Array, refused: Array,
+    limbs: Array, pivot: Array, exponent: Array, epsilon: float, e: float, lowest: int,
+    rows: Array, rounded: Array, about: Array, reach: Array, nonfinite: Array, refused: Array,
 ) -> bool:  # fmt: skip
     """`Moments.statistics` and `Moments.refused`.
 
@@ -53,24 +53,24 @@ def statistics(
             pivot_residual.
         rounded, about: (C,) float32, receive rounded_mean and pivot.
         reach: (C,) int64.
-        poisoned, refused: (C,) bool.
+        nonfinite, refused: (C,) bool.
 
     Returns:
         Whether a channel needs a new grid.
     """
     again = False
     for c in range(pivot.size):
-        count, flags = words[4, c], words[5, c]
-        misfit, not_finite = flags >> 32 > 0, flags & _LOW > 0
+        count, flags = limbs[4, c], limbs[5, c]
+        out_of_range, not_finite = flags >> 32 > 0, flags & _LOW > 0
         w = exponent[c]
         some = np.float64(max(count, 1))
         n = np.float64(count)
         u2 = power(2 * w - 52)
-        a = _as_float(words[0, c], words[1, c]) * power(w + _SLACK - 51) / some
-        spread = max(_as_float(words[2, c], words[3, c]) * u2 / some - a * a, 0.0)
+        a = _as_float(limbs[0, c], limbs[1, c]) * power(w + _SLACK - 51) / some
+        spread = max(_as_float(limbs[2, c], limbs[3, c]) * u2 / some - a * a, 0.0)
         unit = max(u2, abs(a) * power(w + _SLACK - 52))
         coarse = w > lowest and count > 0 and spread + epsilon < unit * min(2.0**22, 2.0**42 / some)
-        refused[c] = (misfit or coarse) and not not_finite
+        refused[c] = (out_of_range or coarse) and not not_finite
         again |= refused[c]
         divisor = n + e if n + e > 0 else 1.0
         center = pivot[c] + a
@@ -89,25 +89,25 @@ def statistics(
         about[c] = np.float32(0.0) if about_zero else rounded[c]
         rows[7, c] = mean if about_zero else rows[5, c]
         reach[c] = min(w, from_zero) if about_zero else from_mean
-        poisoned[c] = not_finite or misfit
+        nonfinite[c] = not_finite or out_of_range
     return again
 
 
 @kernel
 def moved(
-    mean: Array, variance: Array, count: Array, poisoned: Array, old_mean: Array, old_variance: Array,
+    mean: Array, variance: Array, count: Array, nonfinite: Array, old_mean: Array, old_variance: Array,
     momentum: float, synchronized: bool, masked: bool, new_mean: Array, new_variance: Array,
 ) -> None:  # fmt: skip
     """`bnlayer.moving.update` without renorm, for float32 variables."""
     for c in range(mean.size):
         m, v = mean[c], variance[c]
-        if poisoned[c] and not synchronized:
+        if nonfinite[c] and not synchronized:
             m = v = np.nan
         to_mean = np.float32(np.float64(old_mean[c]) * momentum + m * (1.0 - momentum))
         to_variance = np.float32(np.float64(old_variance[c]) * momentum + v * (1.0 - momentum))
         apply = count[c] > 0
         if synchronized:
-            apply = apply and not poisoned[c] and np.isfinite(to_mean) and np.isfinite(to_variance)
+            apply = apply and not nonfinite[c] and np.isfinite(to_mean) and np.isfinite(to_variance)
         else:
             apply = apply or masked
         new_mean[c] = to_mean if apply else old_mean[c]
@@ -126,36 +126,36 @@ def coefficients(gamma: Any, beta: Any, inverse_std: Array, residual: Array, sca
 
 @kernel
 def gradients(
-    words: Array, gradient: Array, deviation: Array, divisor: Array, inverse_std: Array, residual: Array,
-    mean_share: Array, pivot_residual: Array, forward_poisoned: Array, rows: Array, poisoned: Array, refused: Array,
+    limbs: Array, gradient: Array, deviation: Array, divisor: Array, inverse_std: Array, residual: Array,
+    mean_share: Array, pivot_residual: Array, forward_nonfinite: Array, rows: Array, nonfinite: Array, refused: Array,
 ) -> bool:  # fmt: skip
     """`GradientSums.gradients` and `GradientSums.refused`.
 
     Args:
         words: (6, C), reduced.
         gradient, deviation: (C,), the grid.
-        divisor, inverse_std, residual, mean_share, pivot_residual, forward_poisoned: of the batch's statistics.
+        divisor, inverse_std, residual, mean_share, pivot_residual, forward_nonfinite: of the batch's statistics.
         rows: (4, C) float64, receives beta, gamma, offset, slope.
-        poisoned, refused: (C,) bool.
+        nonfinite, refused: (C,) bool.
 
     Returns:
         Whether a channel needs a new grid.
     """
     again = False
     for c in range(gradient.size):
-        misfit, not_finite = words[4, c] >> 32 > 0, words[4, c] & _LOW > 0
-        large, some = words[5, c] >> 32 > 0, words[5, c] & _LOW > 0
-        refused[c] = (misfit or (some and not large)) and not (not_finite or forward_poisoned[c])
+        out_of_range, not_finite = limbs[4, c] >> 32 > 0, limbs[4, c] & _LOW > 0
+        large, some = limbs[5, c] >> 32 > 0, limbs[5, c] & _LOW > 0
+        refused[c] = (out_of_range or (some and not large)) and not (not_finite or forward_nonfinite[c])
         again |= refused[c]
         s = inverse_std[c]
-        a = _as_float(words[0, c], words[1, c]) * power(gradient[c] + _GRADIENT_SLACK - 51)
-        b = _as_float(words[2, c], words[3, c]) * power(gradient[c] + _GRADIENT_SLACK + deviation[c] - 51)
+        a = _as_float(limbs[0, c], limbs[1, c]) * power(gradient[c] + _GRADIENT_SLACK - 51)
+        b = _as_float(limbs[2, c], limbs[3, c]) * power(gradient[c] + _GRADIENT_SLACK + deviation[c] - 51)
         b = b - a * pivot_residual[c]
         slope = s * s * b / divisor[c]
         offset = a / divisor[c] - slope * (residual[c] + mean_share[c])
-        bad = forward_poisoned[c] or not_finite or misfit
+        bad = forward_nonfinite[c] or not_finite or out_of_range
         rows[0, c] = np.nan if bad else a
         rows[1, c] = np.nan if bad else s * b
         rows[2, c], rows[3, c] = offset, slope
-        poisoned[c] = bad
+        nonfinite[c] = bad
     return again

@@ -34,22 +34,22 @@ def _gradient(dy: Any, x: Any, mean: Any, offset: Any, slope: Any, scale: Any) -
 
 
 @inlined
-def _poison(out: Array, poisoned: Array, length: int) -> None:
-    channels = poisoned.size
+def _mark_nonfinite(out: Array, nonfinite: Array, length: int) -> None:
+    channels = nonfinite.size
     some = False
     for c in range(channels):
-        some |= poisoned[c]
+        some |= nonfinite[c]
     if not some:
         return
     for at in range(out.size):
-        if poisoned[at // length % channels]:
+        if nonfinite[at // length % channels]:
             out[at] = np.nan
 
 
 @kernel
-def poison(out: Array, poisoned: Array, length: int) -> None:
-    """NaN in the channels that are poisoned."""
-    _poison(out, poisoned, length)
+def mark_nonfinite(out: Array, nonfinite: Array, length: int) -> None:
+    """NaN in the channels that are nonfinite."""
+    _mark_nonfinite(out, nonfinite, length)
 
 
 @inlined
@@ -72,12 +72,12 @@ def _turned(coefficients: Array, by: int, repeats: int) -> Array:
 
 
 @kernel
-def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, repeats: int, y: Array) -> None:
-    """(x − mean)·scale + shift, NaN where poisoned, for channels in the last axis.
+def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, nonfinite: Array, repeats: int, y: Array) -> None:
+    """(x − mean)·scale + shift, NaN where nonfinite, for channels in the last axis.
 
     Args:
         x, y: flat.
-        mean, scale, shift, poisoned: (C,).
+        mean, scale, shift, nonfinite: (C,).
         repeats: how many rows are taken for one, so that vectors divide its width.
     """
     channels = mean.size
@@ -94,11 +94,11 @@ def normalize_rows(x: Array, mean: Array, scale: Array, shift: Array, poisoned: 
     for at in range(end, y.size):
         c = at % channels
         y[at] = _normal(x[at], mean[c], scale[c], shift[c])
-    _poison(y, poisoned, 1)
+    _mark_nonfinite(y, nonfinite, 1)
 
 
 @kernel
-def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, poisoned: Array, length: int, y: Array) -> None:
+def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, nonfinite: Array, length: int, y: Array) -> None:
     """The same for runs of one channel after the other, each `length` long."""
     for start in range(0, y.size, length):
         c = start // length % mean.size
@@ -112,7 +112,7 @@ def normalize_runs(x: Array, mean: Array, scale: Array, shift: Array, poisoned: 
             store(y, at, _normal(load(x, at), broadcast(m), broadcast(a), broadcast(b)))
         for at in range(whole, end):
             y[at] = _normal(x[at], m, a, b)
-    _poison(y, poisoned, length)
+    _mark_nonfinite(y, nonfinite, length)
 
 
 @kernel

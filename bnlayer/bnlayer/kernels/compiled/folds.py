@@ -7,7 +7,7 @@ lies in consecutive cache lines of one array, as int64:
     is one; whatever else the pass keeps
 
 A sum begins as its bits(M). That of float32 data is a *chain*: a float64, M and the terms since the last fold, added
-one after the other, which is exact for terms without ties while it keeps M's exponent (`bnlayer.words`). That of
+one after the other, which is exact for terms without ties while it keeps M's exponent (`bnlayer.limbs`). That of
 float64 data is an integer: bit patterns, each term's added by itself.
 
 Side by side the lines can't be in each other's way: an array for each would put them 4 KB apart at 512 channels, in the
@@ -38,7 +38,7 @@ SHORTER = 4
 # prefetchers follow, and a row of 128 channels is over before they have seen where it goes.
 AHEAD = 8192
 FLOATS_OF_LINE = LINE // 4
-# What ties are broken by: see `bnlayer.words`.
+# What ties are broken by: see `bnlayer.limbs`.
 SHRINK = 1.0 - 2.0**-53
 
 _LOW = 0xFFFF_FFFF
@@ -86,25 +86,27 @@ def where_is(at: int, line: int, height: int) -> int:
 
 
 @inlined
-def begin(places: Array, height: int, folds: int) -> None:
+def begin(accumulators: Array, height: int, folds: int) -> None:
     """Begin all sums anew."""
-    for block in range(0, places.size, height * LANES):
+    for block in range(0, accumulators.size, height * LANES):
         for level in range(folds):
             for side in range(2):
-                first = load(places, block + magic(level, side) * LANES)
-                store(places, block + sums(level, side) * LANES, first)
+                first = load(accumulators, block + magic(level, side) * LANES)
+                store(accumulators, block + sums(level, side) * LANES, first)
 
 
 @inlined
-def discount(places: Array, height: int, at: int) -> None:
+def discount(accumulators: Array, height: int, at: int) -> None:
     """Take from the sums of one place, of float64 data, the bits(M) of a term that came into it alone: see `fold`."""
     for level in range(2):
         for side in range(2):
-            places[where_is(at, sums(level, side), height)] -= places[where_is(at, magic(level, side), height)]
+            accumulators[where_is(at, sums(level, side), height)] -= accumulators[
+                where_is(at, magic(level, side), height)
+            ]
 
 
 @inlined
-def fold(places: Array, height: int, folds: int, totals: Array, terms: int) -> None:
+def fold(accumulators: Array, height: int, folds: int, totals: Array, terms: int) -> None:
     """Bring all sums into the totals, and begin them anew.
 
     Args:
@@ -118,12 +120,12 @@ def fold(places: Array, height: int, folds: int, totals: Array, terms: int) -> N
         for level in range(folds):
             for side in range(2):
                 index = at * height + sums(level, side) * LANES
-                first = load(places, at * height + magic(level, side) * LANES)
-                total = load(places, index) - held * first
+                first = load(accumulators, at * height + magic(level, side) * LANES)
+                total = load(accumulators, index) - held * first
                 to = (2 * folds * side + 2 * level) * width + at
                 store(totals, to, load(totals, to) + upper(total))
                 store(totals, to + width, load(totals, to + width) + (total & low))
-                store(places, index, first)
+                store(accumulators, index, first)
 
 
 @inlined
@@ -144,9 +146,9 @@ def part(length: int, begun: int, image: int, images: int, longest: int) -> tupl
 
 
 @inlined
-def gather(totals: Array, lanes: int, repeats: int, words: Array) -> None:
+def gather(totals: Array, lanes: int, repeats: int, limbs: Array) -> None:
     """Add up the places of each channel, carry, and write the canonical words."""
-    channels = words.shape[1]
+    channels = limbs.shape[1]
     once = channels * lanes
     for row in range(totals.shape[0]):
         for first in range(once, repeats * once, once):
@@ -161,5 +163,5 @@ def gather(totals: Array, lanes: int, repeats: int, words: Array) -> None:
     for row in range(0, totals.shape[0], 2):
         for c in range(channels):
             lo = totals[row + 1, c]
-            words[row, c] = totals[row, c] + (lo >> 32)
-            words[row + 1, c] = lo & _LOW
+            limbs[row, c] = totals[row, c] + (lo >> 32)
+            limbs[row + 1, c] = lo & _LOW

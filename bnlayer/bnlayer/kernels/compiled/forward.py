@@ -5,7 +5,7 @@ of one channel after the other. Per element of float32 data:
 
     d = float64(x) − pivot        S += round(d·(1 − 2^-53), to 2^(w−46))        T += round(d·d, to 2^(2w−52))
 
-with one rounding each (`fused`). Neither can be a tie (see `bnlayer.words`). So a term's rounding does not depend on
+with one rounding each (`fused`). Neither can be a tie (see `bnlayer.limbs`). So a term's rounding does not depend on
 what it is added to, as long as the last place of that is the unit: **terms are added as floats, one after the other**,
 to M1 = 3·2^(w+5) and M2 = 4^w themselves, and only the sum of some hundreds becomes an integer, that of the terms' own.
 
@@ -72,22 +72,22 @@ _SLACK = SINGLE.slack
 
 
 @inlined
-def _places(pivot: Array, exponent: Array, repeats: int, lanes: int, folds: int, height: int) -> Array:
+def _accumulators(pivot: Array, exponent: Array, repeats: int, lanes: int, folds: int, height: int) -> Array:
     """The places of a pass: each channel has `lanes` side by side, all of them `repeats` times over; sums are begun."""
     width = pivot.size * lanes * repeats
-    places = lines((width + LANES - 1) // LANES * LANES * height)
+    accumulators = lines((width + LANES - 1) // LANES * LANES * height)
     c = 0
     for at in range(width):
         w = exponent[c]
-        places[where_is(at, magic(0, 0), height)] = bits(3.0 * power(w + _SLACK if folds == 1 else w))
-        places[where_is(at, magic(0, 1), height)] = bits(power(2 * w))
+        accumulators[where_is(at, magic(0, 0), height)] = bits(3.0 * power(w + _SLACK if folds == 1 else w))
+        accumulators[where_is(at, magic(0, 1), height)] = bits(power(2 * w))
         if folds > 1:
-            places[where_is(at, magic(1, 0), height)] = bits(3.0 * power(w - 52))
-            places[where_is(at, magic(1, 1), height)] = bits(1.5 * power(2 * w - 51))
-        places[where_is(at, 4 * folds, height)] = bits(pivot[c])
+            accumulators[where_is(at, magic(1, 0), height)] = bits(3.0 * power(w - 52))
+            accumulators[where_is(at, magic(1, 1), height)] = bits(1.5 * power(2 * w - 51))
+        accumulators[where_is(at, 4 * folds, height)] = bits(pivot[c])
         c = channel_after(c, at, pivot.size, lanes)
-    begin(places, height, folds)
-    return places
+    begin(accumulators, height, folds)
+    return accumulators
 
 
 @inlined
@@ -111,7 +111,7 @@ def _added(
 
 @inlined
 def _run(
-    x: Array, mask: Any, start: int, steps: int, centred: bool, at: int, places: Array, chains: Array, height: int
+    x: Array, mask: Any, start: int, steps: int, centred: bool, at: int, accumulators: Array, chains: Array, height: int
 ) -> None:
     """Add `steps` times eight elements of float32, side by side, in the eight places from `at` on.
 
@@ -121,7 +121,7 @@ def _run(
     block = at * height
     m1, m2 = load(chains, block + magic(0, 0) * LANES), load(chains, block + magic(0, 1) * LANES)
     s, t = load(chains, block + sums(0, 0) * LANES), load(chains, block + sums(0, 1) * LANES)
-    pivot, count = load(chains, block + 4 * LANES), load(places, block + (height - 1) * LANES)
+    pivot, count = load(chains, block + 4 * LANES), load(accumulators, block + (height - 1) * LANES)
     shrink = broadcast(SHRINK)
     s1, s2, s3, t1, t2, t3 = m1, m1, m1, m2, m2, m2
     whole = start + steps // 4 * 4 * LANES
@@ -135,13 +135,13 @@ def _run(
     store(chains, block + sums(0, 0) * LANES, s + (s1 - m1) + (s2 - m1) + (s3 - m1))
     store(chains, block + sums(0, 1) * LANES, t + (t1 - m2) + (t2 - m2) + (t3 - m2))
     if mask is not None:
-        store(places, block + (height - 1) * LANES, count)
+        store(accumulators, block + (height - 1) * LANES, count)
 
 
 @inlined
 def _step(
-    x: Array, starts: Any, mask: Any, fine: Any, first: int, stride: int, steps: int, ahead: bool, centred: bool,
-    at: int, places: Array, chains: Array, height: int, odd: Any,
+    x: Array, starts: Any, mask: Any, finer: Any, first: int, stride: int, steps: int, ahead: bool, centred: bool,
+    at: int, accumulators: Array, chains: Array, height: int, odd: Any,
 ) -> Any:  # fmt: skip
     """Add `steps` times eight elements in the eight places from `at` on; `odd`, with what float64 data have shown.
 
@@ -151,11 +151,11 @@ def _step(
         chains: the places as float64.
     """
     block = at * height
-    count = load(places, block + (height - 1) * LANES)
+    count = load(accumulators, block + (height - 1) * LANES)
     if starts is None and ahead:
         for line in range(0, _ROWS * LANES, FLOATS_OF_LINE):
             prefetch(x, first + at * (_ROWS - 1) + AHEAD + line)  # of the row's beginning + 4·at
-    if fine is None:
+    if finer is None:
         pivot, shrink = load(chains, block + 4 * LANES), broadcast(SHRINK)
         s, t = load(chains, block + sums(0, 0) * LANES), load(chains, block + sums(0, 1) * LANES)
         for j in range(steps):
@@ -166,35 +166,37 @@ def _step(
         store(chains, block + sums(0, 0) * LANES, s)
         store(chains, block + sums(0, 1) * LANES, t)
     else:
-        count, odd = add_deviations(x, starts, mask, first, stride, steps, at, places, chains, height, count, odd)
+        count, odd = add_deviations(x, starts, mask, first, stride, steps, at, accumulators, chains, height, count, odd)
     if mask is not None:
-        store(places, block + (height - 1) * LANES, count)
+        store(accumulators, block + (height - 1) * LANES, count)
     return odd
 
 
 @inlined
-def _one(x: Array, mask: Any, fine: Any, index: int, at: int, places: Array, height: int, odd: Array) -> None:
+def _one(x: Array, mask: Any, finer: Any, index: int, at: int, accumulators: Array, height: int, odd: Array) -> None:
     """Add one element in one place."""
-    folds = 1 if fine is None else 2
-    d = widen(x[index]) - number(places[where_is(at, 4 * folds, height)])
+    folds = 1 if finer is None else 2
+    d = widen(x[index]) - number(accumulators[where_is(at, 4 * folds, height)])
     if mask is not None:
         d = d if mask[index] else 0.0
-        places[where_is(at, height - 1, height)] += mask[index] != 0
-    if fine is None:
+        accumulators[where_is(at, height - 1, height)] += mask[index] != 0
+    if finer is None:
         to_s, to_t = where_is(at, sums(0, 0), height), where_is(at, sums(0, 1), height)
-        places[to_s] = bits(fused(d, SHRINK, number(places[to_s])))
-        places[to_t] = bits(fused(d, d, number(places[to_t])))
+        accumulators[to_s] = bits(fused(d, SHRINK, number(accumulators[to_s])))
+        accumulators[to_t] = bits(fused(d, d, number(accumulators[to_t])))
     else:
-        add_deviation(d, at, places, height, odd)
+        add_deviation(d, at, accumulators, height, odd)
 
 
 @inlined
-def _held(places: Array, height: int, fine: Any, odd: Array) -> bool:
+def _held(accumulators: Array, height: int, finer: Any, odd: Array) -> bool:
     """Whether squares have kept the exponents of their M2: the sums of chains, or each by itself."""
-    if fine is None:
+    if finer is None:
         seen = broadcast(np.int64(0))
-        for block in range(0, places.size, height * LANES):
-            seen = seen | (load(places, block + sums(0, 1) * LANES) ^ load(places, block + magic(0, 1) * LANES))
+        for block in range(0, accumulators.size, height * LANES):
+            seen = seen | (
+                load(accumulators, block + sums(0, 1) * LANES) ^ load(accumulators, block + magic(0, 1) * LANES)
+            )
         store(odd, 0, seen)
     differing = np.int64(0)
     for lane in range(LANES):
@@ -203,46 +205,46 @@ def _held(places: Array, height: int, fine: Any, odd: Array) -> bool:
 
 
 @inlined
-def _count(places: Array, height: int, mask: Any, count: Array) -> None:
+def _count(accumulators: Array, height: int, mask: Any, count: Array) -> None:
     """Count what was not masked since the last time."""
     if mask is not None:
         for at in range(count.size):
             index = where_is(at, height - 1, height)
-            count[at] += places[index]
-            places[index] = 0
+            count[at] += accumulators[index]
+            accumulators[index] = 0
 
 
 @inlined
-def _begin_again(places: Array, height: int, mask: Any, folds: int) -> None:
+def _begin_again(accumulators: Array, height: int, mask: Any, folds: int) -> None:
     """Forget what was summed and counted since the last fold."""
-    begin(places, height, folds)
+    begin(accumulators, height, folds)
     if mask is not None:
-        for first in range((height - 1) * LANES, places.size, height * LANES):
-            places[first : first + LANES] = 0
+        for first in range((height - 1) * LANES, accumulators.size, height * LANES):
+            accumulators[first : first + LANES] = 0
 
 
 @inlined
 def _settled(
-    places: Array, height: int, mask: Any, fine: Any, odd: Array, totals: Array, count: Array, terms: int
+    accumulators: Array, height: int, mask: Any, finer: Any, odd: Array, totals: Array, count: Array, terms: int
 ) -> bool:
     """Fold what was added since the last time, if it held, or forget it; whether it did.
 
     Args:
         terms: how many there were for each place.
     """
-    folds = 1 if fine is None else 2
-    held = _held(places, height, fine, odd)
+    folds = 1 if finer is None else 2
+    held = _held(accumulators, height, finer, odd)
     if held:
-        fold(places, height, folds, totals, 0 if fine is None else terms)
-        _count(places, height, mask, count)
+        fold(accumulators, height, folds, totals, 0 if finer is None else terms)
+        _count(accumulators, height, mask, count)
     else:
-        _begin_again(places, height, mask, folds)
+        _begin_again(accumulators, height, mask, folds)
     return held
 
 
 @inlined
 def _rows(
-    x: Array, starts: Any, mask: Any, fine: Any, first: int, last: int, centred: bool, width: int, places: Array,
+    x: Array, starts: Any, mask: Any, finer: Any, first: int, last: int, centred: bool, width: int, accumulators: Array,
     chains: Array, height: int, odd: Array,
 ) -> None:  # fmt: skip
     """Add the rows from `first` to `last`."""
@@ -252,21 +254,21 @@ def _rows(
     for i in range(first, whole, _ROWS):
         for c in range(0, even, LANES):
             at = i * width + c if starts is None else i
-            seen = _step(x, starts, mask, fine, at, width, _ROWS, True, centred, c, places, chains, height, seen)
+            seen = _step(x, starts, mask, finer, at, width, _ROWS, True, centred, c, accumulators, chains, height, seen)
     for c in range(0, even, LANES):
         at = whole * width + c if starts is None else whole
         left = last - whole
-        seen = _step(x, starts, mask, fine, at, width, left, False, centred, c, places, chains, height, seen)
+        seen = _step(x, starts, mask, finer, at, width, left, False, centred, c, accumulators, chains, height, seen)
     store(odd, 0, seen)
     if starts is not None:
         for i in range(first, last):
             for c in range(even, width):
-                _one(x, mask, fine, starts[i] + c, c, places, height, odd)
+                _one(x, mask, finer, starts[i] + c, c, accumulators, height, odd)
 
 
 @kernel
 def moments_of_rows(
-    x: Array, starts: Any, mask: Any, fine: Any, pivot: Array, exponent: Array, repeats: int, words: Array
+    x: Array, starts: Any, mask: Any, finer: Any, pivot: Array, exponent: Array, repeats: int, limbs: Array
 ) -> bool:
     """The words of rows of channels.
 
@@ -274,7 +276,7 @@ def moments_of_rows(
         x: flat.
         starts: where the rows that count begin, of any width; None: all of them, one after the other.
         mask: flat, of x's size, 0 where an element does not count; None: all do.
-        fine: not None: float64 data, with a second fold.
+        finer: not None: float64 data, with a second fold.
         pivot, exponent: (C,), the grid.
         repeats: how many rows are taken for one, so that vectors divide its width; 1 with `starts`.
         words: (W, C), receives the moments; no flag is raised.
@@ -282,102 +284,104 @@ def moments_of_rows(
     Returns:
         Whether all values were finite and within the window; if not, the words are worth nothing.
     """
-    folds, width = 1 if fine is None else 2, pivot.size * repeats
+    folds, width = 1 if finer is None else 2, pivot.size * repeats
     height = 4 * folds + (1 if mask is None else 2)
-    places = _places(pivot, exponent, repeats, 1, folds, height)
-    chains = places.view(np.float64)
-    totals = np.zeros((4 * folds, places.size // height), np.int64)
+    accumulators = _accumulators(pivot, exponent, repeats, 1, folds, height)
+    chains = accumulators.view(np.float64)
+    totals = np.zeros((4 * folds, accumulators.size // height), np.int64)
     count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
     centred, longest, first = all_zero(pivot), LONGEST, 0
     rows = x.size // width if starts is None else starts.size
     while first < rows:
         last = min(first + longest, rows)
         if centred:
-            _rows(x, starts, mask, fine, first, last, True, width, places, chains, height, odd)
+            _rows(x, starts, mask, finer, first, last, True, width, accumulators, chains, height, odd)
         else:
-            _rows(x, starts, mask, fine, first, last, False, width, places, chains, height, odd)
-        if _settled(places, height, mask, fine, odd, totals, count, last - first):
+            _rows(x, starts, mask, finer, first, last, False, width, accumulators, chains, height, odd)
+        if _settled(accumulators, height, mask, finer, odd, totals, count, last - first):
             first = last
-        elif longest == 1 or fine is not None:
+        elif longest == 1 or finer is not None:
             return False
         else:
             longest = max(longest // SHORTER, 1)
     rest = x.size - rows * width if starts is None else 0
     for c in range(rest):
-        _one(x, mask, fine, rows * width + c, c, places, height, odd)
-        if fine is not None:
-            discount(places, height, c)
-    if rest and not _settled(places, height, mask, fine, odd, totals, count, 0):
+        _one(x, mask, finer, rows * width + c, c, accumulators, height, odd)
+        if finer is not None:
+            discount(accumulators, height, c)
+    if rest and not _settled(accumulators, height, mask, finer, odd, totals, count, 0):
         return False
-    gather(totals, 1, repeats, words)
-    channels = words.shape[1]
+    gather(totals, 1, repeats, limbs)
+    channels = limbs.shape[1]
     for c in range(channels):
-        words[-2, c] = rows if starts is not None else x.size // channels
-        words[-1, c] = 0
+        limbs[-2, c] = rows if starts is not None else x.size // channels
+        limbs[-1, c] = 0
     if mask is not None:
-        words[-2] = 0
+        limbs[-2] = 0
         for c in range(channels):
             for at in range(c, width, channels):
-                words[-2, c] += count[at]
+                limbs[-2, c] += count[at]
     return True
 
 
 @inlined
 def _runs(
-    x: Array, mask: Any, fine: Any, first: int, last: int, begun: int, end: int, length: int, centred: bool,
-    places: Array, chains: Array, height: int, odd: Array,
+    x: Array, mask: Any, finer: Any, first: int, last: int, begun: int, end: int, length: int, centred: bool,
+    accumulators: Array, chains: Array, height: int, odd: Array,
 ) -> None:  # fmt: skip
     """Add the places from `begun` to `end` of all runs of some images."""
-    channels = places.size // (LANES * height)
+    channels = accumulators.size // (LANES * height)
     whole = (end - begun) // LANES
     seen = load(odd, 0)
     for image in range(first, last):
         for c in range(channels):
             start, at = (image * channels + c) * length + begun, c * LANES
-            if fine is None:
-                _run(x, mask, start, whole, centred, at, places, chains, height)
+            if finer is None:
+                _run(x, mask, start, whole, centred, at, accumulators, chains, height)
             else:
-                seen = _step(x, None, mask, fine, start, LANES, whole, False, centred, at, places, chains, height, seen)
+                seen = _step(
+                    x, None, mask, finer, start, LANES, whole, False, centred, at, accumulators, chains, height, seen
+                )
     store(odd, 0, seen)
     for image in range(first, last):
         for c in range(channels):
             rest = (image * channels + c) * length + begun + whole * LANES
             for lane in range((end - begun) % LANES):
-                _one(x, mask, fine, rest + lane, c * LANES + lane, places, height, odd)
-                if fine is not None:
-                    discount(places, height, c * LANES + lane)
+                _one(x, mask, finer, rest + lane, c * LANES + lane, accumulators, height, odd)
+                if finer is not None:
+                    discount(accumulators, height, c * LANES + lane)
 
 
 @kernel
-def moments_of_runs(x: Array, mask: Any, fine: Any, pivot: Array, exponent: Array, length: int, words: Array) -> bool:
+def moments_of_runs(x: Array, mask: Any, finer: Any, pivot: Array, exponent: Array, length: int, limbs: Array) -> bool:
     """The words of runs of one channel after the other, each `length` long; otherwise as `moments_of_rows`."""
-    folds, channels = 1 if fine is None else 2, pivot.size
+    folds, channels = 1 if finer is None else 2, pivot.size
     width, height = channels * LANES, 4 * folds + (1 if mask is None else 2)
-    places = _places(pivot, exponent, 1, LANES, folds, height)
-    chains = places.view(np.float64)
-    totals = np.zeros((4 * folds, places.size // height), np.int64)
+    accumulators = _accumulators(pivot, exponent, 1, LANES, folds, height)
+    chains = accumulators.view(np.float64)
+    totals = np.zeros((4 * folds, accumulators.size // height), np.int64)
     count, odd = np.zeros(width, np.int64), np.zeros(LANES, np.int64)
     centred, longest, first, begun = all_zero(pivot), LONGEST, 0, 0
     images = x.size // (channels * length)
     while first < images:
         end, last = part(length, begun, first, images, longest)
         if centred:
-            _runs(x, mask, fine, first, last, begun, end, length, True, places, chains, height, odd)
+            _runs(x, mask, finer, first, last, begun, end, length, True, accumulators, chains, height, odd)
         else:
-            _runs(x, mask, fine, first, last, begun, end, length, False, places, chains, height, odd)
+            _runs(x, mask, finer, first, last, begun, end, length, False, accumulators, chains, height, odd)
         terms = (end - begun) // LANES * (last - first)
-        if _settled(places, height, mask, fine, odd, totals, count, terms):
+        if _settled(accumulators, height, mask, finer, odd, totals, count, terms):
             first, begun = (last, 0) if end == length else (first, end)
-        elif longest == 1 or fine is not None:
+        elif longest == 1 or finer is not None:
             return False
         else:
             longest = max(longest // SHORTER, 1)
-    gather(totals, LANES, 1, words)
+    gather(totals, LANES, 1, limbs)
     for c in range(channels):
-        words[-2, c] = images * length
-        words[-1, c] = 0
+        limbs[-2, c] = images * length
+        limbs[-1, c] = 0
     if mask is not None:
-        words[-2] = 0
+        limbs[-2] = 0
         for at in range(width):
-            words[-2, at // LANES] += count[at]
+            limbs[-2, at // LANES] += count[at]
     return True

@@ -60,9 +60,9 @@ def inlined(function: F) -> F:
 @inlined
 def lines(size: int) -> NDArray[np.int64]:
     """Zeros that begin with a cache line: a vector that lies across two takes twice as long."""
-    places = np.zeros(size + LINE // 8, np.int64)
-    first = -places.ctypes.data % LINE // 8
-    return places[first : first + size]
+    accumulators = np.zeros(size + LINE // 8, np.int64)
+    first = -accumulators.ctypes.data % LINE // 8
+    return accumulators[first : first + size]
 
 
 class _Announcer(event.Listener):

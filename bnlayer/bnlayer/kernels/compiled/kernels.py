@@ -65,7 +65,7 @@ def _of_rows(mask: NDArray[np.bool_], x: Array) -> bool:
     return bool(mask.shape[1] == 1 and x.shape[2] == 1 and x.shape[1] > 1)
 
 
-def _fine(x: Array) -> int | None:
+def _finer(x: Array) -> int | None:
     return 1 if x.dtype == np.float64 else None
 
 
@@ -80,25 +80,25 @@ def probe(x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
 
 def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
     """The exact moments of a shard; see `reference.moments`."""
-    words = np.empty((Moments.rows(grid.precision.folds), x.shape[1]), np.int64)
+    limbs = np.empty((Moments.rows(grid.precision.folds), x.shape[1]), np.int64)
     repeats, length = _layout(x)
-    pivot, exponent, fine = grid.pivot_C, grid.exponent_C, _fine(x)
+    pivot, exponent, finer = grid.pivot_C, grid.exponent_C, _finer(x)
     if not x.size:
         return reference.moments(x, mask, grid)
     if length > 1 or x.shape[1] == 1:
-        told = None if mask is None else _elements(mask, x)
-        fit = forward.moments_of_runs(_flat(x), told, fine, pivot, exponent, length, words)
+        element_mask = None if mask is None else _elements(mask, x)
+        fit = forward.moments_of_runs(_flat(x), element_mask, finer, pivot, exponent, length, limbs)
     elif mask is not None and _of_rows(mask, x):
         starts = np.flatnonzero(mask) * x.shape[1]
-        fit = forward.moments_of_rows(_flat(x), starts, None, fine, pivot, exponent, 1, words)
+        fit = forward.moments_of_rows(_flat(x), starts, None, finer, pivot, exponent, 1, limbs)
     else:
-        told = None if mask is None else _elements(mask, x)
-        fit = forward.moments_of_rows(_flat(x), None, told, fine, pivot, exponent, repeats, words)
-    return Moments(words, grid) if fit else reference.moments(x, mask, grid)
+        element_mask = None if mask is None else _elements(mask, x)
+        fit = forward.moments_of_rows(_flat(x), None, element_mask, finer, pivot, exponent, repeats, limbs)
+    return Moments(limbs, grid) if fit else reference.moments(x, mask, grid)
 
 
 def normalize(
-    x: Array, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array, out: Array | None = None
+    x: Array, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, out: Array | None = None
 ) -> Array:
     """(x − mean)·scale + shift; see `reference.normalize`."""
     y = np.empty(x.shape, x.dtype) if out is None else out
@@ -106,9 +106,9 @@ def normalize(
     if not x.size:
         return y
     if length > 1 or x.shape[1] == 1:
-        elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, poisoned_C, length, y.reshape(-1))
+        elementwise.normalize_runs(_flat(x), mean_C, scale_C, shift_C, nonfinite_C, length, y.reshape(-1))
     else:
-        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, poisoned_C, repeats, y.reshape(-1))
+        elementwise.normalize_rows(_flat(x), mean_C, scale_C, shift_C, nonfinite_C, repeats, y.reshape(-1))
     return y
 
 
@@ -126,19 +126,19 @@ def gradient_sums(
     dy: Array, x: Array, mask: Mask, pivot_C: Array, grid: BackwardGrid, *, fits: bool = False
 ) -> GradientSums:
     """The exact sums of a shard's output gradients; see `reference.gradient_sums`."""
-    words = np.empty((GradientSums.rows(grid.precision.folds), x.shape[1]), np.int64)
+    limbs = np.empty((GradientSums.rows(grid.precision.folds), x.shape[1]), np.int64)
     repeats, length = _layout(x)
-    check, fine = None if fits and mask is None else 1, _fine(x)
+    check, finer = None if fits and mask is None else 1, _finer(x)
     top = _EMPTY[x.dtype.itemsize]
     gradient, deviation = grid.gradient_C, grid.deviation_C
     if not x.size:
         return reference.gradient_sums(dy, x, mask, pivot_C, grid)
     flat_dy, flat_x = _flat(dy), _flat(x)
     if length > 1 or x.shape[1] == 1:
-        fit = backward.sums_of_runs(flat_dy, flat_x, check, fine, pivot_C, gradient, deviation, length, top, words)
+        fit = backward.sums_of_runs(flat_dy, flat_x, check, finer, pivot_C, gradient, deviation, length, top, limbs)
     else:
-        fit = backward.sums_of_rows(flat_dy, flat_x, check, fine, pivot_C, gradient, deviation, repeats, top, words)
-    return GradientSums(words, grid) if fit else reference.gradient_sums(dy, x, mask, pivot_C, grid)
+        fit = backward.sums_of_rows(flat_dy, flat_x, check, finer, pivot_C, gradient, deviation, repeats, top, limbs)
+    return GradientSums(limbs, grid) if fit else reference.gradient_sums(dy, x, mask, pivot_C, grid)
 
 
 def input_gradient(
@@ -149,7 +149,7 @@ def input_gradient(
     offset_C: Array,
     slope_C: Array,
     scale_C: Array,
-    poisoned_C: Array,
+    nonfinite_C: Array,
     out: Array | None = None,
 ) -> Array:
     """((dy − offset) − (x − mean)·slope)·scale, or dy·scale where masked; see `reference.input_gradient`."""
@@ -167,5 +167,5 @@ def input_gradient(
             elementwise.scale_masked_rows(flat_dy, np.flatnonzero(~mask) * x.shape[1], scale_C, flat_dx)
         else:
             elementwise.scale_masked(flat_dy, _elements(mask, x), scale_C, length, flat_dx)
-    elementwise.poison(flat_dx, poisoned_C, length)
+    elementwise.mark_nonfinite(flat_dx, nonfinite_C, length)
     return dx

@@ -80,19 +80,19 @@ def extremes(x: Array, mask: Any, repeats: int, length: int, top: Array) -> None
         base = 0 if length == 1 else begin // length % channels * LANES
         stop = begin + whole if end - begin == row else begin
         for at in range(begin, stop, LANES):
-            place = base + at - begin if lanes == 1 else base
+            lane = base + at - begin if lanes == 1 else base
             up, down = _keys(load(x, at), broadcast(none))
             if mask is not None:
                 truth = load_truths(mask, at)
                 up, down = either(truth, up, broadcast(none)), either(truth, down, broadcast(none))
-            store(best, place, greater(load(best, place), up))
-            store(best, width + place, greater(load(best, width + place), down))
+            store(best, lane, greater(load(best, lane), up))
+            store(best, width + lane, greater(load(best, width + lane), down))
         for at in range(stop, end):
-            place = base + at - begin if lanes == 1 else base
+            lane = base + at - begin if lanes == 1 else base
             if mask is None or mask[at]:
                 up, down = _keys(x[at], none)
-                best[0, place] = max(best[0, place], up)
-                best[1, place] = max(best[1, place], down)
+                best[0, lane] = max(best[0, lane], up)
+                best[1, lane] = max(best[1, lane], down)
     _raise(top, best, lanes)
 
 
@@ -112,13 +112,13 @@ def gradient_extremes(dy: Array, x: Array, pivot: Array, repeats: int, length: i
         base = 0 if length == 1 else begin // length % channels * LANES
         stop = begin + whole if end - begin == row else begin
         for at in range(begin, stop, LANES):
-            place = base + at - begin if lanes == 1 else base
-            size, deviation = _sizes(load(dy, at), load(x, at), load(pivots, place))
-            store(best, place, greater(load(best, place), size))
-            store(best, width + place, greater(load(best, width + place), deviation))
+            lane = base + at - begin if lanes == 1 else base
+            size, deviation = _sizes(load(dy, at), load(x, at), load(pivots, lane))
+            store(best, lane, greater(load(best, lane), size))
+            store(best, width + lane, greater(load(best, width + lane), deviation))
         for at in range(stop, end):
-            place = base + at - begin if lanes == 1 else base
-            size, deviation = _sizes(dy[at], x[at], pivots[place])
-            best[0, place] = max(best[0, place], size)
-            best[1, place] = max(best[1, place], deviation)
+            lane = base + at - begin if lanes == 1 else base
+            size, deviation = _sizes(dy[at], x[at], pivots[lane])
+            best[0, lane] = max(best[0, lane], size)
+            best[1, lane] = max(best[1, lane], deviation)
     _raise(top, best, lanes)

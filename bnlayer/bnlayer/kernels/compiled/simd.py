@@ -148,8 +148,8 @@ def load_truths(typing: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.VectorType(LLVM_BYTE, LANES)
-        told = builder.load(_address(context, builder, sig, args, kind), align=1)
-        return builder.sext(builder.icmp_signed("!=", told, ir.Constant(kind, [0] * LANES)), INT64.llvm)
+        loaded = builder.load(_address(context, builder, sig, args, kind), align=1)
+        return builder.sext(builder.icmp_signed("!=", loaded, ir.Constant(kind, [0] * LANES)), INT64.llvm)
 
     return INT64(array, types.intp), generate
 

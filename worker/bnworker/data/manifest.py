@@ -22,7 +22,7 @@ _ROWS, _TESTS, _FEATURES, _DTYPE, _GREATEST, _FINGERPRINT, _COLUMNS = range(7)
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class Manifest:
     """Of a data set whose shards fit together.
 
     Attributes:
@@ -42,7 +42,7 @@ class Known:
     fingerprint: str
 
 
-def exchanged(world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[str]) -> Known:
+def exchanged(world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[str]) -> Manifest:
     """Put together what the ranks found.
 
     Args:
@@ -64,7 +64,7 @@ def exchanged(world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[
     if with_tests.any() and not with_tests.all():
         there, lacks = names[int(with_tests.argmax())], names[int(with_tests.argmin())]
         raise DataError(f"{lacks}: holds no test rows, and {there} does; expected them in every shard, or in none.")
-    return Known(
+    return Manifest(
         rows_M=table_MK[:, _ROWS],
         tests_M=table_MK[:, _TESTS],
         has_tests=bool(with_tests.any()),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnlayer import BatchNormalization, passes
+from bnlayer import BatchNormalization, tiling
 from bnlayer.grid import Grid
 from bnlayer.view import View
 
@@ -29,14 +29,14 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Sets the number of threads, and has every batch cut into pieces."""
 
     def cut(count: int) -> None:
-        passes.threads.cache_clear()
+        tiling.threads.cache_clear()
         monkeypatch.setenv("BNLAYER_THREADS", str(count))
-        monkeypatch.setattr(passes, "_PIECE", 1000)
-        monkeypatch.setattr(passes, "_WORTH_A_THREAD", 1000)
+        monkeypatch.setattr(tiling, "_PIECE", 1000)
+        monkeypatch.setattr(tiling, "_WORTH_A_THREAD", 1000)
 
     yield cut
     monkeypatch.undo()
-    passes.threads.cache_clear()
+    tiling.threads.cache_clear()
 
 
 def steps(policy: str, shape: tuple[int, ...], axis: int, *, masked: bool, bad: bool) -> list[Array]:
@@ -90,10 +90,10 @@ def test_the_words_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
     """Words travel as they are: those of many pieces are those of one, low halves below 2^32 included."""
     view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
     unknown = Grid.unknown("float32", 8)
-    grid = unknown.probed(passes.probe(view, unknown), np.ones(8, bool))
-    whole = passes.moments(view, grid).words
+    grid = unknown.probed(tiling.probe(view, unknown), np.ones(8, bool))
+    whole = tiling.moments(view, grid).limbs
     pieces(1)
-    assert passes.moments(view, grid).words.tobytes() == whole.tobytes()
+    assert tiling.moments(view, grid).limbs.tobytes() == whole.tobytes()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -122,13 +122,13 @@ def test_no_needless_temporaries(shape: tuple[int, ...], axis: int, policy: str,
 @pytest.mark.parametrize("wanted", ["0", "-1", "two", ""])
 def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """It is said what was expected."""
-    passes.threads.cache_clear()
+    tiling.threads.cache_clear()
     monkeypatch.setenv("BNLAYER_THREADS", wanted)
     try:
         with pytest.raises(ValueError, match=f"BNLAYER_THREADS: expected a number .* received {wanted!r}"):
-            passes.threads()
+            tiling.threads()
     finally:
-        passes.threads.cache_clear()
+        tiling.threads.cache_clear()
 
 
 FORKED = """

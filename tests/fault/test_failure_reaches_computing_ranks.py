@@ -12,7 +12,7 @@ import pytest
 from bnlayer import BatchNormalization, CollectiveError, MismatchError, StallError
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
-from support.contract.timing import TOLD_S, Watch, watch
+from support.contract.timing import FAILURE_WITHIN_S, Watch, watch
 from support.service import daemon
 
 pytestmark = [pytest.mark.fault, pytest.mark.rpc]
@@ -66,14 +66,14 @@ def test_told_while_one_computes(say: Callable[[World], None], kind: type[Collec
 
     with futures.ThreadPoolExecutor(3) as pool:
         ranks = [pool.submit(rank, number) for number in range(3)]
-        told = [one.result(20) for one in ranks[:2]]
+        as_text = [one.result(20) for one in ranks[:2]]
         go_on.set()
-        told.append(ranks[2].result(20))
-    assert told[1]
-    assert set(told) <= {"", told[1]}
-    spoke = max(one.spoke for one in watches[:2])
+        as_text.append(ranks[2].result(20))
+    assert as_text[1]
+    assert set(as_text) <= {"", as_text[1]}
+    contributed_at = max(one.contributed_at for one in watches[:2])
     for one in watches[:2]:
-        assert one.told is None or one.told - spoke <= TOLD_S
+        assert one.as_text is None or one.as_text - contributed_at <= FAILURE_WITHIN_S
     computing = watches[2]
-    assert computing.told is not None
-    assert computing.told - computing.spoke <= TOLD_S
+    assert computing.as_text is not None
+    assert computing.as_text - computing.contributed_at <= FAILURE_WITHIN_S

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer import passes
+from bnlayer import tiling
 from bnlayer.collective import (
     Call,
     Collective,
     Direction,
-    LayerTerms,
+    ExchangeKey,
+    LayerSignature,
     Operation,
-    Place,
     Total,
     claim,
 )
@@ -62,11 +62,11 @@ class BackwardResult:
     """
 
     total: Gradients
-    local_words: NDArray[np.int64]
+    local_limbs: NDArray[np.int64]
     grid: BackwardGrid
 
 
-class Rounds:
+class ExchangeDriver:
     """The exchanges of one layer with one collective.
 
     Args:
@@ -78,78 +78,81 @@ class Rounds:
         self.collective = collective
         self._name = name
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
-        self._told: dict[Direction, tuple[LayerTerms, LayerTerms]] = {}
+        self._signatures: dict[Direction, tuple[LayerSignature, LayerSignature]] = {}
 
-    def enroll(self, layer: object, terms: LayerTerms, state: LayerState) -> LayerState:
+    def enroll(self, layer: object, signature: LayerSignature, state: LayerState) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
 
         Raises:
             ValueError: another live layer holds the name.
         """
         claim(self.collective, self._name, layer)
-        return self.collective.enroll(Call(Operation.ENROLL, Place(self._name, None, 0), terms), state)
+        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
 
-    def forward(self, view: View, terms: LayerTerms, grid: Grid) -> ForwardResult:
+    def forward(self, view: View, signature: LayerSignature, grid: Grid) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""
-        exchange = ForwardExchange.begin(grid, terms.epsilon, view.mask is not None)
+        exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
         version = None
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
-                words = passes.probe(view, exchange.grid)
+                limbs = tiling.probe(view, exchange.grid)
             else:
-                words = passes.moments(view, exchange.grid).words
-            total = self._say(exchange, Direction.FORWARD, view, terms, words)
+                limbs = tiling.moments(view, exchange.grid).limbs
+            total = self._exchange(exchange, Direction.FORWARD, view, signature, limbs)
             version = total.version
-            exchange = exchange.reduced(total.words)
+            exchange = exchange.reduced(total.limbs)
         self._steps[Direction.FORWARD] += 1
         assert exchange.moments is not None
         assert exchange.statistics is not None
         return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
 
     def backward(
-        self, dy: View, view: View, terms: LayerTerms, statistics: BatchStatistics, grid: BackwardGrid
+        self, dy: View, view: View, signature: LayerSignature, statistics: BatchStatistics, grid: BackwardGrid
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
         pivot = statistics.pivot
-        fits = not statistics.poisoned.any()
+        fits = not statistics.nonfinite.any()
         while True:
             if exchange.wants is Operation.PROBE:
-                words = passes.gradient_probe(dy, view, pivot, exchange.grid)
+                limbs = tiling.gradient_probe(dy, view, pivot, exchange.grid)
             else:
-                words = passes.gradient_sums(dy, view, pivot, exchange.grid, fits=fits).words
-            exchange = exchange.reduced(self._say(exchange, Direction.BACKWARD, view, terms, words).words)
+                limbs = tiling.gradient_sums(dy, view, pivot, exchange.grid, fits=fits).limbs
+            exchange = exchange.reduced(self._exchange(exchange, Direction.BACKWARD, view, signature, limbs).limbs)
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1
-                return BackwardResult(exchange.gradients, words, exchange.grid)
+                return BackwardResult(exchange.gradients, limbs, exchange.grid)
 
-    def _say(
+    def _exchange(
         self,
         exchange: ForwardExchange | BackwardExchange,
         direction: Direction,
         view: View,
-        terms: LayerTerms,
-        words: NDArray[np.int64],
+        signature: LayerSignature,
+        limbs: NDArray[np.int64],
     ) -> Total:
         assert exchange.wants is not None
-        told = self._all_told(direction, terms, view.mask is not None, exchange.fingerprint)
-        place = Place(self._name, direction, self._steps[direction])
-        return self.collective.exchange(Call(exchange.wants, place, told, exchange.attempt), words)
+        full_signature = self._full_signature(direction, signature, view.mask is not None, exchange.fingerprint)
+        key = ExchangeKey(self._name, direction, self._steps[direction])
+        return self.collective.exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs)
 
-    def _all_told(self, direction: Direction, terms: LayerTerms, masked: bool, grid: int) -> LayerTerms:
+    def _full_signature(
+        self, direction: Direction, signature: LayerSignature, masked: bool, grid: int
+    ) -> LayerSignature:
         """The layer's terms, and what is new with this call; the same object as before where nothing is."""
         flush_to_zero = not _TINIEST * _ONE > 0
-        before, told = self._told.get(direction, (None, None))
+        before, full_signature = self._signatures.get(direction, (None, None))
         if (
-            told is None
-            or before is not terms
-            or (told.masked, told.grid, told.flush_to_zero) != (masked, grid, flush_to_zero)
+            full_signature is None
+            or before is not signature
+            or (full_signature.masked, full_signature.grid, full_signature.flush_to_zero)
+            != (masked, grid, flush_to_zero)
         ):
-            told = replace(terms, masked=masked, flush_to_zero=flush_to_zero, grid=grid)
-            self._told[direction] = terms, told
-        return told
+            full_signature = replace(signature, masked=masked, flush_to_zero=flush_to_zero, grid=grid)
+            self._signatures[direction] = signature, full_signature
+        return full_signature
 
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return GradientSums(result.local_words, result.grid).judged(statistics)[0]()
+    return GradientSums(result.local_limbs, result.grid).check_window(statistics)[0]()

@@ -24,8 +24,8 @@ from bnlayer.reduction import reduce_in_rank_order
 from bnproto.failures import DETAILS_KEY, StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
-from bnserver.core.attention import TICK_S, Attention
 from bnserver.core.effects import (
+    ApplyUpdate,
     Closed,
     Effect,
     Failed,
@@ -34,16 +34,16 @@ from bnserver.core.effects import (
     Persist,
     Record,
     Reduce,
-    Settle,
     Straggling,
 )
 from bnserver.core.events import Event, Heartbeat, Lost, Malformed, Stop, Tick
-from bnserver.core.members import Patience
-from bnserver.core.past import PastError
+from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
+from bnserver.core.recovery import RecoveryError
 from bnserver.core.service import Service
+from bnserver.core.suspend_aware_clock import TICK_S, SuspendAwareClock
 from bnserver.failpoints import Failpoints
-from bnserver.local import Frame, LocalSockets, Visitors
+from bnserver.local import Callbacks, Frame, LocalSockets
 from bnserver.store import Store, StoreError
 from bnserver.translation import Messages, Reader, Writer, failure_of
 
@@ -54,7 +54,7 @@ _REDUCE_HERE_BYTES = 2**20
 _log = logging.getLogger("bnserver")
 
 Context = grpc.aio.ServicerContext[pb.ExchangeRequest, pb.ExchangeResponse]
-Saying = Callable[[bool], Coroutine[Any, Any, None]]
+SavingCallback = Callable[[bool], Coroutine[Any, Any, None]]
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class _Outbox:
     generation: int = 0
 
 
-class Exchanges(rpc.StatisticsServiceServicer):
+class Servicer(rpc.StatisticsServiceServicer):
     """Serves the streams of all ranks.
 
     Args:
@@ -88,24 +88,24 @@ class Exchanges(rpc.StatisticsServiceServicer):
         boot_id: int,
         store: Store | None,
         *,
-        patience: Patience | None = None,
+        timeouts: LivenessTimeouts | None = None,
         failpoints: Failpoints | None = None,
-        saving: Saying | None = None,
+        saving: SavingCallback | None = None,
     ) -> None:
-        self._patience = patience or Patience()
-        self._writer = Writer(boot_id, self._patience, durable=store is not None)
+        self._timeouts = timeouts or LivenessTimeouts()
+        self._writer = Writer(boot_id, self._timeouts, durable=store is not None)
         self._store = store
         self._failpoints = failpoints or Failpoints()
         self._saving = saving
-        self._service = Service(patience=self._patience)
-        self._attention = Attention(time.monotonic())
+        self._service = Service(timeouts=self._timeouts)
+        self._clock = SuspendAwareClock(time.monotonic())
         self._ready = asyncio.Event()
         self._numbers = count(1)
         self._outboxes: dict[int, _Outbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._saves: set[asyncio.Task[None]] = set()
         self._unsaved: dict[str, StoreError] = {}
-        self._sockets = LocalSockets(boot_id, Visitors(self._asked, self._garbled, self._hung_up))
+        self._sockets = LocalSockets(boot_id, Callbacks(self._asked, self._garbled, self._hung_up))
 
     async def open(self, port: int) -> None:
         """Load what was saved, and let ranks in.
@@ -116,12 +116,12 @@ class Exchanges(rpc.StatisticsServiceServicer):
         Raises:
             StoreError: a file is corrupt.
         """
-        pasts = await asyncio.to_thread(self._store.load) if self._store is not None else {}
+        journals = await asyncio.to_thread(self._store.load) if self._store is not None else {}
         now = time.monotonic()
-        self._attention = Attention(now)
+        self._clock = SuspendAwareClock(now)
         try:
-            self._service = Service(pasts, self._patience, now)
-        except PastError as error:
+            self._service = Service(journals, self._timeouts, now)
+        except RecoveryError as error:
             raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
         await self._sockets.open(port)
         self._ready.set()
@@ -211,7 +211,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
 
     def _dispatch(self, event: Event) -> None:
         try:
-            now = self._attention.time(time.monotonic(), tick=isinstance(event, Tick))
+            now = self._clock.time(time.monotonic(), tick=isinstance(event, Tick))
             for effect in self._service.handle(event, now):
                 self._perform(effect)
         except Exception:  # noqa: BLE001 - this is the rim
@@ -239,9 +239,9 @@ class Exchanges(rpc.StatisticsServiceServicer):
                 self._close(effect.stream)
             case Record():
                 self._record(effect)
-            case Settle():
+            case ApplyUpdate():
                 # The answers are on their way first: their writers' turn comes before this.
-                asyncio.get_running_loop().call_soon(self._service.settle, effect.job, effect.layer)
+                asyncio.get_running_loop().call_soon(self._service.apply_update, effect.job, effect.layer)
             case Persist():
                 self._persist(effect.job)
             case Straggling():
@@ -265,7 +265,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
             outbox = self._outboxes.get(stream)
             if outbox is None:
                 continue
-            if self._sockets.stands(stream):
+            if self._sockets.is_active(stream):
                 frames = frames or [Frame(message) for message in messages]
                 self._send_locally(stream, frames)
                 continue
@@ -323,7 +323,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
         if self._store is None:
             return
         try:
-            self._store.append(effect.job, effect.entry)
+            self._store.append(effect.job, effect.record)
         except StoreError as error:
             self._could_not_save(effect.job, error)
         if self._store.long(effect.job):
@@ -335,7 +335,7 @@ class Exchanges(rpc.StatisticsServiceServicer):
 
     async def _save(self, store: Store, job: str) -> None:
         try:
-            await store.save(job, lambda: self._service.past(job))
+            await store.save(job, lambda: self._service.records(job))
         except StoreError as error:
             self._could_not_save(job, error)
             return

@@ -24,7 +24,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bnlayer.agreement import Peer, Verdict, judge
-from bnlayer.collective import Call, Direction, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, Operation, PlainSignature
 from bnlayer.errors import CollectiveError, PeerLostError
 
 Ts = TypeVarTuple("Ts")
@@ -52,7 +52,7 @@ class Wait:
         announced: whether the other ranks have a note of it.
     """
 
-    round: int
+    exchange_number: int
     call: Call | None
     timeout: float
     start: float
@@ -96,7 +96,7 @@ def _poll(request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float
         time.sleep(min(_LONGEST_SLEEP_S, _SLEEP_SHARE * (now - start)))
 
 
-class Patience:
+class NoteExchange:
     """What a rank does while it waits on one communicator: it exchanges notes with the others, and ends a wait in time.
 
     Args:
@@ -108,7 +108,7 @@ class Patience:
         self._comm = comm
         self._peers = {peer.rank: peer for peer in peers}
         self._notes: dict[int, tuple[int, Call | None]] = {}
-        self._told: tuple[int, Verdict] | None = None
+        self._verdict: tuple[int, Verdict] | None = None
         self._sends: list[MPI.Request] = []
 
     def drain(self) -> None:
@@ -123,9 +123,9 @@ class Patience:
             PeerLostError: it has taken its time, or another rank has found out that it has.
         """
         self._read_notes()
-        if self._told is not None and self._told[0] == wait.round:
-            raise self._told[1].error(wait.call)
-        asked = any(number == wait.round for number, _ in self._notes.values())
+        if self._verdict is not None and self._verdict[0] == wait.exchange_number:
+            raise self._verdict[1].error(wait.call)
+        asked = any(number == wait.exchange_number for number, _ in self._notes.values())
         if not wait.announced and (asked or waited >= wait.timeout / 2):
             wait.announced = True
             self._send_note(wait, None, range(self._comm.size))
@@ -133,7 +133,7 @@ class Patience:
             raise self._overdue(wait)
 
     def _overdue(self, wait: Wait) -> CollectiveError:
-        here = {rank: call for rank, (number, call) in self._notes.items() if number >= wait.round}
+        here = {rank: call for rank, (number, call) in self._notes.items() if number >= wait.exchange_number}
         here[self._comm.rank] = wait.call
         seen = f"completing {wait.last.where}" if wait.last is not None else "joining"
         absent = f"did not come within {wait.timeout:g} s (last seen {seen})"
@@ -148,9 +148,9 @@ class Patience:
 
     def _send_note(self, wait: Wait, verdict: Verdict | None, ranks: Sequence[int]) -> None:
         call = wait.call
-        where = None if call is None else [call.operation, *_place(call.place)]
-        told = None if verdict is None else [verdict.text, verdict.ranks]
-        note = np.frombuffer(json.dumps([wait.round, where, told]).encode(), np.uint8)
+        where = None if call is None else [call.operation, *_key_fields(call.key)]
+        verdict_fields = None if verdict is None else [verdict.text, verdict.ranks]
+        note = np.frombuffer(json.dumps([wait.exchange_number, where, verdict_fields]).encode(), np.uint8)
         for rank in ranks:
             if rank != self._comm.rank:
                 self._sends.append(self._comm.Isend(note, rank, _TAG))
@@ -160,17 +160,17 @@ class Patience:
         while self._comm.Iprobe(MPI.ANY_SOURCE, _TAG, status):
             buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             self._comm.Recv(buffer, status.source, _TAG)
-            number, where, told = json.loads(buffer.tobytes())
+            number, where, verdict_fields = json.loads(buffer.tobytes())
             self._notes[status.source] = (number, None if where is None else _call(*where))
-            if told is not None:
-                self._told = (number, Verdict(PeerLostError, told[0], tuple(told[1])))
+            if verdict_fields is not None:
+                self._verdict = (number, Verdict(PeerLostError, verdict_fields[0], tuple(verdict_fields[1])))
 
 
-def _place(place: Place) -> tuple[str | None, str | None, int]:
-    return place.layer, place.direction, place.step
+def _key_fields(key: ExchangeKey) -> tuple[str | None, str | None, int]:
+    return key.layer, key.direction, key.step
 
 
 def _call(operation: str, layer: str | None, direction: str | None, step: int) -> Call:
     """A call as a note tells it: where, without the terms."""
-    place = Place(layer, None if direction is None else Direction(direction), step)
-    return Call(Operation(operation), place, PlainTerms())
+    key = ExchangeKey(layer, None if direction is None else Direction(direction), step)
+    return Call(Operation(operation), key, PlainSignature())

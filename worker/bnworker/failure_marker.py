@@ -15,14 +15,14 @@ from pathlib import Path
 FOLDER = "BNLAYER_LAUNCH_DIR"  # set by the launcher, for everything it starts
 
 
-def tell(environ: Mapping[str, str] = os.environ) -> None:
+def mark(environ: Mapping[str, str] = os.environ) -> None:
     """Say that this rank was told of another's failure."""
     folder, rank = environ.get(FOLDER), environ.get("BNLAYER_RANK")
     if folder and rank:
         with suppress(OSError):  # the launcher is on another host, or gone: nobody listens
-            Path(folder, f"{rank}.told").touch()
+            Path(folder, f"{rank}.peer-failure").touch()
 
 
-def was_told(folder: Path, rank: int) -> bool:
+def is_marked(folder: Path, rank: int) -> bool:
     """Whether a rank said so."""
-    return (folder / f"{rank}.told").exists()
+    return (folder / f"{rank}.peer-failure").exists()

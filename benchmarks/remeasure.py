@@ -20,7 +20,7 @@ def missed(judgements: Iterable[Judgement], figures: Mapping[str, float]) -> lis
     """Where the figures lie that miss their bar: "kernels/32,7,7,512/forward", "mpi/2 ranks/C=64", "step"."""
     return sorted(
         {
-            _place(name)
+            _section(name)
             for judgement in judgements
             if judgement.verdict is Verdict.MISSED
             for name in judgement.bar.figures
@@ -29,7 +29,9 @@ def missed(judgements: Iterable[Judgement], figures: Mapping[str, float]) -> lis
     )
 
 
-def measured(places: Iterable[str], settings: Settings, measure: Callable[[str, Settings], Figures]) -> Figures:
+def measured(
+    missed_sections: Iterable[str], settings: Settings, measure: Callable[[str, Settings], Figures]
+) -> Figures:
     """The figures of some places, anew.
 
     Args:
@@ -38,7 +40,7 @@ def measured(places: Iterable[str], settings: Settings, measure: Callable[[str, 
         measure: a section, by name.
     """
     found: Figures = {}
-    parts = [place.split("/") for place in places]
+    parts = [section.split("/") for section in missed_sections]
     shapes = tuple(sorted({part[1] for part in parts if part[0] == "kernels"}))
     for section in sorted({part[0] for part in parts}):
         found |= measure(section, replace(settings, shapes=shapes))
@@ -51,11 +53,11 @@ def merged(bars: Iterable[Bar], first: Figures, second: Figures) -> Figures:
     for bar in bars:
         for name in bar.figures:
             if not _reaches(bar, first, name) and _reaches(bar, second, name):
-                found |= {other: seen for other, seen in second.items() if _place(other) == _place(name)}
+                found |= {other: seen for other, seen in second.items() if _section(other) == _section(name)}
     return found
 
 
-def _place(name: str) -> str:
+def _section(name: str) -> str:
     """What is compared with each other: of kernels all contenders in one pass over one shape."""
     return "/".join(name.split("/")[:3]) if name.startswith("kernels/") else name.rpartition("/")[0]
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 from bnlayer.state import LayerState
-from bnserver.core.events import Words
+from bnserver.core.events import Limbs
 from bnserver.core.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class LayerSnapshot:
     """A layer, as it was before its latest training call."""
 
     layer: str
@@ -27,7 +27,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Enlisted:
+class MemberRecord:
     """A rank of a generation, and how it is known again.
 
     Attributes:
@@ -49,22 +49,22 @@ class Began:
 
     generation: int
     world_size: int
-    members: tuple[Enlisted, ...]
+    members: tuple[MemberRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Operated:
+class Completed:
     """An operation on a layer is complete.
 
     Attributes:
         sequence: its number within the generation.
         call: what all ranks said.
-        body: the reduced words; for an enrolment, the owner's state.
+        body: the reduced limbs; for an enrolment, the owner's state.
     """
 
     sequence: int
     call: Call
-    body: Words | LayerState
+    body: Limbs | LayerState
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,4 +110,4 @@ class Ended:
     ranks: tuple[int, ...] = ()
 
 
-Entry = Kept | Began | Operated | Pushed | Left | Ended
+JournalRecord = LayerSnapshot | Began | Completed | Pushed | Left | Ended

@@ -10,7 +10,7 @@ TICK_S = 0.1  # how late a deadline may be noticed
 _INATTENTIVE_S = 0.5  # ticks further apart than this: the service was not there
 
 
-class Attention:
+class SuspendAwareClock:
     """A clock that runs only while the service looks.
 
     Args:

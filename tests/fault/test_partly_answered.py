@@ -44,25 +44,25 @@ def whole(service: Daemon, team: list[Rank], tmp_path_factory: pytest.TempPathFa
     """What the ranks see in a job that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     job = Job("whole", team, [service.address], folder, seed=SEED, until=_STEPS, options=_OPTIONS)
-    job.hear("joined")
+    job.expect("joined")
     job.finish()
     job.leave()
     return job.histories()
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "failure"),
     [("allreduce", 1), ("allreduce large", 2), ("broadcast", 1), ("barrier", 2), ("sums forward", 1)],
 )
 def test_killed_between_two_answers(
-    kind: str, told: int, whole: list[list[Record]], service: Daemon, team: list[Rank], tmp_path: Path
+    kind: str, failure: int, whole: list[list[Record]], service: Daemon, team: list[Rank], tmp_path: Path
 ) -> None:
     """Nobody notices more than a pause."""
-    name = f"{kind}-{told}".replace(" ", "-")
+    name = f"{kind}-{failure}".replace(" ", "-")
     service.kill()
-    service.start({VARIABLE: f"after-reply=kill:{_answers_before(whole, kind) + told}"})
+    service.start({VARIABLE: f"after-reply=kill:{_answers_before(whole, kind) + failure}"})
     job = Job(name, team, [service.address], tmp_path, seed=SEED, until=_STEPS, options=_OPTIONS)
-    job.hear("joined")
+    job.expect("joined")
     job.until(lambda: not service.alive, "the service has killed itself", quiet=team)
     service.start()
     job.finish()

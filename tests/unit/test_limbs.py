@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnlayer.words import (
+from bnlayer.limbs import (
     as_float,
     as_ints,
     carried,

@@ -5,7 +5,7 @@ fewer axes is given a place for every element), so that what is converted is nev
 `BNLAYER_THREADS` asks for several threads, which then take a piece each. Sums are integers: the pieces can't be seen in
 any bit.
 
-Shape suffixes: A axes before the channels, C channels, B axes after them, W words.
+Shape suffixes: A axes before the channels, C channels, B axes after them, W limbs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from bnlayer.dtypes import rounded
 from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import kernels
+from bnlayer.limbs import carried
 from bnlayer.moments import Moments
 from bnlayer.view import WHOLE, View
-from bnlayer.words import carried
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -53,19 +53,19 @@ def moments(view: View, grid: Grid) -> Moments:
 
     def pass_over(at: slice) -> NDArray[np.int64]:
         found: Moments = kernels().moments(view.values(at, kind), view.truths(at), grid)
-        return found.words
+        return found.limbs
 
     return Moments(_pooled(_over(view, kind, pass_over), flags=1), grid)
 
 
 def normalize(
-    view: View, mean_C: Array, scale_C: Array, shift_C: Array, poisoned_C: Array, dtype: np.dtype[Any]
+    view: View, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, dtype: np.dtype[Any]
 ) -> Array:
-    """(x − mean)·scale + shift in the dtype of the coefficients, rounded once to `dtype`; NaN in poisoned channels."""
+    """(x − mean)·scale + shift in the dtype of the coefficients, rounded once to `dtype`; NaN in nonfinite channels."""
     kind = mean_C.dtype
 
     def pass_over(at: slice, out: Array | None) -> Array:
-        y: Array = kernels().normalize(view.values(at, kind), mean_C, scale_C, shift_C, poisoned_C, out)
+        y: Array = kernels().normalize(view.values(at, kind), mean_C, scale_C, shift_C, nonfinite_C, out)
         return y
 
     return _written(view, kind, dtype, pass_over)
@@ -89,8 +89,8 @@ def gradient_sums(dy: View, view: View, pivot_C: Array, grid: BackwardGrid, *, f
 
     def pass_over(at: slice) -> NDArray[np.int64]:
         values = dy.values(at, kind), view.values(at, kind), view.truths(at)
-        words: NDArray[np.int64] = kernels().gradient_sums(*values, pivot_C, grid, fits=fits).words
-        return words
+        limbs: NDArray[np.int64] = kernels().gradient_sums(*values, pivot_C, grid, fits=fits).limbs
+        return limbs
 
     return GradientSums(_pooled(_over(view, kind, pass_over), flags=2), grid)
 
@@ -102,12 +102,12 @@ def input_gradient(
     offset_C: Array,
     slope_C: Array,
     scale_C: Array,
-    poisoned_C: Array,
+    nonfinite_C: Array,
     dtype: np.dtype[Any],
 ) -> Array:
     """((dy − offset) − (x − mean)·slope)·scale where unmasked, dy·scale where masked, rounded once to `dtype`."""
     kind = mean_C.dtype
-    coefficients = mean_C, offset_C, slope_C, scale_C, poisoned_C
+    coefficients = mean_C, offset_C, slope_C, scale_C, nonfinite_C
 
     def pass_over(at: slice, out: Array | None) -> Array:
         values = dy.values(at, kind), view.values(at, kind), view.truths(at)
@@ -171,7 +171,7 @@ def _mapped(function: Callable[[slice], T], pieces: list[slice]) -> list[T]:
 
 
 def _pooled(parts: list[NDArray[np.int64]], *, flags: int) -> NDArray[np.int64]:
-    """The words of all pieces: sums added and carried, counts added, flags joined.
+    """The limbs of all pieces: sums added and carried, counts added, flags joined.
 
     Args:
         parts: (W, C) each.

@@ -1,4 +1,4 @@
-"""Sums as pairs of int64 words: addition without an order, and without overflow.
+"""Sums as pairs of int64 limbs: addition without an order, and without overflow.
 
 A term v is rounded once to a multiple of u by adding a magic number M whose last place is u. The float64's bit
 pattern, read as int64, is linear in the rounded value, so `q = bits(v + M) − bits(M)` is v/u as an integer:
@@ -96,6 +96,6 @@ def flags(high: NDArray[np.bool_], low: NDArray[np.bool_]) -> NDArray[np.int64]:
     return (high.astype(np.int64) << 32) | low
 
 
-def counted(word: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def counted(packed: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Whether any rank raised the high and the low flag."""
-    return (word >> 32) > 0, (word & LOW) > 0
+    return (packed >> 32) > 0, (packed & LOW) > 0

@@ -10,13 +10,13 @@ import json
 from dataclasses import astuple, dataclass, fields
 from hashlib import blake2b
 
-from bnlayer.collective import Call, Direction, LayerTerms, Operation, Place, PlainTerms
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 
 
 @dataclass(frozen=True, slots=True)
-class MirrorTerms(LayerTerms):
+class MirrorSignature(LayerSignature):
     """What a rank with its own mirror believes of a layer.
 
     Attributes:
@@ -32,14 +32,14 @@ _MASK = 2**62 - 1
 _STEP = 0x1E37_79B9_7F4A_7C15  # the golden ratio's digits, which don't line up with any hash
 _ATTEMPT = 0x2545_F491_4F6C_DD1D
 
-_PLAIN = tuple(field.name for field in fields(PlainTerms))
-_MIRROR = tuple(field.name for field in fields(MirrorTerms))
-_LAYER = tuple(field.name for field in fields(LayerTerms))
+_PLAIN = tuple(field.name for field in fields(PlainSignature))
+_MIRROR = tuple(field.name for field in fields(MirrorSignature))
+_LAYER = tuple(field.name for field in fields(LayerSignature))
 # One spelling for each value: 1 and 1.0, or a NumPy scalar, are the same belief.
 _SPELL = {"channels": int, "momentum": float, "epsilon": float, "grid": int, "root": int}
 
 
-def speak(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
+def encode_call(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
     """A call as text: equal for equal calls, on every machine.
 
     Args:
@@ -47,37 +47,37 @@ def speak(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
         shape: of the words that belong to it; "" without.
         pushed: what was pushed into this rank's mirror of the layer.
     """
-    terms: list[object]
-    if isinstance(call.terms, LayerTerms):
-        terms = [_spelt(call.terms, name) for name in _LAYER] + [shape, pushed]
+    signature: list[object]
+    if isinstance(call.signature, LayerSignature):
+        signature = [_spelt(call.signature, name) for name in _LAYER] + [shape, pushed]
     else:
-        terms = [_spelt(call.terms, name) for name in _PLAIN]
-    place = call.place
-    said = [call.operation, place.layer, place.direction, int(place.step), int(call.attempt), terms]
-    return json.dumps(said, separators=(",", ":")).encode()
+        signature = [_spelt(call.signature, name) for name in _PLAIN]
+    key = call.key
+    items = [call.operation, key.layer, key.direction, int(key.step), int(call.attempt), signature]
+    return json.dumps(items, separators=(",", ":")).encode()
 
 
-def heard(text: bytes) -> Call:
+def decode_call(text: bytes) -> Call:
     """The call that `speak` made text of."""
     operation, layer, direction, step, attempt, values = json.loads(text)
-    terms: MirrorTerms | PlainTerms
+    signature: MirrorSignature | PlainSignature
     if len(values) == len(_MIRROR):
-        said = dict(zip(_MIRROR, values, strict=True))
-        renorm = said.pop("renorm")
-        terms = MirrorTerms(**said, renorm=None if renorm is None else Renorm(*renorm))
+        items = dict(zip(_MIRROR, values, strict=True))
+        renorm = items.pop("renorm")
+        signature = MirrorSignature(**items, renorm=None if renorm is None else Renorm(*renorm))
     else:
         op, arrays, root = values
-        terms = PlainTerms(op, tuple(arrays), root)
-    place = Place(layer, None if direction is None else Direction(direction), step)
-    return Call(Operation(operation), place, terms, attempt)
+        signature = PlainSignature(op, tuple(arrays), root)
+    key = ExchangeKey(layer, None if direction is None else Direction(direction), step)
+    return Call(Operation(operation), key, signature, attempt)
 
 
-def name_of(text: bytes) -> int:
+def fingerprint_of(text: bytes) -> int:
     """A number from 1 to 2^62 that stands for a text."""
     return (int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 2) + 1
 
 
-class Names:
+class CallFingerprints:
     """Numbers that stand for what is said: equal where `speak` says the same, and as good as never elsewhere.
 
     From one step to the next only the step changes, so a name is that of all the rest, which is remembered for each
@@ -89,17 +89,22 @@ class Names:
 
     def of(self, call: Call, shape: tuple[int, ...] | None = None, pushed: str = "nothing") -> int:
         """The name, from 1 to 2^62, of a call with words of a shape."""
-        place, terms = call.place, call.terms
-        known = self._rest.get((place.layer, place.direction, call.operation))
-        if known is None or known[0] is not terms or known[1] != shape or known[2] != pushed:
-            rest = Call(call.operation, Place(place.layer, place.direction, 0), terms)
-            known = terms, shape, pushed, name_of(speak(rest, "" if shape is None else str(shape), pushed))
-            self._rest[place.layer, place.direction, call.operation] = known
+        key, signature = call.key, call.signature
+        cached = self._rest.get((key.layer, key.direction, call.operation))
+        if cached is None or cached[0] is not signature or cached[1] != shape or cached[2] != pushed:
+            rest = Call(call.operation, ExchangeKey(key.layer, key.direction, 0), signature)
+            cached = (
+                signature,
+                shape,
+                pushed,
+                fingerprint_of(encode_call(rest, "" if shape is None else str(shape), pushed)),
+            )
+            self._rest[key.layer, key.direction, call.operation] = cached
         # Odd multipliers: steps that differ have names that differ.
-        return ((known[3] + place.step * _STEP + call.attempt * _ATTEMPT) & _MASK) + 1
+        return ((cached[3] + key.step * _STEP + call.attempt * _ATTEMPT) & _MASK) + 1
 
 
-def pushed_state(before: str, state: LayerState) -> str:
+def pushed_digest(before: str, state: LayerState) -> str:
     """How a mirror speaks of its pushes after one more: their number, and a name for all that was pushed."""
     number, _, chain = before.partition(" ")
     digest = blake2b(chain.encode(), digest_size=4)
@@ -108,8 +113,8 @@ def pushed_state(before: str, state: LayerState) -> str:
     return f"{(0 if number == 'nothing' else int(number)) + 1} ({digest.hexdigest()})"
 
 
-def _spelt(terms: LayerTerms | PlainTerms, name: str) -> object:
-    value = getattr(terms, name)
+def _spelt(signature: LayerSignature | PlainSignature, name: str) -> object:
+    value = getattr(signature, name)
     if isinstance(value, Renorm):
         return [None if limit is None else float(limit) for limit in astuple(value)]
     return _SPELL[name](value) if name in _SPELL else value

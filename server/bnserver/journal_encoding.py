@@ -21,7 +21,16 @@ from bnproto.arrays import named, unpack, whole
 from bnproto.calls import call_of, contribution_of
 from bnproto.v1 import journal_pb2 as pb
 from bnproto.v1 import statistics_pb2 as wire
-from bnserver.core.entries import Began, Ended, Enlisted, Entry, Kept, Left, Operated, Pushed
+from bnserver.core.journal_records import (
+    Began,
+    Completed,
+    Ended,
+    JournalRecord,
+    LayerSnapshot,
+    Left,
+    MemberRecord,
+    Pushed,
+)
 from bnserver.core.reasons import Reason
 
 _HEAD = struct.Struct("<QIII")  # the frame's number, the body's length and crc32, the crc32 of these three
@@ -89,14 +98,14 @@ def frames(data: bytes) -> Iterator[tuple[int, bytes] | Torn]:
         start, number = end, number + 1
 
 
-def encode(entry: Entry) -> bytes:
+def encode(record: JournalRecord) -> bytes:
     """An entry as the body of a frame."""
-    match entry:
-        case Kept():
-            record = pb.Record(kept=_kept(entry.layer, entry.state))
+    match record:
+        case LayerSnapshot():
+            encoded = pb.Record(snapshot=_kept(record.layer, record.state))
         case Began():
             members = [
-                pb.Enlisted(
+                pb.MemberRecord(
                     rank=each.peer.rank,
                     host=each.peer.host,
                     pid=each.peer.pid,
@@ -104,27 +113,27 @@ def encode(entry: Entry) -> bytes:
                     timeout=each.timeout,
                     pushes=each.pushes,
                 )
-                for each in entry.members
+                for each in record.members
             ]
-            began = pb.Began(generation=entry.generation, world_size=entry.world_size, members=members)
-            record = pb.Record(began=began)
-        case Operated():
-            body = entry.body
+            began = pb.Began(generation=record.generation, world_size=record.world_size, members=members)
+            encoded = pb.Record(began=began)
+        case Completed():
+            body = record.body
             arrays = body.arrays() if isinstance(body, LayerState) else {"": body}
             payload = whole(arrays.values(), tuple(arrays))
-            record = pb.Record(operation=contribution_of(entry.call, payload, entry.sequence, 0))
+            encoded = pb.Record(operation=contribution_of(record.call, payload, record.sequence, 0))
         case Pushed():
-            kept = _kept(entry.layer, entry.state)
-            record = pb.Record(pushed=pb.Pushed(rank=entry.rank, number=entry.number, layer=kept))
+            kept = _kept(record.layer, record.state)
+            encoded = pb.Record(pushed=pb.Pushed(rank=record.rank, number=record.number, layer=kept))
         case Left():
-            record = pb.Record(left=pb.Left(generation=entry.generation, rank=entry.rank, reason=entry.reason))
+            encoded = pb.Record(left=pb.Left(generation=record.generation, rank=record.rank, reason=record.reason))
         case Ended():
-            reason = _REASONS[entry.reason] if entry.reason is not None else wire.ERROR_REASON_UNSPECIFIED
-            ended = pb.Ended(generation=entry.generation, reason=reason, text=entry.text, ranks=entry.ranks)
-            record = pb.Record(ended=ended)
+            reason = _REASONS[record.reason] if record.reason is not None else wire.ERROR_REASON_UNSPECIFIED
+            ended = pb.Ended(generation=record.generation, reason=reason, text=record.text, ranks=record.ranks)
+            encoded = pb.Record(ended=ended)
         case _:
-            assert_never(entry)
-    return record.SerializeToString()
+            assert_never(record)
+    return encoded.SerializeToString()
 
 
 def encode_header(header: pb.Header) -> bytes:
@@ -132,59 +141,59 @@ def encode_header(header: pb.Header) -> bytes:
     return pb.Record(header=header).SerializeToString()
 
 
-def decode(body: bytes) -> Entry | pb.Header:
+def decode(body: bytes) -> JournalRecord | pb.Header:
     """What `encode` made bytes of; a header as it is.
 
     Raises:
         RecordError: it is nothing that this version knows.
     """
     try:
-        record = pb.Record.FromString(body)
-        return _decoded(record)
+        encoded = pb.Record.FromString(body)
+        return _decoded(encoded)
     except (DecodeError, ValueError, KeyError) as error:
         raise RecordError(f"a record makes no sense: {error}") from error
 
 
-def _decoded(record: pb.Record) -> Entry | pb.Header:
-    match record.WhichOneof("entry"):
+def _decoded(encoded: pb.Record) -> JournalRecord | pb.Header:
+    match encoded.WhichOneof("record"):
         case "header":
-            return record.header
-        case "kept":
-            return Kept(record.kept.layer, _state(record.kept))
+            return encoded.header
+        case "snapshot":
+            return LayerSnapshot(encoded.snapshot.layer, _state(encoded.snapshot))
         case "began":
-            began = record.began
+            began = encoded.began
             members = tuple(
-                Enlisted(Peer(each.rank, each.host, each.pid), each.incarnation, each.timeout, each.pushes)
+                MemberRecord(Peer(each.rank, each.host, each.pid), each.incarnation, each.timeout, each.pushes)
                 for each in began.members
             )
             return Began(began.generation, began.world_size, members)
         case "operation":
-            return _operated(record.operation)
+            return _operated(encoded.operation)
         case "pushed":
-            pushed = record.pushed
+            pushed = encoded.pushed
             return Pushed(pushed.rank, pushed.number, pushed.layer.layer, _state(pushed.layer))
         case "left":
-            return Left(record.left.generation, record.left.rank, record.left.reason)
+            return Left(encoded.left.generation, encoded.left.rank, encoded.left.reason)
         case "ended":
-            ended = record.ended
+            ended = encoded.ended
             return Ended(ended.generation, _FROM_REASONS[ended.reason], ended.text, tuple(ended.ranks))
         case other:
             raise ValueError(f"expected an entry that this version knows, found {other}")
 
 
-def _operated(message: wire.Contribution) -> Operated:
+def _operated(message: wire.Contribution) -> Completed:
     call, payload = call_of(message), message.payload
     if message.operation == wire.OPERATION_ENROLL:
         arrays = named(payload, payload.data)
-        return Operated(message.sequence, call, LayerState.from_arrays(arrays, message.layer_terms.dtype))
-    (words,) = unpack(payload, payload.data)
-    return Operated(message.sequence, call, words)
+        return Completed(message.sequence, call, LayerState.from_arrays(arrays, message.layer_signature.dtype))
+    (limbs,) = unpack(payload, payload.data)
+    return Completed(message.sequence, call, limbs)
 
 
-def _kept(layer: str, state: LayerState) -> pb.Kept:
+def _kept(layer: str, state: LayerState) -> pb.LayerSnapshot:
     arrays = state.arrays()
-    return pb.Kept(layer=layer, dtype=state.forward.dtype, state=whole(arrays.values(), tuple(arrays)))
+    return pb.LayerSnapshot(layer=layer, dtype=state.forward.dtype, state=whole(arrays.values(), tuple(arrays)))
 
 
-def _state(kept: pb.Kept) -> LayerState:
+def _state(kept: pb.LayerSnapshot) -> LayerState:
     return LayerState.from_arrays(named(kept.state, kept.state.data), kept.dtype)

@@ -1,0 +1,120 @@
+"""A job's past, written and read: what `entries` gives, `recovered` turns into the same job.
+
+Laws of this room:
+1. Reading a whole past or a shortened one gives the same layers, the same numbers, and the same latest answer.
+2. A generation that ran comes back without its ranks: each has a lease to give a sign of life, and be back.
+3. Ranks that were still gathering leave no trace: they join again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import assert_never
+
+from bnlayer.collective import Operation
+from bnserver.core.answers import Answer
+from bnserver.core.generation import Generation
+from bnserver.core.job import Job, began
+from bnserver.core.journal_records import (
+    Began,
+    Completed,
+    Ended,
+    JournalRecord,
+    LayerSnapshot,
+    Left,
+    MemberRecord,
+    Pushed,
+)
+from bnserver.core.members import LivenessTimeouts, Member
+
+
+class RecoveryError(ValueError):
+    """Entries that can't follow each other; the text says how."""
+
+
+def records(job: Job) -> list[JournalRecord]:
+    """The shortest past that leads to this job."""
+    records: list[JournalRecord] = [job.ended]
+    history = job.layers.records
+    records += [record for record in history if isinstance(record, LayerSnapshot)]
+    running = next((generation for generation in job.generations if generation.running), None)
+    if running is not None:
+        begin = began(running)
+        departed = tuple(MemberRecord(peer, 0, 0.0) for peer in running.departed.values())
+        records.append(Began(begin.generation, begin.world_size, begin.members + departed))
+        records += [Left(running.number, rank, reason) for rank, reason in running.left.items()]
+    records += [record for record in history if not isinstance(record, LayerSnapshot)]
+    answer = running.layer_answer if running is not None else None
+    if answer is not None and answer.call.operation is Operation.ENROLL:
+        state = job.layers.states[answer.call.key.layer or ""]
+        records.append(Completed(answer.sequence, answer.call, state))
+    return records
+
+
+def recovered(name: str, records: Iterable[JournalRecord], timeouts: LivenessTimeouts, now: float) -> Job:
+    """The job that a past leads to.
+
+    Args:
+        name: the job's.
+        past: its entries.
+        patience: of this run of the service.
+        now: seconds; from here on the ranks have a lease to come back; without one, their timeout.
+
+    Raises:
+        RecoveryError: the entries can't follow each other.
+    """
+    job = Job(name, timeouts)
+    for record in records:
+        try:
+            _take(job, record, timeouts, now)
+        except (KeyError, IndexError, AssertionError, ValueError) as error:
+            raise RecoveryError(f"{type(record).__name__} can't follow what is before it ({error!r})") from error
+    return job
+
+
+def _take(job: Job, record: JournalRecord, timeouts: LivenessTimeouts, now: float) -> None:
+    match record:
+        case LayerSnapshot():
+            job.layers.keep(record)
+        case Began():
+            job.number = record.generation
+            job.layers.forget_unfinished()
+            job.generations = [_generation(record, timeouts, now)]
+        case Ended():
+            job.number = max(job.number, record.generation)
+            job.ended = record
+            job.generations = [each for each in job.generations if each.number != record.generation]
+        case Completed():
+            _answer(job, job.operated(record))
+        case Pushed():
+            job.layers.replace(record)
+            for generation in job.generations:
+                if record.rank in generation.members:
+                    generation.members[record.rank].pushes = record.number
+        case Left():
+            _leave(job, record, now)
+        case _:
+            assert_never(record)
+
+
+def _answer(job: Job, answer: Answer) -> None:
+    # Layers are written one after the other, so the numbers may jump back.
+    for generation in job.generations:
+        if answer.sequence > generation.completed:
+            generation.finished(answer)
+
+
+def _leave(job: Job, record: Left, now: float) -> None:
+    for generation in job.generations:
+        if generation.number == record.generation and record.rank in generation.members:
+            generation.remove(record.rank, "", now)
+            generation.left[record.rank] = record.reason  # with the words that it was written with
+
+
+def _generation(record: Began, timeouts: LivenessTimeouts, now: float) -> Generation:
+    generation = Generation(record.generation, record.world_size, recovering=True)
+    for enlisted in record.members:
+        member = Member(enlisted.peer, enlisted.timeout, 0.0, enlisted.incarnation, pushes=enlisted.pushes)
+        member.disconnect(now + timeouts.return_s(enlisted.incarnation, enlisted.timeout), now, restarted=True)
+        generation.joined(member)
+    return generation
