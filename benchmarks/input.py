@@ -60,10 +60,10 @@ def memory_mb(what: str) -> float:
 def rank(folder: str, batch_size: int, steps: int) -> None:
     """Train as one of the ranks."""
     import bnworker
-    from bnworker.data import load
-    from bnworker.events import Step
-    from bnworker.settings import Settings
-    from bnworker.training import train
+    from bnworker.train.data import load
+    from bnworker.train.events import Step
+    from bnworker.train.loop import train
+    from bnworker.train.settings import Settings
 
     made: list[Step] = []
     with bnworker.join() as world:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bnworker.checkpoint import Checkpoint, read
+from bnworker.train.checkpoint import Checkpoint, read
 
 pytestmark = pytest.mark.rpc
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnworker.checkpoint import read
+from bnworker.train.checkpoint import read
 from support.disk import disk
 from support.killing import killed_and_resumed, undisturbed
 from support.service import daemon

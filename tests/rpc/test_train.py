@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnworker.data import load
 from bnworker.statistics import Statistics
+from bnworker.train.data import load
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 from support.training import FIFTY_STEPS, same_result, trained
@@ -110,9 +110,9 @@ def _bytes(counts: dict[str, int], epochs: int) -> int:
 # Every pull compares what the layer has by itself with what the owner has, before it takes it over.
 MIRROR = """
 import bnworker
-from bnworker.data import load
-from bnworker.settings import Settings
-from bnworker.training import train
+from bnworker.train.data import load
+from bnworker.train.settings import Settings
+from bnworker.train.loop import train
 
 compared = 0
 

@@ -42,7 +42,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 OPENED = """
 import json
 import bnworker
-from bnworker.data import load
+from bnworker.train.data import load
 opened = set()
 sys.addaudithook(lambda event, what: opened.add(os.path.basename(str(what[0]))) if event == "open" else None)
 with bnworker.join() as world:
@@ -110,10 +110,10 @@ def test_a_missing_file_starts_nothing(tmp_path: Path) -> None:
 # A rank cuts a shard short, or writes to it, between two steps.
 CHANGING = """
 import bnworker
-from bnworker.data import DataError, load
-from bnworker.events import Step
-from bnworker.settings import Settings
-from bnworker.training import train
+from bnworker.train.data import DataError, load
+from bnworker.train.events import Step
+from bnworker.train.settings import Settings
+from bnworker.train.loop import train
 with bnworker.join() as world:
     data = load(FOLDER, world=world)
     def watch(event):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bnworker.events import Epoch, Event, LayerStatistics, Step
+from bnworker.train.events import Epoch, Event, LayerStatistics, Step
 
 STEPS_PER_EPOCH = 5
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnworker.checkpoint import read
+from bnworker.train.checkpoint import read
 from support.training import COMMAND
 
 RANKS = 3

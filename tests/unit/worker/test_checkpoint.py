@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from bnworker.checkpoint import (
+from bnworker.train.checkpoint import (
     FORMAT,
     Checkpoint,
     CheckpointError,
@@ -28,9 +28,9 @@ from bnworker.checkpoint import (
     read,
     read_by_first,
 )
-from bnworker.events import Epoch
-from bnworker.export import encoded, weights
-from bnworker.settings import Settings
+from bnworker.train.events import Epoch
+from bnworker.train.export import encoded, weights
+from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 
@@ -176,7 +176,8 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> N
     """A process that saves without pause, killed 20 times: what is there decodes, and is never older than before."""
     code = (
         "import sys; from pathlib import Path; import numpy as np; from dataclasses import replace\n"
-        "from bnworker.checkpoint import decode, encode, read; from bnworker.files import write_atomically\n"
+        "from bnworker.train.checkpoint import decode, encode, read\n"
+        "from bnworker.train.files import write_atomically\n"
         "path = Path(sys.argv[1]); base = read(path)\n"
         "while True:\n"
         "    base = replace(base, progress=replace(base.progress, steps=base.progress.steps + 1))\n"
@@ -199,7 +200,7 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> N
 
 def test_drafts_of_killed_processes_are_removed(tmp_path: Path) -> None:
     """When the next run begins; other files stay."""
-    from bnworker.files import prepare
+    from bnworker.train.files import prepare
 
     for name in (".run.safetensors.k3j4.draft", ".other.safetensors.k3j4.draft", "run.safetensors"):
         (tmp_path / name).touch()
@@ -258,7 +259,7 @@ def test_the_best_epochs_weights_are_exported() -> None:
 
 def test_the_folder_is_synchronized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the name was changed, so that a loss of power cannot bring the old file back."""
-    from bnworker.files import write_atomically
+    from bnworker.train.files import write_atomically
 
     happened: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace

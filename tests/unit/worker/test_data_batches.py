@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnworker.data.batches import ROWS_AT_MOST, shares, shuffled, split, steps_per_epoch, taken
-from bnworker.data.ownership import Piece, pieces
+from bnworker.train.data.batches import ROWS_AT_MOST, shares, shuffled, split, steps_per_epoch, taken
+from bnworker.train.data.ownership import Piece, pieces
 
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(sum)
 

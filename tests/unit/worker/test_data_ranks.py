@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bnlayer import BatchNormalization
-from bnworker.data import Batch, DataError, Dataset, from_arrays, load, raise_on_every_rank
+from bnworker.train.data import Batch, DataError, Dataset, from_arrays, load, raise_on_every_rank
 from support.datasets import Reader, all_well, rows, together, write
 from support.ranks import Meeting, run_all
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from bnworker.cli.display import Display
-from bnworker.events import Event, Resumed, Saved
+from bnworker.train.events import Event, Resumed, Saved
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 

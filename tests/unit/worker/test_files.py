@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bnworker.files import prepare, write_atomically
+from bnworker.train.files import prepare, write_atomically
 
 
 def test_the_folder_is_made(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from bnlayer import Alone
 from bnlayer.collective import installed
 from bnlayer.variable import Variable
-from bnworker.model import Perceptron, cross_entropy
+from bnworker.train.model import Perceptron, cross_entropy
 
 RNG = np.random.default_rng(11)
 X, Y = RNG.standard_normal((9, 5)), RNG.integers(0, 3, 9)

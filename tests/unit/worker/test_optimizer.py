@@ -7,7 +7,7 @@ import pytest
 
 from bnlayer.constraints import NonNeg
 from bnlayer.variable import Variable
-from bnworker.optimizer import SGD
+from bnworker.train.optimizer import SGD
 
 
 def test_two_steps_by_hand() -> None:

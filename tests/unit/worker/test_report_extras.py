@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bnworker.cli import main
-from bnworker.report import MissingExtraError, check, extras
+from bnworker.train.report import MissingExtraError, check, extras
 
 HINTS = {
     "matplotlib": "--report needs matplotlib, which is not installed: pip install 'bnlayer[report]'.",

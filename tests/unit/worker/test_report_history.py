@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnworker.events import Event, Resumed, Saved
-from bnworker.report.history import History, Point
+from bnworker.train.events import Event, Resumed, Saved
+from bnworker.train.report.history import History, Point
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bnworker.report.recorder import Recorder
+from bnworker.train.report.recorder import Recorder
 from support.events import STEPS_PER_EPOCH, run, step
 
 SUMMARY: dict[str, Any] = {

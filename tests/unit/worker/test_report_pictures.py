@@ -13,9 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from bnworker.events import Event, Resumed
-from bnworker.report.figures import _layer, _learning, _waiting, pictures
-from bnworker.report.history import History
+from bnworker.train.events import Event, Resumed
+from bnworker.train.report.figures import _layer, _learning, _waiting, pictures
+from bnworker.train.report.history import History
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 

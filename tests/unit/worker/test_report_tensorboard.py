@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from bnworker.events import LayerStatistics, Resumed
-from bnworker.report.recorder import Recorder
+from bnworker.train.events import LayerStatistics, Resumed
+from bnworker.train.report.recorder import Recorder
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from bnlayer.constraints import MaxNorm, NonNeg, UnitNorm
 from bnlayer.regularizers import L1, L1L2, L2
-from bnworker import penalties
-from bnworker.settings import Settings, SettingsError
+from bnworker.train import penalties
+from bnworker.train.settings import Settings, SettingsError
 
 
 @pytest.mark.parametrize(

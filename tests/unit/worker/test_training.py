@@ -11,14 +11,14 @@ import pytest
 
 from bnlayer import constraints, regularizers
 from bnlayer.collective import install, installed
-from bnworker.data import Batch, DataError, Dataset, from_arrays, load
-from bnworker.evaluation import evaluate
-from bnworker.events import Epoch, Event, Step
-from bnworker.model import Perceptron
-from bnworker.optimizer import SGD
-from bnworker.settings import Settings
-from bnworker.steps import step
-from bnworker.training import DivergedError, Replica, train
+from bnworker.train.data import Batch, DataError, Dataset, from_arrays, load
+from bnworker.train.evaluation import evaluate
+from bnworker.train.events import Epoch, Event, Step
+from bnworker.train.loop import DivergedError, Replica, train
+from bnworker.train.model import Perceptron
+from bnworker.train.optimizer import SGD
+from bnworker.train.settings import Settings
+from bnworker.train.steps import step
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from bnworker.cli import main
-from bnworker.data import load
-from bnworker.forecast import forecast
 from bnworker.launcher import Job
-from bnworker.settings import Settings
-from bnworker.training import train
+from bnworker.train.data import load
+from bnworker.train.forecast import forecast
+from bnworker.train.loop import train
+from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from bnlayer.collective import installed
-from bnworker.checkpoint import Checkpoint, CheckpointError, decode, encode
-from bnworker.data import Dataset, from_arrays
-from bnworker.events import Epoch, Event, Resumed, Saved
-from bnworker.settings import Settings
-from bnworker.training import Outcome, Saving, train
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode
+from bnworker.train.data import Dataset, from_arrays
+from bnworker.train.events import Epoch, Event, Resumed, Saved
+from bnworker.train.loop import Outcome, Saving, train
+from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 

@@ -67,8 +67,8 @@ def _launch(
     transport: TrainTransport,
     address: str | None,
 ) -> int:
-    from bnworker.checkpoint import CheckpointError, read
     from bnworker.launcher import Job, LaunchError, launch
+    from bnworker.train.checkpoint import CheckpointError, read
 
     try:
         if read(checkpoint) is None:
@@ -87,13 +87,13 @@ def _launch(
 def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
     """One rank: all read, the first shows and writes."""
     from bnlayer import CollectiveError
-    from bnworker.calibration import Calibrated, settings_of
-    from bnworker.calibration import calibrate as calibrated
-    from bnworker.checkpoint import CheckpointError, encode, read_by_first
     from bnworker.cli.display import show_calibration
-    from bnworker.data import DataError, load
-    from bnworker.files import write_atomically
     from bnworker.joining import join
+    from bnworker.train.calibration import Calibrated, settings_of
+    from bnworker.train.calibration import calibrate as calibrated
+    from bnworker.train.checkpoint import CheckpointError, encode, read_by_first
+    from bnworker.train.data import DataError, load
+    from bnworker.train.files import write_atomically
 
     world = join()
     first = world.rank == 0

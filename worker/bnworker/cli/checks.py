@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bnworker import data, penalties, report
-from bnworker.checkpoint import Checkpoint, CheckpointError, read
 from bnworker.cli.errors import CommandError
 from bnworker.cli.rank import Files
-from bnworker.files import prepare
-from bnworker.settings import Settings, option
+from bnworker.train import data, penalties, report
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, read
+from bnworker.train.files import prepare
+from bnworker.train.settings import Settings, option
 
 _NAMED = {
     "gamma_regularizer": penalties.regularizer,

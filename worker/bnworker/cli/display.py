@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Table
 from rich.text import Text
 
-from bnworker.calibration import Calibrated
-from bnworker.events import Epoch, Event, Resumed, Step
-from bnworker.training import Outcome
+from bnworker.train.calibration import Calibrated
+from bnworker.train.events import Epoch, Event, Resumed, Step
+from bnworker.train.loop import Outcome
 
 # Weight of the newest step in the loss, accuracy and speed that the bar shows: a single step's jump about.
 _NEWEST = 0.1

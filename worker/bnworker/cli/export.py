@@ -35,9 +35,9 @@ def export(
     Of a run with `--early-stop` these are the best epoch's. Exit code 2: the file is no checkpoint, or OUT has another
     ending; 1: OUT cannot be written.
     """
-    from bnworker.checkpoint import CheckpointError, read
-    from bnworker.export import encoded
-    from bnworker.files import write_atomically
+    from bnworker.train.checkpoint import CheckpointError, read
+    from bnworker.train.export import encoded
+    from bnworker.train.files import write_atomically
 
     if out.suffix not in (".npz", ".safetensors"):
         raise CommandError(f"export: {out}: expected a name that ends in .npz or .safetensors.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from bnworker.checkpoint import Checkpoint
-from bnworker.data import Dataset
-from bnworker.forecast import Forecast, forecast
-from bnworker.settings import Settings
+from bnworker.train.checkpoint import Checkpoint
+from bnworker.train.data import Dataset
+from bnworker.train.forecast import Forecast, forecast
+from bnworker.train.settings import Settings
 
 _MIB = 2**20
 _SHOWN_RANKS = 8

@@ -10,17 +10,17 @@ from typing import Any
 import typer
 
 from bnlayer import CollectiveError
-from bnworker.checkpoint import Checkpoint, CheckpointError, encode, read_by_first
 from bnworker.cli.display import Display
 from bnworker.cli.errors import CommandError
-from bnworker.data import DataError, load
-from bnworker.events import Event
-from bnworker.files import write_atomically
 from bnworker.joining import join
-from bnworker.report.recorder import Recorder
-from bnworker.settings import Settings
-from bnworker.summary import summary, summary_file
-from bnworker.training import DivergedError, Outcome, Replica, Saving, train
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, read_by_first
+from bnworker.train.data import DataError, load
+from bnworker.train.events import Event
+from bnworker.train.files import write_atomically
+from bnworker.train.loop import DivergedError, Outcome, Replica, Saving, train
+from bnworker.train.report.recorder import Recorder
+from bnworker.train.settings import Settings
+from bnworker.train.summary import summary, summary_file
 from bnworker.world import World
 
 

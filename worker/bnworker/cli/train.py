@@ -16,8 +16,8 @@ from bnworker.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from bnlayer.environment import Announcement
-    from bnworker.checkpoint import Checkpoint
-    from bnworker.settings import Settings
+    from bnworker.train.checkpoint import Checkpoint
+    from bnworker.train.settings import Settings
 
 _RANKS, _MODEL, _DESCENT, _FILES = "Ranks", "Model", "Training", "Files"
 _OF_THE_LAUNCHER = frozenset({"workers", "transport", "address", "job", "config", "dry_run"})  # not passed on to ranks
@@ -218,8 +218,8 @@ def train(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from bnworker.cli.checks import refuse_what_cannot_work
     from bnworker.cli.rank import Files, run
-    from bnworker.settings import Settings, SettingsError
-    from bnworker.training import Replica
+    from bnworker.train.loop import Replica
+    from bnworker.train.settings import Settings, SettingsError
 
     rank = _rank(os.environ, workers)
     files = Files(summary, save, save_every, report, tensorboard, resume=resume)
@@ -292,7 +292,7 @@ def _rank(environ: Mapping[str, str], workers: int | None) -> Announcement | Non
 
 def _show(data: str, settings: Settings, workers: int, transport: str, start: Checkpoint | None) -> None:
     from bnworker.cli.forecast import show
-    from bnworker.data import DataError, load
+    from bnworker.train.data import DataError, load
 
     try:
         loaded = load(data, settings.dtype, validation_split=settings.validation_split)

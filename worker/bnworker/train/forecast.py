@@ -16,9 +16,9 @@ import numpy as np
 from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import precision_of
-from bnworker.data import Dataset
-from bnworker.settings import Settings
-from bnworker.training import perceptron
+from bnworker.train.data import Dataset
+from bnworker.train.loop import perceptron
+from bnworker.train.settings import Settings
 
 _WORD = 8  # bytes
 _STEP_SUMS = 3  # the loss, the rows classified rightly, and whether a rank could not read its rows; float64

@@ -13,11 +13,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bnlayer import calibrating
-from bnworker.checkpoint import BEST, Checkpoint, CheckpointError
-from bnworker.data import Dataset, raise_on_every_rank
-from bnworker.evaluation import Scores, evaluate
-from bnworker.settings import Settings, SettingsError
-from bnworker.training import perceptron
+from bnworker.train.checkpoint import BEST, Checkpoint, CheckpointError
+from bnworker.train.data import Dataset, raise_on_every_rank
+from bnworker.train.evaluation import Scores, evaluate
+from bnworker.train.loop import perceptron
+from bnworker.train.settings import Settings, SettingsError
 from bnworker.world import World
 
 

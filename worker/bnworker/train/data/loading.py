@@ -16,15 +16,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bnworker.data import sources
-from bnworker.data.arrays import Array, held
-from bnworker.data.batches import ROWS_AT_MOST, TEST_SHARE, shares, split
-from bnworker.data.dataset import Dataset, Part
-from bnworker.data.manifest import exchanged
-from bnworker.data.ownership import Piece, pieces
-from bnworker.data.packaged import PACKAGED
-from bnworker.data.problem import DataError, Ranks, raise_on_every_rank
-from bnworker.data.shards import Shard, below, shard
+from bnworker.train.data import sources
+from bnworker.train.data.arrays import Array, held
+from bnworker.train.data.batches import ROWS_AT_MOST, TEST_SHARE, shares, split
+from bnworker.train.data.dataset import Dataset, Part
+from bnworker.train.data.manifest import exchanged
+from bnworker.train.data.ownership import Piece, pieces
+from bnworker.train.data.packaged import PACKAGED
+from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
+from bnworker.train.data.shards import Shard, below, shard
 
 T = TypeVar("T")
 

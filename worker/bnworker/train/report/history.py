@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.events import Epoch, Event, LayerStatistics, Resumed, Step
+from bnworker.train.events import Epoch, Event, LayerStatistics, Resumed, Step
 
 _POINTS = 1000  # as many as a picture has columns for; TensorBoard shows as many
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bnworker.data.arrays import Array, held
-from bnworker.data.problem import DataError
+from bnworker.train.data.arrays import Array, held
+from bnworker.train.data.problem import DataError
 
 _BRIGHTEST_DIGIT = 16.0  # a pixel of the digits is an integer from 0 to 16
 _MNIST_PIXELS = 784

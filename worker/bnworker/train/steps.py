@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data import Batch, raise_on_every_rank
-from bnworker.model import Perceptron, cross_entropy
-from bnworker.optimizer import SGD
+from bnworker.train.data import Batch, raise_on_every_rank
+from bnworker.train.model import Perceptron, cross_entropy
+from bnworker.train.optimizer import SGD
 from bnworker.world import World
 
 

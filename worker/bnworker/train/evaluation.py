@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnworker.data import Batch, DataError, Dataset, raise_on_every_rank
-from bnworker.model import Perceptron, cross_entropy
+from bnworker.train.data import Batch, DataError, Dataset, raise_on_every_rank
+from bnworker.train.model import Perceptron, cross_entropy
 from bnworker.world import World
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data.problem import DataError, Ranks
-from bnworker.data.shards import Shard
+from bnworker.train.data.problem import DataError, Ranks
+from bnworker.train.data.shards import Shard
 
 _NOTHING = -1  # below everything that is known: the maximum over the ranks is what one of them knows
 # The columns of the exchanged table.

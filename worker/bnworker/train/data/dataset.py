@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data.batches import Indices, shuffled, steps_per_epoch, taken
-from bnworker.data.ownership import Piece, pieces
-from bnworker.data.problem import DataError
-from bnworker.data.shards import Rows
+from bnworker.train.data.batches import Indices, shuffled, steps_per_epoch, taken
+from bnworker.train.data.ownership import Piece, pieces
+from bnworker.train.data.problem import DataError
+from bnworker.train.data.shards import Rows
 
 # Which rows to read, of each shard.
 Chosen = Sequence[tuple[Rows, Indices]]

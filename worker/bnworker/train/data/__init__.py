@@ -8,8 +8,8 @@ Read in this order: `loading`, `dataset`, `batches`, `ownership`; then what a sh
 `files`.
 """
 
-from bnworker.data.dataset import Batch, Dataset
-from bnworker.data.loading import ACCEPTED, check, from_arrays, load
-from bnworker.data.problem import DataError, Ranks, raise_on_every_rank
+from bnworker.train.data.dataset import Batch, Dataset
+from bnworker.train.data.loading import ACCEPTED, check, from_arrays, load
+from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
 
 __all__ = ["ACCEPTED", "Batch", "DataError", "Dataset", "Ranks", "check", "from_arrays", "load", "raise_on_every_rank"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bnworker.settings import Settings
 from bnworker.statistics import Statistics
-from bnworker.training import Outcome, Replica
+from bnworker.train.loop import Outcome, Replica
+from bnworker.train.settings import Settings
 from bnworker.world import World
 
 

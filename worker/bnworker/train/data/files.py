@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bnworker.data.problem import DataError
+from bnworker.train.data.problem import DataError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data.arrays import Array
-from bnworker.data.batches import Indices
-from bnworker.data.problem import DataError
+from bnworker.train.data.arrays import Array
+from bnworker.train.data.batches import Indices
+from bnworker.train.data.problem import DataError
 
 CLASSES_AT_MOST = 65_536  # an output each: more is a column of numbers that are no labels
 _BRIGHTEST = 255.0  # uint8 features are pixels

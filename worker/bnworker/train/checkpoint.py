@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.events import Epoch
-from bnworker.settings import Settings
+from bnworker.train.events import Epoch
+from bnworker.train.settings import Settings
 from bnworker.world import World
 
 FORMAT = 1  # counts up when a reader of the format before could not go on from a file

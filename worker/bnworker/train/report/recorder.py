@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnworker.events import Event
-from bnworker.files import write_atomically
-from bnworker.report.history import History
+from bnworker.train.events import Event
+from bnworker.train.files import write_atomically
+from bnworker.train.report.history import History
 
 if TYPE_CHECKING:
-    from bnworker.report.eventfiles import EventFiles
+    from bnworker.train.report.eventfiles import EventFiles
 
 
 class Recorder:
@@ -33,9 +33,9 @@ class Recorder:
         self._history = History(steps, steps_per_epoch)
         self._files: EventFiles | None = None
         if report is not None:
-            import bnworker.report.figures  # noqa: F401 - a broken installation shows before the run, not after it
+            import bnworker.train.report.figures  # noqa: F401 - a broken installation shows before the run, not after it
         if tensorboard is not None:
-            from bnworker.report.eventfiles import EventFiles
+            from bnworker.train.report.eventfiles import EventFiles
 
             self._files = EventFiles(tensorboard)
 
@@ -66,8 +66,8 @@ class Recorder:
             self._files.close()
         if self._report is None or (failure is not None and not self._history.begun):
             return None
-        from bnworker.report.figures import pictures
-        from bnworker.report.page import page
+        from bnworker.train.report.figures import pictures
+        from bnworker.train.report.page import page
 
         drawn = pictures(self._history)
         for picture in drawn:

@@ -8,9 +8,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from bnworker.events import Epoch
-from bnworker.report.figures import Picture
-from bnworker.report.history import History
+from bnworker.train.events import Epoch
+from bnworker.train.report.figures import Picture
+from bnworker.train.report.history import History
 
 # What the page may load: pictures and style that it carries itself. The browser refuses all else.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

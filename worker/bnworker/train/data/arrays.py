@@ -24,9 +24,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.data.batches import Indices
-from bnworker.data.files import File, read_into
-from bnworker.data.problem import DataError
+from bnworker.train.data.batches import Indices
+from bnworker.train.data.files import File, read_into
+from bnworker.train.data.problem import DataError
 
 _HEADER_AT_MOST = 16_384  # NumPy itself refuses headers above 10,000 bytes
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip's member: the lengths of its name and its extra field

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.checkpoint import Checkpoint
+from bnworker.train.checkpoint import Checkpoint
 
 _STATISTICS = ("moving_mean", "moving_variance")
 _TORCH = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from bnworker.events import Epoch, Event, Resumed
-from bnworker.report.history import Point
+from bnworker.train.events import Epoch, Event, Resumed
+from bnworker.train.report.history import Point
 
 _FLUSH_S = 5  # what a killed run may lose of its curves
 

@@ -19,15 +19,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bnworker import penalties
-from bnworker.checkpoint import BEST, VELOCITY, Checkpoint, Origin, Progress
-from bnworker.data import Batch, Dataset
-from bnworker.evaluation import Scores, evaluate
-from bnworker.events import Epoch, Event, LayerStatistics, Resumed, Saved, Step
-from bnworker.model import Normalization, Perceptron
-from bnworker.optimizer import SGD
-from bnworker.settings import Settings
-from bnworker.steps import step
+from bnworker.train import penalties
+from bnworker.train.checkpoint import BEST, VELOCITY, Checkpoint, Origin, Progress
+from bnworker.train.data import Batch, Dataset
+from bnworker.train.evaluation import Scores, evaluate
+from bnworker.train.events import Epoch, Event, LayerStatistics, Resumed, Saved, Step
+from bnworker.train.model import Normalization, Perceptron
+from bnworker.train.optimizer import SGD
+from bnworker.train.settings import Settings
+from bnworker.train.steps import step
 from bnworker.world import World
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnworker.data.arrays import Array, open_npy, open_npz
-from bnworker.data.files import File
-from bnworker.data.problem import DataError
+from bnworker.train.data.arrays import Array, open_npy, open_npz
+from bnworker.train.data.files import File
+from bnworker.train.data.problem import DataError
 
 REQUIRED = ("x", "y")
 OPTIONAL = ("x_test", "y_test")

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from bnworker.events import LayerStatistics
-from bnworker.report.history import History
+from bnworker.train.events import LayerStatistics
+from bnworker.train.report.history import History
 
 # Okabe and Ito's colours, which the colour-blind tell apart too.
 _TRAIN, _TEST, _VALIDATION, _FADED = "#0072B2", "#D55E00", "#009E73", "#9DB8CC"

@@ -10,6 +10,6 @@ Laws of this package:
 4. The page is one file: it fetches nothing, and says so to the browser.
 """
 
-from bnworker.report.extras import MissingExtraError, check
+from bnworker.train.report.extras import MissingExtraError, check
 
 __all__ = ["MissingExtraError", "check"]
