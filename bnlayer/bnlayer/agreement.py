@@ -117,7 +117,11 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
 
 
 def _description(call: Call) -> dict[str, str]:
-    description = {"operation": str(call.operation), "attempt": str(call.attempt)}
+    description = {
+        "operation": str(call.operation),
+        "attempt": str(call.attempt),
+        "training call (forward step)": str(call.forward_step),
+    }
     for field in fields(call.signature):
         value = getattr(call.signature, field.name)
         text = f"{value:016x}" if field.name == "grid" else str(value)

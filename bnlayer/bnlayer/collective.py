@@ -82,6 +82,7 @@ class LayerSignature:
         flush_to_zero: whether this process rounds subnormal numbers to zero.
         grid: fingerprint of the grid that the limbs are in units of; 0 for a probe or an enrolment.
         policy: the layer's dtype policy, e.g. "mixed_float16".
+        update_moving: whether this call updates the moving statistics.
     """
 
     channels: int
@@ -94,6 +95,7 @@ class LayerSignature:
     flush_to_zero: bool = False
     grid: int = 0
     policy: str = "float32"
+    update_moving: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +121,14 @@ class Call(NamedTuple):
         place: where it is.
         terms: what it believes.
         attempt: the round within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
+        forward_step: going backward, the step of the training call that is pulled back; None elsewhere.
     """
 
     operation: Operation
     key: ExchangeKey
     signature: LayerSignature | PlainSignature
     attempt: int = 0
+    forward_step: int | None = None
 
     @property
     def where(self) -> str:

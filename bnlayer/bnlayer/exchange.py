@@ -88,9 +88,13 @@ class ForwardExchange:
 class BackwardExchange:
     """Agreeing on a batch's gradient sums.
 
+    What comes next follows from the kept grid and the reduced limbs alone: ranks put into their words what that takes
+    of the training call (`GradientSums.of_call`, `beyond_reach`). So an owner remembers no call, however many wait for
+    their gradients.
+
     Attributes:
-        grid: the grid in force.
-        statistics: of the training call whose gradients these are.
+        grid: the grid in force, as it is kept.
+        statistics: of the training call whose gradients these are; None at the owner.
         need_C: the channels that the next probe regrids, or the last one did.
         wants: what comes next; None once the sums are accepted.
         attempt: rounds so far.
@@ -98,18 +102,30 @@ class BackwardExchange:
     """
 
     grid: BackwardGrid
-    statistics: BatchStatistics
+    statistics: BatchStatistics | None
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
     result: Callable[[], Gradients] | None = None
 
     @classmethod
-    def begin(cls, grid: BackwardGrid, statistics: BatchStatistics) -> BackwardExchange:
+    def begin(cls, grid: BackwardGrid, statistics: BatchStatistics | None) -> BackwardExchange:
         """The exchange before anything was said."""
         need = np.zeros(grid.gradient_C.shape, bool) if grid.known else np.ones(grid.gradient_C.shape, bool)
         wants = Operation.SUMS if grid.known else Operation.PROBE
-        return cls(grid.reaching(statistics.reach), statistics, need, wants)
+        return cls(grid, statistics, need, wants)
+
+    @cached_property
+    def call_grid(self) -> BackwardGrid:
+        """What a rank's words are in units of: the grid, as wide as its training call's batch."""
+        return self.grid if self.statistics is None else self.grid.reaching(self.statistics.reach)
+
+    def beyond_reach(self, exponents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A rank's probe: of the exponents of |x − p|, those alone that the batch's reach does not explain."""
+        if self.statistics is None:
+            return exponents
+        lowest = self.grid.precision.lowest
+        return np.stack([exponents[0], np.where(exponents[1] > self.statistics.reach, exponents[1], lowest)])
 
     @property
     def rows(self) -> int:
@@ -126,10 +142,17 @@ class BackwardExchange:
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        result, channels_to_probe = GradientSums(limbs, self.grid).check_window(self.statistics)
+        result, channels_to_probe = self._judged(limbs)
         if channels_to_probe is not None and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
         return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, result)
+
+    def _judged(self, limbs: NDArray[np.int64]) -> tuple[Callable[[], Gradients] | None, NDArray[np.bool_] | None]:
+        sums = GradientSums(limbs, self.call_grid)
+        if self.statistics is not None:
+            return sums.check_window(self.statistics)
+        refused = sums.refused()
+        return None, refused if refused.any() else None
 
     @cached_property
     def gradients(self) -> Gradients | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnlayer import tiling
 from bnlayer.collective import (
@@ -20,7 +19,6 @@ from bnlayer.collective import (
     ExchangeKey,
     LayerSignature,
     Operation,
-    Total,
     claim,
 )
 from bnlayer.exchange import BackwardExchange, ForwardExchange
@@ -41,14 +39,16 @@ class ForwardResult:
     Attributes:
         moments: of the global batch.
         statistics: what follows from them.
-        grid: the one in force from now on.
+        grid: the one that the moments were accepted on.
         version: the owner's, where the owner is elsewhere.
+        step: the exchange's, by which its gradients will be asked for.
     """
 
     moments: Moments
     statistics: BatchStatistics
     grid: Grid
     version: int | None
+    step: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +57,12 @@ class BackwardResult:
 
     Attributes:
         total: from the sums over all ranks.
-        local_words: this rank's share of them.
-        grid: the one they are in units of.
+        local: this rank's share of them.
+        grid: the one to keep.
     """
 
     total: Gradients
-    local_limbs: NDArray[np.int64]
+    local: GradientSums
     grid: BackwardGrid
 
 
@@ -78,7 +78,7 @@ class ExchangeDriver:
         self.collective = collective
         self._name = name
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
-        self._signatures: dict[Direction, tuple[LayerSignature, LayerSignature]] = {}
+        self._signatures: dict[tuple[Direction, bool], tuple[LayerSignature, LayerSignature]] = {}
 
     def enroll(self, layer: object, signature: LayerSignature, state: LayerState) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
@@ -89,8 +89,11 @@ class ExchangeDriver:
         claim(self.collective, self._name, layer)
         return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
 
-    def forward(self, view: View, signature: LayerSignature, grid: Grid) -> ForwardResult:
+    def forward(
+        self, view: View, signature: LayerSignature, grid: Grid, *, update_moving: bool = True
+    ) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""
+        step = self._steps[Direction.FORWARD]
         exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
         version = None
         while exchange.wants is not None:
@@ -98,61 +101,67 @@ class ExchangeDriver:
                 limbs = tiling.probe(view, exchange.grid)
             else:
                 limbs = tiling.moments(view, exchange.grid).limbs
-            total = self._exchange(exchange, Direction.FORWARD, view, signature, limbs)
+            key = ExchangeKey(self._name, Direction.FORWARD, step)
+            full_signature = self._full_signature(key, view, signature, exchange.fingerprint, update_moving)
+            total = self.collective.exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs)
             version = total.version
             exchange = exchange.reduced(total.limbs)
         self._steps[Direction.FORWARD] += 1
         assert exchange.moments is not None
         assert exchange.statistics is not None
-        return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
+        return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version, step)
 
     def backward(
-        self, dy: View, view: View, signature: LayerSignature, statistics: BatchStatistics, grid: BackwardGrid
+        self,
+        dy: View,
+        view: View,
+        signature: LayerSignature,
+        statistics: BatchStatistics,
+        forward_step: int,
+        grid: BackwardGrid,
     ) -> BackwardResult:
-        """Agree on the gradient sums of the union of all ranks' batches."""
+        """Agree on the gradient sums of the union of all ranks' batches, for the training call of a step."""
+        key = ExchangeKey(self._name, Direction.BACKWARD, self._steps[Direction.BACKWARD])
         exchange = BackwardExchange.begin(grid, statistics)
         pivot = statistics.pivot
         fits = not statistics.nonfinite.any()
         while True:
+            assert exchange.wants is not None
+            sums = None
             if exchange.wants is Operation.PROBE:
-                limbs = tiling.gradient_probe(dy, view, pivot, exchange.grid)
+                limbs = exchange.beyond_reach(tiling.gradient_probe(dy, view, pivot, exchange.call_grid))
             else:
-                limbs = tiling.gradient_sums(dy, view, pivot, exchange.grid, fits=fits).limbs
-            exchange = exchange.reduced(self._exchange(exchange, Direction.BACKWARD, view, signature, limbs).limbs)
+                sums = tiling.gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
+                limbs = (sums if fits else sums.of_call(statistics.nonfinite)).limbs
+            full_signature = self._full_signature(key, view, signature, exchange.fingerprint)
+            call = Call(exchange.wants, key, full_signature, exchange.attempt, forward_step)
+            exchange = exchange.reduced(self.collective.exchange(call, limbs).limbs)
             if exchange.gradients is not None:
+                assert sums is not None
                 self._steps[Direction.BACKWARD] += 1
-                return BackwardResult(exchange.gradients, limbs, exchange.grid)
-
-    def _exchange(
-        self,
-        exchange: ForwardExchange | BackwardExchange,
-        direction: Direction,
-        view: View,
-        signature: LayerSignature,
-        limbs: NDArray[np.int64],
-    ) -> Total:
-        assert exchange.wants is not None
-        full_signature = self._full_signature(direction, signature, view.mask is not None, exchange.fingerprint)
-        key = ExchangeKey(self._name, direction, self._steps[direction])
-        return self.collective.exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs)
+                return BackwardResult(exchange.gradients, sums, exchange.grid)
 
     def _full_signature(
-        self, direction: Direction, signature: LayerSignature, masked: bool, grid: int
+        self, key: ExchangeKey, view: View, signature: LayerSignature, grid: int, update_moving: bool = True
     ) -> LayerSignature:
         """The layer's terms, and what is new with this call; the same object as before where nothing is."""
-        flush_to_zero = not _TINIEST * _ONE > 0
-        before, full_signature = self._signatures.get(direction, (None, None))
+        flush_to_zero, masked = not _TINIEST * _ONE > 0, view.mask is not None
+        assert key.direction is not None
+        slot = key.direction, update_moving
+        before, full_signature = self._signatures.get(slot, (None, None))
         if (
             full_signature is None
             or before is not signature
             or (full_signature.masked, full_signature.grid, full_signature.flush_to_zero)
             != (masked, grid, flush_to_zero)
         ):
-            full_signature = replace(signature, masked=masked, flush_to_zero=flush_to_zero, grid=grid)
-            self._signatures[direction] = signature, full_signature
+            full_signature = replace(
+                signature, masked=masked, flush_to_zero=flush_to_zero, grid=grid, update_moving=update_moving
+            )
+            self._signatures[slot] = signature, full_signature
         return full_signature
 
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return GradientSums(result.local_limbs, result.grid).check_window(statistics)[0]()
+    return result.local.check_window(statistics)[0]()

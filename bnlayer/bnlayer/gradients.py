@@ -86,7 +86,7 @@ class GradientSums:
         """What gives the `gradients`, and what is `refused`; None if nothing is. See `Moments.judged`."""
         quick = quick_channels()
         if quick is None or self.grid.precision.folds == 2:
-            refused = self.refused(statistics.nonfinite)
+            refused = self.refused()
             return partial(self.gradients, statistics), refused if refused.any() else None
         rows, (nonfinite, refused) = np.empty((4, self.limbs.shape[1])), np.empty((2, self.limbs.shape[1]), np.bool_)
         any_refused = quick.gradients(
@@ -98,13 +98,22 @@ class GradientSums:
         computed = Gradients(beta, gamma, offset, slope, nonfinite)
         return lambda: computed, refused if any_refused else None
 
-    def refused(self, forward_nonfinite_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def refused(self) -> NDArray[np.bool_]:
         """The channels that need a new grid, (C,) bool.
 
-        A value lies outside its window; or gradients are there, and all lie 2^20-fold below it.
+        A value lies outside its window; or gradients are there, and all lie 2^20-fold below it. A channel of which
+        nothing finite comes asks for none: see `of_call`.
         """
         large, any_nonzero = counted(self.limbs[-1])
-        return (self.out_of_range_C | (any_nonzero & ~large)) & ~(self.not_finite_C | forward_nonfinite_C)
+        return (self.out_of_range_C | (any_nonzero & ~large)) & ~self.not_finite_C
+
+    def of_call(self, nonfinite_C: NDArray[np.bool_]) -> GradientSums:
+        """The sums of a call whose nonfinite channels are flagged as not finite: whoever adds them need not know it."""
+        if not nonfinite_C.any():
+            return self
+        limbs = self.limbs.copy()
+        limbs[-2] |= flags(np.zeros_like(nonfinite_C), nonfinite_C)
+        return GradientSums(limbs, self.grid)
 
     @np.errstate(all="ignore")  # Inf and NaN are answers here, on the owner as on the ranks
     def gradients(self, statistics: BatchStatistics) -> Gradients:

@@ -117,10 +117,13 @@ class BackwardGrid:
     Gradients are integers in units of 2^(gradient + slack − 51), their products with deviations in units of
     2^(gradient + slack + deviation − 51), with the precision's `gradient_slack`.
 
+    What a layer keeps is the same for all its training calls, so that any of them can be pulled back, and so that an
+    owner needs to know none of them: `reaching` makes of it the grid of one call.
+
     Attributes:
         dtype: the data's dtype.
         gradient_C: int64.
-        deviation_C: int64.
+        deviation_C: int64; as it is kept, what masked values have asked for beyond the reach of their batch.
         known: whether a probe has found `gradient_C`.
     """
 
@@ -142,7 +145,7 @@ class BackwardGrid:
 
     @cached_property
     def fingerprint(self) -> int:
-        """The grid's name, sent with every contribution in its units."""
+        """The name of the grid as it is kept, sent with every contribution in units that follow from it."""
         return _fingerprint(self.gradient_C, self.deviation_C)
 
     def reaching(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
@@ -155,7 +158,8 @@ class BackwardGrid:
         """The grid after a probe.
 
         Args:
-            exponents: (2, C) int64, the largest exponents of |dy| and of |x − p|, over finite values.
+            exponents: (2, C) int64, the largest exponents of |dy| and of |x − p|, over finite values; of the second
+                only those beyond the reach of the batch.
             need_C: the channels that take a new grid.
         """
         precision = self.precision
@@ -167,13 +171,6 @@ class BackwardGrid:
         )  # beyond it is a out_of_range: never a wrong sum
         deviation = np.where(need_C, np.maximum(self.deviation_C, farthest), self.deviation_C)
         return BackwardGrid(self.dtype, gradient, deviation, True)
-
-    def kept(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
-        """What the next backward pass starts from: a deviation that only masked values raised stays raised."""
-        precision = self.precision
-        raised = self.deviation_C > np.maximum(reach_C, precision.deviation_floor)
-        deviation = np.where(raised, self.deviation_C, precision.lowest)
-        return BackwardGrid(self.dtype, self.gradient_C, deviation, True)
 
     def renewed(self, changed_C: NDArray[np.bool_]) -> BackwardGrid:
         """What is left of it where the forward grid changed: raised deviations are forgotten."""

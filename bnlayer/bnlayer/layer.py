@@ -7,13 +7,21 @@ A training step is one trip down and straight back:
      ├ state.after_forward           the moving update, the same function as the owner's
      └ kernels.normalize             y
 
+And a backward step, of the call before or by the handle of any call (`pullback.py`):
+
+    pullback(dy)
+     ├ rounds.backward               kernels.gradient_sums(dy, x, grid) → collective.exchange → the totals of all ranks
+     ├ state.after_backward          the grid
+     └ kernels.input_gradient        dx
+
 Shape suffixes: C channels; the kernels see the data as (A, C, B).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,43 +31,14 @@ from bnlayer import tiling
 from bnlayer.collective import Alone, LayerSignature, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
-from bnlayer.exchange_driver import ExchangeDriver, share
+from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import quick_channels
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
+from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
 from bnlayer.state import LayerState
 from bnlayer.view import View
-
-
-@dataclass(frozen=True, eq=False)
-class _TrainingPass:
-    """What the backward pass of a training call needs.
-
-    Attributes:
-        rounds: with the ranks that the batch was shared with.
-        terms: as they were then.
-        view: the batch.
-        statistics: of the global batch.
-        scale_C: γs, or γrs with renorm: what multiplies the centered input.
-        r_C, d_C: the corrections of renorm; None without.
-    """
-
-    driver: ExchangeDriver
-    signature: LayerSignature
-    view: View
-    statistics: BatchStatistics
-    scale_C: NDArray[Any]
-    r_C: NDArray[np.float64] | None = None
-    d_C: NDArray[np.float64] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _InferencePass:
-    """What the backward pass of a call in inference mode needs: dx = scale·dy."""
-
-    view: View
-    scale_C: NDArray[Any]
 
 
 class BatchNormalization(Definition):
@@ -104,45 +83,95 @@ class BatchNormalization(Definition):
     _kept: LayerState | None = None
     _signature_cache: LayerSignature | None = None
     _driver: ExchangeDriver | None = None
-    _pass: _TrainingPass | _InferencePass | None = None
+    _saved: SavedTraining | SavedInference | None = None  # of the one call that waits for backward()
+    _waiting = 0  # calls in training mode since the last backward()
     _observer: Callable[[Moments], None] | None = None
 
     # The step
 
-    @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in
-    def __call__(self, inputs: ArrayLike, training: bool | None = None, mask: ArrayLike | None = None) -> NDArray[Any]:
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        training: bool | None = None,
+        mask: ArrayLike | None = None,
+        *,
+        update_moving: bool = True,
+    ) -> NDArray[Any]:
         """Normalize a batch.
 
         Args:
-            inputs: any rank and any real dtype; cast to the compute dtype. `backward` reads it again: don't
-                write to it in between.
+            inputs: any rank and any real dtype; cast to the compute dtype. The backward pass reads it again: don't
+                write to it before.
             training: True: normalize with the batch's statistics and update the moving ones. False or None:
                 normalize with the moving statistics, without any exchange.
             mask: bool, of one dimension less than the inputs; False keeps a position out of the statistics;
                 such a position is still normalized.
+            update_moving: False: normalize with the batch's statistics, and update nothing: for a call that is computed
+                once more, as gradient checkpointing does. On the same rows, such a call gives the same bits as the one
+                before it; but with renorm, whose corrections follow the moving statistics, which that one has updated:
+                make the first of the two the one that updates nothing.
 
         Returns:
             A new array of the inputs' shape and the compute dtype.
 
         Raises:
             ValueError: the inputs' shape contradicts the one the layer was built for, or the mask's the inputs'.
-            TypeError: the inputs are not real numbers.
+            TypeError: the inputs are not real numbers, or an array of a kind whose meaning would be lost.
             RuntimeError: synchronized, and several ranks are announced, but no world was joined.
             CollectiveError: a synchronized exchange could not complete.
         """
+        y, saved = self._normalize(inputs, training, mask, update_moving)
+        if training:
+            # Of several calls, backward() can't know whose gradient it is given: none of their batches is kept.
+            self._waiting += 1
+            self._saved = saved if self._waiting == 1 else None
+        elif not self._waiting:
+            self._saved = saved
+        return y
+
+    def vjp(
+        self,
+        inputs: ArrayLike,
+        training: bool | None = None,
+        mask: ArrayLike | None = None,
+        *,
+        update_moving: bool = True,
+    ) -> tuple[NDArray[Any], Pullback]:
+        """Normalize a batch, and get a handle for its gradients.
+
+            y, pullback = layer.vjp(x, training=True)
+            dinputs, dgamma, dbeta = pullback(dy)
+
+        Any number of calls may wait for their gradients: those of siamese branches, of a discriminator's two batches,
+        of the steps of an unrolled network. Pull them back in any order that all ranks share. A handle keeps its batch
+        for as long as it lives, and may be used again, for another dy; one that is dropped leaves nothing behind.
+
+        The arguments and errors are those of a call; `pullback` raises what `backward` does. It returns what `backward`
+        computes, dgamma and dbeta as `grad_reduction` says (None where there is no such weight, and in inference mode),
+        and writes to no variable's `.gradient`. `backward` is not concerned: it belongs to calls without a handle.
+        """
+        y, saved = self._normalize(inputs, training, mask, update_moving)
+        return y, partial(self._pull, saved)
+
+    @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in
+    def _normalize(
+        self, inputs: ArrayLike, training: bool | None, mask: ArrayLike | None, update_moving: bool
+    ) -> tuple[NDArray[Any], SavedTraining | SavedInference]:
         x = self.dtype_policy.received(inputs, "inputs")
         if not self.built:
             self.build(x.shape)
         view = View.of(x, self._pinned_axis(x.shape), mask)
         if not (training and self.trainable):
-            return self._infer(view, keep=bool(training))
+            return self._infer(view)
         driver = self._joined()
         before, signature = self.state, self._signature()
-        result = driver.forward(view, signature, before.forward)
+        result = driver.forward(view, signature, before.forward, update_moving=bool(update_moving))
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
-        rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, view.mask is not None)
+        rule = None
+        if update_moving:
+            rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, view.mask is not None)
         self._kept = after = before.after_forward(statistics, result.grid, rule)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
@@ -151,30 +180,28 @@ class BatchNormalization(Definition):
             self._follow(driver.collective.pull(self.name))
         r, d = self._correction(statistics, before.moving)
         scale, shift = self._coefficients(statistics, r, d)
-        self._pass = _TrainingPass(driver, signature, view, statistics, scale, r, d)
-        return view.restore(
-            tiling.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
-        )
+        y = tiling.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
+        saved = SavedTraining(driver, signature, result.step, view, sample(view.x), statistics, scale, r, d)
+        return view.restore(y), saved
 
-    def _infer(self, view: View, *, keep: bool) -> NDArray[Any]:
+    def _infer(self, view: View) -> tuple[NDArray[Any], SavedInference]:
         dtype, variance = self.dtype_policy.arithmetic_dtype, self.moving_variance.value.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
-        if keep or not isinstance(self._pass, _TrainingPass):
-            self._pass = _InferencePass(view, scale)
+        scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
         mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
         none_nonfinite = np.zeros(mean.shape, bool)
-        return view.restore(tiling.normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype))
+        y = tiling.normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype)
+        return view.restore(y), SavedInference(view.shape, view.x.shape, scale)
 
-    @np.errstate(all="ignore")
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
-        """The gradient of the inputs of the latest training call; fills `gamma.gradient` and `beta.gradient`.
+        """The gradient of the inputs of the one training call before; fills `gamma.gradient` and `beta.gradient`.
 
             dx = γs·(dy − (m/D)·[A + s²·B·((x − μ) − μ·e/D)])        dγ = s·B        dβ = A
 
         with A = Σdy and B = Σdy·(x − μ) over all positions and ranks, m the mask, D = Σm + e. In inference mode (the
         layer is frozen, or only inference came since the last backward) dx = γs·dy with the moving statistics:
         nothing is exchanged, and gamma and beta get no gradient.
+
+        Gradients are overwritten, not added. For several calls before their gradients, see `vjp`.
 
         Args:
             dy: the gradient of the output, of its shape.
@@ -183,49 +210,61 @@ class BatchNormalization(Definition):
             A new array of the inputs' shape and the compute dtype.
 
         Raises:
-            RuntimeError: no call came since the last backward.
+            RuntimeError: no call came since the last backward, or more than one in training mode; or the inputs are
+                seen to have been written to since their call.
             ValueError: dy has another shape than the output.
+            TypeError: dy is not of real numbers, or an array of a kind whose meaning would be lost.
             CollectiveError: a synchronized exchange could not complete.
         """
-        latest = self._pass
-        if latest is None:
+        saved, calls = self._saved, self._waiting
+        if saved is None and not calls:
             raise RuntimeError(
                 f"Layer {self.name!r}: backward() belongs to the latest training call, and there was none since the "
                 "last backward(). Call the layer with training=True first."
             )
-        view = latest.view
-        gradient = self.dtype_policy.received(dy, "dy")
-        if gradient.shape != view.shape:
-            raise ValueError(
-                f"Layer {self.name!r}: expected dy of the output's shape {view.shape}, received {gradient.shape}."
+        if saved is None:
+            self.forget_calls()
+            raise RuntimeError(
+                f"Layer {self.name!r}: backward() belongs to one training call, and there were {calls} since the last "
+                "backward(): whose gradient this is can't be known. Take a handle for each call: "
+                "y, pullback = layer.vjp(x, training=True); dx, dgamma, dbeta = pullback(dy)."
             )
-        seen = view.alike(gradient)
-        self._pass = None
-        if isinstance(latest, _InferencePass):
-            self._set_gradients(None, None)
-            return view.restore(tiling.scaled(seen, latest.scale_C, self.compute_dtype))
-        statistics = latest.statistics
-        result = latest.driver.backward(seen, view, latest.signature, statistics, self.state.backward)
-        self._kept = self.state.after_backward(result.grid, statistics)
-        total = result.total
-        summed = total if self.grad_reduction == "global" else share(result, statistics)
-        gamma = summed.gamma
-        if latest.r_C is not None and latest.d_C is not None:
-            # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
-            gamma = gamma * latest.r_C + summed.beta * latest.d_C
-        self._set_gradients(gamma, summed.beta)
-        dtype = self.dtype_policy.arithmetic_dtype
-        dx = tiling.input_gradient(
-            seen,
-            view,
-            statistics.rounded_mean,
-            total.offset.astype(dtype),
-            total.slope.astype(dtype),
-            latest.scale_C,
-            total.nonfinite,
-            self.compute_dtype,
+        dx, dgamma, dbeta = self._pull(saved, dy, forget=True)
+        for variable, gradient in ((self.gamma, dgamma), (self.beta, dbeta)):
+            if variable is not None:
+                variable.gradient = gradient
+        return dx
+
+    def forget_calls(self) -> None:
+        """Forget calls that wait for `backward`: they were made for their statistics alone."""
+        self._saved, self._waiting = None, 0
+
+    @np.errstate(all="ignore")
+    def _pull(
+        self, saved: SavedTraining | SavedInference, dy: ArrayLike, *, forget: bool = False
+    ) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
+        gradient = self.dtype_policy.received(dy, "dy")
+        if gradient.shape != saved.shape:
+            raise ValueError(
+                f"Layer {self.name!r}: expected dy of the output's shape {saved.shape}, received {gradient.shape}."
+            )
+        if forget:
+            self.forget_calls()
+        if isinstance(saved, SavedInference):
+            return saved.pull(gradient, self.compute_dtype), None, None
+        if saved.was_written_to:
+            raise RuntimeError(
+                f"Layer {self.name!r}: the inputs were written to between their call and its backward pass, which "
+                "reads them again. Give the call a copy, or write into another array."
+            )
+        state = self.state
+        pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype)
+        self._kept = state.after_backward(pulled.grid)
+        gamma, beta = (
+            None if variable is None else rounded(vector, variable.dtype)
+            for variable, vector in ((self.gamma, pulled.gamma), (self.beta, pulled.beta))
         )
-        return view.restore(dx)
+        return pulled.dx, gamma, beta
 
     def _joined(self) -> ExchangeDriver:
         """The exchanges with the collective in force; a new collective is enrolled with first."""
@@ -296,11 +335,6 @@ class BatchNormalization(Definition):
     def _beta(self) -> NDArray[np.float64]:
         return np.zeros(self.moving_mean.shape) if self.beta is None else self.beta.value.astype(np.float64)
 
-    def _set_gradients(self, gamma: NDArray[np.float64] | None, beta: NDArray[np.float64] | None) -> None:
-        for variable, gradient in ((self.gamma, gamma), (self.beta, beta)):
-            if variable is not None:
-                variable.gradient = None if gradient is None else rounded(gradient, variable.dtype)
-
     def observe(self, observer: Callable[[Moments], None] | None) -> None:
         """Be told of the global batch's exact moments at each training call; None: of nothing any more."""
         self._observer = observer
@@ -348,7 +382,8 @@ class BatchNormalization(Definition):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
-        return {**self.__dict__, "collective": None, "_driver": None, "_pass": None, "_observer": None}
+        own = {"collective": None, "_driver": None, "_saved": None, "_waiting": 0, "_observer": None}
+        return {**self.__dict__, **own}
 
     def _must_be_built(self) -> None:
         if not self.built:

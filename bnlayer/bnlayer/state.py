@@ -44,18 +44,29 @@ class LayerState:
         variables = f"{self.moving.mean.dtype.name} variables{renorm}"
         return f"{self.channels} channels in {self.forward.dtype} with {variables}"
 
-    def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule) -> LayerState:
-        """The state after one completed forward exchange: updated once, its grid committed."""
+    def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | None) -> LayerState:
+        """The state after one completed forward exchange: updated once, its grid committed.
+
+        Args:
+            statistics: of the batch.
+            grid: the one that its sums were accepted on.
+            rule: how the moving statistics follow; None: the call updates nothing. Training goes on as if it had not
+                been made; but a layer without a grid takes this one, or it would probe at each such call.
+        """
+        if rule is None and self.forward.known:
+            return self
         if grid is self.forward:
             backward = self.backward
         else:
             changed = (grid.pivot_C != self.forward.pivot_C) | (grid.exponent_C != self.forward.exponent_C)
             backward = self.backward.renewed(changed)
+        if rule is None:
+            return LayerState(self.moving, grid, backward, self.version)
         return LayerState(update(self.moving, statistics, rule), grid, backward, self.version + 1)
 
-    def after_backward(self, grid: BackwardGrid, statistics: BatchStatistics) -> LayerState:
+    def after_backward(self, grid: BackwardGrid) -> LayerState:
         """The state after one completed backward exchange: only the grid can have changed."""
-        return replace(self, backward=grid.kept(statistics.reach))
+        return self if grid is self.backward else replace(self, backward=grid)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The state as named arrays, for files and the wire; `from_arrays` is the way back."""

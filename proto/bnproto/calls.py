@@ -37,6 +37,7 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
         direction=_TO_DIRECTION[call.key.direction],
         step=call.key.step,
         attempt=call.attempt,
+        forward_step=call.forward_step,
         payload=payload,
     )
     signature = call.signature
@@ -56,6 +57,7 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
     message.layer_signature.unbiased = signature.unbiased
     message.layer_signature.flush_to_zero = signature.flush_to_zero
     message.layer_signature.grid = signature.grid
+    message.layer_signature.keeps_moving = not signature.update_moving
     return message
 
 
@@ -72,7 +74,8 @@ def call_of(message: pb.Contribution) -> Call:
         raise WireError(f"expected one of the directions {_known(_FROM_DIRECTION)}; received {message.direction}")
     layer = message.layer if message.HasField("layer") else None
     key = ExchangeKey(layer, _FROM_DIRECTION[message.direction], message.step)
-    return Call(operation, key, _signature(message), message.attempt)
+    forward_step = message.forward_step if message.HasField("forward_step") else None
+    return Call(operation, key, _signature(message), message.attempt, forward_step)
 
 
 def _signature(message: pb.Contribution) -> LayerSignature | PlainSignature:
@@ -90,6 +93,7 @@ def _signature(message: pb.Contribution) -> LayerSignature | PlainSignature:
             unbiased=layer.unbiased,
             flush_to_zero=layer.flush_to_zero,
             grid=layer.grid,
+            update_moving=not layer.keeps_moving,
         )
     if kind == "plain_signature":
         plain = message.plain_signature

@@ -57,8 +57,7 @@ class Mirror:
     signature: LayerSignature
     state: LayerState
     steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
-    x: NDArray[np.float32] | None = None
-    statistics: BatchStatistics | None = None
+    calls: list[tuple[NDArray[np.float32], BatchStatistics]] = field(default_factory=list)
 
 
 def forward(mirror: Mirror, options: Options) -> Exchange:
@@ -76,27 +75,30 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
         limbs = (
             reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).limbs
         )
-        signature = replace(mirror.signature, masked=masked, grid=exchange.fingerprint)
+        signature = replace(
+            mirror.signature, masked=masked, grid=exchange.fingerprint, update_moving="update" not in options
+        )
         key = ExchangeKey(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
         total = yield Call(exchange.wants, key, signature, exchange.attempt), limbs
         exchange = exchange.reduced(total.limbs)
     assert exchange.statistics is not None
-    mirror.x, mirror.statistics = x, exchange.statistics
+    mirror.calls.append((x, exchange.statistics))
     mirror.steps[Direction.FORWARD] += 1
-    rule = Rule(mirror.signature.momentum, mirror.signature.epsilon, masked=masked)
+    rule = None if "update" in options else Rule(mirror.signature.momentum, mirror.signature.epsilon, masked=masked)
     mirror.state = mirror.state.after_forward(exchange.statistics, exchange.grid, rule)
     return f"after {', '.join(operations)}: {described(options['layer'], mirror.state)}"
 
 
 def backward(mirror: Mirror, options: Options) -> Exchange:
-    """The gradients of the latest training call, likewise."""
-    dy, x, statistics = numbers(options["dy"]), mirror.x, mirror.statistics
-    if x is None or statistics is None:
+    """The gradients of the latest training call, likewise; or with `of=` those of the call of a step."""
+    dy, step = numbers(options["dy"]), int(options.get("of", len(mirror.calls) - 1))
+    if not mirror.calls:
         # A rank that resumes without a training call; the owner refuses it, whatever it sends.
         limbs = np.zeros((2, mirror.signature.channels), np.int64)
         key = ExchangeKey(options["layer"], Direction.BACKWARD, 0)
-        yield Call(Operation.PROBE, key, mirror.signature), limbs
+        yield Call(Operation.PROBE, key, mirror.signature, forward_step=0), limbs
         return "nothing"
+    x, statistics = mirror.calls[step]
     exchange, operations = BackwardExchange.begin(mirror.state.backward, statistics), []
     view, dy_view = x.reshape(*x.shape, 1), dy.reshape(*dy.shape, 1)
     while exchange.gradients is None:
@@ -104,15 +106,16 @@ def backward(mirror: Mirror, options: Options) -> Exchange:
         operations.append(str(exchange.wants))
         pivot = statistics.pivot
         if exchange.wants is Operation.PROBE:
-            limbs = reference.gradient_probe(dy_view, view, pivot, exchange.grid)
+            limbs = exchange.beyond_reach(reference.gradient_probe(dy_view, view, pivot, exchange.call_grid))
         else:
-            limbs = reference.gradient_sums(dy_view, view, None, pivot, exchange.grid).limbs
+            sums = reference.gradient_sums(dy_view, view, None, pivot, exchange.call_grid)
+            limbs = sums.of_call(statistics.nonfinite).limbs
         signature = replace(mirror.signature, grid=exchange.fingerprint)
         key = ExchangeKey(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
-        total = yield Call(exchange.wants, key, signature, exchange.attempt), limbs
+        total = yield Call(exchange.wants, key, signature, exchange.attempt, step), limbs
         exchange = exchange.reduced(total.limbs)
     mirror.steps[Direction.BACKWARD] += 1
-    mirror.state = mirror.state.after_backward(exchange.grid, statistics)
+    mirror.state = mirror.state.after_backward(exchange.grid)
     return f"after {', '.join(operations)}: dbeta {listed(exchange.gradients.beta)}"
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnlayer.exchange import BackwardExchange
 from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
-from bnlayer.moments import Moments
+from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving
 from bnlayer.precision import DOUBLE, SINGLE, exponent_above, precision_of
 from bnlayer.state import LayerState
@@ -85,18 +89,20 @@ def test_fingerprints_tell_grids_apart() -> None:
         _ = reference.moments(x, None, one) + reference.moments(x, None, other)
     two = reference.moments(x, None, one) + reference.moments(x, None, one)
     assert two.count_C.tolist() == [2]
-    back = BackwardGrid.unknown("float32", 1)
-    assert back.reaching(np.array([3])).fingerprint != back.reaching(np.array([4])).fingerprint
+    back, need = BackwardGrid.unknown("float32", 1), np.array([True])
+    assert back.probed(np.array([[0], [3]]), need).fingerprint != back.probed(np.array([[0], [4]]), need).fingerprint
 
 
 def test_a_raised_deviation_stays_until_the_forward_grid_changes() -> None:
     """Masked values may lie outside the reach of the unmasked ones: one probe must serve many steps."""
     reach = np.array([2])
-    grid = BackwardGrid.unknown("float32", 1).reaching(reach)
-    raised = grid.probed(np.array([[0], [40]]), np.array([True])).kept(reach)
+    grid, statistics = BackwardGrid.unknown("float32", 1), SimpleNamespace(reach=reach)
+    exchange = BackwardExchange.begin(grid, cast("BatchStatistics", statistics))
+    raised = grid.probed(exchange.beyond_reach(np.array([[0], [40]])), np.array([True]))
     assert raised.reaching(reach).deviation_C.tolist() == [40]
     assert raised.renewed(np.array([True])).reaching(reach).deviation_C.tolist() == [2]
-    assert grid.probed(np.array([[0], [1]]), np.array([True])).kept(reach).deviation_C.tolist() == [-160]
+    explained = grid.probed(exchange.beyond_reach(np.array([[0], [2]])), np.array([True]))
+    assert explained.deviation_C.tolist() == [-160]
 
 
 def test_exponents_bound_from_above() -> None:

@@ -140,7 +140,7 @@ def test_frozen_layer_is_in_inference_mode_and_passes_gradients_on() -> None:
     """`trainable=False`: no update, no trainable weights, no losses; dx = γs·dy without parameter gradients."""
     x, dy = batch(20, 4), batch(20, 4)
     bn = BatchNormalization(gamma_regularizer="l2")
-    bn(x, training=True)
+    bn.vjp(x, training=True)
     assert (len(bn.weights), len(bn.trainable_weights), len(bn.non_trainable_weights)) == (4, 2, 2)
     assert len(bn.losses) == 1
     bn.trainable = False

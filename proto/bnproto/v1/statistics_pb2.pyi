@@ -462,6 +462,7 @@ class Contribution(google.protobuf.message.Message):
     LAYER_SIGNATURE_FIELD_NUMBER: builtins.int
     PLAIN_SIGNATURE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    FORWARD_STEP_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The number of this contribution within the generation, from 1, the same on every rank; a resend repeats it."""
     generation: builtins.int
@@ -474,6 +475,8 @@ class Contribution(google.protobuf.message.Message):
     """Exchanges of this layer and direction, or plain operations, that came before."""
     attempt: builtins.int
     """The round within one exchange."""
+    forward_step: builtins.int
+    """Going backward: the step of the training call that is pulled back. Absent elsewhere."""
     @property
     def layer_signature(self) -> Global___LayerSignature: ...
     @property
@@ -493,15 +496,20 @@ class Contribution(google.protobuf.message.Message):
         layer_signature: Global___LayerSignature | None = ...,
         plain_signature: Global___PlainSignature | None = ...,
         payload: Global___Payload | None = ...,
+        forward_step: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer", "layer", b"layer", "layer_signature", b"layer_signature", "payload", b"payload", "plain_signature", b"plain_signature", "signature", b"signature"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_forward_step", b"_forward_step", "_layer", b"_layer", "forward_step", b"forward_step", "layer", b"layer", "layer_signature", b"layer_signature", "payload", b"payload", "plain_signature", b"plain_signature", "signature", b"signature"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer", "attempt", b"attempt", "direction", b"direction", "generation", b"generation", "layer", b"layer", "layer_signature", b"layer_signature", "operation", b"operation", "payload", b"payload", "plain_signature", b"plain_signature", "sequence", b"sequence", "signature", b"signature", "step", b"step"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_forward_step", b"_forward_step", "_layer", b"_layer", "attempt", b"attempt", "direction", b"direction", "forward_step", b"forward_step", "generation", b"generation", "layer", b"layer", "layer_signature", b"layer_signature", "operation", b"operation", "payload", b"payload", "plain_signature", b"plain_signature", "sequence", b"sequence", "signature", b"signature", "step", b"step"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__forward_step: typing_extensions.TypeAlias = typing.Literal["forward_step"]
+    _WhichOneofArgType__forward_step: typing_extensions.TypeAlias = typing.Literal["_forward_step", b"_forward_step"]
     _WhichOneofReturnType__layer: typing_extensions.TypeAlias = typing.Literal["layer"]
     _WhichOneofArgType__layer: typing_extensions.TypeAlias = typing.Literal["_layer", b"_layer"]
     _WhichOneofReturnType_signature: typing_extensions.TypeAlias = typing.Literal["layer_signature", "plain_signature"]
     _WhichOneofArgType_signature: typing_extensions.TypeAlias = typing.Literal["signature", b"signature"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forward_step) -> _WhichOneofReturnType__forward_step | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
     @typing.overload
@@ -525,6 +533,7 @@ class LayerSignature(google.protobuf.message.Message):
     FLUSH_TO_ZERO_FIELD_NUMBER: builtins.int
     GRID_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
+    KEEPS_MOVING_FIELD_NUMBER: builtins.int
     channels: builtins.int
     dtype: builtins.str
     """Of the arithmetic: "float32" or "float64"."""
@@ -537,6 +546,8 @@ class LayerSignature(google.protobuf.message.Message):
     """Fingerprint of the grid that the limbs are in units of; 0 for a probe or an enrolment."""
     policy: builtins.str
     """The layer's dtype policy, e.g. "mixed_float16"."""
+    keeps_moving: builtins.bool
+    """Whether this call leaves the moving statistics as they are."""
     @property
     def renorm(self) -> Global___Renorm:
         """Absent: the layer does not renormalize."""
@@ -554,10 +565,11 @@ class LayerSignature(google.protobuf.message.Message):
         flush_to_zero: builtins.bool = ...,
         grid: builtins.int = ...,
         policy: builtins.str = ...,
+        keeps_moving: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["renorm", b"renorm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "masked", b"masked", "momentum", b"momentum", "policy", b"policy", "renorm", b"renorm", "unbiased", b"unbiased"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "keeps_moving", b"keeps_moving", "masked", b"masked", "momentum", b"momentum", "policy", b"policy", "renorm", b"renorm", "unbiased", b"unbiased"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LayerSignature: typing_extensions.TypeAlias = LayerSignature

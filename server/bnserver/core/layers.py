@@ -5,7 +5,8 @@ Laws of this room:
 2. The owner walks through an exchange as every rank does: it knows what must come next, and refuses the rest.
 3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it
    completed is kept.
-4. A layer remembers what it was before its latest training call, and what came since: `entries` leads back here.
+4. A layer remembers what it was before its latest training call, and what came since: `entries` leads back here. Of
+   training calls whose gradients are still to come it remembers nothing: see `BackwardExchange`.
 5. That an exchange is complete is known at once; the update may wait until the ranks have their answer. Nobody can see
    the difference: whoever asks for the state gets the one after it.
 """
@@ -17,7 +18,6 @@ from dataclasses import replace
 
 from bnlayer.collective import Call, Direction, LayerSignature
 from bnlayer.exchange import BackwardExchange, ForwardExchange
-from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
 from bnserver.core.events import Limbs
@@ -36,6 +36,7 @@ class _Layer:
         forward, backward: the exchange in progress.
         base: the state before the latest training call.
         since: what came since then.
+        calls: training calls that the ranks have made in this generation.
     """
 
     def __init__(self, state: LayerState) -> None:
@@ -44,9 +45,9 @@ class _Layer:
         self.backward: BackwardExchange | None = None
         self.base = state
         self.since: list[Completed | Pushed] = []
+        self.calls = 0
         self._state = state
-        self._statistics: BatchStatistics | None = None
-        self._pending_update: tuple[ForwardExchange, Rule] | None = None
+        self._pending_update: tuple[ForwardExchange, Rule | None] | None = None
 
     @property
     def state(self) -> LayerState:
@@ -54,30 +55,23 @@ class _Layer:
         self.apply_update()
         return self._state
 
-    @property
-    def statistics(self) -> BatchStatistics | None:
-        """Of the latest training call: its backward pass needs them."""
-        self.apply_update()
-        return self._statistics
-
     def replace(self, state: LayerState) -> None:
         """Take another state."""
         self.apply_update()
         self._state, self.version = state, state.version
 
-    def complete(self, exchange: ForwardExchange, rule: Rule) -> None:
-        """An exchange is complete: its update is owed."""
+    def complete(self, exchange: ForwardExchange, rule: Rule | None) -> None:
+        """An exchange is complete: its update is owed. Without a rule it updates nothing."""
         self.apply_update()
-        self._pending_update, self.version = (exchange, rule), self.version + 1
+        self._pending_update, self.version = (exchange, rule), self.version + (rule is not None)
 
     def apply_update(self) -> None:
         """Make the update that is owed."""
         if self._pending_update is None:
             return
         (exchange, rule), self._pending_update = self._pending_update, None
-        self._statistics = exchange.statistics
-        assert self._statistics is not None
-        self._state = self._state.after_forward(self._statistics, exchange.grid, rule)
+        assert exchange.statistics is not None
+        self._state = self._state.after_forward(exchange.statistics, exchange.grid, rule)
 
 
 class Layers:
@@ -188,6 +182,7 @@ class Layers:
 
 def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
     exchange = layer.forward
+    layer.backward = None  # what was left of one is forgotten, as what is kept of a layer begins here
     if exchange is None:
         exchange = ForwardExchange.begin(layer.state.forward, signature.epsilon, signature.masked)
     elif (exchange.epsilon, exchange.masked) != (signature.epsilon, signature.masked):
@@ -197,27 +192,27 @@ def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs)
     if exchange.wants is not None:
         layer.forward = exchange
         return layer.version
-    layer.forward = None
-    layer.complete(exchange, _rule(signature))
+    layer.forward, layer.calls = None, call.key.step + 1
+    layer.complete(exchange, _rule(signature) if signature.update_moving else None)
     return layer.version
 
 
 def _backward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
-    if layer.statistics is None:
+    if call.forward_step is None or call.forward_step >= layer.calls:
         raise DisagreementError(
             f"{call.key}: the owner saw no training call, since the ranks joined, to which these gradients belong. "
             "Call the layer in training mode first, on every rank."
         )
     exchange = layer.backward
     if exchange is None:
-        exchange = BackwardExchange.begin(layer.state.backward, layer.statistics)
+        exchange = BackwardExchange.begin(layer.state.backward, None)
     _check_next(exchange, layer.state.version, call, signature)
     exchange = exchange.reduced(limbs)
     if exchange.wants is not None:
         layer.backward = exchange
         return layer.version
     layer.backward = None
-    layer.replace(layer.state.after_backward(exchange.grid, exchange.statistics))
+    layer.replace(layer.state.after_backward(exchange.grid))
     return layer.version
 
 

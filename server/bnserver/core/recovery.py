@@ -25,6 +25,7 @@ from bnserver.core.journal_records import (
     MemberRecord,
     Pushed,
 )
+from bnserver.core.layers import DisagreementError
 from bnserver.core.members import LivenessTimeouts, Member
 
 
@@ -67,7 +68,7 @@ def recovered(name: str, records: Iterable[JournalRecord], timeouts: LivenessTim
     for record in records:
         try:
             _take(job, record, timeouts, now)
-        except (KeyError, IndexError, AssertionError, ValueError) as error:
+        except (DisagreementError, KeyError, IndexError, AssertionError, ValueError) as error:
             raise RecoveryError(f"{type(record).__name__} can't follow what is before it ({error!r})") from error
     return job
 

@@ -103,6 +103,11 @@ def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
         return
     if call.key.direction is None:
         raise RefusedError(f"expected a direction for the {call.operation} of layer {layer!r}, received none")
+    if (call.key.direction is Direction.BACKWARD) is (call.forward_step is None):
+        wanted = "no step of" if call.forward_step is not None else "the step of"
+        raise RefusedError(
+            f"expected {wanted} a training call to pull back in {call.key}, received {call.forward_step}"
+        )
     _check_limbs(call, signature, body)
 
 

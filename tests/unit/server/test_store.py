@@ -43,7 +43,13 @@ _SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001, renorm=Renorm(0.9, rmax=3.
 _ENROLLED = Completed(2**40, Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE), _state("float32", 1))
 _SUMS = Completed(
     7,
-    Call(Operation.SUMS, ExchangeKey("ü", Direction.BACKWARD, 3), replace(_SIGNATURE, grid=2**62), 2),
+    Call(
+        Operation.SUMS,
+        ExchangeKey("ü", Direction.BACKWARD, 3),
+        replace(_SIGNATURE, grid=2**62, update_moving=False),
+        2,
+        7,
+    ),
     np.array([[-(2**63)], [2**63 - 1]]),
 )
 _SNAPSHOT: list[JournalRecord] = [

@@ -31,6 +31,7 @@ class MirrorSignature(LayerSignature):
 _MASK = 2**62 - 1
 _STEP = 0x1E37_79B9_7F4A_7C15  # the golden ratio's digits, which don't line up with any hash
 _ATTEMPT = 0x2545_F491_4F6C_DD1D
+_FORWARD_STEP = 0x1656_67B1_9E37_79F9
 
 _PLAIN = tuple(field.name for field in fields(PlainSignature))
 _MIRROR = tuple(field.name for field in fields(MirrorSignature))
@@ -53,13 +54,14 @@ def encode_call(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
     else:
         signature = [_spelt(call.signature, name) for name in _PLAIN]
     key = call.key
-    items = [call.operation, key.layer, key.direction, int(key.step), int(call.attempt), signature]
+    forward_step = None if call.forward_step is None else int(call.forward_step)
+    items = [call.operation, key.layer, key.direction, int(key.step), int(call.attempt), forward_step, signature]
     return json.dumps(items, separators=(",", ":")).encode()
 
 
 def decode_call(text: bytes) -> Call:
     """The call that `speak` made text of."""
-    operation, layer, direction, step, attempt, values = json.loads(text)
+    operation, layer, direction, step, attempt, forward_step, values = json.loads(text)
     signature: MirrorSignature | PlainSignature
     if len(values) == len(_MIRROR):
         items = dict(zip(_MIRROR, values, strict=True))
@@ -69,7 +71,7 @@ def decode_call(text: bytes) -> Call:
         op, arrays, root = values
         signature = PlainSignature(op, tuple(arrays), root)
     key = ExchangeKey(layer, None if direction is None else Direction(direction), step)
-    return Call(Operation(operation), key, signature, attempt)
+    return Call(Operation(operation), key, signature, attempt, forward_step)
 
 
 def fingerprint_of(text: bytes) -> int:
@@ -80,8 +82,8 @@ def fingerprint_of(text: bytes) -> int:
 class CallFingerprints:
     """Numbers that stand for what is said: equal where `speak` says the same, and as good as never elsewhere.
 
-    From one step to the next only the step changes, so a name is that of all the rest, which is remembered for each
-    layer, and the step's.
+    From one step to the next only the steps change, so a name is that of all the rest, which is remembered for each
+    layer, and the steps'.
     """
 
     def __init__(self) -> None:
@@ -101,7 +103,8 @@ class CallFingerprints:
             )
             self._rest[key.layer, key.direction, call.operation] = cached
         # Odd multipliers: steps that differ have names that differ.
-        return ((cached[3] + key.step * _STEP + call.attempt * _ATTEMPT) & _MASK) + 1
+        steps = key.step * _STEP + call.attempt * _ATTEMPT + (call.forward_step or 0) * _FORWARD_STEP
+        return ((cached[3] + steps) & _MASK) + 1
 
 
 def pushed_digest(before: str, state: LayerState) -> str:

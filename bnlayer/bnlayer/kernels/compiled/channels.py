@@ -145,7 +145,7 @@ def gradients(
     for c in range(gradient.size):
         out_of_range, not_finite = limbs[4, c] >> 32 > 0, limbs[4, c] & _LOW > 0
         large, some = limbs[5, c] >> 32 > 0, limbs[5, c] & _LOW > 0
-        refused[c] = (out_of_range or (some and not large)) and not (not_finite or forward_nonfinite[c])
+        refused[c] = (out_of_range or (some and not large)) and not not_finite
         again |= refused[c]
         s = inverse_std[c]
         a = _as_float(limbs[0, c], limbs[1, c]) * power(gradient[c] + _GRADIENT_SLACK - 51)

@@ -1,0 +1,128 @@
+"""What a call leaves behind for its backward pass, and what that pass makes of it.
+
+A training call saves its batch, the statistics of the global one, and the ranks that it was shared with: so any number
+of calls can wait for their gradients, and be pulled back in any order. What changes from one backward pass to the next,
+the grid, belongs to the layer.
+
+Shape suffixes: C channels; batches are (A, C, B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bnlayer import tiling
+from bnlayer.collective import LayerSignature
+from bnlayer.exchange_driver import ExchangeDriver, share
+from bnlayer.grid import BackwardGrid
+from bnlayer.moments import BatchStatistics
+from bnlayer.view import View
+
+# Takes dy; gives dinputs, dgamma and dbeta.
+Pullback = Callable[[ArrayLike], tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]]
+
+_SAMPLES = 64  # of a batch, to see that it was written to: what is written in place is nearly always all of it
+
+
+def sample(x: NDArray[Any]) -> bytes:
+    """Some values of a batch, spread over its rows and channels; all of them, if there are few.
+
+    An odd distance: an even one would meet the same channels in each row.
+    """
+    flat = x.reshape(-1) if x.flags.c_contiguous else x.flat
+    return flat[:: x.size // _SAMPLES | 1].tobytes()
+
+
+@dataclass(eq=False, slots=True)
+class Pulled:
+    """What a backward pass gives.
+
+    Attributes:
+        dx: of the batch's own shape.
+        gamma, beta: (C,) float64.
+        grid: what the next backward pass of the layer starts from.
+    """
+
+    dx: NDArray[Any]
+    gamma: NDArray[np.float64]
+    beta: NDArray[np.float64]
+    grid: BackwardGrid
+
+
+@dataclass(eq=False, slots=True)
+class SavedTraining:
+    """What a training call saves.
+
+    Attributes:
+        rounds: with the ranks that the batch was shared with.
+        terms: as they were then.
+        step: the call's, among the training calls of these ranks.
+        view: the batch. It is the caller's memory.
+        seen: a sample of it, as it was.
+        statistics: of the global batch.
+        scale_C: γs, or γrs with renorm: what multiplies the centered input.
+        r_C, d_C: the corrections of renorm; None without.
+    """
+
+    driver: ExchangeDriver
+    signature: LayerSignature
+    step: int
+    view: View
+    seen: bytes
+    statistics: BatchStatistics
+    scale_C: NDArray[Any]
+    r_C: NDArray[np.float64] | None
+    d_C: NDArray[np.float64] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return self.view.shape
+
+    @property
+    def was_written_to(self) -> bool:
+        """Whether the batch is seen to be another one than at the call."""
+        return sample(self.view.x) != self.seen
+
+    def pull(
+        self, dy: NDArray[Any], grid: BackwardGrid, reduction: Literal["global", "local"], dtype: np.dtype[Any]
+    ) -> Pulled:
+        """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
+        view, statistics = self.view, self.statistics
+        seen = view.alike(dy)
+        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid)
+        total = result.total
+        summed = total if reduction == "global" else share(result, statistics)
+        gamma = summed.gamma
+        if self.r_C is not None and self.d_C is not None:
+            # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
+            gamma = gamma * self.r_C + summed.beta * self.d_C
+        mean = statistics.rounded_mean
+        offset, slope = total.offset.astype(mean.dtype), total.slope.astype(mean.dtype)
+        dx = tiling.input_gradient(seen, view, mean, offset, slope, self.scale_C, total.nonfinite, dtype)
+        return Pulled(view.restore(dx), gamma, summed.beta, result.grid)
+
+
+@dataclass(eq=False, slots=True)
+class SavedInference:
+    """What a call in inference mode saves: dx = scale·dy, whatever the batch was.
+
+    Attributes:
+        shape: of the output.
+        flat: the same as (A, C, B).
+        scale_C: γ/√(moving_variance + ε).
+    """
+
+    shape: tuple[int, ...]
+    flat: tuple[int, ...]
+    scale_C: NDArray[Any]
+
+    def pull(self, dy: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The gradient of the inputs, rounded to `dtype`."""
+        view = View(dy.reshape(self.flat), None, self.shape)
+        return view.restore(tiling.scaled(view, self.scale_C, dtype))
