@@ -67,7 +67,8 @@ def calibrating(layers: Iterable[BatchNormalization]) -> Iterator[None]:
 
     Call the model in training mode, the same number of times on every rank (a rank that has run out of data gives
     empty batches). Weights stay as they are. If the block raises, the moving statistics are those from before.
-    Afterwards `world.push(layer)` makes the result the owner's, where a service owns it.
+    The calls inside leave nothing for `backward`. Afterwards `world.push(layer)` makes the result the owner's, where a
+    service owns it.
 
     Args:
         layers: built or not yet built.
@@ -91,6 +92,7 @@ def calibrating(layers: Iterable[BatchNormalization]) -> Iterator[None]:
     finally:
         for layer in chosen:
             layer.observe(None)
+            layer.forget_calls()
     for layer, (mean, variance) in zip(chosen, results, strict=True):
         _assign(layer, mean, variance)
 

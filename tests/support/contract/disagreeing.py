@@ -149,6 +149,20 @@ def successful_exit(world: World, odd: bool) -> None:
         raise SystemExit(0)
 
 
+def different_calls(world: World, odd: bool) -> None:
+    """Two calls wait for their gradients; one pulls back the second of them first."""
+    bn = layer(world)
+    handles = [bn.vjp(rows_of(world.rank), training=True)[1] for _ in range(2)]
+    handles[odd](rows_of(world.rank))
+
+
+def one_does_not_update(world: World, odd: bool) -> None:
+    """One computes a call once more, the others train."""
+    bn = layer(world)
+    train(bn, world)
+    bn(rows_of(world.rank), training=True, update_moving=not odd)
+
+
 def push_on_one(world: World, odd: bool) -> None:
     """One replaces its statistics, the others don't."""
     bn = layer(world)

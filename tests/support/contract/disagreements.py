@@ -238,6 +238,22 @@ DISAGREEMENTS = {
         odd_layer="bn",
         odd_step=1,
     ),
+    "update": Disagreement(
+        ranks.one_does_not_update,
+        MismatchError,
+        mismatch("layer 'bn' (forward, step 1)", ("update_moving", "True", "False")),
+        layer="bn",
+        step=1,
+        odd_layer="bn",
+        odd_step=1,
+    ),
+    "pulled-back-call": Disagreement(
+        ranks.different_calls,
+        MismatchError,
+        mismatch("layer 'bn' (backward, step 0)", ("training call (forward step)", "0", "1")),
+        layer="bn",
+        odd_layer="bn",
+    ),
     "early-return": Disagreement(
         ranks.early_return,
         StallError,
