@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bnlayer.plain import plain_array
 from bnlayer.variable import Variable
 
 _taken: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
@@ -62,16 +63,18 @@ class Layer:
 
         Raises:
             ValueError: their number or a shape differs.
+            TypeError: one is an array of a kind whose meaning would be lost.
         """
+        arrays = [plain_array(value, f"weight {number}") for number, value in enumerate(values)]
         names = ", ".join(f"{v.name}{v.shape}" for v in self._variables)
-        shapes = [np.shape(value) for value in values]
+        shapes = [array.shape for array in arrays]
         if shapes != [v.shape for v in self._variables]:
             raise ValueError(
                 f"Layer {self.name!r}: expected {len(self._variables)} weights ({names or 'it is not built yet'}), "
                 f"received {len(shapes)} of shapes {shapes}."
             )
-        for variable, value in zip(self._variables, values, strict=True):
-            variable.assign(value)
+        for variable, array in zip(self._variables, arrays, strict=True):
+            variable.assign(array)
 
     @property
     def losses(self) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.plain import plain_array
 from bnlayer.serialization import resolve
 
 _EPSILON = 1e-7  # Keras's `backend.epsilon()`: a norm of 0 stays divisible
@@ -85,7 +86,9 @@ class _Called:
     function: Callable[..., Any]
 
     def __call__(self, w: NDArray[Any]) -> NDArray[Any]:
-        projected = np.asarray(self.function(w), w.dtype)
+        projected = plain_array(self.function(w), f"the value of constraint {self.function!r}").astype(
+            w.dtype, copy=False
+        )
         if projected.shape != w.shape:
             raise ValueError(f"Constraint {self.function!r}: expected shape {w.shape}, received {projected.shape}.")
         return projected

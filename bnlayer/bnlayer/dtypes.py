@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bnlayer.plain import plain_array
+
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POLICIES = ("float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 # A dtype that is looked up by its name is looked up again at each access of the name, which takes a microsecond.
@@ -126,9 +128,9 @@ class Policy:
             what: what to call it in an error.
 
         Raises:
-            TypeError: the values are not real numbers.
+            TypeError: the values are not real numbers, or an array of a kind whose meaning would be lost.
         """
-        array = np.asarray(x)
+        array = plain_array(x, what)
         if array.dtype is self.compute_dtype:
             return array
         if not is_real(array.dtype):

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.plain import plain_array
 from bnlayer.serialization import resolve
 
 _TRUNCATED_STDDEV = 0.87962566103423978  # of a standard normal cut at ±2: Keras divides by it
@@ -261,7 +262,8 @@ class _Called:
 
     def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """The function's value, which must have the shape."""
-        value = np.array(self.function(shape, dtype), dtype)
+        given = plain_array(self.function(shape, dtype), f"the value of initializer {self.function!r}")
+        value = np.array(given, dtype)
         if value.shape != shape:
             raise ValueError(f"Initializer {self.function!r}: expected shape {shape}, received {value.shape}.")
         return value

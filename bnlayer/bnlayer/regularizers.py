@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.plain import plain_array
 from bnlayer.serialization import resolve
 
 
@@ -83,7 +84,7 @@ class _Called:
                 f"Regularizer {self.function!r} has no method gradient(w): it counts in `losses`, but its gradient "
                 "is unknown. Give it one, or use 'l1', 'l2' or 'l1_l2'."
             )
-        gradient = np.asarray(derivative(w), w.dtype)
+        gradient = plain_array(derivative(w), f"the gradient of {self.function!r}").astype(w.dtype, copy=False)
         if gradient.shape != w.shape:
             raise ValueError(
                 f"Regularizer {self.function!r}: expected a gradient of shape {w.shape}, received {gradient.shape}."

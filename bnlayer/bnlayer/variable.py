@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnlayer.constraints import Constraint
+from bnlayer.plain import plain_array
 from bnlayer.regularizers import Regularizer
 
 
@@ -61,8 +62,9 @@ class Variable:
 
         Raises:
             ValueError: the shape differs.
+            TypeError: the value is an array of a kind whose meaning would be lost.
         """
-        array = np.array(value, dtype=self.dtype)
+        array = np.array(plain_array(value, f"a value of variable {self.name!r}"), dtype=self.dtype)
         if array.shape != self.shape:
             raise ValueError(
                 f"The shape of variable {self.name!r} is {self.shape}; received a value of shape {array.shape}."

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bnlayer.plain import plain_array
+
 Mask = NDArray[np.bool_] | None
 
 WHOLE = slice(None)  # the piece that is all of a batch
@@ -39,12 +41,13 @@ class View:
 
         Raises:
             ValueError: the mask has not one dimension less than the batch, or does not broadcast to it.
+            TypeError: it is an array of a kind whose meaning would be lost.
         """
         shape = x.shape
         flat = (prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :]))
         if mask is None:
             return cls(x.reshape(flat), None, shape)
-        m = np.asarray(mask)
+        m = plain_array(mask, "the mask")
         if m.ndim != x.ndim - 1:
             raise ValueError(
                 "The mask provided should be one dimension less than the inputs. "

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError
+from bnlayer.plain import plain_array
 from bnlayer.reduction import OPS, refusal
 from bnlayer.state import LayerState
 from bnworker import failure_marker
@@ -342,7 +343,7 @@ def _checked(function: str, arrays: Iterable[ArrayLike], op: str) -> list[NDArra
         raise TypeError(f"{function}(arrays): expected a list of arrays, received {received}; write [x].")
     checked = []
     for index, given in enumerate(arrays):
-        array = np.asarray(given)
+        array = plain_array(given, f"array {index} of {function}(arrays)")
         why = refusal(op, array.dtype)
         if why is not None:
             raise TypeError(f"{function}(arrays): array {index}: {why}.")

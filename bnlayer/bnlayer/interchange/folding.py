@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.dtypes import is_real
 from bnlayer.layer import BatchNormalization
+from bnlayer.plain import plain_array
 from bnlayer.variable import Variable
 
 Wide = NDArray[np.float64]
@@ -112,7 +113,7 @@ def _value(variable: Variable | None, otherwise: Wide) -> Wide:
 
 def _kernel(kernel: ArrayLike, axis: int, what: str) -> tuple[Wide, int, np.dtype[Any]]:
     """The kernel in float64, one of its axes counted from the front, and its dtype."""
-    array = np.asarray(kernel)
+    array = plain_array(kernel, "the kernel")
     if not is_real(array.dtype) or array.dtype.kind in "iub":
         raise ValueError(f"Expected a kernel of a float dtype, received dtype {array.dtype}.")
     if not -array.ndim <= axis < array.ndim:
@@ -132,7 +133,7 @@ def _check_channels(layer: BatchNormalization, kernel: Wide, axis: int, what: st
 def _bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> Wide:
     if bias is None:
         return np.zeros(shape)
-    array = np.asarray(bias)
+    array = plain_array(bias, "the bias")
     if array.shape != shape or not is_real(array.dtype):
         raise ValueError(f"Expected a bias of real numbers and shape {shape}, received {array.dtype}{array.shape}.")
     return array.astype(np.float64)

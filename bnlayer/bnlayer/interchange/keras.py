@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from bnlayer.dtypes import is_real
 from bnlayer.interchange.rank import build, rank_of
 from bnlayer.layer import BatchNormalization
+from bnlayer.plain import plain_array
 
 
 class KerasLayer(Protocol):
@@ -67,7 +68,7 @@ def from_keras(
     layer = BatchNormalization.from_config(config)
     if not values:
         return layer
-    arrays = [np.asarray(value) for value in values]
+    arrays = [plain_array(value, f"weight {number}") for number, value in enumerate(values)]
     if any(array.shape != arrays[0].shape or array.ndim != 1 or not is_real(array.dtype) for array in arrays):
         received = ", ".join(f"{array.dtype}{array.shape}" for array in arrays)
         raise ValueError(f"Layer {layer.name!r}: expected real vectors of one length as weights, received {received}.")

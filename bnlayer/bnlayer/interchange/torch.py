@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from bnlayer.dtypes import dtype_named
 from bnlayer.interchange.rank import build
 from bnlayer.layer import BatchNormalization
+from bnlayer.plain import plain_array
 
 _VECTORS = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 _COUNT = "num_batches_tracked"
@@ -169,7 +170,7 @@ def _arrays(state: Mapping[str, Any], prefix: str) -> dict[str, NDArray[Any]]:
 def _array(value: Any) -> NDArray[Any]:
     """A tensor of any device, or an array, as an array."""
     if not hasattr(value, "detach"):
-        return np.asarray(value)
+        return plain_array(value, "an entry of a state dict")
     tensor = value.detach().cpu()
     if str(tensor.dtype) == "torch.bfloat16":  # which has no way to NumPy of its own
         return np.asarray(tensor.float().numpy()).astype(dtype_named("bfloat16"))

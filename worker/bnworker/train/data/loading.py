@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bnlayer.plain import plain_array
 from bnworker.train.data import sources
 from bnworker.train.data.arrays import Array, held
 from bnworker.train.data.batches import ROWS_AT_MOST, TEST_SHARE, shares, split
@@ -88,7 +89,7 @@ def from_arrays(
         DataError: on every rank: the arrays are bad.
     """
     given = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
-    arrays: dict[str, Array] = {k: held(name, k, np.asarray(v)) for k, v in given.items() if v is not None}
+    arrays: dict[str, Array] = {k: held(name, k, plain_array(v, k)) for k, v in given.items() if v is not None}
     return _load(name, (_Source(name, 1, lambda: arrays),), dtype, world, validation_split)
 
 
