@@ -24,7 +24,7 @@ _MASKED = (
     "e.g. ~np.ma.getmaskarray(x).any(axis=-1); or x.filled(value)"
 )
 _OWN_ARITHMETIC = (
-    "its unit, or what else it means, would be lost. Pass its numbers, e.g. x.value or x.view(np.ndarray), in one unit"
+    "its unit, mask or other meaning would be lost. Pass its numbers, e.g. x.value or x.view(np.ndarray), in one unit"
 )
 _UNIT = "its unit would be lost. Pass its numbers, e.g. x.magnitude or x.value, in one unit"
 _GRAPH = "torch would not know of its gradients. Pass x.detach()"
