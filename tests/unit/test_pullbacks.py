@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +30,16 @@ def backward_of(x: Array, dy: Array) -> tuple[bytes, ...]:
     bn = BatchNormalization()
     bn(x, training=True)
     return tuple(array.tobytes() for array in (bn.backward(dy), *gradients(bn)))
+
+
+def test_the_code_of_the_page_runs() -> None:
+    """Every block of docs/backward.md, in one namespace."""
+    page = Path(__file__).parents[2] / "docs" / "backward.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
 
 
 def test_backward_of_one_of_several_calls_is_refused() -> None:
