@@ -33,6 +33,7 @@ class Layer:
         self.name = name
         self.trainable = trainable
         self._variables: list[Variable] = []
+        self._weights_set = False  # since the ranks last compared them
 
     @property
     def weights(self) -> list[Variable]:
@@ -60,6 +61,8 @@ class Layer:
     def set_weights(self, values: Sequence[ArrayLike]) -> None:
         """Assign all values, in the order of `weights`; nothing is assigned if one does not fit.
 
+        For a synchronized layer it is like a training call: every rank makes it, and alike.
+
         Raises:
             ValueError: their number or a shape differs.
         """
@@ -72,6 +75,7 @@ class Layer:
             )
         for variable, value in zip(self._variables, values, strict=True):
             variable.assign(value)
+        self._weights_set = True
 
     @property
     def losses(self) -> list[float]:

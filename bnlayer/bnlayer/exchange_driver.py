@@ -66,6 +66,26 @@ class BackwardResult:
     grid: BackwardGrid
 
 
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What was set by hand since a layer's last exchange: the next one says so, in its first contribution.
+
+    All ranks alike: they go on from it, and so does the owner, which takes the state over. Otherwise: a `MismatchError`.
+
+    Attributes:
+        state: the one set; None if none was.
+        weights: fingerprint of gamma and beta, if they were set; 0 otherwise.
+    """
+
+    state: LayerState | None
+    weights: int
+
+    def said(self, signature: LayerSignature) -> LayerSignature:
+        """The terms that say so."""
+        state = self.state.fingerprint if self.state is not None else 0
+        return replace(signature, state=state, weights=self.weights)
+
+
 class ExchangeDriver:
     """The exchanges of one layer with one collective.
 
@@ -80,16 +100,29 @@ class ExchangeDriver:
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
         self._signatures: dict[Direction, tuple[LayerSignature, LayerSignature]] = {}
 
-    def enroll(self, layer: object, signature: LayerSignature, state: LayerState) -> LayerState:
+    def enroll(
+        self, layer: object, signature: LayerSignature, state: LayerState, weights: int, *, anew: bool = False
+    ) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
+
+        Args:
+            layer: it.
+            terms: what its ranks must believe.
+            state: this rank's.
+            weights: fingerprint of gamma and beta; 0: not to be compared.
+            anew: whether rank 0's state replaces the one that the owner has. It does where this name was enrolled
+                before: by a layer that is gone, so this one's values were made or loaded since.
 
         Raises:
             ValueError: another live layer holds the name.
         """
-        claim(self.collective, self._name, layer)
-        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
+        anew = claim(self.collective, self._name, layer) or anew
+        said = replace(signature, weights=weights, anew=anew)
+        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), said), state)
 
-    def forward(self, view: View, signature: LayerSignature, grid: Grid) -> ForwardResult:
+    def forward(
+        self, view: View, signature: LayerSignature, grid: Grid, changes: Changes | None = None
+    ) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""
         exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
         version = None
@@ -98,7 +131,7 @@ class ExchangeDriver:
                 limbs = tiling.probe(view, exchange.grid)
             else:
                 limbs = tiling.moments(view, exchange.grid).limbs
-            total = self._exchange(exchange, Direction.FORWARD, view, signature, limbs)
+            total = self._exchange(exchange, Direction.FORWARD, view, signature, limbs, changes)
             version = total.version
             exchange = exchange.reduced(total.limbs)
         self._steps[Direction.FORWARD] += 1
@@ -107,7 +140,13 @@ class ExchangeDriver:
         return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version)
 
     def backward(
-        self, dy: View, view: View, signature: LayerSignature, statistics: BatchStatistics, grid: BackwardGrid
+        self,
+        dy: View,
+        view: View,
+        signature: LayerSignature,
+        statistics: BatchStatistics,
+        grid: BackwardGrid,
+        changes: Changes | None = None,
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches."""
         exchange = BackwardExchange.begin(grid, statistics)
@@ -118,7 +157,9 @@ class ExchangeDriver:
                 limbs = tiling.gradient_probe(dy, view, pivot, exchange.grid)
             else:
                 limbs = tiling.gradient_sums(dy, view, pivot, exchange.grid, fits=fits).limbs
-            exchange = exchange.reduced(self._exchange(exchange, Direction.BACKWARD, view, signature, limbs).limbs)
+            exchange = exchange.reduced(
+                self._exchange(exchange, Direction.BACKWARD, view, signature, limbs, changes).limbs
+            )
             if exchange.gradients is not None:
                 self._steps[Direction.BACKWARD] += 1
                 return BackwardResult(exchange.gradients, limbs, exchange.grid)
@@ -130,11 +171,17 @@ class ExchangeDriver:
         view: View,
         signature: LayerSignature,
         limbs: NDArray[np.int64],
+        changes: Changes | None,
     ) -> Total:
         assert exchange.wants is not None
         full_signature = self._full_signature(direction, signature, view.mask is not None, exchange.fingerprint)
         key = ExchangeKey(self._name, direction, self._steps[direction])
-        return self.collective.exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs)
+        if changes is None or exchange.attempt:
+            return self.collective.exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs)
+        call = Call(exchange.wants, key, changes.said(full_signature), exchange.attempt)
+        if changes.state is None:
+            return self.collective.exchange(call, limbs)
+        return self.collective.exchange(call, limbs, changes.state)
 
     def _full_signature(
         self, direction: Direction, signature: LayerSignature, masked: bool, grid: int

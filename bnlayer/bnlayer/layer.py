@@ -13,22 +13,20 @@ Shape suffixes: C channels; the kernels see the data as (A, C, B).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnlayer import tiling
-from bnlayer.collective import Alone, LayerSignature, current, is_current
-from bnlayer.definition import Definition
+from bnlayer.collective import LayerSignature
 from bnlayer.dtypes import rounded
 from bnlayer.exchange_driver import ExchangeDriver, share
-from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import quick_channels
+from bnlayer.membership import Member
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
-from bnlayer.state import LayerState
 from bnlayer.view import View
 
 
@@ -62,7 +60,7 @@ class _InferencePass:
     scale_C: NDArray[Any]
 
 
-class BatchNormalization(Definition):
+class BatchNormalization(Member):
     """Normalizes its inputs over all axes but one.
 
         training    y = γ·(x − μ)/√(v + ε) + β          moving ← moving·momentum + batch·(1 − momentum)
@@ -94,6 +92,9 @@ class BatchNormalization(Definition):
         grad_reduction: "global": `gamma.gradient` and `beta.gradient` are sums over all ranks already: don't
             reduce them again. "local": this rank's share, for a wrapper that reduces. Both are derivatives of
             the SUM over ranks of the local losses.
+        own_weights: whether each rank has a gamma and a beta of its own, as in local SGD. Otherwise all must begin
+            with the same ones: they are compared when the layer enrolls with the ranks, and at the next exchange after
+            `set_weights` or `interchange.load_into` (not after each `assign`, which optimizers use).
 
     Raises:
         ValueError: an argument is unknown, malformed or not supported.
@@ -101,9 +102,6 @@ class BatchNormalization(Definition):
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); `keras.layers.BatchNormalization`, Keras 3.15.1.
     """
 
-    _kept: LayerState | None = None
-    _signature_cache: LayerSignature | None = None
-    _driver: ExchangeDriver | None = None
     _pass: _TrainingPass | _InferencePass | None = None
     _observer: Callable[[Moments], None] | None = None
 
@@ -138,7 +136,7 @@ class BatchNormalization(Definition):
             return self._infer(view, keep=bool(training))
         driver = self._joined()
         before, signature = self.state, self._signature()
-        result = driver.forward(view, signature, before.forward)
+        result = driver.forward(view, signature, before.forward, self._changes(before))
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
@@ -146,9 +144,12 @@ class BatchNormalization(Definition):
         self._kept = after = before.after_forward(statistics, result.grid, rule)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
+        self._said()
         if result.version is not None and result.version != after.version:
             # The owner's state was replaced in between: somebody pushed.
-            self._follow(driver.collective.pull(self.name))
+            owned = driver.collective.pull(self.name)
+            if owned is not None:
+                self.follow(owned)
         r, d = self._correction(statistics, before.moving)
         scale, shift = self._coefficients(statistics, r, d)
         self._pass = _TrainingPass(driver, signature, view, statistics, scale, r, d)
@@ -205,8 +206,12 @@ class BatchNormalization(Definition):
             self._set_gradients(None, None)
             return view.restore(tiling.scaled(seen, latest.scale_C, self.compute_dtype))
         statistics = latest.statistics
-        result = latest.driver.backward(seen, view, latest.signature, statistics, self.state.backward)
-        self._kept = self.state.after_backward(result.grid, statistics)
+        before = self.state
+        result = latest.driver.backward(
+            seen, view, latest.signature, statistics, before.backward, self._changes(before)
+        )
+        self._kept = before.after_backward(result.grid, statistics)
+        self._said()
         total = result.total
         summed = total if self.grad_reduction == "global" else share(result, statistics)
         gamma = summed.gamma
@@ -226,44 +231,6 @@ class BatchNormalization(Definition):
             self.compute_dtype,
         )
         return view.restore(dx)
-
-    def _joined(self) -> ExchangeDriver:
-        """The exchanges with the collective in force; a new collective is enrolled with first."""
-        if not self.synchronized:
-            self._driver = self._driver or ExchangeDriver(Alone(), self.name)
-            return self._driver
-        if self._driver is not None and self.collective is None and is_current(self._driver.collective):
-            return self._driver
-        collective = self.collective if self.collective is not None else current()
-        if self._driver is None or self._driver.collective is not collective:
-            if self._driver is not None and self._driver.collective.world_size > 1 and isinstance(collective, Alone):
-                raise RuntimeError(
-                    f"Layer {self.name!r} belonged to a world of {self._driver.collective.world_size} ranks, which was "
-                    "left: training on would be silently unsynchronized. Train inside `with bnworker.join()`, or make "
-                    "a new layer for one process."
-                )
-            driver = ExchangeDriver(collective, self.name)
-            self._follow(driver.enroll(self, self._signature(), self.state))
-            self._driver = driver
-        return self._driver
-
-    def _signature(self) -> LayerSignature:
-        """What every rank must believe of this layer, whatever the call."""
-        signature = self._signature_cache
-        if signature is None or (signature.momentum, signature.epsilon, signature.renorm) != (
-            self.momentum,
-            self.epsilon,
-            self._renorm,
-        ):
-            signature = self._signature_cache = LayerSignature(
-                channels=self.moving_mean.shape[0],
-                dtype=self.dtype_policy.arithmetic,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                policy=self.dtype_policy.name,
-                renorm=self._renorm,
-            )
-        return signature
 
     def _correction(
         self, statistics: BatchStatistics, moving: Moving
@@ -304,52 +271,3 @@ class BatchNormalization(Definition):
     def observe(self, observer: Callable[[Moments], None] | None) -> None:
         """Be told of the global batch's exact moments at each training call; None: of nothing any more."""
         self._observer = observer
-
-    # What travels
-
-    @property
-    def state(self) -> LayerState:
-        """The moving statistics and grids, as their owner keeps them.
-
-        Raises:
-            ValueError: the layer is not built yet.
-        """
-        self._must_be_built()
-        kept = self._kept
-        if kept is None:
-            channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
-            grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
-            kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
-        elif any(
-            variable.value is not vector for variable, vector in zip(self._moving, kept.moving.values, strict=True)
-        ):
-            # Somebody assigned to a variable.
-            kept = replace(kept, moving=Moving(*(variable.value for variable in self._moving)))
-        self._kept = kept
-        return kept
-
-    def restore(self, state: LayerState) -> None:
-        """Take over moving statistics and grids.
-
-        Raises:
-            ValueError: the layer is not built yet, or the state belongs to another number of channels or dtype.
-        """
-        self._must_be_built()
-        if state.kind != self.state.kind:
-            raise ValueError(f"Layer {self.name!r}: expected a state of {self.state.kind}, received {state.kind}.")
-        self._follow(state)
-
-    def _follow(self, state: LayerState | None) -> None:
-        if state is None:
-            return
-        for variable, vector in zip(self._moving, state.moving.values, strict=True):
-            variable.assign(vector)
-        self._kept = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
-        return {**self.__dict__, "collective": None, "_driver": None, "_pass": None, "_observer": None}
-
-    def _must_be_built(self) -> None:
-        if not self.built:
-            raise ValueError(f"Layer {self.name!r} has no state yet: call it once, or build(input_shape).")
