@@ -132,7 +132,7 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
 
 
 def _set_apart(calls: Mapping[int, Call], names: Iterable[str], peers: Mapping[int, Peer]) -> Verdict:
-    """Weights that differ at an enrolment; or weights or statistics that were set, but not on all ranks, or not alike."""
+    """Weights that differ at an enrolment; or weights or statistics that were not set on all ranks, or not alike."""
     key = calls[min(calls)].key
     blamed: set[int] = set()
     lines = []

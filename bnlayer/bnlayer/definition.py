@@ -170,8 +170,9 @@ class Definition(Layer):
     # Configuration
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments in Keras's serialized form, but for those that concern this process alone:
-        `collective`, `grad_reduction` and `own_weights`.
+        """The constructor's arguments in Keras's serialized form.
+
+        `collective`, `grad_reduction` and `own_weights` are no part of it: they concern one run.
 
         Raises:
             ValueError: an argument is a plain callable, which has no serialized form.

@@ -70,7 +70,7 @@ class BackwardResult:
 class Changes:
     """What was set by hand since a layer's last exchange: the next one says so, in its first contribution.
 
-    All ranks alike: they go on from it, and so does the owner, which takes the state over. Otherwise: a `MismatchError`.
+    All ranks alike: they go on from it, and so does the owner, which takes the state over. Else: a `MismatchError`.
 
     Attributes:
         state: the one set; None if none was.

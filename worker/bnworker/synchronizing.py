@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,18 +12,19 @@ from bnlayer.collective import Collective, current
 from bnlayer.state import LayerState
 
 
-def checked(layers: Iterable[BatchNormalization], world: Collective) -> list[BatchNormalization]:
+def checked(layers: object, world: Collective) -> list[BatchNormalization]:
     """The layers of a list, if a world can synchronize them.
 
     Raises:
         TypeError: it is no list of layers.
         ValueError: a layer is not built, is there twice, or belongs to another world.
     """
-    chosen = [] if isinstance(layers, BatchNormalization) else list(layers)
-    if isinstance(layers, BatchNormalization) or not all(isinstance(layer, BatchNormalization) for layer in chosen):
-        kind = next((type(each).__name__ for each in chosen if not isinstance(each, BatchNormalization)), None)
-        received = "one layer; write [layer]" if kind is None else f"a list with a {kind}"
-        raise TypeError(f"synchronize(layers): expected a list of BatchNormalization layers, received {received}.")
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"synchronize(layers): expected a list, received {type(layers).__name__}; write [layer].")
+    chosen: list[Any] = list(layers)
+    strangers = [type(each).__name__ for each in chosen if not isinstance(each, BatchNormalization)]
+    if strangers:
+        raise TypeError(f"synchronize(layers): expected BatchNormalization layers, received {strangers[0]} too.")
     names = [layer.name for layer in chosen]
     for layer in chosen:
         layer.state  # noqa: B018 - raises where the layer is not built
@@ -49,7 +50,7 @@ def contents(layer: BatchNormalization) -> list[NDArray[Any]]:
     return [*(variable.value for variable in layer.weights), *layer.state.arrays().values()]
 
 
-def taken(layer: BatchNormalization, values: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+def taken(layer: BatchNormalization, values: list[NDArray[Any]]) -> list[NDArray[Any]]:
     """Give a layer the first of the values that `contents` listed; returns the others."""
     weights, names = len(layer.weights), tuple(layer.state.arrays())
     end = weights + len(names)

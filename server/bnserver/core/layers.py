@@ -196,10 +196,11 @@ class Layers:
                 f"{call.key}: the ranks have {signature.channels} channels in {signature.dtype} "
                 f"{_with_renorm(renorm)}, the owner has {layer.state.kind}. Enroll the layer anew, on every rank."
             )
-        limbs = body
         if isinstance(body, Replacing):
             _check_kind(call.key.layer or "", layer.state, body.state)
             limbs, layer.set = body.limbs, body.state
+        else:
+            limbs = body
         if call.key.direction is Direction.BACKWARD:
             version = _backward(layer, call, signature, limbs)
         else:

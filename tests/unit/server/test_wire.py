@@ -27,7 +27,9 @@ from bnserver.core.reasons import Reason
 from bnserver.translation import _REASONS, Reader
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
-_SIGNATURE = LayerSignature(256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16")
+_SIGNATURE = LayerSignature(
+    256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16", True, 2**63 - 2, 2**63 - 3, True
+)
 _CALLS = [
     Call(Operation.ENROLL, ExchangeKey("a", None, 0), LayerSignature(1, "float32", 0.9, 0.001)),
     Call(Operation.PROBE, ExchangeKey("", Direction.FORWARD, 2**40), _SIGNATURE, 2),
