@@ -294,7 +294,10 @@ def test_a_push_is_read() -> None:
         ([pb.ExchangeRequest(push=pb.Push(layer="a"))], "The state of a layer lacks 'moving_mean'; it has nothing."),
         ([_request(_UNSET, {})[0]], "expected one array of words, received 0"),
         ([_request(_CALLS[2], {})[0]], "expected words beside the state that was set, received nothing"),
-        ([_request(_CALLS[2], {"": np.zeros((6, 1), np.int64)})[0]], "The state of a layer lacks 'moving_mean'"),
+        (
+            [_request(_CALLS[2], {"": np.zeros((6, 1), np.int64)})[0]],
+            "The state of a layer lacks 'moving_mean'; it has nothing.",
+        ),
     ],
 )
 def test_requests_without_a_meaning_are_malformed(requests: list[pb.ExchangeRequest], text: str) -> None:
