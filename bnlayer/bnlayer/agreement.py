@@ -17,6 +17,15 @@ from hashlib import blake2b
 from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
 
+_GROUPS_SHOWN = 8  # of ranks that each have something else, which may be all of a large job
+# What ranks set by hand; and what else differs because of it: another grid, which may have to be probed first.
+_WHAT = {"state": "moving statistics or grids", "weights": "gamma or beta"}
+_MEND = {
+    "state": "over a service, world.push(layer) on one rank, and then world.pull(layer) on the others",
+    "weights": "if each rank is to have its own gamma and beta: BatchNormalization(..., own_weights=True)",
+}
+_SET = set(_WHAT)
+_FOLLOWS = {"operation", "grid", "shape", "pushed"}
 _SHOWN = 300  # characters of one value in an error: a list of a thousand arrays would bury the sentence
 
 
@@ -97,6 +106,10 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
         return None
     descriptions = {rank: _description(call) for rank, call in calls.items()}
     names = [name for name in descriptions[min(descriptions)] if len({b.get(name) for b in descriptions.values()}) > 1]
+    by_hand = _SET & set(names)
+    if by_hand and not set(names) - by_hand - _FOLLOWS:
+        return _set_apart(calls, [name for name in names if name in by_hand], peers)
+    names = [name for name in names if name not in by_hand]
     if "operation" in names:
         names = ["operation"]  # different operations have different terms: naming those too would only distract
     blamed = _minority(dict(calls))
@@ -106,14 +119,49 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
         for rank, description in sorted(descriptions.items()):
             held[description.get(name, "none")].append(rank)
         ordered = sorted(held.items(), key=lambda item: (len(item[1]), item[1]))
-        lines.append(f"{name}: " + ", ".join(f"{_names(ranks, peers)} sent {value}" for value, ranks in ordered))
+        label = "layers" if name == "arrays" and calls[min(calls)].synchronizes else name
+        lines.append(f"{label}: " + ", ".join(f"{_names(ranks, peers)} sent {value}" for value, ranks in ordered))
     first = calls[min(calls)]
+    key = first.where if first.synchronizes else first.key
     advice = f"check the configuration of {_names(blamed, {})}" if len(blamed) < len(calls) else "compare their code"
     return Verdict(
         MismatchError,
-        f"{first.key}: {'; '.join(lines)}. All ranks must build the same model and make the same calls; {advice}.",
+        f"{key}: {'; '.join(lines)}. All ranks must build the same model and make the same calls; {advice}.",
         blamed,
     )
+
+
+def _set_apart(calls: Mapping[int, Call], names: Iterable[str], peers: Mapping[int, Peer]) -> Verdict:
+    """Weights that differ at an enrolment; or weights or statistics that were not set on all ranks, or not alike."""
+    key = calls[min(calls)].key
+    blamed: set[int] = set()
+    lines = []
+    for name in names:
+        by_rank = {rank: getattr(call.signature, name) for rank, call in sorted(calls.items())}
+        without = [rank for rank, value in by_rank.items() if not value]
+        groups = defaultdict(list)
+        for rank, value in by_rank.items():
+            groups[value or None].append(rank)
+        ordered = sorted((ranks for value, ranks in groups.items() if value), key=lambda ranks: (len(ranks), ranks))
+        shown = [_names(ranks, peers) for ranks in ordered[:_GROUPS_SHOWN]]
+        shown += [f"{len(ordered) - _GROUPS_SHOWN} more groups"] * (len(ordered) > _GROUPS_SHOWN)
+        if len(ordered) == 1:
+            blamed.update(ordered[0])
+            lines.append(f"{_WHAT[name]} were set on {shown[0]}, but not on {_names(without, peers)}")
+            continue
+        blamed.update(_minority(by_rank))
+        if key.direction is None:
+            lines.append(f"{_WHAT[name]} differ between {' and '.join(shown)}")
+        else:
+            rest = f", and not on {_names(without, peers)}" if without else ""
+            lines.append(f"{_WHAT[name]} were set differently on {' and on '.join(shown)}{rest}")
+    first = "Load the same ones" if key.direction is None else "Set them alike"
+    advice = [
+        f"{first} on every rank",
+        "give every rank rank 0's: world.synchronize([layer])",
+        *(_MEND[name] for name in names),
+    ]
+    return Verdict(MismatchError, f"{key}: {'; '.join(lines)}. {'; or '.join(advice)}.", tuple(sorted(blamed)))
 
 
 def _description(call: Call) -> dict[str, str]:

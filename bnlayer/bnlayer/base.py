@@ -34,6 +34,7 @@ class Layer:
         self.name = name
         self.trainable = trainable
         self._variables: list[Variable] = []
+        self._weights_set = False  # since the ranks last compared them
 
     @property
     def weights(self) -> list[Variable]:
@@ -61,6 +62,8 @@ class Layer:
     def set_weights(self, values: Sequence[ArrayLike]) -> None:
         """Assign all values, in the order of `weights`; nothing is assigned if one does not fit.
 
+        For a synchronized layer it is like a training call: every rank makes it, and alike.
+
         Raises:
             ValueError: their number or a shape differs.
             TypeError: one is an array of a kind whose meaning would be lost.
@@ -75,6 +78,7 @@ class Layer:
             )
         for variable, array in zip(self._variables, arrays, strict=True):
             variable.assign(array)
+        self._weights_set = True
 
     @property
     def losses(self) -> list[float]:

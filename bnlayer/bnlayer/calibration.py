@@ -67,8 +67,8 @@ def calibrating(layers: Iterable[BatchNormalization]) -> Iterator[None]:
 
     Call the model in training mode, the same number of times on every rank (a rank that has run out of data gives
     empty batches). Weights stay as they are. If the block raises, the moving statistics are those from before.
-    The calls inside leave nothing for `backward`. Afterwards `world.push(layer)` makes the result the owner's, where a
-    service owns it.
+    The calls inside leave nothing for `backward`. Where a service owns the statistics, it takes the result over with
+    the layer's next training call; if none follows, one rank calls `world.push(layer)`.
 
     Args:
         layers: built or not yet built.

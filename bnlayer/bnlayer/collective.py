@@ -83,6 +83,10 @@ class LayerSignature:
         grid: fingerprint of the grid that the limbs are in units of; 0 for a probe or an enrolment.
         policy: the layer's dtype policy, e.g. "mixed_float16".
         update_moving: whether this call updates the moving statistics.
+        own_weights: whether each rank has a gamma and a beta of its own.
+        state: fingerprint of the moving statistics and grids, where they were set by hand since the last exchange.
+        weights: fingerprint of gamma and beta, at an enrolment, and where they were set since the last exchange.
+        anew: in an enrolment: whether rank 0's state replaces the one that the owner has.
     """
 
     channels: int
@@ -96,6 +100,10 @@ class LayerSignature:
     grid: int = 0
     policy: str = "float32"
     update_moving: bool = True
+    own_weights: bool = False
+    state: int = 0
+    weights: int = 0
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +111,18 @@ class PlainSignature:
     """What every rank must believe of a plain operation.
 
     Attributes:
-        op: "sum", "max" or "min"; "" for a broadcast or a barrier.
-        arrays: dtype and shape of each array, as text; empty for a broadcast, whose root alone knows them.
+        op: "sum", "max" or "min"; "" for a broadcast or a barrier; "synchronize" for the broadcast that is part of it.
+        arrays: dtype and shape of each array, as text; empty for a broadcast, whose root alone knows them; to
+            synchronize, each layer.
         root: the broadcasting rank; -1 elsewhere.
     """
 
     op: str = ""
     arrays: tuple[str, ...] = ()
     root: int = -1
+
+
+SYNCHRONIZE = "synchronize"
 
 
 class Call(NamedTuple):
@@ -133,7 +145,15 @@ class Call(NamedTuple):
     @property
     def where(self) -> str:
         """The place in words; a plain operation by its name."""
-        return str(self.key) if self.key.layer is not None else f"{self.operation} (number {self.key.step})"
+        if self.key.layer is not None:
+            return str(self.key)
+        operation = SYNCHRONIZE if self.synchronizes else self.operation
+        return f"{operation} (number {self.key.step})"
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether it is the broadcast of `World.synchronize`."""
+        return isinstance(self.signature, PlainSignature) and self.signature.op == SYNCHRONIZE
 
 
 class Total(NamedTuple):
@@ -163,8 +183,12 @@ class Collective(Protocol):
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known; every rank calls it once. Returns the owner's state, seeded by rank 0's."""
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
-        """Reduce words exactly over the ranks: MAX for a probe, SUM for sums."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
+        """Reduce words exactly over the ranks: MAX for a probe, SUM for sums.
+
+        `state` comes where `call.terms.state` is not 0: all ranks set it, and an owner elsewhere takes it over, as part
+        of this exchange.
+        """
 
     def pull(self, layer: str) -> LayerState | None:
         """The owner's state of a layer; None where each rank owns its own (alone, MPI)."""
@@ -182,9 +206,9 @@ class Alone:
         del call
         return state
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """One rank's words are the total."""
-        del call
+        del call, state
         return Total(limbs)
 
     def pull(self, layer: str) -> LayerState | None:
@@ -239,10 +263,14 @@ def installed(collective: Collective | None) -> Iterator[None]:
 
 
 _names: WeakKeyDictionary[Collective, WeakValueDictionary[str, object]] = WeakKeyDictionary()
+_claimed: WeakKeyDictionary[Collective, set[str]] = WeakKeyDictionary()
 
 
-def claim(collective: Collective, name: str, layer: object) -> None:
+def claim(collective: Collective, name: str, layer: object) -> bool:
     """Take a layer's name within a collective, for as long as the layer lives.
+
+    Returns:
+        Whether the name was taken before in this collective: by a layer that is gone, or by this one.
 
     Raises:
         ValueError: another live layer of this process holds the name; their statistics would be mixed.
@@ -256,3 +284,7 @@ def claim(collective: Collective, name: str, layer: object) -> None:
             "Give each a name of its own: BatchNormalization(..., name=...)."
         )
     held[name] = layer
+    claimed = _claimed.setdefault(collective, set())
+    before = name in claimed
+    claimed.add(name)
+    return before

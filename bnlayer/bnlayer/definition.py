@@ -46,6 +46,7 @@ class Definition(Layer):
         trainable: bool = True,
         collective: Collective | None = None,
         grad_reduction: Literal["global", "local"] = "global",
+        own_weights: bool = False,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -69,7 +70,7 @@ class Definition(Layer):
         self._renorm = Renorm.of(self.renorm_momentum, renorm_clipping) if renorm else None
         self.synchronized = bool(synchronized)
         self.dtype_policy = Policy.of(dtype)
-        self.collective, self.grad_reduction = collective, grad_reduction
+        self.collective, self.grad_reduction, self.own_weights = collective, grad_reduction, bool(own_weights)
         self.built = False
         self.gamma: Variable | None = None
         self.beta: Variable | None = None
@@ -169,7 +170,9 @@ class Definition(Layer):
     # Configuration
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments in Keras's serialized form; `collective` and `grad_reduction` are no part.
+        """The constructor's arguments in Keras's serialized form.
+
+        `collective`, `grad_reduction` and `own_weights` are no part of it: they concern one run.
 
         Raises:
             ValueError: an argument is a plain callable, which has no serialized form.

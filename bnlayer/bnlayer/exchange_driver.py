@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bnlayer import tiling
 from bnlayer.collective import (
@@ -19,6 +20,7 @@ from bnlayer.collective import (
     ExchangeKey,
     LayerSignature,
     Operation,
+    Total,
     claim,
 )
 from bnlayer.exchange import BackwardExchange, ForwardExchange
@@ -66,6 +68,26 @@ class BackwardResult:
     grid: BackwardGrid
 
 
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What was set by hand since a layer's last exchange: the next one says so, in its first contribution.
+
+    All ranks alike: they go on from it, and so does the owner, which takes the state over. Else: a `MismatchError`.
+
+    Attributes:
+        state: the one set; None if none was.
+        weights: fingerprint of gamma and beta, if they were set; 0 otherwise.
+    """
+
+    state: LayerState | None
+    weights: int
+
+    def announced(self, signature: LayerSignature) -> LayerSignature:
+        """The terms that say so."""
+        state = self.state.fingerprint if self.state is not None else 0
+        return replace(signature, state=state, weights=self.weights)
+
+
 class ExchangeDriver:
     """The exchanges of one layer with one collective.
 
@@ -80,17 +102,34 @@ class ExchangeDriver:
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
         self._signatures: dict[tuple[Direction, bool], tuple[LayerSignature, LayerSignature]] = {}
 
-    def enroll(self, layer: object, signature: LayerSignature, state: LayerState) -> LayerState:
+    def enroll(
+        self, layer: object, signature: LayerSignature, state: LayerState, weights: int, *, anew: bool = False
+    ) -> LayerState:
         """Make the layer known to the collective; the owner's state, which rank 0's seeded.
+
+        Args:
+            layer: it.
+            terms: what its ranks must believe.
+            state: this rank's.
+            weights: fingerprint of gamma and beta; 0: not to be compared.
+            anew: whether rank 0's state replaces the one that the owner has. It does where this name was enrolled
+                before: by a layer that is gone, so this one's values were made or loaded since.
 
         Raises:
             ValueError: another live layer holds the name.
         """
-        claim(self.collective, self._name, layer)
-        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
+        anew = claim(self.collective, self._name, layer) or anew
+        said = replace(signature, weights=weights, anew=anew)
+        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), said), state)
 
     def forward(
-        self, view: View, signature: LayerSignature, grid: Grid, *, update_moving: bool = True
+        self,
+        view: View,
+        signature: LayerSignature,
+        grid: Grid,
+        changes: Changes | None = None,
+        *,
+        update_moving: bool = True,
     ) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""
         step = self._steps[Direction.FORWARD]
@@ -103,7 +142,7 @@ class ExchangeDriver:
                 limbs = tiling.moments(view, exchange.grid).limbs
             key = ExchangeKey(self._name, Direction.FORWARD, step)
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint, update_moving)
-            total = self.collective.exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs)
+            total = self._exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs, changes)
             version = total.version
             exchange = exchange.reduced(total.limbs)
         self._steps[Direction.FORWARD] += 1
@@ -119,6 +158,7 @@ class ExchangeDriver:
         statistics: BatchStatistics,
         forward_step: int,
         grid: BackwardGrid,
+        changes: Changes | None = None,
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches, for the training call of a step."""
         key = ExchangeKey(self._name, Direction.BACKWARD, self._steps[Direction.BACKWARD])
@@ -135,11 +175,21 @@ class ExchangeDriver:
                 limbs = (sums if fits else sums.of_call(statistics.nonfinite)).limbs
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint)
             call = Call(exchange.wants, key, full_signature, exchange.attempt, forward_step)
-            exchange = exchange.reduced(self.collective.exchange(call, limbs).limbs)
+            exchange = exchange.reduced(self._exchange(call, limbs, changes).limbs)
             if exchange.gradients is not None:
                 assert sums is not None
                 self._steps[Direction.BACKWARD] += 1
                 return BackwardResult(exchange.gradients, sums, exchange.grid)
+
+    def _exchange(self, call: Call, limbs: NDArray[np.int64], changes: Changes | None) -> Total:
+        """Exchange; the first contribution says what was set since the layer's last exchange."""
+        if changes is None or call.attempt:
+            return self.collective.exchange(call, limbs)
+        assert isinstance(call.signature, LayerSignature)
+        call = call._replace(signature=changes.announced(call.signature))
+        if changes.state is None:
+            return self.collective.exchange(call, limbs)
+        return self.collective.exchange(call, limbs, changes.state)
 
     def _full_signature(
         self, key: ExchangeKey, view: View, signature: LayerSignature, grid: int, update_moving: bool = True

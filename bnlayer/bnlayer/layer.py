@@ -3,14 +3,14 @@
 A training step is one trip down and straight back:
 
     layer(x, training=True)
-     ├ rounds.forward                kernels.moments(x, grid) → collective.exchange → the totals of all ranks
+     ├ driver.forward                kernels.moments(x, grid) → collective.exchange → the totals of all ranks
      ├ state.after_forward           the moving update, the same function as the owner's
      └ kernels.normalize             y
 
 And a backward step, of the call before or by the handle of any call (`pullback.py`):
 
     pullback(dy)
-     ├ rounds.backward               kernels.gradient_sums(dy, x, grid) → collective.exchange → the totals of all ranks
+     ├ driver.backward               kernels.gradient_sums(dy, x, grid) → collective.exchange → the totals of all ranks
      ├ state.after_backward          the grid
      └ kernels.input_gradient        dx
 
@@ -20,7 +20,6 @@ Shape suffixes: C channels; the kernels see the data as (A, C, B).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,20 +27,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnlayer import tiling
-from bnlayer.collective import Alone, LayerSignature, current, is_current
-from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
-from bnlayer.exchange_driver import ExchangeDriver
-from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import quick_channels
+from bnlayer.membership import Member
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
-from bnlayer.state import LayerState
 from bnlayer.view import View
 
 
-class BatchNormalization(Definition):
+class BatchNormalization(Member):
     """Normalizes its inputs over all axes but one.
 
         training    y = γ·(x − μ)/√(v + ε) + β          moving ← moving·momentum + batch·(1 − momentum)
@@ -73,6 +68,9 @@ class BatchNormalization(Definition):
         grad_reduction: "global": `gamma.gradient` and `beta.gradient` are sums over all ranks already: don't
             reduce them again. "local": this rank's share, for a wrapper that reduces. Both are derivatives of
             the SUM over ranks of the local losses.
+        own_weights: whether each rank has a gamma and a beta of its own, as in local SGD. Otherwise all must begin
+            with the same ones: they are compared when the layer enrolls with the ranks, and at the next exchange after
+            `set_weights` or `interchange.load_into` (not after each `assign`, which optimizers use).
 
     Raises:
         ValueError: an argument is unknown, malformed or not supported.
@@ -80,9 +78,6 @@ class BatchNormalization(Definition):
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); `keras.layers.BatchNormalization`, Keras 3.15.1.
     """
 
-    _kept: LayerState | None = None
-    _signature_cache: LayerSignature | None = None
-    _driver: ExchangeDriver | None = None
     _saved: SavedTraining | SavedInference | None = None  # of the one call that waits for backward()
     _waiting = 0  # calls in training mode since the last backward()
     _observer: Callable[[Moments], None] | None = None
@@ -165,7 +160,8 @@ class BatchNormalization(Definition):
             return self._infer(view)
         driver = self._joined()
         before, signature = self.state, self._signature()
-        result = driver.forward(view, signature, before.forward, update_moving=bool(update_moving))
+        changes = self._changes(before)
+        result = driver.forward(view, signature, before.forward, changes, update_moving=bool(update_moving))
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
@@ -175,9 +171,12 @@ class BatchNormalization(Definition):
         self._kept = after = before.after_forward(statistics, result.grid, rule)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
+        self._changes_announced()
         if result.version is not None and result.version != after.version:
             # The owner's state was replaced in between: somebody pushed.
-            self._follow(driver.collective.pull(self.name))
+            owned = driver.collective.pull(self.name)
+            if owned is not None:
+                self.follow(owned)
         r, d = self._correction(statistics, before.moving)
         scale, shift = self._coefficients(statistics, r, d)
         y = tiling.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
@@ -258,51 +257,15 @@ class BatchNormalization(Definition):
                 "reads them again. Give the call a copy, or write into another array."
             )
         state = self.state
-        pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype)
+        changes = self._changes(state)
+        pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype, changes)
         self._kept = state.after_backward(pulled.grid)
+        self._changes_announced()
         gamma, beta = (
             None if variable is None else rounded(vector, variable.dtype)
             for variable, vector in ((self.gamma, pulled.gamma), (self.beta, pulled.beta))
         )
         return pulled.dx, gamma, beta
-
-    def _joined(self) -> ExchangeDriver:
-        """The exchanges with the collective in force; a new collective is enrolled with first."""
-        if not self.synchronized:
-            self._driver = self._driver or ExchangeDriver(Alone(), self.name)
-            return self._driver
-        if self._driver is not None and self.collective is None and is_current(self._driver.collective):
-            return self._driver
-        collective = self.collective if self.collective is not None else current()
-        if self._driver is None or self._driver.collective is not collective:
-            if self._driver is not None and self._driver.collective.world_size > 1 and isinstance(collective, Alone):
-                raise RuntimeError(
-                    f"Layer {self.name!r} belonged to a world of {self._driver.collective.world_size} ranks, which was "
-                    "left: training on would be silently unsynchronized. Train inside `with bnworker.join()`, or make "
-                    "a new layer for one process."
-                )
-            driver = ExchangeDriver(collective, self.name)
-            self._follow(driver.enroll(self, self._signature(), self.state))
-            self._driver = driver
-        return self._driver
-
-    def _signature(self) -> LayerSignature:
-        """What every rank must believe of this layer, whatever the call."""
-        signature = self._signature_cache
-        if signature is None or (signature.momentum, signature.epsilon, signature.renorm) != (
-            self.momentum,
-            self.epsilon,
-            self._renorm,
-        ):
-            signature = self._signature_cache = LayerSignature(
-                channels=self.moving_mean.shape[0],
-                dtype=self.dtype_policy.arithmetic,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                policy=self.dtype_policy.name,
-                renorm=self._renorm,
-            )
-        return signature
 
     def _correction(
         self, statistics: BatchStatistics, moving: Moving
@@ -338,53 +301,3 @@ class BatchNormalization(Definition):
     def observe(self, observer: Callable[[Moments], None] | None) -> None:
         """Be told of the global batch's exact moments at each training call; None: of nothing any more."""
         self._observer = observer
-
-    # What travels
-
-    @property
-    def state(self) -> LayerState:
-        """The moving statistics and grids, as their owner keeps them.
-
-        Raises:
-            ValueError: the layer is not built yet.
-        """
-        self._must_be_built()
-        kept = self._kept
-        if kept is None:
-            channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
-            grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
-            kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
-        elif any(
-            variable.value is not vector for variable, vector in zip(self._moving, kept.moving.values, strict=True)
-        ):
-            # Somebody assigned to a variable.
-            kept = replace(kept, moving=Moving(*(variable.value for variable in self._moving)))
-        self._kept = kept
-        return kept
-
-    def restore(self, state: LayerState) -> None:
-        """Take over moving statistics and grids.
-
-        Raises:
-            ValueError: the layer is not built yet, or the state belongs to another number of channels or dtype.
-        """
-        self._must_be_built()
-        if state.kind != self.state.kind:
-            raise ValueError(f"Layer {self.name!r}: expected a state of {self.state.kind}, received {state.kind}.")
-        self._follow(state)
-
-    def _follow(self, state: LayerState | None) -> None:
-        if state is None:
-            return
-        for variable, vector in zip(self._moving, state.moving.values, strict=True):
-            variable.assign(vector)
-        self._kept = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
-        own = {"collective": None, "_driver": None, "_saved": None, "_waiting": 0, "_observer": None}
-        return {**self.__dict__, **own}
-
-    def _must_be_built(self) -> None:
-        if not self.built:
-            raise ValueError(f"Layer {self.name!r} has no state yet: call it once, or build(input_shape).")

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer import tiling
 from bnlayer.collective import LayerSignature
-from bnlayer.exchange_driver import ExchangeDriver, share
+from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.grid import BackwardGrid
 from bnlayer.moments import BatchStatistics
 from bnlayer.view import View
@@ -59,8 +59,8 @@ class SavedTraining:
     """What a training call saves.
 
     Attributes:
-        rounds: with the ranks that the batch was shared with.
-        terms: as they were then.
+        driver: with the ranks that the batch was shared with.
+        signature: as it was then.
         step: the call's, among the training calls of these ranks.
         view: the batch. It is the caller's memory.
         seen: a sample of it, as it was.
@@ -90,12 +90,17 @@ class SavedTraining:
         return sample(self.view.x) != self.seen
 
     def pull(
-        self, dy: NDArray[Any], grid: BackwardGrid, reduction: Literal["global", "local"], dtype: np.dtype[Any]
+        self,
+        dy: NDArray[Any],
+        grid: BackwardGrid,
+        reduction: Literal["global", "local"],
+        dtype: np.dtype[Any],
+        changes: Changes | None = None,
     ) -> Pulled:
         """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
         view, statistics = self.view, self.statistics
         seen = view.alike(dy)
-        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid)
+        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid, changes)
         total = result.total
         summed = total if reduction == "global" else share(result, statistics)
         gamma = summed.gamma

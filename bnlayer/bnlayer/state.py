@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.dtypes import is_real
+from bnlayer.fingerprint import fingerprint
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Moving, Rule, update
@@ -43,6 +44,11 @@ class LayerState:
         renorm = " and renorm" if self.moving.stddev is not None else ""
         variables = f"{self.moving.mean.dtype.name} variables{renorm}"
         return f"{self.channels} channels in {self.forward.dtype} with {variables}"
+
+    @property
+    def fingerprint(self) -> int:
+        """A name of all but the version, never 0: states of one name take each other's place."""
+        return fingerprint(replace(self, version=0).arrays())
 
     def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | None) -> LayerState:
         """The state after one completed forward exchange: updated once, its grid committed.

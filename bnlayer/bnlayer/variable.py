@@ -40,7 +40,10 @@ class Variable:
 
     @property
     def value(self) -> NDArray[Any]:
-        """The array itself. It is replaced, never written to, by the layer."""
+        """The array itself. It is replaced, never written to, by the layer.
+
+        Write through `assign`: a synchronized layer does not notice what is written into the array.
+        """
         return self._value
 
     @property

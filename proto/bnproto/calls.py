@@ -5,8 +5,15 @@ Words that this version does not know (an operation, a direction) are refused: l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.renorm import Renorm
+from bnlayer.state import LayerState
 from bnproto.arrays import WireError
 from bnproto.v1 import statistics_pb2 as pb
 
@@ -58,6 +65,10 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
     message.layer_signature.flush_to_zero = signature.flush_to_zero
     message.layer_signature.grid = signature.grid
     message.layer_signature.keeps_moving = not signature.update_moving
+    message.layer_signature.own_weights = signature.own_weights
+    message.layer_signature.state = signature.state
+    message.layer_signature.weights = signature.weights
+    message.layer_signature.anew = signature.anew
     return message
 
 
@@ -78,6 +89,23 @@ def call_of(message: pb.Contribution) -> Call:
     return Call(operation, key, _signature(message), message.attempt, forward_step)
 
 
+def with_state(limbs: NDArray[np.int64], state: LayerState) -> dict[str, NDArray[Any]]:
+    """The arrays of a contribution that brings the state which its rank set: words have no name."""
+    return {"": limbs, **state.arrays()}
+
+
+def without_state(arrays: Mapping[str, NDArray[Any]], dtype: str) -> tuple[NDArray[np.int64], LayerState]:
+    """The words and the state that `with_state` put together.
+
+    Raises:
+        WireError: the words are missing.
+        ValueError: the state is none.
+    """
+    if "" not in arrays:
+        raise WireError(f"expected words beside the state that was set, received {', '.join(arrays) or 'nothing'}")
+    return arrays[""], LayerState.from_arrays(arrays, dtype)
+
+
 def _signature(message: pb.Contribution) -> LayerSignature | PlainSignature:
     kind = message.WhichOneof("signature")
     if kind == "layer_signature":
@@ -94,6 +122,10 @@ def _signature(message: pb.Contribution) -> LayerSignature | PlainSignature:
             flush_to_zero=layer.flush_to_zero,
             grid=layer.grid,
             update_moving=not layer.keeps_moving,
+            own_weights=layer.own_weights,
+            state=layer.state,
+            weights=layer.weights,
+            anew=layer.anew,
         )
     if kind == "plain_signature":
         plain = message.plain_signature

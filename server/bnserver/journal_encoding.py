@@ -18,9 +18,10 @@ from google.protobuf.message import DecodeError
 from bnlayer.agreement import Peer
 from bnlayer.state import LayerState
 from bnproto.arrays import named, unpack, whole
-from bnproto.calls import call_of, contribution_of
+from bnproto.calls import call_of, contribution_of, with_state, without_state
 from bnproto.v1 import journal_pb2 as pb
 from bnproto.v1 import statistics_pb2 as wire
+from bnserver.core.events import Replacing
 from bnserver.core.journal_records import (
     Began,
     Completed,
@@ -119,9 +120,16 @@ def encode(record: JournalRecord) -> bytes:
             encoded = pb.Record(began=began)
         case Completed():
             body = record.body
-            arrays = body.arrays() if isinstance(body, LayerState) else {"": body}
+            match body:
+                case LayerState():
+                    arrays = body.arrays()
+                case Replacing():
+                    arrays = with_state(body.limbs, body.state)
+                case _:
+                    arrays = {"": body}
             payload = whole(arrays.values(), tuple(arrays))
-            encoded = pb.Record(operation=contribution_of(record.call, payload, record.sequence, 0))
+            operation = contribution_of(record.call, payload, record.sequence, 0)
+            encoded = pb.Record(operation=operation, known=record.known)
         case Pushed():
             kept = _kept(record.layer, record.state)
             encoded = pb.Record(pushed=pb.Pushed(rank=record.rank, number=record.number, layer=kept))
@@ -168,7 +176,7 @@ def _decoded(encoded: pb.Record) -> JournalRecord | pb.Header:
             )
             return Began(began.generation, began.world_size, members)
         case "operation":
-            return _operated(encoded.operation)
+            return _operated(encoded.operation, encoded.known)
         case "pushed":
             pushed = encoded.pushed
             return Pushed(pushed.rank, pushed.number, pushed.layer.layer, _state(pushed.layer))
@@ -181,11 +189,13 @@ def _decoded(encoded: pb.Record) -> JournalRecord | pb.Header:
             raise ValueError(f"expected an entry that this version knows, found {other}")
 
 
-def _operated(message: wire.Contribution) -> Completed:
-    call, payload = call_of(message), message.payload
+def _operated(message: wire.Contribution, known: bool) -> Completed:
+    call, payload, dtype = call_of(message), message.payload, message.layer_signature.dtype
     if message.operation == wire.OPERATION_ENROLL:
-        arrays = named(payload, payload.data)
-        return Completed(message.sequence, call, LayerState.from_arrays(arrays, message.layer_signature.dtype))
+        return Completed(message.sequence, call, LayerState.from_arrays(named(payload, payload.data), dtype), known)
+    if message.layer_signature.state:
+        limbs, state = without_state(named(payload, payload.data), dtype)
+        return Completed(message.sequence, call, Replacing(limbs, state))
     (limbs,) = unpack(payload, payload.data)
     return Completed(message.sequence, call, limbs)
 

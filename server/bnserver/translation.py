@@ -6,10 +6,23 @@ from bnlayer.agreement import Peer
 from bnlayer.collective import LayerSignature, Operation
 from bnlayer.state import LayerState
 from bnproto.arrays import PayloadAssembler, WireError, named, pack, unpack
-from bnproto.calls import call_of
+from bnproto.calls import call_of, without_state
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Released, Totals
-from bnserver.core.events import Arrays, Body, Contribute, Event, Heartbeat, Join, Leave, Malformed, Pull, Push, Resume
+from bnserver.core.events import (
+    Arrays,
+    Body,
+    Contribute,
+    Event,
+    Heartbeat,
+    Join,
+    Leave,
+    Malformed,
+    Pull,
+    Push,
+    Replacing,
+    Resume,
+)
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
 
@@ -106,6 +119,8 @@ class Reader:
         body: Body
         if call.operation is Operation.ENROLL and isinstance(call.signature, LayerSignature):
             body = LayerState.from_arrays(named(joining.payload, joining.data), call.signature.dtype)
+        elif isinstance(call.signature, LayerSignature) and call.signature.state:
+            body = Replacing(*without_state(named(joining.payload, joining.data), call.signature.dtype))
         elif call.operation in (Operation.PROBE, Operation.SUMS):
             arrays = unpack(joining.payload, joining.data)
             if len(arrays) != 1:
@@ -146,6 +161,7 @@ class Writer:
     def result(self, effect: Totals | Enrolled | Broadcast | Released, generation: int) -> Messages:
         """What came of a contribution."""
         version: int | None = None
+        known = False
         names: tuple[str, ...] = ()
         arrays: Arrays
         match effect:
@@ -154,12 +170,14 @@ class Writer:
             case Enrolled():
                 state = effect.state.arrays()
                 version, names, arrays = effect.state.version, tuple(state), tuple(state.values())
+                known = effect.known
             case Broadcast():
                 arrays = effect.arrays
             case Released():
                 return self._result(generation, pb.Result(sequence=effect.sequence), [])
         payload, parts = pack(arrays, names)
-        return self._result(generation, pb.Result(sequence=effect.sequence, version=version, payload=payload), parts)
+        result = pb.Result(sequence=effect.sequence, version=version, payload=payload, known=known)
+        return self._result(generation, result, parts)
 
     def reduced(self, sequence: int, generation: int, arrays: Arrays) -> Messages:
         """What came of a plain reduction."""

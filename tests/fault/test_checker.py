@@ -210,3 +210,13 @@ def test_a_lie_is_caught(lie: Callable[[Histories], None], says: str) -> None:
 def test_what_the_service_holds_in_the_end_is_compared(owner: dict[str, tuple[str, int]]) -> None:
     """Its statistics, its version, and which layers it has."""
     assert any("the service holds" in line for line in check(_honest(), owner))
+
+
+def test_what_all_ranks_set_counts_once() -> None:
+    """With the exchange that says so, on every rank alike."""
+    histories = [history[:5] for history in _honest()]
+    _change(histories, 4, set=_statistics(7.0, 1.0))
+    assert check(histories, {"a": (_statistics(7.0 * 0.9 + 2.0 * (1.0 - 0.9), 1.0), 2)}) == []
+    assert check(histories, {"a": (_TWO, 2)}) != []
+    _change(histories, 4, rank=1, set="")
+    assert any("sums a forward step 1 round 0: what rank 1 set: expected" in line for line in check(histories))

@@ -16,9 +16,9 @@ from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
 from bnserver.core.effects import Totals
-from bnserver.core.events import Body, Join
+from bnserver.core.events import Body, Join, Replacing
 
-Exchange = Generator[tuple[Call, NDArray[np.int64]], Totals, str]
+Exchange = Generator[tuple[Call, Body], Totals, str]
 Options = dict[str, str]
 
 
@@ -42,6 +42,7 @@ class Rank:
     layers: dict[str, Mirror] = field(default_factory=dict)
     exchange: Exchange | None = None
     contributions: int = 9
+    versions: dict[str, int] = field(default_factory=dict)
 
     def hears(self, sequence: int) -> None:
         """An answer arrives."""
@@ -58,6 +59,14 @@ class Mirror:
     state: LayerState
     steps: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(Direction, 0))
     calls: list[tuple[NDArray[np.float32], BatchStatistics]] = field(default_factory=list)
+    set: bool = False
+
+    def contribution(self, signature: LayerSignature, limbs: NDArray[np.int64]) -> tuple[LayerSignature, Body]:
+        """What a contribution says: the first one since the state was set brings it along."""
+        if not self.set:
+            return signature, limbs
+        self.set = False
+        return replace(signature, state=self.state.fingerprint), Replacing(limbs, self.state)
 
 
 def forward(mirror: Mirror, options: Options) -> Exchange:
@@ -79,7 +88,8 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
             mirror.signature, masked=masked, grid=exchange.fingerprint, update_moving="update" not in options
         )
         key = ExchangeKey(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
-        total = yield Call(exchange.wants, key, signature, exchange.attempt), limbs
+        signature, body = mirror.contribution(signature, limbs)
+        total = yield Call(exchange.wants, key, signature, exchange.attempt), body
         exchange = exchange.reduced(total.limbs)
     assert exchange.statistics is not None
     mirror.calls.append((x, exchange.statistics))
@@ -112,7 +122,8 @@ def backward(mirror: Mirror, options: Options) -> Exchange:
             limbs = sums.of_call(statistics.nonfinite).limbs
         signature = replace(mirror.signature, grid=exchange.fingerprint)
         key = ExchangeKey(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
-        total = yield Call(exchange.wants, key, signature, exchange.attempt, step), limbs
+        signature, body = mirror.contribution(signature, limbs)
+        total = yield Call(exchange.wants, key, signature, exchange.attempt, step), body
         exchange = exchange.reduced(total.limbs)
     mirror.steps[Direction.BACKWARD] += 1
     mirror.state = mirror.state.after_backward(exchange.grid)

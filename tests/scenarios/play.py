@@ -21,7 +21,6 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
@@ -127,8 +126,20 @@ class Scene:
             Grid.unknown(signature.dtype, channels),
             BackwardGrid.unknown(signature.dtype, channels),
         )
+        signature = replace(signature, anew="anew" in options)
         rank.layers[options["layer"]] = Mirror(signature, state)
         self._contribute(rank, Call(Operation.ENROLL, ExchangeKey(options["layer"], None, 0), signature), state)
+
+    def _do_set(self, name: str, options: Options) -> None:
+        """A rank sets the moving mean of its mirror; with `grid=none`, its state was never probed."""
+        mirror = self._ranks[name].layers[options["layer"]]
+        mean = numbers(options["mean"])[0]
+        mirror.state, mirror.set = replace(mirror.state, moving=replace(mirror.state.moving, mean=mean)), True
+        version = int(options.get("version", mirror.state.version))
+        mirror.state = replace(mirror.state, version=version)
+        if "grid" in options:
+            grids = Grid.unknown("float32", mean.size), BackwardGrid.unknown("float32", mean.size)
+            mirror.state = LayerState(mirror.state.moving, *grids, version)
 
     def _do_forward(self, name: str, options: Options) -> None:
         """A training call; with `rounds=1` the rank falls silent after its first contribution."""
@@ -201,7 +212,7 @@ class Scene:
         rank.stream, rank.deaf = next(self._streams), False
         self._by_stream[rank.stream] = rank
         known = int(options.get("knows", rank.layer_answered))
-        resume = Resume(rank.generation, rank.answered, known) if rank.generation else None
+        resume = Resume(rank.generation, rank.answered, known, dict(rank.versions)) if rank.generation else None
         asked = rank.last if rank.sequence > rank.answered else None
         self._handle(replace(rank.join, stream=rank.stream, resume=resume))
         for sequence, operations in ((rank.answered, rank.before), (rank.answered + 1, asked)):
@@ -272,7 +283,7 @@ class Scene:
         for rank, call, limbs in replies:
             self._contribute(rank, call, limbs)
 
-    def _replies(self, effect: Effect) -> Iterator[tuple[Rank, Call, NDArray[np.int64]]]:
+    def _replies(self, effect: Effect) -> Iterator[tuple[Rank, Call, Body]]:
         if isinstance(effect, ApplyUpdate):
             return
         if isinstance(effect, Persist | Record | Straggling):
@@ -285,6 +296,9 @@ class Scene:
                 continue
             if hasattr(effect, "sequence"):
                 rank.hears(effect.sequence)
+            if isinstance(effect, Totals | Enrolled) and rank.last is not None:
+                version = effect.version if isinstance(effect, Totals) else effect.state.version
+                rank.versions[rank.last[0].key.layer or ""] = version
             if not isinstance(effect, Totals):
                 self._lines[f"rank {rank.name}"].append(_described(effect, rank))
                 continue

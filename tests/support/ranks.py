@@ -78,7 +78,7 @@ class SimulatedRank:
         answer: LayerState = self._meeting.meet(self.rank, call, state)
         return answer
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """The reduced limbs."""
         answer: Total = self._meeting.meet(self.rank, call, limbs)
         return answer

@@ -105,7 +105,7 @@ class _Unreachable:
         """No."""
         raise AssertionError(call)
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """No."""
         raise AssertionError(call)
 

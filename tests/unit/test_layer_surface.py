@@ -14,6 +14,7 @@ from bnlayer import Alone, BatchNormalization, CollectiveError, PeerLostError
 from bnlayer.collective import Call, LayerSignature, Total, current
 from bnlayer.constraints import MaxNorm, MinMaxNorm
 from bnlayer.regularizers import L1L2
+from bnlayer.state import LayerState
 
 _BATCH = np.random.default_rng(4).normal(3, 2, (8, 3)).astype(np.float32)
 
@@ -299,10 +300,10 @@ def test_a_setting_that_changes_is_said_at_the_next_exchange() -> None:
         def __init__(self) -> None:
             self.heard: list[float] = []
 
-        def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+        def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
             assert isinstance(call.signature, LayerSignature)
             self.heard.append(call.signature.momentum)
-            return super().exchange(call, limbs)
+            return super().exchange(call, limbs, state)
 
     listening = Listening()
     bn = BatchNormalization(synchronized=True, collective=listening, momentum=0.9)

@@ -19,7 +19,8 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature, Total
+from bnlayer import BatchNormalization
+from bnlayer.collective import SYNCHRONIZE, Call, ExchangeKey, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError
 from bnlayer.plain import plain_array
 from bnlayer.reduction import OPS, refusal
@@ -27,6 +28,7 @@ from bnlayer.state import LayerState
 from bnworker import failure_marker
 from bnworker.presence import Presence, failure
 from bnworker.statistics import Statistics
+from bnworker.synchronizing import checked, contents, described, taken
 from bnworker.transports import Transport
 
 T = TypeVar("T")
@@ -45,8 +47,8 @@ class Layer(Protocol):
     def state(self) -> LayerState:
         """Its moving statistics and grids."""
 
-    def restore(self, state: LayerState) -> None:
-        """Replace them."""
+    def follow(self, state: LayerState) -> None:
+        """Replace them by the owner's."""
 
 
 class World:
@@ -185,32 +187,45 @@ class World:
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Make a layer known to all ranks; a layer calls it. Returns the owner's state."""
-        seeded = self._through(
+        seeded, known = self._through(
             call,
             _size(state.arrays().values()),
             lambda: self._transport.enroll(call, state),
-            lambda seeded: _size(seeded.arrays().values()),
+            lambda answer: _size(answer.state.arrays().values()),
         )
-        if self.transport == "service" and seeded.version > state.version:
+        if seeded.fingerprint == state.fingerprint:
+            return seeded
+        if known:
             logger.warning(
-                "layer %r goes on from the service's statistics (version %d), which an earlier run of this job left; "
-                "for a fresh start give the job another name, or the layer: name=",
+                "layer %r goes on from the statistics that the service holds (version %d): an earlier run of this job "
+                "left them, or a rank pushed them; for a fresh start give the job another name, or the layer: name=",
                 call.key.layer,
                 seeded.version,
             )
+        else:
+            logger.warning(
+                "layer %r: this rank's moving statistics or grids were replaced by those of rank 0, which differ; all "
+                "ranks begin from rank 0's",
+                call.key.layer,
+            )
         return seeded
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
-        """Reduce exact limbs over all ranks; a layer calls it."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
+        """Reduce exact limbs over all ranks; a layer calls it, with the state that it set since the last time."""
+        if state is None:
+            return self._through(
+                call, limbs.nbytes, lambda: self._transport.exchange(call, limbs), lambda total: total.limbs.nbytes
+            )
+        size = limbs.nbytes + _size(state.arrays().values())
         return self._through(
-            call, limbs.nbytes, lambda: self._transport.exchange(call, limbs), lambda total: total.limbs.nbytes
+            call, size, lambda: self._transport.exchange(call, limbs, state), lambda total: total.limbs.nbytes
         )
 
     def pull(self, layer: Layer | str) -> LayerState | None:
         """Fetch the owner's moving statistics of a layer, and put them into it.
 
         Any rank may call it at any time; inference never does. Under "alone" and "mpi" each rank owns its
-        own, and nothing happens.
+        own, and nothing happens. Under "service" it discards what was set on this rank since the layer's last exchange.
 
         Args:
             layer: the layer; or its name, and nothing is put anywhere.
@@ -226,7 +241,7 @@ class World:
         name = layer if isinstance(layer, str) else layer.name
         state = self._latched(lambda: self._transport.pull(name))
         if state is not None and not isinstance(layer, str):
-            layer.restore(state)
+            layer.follow(state)
         return state
 
     def push(self, layer: Layer) -> None:
@@ -243,7 +258,34 @@ class World:
         state = layer.state
         taken = self._latched(lambda: self._transport.push(layer.name, state))
         if taken is not None:
-            layer.restore(taken)
+            layer.follow(taken)
+
+    def synchronize(self, layers: Iterable[BatchNormalization]) -> None:
+        """Give every rank, and the owner, rank 0's gamma, beta, moving statistics and grids; every rank calls it.
+
+            if world.rank == 0:
+                interchange.load_into("best.npz", model)
+            world.synchronize(model.values())
+
+        Args:
+            layers: built; the same ones, in the same order, on every rank. Those that are not `synchronized` are taken
+                along.
+
+        Raises:
+            TypeError: `layers` is not a list of layers.
+            ValueError: a layer is not built, or belongs to another world.
+            CollectiveError: the ranks disagree, in their layers for example, or one is lost.
+        """
+        chosen = checked(layers, self)
+        call = self._call(Operation.BROADCAST, PlainSignature(SYNCHRONIZE, tuple(map(described, chosen)), root=0))
+        mine = [array for layer in chosen for array in contents(layer)]
+        values = self._through(
+            call, _size(mine), lambda: self._transport.broadcast(call, mine if self.rank == 0 else None), _size
+        )
+        for layer in chosen:
+            values = taken(layer, values)
+            if layer.synchronized:
+                layer.reseed()
 
     # ---- the end ----
 

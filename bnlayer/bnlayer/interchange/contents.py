@@ -99,9 +99,8 @@ class Stored:
 def assign(layer: BatchNormalization, values: tuple[Arrays, LayerState]) -> None:
     """Give a layer what `Stored.fitting` found to fit it."""
     vectors, state = values
-    for variable in layer.weights:
-        if variable.name in vectors:
-            variable.assign(vectors[variable.name])
+    named = {**vectors, **state.moving.vectors}
+    layer.set_weights([named[variable.name] for variable in layer.weights])
     layer.restore(state)
 
 

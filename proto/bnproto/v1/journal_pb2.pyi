@@ -37,6 +37,9 @@ class Record(google.protobuf.message.Message):
     PUSHED_FIELD_NUMBER: builtins.int
     LEFT_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
+    known: builtins.bool
+    """Of an operation that is an enrolment: the owner had the layer before."""
     @property
     def header(self) -> Global___Header: ...
     @property
@@ -63,10 +66,11 @@ class Record(google.protobuf.message.Message):
         pushed: Global___Pushed | None = ...,
         left: Global___Left | None = ...,
         ended: Global___Ended | None = ...,
+        known: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "header", b"header", "left", b"left", "operation", b"operation", "pushed", b"pushed", "record", b"record", "snapshot", b"snapshot"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "header", b"header", "left", b"left", "operation", b"operation", "pushed", b"pushed", "record", b"record", "snapshot", b"snapshot"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["began", b"began", "ended", b"ended", "header", b"header", "known", b"known", "left", b"left", "operation", b"operation", "pushed", b"pushed", "record", b"record", "snapshot", b"snapshot"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_record: typing_extensions.TypeAlias = typing.Literal["header", "snapshot", "began", "operation", "pushed", "left", "ended"]
     _WhichOneofArgType_record: typing_extensions.TypeAlias = typing.Literal["record", b"record"]

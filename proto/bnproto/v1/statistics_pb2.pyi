@@ -534,6 +534,10 @@ class LayerSignature(google.protobuf.message.Message):
     GRID_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
     KEEPS_MOVING_FIELD_NUMBER: builtins.int
+    OWN_WEIGHTS_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    ANEW_FIELD_NUMBER: builtins.int
     channels: builtins.int
     dtype: builtins.str
     """Of the arithmetic: "float32" or "float64"."""
@@ -548,6 +552,17 @@ class LayerSignature(google.protobuf.message.Message):
     """The layer's dtype policy, e.g. "mixed_float16"."""
     keeps_moving: builtins.bool
     """Whether this call leaves the moving statistics as they are."""
+    own_weights: builtins.bool
+    """Whether each rank has a gamma and a beta of its own."""
+    state: builtins.int
+    """Fingerprint of the moving statistics and grids, where they were set by hand since the layer's last exchange; 0
+    elsewhere. The payload then holds that state, too, as named arrays beside the words, whose name is empty: the
+    owner takes it over, as part of this exchange.
+    """
+    weights: builtins.int
+    """Fingerprint of gamma and beta, at an enrolment, and where they were set since the last exchange; 0 elsewhere."""
+    anew: builtins.bool
+    """Of an enrolment: rank 0's state replaces the one that the owner has."""
     @property
     def renorm(self) -> Global___Renorm:
         """Absent: the layer does not renormalize."""
@@ -566,10 +581,14 @@ class LayerSignature(google.protobuf.message.Message):
         grid: builtins.int = ...,
         policy: builtins.str = ...,
         keeps_moving: builtins.bool = ...,
+        own_weights: builtins.bool = ...,
+        state: builtins.int = ...,
+        weights: builtins.int = ...,
+        anew: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["renorm", b"renorm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "keeps_moving", b"keeps_moving", "masked", b"masked", "momentum", b"momentum", "policy", b"policy", "renorm", b"renorm", "unbiased", b"unbiased"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["anew", b"anew", "channels", b"channels", "dtype", b"dtype", "epsilon", b"epsilon", "flush_to_zero", b"flush_to_zero", "grid", b"grid", "keeps_moving", b"keeps_moving", "masked", b"masked", "momentum", b"momentum", "own_weights", b"own_weights", "policy", b"policy", "renorm", b"renorm", "state", b"state", "unbiased", b"unbiased", "weights", b"weights"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LayerSignature: typing_extensions.TypeAlias = LayerSignature
@@ -623,12 +642,12 @@ class PlainSignature(google.protobuf.message.Message):
     ARRAYS_FIELD_NUMBER: builtins.int
     ROOT_FIELD_NUMBER: builtins.int
     op: builtins.str
-    """"sum", "max" or "min"; empty for a broadcast or a barrier."""
+    """"sum", "max" or "min"; empty for a broadcast or a barrier; "synchronize" for a broadcast of layers."""
     root: builtins.int
     """The broadcasting rank; -1 elsewhere."""
     @property
     def arrays(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Dtype and shape of each array, as text; empty for a broadcast."""
+        """Dtype and shape of each array, as text; empty for a broadcast; the layers that are synchronized."""
 
     def __init__(
         self,
@@ -652,11 +671,14 @@ class Result(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     OVERFLOW_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     version: builtins.int
     """The owner's version of the layer after it; absent for plain operations."""
     overflow: builtins.str
     """Why an integer sum does not fit its dtype; there is no payload then. The ranks go on."""
+    known: builtins.bool
+    """Of an enrolment: the owner had the layer before, and the state is not rank 0's."""
     @property
     def payload(self) -> Global___Payload:
         """Absent where nothing comes back: barriers, and the root of a broadcast."""
@@ -668,10 +690,11 @@ class Result(google.protobuf.message.Message):
         version: builtins.int | None = ...,
         overflow: builtins.str = ...,
         payload: Global___Payload | None = ...,
+        known: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_version", b"_version", "payload", b"payload", "version", b"version"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_version", b"_version", "overflow", b"overflow", "payload", b"payload", "sequence", b"sequence", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_version", b"_version", "known", b"known", "overflow", b"overflow", "payload", b"payload", "sequence", b"sequence", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: typing_extensions.TypeAlias = typing.Literal["version"]
     _WhichOneofArgType__version: typing_extensions.TypeAlias = typing.Literal["_version", b"_version"]

@@ -32,11 +32,12 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Enrolled:
-    """The owner's state of a layer that the ranks made known."""
+    """The owner's state of a layer that the ranks made known; or that it knew, and then it is not rank 0's."""
 
     streams: tuple[int, ...]
     sequence: int
     state: LayerState
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

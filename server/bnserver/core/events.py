@@ -18,7 +18,17 @@ from bnlayer.state import LayerState
 
 Limbs = NDArray[np.int64]
 Arrays = tuple[NDArray[Any], ...]
-Body = Limbs | LayerState | Arrays | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacing:
+    """The limbs of sums and probes, and the state from which the exchange begins: all ranks have set it."""
+
+    limbs: Limbs
+    state: LayerState
+
+
+Body = Limbs | Replacing | LayerState | Arrays | None
 """The numbers of a contribution: limbs of sums and probes, the state of an enrolment, the arrays of a plain
 reduction or of a broadcast's root; None for a barrier and for those that a broadcast reaches."""
 

@@ -23,8 +23,9 @@ import numpy as np
 from bnlayer.agreement import Peer, Verdict, judge
 from bnlayer.collective import Call, Operation
 from bnlayer.errors import PeerLostError
+from bnlayer.state import LayerState
 from bnserver.core.answers import Answer
-from bnserver.core.events import Body, Contribute, Limbs
+from bnserver.core.events import Body, Contribute, Limbs, Replacing
 from bnserver.core.members import Member
 from bnserver.core.validation import RefusedError
 
@@ -83,6 +84,7 @@ class PendingOperation:
     bodies: dict[int, Body] = field(default_factory=dict)
     deadlines: dict[int, float] = field(default_factory=dict)
     limbs: Limbs | None = None
+    state: LayerState | None = None
     agreed: bool = True
     doomed_since: float | None = None
     since: float = 0.0
@@ -98,6 +100,10 @@ class PendingOperation:
         self.agreed = self.agreed and (not self.calls or call == self.call)
         self.calls[rank] = call
         self.deadlines[rank] = deadline
+        if isinstance(body, Replacing):
+            if rank == min(self.calls):  # they differ in nothing but their versions
+                self.state = body.state
+            body = body.limbs
         if not isinstance(body, np.ndarray):
             self.bodies[rank] = body
         elif self.limbs is None:

@@ -29,7 +29,7 @@ from bnserver.core.effects import (
     Straggling,
     Totals,
 )
-from bnserver.core.events import Contribute, Join, Push
+from bnserver.core.events import Contribute, Join, Push, Replacing
 from bnserver.core.generation import Decision, Generation, PendingOperation, Receipt
 from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberRecord
 from bnserver.core.layers import DisagreementError, Layers
@@ -171,8 +171,10 @@ class Job:
 
     def _behind(self, generation: Generation, layer_answered: int, versions: Mapping[str, int]) -> bool:
         """Whether a rank knows of more than its owner does."""
-        if layer_answered > generation.layer_completed:
-            return True
+        if layer_answered != generation.layer_completed:
+            # A rank that lacks an answer may know of a higher version: ranks can set an earlier state. Nor can the
+            # owner lack a push that this rank knows of: it came before what the rank gave to that answer.
+            return layer_answered > generation.layer_completed
         states = self.layers.states
         return any(name not in states or states[name].version < version for name, version in versions.items())
 
@@ -312,14 +314,15 @@ class Job:
 
     def _answer(self, done: PendingOperation, sequence: int) -> tuple[Answer, Completed | None]:
         """What comes of an operation, and what is written of it."""
-        call = done.call
-        if isinstance(call.signature, PlainSignature):
+        call, signature = done.call, done.call.signature
+        if isinstance(signature, PlainSignature):
             return plain(sequence, call, done.bodies), None
         if done.limbs is not None:
-            record = Completed(sequence, call, done.limbs)
+            record = Completed(sequence, call, done.limbs if done.state is None else Replacing(done.limbs, done.state))
         else:
             seeds = {rank: body for rank, body in done.bodies.items() if isinstance(body, LayerState)}
-            record = Completed(sequence, call, self.layers.enrolled(call.key.layer or "", seeds))
+            state, known = self.layers.seeded(call.key.layer or "", seeds, anew=signature.anew)
+            record = Completed(sequence, call, state, known)
         return self.operated(record), record
 
     def operated(self, record: Completed) -> Answer:
@@ -327,10 +330,11 @@ class Job:
         call, body = record.call, record.body
         assert not isinstance(call.signature, PlainSignature)
         if isinstance(body, LayerState):
-            state = self.layers.enrolled(call.key.layer or "", {0: body})
-            return Answer(record.sequence, call, Enrolled((), record.sequence, state))
+            self.layers.enroll(record, body, anew=call.signature.anew)
+            return Answer(record.sequence, call, Enrolled((), record.sequence, body, record.known))
         version = self.layers.reduced(record.sequence, call, call.signature, body)
-        return Answer(record.sequence, call, Totals((), record.sequence, body, version))
+        limbs = body.limbs if isinstance(body, Replacing) else body
+        return Answer(record.sequence, call, Totals((), record.sequence, limbs, version))
 
     def _abort(self, generation: Generation, verdict: Verdict, reason: Reason) -> list[Effect]:
         """Tell every rank that is still here, and end the generation."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 from bnlayer.state import LayerState
-from bnserver.core.events import Limbs
+from bnserver.core.events import Limbs, Replacing
 from bnserver.core.reasons import Reason
 
 
@@ -59,12 +59,14 @@ class Completed:
     Attributes:
         sequence: its number within the generation.
         call: what all ranks said.
-        body: the reduced limbs; for an enrolment, the owner's state.
+        body: the reduced limbs, and the state that all ranks have set; for an enrolment, the owner's state.
+        known: whether the owner had that state before, in an enrolment.
     """
 
     sequence: int
     call: Call
-    body: Limbs | LayerState
+    body: Limbs | Replacing | LayerState
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,9 +5,10 @@ Laws of this room:
 2. The owner walks through an exchange as every rank does: it knows what must come next, and refuses the rest.
 3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it
    completed is kept.
-4. A layer remembers what it was before its latest training call, and what came since: `entries` leads back here. Of
+4. What all ranks set by hand is taken over with the exchange that says so: once, and with its completion alone.
+5. A layer remembers what it was before its latest training call, and what came since: `records` leads back here. Of
    training calls whose gradients are still to come it remembers nothing: see `BackwardExchange`.
-5. That an exchange is complete is known at once; the update may wait until the ranks have their answer. Nobody can see
+6. That an exchange is complete is known at once; the update may wait until the ranks have their answer. Nobody can see
    the difference: whoever asks for the state gets the one after it.
 """
 
@@ -20,7 +21,7 @@ from bnlayer.collective import Call, Direction, LayerSignature
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
-from bnserver.core.events import Limbs
+from bnserver.core.events import Limbs, Replacing
 from bnserver.core.journal_records import Completed, LayerSnapshot, Pushed
 
 
@@ -34,6 +35,8 @@ class _Layer:
     Attributes:
         version: the owner's; the state's, once it is up to date.
         forward, backward: the exchange in progress.
+        set: the state that all ranks have set, and from which the exchange in progress begins; None if it begins from
+            the owner's.
         base: the state before the latest training call.
         since: what came since then.
         calls: training calls that the ranks have made in this generation.
@@ -43,6 +46,7 @@ class _Layer:
         self.version = state.version
         self.forward: ForwardExchange | None = None
         self.backward: BackwardExchange | None = None
+        self.set: LayerState | None = None
         self.base = state
         self.since: list[Completed | Pushed] = []
         self.calls = 0
@@ -55,6 +59,11 @@ class _Layer:
         self.apply_update()
         return self._state
 
+    @property
+    def begins_from(self) -> LayerState:
+        """The state before the exchange in progress."""
+        return self.set if self.set is not None else self.state
+
     def replace(self, state: LayerState) -> None:
         """Take another state."""
         self.apply_update()
@@ -62,8 +71,8 @@ class _Layer:
 
     def complete(self, exchange: ForwardExchange, rule: Rule | None) -> None:
         """An exchange is complete: its update is owed. Without a rule it updates nothing."""
-        self.apply_update()
-        self._pending_update, self.version = (exchange, rule), self.version + (rule is not None)
+        self.replace(self.begins_from)
+        self._pending_update, self.version, self.set = (exchange, rule), self.version + (rule is not None), None
 
     def apply_update(self) -> None:
         """Make the update that is owed."""
@@ -135,26 +144,38 @@ class Layers:
         layer.since.append(record)
         layer.replace(record.state)
 
-    def enrolled(self, name: str, seeds: Mapping[int, LayerState]) -> LayerState:
-        """The owner's state of a layer that all ranks named; rank 0's seeds one that is new.
+    def seeded(self, name: str, seeds: Mapping[int, LayerState], *, anew: bool) -> tuple[LayerState, bool]:
+        """The state of a layer that all ranks named, and whether the owner knew it; rank 0's seeds one that is new.
 
         Args:
             name: the layer's.
             seeds: every rank's own state.
+            anew: rank 0's replaces the one that the owner has.
 
         Raises:
             DisagreementError: a rank's state has other channels or dtypes than the owner's, or than rank 0's.
         """
         layer = self._layers.get(name)
-        state = layer.state if layer is not None else seeds[min(seeds)]
+        known = layer is not None and not anew
+        state = layer.state if layer is not None and known else seeds[min(seeds)]
         for seed in seeds.values():
             _check_kind(name, state, seed)
-        if layer is None:
-            self._layers[name] = _Layer(state)
-        return state
+        return state, known
 
-    def reduced(self, sequence: int, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
-        """Take the limbs that all ranks reduced; returns the layer's version after them.
+    def enroll(self, record: Completed, state: LayerState, *, anew: bool) -> None:
+        """Take what a layer was seeded with."""
+        name = record.call.key.layer or ""
+        layer = self._layers.get(name)
+        if layer is not None and not anew:
+            return
+        if layer is None or not layer.since or layer.state.kind != state.kind:
+            self._layers[name] = _Layer(state)
+            return
+        layer.since.append(record)  # a backward pass may still come
+        layer.replace(state)
+
+    def reduced(self, sequence: int, call: Call, signature: LayerSignature, body: Limbs | Replacing) -> int:
+        """Take the limbs that all ranks reduced, and what they set before; returns the layer's version after them.
 
         Raises:
             DisagreementError: it is not what this layer's owner must hear next.
@@ -169,6 +190,11 @@ class Layers:
                 f"{call.key}: the ranks have {signature.channels} channels in {signature.dtype} "
                 f"{_with_renorm(renorm)}, the owner has {layer.state.kind}. Enroll the layer anew, on every rank."
             )
+        if isinstance(body, Replacing):
+            _check_kind(call.key.layer or "", layer.state, body.state)
+            limbs, layer.set = body.limbs, body.state
+        else:
+            limbs = body
         if call.key.direction is Direction.BACKWARD:
             version = _backward(layer, call, signature, limbs)
         else:
@@ -176,7 +202,7 @@ class Layers:
             version = _forward(layer, call, signature, limbs)
             if begins:
                 layer.base, layer.since = base, []
-        layer.since.append(Completed(sequence, call, limbs))
+        layer.since.append(Completed(sequence, call, body))
         return version
 
 
@@ -184,7 +210,7 @@ def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs)
     exchange = layer.forward
     layer.backward = None  # what was left of one is forgotten, as what is kept of a layer begins here
     if exchange is None:
-        exchange = ForwardExchange.begin(layer.state.forward, signature.epsilon, signature.masked)
+        exchange = ForwardExchange.begin(layer.begins_from.forward, signature.epsilon, signature.masked)
     elif (exchange.epsilon, exchange.masked) != (signature.epsilon, signature.masked):
         raise DisagreementError(f"{call.key}: epsilon or the mask changed in the middle of an exchange.")
     _check_next(exchange, layer.state.version, call, signature)
@@ -205,14 +231,15 @@ def _backward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs
         )
     exchange = layer.backward
     if exchange is None:
-        exchange = BackwardExchange.begin(layer.state.backward, None)
+        exchange = BackwardExchange.begin(layer.begins_from.backward, None)
     _check_next(exchange, layer.state.version, call, signature)
     exchange = exchange.reduced(limbs)
     if exchange.wants is not None:
         layer.backward = exchange
         return layer.version
     layer.backward = None
-    layer.replace(layer.state.after_backward(exchange.grid))
+    layer.replace(layer.begins_from.after_backward(exchange.grid))
+    layer.set = None
     return layer.version
 
 

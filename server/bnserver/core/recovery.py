@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import assert_never
 
-from bnlayer.collective import Operation
 from bnserver.core.answers import Answer
+from bnserver.core.effects import Enrolled
 from bnserver.core.generation import Generation
 from bnserver.core.job import Job, began
 from bnserver.core.journal_records import (
@@ -36,19 +36,19 @@ class RecoveryError(ValueError):
 def records(job: Job) -> list[JournalRecord]:
     """The shortest past that leads to this job."""
     records: list[JournalRecord] = [job.ended]
-    history = job.layers.records
-    records += [record for record in history if isinstance(record, LayerSnapshot)]
     running = next((generation for generation in job.generations if generation.running), None)
     if running is not None:
         begin = began(running)
         departed = tuple(MemberRecord(peer, 0, 0.0) for peer in running.departed.values())
         records.append(Began(begin.generation, begin.world_size, begin.members + departed))
         records += [Left(running.number, rank, reason) for rank, reason in running.left.items()]
+        answer = running.layer_answer
+        if answer is not None and isinstance(answer.result, Enrolled):
+            # For whoever lacks this answer. What the layer became since stands in what follows.
+            records.append(Completed(answer.sequence, answer.call, answer.result.state, answer.result.known))
+    history = job.layers.records
+    records += [record for record in history if isinstance(record, LayerSnapshot)]
     records += [record for record in history if not isinstance(record, LayerSnapshot)]
-    answer = running.layer_answer if running is not None else None
-    if answer is not None and answer.call.operation is Operation.ENROLL:
-        state = job.layers.states[answer.call.key.layer or ""]
-        records.append(Completed(answer.sequence, answer.call, state))
     return records
 
 

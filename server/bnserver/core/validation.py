@@ -15,7 +15,7 @@ from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join, Limbs
+from bnserver.core.events import Body, Contribute, Join, Limbs, Replacing
 
 _NAME_CHARACTERS = 200  # of a job or a layer: it stands in every error and in file names
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
@@ -91,15 +91,7 @@ def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
     if call.operation is Operation.ENROLL:
         if not isinstance(body, LayerState) or call.key.direction is not None:
             raise RefusedError(f"expected the state of layer {layer!r} and no direction in its enrolment")
-        if (body.channels, body.forward.dtype) != (signature.channels, signature.dtype):
-            raise RefusedError(
-                f"expected a state of {signature.channels} channels in {signature.dtype} for layer {layer!r}, received "
-                f"one of {body.channels} in {body.forward.dtype}"
-            )
-        if (signature.renorm is None) != (body.moving.stddev is None):
-            wanted, got = ("no ", "some") if signature.renorm is None else ("", "none")
-            raise RefusedError(f"expected {wanted}statistics of renorm in the state of layer {layer!r}, received {got}")
-        check_state(body)
+        _check_state_of(layer, signature, body)
         return
     if call.key.direction is None:
         raise RefusedError(f"expected a direction for the {call.operation} of layer {layer!r}, received none")
@@ -108,7 +100,32 @@ def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
         raise RefusedError(
             f"expected {wanted} a training call to pull back in {call.key}, received {call.forward_step}"
         )
+    if (signature.state != 0) is not isinstance(body, Replacing) or (signature.state and call.attempt):
+        raise RefusedError(
+            f"expected a state that was set in the first contribution to {call.key}, and where its fingerprint is "
+            f"sent; received the fingerprint {signature.state:016x} in round {call.attempt}"
+        )
+    if isinstance(body, Replacing):
+        _check_state_of(layer, signature, body.state)
+        if body.state.fingerprint != signature.state:
+            raise RefusedError(
+                f"expected a state of the fingerprint {signature.state:016x} for layer {layer!r}, received one of "
+                f"{body.state.fingerprint:016x}"
+            )
+        body = body.limbs
     _check_limbs(call, signature, body)
+
+
+def _check_state_of(layer: str, signature: LayerSignature, state: LayerState) -> None:
+    if (state.channels, state.forward.dtype) != (signature.channels, signature.dtype):
+        raise RefusedError(
+            f"expected a state of {signature.channels} channels in {signature.dtype} for layer {layer!r}, received "
+            f"one of {state.channels} in {state.forward.dtype}"
+        )
+    if (signature.renorm is None) != (state.moving.stddev is None):
+        wanted, got = ("no ", "some") if signature.renorm is None else ("", "none")
+        raise RefusedError(f"expected {wanted}statistics of renorm in the state of layer {layer!r}, received {got}")
+    check_state(state)
 
 
 def _check_signature(layer: str, signature: LayerSignature) -> None:

@@ -170,3 +170,58 @@ def push_on_one(world: World, odd: bool) -> None:
     if odd:
         world.push(bn)
     train(bn, world)
+
+
+def set_on_one(world: World, odd: bool) -> None:
+    """One sets its moving mean."""
+    bn = layer(world)
+    train(bn, world)
+    if odd:
+        bn.moving_mean.assign(np.zeros(4))
+    train(bn, world)
+
+
+def set_differently(world: World, odd: bool) -> None:
+    """All set it, one to something else."""
+    bn = layer(world)
+    train(bn, world)
+    bn.moving_mean.assign(np.full(4, float(odd)))
+    train(bn, world)
+
+
+def set_before_backward(world: World, odd: bool) -> None:
+    """One sets it between a call and its backward pass."""
+    bn = layer(world)
+    train(bn, world)
+    if odd:
+        bn.moving_mean.assign(np.zeros(4))
+    bn.backward(rows_of(world.rank))
+
+
+def weights_on_one(world: World, odd: bool) -> None:
+    """One goes back to earlier weights."""
+    bn = layer(world)
+    train(bn, world)
+    if odd:
+        bn.set_weights(bn.get_weights())
+    train(bn, world)
+
+
+def other_weights(world: World, odd: bool) -> None:
+    """One begins with another gamma."""
+    bn = layer(world)
+    bn.build((None, 4))
+    assert bn.gamma is not None
+    bn.gamma.assign(np.full(4, 1.0 + odd))
+    train(bn, world)
+
+
+DESCRIBED = "{}: 4 channels in float32 with float32 variables, gamma and beta, synchronized"
+
+
+def synchronize_others(world: World, odd: bool) -> None:
+    """One synchronizes fewer layers."""
+    made = [layer(world, name) for name in "ab"]
+    for bn in made:
+        bn.build((None, 4))
+    world.synchronize(made[: 1 if odd else 2])

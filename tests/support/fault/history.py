@@ -37,6 +37,7 @@ class Record:
         sent, got: what went in and what came out, as hexadecimal bytes.
         version: the owner's, after it; -1 where none is told.
         begin, end: seconds on the machine's monotonic clock.
+        set: the statistics that the rank set since the layer's last exchange; "" if it did not.
     """
 
     op: Op
@@ -49,6 +50,7 @@ class Record:
     version: int
     begin: float
     end: float
+    set: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
@@ -110,14 +112,15 @@ class Recorder:
         self._note("enroll", call, begin, statistics(state), statistics(owned), owned.version)
         return owned
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
-        """Reduce words."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
+        """Reduce words; the owner takes over the state that the ranks set."""
         sent = limbs.tobytes().hex()
         begin = self._begins()
-        total = self._world.exchange(call, limbs)
+        total = self._world.exchange(call, limbs, state)
         version = total.version if total.version is not None else -1
         op: Op = "probe" if call.operation.value == "probe" else "sums"
-        self._note(op, call, begin, sent, total.limbs.tobytes().hex(), version)
+        set_ = statistics(state) if state is not None else ""
+        self._note(op, call, begin, sent, total.limbs.tobytes().hex(), version, set_)
         return total
 
     def pull(self, layer: str) -> LayerState | None:
@@ -169,7 +172,7 @@ class Recorder:
         self.exchanges += 1
         return time.monotonic()
 
-    def _note(self, op: Op, call: Call, begin: float, sent: str, got: str, version: int) -> None:
+    def _note(self, op: Op, call: Call, begin: float, sent: str, got: str, version: int, set_: str = "") -> None:
         key = call.key
         record = Record(
             op,
@@ -182,6 +185,7 @@ class Recorder:
             version,
             begin,
             time.monotonic(),
+            set_,
         )
         self._put(record)
 

@@ -39,6 +39,7 @@ class Layer:
         pivot, exponent: the grid.
         need: the channels that the next probe regrids.
         probed: whether this exchange had its probe.
+        set: what all ranks set, until the exchange that says so is complete.
     """
 
     mean: list[float]
@@ -48,6 +49,7 @@ class Layer:
     exponent: list[int] = field(default_factory=lambda: [_LOWEST] * CHANNELS)
     need: list[bool] = field(default_factory=lambda: [True] * CHANNELS)
     probed: bool = False
+    set: str = ""
 
     @property
     def owned(self) -> Owned:
@@ -72,10 +74,17 @@ class Layer:
         if any(refused) and not self.probed:
             self.need = refused
             return
+        self.commit()
         self.mean = [_moved(old, new) for old, (new, _, _) in zip(self.mean, batch, strict=True)]
         self.variance = [_moved(old, new) for old, (_, new, _) in zip(self.variance, batch, strict=True)]
         self.version += 1
         self.probed = False
+
+    def commit(self) -> None:
+        """Take what was set: the exchange that said so is complete."""
+        if self.set:
+            self.take(self.set, self.version)
+        self.set = ""
 
     def _regrid(self, c: int, highest: float, lowest: float) -> None:
         self.pivot[c] = 0.0 if lowest <= 0.0 <= highest else _single(highest / 2 + lowest / 2)
@@ -174,10 +183,14 @@ class _Walk:
             if first.layer not in self.layers:
                 self.layers[first.layer] = Layer([], [])
                 self.layers[first.layer].take(first.sent, 0)
+            self.layers[first.layer].set = ""  # of an exchange that an earlier run did not complete
             expected, version = self.layers[first.layer].owned
         elif first.op in ("probe", "sums"):
             total = _total(first.op, [limbs(record.sent, CHANNELS) for record in records])
             layer = self.layers[first.layer]
+            for rank, record in enumerate(records):
+                self.equal(f"{record}: what rank {rank} set", record.set, first.set)
+            layer.set = first.set or layer.set
             if first.direction == "forward":
                 layer.forward(first.op, total)
             expected, version = np.array(total, "<i8").tobytes().hex(), layer.version

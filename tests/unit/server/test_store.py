@@ -16,6 +16,7 @@ from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnproto.v1 import journal_pb2 as pb
 from bnserver import store as module
+from bnserver.core.events import Replacing
 from bnserver.core.journal_records import (
     Began,
     Completed,
@@ -40,7 +41,9 @@ def _state(dtype: str, channels: int) -> LayerState:
 
 
 _SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001, renorm=Renorm(0.9, rmax=3.0))
-_ENROLLED = Completed(2**40, Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE), _state("float32", 1))
+_ENROLLED = Completed(
+    2**40, Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE), _state("float32", 1), known=True
+)
 _SUMS = Completed(
     7,
     Call(
@@ -52,6 +55,11 @@ _SUMS = Completed(
     ),
     np.array([[-(2**63)], [2**63 - 1]]),
 )
+_SET = Completed(
+    8,
+    Call(Operation.PROBE, ExchangeKey("ü", Direction.FORWARD, 3), replace(_SIGNATURE, state=2**62)),
+    Replacing(np.array([[5], [-6]]), _state("float32", 1)),
+)
 _SNAPSHOT: list[JournalRecord] = [
     Ended(2, Reason.DATA_LOSS, "text ü", (0, 3)),
     LayerSnapshot("a", _state("float32", 1)),
@@ -60,6 +68,7 @@ _SNAPSHOT: list[JournalRecord] = [
 _JOURNAL: list[JournalRecord] = [
     _ENROLLED,
     _SUMS,
+    _SET,
     Pushed(1, 9, "b\n", _state("float64", 3)),
     Left(3, 1, ""),
     Ended(3),
@@ -103,7 +112,12 @@ def test_an_entry_comes_back_as_it_was(record: JournalRecord) -> None:
     assert type(got) is type(record)
     assert encode(got) == encode(record)
     if isinstance(record, Completed) and isinstance(got, Completed):
-        assert (got.sequence, got.call) == (record.sequence, record.call)
+        assert (got.sequence, got.call, got.known) == (record.sequence, record.call, record.known)
+        assert type(got.body) is type(record.body)
+        if isinstance(record.body, Replacing) and isinstance(got.body, Replacing):
+            assert got.body.limbs.tolist() == record.body.limbs.tolist()
+            assert got.body.state.fingerprint == record.body.state.fingerprint
+            assert got.body.state.version == record.body.state.version
         if isinstance(record.body, np.ndarray) and isinstance(got.body, np.ndarray):
             assert (got.body.dtype, got.body.tolist()) == (record.body.dtype, record.body.tolist())
     if isinstance(record, Began | Left | Ended):

@@ -12,7 +12,7 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join
+from bnserver.core.events import Body, Contribute, Join, Replacing
 from bnserver.core.validation import RefusedError, check, check_join, check_state
 
 _SIGNATURE = LayerSignature(2, "float32", 0.9, 0.001)
@@ -41,7 +41,12 @@ def _changed(limbs: np.ndarray[Any, np.dtype[np.int64]], row: int, value: int) -
     return limbs
 
 
+_SAID = replace(_SIGNATURE, state=_STATE.fingerprint)
+_SET = Replacing(_LIMBS, replace(_STATE, version=7))
+
 _GOOD: list[tuple[Call, Body]] = [
+    (Call(Operation.SUMS, _FORWARD, _SAID), _SET),
+    (Call(Operation.PROBE, _BACKWARD, _SAID, 0, 0), Replacing(_LIMBS[:2], _STATE)),
     (Call(Operation.ENROLL, _ENROL, _SIGNATURE), _STATE),
     (Call(Operation.PROBE, _FORWARD, _SIGNATURE), np.full((2, 2), -(2**60), np.int64)),
     (Call(Operation.SUMS, _FORWARD, _SIGNATURE), _LIMBS),
@@ -54,6 +59,16 @@ _GOOD: list[tuple[Call, Body]] = [
 ]
 
 _BAD: list[tuple[Call, Body, str]] = [
+    (
+        Call(Operation.SUMS, _FORWARD, _SIGNATURE),
+        _SET,
+        "a state that was set in the first .* received the fingerprint 0000",
+    ),
+    (Call(Operation.SUMS, _FORWARD, _SAID), _LIMBS, "a state that was set in the first contribution to layer 'a'"),
+    (Call(Operation.SUMS, _FORWARD, _SAID, 1), _SET, "in round 1"),
+    (Call(Operation.SUMS, _FORWARD, replace(_SAID, state=1)), _SET, "of the fingerprint 0000000000000001 for layer"),
+    (Call(Operation.SUMS, _FORWARD, replace(_SAID, renorm=Renorm())), _SET, "expected statistics of renorm .* none"),
+    (Call(Operation.SUMS, _FORWARD, _SAID), Replacing(_LIMBS[:5], _STATE), r"of shape \(6, 2\)"),
     (
         Call(Operation.SUMS, _FORWARD._replace(layer=None), _SIGNATURE),
         _LIMBS,
@@ -147,9 +162,13 @@ def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> No
     ],
 )
 def test_impossible_states_are_refused(state: LayerState, text: str) -> None:
-    """A state enters the owner's through an enrolment or a push: NaN would be kept for good."""
+    """A state enters the owner's by an enrolment, a push, or set by all ranks: NaN would be kept for good."""
     with pytest.raises(RefusedError, match=text):
         check_state(state)
+    if state.channels == 2:
+        reported = Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, state=state.fingerprint))
+        with pytest.raises(RefusedError, match=text):
+            check(Contribute(1, 1, 1, reported, Replacing(_LIMBS, state)), world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What is put on the wire comes off it; what has no meaning is refused."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import grpc
@@ -18,16 +18,19 @@ from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnproto.arrays import PayloadAssembler, WireError, pack, unpack
-from bnproto.calls import call_of, contribution_of
+from bnproto.calls import call_of, contribution_of, with_state
 from bnproto.channel import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.failures import error_of, failure_in, status_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.core.events import Contribute, Heartbeat, Join, Malformed, Push, Resume
+from bnserver.core.events import Contribute, Heartbeat, Join, Malformed, Push, Replacing, Resume
 from bnserver.core.reasons import Reason
 from bnserver.translation import _REASONS, Reader
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
-_SIGNATURE = LayerSignature(256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16", False)
+_SIGNATURE = LayerSignature(
+    *(256, "float64", 0.97, 1e-5, True, _RENORM, True, True, 2**63 - 1, "mixed_float16", False),
+    *(True, 2**63 - 2, 2**63 - 3, True),
+)
 _CALLS = [
     Call(Operation.ENROLL, ExchangeKey("a", None, 0), LayerSignature(1, "float32", 0.9, 0.001)),
     Call(Operation.PROBE, ExchangeKey("", Direction.FORWARD, 2**40), _SIGNATURE, 2),
@@ -218,6 +221,9 @@ def _request(call: Call, arrays: dict[str, NDArray[Any]] | None) -> tuple[pb.Exc
     return pb.ExchangeRequest(contribution=contribution_of(call, payload, 1, 1)), parts
 
 
+_UNSET = _CALLS[2]._replace(signature=replace(_SIGNATURE, state=0))
+
+
 def _reader() -> Reader:
     reader = Reader(7)
     reader.read(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1)))
@@ -242,6 +248,19 @@ def test_a_large_enrolment_travels_in_parts() -> None:
     assert isinstance(event.body, LayerState)
     assert event.body.moving.mean.tobytes() == state.moving.mean.tobytes()
     assert event.body.version == 3
+
+
+def test_a_state_that_was_set_is_read() -> None:
+    """Beside the words: the same bits, and the version."""
+    state = LayerState(
+        Moving(np.zeros(1), np.ones(1)), Grid.unknown("float64", 1), BackwardGrid.unknown("float64", 1), 3
+    )
+    limbs = np.arange(10).reshape(10, 1)
+    event = _reader().read(_request(_CALLS[2], with_state(limbs, state))[0])
+    assert isinstance(event, Contribute)
+    assert isinstance(event.body, Replacing)
+    assert event.body.limbs.tolist() == limbs.tolist()
+    assert (event.body.state.fingerprint, event.body.state.version) == (state.fingerprint, 3)
 
 
 def test_a_push_is_read() -> None:
@@ -274,7 +293,12 @@ def test_a_push_is_read() -> None:
             "expected a payload of 1 bytes, received 2",
         ),
         ([pb.ExchangeRequest(push=pb.Push(layer="a"))], "The state of a layer lacks 'moving_mean'; it has nothing."),
-        ([_request(_CALLS[2], {})[0]], "expected one array of words, received 0"),
+        ([_request(_UNSET, {})[0]], "expected one array of words, received 0"),
+        ([_request(_CALLS[2], {})[0]], "expected words beside the state that was set, received nothing"),
+        (
+            [_request(_CALLS[2], {"": np.zeros((6, 1), np.int64)})[0]],
+            "The state of a layer lacks 'moving_mean'; it has nothing.",
+        ),
     ],
 )
 def test_requests_without_a_meaning_are_malformed(requests: list[pb.ExchangeRequest], text: str) -> None:

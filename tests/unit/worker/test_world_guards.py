@@ -17,8 +17,10 @@ from bnlayer import BatchNormalization, CollectiveError, MismatchError
 from bnlayer.collective import Call, Total
 from bnlayer.exchange import ForwardExchange
 from bnlayer.grid import Grid
+from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 from bnworker.plan import plan
+from bnworker.transports import Seeded
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 from support.ranks import Meeting, SimulatedRank, run_all, run_ranks
@@ -31,7 +33,7 @@ class Preempted(BaseException):
 class Interrupted(AloneTransport):
     """A transport whose first exchange is cut off."""
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """Is never complete."""
         raise Preempted
 
@@ -136,19 +138,28 @@ def test_layers_can_be_copied_and_pickled_and_copies_need_a_name_of_their_own() 
             other(x, training=True)
 
 
-def test_statistics_of_an_earlier_run_are_announced(caplog: pytest.LogCaptureFixture) -> None:
-    """A job's name taken twice goes on where the first run ended, in silence."""
+@pytest.mark.parametrize("known", [True, False])
+def test_statistics_of_somebody_else_are_announced(caplog: pytest.LogCaptureFixture, known: bool) -> None:
+    """A job's name taken twice went on where the first run ended, in silence; a fresh job was told of such a run."""
 
     class Remembering(AloneTransport):
         name = "service"
 
-        def enroll(self, call: Call, state: LayerState) -> LayerState:
-            return LayerState(state.moving, state.forward, state.backward, version=7)
+        def enroll(self, call: Call, state: LayerState) -> Seeded:  # type: ignore[override]  # as the one it overrides
+            moving = Moving(state.moving.mean + 1, state.moving.variance)
+            return Seeded(LayerState(moving, state.forward, state.backward, version=7), known)
 
     bn = BatchNormalization(synchronized=True, name="bn", collective=World(Remembering(), install=False))
     with caplog.at_level(logging.WARNING, logger="bnworker"):
         bn(np.ones((2, 2)), training=True)
-    assert "layer 'bn' goes on from the service's statistics (version 7)" in caplog.text
+    expected = (
+        "layer 'bn' goes on from the statistics that the service holds (version 7): an earlier run of this job left "
+        "them, or a rank pushed them; for a fresh start give the job another name, or the layer: name="
+        if known
+        else "layer 'bn': this rank's moving statistics or grids were replaced by those of rank 0, which differ; all "
+        "ranks begin from rank 0's"
+    )
+    assert [record.getMessage() for record in caplog.records] == [expected]
 
 
 @np.errstate(all="raise")

@@ -9,13 +9,25 @@ Laws of this room:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.collective import Call, Total
 from bnlayer.state import LayerState
+
+
+class Seeded(NamedTuple):
+    """What comes of an enrolment.
+
+    Attributes:
+        state: everybody's from now on.
+        known: whether the owner had it before, so that it is not rank 0's.
+    """
+
+    state: LayerState
+    known: bool = False
 
 
 class Transport(Protocol):
@@ -33,11 +45,11 @@ class Transport(Protocol):
     def world_size(self) -> int:
         """The number of ranks."""
 
-    def enroll(self, call: Call, state: LayerState) -> LayerState:
+    def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
-        """Reduce words over the ranks."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
+        """Reduce words over the ranks; an owner elsewhere takes over the state that all of them have set."""
 
     def pull(self, layer: str) -> LayerState | None:
         """The owner's state of a layer; None where each rank owns its own."""

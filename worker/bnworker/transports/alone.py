@@ -10,12 +10,18 @@ from numpy.typing import NDArray
 from bnlayer.collective import Alone, Call, PlainSignature
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
+from bnworker.transports import Seeded
 
 
 class AloneTransport(Alone):
     """One rank, which owns everything and waits for nobody."""
 
     name = "alone"
+
+    def enroll(self, call: Call, state: LayerState) -> Seeded:  # type: ignore[override]  # what a transport returns
+        """The layer's own state is the owner's."""
+        del call
+        return Seeded(state)
 
     def push(self, layer: str, state: LayerState) -> LayerState | None:
         """Nobody else owns anything."""

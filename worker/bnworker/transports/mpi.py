@@ -33,6 +33,7 @@ from bnlayer.collective import Call, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError, PeerLostError
 from bnlayer.reduction import Encoded, combined, decode, dtype_named, encode
 from bnlayer.state import LayerState
+from bnworker.transports import Seeded
 from bnworker.transports.call_encoding import CallFingerprints, decode_call, encode_call, pushed_digest
 
 try:
@@ -89,16 +90,17 @@ class MPITransport:
 
     # ---- the transport ----
 
-    def enroll(self, call: Call, state: LayerState) -> LayerState:
+    def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Rank 0's state becomes everyone's."""
         wait = self._agree(call)
         mine = list(state.arrays().values()) if self.rank == 0 else None
         received = self._send_from(0, mine, wait)
         names = state.arrays()
-        return LayerState.from_arrays(dict(zip(names, received, strict=True)), state.forward.dtype)
+        return Seeded(LayerState.from_arrays(dict(zip(names, received, strict=True)), state.forward.dtype))
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
-        """Reduce words over the ranks, by MPI's own MAX or SUM of int64."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
+        """Reduce words over the ranks, by MPI's own MAX or SUM of int64; each rank has set its own mirror already."""
+        del state
         wait = self._agree(call, limbs.shape)
         op = MPI.MAX if call.operation is Operation.PROBE else MPI.SUM
         return Total(self._reduced(limbs, op, wait))

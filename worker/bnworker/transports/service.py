@@ -15,8 +15,9 @@ from bnlayer.collective import Call, PlainSignature, Total
 from bnlayer.errors import CollectiveError, ServiceError
 from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
-from bnproto.calls import contribution_of
+from bnproto.calls import contribution_of, with_state
 from bnproto.v1 import statistics_pb2 as pb
+from bnworker.transports import Seeded
 from bnworker.transports.answers import Answer
 from bnworker.transports.stream import Stream
 
@@ -71,22 +72,24 @@ class ServiceTransport:
         )
         self._stream = Stream(address, join, timeout, local_socket=local_socket)
 
-    def enroll(self, call: Call, state: LayerState) -> LayerState:
+    def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
         arrays = state.arrays()
         dtype = state.forward.dtype
 
-        def ask() -> LayerState:
-            result = self._exchanged(call, arrays.values(), tuple(arrays))
-            return _state(result.response.result.payload, result.data, dtype)
+        def ask() -> Seeded:
+            answer = self._exchanged(call, arrays.values(), tuple(arrays))
+            result = answer.response.result
+            return Seeded(_state(result.payload, answer.data, dtype), result.known)
 
         return self._at(call, ask)
 
-    def exchange(self, call: Call, limbs: NDArray[np.int64]) -> Total:
-        """Reduce words over the ranks: MAX for a probe, SUM for sums."""
+    def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
+        """Reduce words over the ranks: MAX for a probe, SUM for sums. The owner takes over the state that they set."""
+        arrays = {"": limbs} if state is None else with_state(limbs, state)
 
         def ask() -> Total:
-            result = self._exchanged(call, (limbs,))
+            result = self._exchanged(call, arrays.values(), tuple(arrays))
             (total,) = _arrays(result)
             return Total(total, result.response.result.version)
 

@@ -1,0 +1,156 @@
+"""`Member`: a layer among the ranks of a job. Its state as the owner keeps it, its enrolment, and what was set by hand.
+
+Setting moving statistics (`assign`, `set_weights`, `restore`) is like a call: all ranks make it alike. A layer knows
+what was set since its last exchange, and its next one says so: see `exchange_driver.Changes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from bnlayer.collective import Alone, Collective, LayerSignature, current, is_current
+from bnlayer.definition import Definition
+from bnlayer.exchange_driver import Changes, ExchangeDriver
+from bnlayer.fingerprint import fingerprint
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
+from bnlayer.state import LayerState
+
+
+class Member(Definition):
+    """What of a layer travels; `layer.py` says what is computed."""
+
+    _kept: LayerState | None = None
+    _signature_cache: LayerSignature | None = None
+    _driver: ExchangeDriver | None = None
+    _state_set = False
+
+    # What travels
+
+    @property
+    def state(self) -> LayerState:
+        """The moving statistics and grids, as their owner keeps them.
+
+        Raises:
+            ValueError: the layer is not built yet.
+        """
+        self._must_be_built()
+        kept = self._kept
+        if kept is None:
+            channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
+            grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
+            kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
+        elif any(
+            variable.value is not vector for variable, vector in zip(self._moving, kept.moving.values, strict=True)
+        ):
+            # Somebody assigned to a variable.
+            kept = replace(kept, moving=Moving(*(variable.value for variable in self._moving)))
+            self._state_set = True
+        self._kept = kept
+        return kept
+
+    def restore(self, state: LayerState) -> None:
+        """Take over moving statistics and grids. Like a training call, every rank makes it, and alike.
+
+        Raises:
+            ValueError: the layer is not built yet, or the state belongs to another number of channels or dtype.
+        """
+        self.follow(state)
+        self._state_set = True
+
+    def follow(self, state: LayerState) -> None:
+        """Take over what the owner of the layer holds, in place of all that was set here.
+
+        Raises:
+            ValueError: as `restore`.
+        """
+        self._must_be_built()
+        if state.kind != self.state.kind:
+            raise ValueError(f"Layer {self.name!r}: expected a state of {self.state.kind}, received {state.kind}.")
+        for variable, vector in zip(self._moving, state.moving.values, strict=True):
+            variable.assign(vector)
+        self._kept = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
+        self._state_set = False
+
+    def reseed(self) -> None:
+        """Make rank 0's moving statistics and grids everybody's, the owner's included; every rank calls it.
+
+        Raises:
+            ValueError: the layer is not built yet.
+            CollectiveError: the ranks disagree, or one is lost.
+        """
+        self._must_be_built()
+        collective = self._in_force()
+        driver = self._driver
+        if driver is None or driver.collective is not collective:
+            driver = ExchangeDriver(collective, self.name)
+        self._enroll(driver, anew=True)
+
+    def _changes(self, state: LayerState) -> Changes | None:
+        """What was set by hand since the last exchange, up to this state; None, at almost every step, for nothing."""
+        if not (self._state_set or self._weights_set):
+            return None
+        return Changes(state if self._state_set else None, self._weights() if self._weights_set else 0)
+
+    def _changes_announced(self) -> None:
+        """An exchange has told the others, and all ranks were alike."""
+        self._state_set = self._weights_set = False
+
+    def _weights(self) -> int:
+        """A name of gamma and beta; 0 where each rank has its own."""
+        if self.own_weights:
+            return 0
+        return fingerprint({variable.name: variable.value for variable in self._variables if variable.trainable})
+
+    # The ranks
+
+    def _joined(self) -> ExchangeDriver:
+        """The exchanges with the collective in force; a new collective is enrolled with first."""
+        if not self.synchronized:
+            self._driver = self._driver or ExchangeDriver(Alone(), self.name)
+            return self._driver
+        if self._driver is not None and self.collective is None and is_current(self._driver.collective):
+            return self._driver
+        collective = self._in_force()
+        if self._driver is None or self._driver.collective is not collective:
+            if self._driver is not None and self._driver.collective.world_size > 1 and isinstance(collective, Alone):
+                raise RuntimeError(
+                    f"Layer {self.name!r} belonged to a world of {self._driver.collective.world_size} ranks, which was "
+                    "left: training on would be silently unsynchronized. Train inside `with bnworker.join()`, or make "
+                    "a new layer for one process."
+                )
+            return self._enroll(ExchangeDriver(collective, self.name))
+        return self._driver
+
+    def _in_force(self) -> Collective:
+        return self.collective if self.collective is not None else current()
+
+    def _enroll(self, driver: ExchangeDriver, *, anew: bool = False) -> ExchangeDriver:
+        self.follow(driver.enroll(self, self._signature(), self.state, self._weights(), anew=anew))
+        self._weights_set = False
+        self._driver = driver
+        return driver
+
+    def _signature(self) -> LayerSignature:
+        """What every rank must believe of this layer, whatever the call."""
+        signature, own = self._signature_cache, (self.momentum, self.epsilon, self._renorm, self.own_weights)
+        if signature is None or (signature.momentum, signature.epsilon, signature.renorm, signature.own_weights) != own:
+            signature = self._signature_cache = LayerSignature(
+                channels=self.moving_mean.shape[0],
+                dtype=self.dtype_policy.arithmetic,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                policy=self.dtype_policy.name,
+                renorm=self._renorm,
+                own_weights=self.own_weights,
+            )
+        return signature
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
+        return {**self.__dict__, "collective": None, "_driver": None, "_saved": None, "_waiting": 0, "_observer": None}
+
+    def _must_be_built(self) -> None:
+        if not self.built:
+            raise ValueError(f"Layer {self.name!r} has no state yet: call it once, or build(input_shape).")
