@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-# 50 steps cross two ends of an epoch, whose last batches are smaller; 37 rows do not divide by 2 or 3.
+# 50 steps cross an end of an epoch; its batches have 36 or 37 rows, which do not divide by 2 and 3.
 FIFTY_STEPS = ("--dtype=float64", "--steps=50", "--batch-size=37", "--hidden=24,10", "--seed=3")
 
 COMMAND = (sys.executable, "-m", "bnworker.cli", "train")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.train.data import Batch, DataError, Dataset, check, from_arrays, load
+from bnworker.train.data import Batch, DataError, Dataset, LastBatch, check, from_arrays, load
 from bnworker.train.data.arrays import Held, Stored
 from support.datasets import rows, write
 
@@ -146,15 +146,35 @@ def test_arrays_in_memory() -> None:
         from_arrays("mine", np.array([[None]]), [0])
 
 
+EPOCHS: dict[LastBatch | None, list[int]] = {
+    None: [3, 4, 3, 4, 3, 4],
+    "spread": [3, 4, 3, 4, 3, 4],
+    "keep": [4, 4, 4, 4, 4, 1],
+    "drop": [4, 4, 4, 4, 4],
+}
+
+
 def test_an_epoch_can_begin_anywhere(tmp_path: Path) -> None:
     """From step `first` on, the batches are those of the whole epoch: a resumed run needs it."""
     data = load(str(write(tmp_path, [9, 14, 3])))
-    whole = list(data.batches(4, seed=1, epoch=2))
-    assert [batch.rows for batch in whole] == [4, 4, 4, 4, 4, 1]
-    for first in range(len(whole) + 1):
-        rest = list(data.batches(4, 1, 2, first))
-        assert [batch.x.tolist() for batch in rest] == [batch.x.tolist() for batch in whole[first:]]
-        assert [batch.rows for batch in rest] == [batch.rows for batch in whole[first:]]
+    for last_batch, sizes in EPOCHS.items():
+        whole = list(data.batches(4, seed=1, epoch=2, last_batch=last_batch))
+        assert [batch.rows for batch in whole] == [len(batch.y) for batch in whole] == sizes
+        for first in range(len(whole) + 1):
+            rest = list(data.batches(4, 1, 2, first, last_batch=last_batch))
+            assert [batch.x.tolist() for batch in rest] == [batch.x.tolist() for batch in whole[first:]]
+            assert [batch.rows for batch in rest] == [batch.rows for batch in whole[first:]]
+
+
+def test_what_is_dropped_differs_by_epoch(tmp_path: Path) -> None:
+    """Rows that one epoch leaves out are in another: none is lost for good."""
+    data = load(str(write(tmp_path, [9, 14, 3])))
+    epochs = [
+        {float(row) for batch in data.batches(4, 1, epoch, last_batch="drop") for row in batch.x[:, 0]}
+        for epoch in range(1, 9)
+    ]
+    assert {len(epoch) for epoch in epochs} == {20}
+    assert len(set.union(*epochs)) == data.rows == 21
 
 
 def test_replicas_share_every_step(tmp_path: Path) -> None:
@@ -222,7 +242,7 @@ def test_the_next_step_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     announced: list[int] = []
     monkeypatch.setattr(Stored, "soon", lambda _, indices: announced.append(len(indices)))
     seen = [(batch.rows, sum(announced)) for batch in data.batches(8, 0, 1)]
-    assert seen == [(8, 16), (8, 20), (4, 20)]
+    assert seen == [(6, 13), (7, 20), (7, 20)]
 
 
 def test_announcing_reads_nothing(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.Monkey
 
 ACCEPTED = (
     "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, data, decay, decay-epochs, dry-run, dtype, "
-    "early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, job, learning-rate, momentum, report, "
-    "resume, save, save-every, schedule, seed, steps, summary, tensorboard, transport, validation-split, "
-    "warmup-steps, weight-decay, workers."
+    "early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, job, last-batch, learning-rate, "
+    "momentum, report, resume, save, save-every, schedule, seed, steps, summary, tensorboard, transport, "
+    "validation-split, warmup-steps, weight-decay, workers."
 )
 
 
@@ -224,6 +224,37 @@ def test_the_plan_starts_nothing(command: Command) -> None:
     assert " ranks 3 (service) " in plan
     assert " goes on from the beginning " in plan
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "steps"),
+    [
+        ("", " 39 or 40 (spread); per rank, at most 14, 14, 14 ", " 720, 36 an epoch "),
+        ("'keep'", " 41, the last of an epoch 3 (keep); per rank, at most 14, 14, 14 ", " 720, 36 an epoch "),
+        (
+            "'drop'",
+            " 41; 3 rows are left out, other ones in each epoch (drop); per rank, at most 14, 14, 14 ",
+            " 700, 35 an epoch ",
+        ),
+    ],
+)
+def test_the_plan_shows_the_sizes(text: str, rows: str, steps: str, command: Command) -> None:
+    """Of the steps, for whatever becomes of the 3 rows that do not fill a batch of 41."""
+    Path("run.toml").write_text(f"batch-size = 41\n{'last-batch = ' + text if text else ''}\n", encoding="utf-8")
+    code, out, err = command("train", "--config=run.toml", "--workers=3", "--dry-run")
+    assert (code, err) == (0, "")
+    assert f" rows of a step{rows}" in squeezed(out)
+    assert f" steps{steps}" in squeezed(out)
+
+
+def test_a_batch_that_is_never_full(command: Command) -> None:
+    """Dropping it leaves nothing to train with; said before anything is started, by the plan too."""
+    line = (
+        "bnlayer: train: --last-batch drop: the 1,438 rows to train on are fewer than --batch-size 2,000, which leaves "
+        "no step: expected spread or keep, or a smaller batch size.\n"
+    )
+    for options in (["--dry-run"], ["--transport=none"]):
+        assert command("train", "--batch-size=2000", "--last-batch=drop", *options) == (2, "", line)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

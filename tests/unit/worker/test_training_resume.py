@@ -10,7 +10,7 @@ import pytest
 
 from bnlayer.collective import installed
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode
-from bnworker.train.data import Dataset, from_arrays
+from bnworker.train.data import Dataset, LastBatch, from_arrays
 from bnworker.train.events import Epoch, Event, Resumed, Saved
 from bnworker.train.loop import Outcome, Saving, train
 from bnworker.train.settings import Settings
@@ -75,6 +75,38 @@ def test_from_every_step(settings: Settings) -> None:
         assert (again.kept, again.test_loss) == (whole.kept, whole.test_loss)
         mine, its = again.model.tensors(0), whole.model.tensors(0)
         assert all(mine[name].tobytes() == its[name].tobytes() for name in its)
+
+
+def without_last_batch(content: bytes) -> bytes:
+    """The file as it was written before there was this setting, when the last step took what was left."""
+    saved = decode(content, "run.safetensors")
+    assert saved.settings["last_batch"] == "keep"
+    older = {name: value for name, value in saved.settings.items() if name != "last_batch"}
+    return encode(replace(saved, settings=older))
+
+
+# 43 rows in batches of 8: kept, spread and dropped rows make different steps.
+UNEVEN = replace(PLAIN, batch_size=9)
+
+
+def test_older_checkpoints_go_on_as_they_began() -> None:
+    """Without the setting a run kept what was left of an epoch: from each step of it, the same bytes to its end."""
+    _, files, _ = run(replace(UNEVEN, last_batch="keep"), every=1)
+    for at, (_, content) in enumerate(files):
+        assert run(UNEVEN, without_last_batch(content), every=1)[1] == files[at + 1 :]
+    with pytest.raises(CheckpointError, match=r"other options: --last-batch was keep, now spread\. Give the same"):
+        run(replace(UNEVEN, last_batch="spread"), without_last_batch(files[0][1]))
+
+
+@pytest.mark.parametrize("last_batch", ["spread", "keep", "drop"])
+def test_a_run_goes_on_with_its_last_batch(last_batch: LastBatch) -> None:
+    """Without the option as it began, in whatever way; with another one it is refused."""
+    _, files, _ = run(replace(UNEVEN, last_batch=last_batch), every=1)
+    assert run(UNEVEN, files[1][1], every=1)[1] == files[2:]
+    assert decode(files[-1][1], "").settings["last_batch"] == last_batch
+    other: LastBatch = "drop" if last_batch != "drop" else "keep"
+    with pytest.raises(CheckpointError, match=rf"--last-batch was {last_batch}, now {other}\."):
+        run(replace(UNEVEN, last_batch=other), files[1][1])
 
 
 def test_what_is_saved_when() -> None:

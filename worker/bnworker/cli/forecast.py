@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bnworker.train.checkpoint import Checkpoint
-from bnworker.train.data import Dataset
+from bnworker.train.data import Dataset, EpochSteps
 from bnworker.train.forecast import Forecast, forecast
 from bnworker.train.settings import Settings
 
@@ -21,12 +21,11 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = f"{data.rows:,} to train on, {data.validation_rows:,} to validate, {data.test_rows:,} to test"
-    step_rows = min(settings.batch_size, data.rows)
     for name, value in (
         ("rows", f"{rows}; {data.features:,} features, {data.classes:,} classes"),
         ("ranks", f"{workers} ({transport})"),
         ("training rows per rank", _listed(plan.rows_per_rank)),
-        ("rows of a step", f"{step_rows:,}; per rank, at most {_listed(plan.step_rows_per_rank)}"),
+        ("rows of a step", f"{_sizes(plan.epoch)}; per rank, at most {_listed(plan.step_rows_per_rank)}"),
         ("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch"),
         ("goes on from", "the beginning" if start is None else f"step {start.progress.steps:,} of {start.name}"),
         ("learning rate", _rates(settings, plan)),
@@ -47,6 +46,18 @@ def _wire(plan: Forecast) -> list[tuple[str, str]]:
         ("  after an epoch", f"{plan.evaluation_bytes:,}"),
         ("  at the start", f"{plan.start_bytes:,}, from rank 0"),
     ]
+
+
+def _sizes(epoch: EpochSteps) -> str:
+    """The rows of an epoch's steps: `62 or 63 (spread)`, `64, the last of an epoch 30 (keep)`."""
+    how = f"({epoch.last_batch})"
+    if epoch.left_out:
+        return f"{epoch.largest:,}; {epoch.left_out:,} rows are left out, other ones in each epoch {how}"
+    if epoch.smallest == epoch.largest:
+        return f"{epoch.largest:,} {how}"
+    if epoch.last_batch == "spread":
+        return f"{epoch.smallest:,} or {epoch.largest:,} {how}"
+    return f"{epoch.largest:,}, the last of an epoch {epoch.smallest:,} {how}"
 
 
 def _listed(counts: tuple[int, ...]) -> str:

@@ -85,7 +85,8 @@ def _train(
     try:
         loaded = load(data, settings.dtype, world=world, validation_split=settings.validation_split)
         start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
-        steps_per_epoch = loaded.steps_per_epoch(settings.batch_size)
+        settings = settings.completed(None if start is None else start.settings)
+        steps_per_epoch = loaded.steps_per_epoch(settings.batch_size, settings.last_batch)
         steps = settings.total_steps(steps_per_epoch)
         display = Display(steps, settings.epochs, shown=first, plain=world.transport == "mpi")
         recorder = Recorder(files.report, files.tensorboard, steps, steps_per_epoch) if first else None

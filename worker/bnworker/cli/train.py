@@ -38,6 +38,14 @@ class Precision(StrEnum):
     float64 = "float64"
 
 
+class LastBatch(StrEnum):
+    """What becomes of the rows of an epoch that do not fill a batch."""
+
+    spread = "spread"
+    keep = "keep"
+    drop = "drop"
+
+
 class Schedule(StrEnum):
     """How the learning rate goes on after the warm-up."""
 
@@ -125,6 +133,15 @@ def train(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows of a step, of all workers together.", rich_help_panel=_DESCENT)
     ] = 64,
+    last_batch: Annotated[
+        LastBatch | None,
+        typer.Option(
+            help="Rows that do not fill a batch: `spread` over the steps of the epoch (the default), "
+            "`keep` as a smaller last step, or `drop`. A resumed run goes on as it began.",
+            show_default=False,
+            rich_help_panel=_DESCENT,
+        ),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of gradient descent.", rich_help_panel=_DESCENT)] = 0.1,
     schedule: Annotated[
         Schedule,
@@ -246,6 +263,7 @@ def train(
             epsilon=epsilon,
             validation_split=validation_split,
             early_stop=early_stop,
+            last_batch=None if last_batch is None else last_batch.value,
         )
     except SettingsError as error:
         raise CommandError(f"train: {error}") from None
@@ -294,11 +312,12 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
     from bnworker.cli.forecast import show
     from bnworker.train.data import DataError, load
 
+    settings = settings.completed(None if start is None else start.settings)
     try:
         loaded = load(data, settings.dtype, validation_split=settings.validation_split)
+        show(settings, loaded, workers, transport, start)
     except DataError as error:
         raise CommandError(f"train: {error}") from None
-    show(settings, loaded, workers, transport, start)
 
 
 def _launch(

@@ -1,8 +1,7 @@
 """The main job: data-parallel training whose result does not depend on the number of ranks.
 
 Laws of this room:
-1. A step's rows are given (`data`); each rank takes its share of them, none is padded or dropped, and a
-   rank may get none.
+1. A step's rows are given (`data`); each rank takes its share of them, none is padded, and a rank may get none.
 2. What is evaluated is the owner's moving statistics.
 3. A run begins with rank 0's state, new or from a checkpoint: the owner's too, if it has one of an earlier run.
 4. What comes after a step follows from the state after it alone: a run that goes on from a checkpoint takes the very
@@ -163,11 +162,12 @@ class _Run:
         saving: Saving | None,
         start: Checkpoint | None,
     ) -> None:
+        settings = settings.completed(None if start is None else start.settings)
         self._settings, self._data, self._world, self._replica = settings, data, world, replica
         self._watch = watch
         self._saving = saving if world.rank == 0 else None
         self._origin = Origin(data.name, data.fingerprint, data.features, data.classes)
-        self._steps_per_epoch = data.steps_per_epoch(settings.batch_size)
+        self._steps_per_epoch = data.steps_per_epoch(settings.batch_size, settings.last_batch)
         self._last = settings.total_steps(self._steps_per_epoch)
         self._model = perceptron(settings, data.features, data.classes)
         self._optimizer = SGD(
@@ -229,7 +229,10 @@ class _Run:
         number, world = len(self._progress.epochs) + 1, self._world
         first = self._progress.steps - (number - 1) * self._steps_per_epoch
         replica = (self._replica.index, self._replica.count)
-        batches = self._data.batches(self._settings.batch_size, self._settings.seed, number, first, replica)
+        settings = self._settings
+        batches = self._data.batches(
+            settings.batch_size, settings.seed, number, first, replica, last_batch=settings.last_batch
+        )
         seconds, waited = 0.0, 0.0
         for _ in range(min(self._steps_per_epoch - first, self._last - self._progress.steps)):
             made = self._step(batches, number)

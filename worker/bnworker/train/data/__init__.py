@@ -8,8 +8,22 @@ Read in this order: `loading`, `dataset`, `batches`, `ownership`; then what a sh
 `files`.
 """
 
+from bnworker.train.data.batches import LAST_BATCHES, EpochSteps, LastBatch
 from bnworker.train.data.dataset import Batch, Dataset
 from bnworker.train.data.loading import ACCEPTED, check, from_arrays, load
 from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
 
-__all__ = ["ACCEPTED", "Batch", "DataError", "Dataset", "Ranks", "check", "from_arrays", "load", "raise_on_every_rank"]
+__all__ = [
+    "ACCEPTED",
+    "LAST_BATCHES",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "EpochSteps",
+    "LastBatch",
+    "Ranks",
+    "check",
+    "from_arrays",
+    "load",
+    "raise_on_every_rank",
+]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.train.data.batches import Indices, shuffled, steps_per_epoch, taken
+from bnworker.train.data.batches import EpochSteps, Indices, LastBatch, shuffled, taken
 from bnworker.train.data.ownership import Piece, pieces
 from bnworker.train.data.problem import DataError
 from bnworker.train.data.shards import Rows
@@ -98,9 +98,21 @@ class Dataset:
         """How many rows there are to train on, of all ranks."""
         return int(self.rows_M.sum())
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """How many batches hold all rows: ⌈rows / batch size⌉."""
-        return steps_per_epoch(self.rows, batch_size)
+    def epoch_steps(self, batch_size: int, last_batch: LastBatch | None = None) -> EpochSteps:
+        """How the training rows are divided among the steps of an epoch.
+
+        Raises:
+            DataError: no step would be left.
+        """
+        return EpochSteps(self.rows, batch_size, last_batch or "spread")
+
+    def steps_per_epoch(self, batch_size: int, last_batch: LastBatch | None = None) -> int:
+        """How many steps an epoch has.
+
+        Raises:
+            DataError: none.
+        """
+        return self.epoch_steps(batch_size, last_batch).count
 
     def rows_per_rank(self, world_size: int) -> tuple[int, ...]:
         """How many training rows each of so many ranks would read in an epoch."""
@@ -111,21 +123,31 @@ class Dataset:
         )
 
     def batches(
-        self, batch_size: int, seed: int, epoch: int, first: int = 0, replica: tuple[int, int] = (0, 1)
+        self,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        replica: tuple[int, int] = (0, 1),
+        last_batch: LastBatch | None = None,
     ) -> Iterator[Batch]:
         """The steps of an epoch, as this rank sees them.
 
         Args:
-            batch_size: rows of a step, of all ranks; the last step may have fewer.
+            batch_size: rows of a step at most, of all ranks.
             seed, epoch: the order of the rows depends on them, and on the data.
             first: the step to begin with, from 0.
             replica: (index, count) of a world that trains beside others without exchange: it takes every
                 count-th row.
+            last_batch: what becomes of the rows that do not fill a batch: see `EpochSteps`; None: they are spread.
+
+        Raises:
+            DataError: no step would be left.
         """
         index, count = replica
-        for number, chosen in _announced(self._steps(batch_size, seed, epoch, first), first):
-            rows = min(batch_size, self.rows - number * batch_size)
-            yield self._batch(_every(chosen, index, count), len(range(index, rows, count)))
+        steps = self.epoch_steps(batch_size, last_batch)
+        for number, chosen in _announced(self._steps(steps, seed, epoch, first), first):
+            yield self._batch(_every(chosen, index, count), len(range(index, steps.size(number), count)))
 
     def test(self) -> Iterator[Batch]:
         """This rank's test rows, in blocks."""
@@ -137,12 +159,12 @@ class Dataset:
             [(part.given, part.validating[part.piece.of(len(part.validating))]) for part in self.parts]
         )
 
-    def _steps(self, batch_size: int, seed: int, epoch: int, first: int) -> Iterator[Chosen]:
+    def _steps(self, steps: EpochSteps, seed: int, epoch: int, first: int) -> Iterator[Chosen]:
         """This rank's rows of each step."""
         orders = [part.trained[shuffled(len(part.trained), seed, epoch, part.piece.shard)] for part in self.parts]
-        before_M = taken(self.rows_M, first * batch_size)
-        for start in range(first * batch_size, self.rows, batch_size):
-            after_M = taken(self.rows_M, start + batch_size)
+        before_M = taken(self.rows_M, steps.first(first))
+        for number in range(first, steps.count):
+            after_M = taken(self.rows_M, steps.first(number + 1))
             chosen = []
             for part, order in zip(self.parts, orders, strict=True):
                 step = order[before_M[part.piece.shard] : after_M[part.piece.shard]]
