@@ -18,6 +18,7 @@ from bnworker.train.loop import train
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
+from support.datasets import write
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -245,6 +246,21 @@ def test_the_plan_shows_the_sizes(text: str, rows: str, steps: str, command: Com
     assert (code, err) == (0, "")
     assert f" rows of a step{rows}" in squeezed(out)
     assert f" steps{steps}" in squeezed(out)
+
+
+def test_what_is_not_read_is_said(command: Command) -> None:
+    """By the plan and by the run: what lies beside the shards may have been meant as one."""
+    folder = write(Path("shards"), [40, 40])
+    (folder / "2.npz.gz").touch()
+    (folder / "old").mkdir()
+    code, out, _ = command("train", "--data=shards", "--dry-run")
+    assert code == 0
+    assert " not read 2.npz.gz, old (a folder) " in squeezed(out)
+    reported = "bnlayer: train: --data shards: not read: 2.npz.gz, old (a folder)\n"
+    assert command("train", "--data=shards", *SMALL)[::2] == (0, reported)
+    (folder / "2.npz").symlink_to("gone.npz")
+    line = "bnlayer: train: --data shards/2.npz: cannot be read: it is a link to gone.npz, which is not there.\n"
+    assert command("train", "--data=shards", "--workers=2") == (2, "", line)
 
 
 def test_a_batch_that_is_never_full(command: Command) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bnworker.train.checkpoint import Checkpoint
-from bnworker.train.data import Dataset, EpochSteps
+from bnworker.train.data import Dataset, EpochSteps, listed
 from bnworker.train.forecast import Forecast, forecast
 from bnworker.train.settings import Settings
 
@@ -20,9 +21,11 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
     table = Table(title=f"{data.name}: nothing was started", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    not_read = [("not read", Text(listed(data.ignored)))] if data.ignored else []
     rows = f"{data.rows:,} to train on, {data.validation_rows:,} to validate, {data.test_rows:,} to test"
     for name, value in (
         ("rows", f"{rows}; {data.features:,} features, {data.classes:,} classes"),
+        *not_read,
         ("ranks", f"{workers} ({transport})"),
         ("training rows per rank", _listed(plan.rows_per_rank)),
         ("rows of a step", f"{_sizes(plan.epoch)}; per rank, at most {_listed(plan.step_rows_per_rank)}"),

@@ -14,7 +14,7 @@ from bnworker.cli.display import Display
 from bnworker.cli.errors import CommandError
 from bnworker.joining import join
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, read_by_first
-from bnworker.train.data import DataError, load
+from bnworker.train.data import DataError, listed, load
 from bnworker.train.events import Event
 from bnworker.train.files import write_atomically
 from bnworker.train.loop import DivergedError, Outcome, Replica, Saving, train
@@ -84,6 +84,8 @@ def _train(
     recorder: Recorder | None = None
     try:
         loaded = load(data, settings.dtype, world=world, validation_split=settings.validation_split)
+        if first and loaded.ignored:
+            typer.echo(f"bnlayer: train: --data {data}: not read: {listed(loaded.ignored)}", err=True)
         start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
         settings = settings.completed(None if start is None else start.settings)
         steps_per_epoch = loaded.steps_per_epoch(settings.batch_size, settings.last_batch)

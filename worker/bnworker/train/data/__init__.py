@@ -12,6 +12,7 @@ from bnworker.train.data.batches import LAST_BATCHES, EpochSteps, LastBatch
 from bnworker.train.data.dataset import Batch, Dataset
 from bnworker.train.data.loading import ACCEPTED, check, from_arrays, load
 from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
+from bnworker.train.data.sources import listed
 
 __all__ = [
     "ACCEPTED",
@@ -24,6 +25,7 @@ __all__ = [
     "Ranks",
     "check",
     "from_arrays",
+    "listed",
     "load",
     "raise_on_every_rank",
 ]

@@ -78,6 +78,7 @@ class Dataset:
         sizes: of all shards in bytes; they decide who owns what.
         rows_M: training rows of every shard, int64.
         parts: what this rank reads.
+        ignored: entries of the folder that are not read.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Dataset:
     sizes: tuple[int, ...]
     rows_M: NDArray[np.int64]
     parts: tuple[Part, ...]
+    ignored: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:

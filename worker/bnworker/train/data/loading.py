@@ -8,9 +8,9 @@ Laws of this room:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -65,10 +65,10 @@ def load(name: str, dtype: str = "float32", *, world: Ranks | None = None, valid
         DataError: on every rank: it cannot be had, or is bad.
         CollectiveError: another rank is lost, or disagrees.
     """
-    found = _together(world, lambda: _found(name))
+    found, ignored = _together(world, lambda: _found(name))
     if world is not None:
         _agree(world, name, found)
-    return _load(name, found, dtype, world, validation_split)
+    return _load(name, found, dtype, world, validation_split, ignored)
 
 
 def from_arrays(
@@ -92,18 +92,27 @@ def from_arrays(
     return _load(name, (_Source(name, 1, lambda: arrays),), dtype, world, validation_split)
 
 
-def _found(name: str) -> tuple[_Source, ...]:
+def _found(name: str) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
+    """The shards, and what is not read."""
     if name in PACKAGED:
-        return (_Source(name, 1, PACKAGED[name]),)
-    if not name.endswith(".npz") and not Path(name).exists():
+        return (_Source(name, 1, PACKAGED[name]),), ()
+    if not name.endswith(".npz") and not os.path.lexists(name):
         raise DataError(f"--data: received {name!r}; there is no such file or folder. Accepted are {ACCEPTED}.")
     try:
-        return tuple(_Source(source.where, source.size, source.open) for source in sources.found(name))
+        found = sources.found(name)
+        return tuple(_Source(source.where, source.size, source.open) for source in found.shards), found.ignored
     except DataError as error:
         raise DataError(f"--data {error}") from None
 
 
-def _load(name: str, found: Sequence[_Source], dtype: str, world: Ranks | None, validation_split: float) -> Dataset:
+def _load(
+    name: str,
+    found: Sequence[_Source],
+    dtype: str,
+    world: Ranks | None,
+    validation_split: float,
+    ignored: tuple[str, ...] = (),
+) -> Dataset:
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     sizes = tuple(source.size for source in found)
     owned = pieces(sizes, rank, world_size)
@@ -132,6 +141,7 @@ def _load(name: str, found: Sequence[_Source], dtype: str, world: Ranks | None, 
             _part(piece, opened[piece.shard], int(drawn_M[piece.shard]), int(validations_M[piece.shard]))
             for piece in owned
         ),
+        ignored=ignored,
     )
 
 
