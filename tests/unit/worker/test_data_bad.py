@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.train.data import DataError, Dataset, check, listed, load
+from bnworker.train.data import DataError, Dataset, check, examine, listed, load
 from support.datasets import all_well, rows, together, write
 
 X, Y = rows(10)
@@ -85,6 +85,24 @@ def test_arrays(save: Callable[..., None], arrays: dict[str, Any], expected: str
     save(tmp_path / "data.npz", **arrays)
     text = reported(tmp_path / "data.npz")
     assert text.removeprefix("--data ").startswith(f"data.npz: {expected}"), text
+    if "feature " in expected:
+        examine(str(tmp_path / "data.npz"))  # it does not look at features
+    else:
+        with pytest.raises(DataError) as raised:
+            examine(str(tmp_path / "data.npz"))
+        assert str(raised.value).replace(f"{tmp_path}/", "") == text
+
+
+def test_labels_that_a_model_does_not_know(tmp_path: Path) -> None:
+    """Of rows to train on and of rows to test by; a test row needs a class among those that are trained."""
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    assert reported(tmp_path / "data.npz", labels=[5, 0, 1]) == (
+        "data.npz: row 2 of y: label 2; expected 0, 1, 5, the labels of the model."
+    )
+    np.savez(tmp_path / "data.npz", x=X, y=Y * 2 + 1, x_test=X, y_test=Y + 1)
+    assert reported(tmp_path / "data.npz") == (
+        "data.npz: row 1 of y_test: label 2; expected 1, 3, 5, the labels of the rows to train on."
+    )
 
 
 def test_too_few_rows(tmp_path: Path) -> None:

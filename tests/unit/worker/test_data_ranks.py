@@ -144,6 +144,17 @@ def test_a_bad_row_met_in_training(tmp_path: Path) -> None:
     assert all_well(together(2, body)) == [(2, 4), (0, 4)]
 
 
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_classes_of_all_ranks(world_size: int, tmp_path: Path) -> None:
+    """A rank sees some of the labels alone; its classes are numbered as everybody's."""
+    for number, labels in enumerate(([9, 4] * 5, [], [7] * 10, [4, 2] * 5)):
+        np.savez(tmp_path / f"{number}.npz", x=np.ones((len(labels), 2)) * np.array(labels)[:, None], y=labels)
+    for data in loaded(world_size, tmp_path):
+        assert data.labels == (2, 4, 7, 9)
+        for batch in (*data.batches(6, 3, 1), *data.test()):
+            assert np.array(data.labels)[batch.y].tolist() == batch.x[:, 0].tolist()
+
+
 def test_hosts_that_see_other_files(tmp_path: Path) -> None:
     """Found before anything is opened; no exchange is out of step."""
     write(tmp_path / "0" / "data", [8, 8])

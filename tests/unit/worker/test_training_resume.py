@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnlayer.collective import installed
-from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode, labels_of
 from bnworker.train.data import Dataset, LastBatch, from_arrays
 from bnworker.train.events import Epoch, Event, Resumed, Saved
 from bnworker.train.loop import Outcome, Saving, train
@@ -34,12 +36,16 @@ EVERYTHING = Settings(
 PLAIN = Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64")
 
 
-def data(settings: Settings, seed: int = 5, columns: int = 4) -> Dataset:
+def data(
+    settings: Settings, seed: int = 5, columns: int = 4, first_label: int = 0, labels: Iterable[int] | None = None
+) -> Dataset:
     """Three classes, not easily told apart."""
     rng = np.random.default_rng(seed)
     y = np.arange(40) % 3
     x = rng.standard_normal((40, columns)) + np.eye(3, columns)[y]
-    return from_arrays("small", x, y, x[:6], y[:6], dtype=settings.dtype, validation_split=settings.validation_split)
+    y += first_label
+    options = {"dtype": settings.dtype, "validation_split": settings.validation_split, "labels": labels}
+    return from_arrays("small", x, y, x[:6], y[:6], **options)  # type: ignore[arg-type]  # of several types
 
 
 def run(
@@ -96,6 +102,36 @@ def test_older_checkpoints_go_on_as_they_began() -> None:
         assert run(UNEVEN, without_last_batch(content), every=1)[1] == files[at + 1 :]
     with pytest.raises(CheckpointError, match=r"other options: --last-batch was keep, now spread\. Give the same"):
         run(replace(UNEVEN, last_batch="spread"), without_last_batch(files[0][1]))
+
+
+def test_labels_are_kept() -> None:
+    """Output k stands for the k-th label: the file says which, so that other rows can be compared with the model."""
+    _, files, _ = run(PLAIN, given=data(PLAIN, first_label=1))
+    saved = decode(files[-1][1], "")
+    assert (saved.data.classes, saved.data.labels, saved.data.numbered) == (3, (1, 2, 3), (1, 2, 3))
+    plain = decode(run(PLAIN)[1][-1][1], "")
+    assert (plain.data.labels, plain.data.numbered) == ((0, 1, 2), None)
+
+
+def test_older_checkpoints_have_a_class_for_every_number() -> None:
+    """Labels 1 to 3 were four classes: such a run goes on with four, and ends with the same bytes."""
+    four = replace(PLAIN, classes=4)
+    _, files, _ = run(four, given=data(four, first_label=1, labels=range(4)))
+    written = decode(files[0][1], "run.safetensors")
+    assert "labels" not in json.loads(_metadata(files[0][1]))["data"]
+    start = replace(written, settings={name: value for name, value in written.settings.items() if name != "classes"})
+    labels = labels_of(PLAIN, start)
+    assert labels == (0, 1, 2, 3)
+    again = run(PLAIN, encode(start), given=data(PLAIN, first_label=1, labels=labels))[1]
+    mine, its = (decode(content, "").tensors for content in (again[-1][1], files[-1][1]))
+    assert {name: tensor.tobytes() for name, tensor in mine.items()} == {
+        name: tensor.tobytes() for name, tensor in its.items()
+    }
+
+
+def _metadata(content: bytes) -> str:
+    size = int.from_bytes(content[:8], "little")
+    return str(json.loads(content[8 : 8 + size])["__metadata__"]["bnlayer"])
 
 
 @pytest.mark.parametrize("last_batch", ["spread", "keep", "drop"])

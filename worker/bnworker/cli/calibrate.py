@@ -106,7 +106,11 @@ def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
                 raise CheckpointError(f"{path}: there is no such file.")
             settings = settings_of(start)
             loaded = load(
-                data or start.data.name, settings.dtype, world=world, validation_split=settings.validation_split
+                data or start.data.name,
+                settings.dtype,
+                world=world,
+                validation_split=settings.validation_split,
+                labels=start.data.labels,
             )
             result = calibrated(start, loaded, world, batch_size)
         except (CheckpointError, DataError, ValueError) as error:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnworker.train.checkpoint import Checkpoint
-from bnworker.train.data import Dataset, EpochSteps, listed
+from bnworker.train.data import Dataset, EpochSteps, are_numbers, listed, spelled
 from bnworker.train.forecast import Forecast, forecast
 from bnworker.train.settings import Settings
 
@@ -24,7 +24,7 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
     not_read = [("not read", Text(listed(data.ignored)))] if data.ignored else []
     rows = f"{data.rows:,} to train on, {data.validation_rows:,} to validate, {data.test_rows:,} to test"
     for name, value in (
-        ("rows", f"{rows}; {data.features:,} features, {data.classes:,} classes"),
+        ("rows", f"{rows}; {data.features:,} features, {classes(data)}"),
         *not_read,
         ("ranks", f"{workers} ({transport})"),
         ("training rows per rank", _listed(plan.rows_per_rank)),
@@ -49,6 +49,12 @@ def _wire(plan: Forecast) -> list[tuple[str, str]]:
         ("  after an epoch", f"{plan.evaluation_bytes:,}"),
         ("  at the start", f"{plan.start_bytes:,}, from rank 0"),
     ]
+
+
+def classes(data: Dataset) -> str:
+    """How many, and their labels where output k does not stand for label k."""
+    labels = "" if are_numbers(data.labels) else f" with the labels {spelled(data.labels)}"
+    return f"{data.classes:,} classes{labels}"
 
 
 def _sizes(epoch: EpochSteps) -> str:

@@ -13,7 +13,7 @@ from bnlayer import CollectiveError
 from bnworker.cli.display import Display
 from bnworker.cli.errors import CommandError
 from bnworker.joining import join
-from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, read_by_first
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
 from bnworker.train.data import DataError, listed, load
 from bnworker.train.events import Event
 from bnworker.train.files import write_atomically
@@ -83,10 +83,16 @@ def _train(
     """Train, show and write; returns what every rank finds wrong with what the user gave."""
     recorder: Recorder | None = None
     try:
-        loaded = load(data, settings.dtype, world=world, validation_split=settings.validation_split)
+        start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
+        loaded = load(
+            data,
+            settings.dtype,
+            world=world,
+            validation_split=settings.validation_split,
+            labels=labels_of(settings, start),
+        )
         if first and loaded.ignored:
             typer.echo(f"bnlayer: train: --data {data}: not read: {listed(loaded.ignored)}", err=True)
-        start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
         settings = settings.completed(None if start is None else start.settings)
         steps_per_epoch = loaded.steps_per_epoch(settings.batch_size, settings.last_batch)
         steps = settings.total_steps(steps_per_epoch)

@@ -70,7 +70,10 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan: rows per rank, exchanges, bytes, memory. Start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run/--no-dry-run", help="Show the plan: rows per rank, exchanges, bytes, memory. Start nothing."
+        ),
     ] = False,
     workers: Annotated[
         int | None,
@@ -100,6 +103,15 @@ def train(
     hidden: Annotated[
         str, typer.Option(metavar="N,N,...", help="Outputs of each hidden layer.", rich_help_panel=_MODEL)
     ] = "128,64",
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many: labels from 0 to one less, whether all occur or not; those that occur if not given.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="Of weights and arithmetic.", rich_help_panel=_MODEL)
     ] = Precision.float32,
@@ -206,7 +218,9 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the file of --save, if it is there.", rich_help_panel=_FILES),
+        typer.Option(
+            "--resume/--no-resume", help="Go on from the file of --save, if it is there.", rich_help_panel=_FILES
+        ),
     ] = False,
 ) -> None:
     """Train a perceptron with synchronized batch normalization, data-parallel.
@@ -263,18 +277,20 @@ def train(
             epsilon=epsilon,
             validation_split=validation_split,
             early_stop=early_stop,
+            classes=classes,
             last_batch=None if last_batch is None else last_batch.value,
         )
     except SettingsError as error:
         raise CommandError(f"train: {error}") from None
     alone = transport is TrainTransport.none or (transport is None and os.environ.get("BNLAYER_TRANSPORT") == "alone")
     many = rank.world_size if rank is not None else workers or 1
-    start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1)
+    launching = rank is None and not dry_run and (transport is not TrainTransport.none or many > 1)
+    start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1, launching=launching)
     if dry_run:
         if rank is None or rank.rank == 0:
             _show(data, settings, many, str(transport or TrainTransport.service), start)
         return
-    if rank is None and (transport is not TrainTransport.none or many > 1):
+    if launching:
         raise typer.Exit(_launch(context, many, transport or TrainTransport.service, address, job))
     run(
         data,
@@ -310,11 +326,17 @@ def _rank(environ: Mapping[str, str], workers: int | None) -> Announcement | Non
 
 def _show(data: str, settings: Settings, workers: int, transport: str, start: Checkpoint | None) -> None:
     from bnworker.cli.forecast import show
+    from bnworker.train.checkpoint import labels_of
     from bnworker.train.data import DataError, load
 
     settings = settings.completed(None if start is None else start.settings)
     try:
-        loaded = load(data, settings.dtype, validation_split=settings.validation_split)
+        loaded = load(
+            data,
+            settings.dtype,
+            validation_split=settings.validation_split,
+            labels=labels_of(settings, start),
+        )
         show(settings, loaded, workers, transport, start)
     except DataError as error:
         raise CommandError(f"train: {error}") from None

@@ -68,6 +68,7 @@ class Outcome:
         model: trained; its layers hold the owner's moving statistics. Where the run may stop early, that of the
             epoch with the lowest validation loss.
         optimizer: with its velocities after the last step.
+        labels: of the classes: output k of the model stands for `labels[k]`.
         epochs: one entry each, those of before it was resumed included.
         kept: the number of the epoch whose model it is.
         test_loss, test_accuracy: of this model.
@@ -77,6 +78,7 @@ class Outcome:
 
     model: Perceptron
     optimizer: SGD
+    labels: tuple[int, ...]
     epochs: tuple[Epoch, ...]
     kept: int
     test_loss: float
@@ -166,7 +168,7 @@ class _Run:
         self._settings, self._data, self._world, self._replica = settings, data, world, replica
         self._watch = watch
         self._saving = saving if world.rank == 0 else None
-        self._origin = Origin(data.name, data.fingerprint, data.features, data.classes)
+        self._origin = Origin.of(data)
         self._steps_per_epoch = data.steps_per_epoch(settings.batch_size, settings.last_batch)
         self._last = settings.total_steps(self._steps_per_epoch)
         self._model = perceptron(settings, data.features, data.classes)
@@ -344,6 +346,7 @@ class _Run:
         return Outcome(
             self._model,
             self._optimizer,
+            self._data.labels,
             epochs,
             kept.number,
             kept.test_loss,

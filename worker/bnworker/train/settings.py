@@ -47,6 +47,7 @@ class Settings:
         bn_momentum, epsilon: of the normalizations.
         validation_split: share of the training rows that is kept for validation.
         early_stop: end after so many epochs without a lower validation loss.
+        classes: how many: labels are 0 to classes − 1, whether all of them occur or not. None: those that occur.
         last_batch: what becomes of the rows of an epoch that do not fill a batch, "spread", "keep" or "drop": see
             `EpochSteps`. None: not asked for; `completed` decides.
 
@@ -75,10 +76,11 @@ class Settings:
     epsilon: float = 1e-3
     validation_split: float = 0.0
     early_stop: int | None = None
+    classes: int | None = None
     last_batch: LastBatch | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "decay_epochs", "steps", "early_stop"):
+        for name in ("epochs", "batch_size", "decay_epochs", "steps", "early_stop", "classes"):
             self._refuse_unless(name, ">= 1", getattr(self, name) is None or getattr(self, name) >= 1)
         for name in ("seed", "warmup_steps"):
             self._refuse_unless(name, ">= 0", getattr(self, name) >= 0)

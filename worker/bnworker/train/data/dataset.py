@@ -31,7 +31,7 @@ class Batch:
 
     Attributes:
         x: (B, D), of the data set's dtype.
-        y: (B,) int64.
+        y: (B,) int64, numbers of classes: see `Dataset.labels`.
         rows: of all ranks in this step.
         problem: why this rank has no rows, although it should: they are bad. The step goes on with none, so that
             the ranks stay in step; then `settle` tells all of them.
@@ -71,7 +71,7 @@ class Dataset:
         name: as given to `--data`.
         dtype: of the features: "float32" or "float64".
         features: D.
-        classes: labels go from 0 to classes − 1.
+        labels: ascending; class k of a batch, and output k of a model, stand for `labels[k]`.
         validation_rows, test_rows: of all ranks.
         fingerprint: of all shards; the same on every machine, and for any number of ranks.
         rank, world_size: of the world that it was loaded in.
@@ -84,7 +84,7 @@ class Dataset:
     name: str
     dtype: str
     features: int
-    classes: int
+    labels: tuple[int, ...]
     validation_rows: int
     test_rows: int
     fingerprint: str
@@ -94,6 +94,11 @@ class Dataset:
     rows_M: NDArray[np.int64]
     parts: tuple[Part, ...]
     ignored: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.labels)
 
     @property
     def rows(self) -> int:

@@ -25,6 +25,7 @@ _LISTED = 8  # names in a line
 _ENDINGS = (".npz", ".npy")
 REQUIRED = ("x", "y")
 OPTIONAL = ("x_test", "y_test")
+_FEATURES = ("x", "x_test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,19 @@ class Source:
     paths: dict[str, Path]
     archive: bool
 
-    def open(self) -> dict[str, Array]:
+    def open(self, *, features: bool = True) -> dict[str, Array]:
         """Its arrays by name, x and y among them.
+
+        Args:
+            features: whether rows of features will be read; without them a compressed file costs little to open.
 
         Raises:
             DataError: they cannot be read.
         """
+        headers = () if features else _FEATURES
         if self.archive:
-            return open_npz(self.paths["x"], REQUIRED, OPTIONAL)
-        return open_npy(self.paths)
+            return open_npz(self.paths["x"], REQUIRED, OPTIONAL, headers)
+        return open_npy(self.paths, headers)
 
 
 @dataclass(frozen=True, slots=True)

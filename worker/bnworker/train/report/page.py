@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from bnworker.train.data import spelled
 from bnworker.train.events import Epoch
 from bnworker.train.report.figures import Picture
 from bnworker.train.report.history import History
@@ -57,6 +58,7 @@ def _headline(history: History, summary: Mapping[str, Any]) -> str:
         "test accuracy": _percent(summary.get("test_accuracy", last.test_accuracy if last else None)),
         "validation accuracy": _percent(last.validation_accuracy if last else None),
         "training loss": _number(last.loss if last else None, ".4f"),
+        "labels": spelled(tuple(summary.get("labels", ()))),
         "epochs": f"{len(history.epochs):,}",
         "steps": _number(summary.get("steps", points[-1].step if points else None), ",.0f"),
         "ranks": str(summary["world_size"]) + (f" ({summary['transport']})" if summary["world_size"] > 1 else ""),
