@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from bnworker.cli import app, main
+from bnworker.cli.interruption import Interruption
 from bnworker.launcher import Job
 from bnworker.train.data import load
 from bnworker.train.forecast import forecast
@@ -333,6 +335,37 @@ def test_every_flag_can_be_turned_off() -> None:
     flags = [option for option in group.commands["train"].params if getattr(option, "is_flag", False)]
     assert [option.name for option in flags] == ["dry_run", "resume"]
     assert all(option.secondary_opts == [f"--no-{option.opts[0][2:]}"] for option in flags)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_is_not(number: signal.Signals) -> None:
+    """What a signal did before it does again after the first one, and when the block is left."""
+    received: list[int] = []
+    before = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        with Interruption() as interruption:
+            assert not interruption.asked()
+            signal.raise_signal(number)
+            assert (interruption.asked(), interruption.signal, received) == (True, number, [])
+            signal.raise_signal(number)
+            assert received == [number]
+        with Interruption():
+            pass
+        signal.raise_signal(number)
+        assert received == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As under nohup, or in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert not interruption.asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_batch_that_is_never_full(command: Command) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from bnlayer.collective import installed
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode, labels_of
 from bnworker.train.data import Dataset, LastBatch, from_arrays
 from bnworker.train.events import Epoch, Event, Resumed, Saved
-from bnworker.train.loop import Outcome, Saving, train
+from bnworker.train.loop import Outcome, Saving, StoppedError, train
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
@@ -49,10 +50,15 @@ def data(
 
 
 def run(
-    settings: Settings, start: bytes | None = None, every: int | None = None, given: Dataset | None = None
+    settings: Settings,
+    start: bytes | None = None,
+    every: int | None = None,
+    given: Dataset | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    files: list[tuple[int, bytes]] | None = None,
 ) -> tuple[Outcome, list[tuple[int, bytes]], list[Event]]:
     """One run in a world of its own; its outcome, the files that it wrote by steps, and what it told."""
-    files: list[tuple[int, bytes]] = []
+    files = [] if files is None else files
     events: list[Event] = []
 
     def write(checkpoint: Checkpoint) -> None:
@@ -63,7 +69,8 @@ def run(
         begun = None if start is None else decode(start, "run.safetensors")
         saving = Saving(write, every)
         used = given or data(settings)
-        return train(settings, used, world, watch=events.append, start=begun, saving=saving), files, events
+        outcome = train(settings, used, world, watch=events.append, start=begun, saving=saving, stop=stop)
+        return outcome, files, events
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
@@ -102,6 +109,21 @@ def test_older_checkpoints_go_on_as_they_began() -> None:
         assert run(UNEVEN, without_last_batch(content), every=1)[1] == files[at + 1 :]
     with pytest.raises(CheckpointError, match=r"other options: --last-batch was keep, now spread\. Give the same"):
         run(replace(UNEVEN, last_batch="spread"), without_last_batch(files[0][1]))
+
+
+@pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
+def test_stopped_after_every_step(settings: Settings) -> None:
+    """What is saved is what the whole run saves after that step, judged where an epoch ends there."""
+    whole, files, _ = run(settings, every=1)
+    by_steps = dict(files)
+    for last in range(1, whole.steps):
+        asked = iter([*[False] * (last - 1), True])
+        stopped: list[tuple[int, bytes]] = []
+        with pytest.raises(StoppedError, match=rf"^The run was stopped after step {last}\.$"):
+            run(settings, stop=partial(next, asked), files=stopped)
+        assert stopped[-1] == (last, by_steps[last])
+    asked = iter([*[False] * (whole.steps - 1), True])
+    assert run(settings, stop=partial(next, asked))[1][-1] == files[-1], "its last step: nothing is left to stop"
 
 
 def test_labels_are_kept() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bnworker.cli.errors import CommandError
+from bnworker.cli.errors import EXPLAINED, CommandError
 from bnworker.cli.train import TrainTransport
 
 
@@ -79,7 +79,17 @@ def _launch(
     command += [f"--batch-size={batch_size}", *([f"--data={data}"] if data is not None else [])]
     used = address if transport is TrainTransport.service else None
     try:
-        return launch(Job(tuple(command), workers, transport.value, used or None, None, foreground=True))
+        return launch(
+            Job(
+                tuple(command),
+                workers,
+                transport.value,
+                used or None,
+                foreground=True,
+                program="calibrate",
+                explained=EXPLAINED,
+            )
+        )
     except LaunchError as error:
         raise CommandError(f"calibrate: {error}", error.code) from None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnworker.cli import configuration
-from bnworker.cli.errors import CommandError
+from bnworker.cli.errors import EXPLAINED, CommandError
 
 if TYPE_CHECKING:
     from bnlayer.environment import Announcement
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from bnworker.train.settings import Settings
 
 _RANKS, _MODEL, _DESCENT, _FILES = "Ranks", "Model", "Training", "Files"
+# From Ctrl-C to SIGKILL: a step is ended, a checkpoint and a report are written; Kubernetes' own patience. A second
+# Ctrl-C kills at once.
+_STOP_S = 30.0
 _OF_THE_LAUNCHER = frozenset({"workers", "transport", "address", "job", "config", "dry_run"})  # not passed on to ranks
 
 
@@ -241,6 +244,9 @@ def train(
     with one worker it is a plain single process. A resumed run is bit for bit the one that was cut off, if the number
     of workers is the same; with another one, that rounding differs from there on.
 
+    Ctrl-C, or SIGTERM, ends it after the step under way: a checkpoint and the report are written, and the exit code is
+    130, or 143.
+
     Exit code 1: training failed. 2: wrong options, data or checkpoint. Otherwise that of the first worker that failed.
     """
     del config
@@ -352,7 +358,19 @@ def _launch(
     kind = "alone" if transport is TrainTransport.none else transport.value
     used = address if transport is TrainTransport.service else None
     try:
-        return launch(Job(command, workers, kind, used or None, job or None, foreground=True))
+        return launch(
+            Job(
+                command,
+                workers,
+                kind,
+                used or None,
+                job or None,
+                foreground=True,
+                program="train",
+                stop_s=_STOP_S,
+                explained=EXPLAINED,
+            )
+        )
     except LaunchError as error:
         raise CommandError(f"train: {error}", error.code) from None
 

@@ -21,7 +21,8 @@ from bnworker.train.loop import perceptron
 from bnworker.train.settings import Settings
 
 _WORD = 8  # bytes
-_STEP_SUMS = 3  # the loss, the rows classified rightly, and whether a rank could not read its rows; float64
+# The loss, the rows classified rightly, whether a rank could not read its rows, whether one is asked to end; float64.
+_STEP_SUMS = 4
 _ENROLLED_LIMBS = 4  # a channel's grids, beside its two moving statistics
 _FLAGS = 3  # words of a layer's state
 _PROCESS_BYTES = 140 * 2**20  # Python, NumPy, gRPC, and what `digits` imports: measured on Linux, x86-64
