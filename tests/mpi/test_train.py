@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from bnworker.launcher.mpi import Vendor, environment
-from support.training import FIFTY_STEPS, Trained, same_result, trained
+from support.training import FIFTY_STEPS, Trained, same_result, stopped, trained
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
 
@@ -36,3 +37,13 @@ def test_mpiexecs_own_ranks(alone: Trained, tmp_path: Path, monkeypatch: pytest.
     assert (run.summary["transport"], run.summary["world_size"]) == ("mpi", 3)
     assert run.out.count("epoch 1/20") == 1
     same_result(alone, run)
+
+
+def test_a_run_that_was_stopped(tmp_path: Path) -> None:
+    """Ctrl-C reaches the ranks at different moments; all end after the same step, and leave report and checkpoint."""
+    run = stopped(tmp_path, signal.SIGINT, "--transport=mpi", "--workers=3")
+    steps = run.tensors["bn_1/state/flags"].tolist()[-1]
+    assert f"[0] bnlayer: train: SIGINT: stopped after step {steps:,}; " in run.err
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"<strong>It was stopped.</strong> SIGINT after step {steps:,}." in page
+    assert "Error" not in run.err

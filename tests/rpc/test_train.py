@@ -97,8 +97,8 @@ def _loading() -> Statistics:
 def _bytes(counts: dict[str, int], epochs: int) -> int:
     """What rank 0 sends of a float32 model 64 → 32 → 16 → 10. Rows do not occur here."""
     dense = 4 * (64 * 32 + 32 * 16 + 16 * 10 + 10)
-    # The broadcast; the steps, with three sums; the evaluations, with five sums and what each rank waited.
-    total = (dense + 4 * 2 * (32 + 16)) + 500 * (dense + 24) + epochs * 8 * (5 + 2)
+    # The broadcast; the steps, with four sums; the evaluations, with five sums and what each rank waited.
+    total = (dense + 4 * 2 * (32 + 16)) + 500 * (dense + 32) + epochs * 8 * (5 + 2)
     for layer, channels in (("bn_1", 32), ("bn_2", 16)):
         total += channels * (2 * 4 + 4 * 8) + 3 * 8  # enrolment: moving statistics, grids, flags
         for direction in ("forward", "backward"):

@@ -73,19 +73,21 @@ def reported(folder: Path, workers: int, *options: str) -> str:
         env={name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")},
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "PeerLostError" not in done.stderr and "Traceback" not in done.stderr
-    return done.stderr
+    # A machine that is busy with other things may make the service warn of a slow rank.
+    lines = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("[service] ")]
+    assert all(line.startswith("bnlayer: train: ") for line in lines), done.stderr
+    return "".join(lines)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_bad_label(workers: int, tmp_path: Path) -> None:
-    """Seen by the last rank alone, before the first step; said once, with file and row."""
+    """Said once, with file and row, by the process that would have started ranks."""
     folder = write(tmp_path / "shards", [20, 20, 20])
     x, y = rows(20)
     y[13] = -1
     np.savez(folder / "2.npz", x=x, y=y)
     line = f"bnlayer: train: {folder}/2.npz: row 13 of y: label -1; expected an integer from 0 to 65,535."
-    assert reported(folder, workers).count(line) == 1
+    assert reported(folder, workers) == f"{line}\n"
 
 
 @pytest.mark.parametrize("workers", [1, 3])

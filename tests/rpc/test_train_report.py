@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from pathlib import Path
 
 import pytest
 
-from support.training import trained
+from support.training import stopped, trained
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(120)]
 
@@ -37,3 +39,30 @@ def test_a_run_that_failed_is_reported_too(tmp_path: Path) -> None:
     page = (report / "index.html").read_text(encoding="utf-8")
     assert "<strong>It failed.</strong> DivergedError: The loss of step" in page
     assert "--learning-rate" in page
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "options"),
+    [
+        (signal.SIGINT, None, ["--workers=2"]),
+        (signal.SIGINT, 1, ["--workers=3"]),
+        (signal.SIGTERM, None, ["--transport=none"]),
+    ],
+    ids=["ctrl-c", "one rank alone", "a single process"],
+)
+def test_a_run_that_was_stopped_is_reported_too(
+    number: signal.Signals, rank: int | None, options: list[str], tmp_path: Path
+) -> None:
+    """All ranks end after the same step: the report says so, the checkpoint is of that step and is gone on from."""
+    run = stopped(tmp_path, number, *options, rank=rank)
+    line = r"^bnlayer: train: (SIG\w+): stopped after step (\d+); (.*) goes on .* --resume$"
+    reported = re.findall(line, run.err, re.MULTILINE)
+    assert [(by, path) for by, _, path in reported] == [(number.name, str(tmp_path / "saved.safetensors"))]
+    steps = int(reported[0][1])
+    assert steps >= 10
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"<strong>It was stopped.</strong> {number.name} after step {steps:,}." in page
+    assert (tmp_path / "report" / "learning.png").exists()
+    assert run.tensors["bn_1/state/flags"].tolist()[-1] == steps
+    assert not (tmp_path / "summary.json").exists()
+    assert "bnlayer launch" not in run.err and "Error" not in run.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-# 50 steps cross two ends of an epoch, whose last batches are smaller; 37 rows do not divide by 2 or 3.
+from support.processes import children
+
+# 50 steps cross an end of an epoch; its batches have 36 or 37 rows, which do not divide by 2 and 3.
 FIFTY_STEPS = ("--dtype=float64", "--steps=50", "--batch-size=37", "--hidden=24,10", "--seed=3")
 
 COMMAND = (sys.executable, "-m", "bnworker.cli", "train")
@@ -59,6 +62,43 @@ def trained(folder: Path, *options: str, before: Sequence[str | Path] = (), code
     if code:
         return Trained({}, {}, done.stdout, done.stderr)
     return Trained(json.loads(summary.read_text(encoding="utf-8")), load_file(saved), done.stdout, done.stderr)
+
+
+def stopped(folder: Path, number: signal.Signals, *options: str, rank: int | None = None) -> Trained:
+    """Begin `bnlayer train` of a thousand epochs, and signal it once the second one is over.
+
+    Args:
+        folder: for its files: report, checkpoint and summary.
+        number: the signal; the exit code must say it.
+        options: of the command.
+        rank: who gets the signal; None: the process that was started.
+    """
+    files = (f"--report={folder}/report", f"--save={folder}/saved.safetensors", f"--summary={folder}/summary.json")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
+    process = subprocess.Popen(
+        [*COMMAND, "--epochs=1000", "--batch-size=300", "--hidden=8", *files, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
+    )
+    try:
+        assert process.stdout is not None
+        seen = [next(line for line in process.stdout if "epoch 2/1000" in line)]
+        os.kill(process.pid if rank is None else _rank(process.pid, rank), number)
+        out, err = process.communicate(timeout=80)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number, seen[0] + out + err
+    return Trained({}, load_file(folder / "saved.safetensors"), out, err)
+
+
+def _rank(launcher: int, rank: int) -> int:
+    """The pid of one of its ranks."""
+    wanted = f"BNLAYER_RANK={rank}".encode()
+    (found,) = (pid for pid in children(launcher) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return found
 
 
 def same_result(one: Trained, other: Trained) -> None:

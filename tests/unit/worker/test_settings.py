@@ -29,6 +29,7 @@ from bnworker.train.settings import Settings, SettingsError
         ({"validation_split": 1.0}, "--validation-split: expected >= 0 and below 1, received 1.0."),
         ({"hidden": (4, 0)}, "--hidden: expected positive integers, received (4, 0)."),
         ({"schedule": "cyclic"}, "--schedule: expected one of constant, cosine, step, received 'cyclic'."),
+        ({"last_batch": "pad"}, "--last-batch: expected one of spread, keep, drop, received 'pad'."),
         ({"dtype": "int8"}, "--dtype: expected one of float32, float64, received 'int8'."),
         (
             {"early_stop": 3},
@@ -90,6 +91,15 @@ def test_differences_name_the_option() -> None:
         "--validation-split was 0.0, now 0.1",
         "--early-stop was not given, now 2",
     ]
+
+
+def test_what_was_not_asked_for_is_completed() -> None:
+    """Of a run that begins, of one that goes on, and of one that goes on from before there was the setting."""
+    asked = Settings(last_batch="drop")
+    for saved, otherwise in ((None, "spread"), ({"last_batch": "drop"}, "drop"), ({}, "keep")):
+        assert Settings().completed(saved).last_batch == otherwise
+        assert asked.completed(saved).last_batch == "drop"
+    assert asked.differences(Settings().completed(None).as_json()) == ["--last-batch was spread, now drop"]
 
 
 def test_a_cosine_depends_on_its_epochs() -> None:

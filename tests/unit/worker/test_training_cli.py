@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from bnworker.cli import main
+from bnworker.cli import app, main
+from bnworker.cli.interruption import Interruption
 from bnworker.launcher import Job
 from bnworker.train.data import load
 from bnworker.train.forecast import forecast
@@ -18,6 +23,7 @@ from bnworker.train.loop import train
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
+from support.datasets import rows, write
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -82,10 +88,10 @@ def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.Monkey
 
 
 ACCEPTED = (
-    "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, data, decay, decay-epochs, dry-run, dtype, "
-    "early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, job, learning-rate, momentum, report, "
-    "resume, save, save-every, schedule, seed, steps, summary, tensorboard, transport, validation-split, "
-    "warmup-steps, weight-decay, workers."
+    "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, classes, data, decay, decay-epochs, dry-run, "
+    "dtype, early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, job, last-batch, "
+    "learning-rate, momentum, report, resume, save, save-every, schedule, seed, steps, summary, tensorboard, "
+    "transport, validation-split, warmup-steps, weight-decay, workers."
 )
 
 
@@ -224,6 +230,152 @@ def test_the_plan_starts_nothing(command: Command) -> None:
     assert " ranks 3 (service) " in plan
     assert " goes on from the beginning " in plan
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "steps"),
+    [
+        ("", " 39 or 40 (spread); per rank, at most 14, 14, 14 ", " 720, 36 an epoch "),
+        ("'keep'", " 41, the last of an epoch 3 (keep); per rank, at most 14, 14, 14 ", " 720, 36 an epoch "),
+        (
+            "'drop'",
+            " 41; 3 rows are left out, other ones in each epoch (drop); per rank, at most 14, 14, 14 ",
+            " 700, 35 an epoch ",
+        ),
+    ],
+)
+def test_the_plan_shows_the_sizes(text: str, rows: str, steps: str, command: Command) -> None:
+    """Of the steps, for whatever becomes of the 3 rows that do not fill a batch of 41."""
+    Path("run.toml").write_text(f"batch-size = 41\n{'last-batch = ' + text if text else ''}\n", encoding="utf-8")
+    code, out, err = command("train", "--config=run.toml", "--workers=3", "--dry-run")
+    assert (code, err) == (0, "")
+    assert f" rows of a step{rows}" in squeezed(out)
+    assert f" steps{steps}" in squeezed(out)
+
+
+def test_what_is_not_read_is_said(command: Command) -> None:
+    """By the plan and by the run: what lies beside the shards may have been meant as one."""
+    folder = write(Path("shards"), [40, 40])
+    (folder / "2.npz.gz").touch()
+    (folder / "old").mkdir()
+    code, out, _ = command("train", "--data=shards", "--dry-run")
+    assert code == 0
+    assert " not read 2.npz.gz, old (a folder) " in squeezed(out)
+    reported = "bnlayer: train: --data shards: not read: 2.npz.gz, old (a folder)\n"
+    assert command("train", "--data=shards", *SMALL)[::2] == (0, reported)
+    (folder / "2.npz").symlink_to("gone.npz")
+    line = "bnlayer: train: --data shards/2.npz: cannot be read: it is a link to gone.npz, which is not there.\n"
+    assert command("train", "--data=shards", "--workers=2") == (2, "", line)
+
+
+def test_labels_from_1_to_5(command: Command) -> None:
+    """Are five classes: in the plan, the table, the summary, the checkpoint, and when exported; with --classes six."""
+    rng = np.random.default_rng(0)
+    np.savez("mine.npz", x=rng.standard_normal((50, 6)), y=np.arange(50) % 5 + 1)
+    assert " 6 features, 5 classes with the labels 1 to 5 " in squeezed(
+        command("train", "--data=mine.npz", "--dry-run")[1]
+    )
+    files = ("--summary=summary.json", "--save=run.safetensors")
+    code, out, err = command("train", "--data=mine.npz", *SMALL, *files)
+    assert (code, err) == (0, "")
+    assert " labels 1 to 5 " in squeezed(out)
+    assert json.loads(Path("summary.json").read_text(encoding="utf-8"))["labels"] == [1, 2, 3, 4, 5]
+    code, out, _ = command("export", "run.safetensors", "weights.npz")
+    assert (code, out) == (0, "outputs 0 to 4 stand for the labels 1 to 5\n")
+    assert np.load("weights.npz")["dense_2/kernel"].shape == (8, 5)
+    assert command("train", "--data=mine.npz", *SMALL, *files, "--resume")[0] == 0
+    assert " 6 classes " in squeezed(command("train", "--data=mine.npz", "--dry-run", "--classes=6")[1])
+    assert command("train", "--data=mine.npz", "--workers=2", "--classes=5") == (
+        2,
+        "",
+        "bnlayer: train: mine.npz: row 4 of y: label 5; expected 0 to 4, the labels of the model.\n",
+    )
+
+
+@pytest.mark.parametrize("dry_run", ["--no-dry-run", "--dry-run"])
+def test_bad_data_starts_nothing(dry_run: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that would start ranks looks through the data first; the plan does as well."""
+    monkeypatch.setattr("bnworker.launcher.launch", lambda *_: pytest.fail("ranks were started"))
+    folder = write(Path("shards"), [20, 20])
+    x, y = rows(20)
+    y[13] = -1
+    np.savez_compressed(folder / "2.npz", x=x, y=y)
+    line = "bnlayer: train: shards/2.npz: row 13 of y: label -1; expected an integer from 0 to 65,535.\n"
+    assert command("train", "--data=shards", "--workers=2", dry_run) == (2, "", line)
+
+
+@pytest.mark.parametrize(("name", "on"), [("resume", "--resume"), ("dry-run", "--dry-run")])
+def test_flags_of_a_file_can_be_turned_off(
+    name: str, on: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line beats the file in both directions."""
+    started: list[Job] = []
+
+    def launch(job: Job) -> int:
+        started.append(job)
+        return 0
+
+    monkeypatch.setattr("bnworker.launcher.launch", launch)
+    for text, options, holds in (
+        ("true", [], True),
+        ("true", [f"--no-{name}"], False),
+        ("false", [], False),
+        ("false", [on], True),
+    ):
+        started.clear()
+        Path("run.toml").write_text(f"{name} = {text}\nsave = 'a.safetensors'\n", encoding="utf-8")
+        assert command("train", "--config=run.toml", *options)[::2] == (0, "")
+        assert holds == (not started if name == "dry-run" else "--resume" in started[0].command)
+
+
+def test_every_flag_can_be_turned_off() -> None:
+    """Of the commands whose options a file can give."""
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    flags = [option for option in group.commands["train"].params if getattr(option, "is_flag", False)]
+    assert [option.name for option in flags] == ["dry_run", "resume"]
+    assert all(option.secondary_opts == [f"--no-{option.opts[0][2:]}"] for option in flags)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_is_not(number: signal.Signals) -> None:
+    """What a signal did before it does again after the first one, and when the block is left."""
+    received: list[int] = []
+    before = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        with Interruption() as interruption:
+            assert not interruption.asked()
+            signal.raise_signal(number)
+            assert (interruption.asked(), interruption.signal, received) == (True, number, [])
+            signal.raise_signal(number)
+            assert received == [number]
+        with Interruption():
+            pass
+        signal.raise_signal(number)
+        assert received == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As under nohup, or in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert not interruption.asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_batch_that_is_never_full(command: Command) -> None:
+    """Dropping it leaves nothing to train with; said before anything is started, by the plan too."""
+    line = (
+        "bnlayer: train: --last-batch drop: the 1,438 rows to train on are fewer than --batch-size 2,000, which leaves "
+        "no step: expected spread or keep, or a smaller batch size.\n"
+    )
+    for options in (["--dry-run"], ["--workers=2"], ["--transport=none"]):
+        assert command("train", "--batch-size=2000", "--last-batch=drop", *options) == (2, "", line)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

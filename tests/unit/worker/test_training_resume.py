@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bnlayer.collective import installed
-from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode
-from bnworker.train.data import Dataset, from_arrays
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, decode, encode, labels_of
+from bnworker.train.data import Dataset, LastBatch, from_arrays
 from bnworker.train.events import Epoch, Event, Resumed, Saved
-from bnworker.train.loop import Outcome, Saving, train
+from bnworker.train.loop import Outcome, Saving, StoppedError, train
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
@@ -34,19 +37,28 @@ EVERYTHING = Settings(
 PLAIN = Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64")
 
 
-def data(settings: Settings, seed: int = 5, columns: int = 4) -> Dataset:
+def data(
+    settings: Settings, seed: int = 5, columns: int = 4, first_label: int = 0, labels: Iterable[int] | None = None
+) -> Dataset:
     """Three classes, not easily told apart."""
     rng = np.random.default_rng(seed)
     y = np.arange(40) % 3
     x = rng.standard_normal((40, columns)) + np.eye(3, columns)[y]
-    return from_arrays("small", x, y, x[:6], y[:6], dtype=settings.dtype, validation_split=settings.validation_split)
+    y += first_label
+    options = {"dtype": settings.dtype, "validation_split": settings.validation_split, "labels": labels}
+    return from_arrays("small", x, y, x[:6], y[:6], **options)  # type: ignore[arg-type]  # of several types
 
 
 def run(
-    settings: Settings, start: bytes | None = None, every: int | None = None, given: Dataset | None = None
+    settings: Settings,
+    start: bytes | None = None,
+    every: int | None = None,
+    given: Dataset | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    files: list[tuple[int, bytes]] | None = None,
 ) -> tuple[Outcome, list[tuple[int, bytes]], list[Event]]:
     """One run in a world of its own; its outcome, the files that it wrote by steps, and what it told."""
-    files: list[tuple[int, bytes]] = []
+    files = [] if files is None else files
     events: list[Event] = []
 
     def write(checkpoint: Checkpoint) -> None:
@@ -57,7 +69,8 @@ def run(
         begun = None if start is None else decode(start, "run.safetensors")
         saving = Saving(write, every)
         used = given or data(settings)
-        return train(settings, used, world, watch=events.append, start=begun, saving=saving), files, events
+        outcome = train(settings, used, world, watch=events.append, start=begun, saving=saving, stop=stop)
+        return outcome, files, events
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
@@ -75,6 +88,83 @@ def test_from_every_step(settings: Settings) -> None:
         assert (again.kept, again.test_loss) == (whole.kept, whole.test_loss)
         mine, its = again.model.tensors(0), whole.model.tensors(0)
         assert all(mine[name].tobytes() == its[name].tobytes() for name in its)
+
+
+def without_last_batch(content: bytes) -> bytes:
+    """The file as it was written before there was this setting, when the last step took what was left."""
+    saved = decode(content, "run.safetensors")
+    assert saved.settings["last_batch"] == "keep"
+    older = {name: value for name, value in saved.settings.items() if name != "last_batch"}
+    return encode(replace(saved, settings=older))
+
+
+# 43 rows in batches of 8: kept, spread and dropped rows make different steps.
+UNEVEN = replace(PLAIN, batch_size=9)
+
+
+def test_older_checkpoints_go_on_as_they_began() -> None:
+    """Without the setting a run kept what was left of an epoch: from each step of it, the same bytes to its end."""
+    _, files, _ = run(replace(UNEVEN, last_batch="keep"), every=1)
+    for at, (_, content) in enumerate(files):
+        assert run(UNEVEN, without_last_batch(content), every=1)[1] == files[at + 1 :]
+    with pytest.raises(CheckpointError, match=r"other options: --last-batch was keep, now spread\. Give the same"):
+        run(replace(UNEVEN, last_batch="spread"), without_last_batch(files[0][1]))
+
+
+@pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
+def test_stopped_after_every_step(settings: Settings) -> None:
+    """What is saved is what the whole run saves after that step, judged where an epoch ends there."""
+    whole, files, _ = run(settings, every=1)
+    by_steps = dict(files)
+    for last in range(1, whole.steps):
+        asked = iter([*[False] * (last - 1), True])
+        stopped: list[tuple[int, bytes]] = []
+        with pytest.raises(StoppedError, match=rf"^The run was stopped after step {last}\.$"):
+            run(settings, stop=partial(next, asked), files=stopped)
+        assert stopped[-1] == (last, by_steps[last])
+    asked = iter([*[False] * (whole.steps - 1), True])
+    assert run(settings, stop=partial(next, asked))[1][-1] == files[-1], "its last step: nothing is left to stop"
+
+
+def test_labels_are_kept() -> None:
+    """Output k stands for the k-th label: the file says which, so that other rows can be compared with the model."""
+    _, files, _ = run(PLAIN, given=data(PLAIN, first_label=1))
+    saved = decode(files[-1][1], "")
+    assert (saved.data.classes, saved.data.labels, saved.data.numbered) == (3, (1, 2, 3), (1, 2, 3))
+    plain = decode(run(PLAIN)[1][-1][1], "")
+    assert (plain.data.labels, plain.data.numbered) == ((0, 1, 2), None)
+
+
+def test_older_checkpoints_have_a_class_for_every_number() -> None:
+    """Labels 1 to 3 were four classes: such a run goes on with four, and ends with the same bytes."""
+    four = replace(PLAIN, classes=4)
+    _, files, _ = run(four, given=data(four, first_label=1, labels=range(4)))
+    written = decode(files[0][1], "run.safetensors")
+    assert "labels" not in json.loads(_metadata(files[0][1]))["data"]
+    start = replace(written, settings={name: value for name, value in written.settings.items() if name != "classes"})
+    labels = labels_of(PLAIN, start)
+    assert labels == (0, 1, 2, 3)
+    again = run(PLAIN, encode(start), given=data(PLAIN, first_label=1, labels=labels))[1]
+    mine, its = (decode(content, "").tensors for content in (again[-1][1], files[-1][1]))
+    assert {name: tensor.tobytes() for name, tensor in mine.items()} == {
+        name: tensor.tobytes() for name, tensor in its.items()
+    }
+
+
+def _metadata(content: bytes) -> str:
+    size = int.from_bytes(content[:8], "little")
+    return str(json.loads(content[8 : 8 + size])["__metadata__"]["bnlayer"])
+
+
+@pytest.mark.parametrize("last_batch", ["spread", "keep", "drop"])
+def test_a_run_goes_on_with_its_last_batch(last_batch: LastBatch) -> None:
+    """Without the option as it began, in whatever way; with another one it is refused."""
+    _, files, _ = run(replace(UNEVEN, last_batch=last_batch), every=1)
+    assert run(UNEVEN, files[1][1], every=1)[1] == files[2:]
+    assert decode(files[-1][1], "").settings["last_batch"] == last_batch
+    other: LastBatch = "drop" if last_batch != "drop" else "keep"
+    with pytest.raises(CheckpointError, match=rf"--last-batch was {last_batch}, now {other}\."):
+        run(replace(UNEVEN, last_batch=other), files[1][1])
 
 
 def test_what_is_saved_when() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bnworker.cli.errors import CommandError
+from bnworker.cli.errors import EXPLAINED, CommandError
 from bnworker.cli.train import TrainTransport
 
 
@@ -79,7 +79,17 @@ def _launch(
     command += [f"--batch-size={batch_size}", *([f"--data={data}"] if data is not None else [])]
     used = address if transport is TrainTransport.service else None
     try:
-        return launch(Job(tuple(command), workers, transport.value, used or None, None, foreground=True))
+        return launch(
+            Job(
+                tuple(command),
+                workers,
+                transport.value,
+                used or None,
+                foreground=True,
+                program="calibrate",
+                explained=EXPLAINED,
+            )
+        )
     except LaunchError as error:
         raise CommandError(f"calibrate: {error}", error.code) from None
 
@@ -106,7 +116,11 @@ def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
                 raise CheckpointError(f"{path}: there is no such file.")
             settings = settings_of(start)
             loaded = load(
-                data or start.data.name, settings.dtype, world=world, validation_split=settings.validation_split
+                data or start.data.name,
+                settings.dtype,
+                world=world,
+                validation_split=settings.validation_split,
+                labels=start.data.labels,
             )
             result = calibrated(start, loaded, world, batch_size)
         except (CheckpointError, DataError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bnworker.cli.errors import CommandError
 from bnworker.cli.rank import Files
 from bnworker.train import data, penalties, report
-from bnworker.train.checkpoint import Checkpoint, CheckpointError, read
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, labels_of, read
 from bnworker.train.files import prepare
 from bnworker.train.settings import Settings, option
 
@@ -17,7 +17,9 @@ _NAMED = {
 }
 
 
-def refuse_what_cannot_work(name: str, settings: Settings, files: Files, *, replicas: int) -> Checkpoint | None:
+def refuse_what_cannot_work(
+    name: str, settings: Settings, files: Files, *, replicas: int, launching: bool
+) -> Checkpoint | None:
     """Make sure of all that can be known by now.
 
     Args:
@@ -25,6 +27,8 @@ def refuse_what_cannot_work(name: str, settings: Settings, files: Files, *, repl
         settings: of the run.
         files: that it writes.
         replicas: how many models train side by side.
+        launching: whether this process is about to start ranks. Then it looks through the data itself, features
+            aside: what is wrong with them is said once, before anything was started.
 
     Returns:
         The checkpoint that the run goes on from; None: there is none, or none is asked for.
@@ -46,9 +50,22 @@ def refuse_what_cannot_work(name: str, settings: Settings, files: Files, *, repl
         start = read(files.saved) if files.resume and files.saved is not None else None
         if start is not None:
             start.refuse_other_settings(settings)
+        if launching:
+            _examine(name, settings, start)
     except (data.DataError, CheckpointError, report.MissingExtraError, OSError) as error:
         raise CommandError(f"train: {error}") from None
     return start
+
+
+def _examine(name: str, settings: Settings, start: Checkpoint | None) -> None:
+    """Look through the data, as the ranks will."""
+    settings = settings.completed(None if start is None else start.settings)
+    labels, split = labels_of(settings, start), settings.validation_split
+    rows = data.examine(name, validation_split=split, labels=labels)
+    if rows is None and settings.last_batch == "drop":
+        rows = data.load(name, settings.dtype, validation_split=split, labels=labels).rows
+    if rows is not None:
+        data.EpochSteps(rows, settings.batch_size, settings.last_batch or "spread")  # raises where no step is left
 
 
 def _refuse_options_without_meaning(files: Files, replicas: int) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnworker.train.calibration import Calibrated
+from bnworker.train.data import are_numbers, spelled
 from bnworker.train.events import Epoch, Event, Resumed, Step
 from bnworker.train.loop import Outcome
 
@@ -71,6 +72,7 @@ class Display:
             "validation accuracy": "" if last.validation_accuracy is None else f"{last.validation_accuracy:.2%}",
             "train accuracy": f"{last.accuracy:.2%}",
             "train loss": f"{last.loss:.4f}",
+            "labels": "" if are_numbers(outcome.labels) else spelled(outcome.labels),
             "model of epoch": "" if outcome.kept == last.number else f"{outcome.kept}, the best of {last.number}",
             "steps of before": f"{outcome.resumed_steps:,}" if outcome.resumed_steps else "",
             "ranks": f"{summary['world_size']} ({_transport(summary)})",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What a command's own ranks exit with after they said why: a line of `CommandError`, or a traceback.
+EXPLAINED = frozenset({1, 2})
+
 
 class CommandError(Exception):
     """The command cannot do what it was asked for.

@@ -36,6 +36,7 @@ def export(
     ending; 1: OUT cannot be written.
     """
     from bnworker.train.checkpoint import CheckpointError, read
+    from bnworker.train.data import spelled
     from bnworker.train.export import encoded
     from bnworker.train.files import write_atomically
 
@@ -51,3 +52,5 @@ def export(
         write_atomically(out, encoded(found, names.value, out.suffix))
     except OSError as error:
         raise CommandError(f"export: {out}: {error.strerror}", 1) from None
+    if found.data.numbered is not None:
+        typer.echo(f"outputs 0 to {found.data.classes - 1} stand for the labels {spelled(found.data.labels)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bnworker.train.checkpoint import Checkpoint
-from bnworker.train.data import Dataset
+from bnworker.train.data import Dataset, EpochSteps, are_numbers, listed, spelled
 from bnworker.train.forecast import Forecast, forecast
 from bnworker.train.settings import Settings
 
@@ -20,13 +21,14 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
     table = Table(title=f"{data.name}: nothing was started", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    not_read = [("not read", Text(listed(data.ignored)))] if data.ignored else []
     rows = f"{data.rows:,} to train on, {data.validation_rows:,} to validate, {data.test_rows:,} to test"
-    step_rows = min(settings.batch_size, data.rows)
     for name, value in (
-        ("rows", f"{rows}; {data.features:,} features, {data.classes:,} classes"),
+        ("rows", f"{rows}; {data.features:,} features, {classes(data)}"),
+        *not_read,
         ("ranks", f"{workers} ({transport})"),
         ("training rows per rank", _listed(plan.rows_per_rank)),
-        ("rows of a step", f"{step_rows:,}; per rank, at most {_listed(plan.step_rows_per_rank)}"),
+        ("rows of a step", f"{_sizes(plan.epoch)}; per rank, at most {_listed(plan.step_rows_per_rank)}"),
         ("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch"),
         ("goes on from", "the beginning" if start is None else f"step {start.progress.steps:,} of {start.name}"),
         ("learning rate", _rates(settings, plan)),
@@ -47,6 +49,24 @@ def _wire(plan: Forecast) -> list[tuple[str, str]]:
         ("  after an epoch", f"{plan.evaluation_bytes:,}"),
         ("  at the start", f"{plan.start_bytes:,}, from rank 0"),
     ]
+
+
+def classes(data: Dataset) -> str:
+    """How many, and their labels where output k does not stand for label k."""
+    labels = "" if are_numbers(data.labels) else f" with the labels {spelled(data.labels)}"
+    return f"{data.classes:,} classes{labels}"
+
+
+def _sizes(epoch: EpochSteps) -> str:
+    """The rows of an epoch's steps: `62 or 63 (spread)`, `64, the last of an epoch 30 (keep)`."""
+    how = f"({epoch.last_batch})"
+    if epoch.left_out:
+        return f"{epoch.largest:,}; {epoch.left_out:,} rows are left out, other ones in each epoch {how}"
+    if epoch.smallest == epoch.largest:
+        return f"{epoch.largest:,} {how}"
+    if epoch.last_batch == "spread":
+        return f"{epoch.smallest:,} or {epoch.largest:,} {how}"
+    return f"{epoch.largest:,}, the last of an epoch {epoch.smallest:,} {how}"
 
 
 def _listed(counts: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ import typer
 from bnlayer import CollectiveError
 from bnworker.cli.display import Display
 from bnworker.cli.errors import CommandError
+from bnworker.cli.interruption import Interruption
 from bnworker.joining import join
-from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, read_by_first
-from bnworker.train.data import DataError, load
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
+from bnworker.train.data import DataError, listed, load
 from bnworker.train.events import Event
 from bnworker.train.files import write_atomically
-from bnworker.train.loop import DivergedError, Outcome, Replica, Saving, train
+from bnworker.train.loop import DivergedError, Outcome, Replica, Saving, StoppedError, train
 from bnworker.train.report.recorder import Recorder
 from bnworker.train.settings import Settings
 from bnworker.train.summary import summary, summary_file
@@ -42,6 +44,13 @@ class Files:
     report: Path | None = None
     tensorboard: Path | None = None
     resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Stopped:
+    """A signal ended the run before it was over."""
+
+    signal: signal.Signals
 
 
 def run(
@@ -70,6 +79,8 @@ def run(
     first = world.rank == 0 and replica.index == 0
     with world:
         problem = _train(data, settings, world, replica, files, first=first)
+    if isinstance(problem, _Stopped):
+        raise typer.Exit(128 + problem.signal)
     if problem is not None:
         # The same on every rank, so that nobody had to be told: one says it.
         if first:
@@ -79,13 +90,23 @@ def run(
 
 def _train(
     data: str, settings: Settings, world: World, replica: Replica, files: Files, *, first: bool
-) -> DataError | CheckpointError | None:
-    """Train, show and write; returns what every rank finds wrong with what the user gave."""
+) -> DataError | CheckpointError | _Stopped | None:
+    """Train, show and write; returns what every rank finds wrong with what the user gave, or that it was stopped."""
     recorder: Recorder | None = None
+    interruption = Interruption()
     try:
-        loaded = load(data, settings.dtype, world=world, validation_split=settings.validation_split)
         start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
-        steps_per_epoch = loaded.steps_per_epoch(settings.batch_size)
+        loaded = load(
+            data,
+            settings.dtype,
+            world=world,
+            validation_split=settings.validation_split,
+            labels=labels_of(settings, start),
+        )
+        if first and loaded.ignored:
+            typer.echo(f"bnlayer: train: --data {data}: not read: {listed(loaded.ignored)}", err=True)
+        settings = settings.completed(None if start is None else start.settings)
+        steps_per_epoch = loaded.steps_per_epoch(settings.batch_size, settings.last_batch)
         steps = settings.total_steps(steps_per_epoch)
         display = Display(steps, settings.epochs, shown=first, plain=world.transport == "mpi")
         recorder = Recorder(files.report, files.tensorboard, steps, steps_per_epoch) if first else None
@@ -95,9 +116,17 @@ def _train(
             if recorder is not None:
                 recorder.watch(event)
 
-        with display:
-            saving = _saving(files) if first else None
-            outcome = train(settings, loaded, world, replica, watch, start=start, saving=saving)
+        saving = _saving(files) if first else None
+        with display, interruption:
+            stop = interruption.asked
+            outcome = train(settings, loaded, world, replica, watch, start=start, saving=saving, stop=stop)
+    except StoppedError as stopped:
+        by = interruption.signal or signal.SIGINT
+        if first:
+            kept = f"; {files.saved} goes on from there with --resume" if files.saved is not None else ""
+            typer.echo(f"bnlayer: train: {by.name}: stopped after step {stopped.steps:,}{kept}", err=True)
+        _report_failure(recorder, data, settings, world, f"{by.name} after step {stopped.steps:,}.", stopped=True)
+        return _Stopped(by)
     except (DataError, CheckpointError) as error:
         _report_failure(recorder, data, settings, world, str(error))
         return error
@@ -150,15 +179,19 @@ def _finish(
     _report(recorder, contents)
 
 
-def _report_failure(recorder: Recorder | None, data: str, settings: Settings, world: World, why: str) -> None:
+def _report_failure(
+    recorder: Recorder | None, data: str, settings: Settings, world: World, why: str, *, stopped: bool = False
+) -> None:
     if recorder is not None:
         known = {"data": data, "world_size": world.world_size, "transport": world.transport}
-        _report(recorder, {**known, "settings": settings.as_json()}, why)
+        _report(recorder, {**known, "settings": settings.as_json()}, why, stopped=stopped)
 
 
-def _report(recorder: Recorder, contents: Mapping[str, Any], failure: str | None = None) -> None:
+def _report(
+    recorder: Recorder, contents: Mapping[str, Any], failure: str | None = None, *, stopped: bool = False
+) -> None:
     try:
-        page = recorder.finish(contents, failure)
+        page = recorder.finish(contents, failure, stopped=stopped)
     except OSError as error:
         raise CommandError(f"train: --report: {error}", 1) from None
     if page is not None:

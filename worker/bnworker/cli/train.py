@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnworker.cli import configuration
-from bnworker.cli.errors import CommandError
+from bnworker.cli.errors import EXPLAINED, CommandError
 
 if TYPE_CHECKING:
     from bnlayer.environment import Announcement
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from bnworker.train.settings import Settings
 
 _RANKS, _MODEL, _DESCENT, _FILES = "Ranks", "Model", "Training", "Files"
+# From Ctrl-C to SIGKILL: a step is ended, a checkpoint and a report are written; Kubernetes' own patience. A second
+# Ctrl-C kills at once.
+_STOP_S = 30.0
 _OF_THE_LAUNCHER = frozenset({"workers", "transport", "address", "job", "config", "dry_run"})  # not passed on to ranks
 
 
@@ -36,6 +39,14 @@ class Precision(StrEnum):
 
     float32 = "float32"
     float64 = "float64"
+
+
+class LastBatch(StrEnum):
+    """What becomes of the rows of an epoch that do not fill a batch."""
+
+    spread = "spread"
+    keep = "keep"
+    drop = "drop"
 
 
 class Schedule(StrEnum):
@@ -62,7 +73,10 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan: rows per rank, exchanges, bytes, memory. Start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run/--no-dry-run", help="Show the plan: rows per rank, exchanges, bytes, memory. Start nothing."
+        ),
     ] = False,
     workers: Annotated[
         int | None,
@@ -92,6 +106,15 @@ def train(
     hidden: Annotated[
         str, typer.Option(metavar="N,N,...", help="Outputs of each hidden layer.", rich_help_panel=_MODEL)
     ] = "128,64",
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many: labels from 0 to one less, whether all occur or not; those that occur if not given.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="Of weights and arithmetic.", rich_help_panel=_MODEL)
     ] = Precision.float32,
@@ -125,6 +148,15 @@ def train(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows of a step, of all workers together.", rich_help_panel=_DESCENT)
     ] = 64,
+    last_batch: Annotated[
+        LastBatch | None,
+        typer.Option(
+            help="Rows that do not fill a batch: `spread` over the steps of the epoch (the default), "
+            "`keep` as a smaller last step, or `drop`. A resumed run goes on as it began.",
+            show_default=False,
+            rich_help_panel=_DESCENT,
+        ),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of gradient descent.", rich_help_panel=_DESCENT)] = 0.1,
     schedule: Annotated[
         Schedule,
@@ -189,7 +221,9 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the file of --save, if it is there.", rich_help_panel=_FILES),
+        typer.Option(
+            "--resume/--no-resume", help="Go on from the file of --save, if it is there.", rich_help_panel=_FILES
+        ),
     ] = False,
 ) -> None:
     """Train a perceptron with synchronized batch normalization, data-parallel.
@@ -209,6 +243,9 @@ def train(
     the rounding of the Dense layers' gradients. `--transport none` shows what is lost without synchronization;
     with one worker it is a plain single process. A resumed run is bit for bit the one that was cut off, if the number
     of workers is the same; with another one, that rounding differs from there on.
+
+    Ctrl-C, or SIGTERM, ends it after the step under way: a checkpoint and the report are written, and the exit code is
+    130, or 143.
 
     Exit code 1: training failed. 2: wrong options, data or checkpoint. Otherwise that of the first worker that failed.
     """
@@ -246,17 +283,20 @@ def train(
             epsilon=epsilon,
             validation_split=validation_split,
             early_stop=early_stop,
+            classes=classes,
+            last_batch=None if last_batch is None else last_batch.value,
         )
     except SettingsError as error:
         raise CommandError(f"train: {error}") from None
     alone = transport is TrainTransport.none or (transport is None and os.environ.get("BNLAYER_TRANSPORT") == "alone")
     many = rank.world_size if rank is not None else workers or 1
-    start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1)
+    launching = rank is None and not dry_run and (transport is not TrainTransport.none or many > 1)
+    start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1, launching=launching)
     if dry_run:
         if rank is None or rank.rank == 0:
             _show(data, settings, many, str(transport or TrainTransport.service), start)
         return
-    if rank is None and (transport is not TrainTransport.none or many > 1):
+    if launching:
         raise typer.Exit(_launch(context, many, transport or TrainTransport.service, address, job))
     run(
         data,
@@ -292,13 +332,20 @@ def _rank(environ: Mapping[str, str], workers: int | None) -> Announcement | Non
 
 def _show(data: str, settings: Settings, workers: int, transport: str, start: Checkpoint | None) -> None:
     from bnworker.cli.forecast import show
+    from bnworker.train.checkpoint import labels_of
     from bnworker.train.data import DataError, load
 
+    settings = settings.completed(None if start is None else start.settings)
     try:
-        loaded = load(data, settings.dtype, validation_split=settings.validation_split)
+        loaded = load(
+            data,
+            settings.dtype,
+            validation_split=settings.validation_split,
+            labels=labels_of(settings, start),
+        )
+        show(settings, loaded, workers, transport, start)
     except DataError as error:
         raise CommandError(f"train: {error}") from None
-    show(settings, loaded, workers, transport, start)
 
 
 def _launch(
@@ -311,7 +358,19 @@ def _launch(
     kind = "alone" if transport is TrainTransport.none else transport.value
     used = address if transport is TrainTransport.service else None
     try:
-        return launch(Job(command, workers, kind, used or None, job or None, foreground=True))
+        return launch(
+            Job(
+                command,
+                workers,
+                kind,
+                used or None,
+                job or None,
+                foreground=True,
+                program="train",
+                stop_s=_STOP_S,
+                explained=EXPLAINED,
+            )
+        )
     except LaunchError as error:
         raise CommandError(f"train: {error}", error.code) from None
 

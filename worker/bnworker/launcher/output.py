@@ -23,7 +23,6 @@ from bnworker.launcher.prefix import Prefixer, Style
 from bnworker.launcher.reactor import Consumer, Reactor, Sink, Stream
 from bnworker.launcher.starting import Job, LaunchError
 
-PREFIX = "bnlayer launch:"  # in front of the launcher's own lines
 _IN_LOGS = Style(timestamps=True, colour=False)
 _STDOUT, _STDERR = 1, 2
 
@@ -107,6 +106,7 @@ class Outputs:
             Style.of(terminal=os.isatty(descriptor), timestamps=output.timestamps, environ=environ)
             for descriptor in (_STDOUT, _STDERR)
         )
+        self._says = f"bnlayer {job.program}:"  # in front of the launcher's own lines
         self._streams: list[Stream] = []
         self._logs = _opened(job, output.log_dir, self._write_on_screen) if output.log_dir is not None else {}
 
@@ -138,7 +138,7 @@ class Outputs:
         self._line(self._err.put, self._err_style, text)
 
     def _line(self, put: Callable[[bytes], None], style: Style, text: str) -> None:
-        _Screen(put, style, PREFIX, None).feed(f"{text}\n".encode())
+        _Screen(put, style, self._says, None).feed(f"{text}\n".encode())
 
     @property
     def written(self) -> bool:

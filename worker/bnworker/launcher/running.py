@@ -101,7 +101,7 @@ def _stand_in() -> None:
 class _Run:
     def __init__(self, job: Job, output: Output, environ: Mapping[str, str]) -> None:
         self.reactor = Reactor()
-        self.supervision = Supervision(frozenset(), grace_s=job.grace_s)
+        self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s)
         self._job = job
         self._log_dir = output.log_dir
         self._outputs = Outputs(self.reactor, job, output, environ, self._unread)
@@ -225,7 +225,8 @@ class _Run:
     def _handle(self, event: Event) -> None:
         before = self.supervision
         self.supervision, effects = before.handle(event)
-        if isinstance(event, Ended) and len(self.supervision.ended) > len(before.ended) and event.status != 0:
+        counted = len(self.supervision.ended) > len(before.ended)
+        if isinstance(event, Ended) and counted and event.status not in {0, *self._job.explained}:
             self._outputs.announce(str(event))
         for effect in effects:
             match effect:
@@ -244,7 +245,7 @@ class _Run:
                 os.killpg(self._groups[who], number)
         if ranks and number not in _PASSED_ON:
             message = f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}"
-            then = f"; SIGKILL follows in {self._job.grace_s:g} s, or at once on Ctrl-C"
+            then = f"; SIGKILL follows in {self.supervision.seconds_to_kill:g} s, or at once on Ctrl-C"
             self._outputs.announce(message if number == signal.SIGKILL else message + then)
 
     # ---- the end ----

@@ -54,6 +54,9 @@ class Job:
             output is logged).
         wait_s: seconds to wait for the service at `address` to listen.
         grace_s: seconds that the other ranks have after a failure, and once more between SIGTERM and SIGKILL.
+        stop_s: seconds that the ranks have after a signal from outside, before SIGKILL; None: `grace_s`.
+        program: the command that the user typed, `bnlayer PROGRAM`; it stands in front of the launcher's own lines.
+        explained: exit codes whose reason the ranks say themselves: that they ended so is not worth a line.
     """
 
     command: tuple[str, ...]
@@ -64,6 +67,9 @@ class Job:
     foreground: bool = False
     wait_s: float = 0.0
     grace_s: float = GRACE_S
+    stop_s: float | None = None
+    program: str = "launch"
+    explained: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.command:

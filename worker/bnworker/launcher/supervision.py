@@ -132,6 +132,7 @@ class Supervision:
         ended: who ended before the launcher began to end them, in order.
         interrupted: the signal from outside, where it was the first cause.
         grace_s: seconds that the others have after a failure, and once more after SIGTERM.
+        stop_s: seconds that all have after a signal from outside; None: `grace_s`.
     """
 
     running: frozenset[int]
@@ -139,6 +140,12 @@ class Supervision:
     ended: tuple[Ended, ...] = ()
     interrupted: int | None = None
     grace_s: float = GRACE_S
+    stop_s: float | None = None
+
+    @property
+    def seconds_to_kill(self) -> float:
+        """What the ranks get between the signal that asks them to end and SIGKILL."""
+        return self.grace_s if self.interrupted is None or self.stop_s is None else self.stop_s
 
     @property
     def done(self) -> bool:
@@ -161,7 +168,7 @@ class Supervision:
             after = replace(after, interrupted=event.signal)
         if phase is self.phase:
             return after, []
-        return after, list(_on_entering(phase, event, self.grace_s))
+        return after, list(_on_entering(phase, event, self.grace_s, after.seconds_to_kill))
 
     def exit_code(self) -> int:
         """The launcher's exit code, by law 3."""
@@ -187,13 +194,13 @@ def _happening(event: Event) -> Happening:
             return Happening.TIME_UP
 
 
-def _on_entering(phase: Phase, event: Event, grace_s: float) -> Iterable[Effect]:
+def _on_entering(phase: Phase, event: Event, grace_s: float, kill_s: float) -> Iterable[Effect]:
     if phase is Phase.GRACE:
         yield Alarm(grace_s)
     elif phase is Phase.TERMINATING:
         passed_on = isinstance(event, Interrupted) and event.signal in _AS_IT_IS and event.signal
         yield SendSignal(passed_on or signal.SIGTERM)
-        yield Alarm(grace_s)
+        yield Alarm(kill_s)
     elif phase is Phase.KILLING:
         yield SendSignal(signal.SIGKILL)
         yield Alarm(None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bnlayer import calibrating
 from bnworker.train.checkpoint import BEST, Checkpoint, CheckpointError
-from bnworker.train.data import Dataset, raise_on_every_rank
+from bnworker.train.data import Dataset, raise_on_every_rank, spelled
 from bnworker.train.evaluation import Scores, evaluate
 from bnworker.train.loop import perceptron
 from bnworker.train.settings import Settings, SettingsError
@@ -63,7 +63,7 @@ def calibrate(
 
     Args:
         checkpoint: the same on every rank.
-        data: loaded for this world.
+        data: loaded for this world, with the checkpoint's labels.
         world: the ranks.
         batch_size: rows of a step, of all ranks together: each is normalized with its own statistics.
         watch: is told of the rows of each step.
@@ -75,10 +75,11 @@ def calibrate(
         CollectiveError: another rank is lost, or disagrees.
     """
     settings = settings_of(checkpoint)
-    if (data.features, data.classes) != (checkpoint.data.features, checkpoint.data.classes):
+    if (data.features, data.labels) != (checkpoint.data.features, checkpoint.data.labels):
         raise CheckpointError(
             f"{checkpoint.name} belongs to data of {checkpoint.data.features} features and {checkpoint.data.classes} "
-            f"classes; {data.name} has {data.features} and {data.classes}."
+            f"classes ({spelled(checkpoint.data.labels)}); {data.name} has {data.features} and {data.classes} "
+            f"({spelled(data.labels)})."
         )
     model = perceptron(settings, data.features, data.classes)
     checkpoint.refuse_other_tensors(model.tensors(0))

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from bnworker.train.data import Dataset, are_numbers
 from bnworker.train.events import Epoch
 from bnworker.train.settings import Settings
 from bnworker.world import World
@@ -85,12 +86,26 @@ class Origin:
         name: as given to `--data`.
         fingerprint: of the contents.
         features, classes: how many.
+        numbered: the labels of the classes, ascending; None: they are 0 to classes − 1. Files that do not name them
+            are of models whose output k stands for label k, whether it occurred or not.
     """
 
     name: str
     fingerprint: str
     features: int
     classes: int
+    numbered: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, data: Dataset) -> Origin:
+        """That of a data set."""
+        numbered = None if are_numbers(data.labels) else data.labels
+        return cls(data.name, data.fingerprint, data.features, data.classes, numbered)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Of the classes: output k of the model stands for `labels[k]`."""
+        return tuple(range(self.classes)) if self.numbered is None else self.numbered
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +177,18 @@ class Checkpoint:
                 )
 
 
+def labels_of(settings: Settings, start: Checkpoint | None) -> tuple[int, ...] | None:
+    """The labels that a run's data must have; None: whatever labels occur in them.
+
+    Args:
+        settings: of the run.
+        start: the checkpoint that it goes on from; None: it begins.
+    """
+    if start is not None:
+        return start.data.labels
+    return None if settings.classes is None else tuple(range(settings.classes))
+
+
 def encode(checkpoint: Checkpoint) -> bytes:
     """The file that holds a checkpoint."""
     from safetensors.numpy import save
@@ -175,6 +202,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
             "fingerprint": data.fingerprint,
             "features": data.features,
             "classes": data.classes,
+            **({} if data.numbered is None else {"labels": list(data.numbered)}),
         },
         "progress": checkpoint.progress.as_json(),
     }
@@ -216,7 +244,9 @@ def decode(content: bytes, name: str) -> Checkpoint:
         if _checksum(facts, tensors) != expected:
             _refuse(name, "does not match its checksum: it was changed, or is corrupt")
         progress = Progress.from_json(facts["progress"])
-        return Checkpoint(tensors, progress, facts["settings"], Origin(**facts["data"]), name)
+        labels = facts["data"].pop("labels", None)
+        data = Origin(**facts["data"], numbered=None if labels is None else tuple(labels))
+        return Checkpoint(tensors, progress, facts["settings"], data, name)
     except (KeyError, TypeError) as error:
         _refuse(name, f"lacks what every checkpoint has ({error}): it is corrupt")
 

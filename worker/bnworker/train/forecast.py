@@ -16,12 +16,13 @@ import numpy as np
 from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import precision_of
-from bnworker.train.data import Dataset
+from bnworker.train.data import Dataset, EpochSteps
 from bnworker.train.loop import perceptron
 from bnworker.train.settings import Settings
 
 _WORD = 8  # bytes
-_STEP_SUMS = 3  # the loss, the rows classified rightly, and whether a rank could not read its rows; float64
+# The loss, the rows classified rightly, whether a rank could not read its rows, whether one is asked to end; float64.
+_STEP_SUMS = 4
 _ENROLLED_LIMBS = 4  # a channel's grids, beside its two moving statistics
 _FLAGS = 3  # words of a layer's state
 _PROCESS_BYTES = 140 * 2**20  # Python, NumPy, gRPC, and what `digits` imports: measured on Linux, x86-64
@@ -49,7 +50,8 @@ class Forecast:
         parameters: trainable numbers.
         steps_per_epoch, steps: how many.
         rows_per_rank: training rows that each rank reads in an epoch.
-        step_rows_per_rank: the most rows that each rank has in a step of full size.
+        epoch: how the training rows are divided among the steps of an epoch.
+        step_rows_per_rank: the most rows that each rank has in the largest step.
         exchanges: of one step, in their order.
         start_bytes: that rank 0 sends once: the weights, and what makes the layers known.
         probe_bytes: that a rank sends more where all layers look for their grids: in the first step, and rarely after.
@@ -61,6 +63,7 @@ class Forecast:
     steps_per_epoch: int
     steps: int
     rows_per_rank: tuple[int, ...]
+    epoch: EpochSteps
     step_rows_per_rank: tuple[int, ...]
     exchanges: tuple[Exchange, ...]
     start_bytes: int
@@ -84,12 +87,13 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
 
     Raises:
         ValueError: a regularizer's or constraint's name is unknown.
+        DataError: an epoch would have no step.
     """
+    epoch = data.epoch_steps(settings.batch_size, settings.last_batch)
     model = perceptron(settings, data.features, data.classes)
     item, folds = np.dtype(settings.dtype).itemsize, precision_of(settings.dtype).folds
     dense = sum(weight.value.size for weight in model.dense_weights)
     parameters = dense + sum(weight.value.size for weight in model.norm_weights)
-    steps_per_epoch = data.steps_per_epoch(settings.batch_size)
     forward = [
         Exchange(f"{norm.name} forward sums", Moments.rows(folds) * _WORD * norm.state.channels) for norm in model.norms
     ]
@@ -101,13 +105,13 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
     channels = sum(norm.state.channels for norm in model.norms)
     states = channels * (2 * item + _ENROLLED_LIMBS * _WORD) + len(model.norms) * _FLAGS * _WORD
     per_rank = data.rows_per_rank(workers)
-    batch = min(settings.batch_size, data.rows)
-    step_rows = tuple(math.ceil(batch * rows / data.rows) for rows in per_rank)
+    step_rows = tuple(math.ceil(epoch.largest * rows / data.rows) for rows in per_rank)
     return Forecast(
         parameters,
-        steps_per_epoch,
-        settings.total_steps(steps_per_epoch),
+        epoch.count,
+        settings.total_steps(epoch.count),
         per_rank,
+        epoch,
         step_rows,
         (*forward, *backward, gradients),
         start_bytes=parameters * item + states,

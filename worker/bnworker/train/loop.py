@@ -1,8 +1,7 @@
 """The main job: data-parallel training whose result does not depend on the number of ranks.
 
 Laws of this room:
-1. A step's rows are given (`data`); each rank takes its share of them, none is padded or dropped, and a
-   rank may get none.
+1. A step's rows are given (`data`); each rank takes its share of them, none is padded, and a rank may get none.
 2. What is evaluated is the owner's moving statistics.
 3. A run begins with rank 0's state, new or from a checkpoint: the owner's too, if it has one of an earlier run.
 4. What comes after a step follows from the state after it alone: a run that goes on from a checkpoint takes the very
@@ -33,6 +32,18 @@ from bnworker.world import World
 
 class DivergedError(Exception):
     """The loss is not finite any more."""
+
+
+class StoppedError(Exception):
+    """A rank was asked to end before the run was over; all ended after the same step, and what was made is saved.
+
+    Attributes:
+        steps: made.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"The run was stopped after step {steps:,}.")
+        self.steps = steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,7 @@ class Outcome:
         model: trained; its layers hold the owner's moving statistics. Where the run may stop early, that of the
             epoch with the lowest validation loss.
         optimizer: with its velocities after the last step.
+        labels: of the classes: output k of the model stands for `labels[k]`.
         epochs: one entry each, those of before it was resumed included.
         kept: the number of the epoch whose model it is.
         test_loss, test_accuracy: of this model.
@@ -78,6 +90,7 @@ class Outcome:
 
     model: Perceptron
     optimizer: SGD
+    labels: tuple[int, ...]
     epochs: tuple[Epoch, ...]
     kept: int
     test_loss: float
@@ -101,6 +114,7 @@ def train(
     *,
     start: Checkpoint | None = None,
     saving: Saving | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train; every rank of the world calls it with the same arguments.
 
@@ -112,12 +126,14 @@ def train(
         watch: is told of everything that happens.
         start: where to go on; None: from the beginning.
         saving: of checkpoints; None: none.
+        stop: is asked in every step whether this rank shall end; one that says so ends them all.
 
     Raises:
         ValueError: the data was loaded for another world, or a regularizer's or constraint's name is unknown.
         CheckpointError: on every rank: `start` is of another run.
         DataError: on every rank: one could not read its rows.
         DivergedError: on every rank, when the loss is not finite any more.
+        StoppedError: on every rank, when one was asked to end.
         CollectiveError: another rank is lost, or disagrees.
     """
     if (data.rank, data.world_size) != (world.rank, world.world_size):
@@ -125,7 +141,7 @@ def train(
             f"train(data=): it was loaded for rank {data.rank} of {data.world_size}, and this is rank {world.rank} of "
             f"{world.world_size}: expected load(..., world=world)."
         )
-    run = _Run(settings, data, world, replica, watch, saving, start)
+    run = _Run(settings, data, world, replica, watch, saving, start, stop)
     while not run.over:
         run.epoch()
     return run.outcome()
@@ -162,12 +178,14 @@ class _Run:
         watch: Callable[[Event], None],
         saving: Saving | None,
         start: Checkpoint | None,
+        stop: Callable[[], bool],
     ) -> None:
+        settings = settings.completed(None if start is None else start.settings)
         self._settings, self._data, self._world, self._replica = settings, data, world, replica
-        self._watch = watch
+        self._watch, self._stop = watch, stop
         self._saving = saving if world.rank == 0 else None
-        self._origin = Origin(data.name, data.fingerprint, data.features, data.classes)
-        self._steps_per_epoch = data.steps_per_epoch(settings.batch_size)
+        self._origin = Origin.of(data)
+        self._steps_per_epoch = data.steps_per_epoch(settings.batch_size, settings.last_batch)
         self._last = settings.total_steps(self._steps_per_epoch)
         self._model = perceptron(settings, data.features, data.classes)
         self._optimizer = SGD(
@@ -182,6 +200,7 @@ class _Run:
         self._unfinished: Epoch | None = None  # the last epoch, where --steps ends the run within it
         self._rows, self._seconds = 0, 0.0
         self._saved_steps: int | None = None
+        self._stopping = False
         if start is not None:
             self._go_on_from(start)
         self._resumed_steps = self._progress.steps
@@ -225,16 +244,26 @@ class _Run:
         return best is not None and patience is not None and len(self._progress.epochs) - best.number >= patience
 
     def epoch(self) -> None:
-        """Make the steps that are left of an epoch, or of the run; then judge it."""
+        """Make the steps that are left of an epoch, or of the run; then judge it.
+
+        Raises:
+            StoppedError: a rank was asked to end. An epoch that is complete was judged.
+        """
         number, world = len(self._progress.epochs) + 1, self._world
         first = self._progress.steps - (number - 1) * self._steps_per_epoch
         replica = (self._replica.index, self._replica.count)
-        batches = self._data.batches(self._settings.batch_size, self._settings.seed, number, first, replica)
+        settings = self._settings
+        batches = self._data.batches(
+            settings.batch_size, settings.seed, number, first, replica, last_batch=settings.last_batch
+        )
         seconds, waited = 0.0, 0.0
         for _ in range(min(self._steps_per_epoch - first, self._last - self._progress.steps)):
             made = self._step(batches, number)
             seconds, waited = seconds + made.seconds, waited + made.waiting_seconds
             self._watch(made)
+            if self._stopping and not self._at_an_end(number):
+                self._save()
+                raise StoppedError(self._progress.steps)
             if self._due():
                 self._save()
         self._seconds += seconds
@@ -247,6 +276,12 @@ class _Run:
             self._unfinished = evaluated
         self._watch(evaluated)
         self._save()
+        if self._stopping and not self.over:
+            raise StoppedError(self._progress.steps)
+
+    def _at_an_end(self, epoch: int) -> bool:
+        """Of the run, or of an epoch: what comes next is to judge it."""
+        return self._progress.steps in (self._last, epoch * self._steps_per_epoch)
 
     def _step(self, batches: Iterator[Batch], epoch: int) -> Step:
         begun, waited = time.perf_counter(), self._world.statistics.waiting_seconds
@@ -256,7 +291,7 @@ class _Run:
         number = before.steps + 1
         rate = self._settings.learning_rate_of(number, self._steps_per_epoch)
         self._optimizer.learning_rate = rate
-        loss_sum, correct = step(self._model, self._optimizer, batch, self._world)
+        loss_sum, correct, self._stopping = step(self._model, self._optimizer, batch, self._world, stop=self._stop())
         loss = loss_sum / max(1, batch.rows)
         _refuse_divergence(loss, f"The loss of step {number}")
         self._progress = Progress(
@@ -341,6 +376,7 @@ class _Run:
         return Outcome(
             self._model,
             self._optimizer,
+            self._data.labels,
             epochs,
             kept.number,
             kept.test_loss,

@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from bnworker.train.data import LAST_BATCHES, LastBatch
 
 SCHEDULES = ("constant", "cosine", "step")
 DTYPES = ("float32", "float64")
 
 _EXTENDS = ("epochs", "steps")  # more of the same steps: a resumed run may ask for another number of them
+_WITHOUT_LAST_BATCH: LastBatch = "keep"  # what runs did whose checkpoints do not name it
 
 
 class SettingsError(ValueError):
@@ -44,6 +47,9 @@ class Settings:
         bn_momentum, epsilon: of the normalizations.
         validation_split: share of the training rows that is kept for validation.
         early_stop: end after so many epochs without a lower validation loss.
+        classes: how many: labels are 0 to classes − 1, whether all of them occur or not. None: those that occur.
+        last_batch: what becomes of the rows of an epoch that do not fill a batch, "spread", "keep" or "drop": see
+            `EpochSteps`. None: not asked for; `completed` decides.
 
     Raises:
         SettingsError: one is out of range.
@@ -70,9 +76,11 @@ class Settings:
     epsilon: float = 1e-3
     validation_split: float = 0.0
     early_stop: int | None = None
+    classes: int | None = None
+    last_batch: LastBatch | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "decay_epochs", "steps", "early_stop"):
+        for name in ("epochs", "batch_size", "decay_epochs", "steps", "early_stop", "classes"):
             self._refuse_unless(name, ">= 1", getattr(self, name) is None or getattr(self, name) >= 1)
         for name in ("seed", "warmup_steps"):
             self._refuse_unless(name, ">= 0", getattr(self, name) >= 0)
@@ -85,6 +93,8 @@ class Settings:
         self._refuse_unless("hidden", "positive integers", all(size > 0 for size in self.hidden))
         self._refuse_unless("schedule", f"one of {', '.join(SCHEDULES)}", self.schedule in SCHEDULES)
         self._refuse_unless("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
+        accepted = (None, *LAST_BATCHES)
+        self._refuse_unless("last_batch", f"one of {', '.join(LAST_BATCHES)}", self.last_batch in accepted)
         if self.early_stop is not None and not self.validation_split:
             raise SettingsError(
                 "--early-stop watches the validation loss, and there are no validation rows: "
@@ -94,6 +104,16 @@ class Settings:
     def _refuse_unless(self, name: str, wanted: str, holds: bool) -> None:
         if not holds:
             raise SettingsError(f"{option(name)}: expected {wanted}, received {getattr(self, name)!r}.")
+
+    def completed(self, saved: Mapping[str, Any] | None) -> Settings:
+        """The same, with a value for what was not asked for: as it was in a run that goes on.
+
+        Args:
+            saved: `as_json()` of the run that it goes on from; None: it begins. One without `last_batch` is older
+                than this setting, and kept what was left of an epoch as its last step.
+        """
+        otherwise = "spread" if saved is None else saved.get("last_batch") or _WITHOUT_LAST_BATCH
+        return replace(self, last_batch=self.last_batch or otherwise)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """How many steps the run takes, unless it stops early."""
@@ -140,10 +160,11 @@ class Settings:
             saved: the other run's `as_json()`.
         """
         free = ("steps",) if self.schedule == "cosine" else _EXTENDS
-        asked, defaults = self.as_json(), Settings().as_json()
+        asked = self.completed(saved).as_json()
+        was = {**Settings().as_json(), **saved, "last_batch": saved.get("last_batch") or _WITHOUT_LAST_BATCH}
         return [
             f"{option(name)} was {_shown(before)}, now {_shown(asked.get(name))}"
-            for name, before in {**defaults, **saved}.items()
+            for name, before in was.items()
             if name not in free and before != asked.get(name)
         ]
 

@@ -3,8 +3,8 @@
 Laws of this room:
 1. The loss is the sum over all rows of the step, divided by their number: each rank divides its own sum by the
    number of ALL rows, and the gradients add up.
-2. One reduction a step carries the Dense gradients and the loss. Gamma's and beta's gradients are those of
-   all ranks already; regularizers are added once, after the reduction.
+2. One reduction a step carries the Dense gradients, the loss, and whether a rank is asked to end. Gamma's and beta's
+   gradients are those of all ranks already; regularizers are added once, after the reduction.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ from bnworker.train.optimizer import SGD
 from bnworker.world import World
 
 
-def step(model: Perceptron, optimizer: SGD, batch: Batch, world: World) -> tuple[float, int]:
+def step(
+    model: Perceptron, optimizer: SGD, batch: Batch, world: World, *, stop: bool = False
+) -> tuple[float, int, bool]:
     """One step on rows that all ranks share.
 
+    Args:
+        model, optimizer: the same on every rank.
+        batch: this rank's rows.
+        world: the ranks.
+        stop: whether this rank is asked to end.
+
     Returns:
-        The summed loss and how many rows were classified rightly, of all ranks, before the update.
+        The summed loss and how many rows were classified rightly, of all ranks, before the update; and whether any
+        rank is asked to end, which all of them learn in the same step.
 
     Raises:
         DataError: on every rank: one could not read its rows. Nothing was updated but moving statistics.
@@ -35,8 +44,8 @@ def step(model: Perceptron, optimizer: SGD, batch: Batch, world: World) -> tuple
     correct = int((logits.argmax(axis=1) == batch.y).sum())
     model.backward(dlogits / max(1, batch.rows))
     local = [_gradient(weight.gradient) for weight in model.dense_weights]
-    *dense, sums = world.allreduce([*local, np.array([loss, correct, batch.problem is not None], np.float64)])
-    total, right, problems = sums.tolist()
+    *dense, sums = world.allreduce([*local, np.array([loss, correct, batch.problem is not None, stop], np.float64)])
+    total, right, problems, stops = sums.tolist()
     if problems:
         raise_on_every_rank(world, batch.problem)
     norms: list[NDArray[Any]] = []
@@ -44,7 +53,7 @@ def step(model: Perceptron, optimizer: SGD, batch: Batch, world: World) -> tuple
         for weight, penalty in zip(norm.trainable_weights, norm.regularizer_gradients(), strict=True):
             norms.append(_gradient(weight.gradient) + penalty)
     optimizer.step([*dense, *norms])
-    return total, round(right)
+    return total, round(right), stops > 0
 
 
 def _gradient(gradient: NDArray[Any] | None) -> NDArray[Any]:

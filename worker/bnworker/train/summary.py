@@ -18,7 +18,8 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
         test_accuracy, test_loss (of the model that is kept), train_loss (mean cross-entropy over the last epoch's
         training rows), epochs, steps, kept_epoch (whose model it is), resumed_steps (made by an earlier process),
         world_size, transport ("service", "mpi" or "alone"), seconds (of this process's training steps alone),
-        moving_version (completed forward exchanges of each layer), layers (name, channels, moving_mean,
+        labels (output k of the model stands for the k-th), moving_version (completed forward exchanges of each
+        layer), layers (name, channels, moving_mean,
         moving_variance, moving_version), history (per epoch: loss, accuracy, test_loss, …); and, of this rank:
         rows_per_second, exchanges (by layer, direction and operation), bytes_sent, bytes_received,
         waiting_seconds, replicas, data, settings.
@@ -45,6 +46,7 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
         "world_size": world.world_size,
         "transport": world.transport,
         "seconds": outcome.seconds,
+        "labels": list(outcome.labels),
         "moving_version": min((norm.state.version for norm in outcome.model.norms), default=0),
         "layers": layers,
         "history": [epoch.record() for epoch in outcome.epochs],

@@ -4,12 +4,32 @@
     for batch in data.batches(batch_size=64, seed=0, epoch=1):
         ...
 
-Read in this order: `loading`, `dataset`, `batches`, `ownership`; then what a shard is: `sources`, `shards`, `arrays`,
-`files`.
+Read in this order: `loading`, `dataset`, `labels`, `batches`, `ownership`; then what a shard is: `sources`, `shards`,
+`arrays`, `files`.
 """
 
+from bnworker.train.data.batches import LAST_BATCHES, EpochSteps, LastBatch
 from bnworker.train.data.dataset import Batch, Dataset
-from bnworker.train.data.loading import ACCEPTED, check, from_arrays, load
+from bnworker.train.data.labels import are_numbers, spelled
+from bnworker.train.data.loading import ACCEPTED, check, examine, from_arrays, load
 from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
+from bnworker.train.data.sources import listed
 
-__all__ = ["ACCEPTED", "Batch", "DataError", "Dataset", "Ranks", "check", "from_arrays", "load", "raise_on_every_rank"]
+__all__ = [
+    "ACCEPTED",
+    "LAST_BATCHES",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "EpochSteps",
+    "LastBatch",
+    "Ranks",
+    "are_numbers",
+    "check",
+    "examine",
+    "from_arrays",
+    "listed",
+    "load",
+    "raise_on_every_rank",
+    "spelled",
+]

@@ -16,7 +16,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -131,6 +131,24 @@ class Stored:
             yield self.offset + row * self._width, length * self._width
 
 
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """An array of which no more is known than what its header says."""
+
+    where: str
+    key: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def rows(self, indices_B: Indices) -> NDArray[Any]:
+        """None: whoever reads rows opens the file for it."""
+        raise NotImplementedError(f"{self.where}: {self.key} was opened for its header alone, not for {indices_B}")
+
+    def soon(self, indices_B: Indices) -> None:
+        """Nothing will be read."""
+        del indices_B
+
+
 def held(where: str, key: str, array: NDArray[Any]) -> Held:
     """An array that is in memory anyway.
 
@@ -141,8 +159,12 @@ def held(where: str, key: str, array: NDArray[Any]) -> Held:
     return _held(where, key, array)
 
 
-def open_npy(paths: Mapping[str, Path]) -> dict[str, Array]:
+def open_npy(paths: Mapping[str, Path], headers: Collection[str] = ()) -> dict[str, Array]:
     """The arrays of a shard that is a .npy file each.
+
+    Args:
+        paths: of the files, by the array's name.
+        headers: the names of arrays of which the header alone is looked at.
 
     Raises:
         DataError: one of them cannot be read.
@@ -151,16 +173,19 @@ def open_npy(paths: Mapping[str, Path]) -> dict[str, Array]:
     for key, path in paths.items():
         file = File.at(path)
         with file.opened() as descriptor:
-            arrays[key] = _uncompressed(file, descriptor, key, 0, file.signature.size)
+            arrays[key] = _uncompressed(file, descriptor, key, 0, file.signature.size, key in headers)
     return arrays
 
 
-def open_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Array]:
+def open_npz(
+    path: Path, required: tuple[str, ...], optional: tuple[str, ...], headers: Collection[str] = ()
+) -> dict[str, Array]:
     """The arrays of a .npz.
 
     Args:
         path: of the file.
         required, optional: the names of the arrays; others are not looked at.
+        headers: the names of arrays of which the header alone is looked at.
 
     Raises:
         DataError: it is no .npz, it lacks an array, or an array cannot be read.
@@ -177,34 +202,40 @@ def open_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -
                         f"save it with np.savez({str(path)!r}, x=features, y=labels)."
                     )
                 wanted = [key for key in (*required, *optional) if key in members]
-                return {key: _member(file, descriptor, archive, members[key], key) for key in wanted}
+                return {key: _member(file, descriptor, archive, members[key], key, key in headers) for key in wanted}
         except DataError:
             raise
         except _DAMAGED as error:
             raise DataError(f"{path}: no .npz file, or a damaged one: {error}.") from None
 
 
-def _member(file: File, descriptor: int, archive: zipfile.ZipFile, info: zipfile.ZipInfo, key: str) -> Array:
+def _member(
+    file: File, descriptor: int, archive: zipfile.ZipFile, info: zipfile.ZipInfo, key: str, header_alone: bool
+) -> Array:
     if info.flag_bits & _ENCRYPTED:
         raise DataError(f"{file.path}: {key} is encrypted; expected a file of np.savez.")
     if info.compress_type == zipfile.ZIP_STORED:
         lengths = bytearray(_LOCAL_HEADER.size)
         read_into(descriptor, memoryview(lengths), info.header_offset, file.path)
         offset = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(lengths))
-        return _uncompressed(file, descriptor, key, offset, info.file_size)
+        return _uncompressed(file, descriptor, key, offset, info.file_size, header_alone)
     with archive.open(info) as stream:
         dtype, shape, fortran, header = _header(stream, file.path, key)
         _fits(file.path, key, shape, header + math.prod(shape) * dtype.itemsize, info.file_size)
+        if header_alone:
+            return Unread(str(file.path), key, dtype, shape)
         raw = bytearray(stream.read())  # to its end, where the zip compares its checksum
     return _in_memory(file, key, np.frombuffer(raw, dtype), shape, fortran)
 
 
-def _uncompressed(file: File, descriptor: int, key: str, offset: int, size: int) -> Array:
+def _uncompressed(file: File, descriptor: int, key: str, offset: int, size: int, header_alone: bool) -> Array:
     """An array that begins at a byte of a file, and has so many bytes, its header included."""
     start = io.BytesIO(os.pread(descriptor, min(size, _HEADER_AT_MOST), offset))
     dtype, shape, fortran, header = _header(start, file.path, key)
     found = min(size, file.signature.size - offset)
     _fits(file.path, key, shape, header + math.prod(shape) * dtype.itemsize, found)
+    if header_alone:
+        return Unread(str(file.path), key, dtype, shape)
     stored = Stored(str(file.path), key, dtype, shape, file, offset + header)
     if not fortran:
         return stored

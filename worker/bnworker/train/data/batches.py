@@ -3,7 +3,7 @@
 Laws of this room:
 1. The split into training, validation and test rows depends on the data alone.
 2. The rows of a step depend on (seed, epoch, step) alone.
-3. Every row is used once an epoch, and every step takes as many rows as were asked for; the last takes what is left.
+3. Every row is used once an epoch, but for those that `drop` leaves out; no step takes more rows than were asked for.
 
 Shape suffixes: M shards.
 """
@@ -11,9 +11,16 @@ Shape suffixes: M shards.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bnworker.train.data.problem import DataError
+
+LastBatch = Literal["spread", "keep", "drop"]
+LAST_BATCHES: tuple[LastBatch, ...] = get_args(LastBatch)
 
 TEST_SHARE = 0.2  # of the rows, where no test rows are given
 ROWS_AT_MOST = math.isqrt(2**63 - 1) - 1  # products of two numbers of rows, and a phase, are int64
@@ -24,9 +31,66 @@ _GOLDEN = 2654435769  # 2**32 divided by the golden ratio
 Indices = NDArray[np.intp]
 
 
-def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """How many batches hold all rows: ⌈rows / batch size⌉."""
-    return -(-rows // batch_size)
+@dataclass(frozen=True, slots=True)
+class EpochSteps:
+    """How the N rows of an epoch are divided among its S steps, of at most B rows each.
+
+        spread    S = ⌈N/B⌉    first(k) = ⌊k·N/S⌋        sizes that differ by one at most
+        keep      S = ⌈N/B⌉    first(k) = min(k·B, N)    the last step takes what is left
+        drop      S = ⌊N/B⌋    first(k) = k·B            what is left is not used in this epoch
+
+    What is left may be a row or two. The variance of so few is far from that of all rows, and such a step at the end
+    of every epoch spoils a trained model: so the rows are spread unless something else is asked for.
+
+    Attributes:
+        rows: N.
+        batch_size: B.
+        last_batch: what becomes of the rows that do not fill a batch.
+
+    Raises:
+        DataError: no step would be left.
+    """
+
+    rows: int
+    batch_size: int
+    last_batch: LastBatch = "spread"
+
+    def __post_init__(self) -> None:
+        if not self.count:
+            raise DataError(
+                f"--last-batch drop: the {self.rows:,} rows to train on are fewer than --batch-size "
+                f"{self.batch_size:,}, which leaves no step: expected spread or keep, or a smaller batch size."
+            )
+
+    @property
+    def count(self) -> int:
+        """S."""
+        return self.rows // self.batch_size if self.last_batch == "drop" else -(-self.rows // self.batch_size)
+
+    def first(self, step: int) -> int:
+        """The number of the step's first row, of those of the epoch; `first(S)` is where the last step ends."""
+        if self.last_batch == "spread":
+            return step * self.rows // self.count
+        return min(step * self.batch_size, self.rows)
+
+    def size(self, step: int) -> int:
+        """The rows of a step."""
+        return self.first(step + 1) - self.first(step)
+
+    @property
+    def largest(self) -> int:
+        """The rows of the largest step."""
+        return -(-self.rows // self.count) if self.last_batch == "spread" else min(self.batch_size, self.rows)
+
+    @property
+    def smallest(self) -> int:
+        """The rows of the smallest step."""
+        return self.rows // self.count if self.last_batch == "spread" else self.size(self.count - 1)
+
+    @property
+    def left_out(self) -> int:
+        """The rows of an epoch that no step takes."""
+        return self.rows - self.first(self.count)
 
 
 def taken(rows_M: NDArray[np.int64], first: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.train.data.batches import Indices, shuffled, steps_per_epoch, taken
+from bnworker.train.data.batches import EpochSteps, Indices, LastBatch, shuffled, taken
 from bnworker.train.data.ownership import Piece, pieces
 from bnworker.train.data.problem import DataError
 from bnworker.train.data.shards import Rows
@@ -31,7 +31,7 @@ class Batch:
 
     Attributes:
         x: (B, D), of the data set's dtype.
-        y: (B,) int64.
+        y: (B,) int64, numbers of classes: see `Dataset.labels`.
         rows: of all ranks in this step.
         problem: why this rank has no rows, although it should: they are bad. The step goes on with none, so that
             the ranks stay in step; then `settle` tells all of them.
@@ -71,19 +71,20 @@ class Dataset:
         name: as given to `--data`.
         dtype: of the features: "float32" or "float64".
         features: D.
-        classes: labels go from 0 to classes − 1.
+        labels: ascending; class k of a batch, and output k of a model, stand for `labels[k]`.
         validation_rows, test_rows: of all ranks.
         fingerprint: of all shards; the same on every machine, and for any number of ranks.
         rank, world_size: of the world that it was loaded in.
         sizes: of all shards in bytes; they decide who owns what.
         rows_M: training rows of every shard, int64.
         parts: what this rank reads.
+        ignored: entries of the folder that are not read.
     """
 
     name: str
     dtype: str
     features: int
-    classes: int
+    labels: tuple[int, ...]
     validation_rows: int
     test_rows: int
     fingerprint: str
@@ -92,15 +93,33 @@ class Dataset:
     sizes: tuple[int, ...]
     rows_M: NDArray[np.int64]
     parts: tuple[Part, ...]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.labels)
 
     @property
     def rows(self) -> int:
         """How many rows there are to train on, of all ranks."""
         return int(self.rows_M.sum())
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """How many batches hold all rows: ⌈rows / batch size⌉."""
-        return steps_per_epoch(self.rows, batch_size)
+    def epoch_steps(self, batch_size: int, last_batch: LastBatch | None = None) -> EpochSteps:
+        """How the training rows are divided among the steps of an epoch.
+
+        Raises:
+            DataError: no step would be left.
+        """
+        return EpochSteps(self.rows, batch_size, last_batch or "spread")
+
+    def steps_per_epoch(self, batch_size: int, last_batch: LastBatch | None = None) -> int:
+        """How many steps an epoch has.
+
+        Raises:
+            DataError: none.
+        """
+        return self.epoch_steps(batch_size, last_batch).count
 
     def rows_per_rank(self, world_size: int) -> tuple[int, ...]:
         """How many training rows each of so many ranks would read in an epoch."""
@@ -111,21 +130,31 @@ class Dataset:
         )
 
     def batches(
-        self, batch_size: int, seed: int, epoch: int, first: int = 0, replica: tuple[int, int] = (0, 1)
+        self,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        replica: tuple[int, int] = (0, 1),
+        last_batch: LastBatch | None = None,
     ) -> Iterator[Batch]:
         """The steps of an epoch, as this rank sees them.
 
         Args:
-            batch_size: rows of a step, of all ranks; the last step may have fewer.
+            batch_size: rows of a step at most, of all ranks.
             seed, epoch: the order of the rows depends on them, and on the data.
             first: the step to begin with, from 0.
             replica: (index, count) of a world that trains beside others without exchange: it takes every
                 count-th row.
+            last_batch: what becomes of the rows that do not fill a batch: see `EpochSteps`; None: they are spread.
+
+        Raises:
+            DataError: no step would be left.
         """
         index, count = replica
-        for number, chosen in _announced(self._steps(batch_size, seed, epoch, first), first):
-            rows = min(batch_size, self.rows - number * batch_size)
-            yield self._batch(_every(chosen, index, count), len(range(index, rows, count)))
+        steps = self.epoch_steps(batch_size, last_batch)
+        for number, chosen in _announced(self._steps(steps, seed, epoch, first), first):
+            yield self._batch(_every(chosen, index, count), len(range(index, steps.size(number), count)))
 
     def test(self) -> Iterator[Batch]:
         """This rank's test rows, in blocks."""
@@ -137,12 +166,12 @@ class Dataset:
             [(part.given, part.validating[part.piece.of(len(part.validating))]) for part in self.parts]
         )
 
-    def _steps(self, batch_size: int, seed: int, epoch: int, first: int) -> Iterator[Chosen]:
+    def _steps(self, steps: EpochSteps, seed: int, epoch: int, first: int) -> Iterator[Chosen]:
         """This rank's rows of each step."""
         orders = [part.trained[shuffled(len(part.trained), seed, epoch, part.piece.shard)] for part in self.parts]
-        before_M = taken(self.rows_M, first * batch_size)
-        for start in range(first * batch_size, self.rows, batch_size):
-            after_M = taken(self.rows_M, start + batch_size)
+        before_M = taken(self.rows_M, steps.first(first))
+        for number in range(first, steps.count):
+            after_M = taken(self.rows_M, steps.first(number + 1))
             chosen = []
             for part, order in zip(self.parts, orders, strict=True):
                 step = order[before_M[part.piece.shard] : after_M[part.piece.shard]]

@@ -21,6 +21,14 @@ from pathlib import Path
 
 from bnworker.train.data.problem import DataError
 
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -125,10 +133,14 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
 def _signature(location: int | Path, path: Path) -> Signature:
     try:
         found = os.fstat(location) if isinstance(location, int) else location.stat()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise DataError(f"{path}: cannot be read: it is a link to {path.readlink()}, which is not there.") from None
+        raise _cannot(path, error) from None
     except OSError as error:
         raise _cannot(path, error) from None
     if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{path}: expected a file, found something else.")
+        raise DataError(f"{path}: expected a file, found {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}.")
     return Signature(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 

@@ -4,28 +4,30 @@ Laws of this room:
 1. A rank opens its own shards alone. What all must know of all shards is exchanged: rows, features, classes.
 2. What is wrong is the same error on every rank, and names the file.
 3. Labels are looked through here; features when they are read, so that nothing is read twice before the first step.
+4. `examine` finds what `load` would find in the files, without reading features: one process, before ranks are started.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.plain import plain_array
 from bnworker.train.data import sources
 from bnworker.train.data.arrays import Array, held
 from bnworker.train.data.batches import ROWS_AT_MOST, TEST_SHARE, shares, split
 from bnworker.train.data.dataset import Dataset, Part
-from bnworker.train.data.manifest import exchanged
+from bnworker.train.data.labels import distinct, numbered
+from bnworker.train.data.manifest import Manifest, exchanged
 from bnworker.train.data.ownership import Piece, pieces
-from bnworker.train.data.packaged import PACKAGED
+from bnworker.train.data.packaged import PACKAGED, refuse_missing
 from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
-from bnworker.train.data.shards import Shard, below, shard
+from bnworker.train.data.shards import Shard, shard
 
 T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class _Source:
     where: str
     size: int
     open: Callable[[], Mapping[str, Array]]
+    examine: Callable[[], Mapping[str, Array]]
 
 
 def check(name: str) -> None:
@@ -53,7 +56,35 @@ def check(name: str) -> None:
     _found(name)
 
 
-def load(name: str, dtype: str = "float32", *, world: Ranks | None = None, validation_split: float = 0.0) -> Dataset:
+def examine(name: str, *, validation_split: float = 0.0, labels: Iterable[int] | None = None) -> int | None:
+    """Look through the files of a data set, all but the features, as one process.
+
+    Args:
+        name, validation_split, labels: those of `load`.
+
+    Returns:
+        How many rows there are to train on; None: it comes with a package, whose import takes a while.
+
+    Raises:
+        DataError: what `load` would raise.
+    """
+    if name in PACKAGED:
+        refuse_missing(name)
+        return None
+    found, _ = _found(name)
+    opened = {number: shard(source.examine()) for number, source in enumerate(found)}
+    looked = _looked_through(name, found, opened, None, validation_split, labels, fingerprinted=False)
+    return int(looked.trained_M.sum())
+
+
+def load(
+    name: str,
+    dtype: str = "float32",
+    *,
+    world: Ranks | None = None,
+    validation_split: float = 0.0,
+    labels: Iterable[int] | None = None,
+) -> Dataset:
     """Load a data set; every rank calls it with the same arguments.
 
     Args:
@@ -61,15 +92,16 @@ def load(name: str, dtype: str = "float32", *, world: Ranks | None = None, valid
         dtype: of the features, "float32" or "float64".
         world: the ranks that share the data; None: this process reads all of it.
         validation_split: the share of the training rows that validates instead, from 0 to below 1.
+        labels: that a model knows, one for each of its outputs; None: those that occur among the rows to train on.
 
     Raises:
         DataError: on every rank: it cannot be had, or is bad.
         CollectiveError: another rank is lost, or disagrees.
     """
-    found = _together(world, lambda: _found(name))
+    found, ignored = _together(world, lambda: _found(name))
     if world is not None:
         _agree(world, name, found)
-    return _load(name, found, dtype, world, validation_split)
+    return _load(name, found, dtype, world, validation_split, labels, ignored)
 
 
 def from_arrays(
@@ -82,6 +114,7 @@ def from_arrays(
     dtype: str = "float32",
     world: Ranks | None = None,
     validation_split: float = 0.0,
+    labels: Iterable[int] | None = None,
 ) -> Dataset:
     """A data set of arrays in memory, which every rank holds; the arguments are those of `load` and of a .npz.
 
@@ -90,50 +123,109 @@ def from_arrays(
     """
     given = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
     arrays: dict[str, Array] = {k: held(name, k, plain_array(v, k)) for k, v in given.items() if v is not None}
-    return _load(name, (_Source(name, 1, lambda: arrays),), dtype, world, validation_split)
+    return _load(name, (_Source(name, 1, lambda: arrays, lambda: arrays),), dtype, world, validation_split, labels)
 
 
-def _found(name: str) -> tuple[_Source, ...]:
+def _found(name: str) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
+    """The shards, and what is not read."""
     if name in PACKAGED:
-        return (_Source(name, 1, PACKAGED[name]),)
-    if not name.endswith(".npz") and not Path(name).exists():
+        return (_Source(name, 1, PACKAGED[name], PACKAGED[name]),), ()
+    if not name.endswith(".npz") and not os.path.lexists(name):
         raise DataError(f"--data: received {name!r}; there is no such file or folder. Accepted are {ACCEPTED}.")
     try:
-        return tuple(_Source(source.where, source.size, source.open) for source in sources.found(name))
+        found = sources.found(name)
+        return tuple(_source(source) for source in found.shards), found.ignored
     except DataError as error:
         raise DataError(f"--data {error}") from None
 
 
-def _load(name: str, found: Sequence[_Source], dtype: str, world: Ranks | None, validation_split: float) -> Dataset:
+def _source(source: sources.Source) -> _Source:
+    return _Source(source.where, source.size, source.open, lambda: source.open(features=False))
+
+
+def _load(
+    name: str,
+    found: Sequence[_Source],
+    dtype: str,
+    world: Ranks | None,
+    validation_split: float,
+    labels: Iterable[int] | None,
+    ignored: tuple[str, ...] = (),
+) -> Dataset:
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     sizes = tuple(source.size for source in found)
     owned = pieces(sizes, rank, world_size)
     opened = _together(world, lambda: {piece.shard: shard(found[piece.shard].open()) for piece in owned})
-    known = exchanged(world, opened, [source.where for source in found])
-    _together(world, lambda: _judgeable(opened.values(), known.classes))
+    looked = _looked_through(name, found, opened, world, validation_split, labels)
+    return Dataset(
+        name=name,
+        dtype=dtype,
+        features=looked.known.features,
+        labels=looked.labels,
+        validation_rows=int(looked.validations_M.sum()),
+        test_rows=looked.tests,
+        fingerprint=looked.known.fingerprint,
+        rank=rank,
+        world_size=world_size,
+        sizes=sizes,
+        rows_M=looked.trained_M,
+        parts=tuple(
+            _part(
+                piece,
+                looked.shards[piece.shard],
+                int(looked.drawn_M[piece.shard]),
+                int(looked.validations_M[piece.shard]),
+            )
+            for piece in owned
+        ),
+        ignored=ignored,
+    )
 
+
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """What is known of a data set before features are read.
+
+    Attributes:
+        known: of all shards.
+        labels: of the classes.
+        shards: this rank's, with numbers of classes in place of labels.
+        drawn_M, validations_M, trained_M: rows of every shard that test, that validate, and that are trained on.
+        tests: how many rows to test by there are, of all shards.
+    """
+
+    known: Manifest
+    labels: tuple[int, ...]
+    shards: dict[int, Shard]
+    drawn_M: NDArray[np.int64]
+    validations_M: NDArray[np.int64]
+    trained_M: NDArray[np.int64]
+    tests: int
+
+
+def _looked_through(
+    name: str,
+    found: Sequence[_Source],
+    opened: Mapping[int, Shard],
+    world: Ranks | None,
+    validation_split: float,
+    labels: Iterable[int] | None,
+    *,
+    fingerprinted: bool = True,
+) -> _Looked:
+    known = exchanged(world, opened, [source.where for source in found], fingerprinted=fingerprinted)
+    if labels is None:
+        whose = "the rows to train on"
+        classes = distinct(world, [one.given.y_N for one in opened.values()], known.greatest_label)
+    else:
+        whose, classes = "the model", tuple(sorted(labels))
+    shards = _together(world, lambda: {number: numbered(one, classes, whose) for number, one in opened.items()})
     drawn_M = shares(0 if known.has_tests else TEST_SHARE, known.rows_M)
     validations_M = shares(validation_split, known.rows_M - drawn_M)
     trained_M = known.rows_M - drawn_M - validations_M
     tests = int((known.tests_M if known.has_tests else drawn_M).sum())
     _enough(name, int(known.rows_M.sum()), int(trained_M.sum()), tests, int(validations_M.sum()), validation_split)
-    return Dataset(
-        name=name,
-        dtype=dtype,
-        features=known.features,
-        classes=known.classes,
-        validation_rows=int(validations_M.sum()),
-        test_rows=tests,
-        fingerprint=known.fingerprint,
-        rank=rank,
-        world_size=world_size,
-        sizes=sizes,
-        rows_M=trained_M,
-        parts=tuple(
-            _part(piece, opened[piece.shard], int(drawn_M[piece.shard]), int(validations_M[piece.shard]))
-            for piece in owned
-        ),
-    )
+    return _Looked(known, classes, shards, drawn_M, validations_M, trained_M, tests)
 
 
 def _part(piece: Piece, opened: Shard, tests: int, validations: int) -> Part:
@@ -142,13 +234,6 @@ def _part(piece: Piece, opened: Shard, tests: int, validations: int) -> Part:
     if opened.tests is not None:
         return Part(piece, given, trained, validating, opened.tests, np.arange(len(opened.tests.y_N)))
     return Part(piece, given, trained, validating, given, tested)
-
-
-def _judgeable(opened: Iterable[Shard], classes: int) -> bool:
-    for one in opened:
-        if one.tests is not None:
-            below(classes, one.tests)
-    return True
 
 
 def _enough(name: str, rows: int, trained: int, tests: int, validations: int, validation_split: float) -> None:

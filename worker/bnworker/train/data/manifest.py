@@ -30,7 +30,7 @@ class Manifest:
         tests_M: test rows that are given.
         has_tests: whether they are.
         features: D.
-        classes: labels of the rows go from 0 to classes − 1.
+        greatest_label: of the rows to train on; -1: there are no rows.
         fingerprint: of all shards, in hexadecimal.
     """
 
@@ -38,24 +38,27 @@ class Manifest:
     tests_M: NDArray[np.int64]
     has_tests: bool
     features: int
-    classes: int
+    greatest_label: int
     fingerprint: str
 
 
-def exchanged(world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[str]) -> Manifest:
+def exchanged(
+    world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[str], *, fingerprinted: bool = True
+) -> Manifest:
     """Put together what the ranks found.
 
     Args:
         world: the ranks; None: this process opened all.
         opened: the shards that this rank opened, by number.
         names: of all shards.
+        fingerprinted: whether the fingerprint is asked for, which reads some features.
 
     Raises:
         DataError: on every rank: shards do not fit together.
     """
     table_MK = np.full((len(names), _COLUMNS), _NOTHING, np.int64)
     for number, shard in opened.items():
-        table_MK[number] = _described(shard)
+        table_MK[number] = _described(shard, shard.fingerprint if fingerprinted else 0)
     if world is not None:
         (table_MK,) = world.allreduce([table_MK], "max")
     for column, what in ((_FEATURES, "features a row"), (_DTYPE, "as the features' dtype")):
@@ -69,12 +72,12 @@ def exchanged(world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[
         tests_M=table_MK[:, _TESTS],
         has_tests=bool(with_tests.any()),
         features=int(table_MK[0, _FEATURES]),
-        classes=int(table_MK[:, _GREATEST].max()) + 1,
+        greatest_label=int(table_MK[:, _GREATEST].max()),
         fingerprint=hashlib.sha256(table_MK[:, _FINGERPRINT].astype("<i8").tobytes()).hexdigest(),
     )
 
 
-def _described(shard: Shard) -> list[int]:
+def _described(shard: Shard, fingerprint: int) -> list[int]:
     x, labels = shard.given.x, shard.given.y_N
     # An empty array is of NumPy's default dtype more often than of one that was chosen.
     dtype = _NOTHING if not len(labels) else ord(x.dtype.kind) * 256 + x.dtype.itemsize
@@ -84,7 +87,7 @@ def _described(shard: Shard) -> list[int]:
         shard.given.features,
         dtype,
         int(labels.max(initial=_NOTHING)),
-        shard.fingerprint,
+        fingerprint,
     ]
 
 

@@ -53,6 +53,6 @@ def raise_on_every_rank(world: Ranks | None, problem: DataError | None) -> None:
     (first,) = world.allreduce([np.array(world.world_size if problem is None else world.rank)], "min")
     if first == world.world_size:
         return
-    text = None if problem is None else [np.frombuffer(str(problem).encode(), np.uint8)]
+    text = None if problem is None else [np.frombuffer(str(problem).encode(errors="backslashreplace"), np.uint8)]
     (message,) = world.broadcast(text, root=int(first))
     raise DataError(message.tobytes().decode())

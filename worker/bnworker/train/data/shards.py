@@ -29,7 +29,7 @@ class Rows:
 
     Attributes:
         x: (N, …).
-        y_N: int64, at least 0.
+        y_N: int64, at least 0: labels as they are stored, or the numbers of their classes.
     """
 
     x: Array
@@ -107,20 +107,6 @@ def shard(arrays: Mapping[str, Array]) -> Shard:
             f"of {given.x.dtype}; expected the same."
         )
     return Shard(given, tests)
-
-
-def below(classes: int, rows: Rows) -> None:
-    """Make sure that test rows have no label that training rows cannot have.
-
-    Raises:
-        DataError: one has.
-    """
-    wrong = np.flatnonzero(rows.y_N >= classes)
-    if len(wrong):
-        raise DataError(
-            f"{rows.x.where}: row {wrong[0]} of y_test: label {rows.y_N[wrong[0]]}; expected 0 to {classes - 1}, the "
-            "labels of the rows to train on."
-        )
 
 
 def _rows(x: Array, y: Array) -> Rows:

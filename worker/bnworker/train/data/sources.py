@@ -5,7 +5,9 @@ A folder holds shards of one kind, in the order of their names:
 * `NAME.npz`, each with the arrays x and y, and maybe x_test and y_test;
 * `x-NAME.npy` with `y-NAME.npy`, and maybe `x_test-NAME.npy` with `y_test-NAME.npy`.
 
-Other files, hidden ones and folders within are not looked at.
+No entry of a folder is passed over in silence. One whose name is that of a shard is read, or named in an error: a link
+without a target, a folder, a pipe, `NAME.NPZ`. All others are listed as not read: files with other endings, hidden
+ones, folders within.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from bnworker.train.data.arrays import Array, open_npy, open_npz
 from bnworker.train.data.files import File
 from bnworker.train.data.problem import DataError
 
+_LISTED = 8  # names in a line
+_ENDINGS = (".npz", ".npy")
 REQUIRED = ("x", "y")
 OPTIONAL = ("x_test", "y_test")
+_FEATURES = ("x", "x_test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +44,47 @@ class Source:
     paths: dict[str, Path]
     archive: bool
 
-    def open(self) -> dict[str, Array]:
+    def open(self, *, features: bool = True) -> dict[str, Array]:
         """Its arrays by name, x and y among them.
+
+        Args:
+            features: whether rows of features will be read; without them a compressed file costs little to open.
 
         Raises:
             DataError: they cannot be read.
         """
+        headers = () if features else _FEATURES
         if self.archive:
-            return open_npz(self.paths["x"], REQUIRED, OPTIONAL)
-        return open_npy(self.paths)
+            return open_npz(self.paths["x"], REQUIRED, OPTIONAL, headers)
+        return open_npy(self.paths, headers)
 
 
-def found(name: str) -> tuple[Source, ...]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a name on the command line stands for.
+
+    Attributes:
+        shards: in their order.
+        ignored: entries of the folder that are not read, and why where the name does not say it.
+    """
+
+    shards: tuple[Source, ...]
+    ignored: tuple[str, ...] = ()
+
+
+def found(name: str) -> Found:
     """The shards that a name on the command line stands for.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or what has the name of one is none.
     """
     path = Path(name)
-    if path.is_dir():
+    if _is_folder(path):
         return _folder(path)
     if path.suffix != ".npz":
+        File.at(path)  # a link without a target, or a pipe, is named as such
         raise DataError(f"{name}: expected the name of a .npz file, or of a folder with shards.")
-    return (_archive(path),)
+    return Found((_archive(path),))
 
 
 def listing(seen: Iterable[tuple[str, int]]) -> int:
@@ -69,22 +92,50 @@ def listing(seen: Iterable[tuple[str, int]]) -> int:
     return zlib.crc32(repr([(Path(where).name, size) for where, size in seen]).encode())
 
 
-def _folder(path: Path) -> tuple[Source, ...]:
+def _folder(path: Path) -> Found:
     try:
-        names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_file())
+        names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
-    archives = [name for name in names if name.endswith(".npz")]
-    plain = [name for name in names if name.endswith(".npy")]
+    shards = [name for name in names if not name.startswith(".") and name.lower().endswith(_ENDINGS)]
+    ignored = tuple(_ignored(path, name) for name in names if name not in set(shards))
+    for name in shards:
+        if not name.endswith(_ENDINGS):
+            raise DataError(
+                f"{path / name}: expected the ending {name[-4:].lower()}, received {name[-4:]}. Rename the file, or "
+                "move it out of the folder."
+            )
+    archives = [name for name in shards if name.endswith(".npz")]
+    plain = [name for name in shards if name.endswith(".npy")]
     if archives and plain:
         raise DataError(f"{path}: holds both .npz ({archives[0]}) and .npy ({plain[0]}); expected shards of one kind.")
     if archives:
-        return tuple(_archive(path / name) for name in archives)
+        return Found(tuple(_archive(path / name) for name in archives), ignored)
     if plain:
-        return _pairs(path, plain)
+        return Found(_pairs(path, plain), ignored)
     raise DataError(
-        f"{path}: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found {len(names)} other files."
+        f"{path}: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found {listed(ignored) or 'nothing'}."
     )
+
+
+def listed(names: tuple[str, ...]) -> str:
+    """Names for a line of text, the first ones of many."""
+    shown = ", ".join(names[:_LISTED])
+    return f"{shown} and {len(names) - _LISTED:,} more" if len(names) > _LISTED else shown
+
+
+def _ignored(folder: Path, name: str) -> str:
+    shown = name if name.isprintable() else repr(name)
+    if name.startswith("."):
+        return f"{shown} (hidden)"
+    return f"{shown} (a folder)" if _is_folder(folder / name) else shown
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # it may not be looked at; whoever reads it says why
+        return False
 
 
 def _archive(path: Path) -> Source:

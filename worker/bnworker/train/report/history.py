@@ -73,6 +73,10 @@ class History:
             return self._point()  # no point spans two epochs
         return None
 
+    def finish(self) -> None:
+        """Nothing comes any more: the steps that do not fill a point are one as well."""
+        self._point()
+
     def _point(self) -> Point | None:
         if not self._gathered:
             return None

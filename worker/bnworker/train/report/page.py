@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from bnworker.train.data import spelled
 from bnworker.train.events import Epoch
 from bnworker.train.report.figures import Picture
 from bnworker.train.report.history import History
@@ -17,7 +18,13 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(
-    history: History, pictures: Iterable[Picture], summary: Mapping[str, Any], *, when: str, failure: str | None
+    history: History,
+    pictures: Iterable[Picture],
+    summary: Mapping[str, Any],
+    *,
+    when: str,
+    failure: str | None,
+    stopped: bool = False,
 ) -> str:
     """The page.
 
@@ -27,9 +34,11 @@ def page(
         summary: what is known of the run: the contents of `--summary`, or of a run that failed what there is.
         when: it ended.
         failure: why it did not end well; None: it did.
+        stopped: whether that is because it was asked to end.
     """
     title = f"bnlayer train: {summary['data']}"
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    ending = "It was stopped." if stopped else "It failed."
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -38,7 +47,7 @@ def page(
         f"<title>{escape(title)}</title>",
         f"<style>\n{style}</style></head><body>",
         f'<h1>{escape(title)}</h1><p class="when">ended {escape(when)}</p>',
-        "" if failure is None else f'<p class="failed"><strong>It failed.</strong> {escape(failure)}</p>',
+        "" if failure is None else f'<p class="failed"><strong>{ending}</strong> {escape(failure)}</p>',
         _headline(history, summary),
         *map(_figure, pictures),
         _epochs(history.epochs),
@@ -57,6 +66,7 @@ def _headline(history: History, summary: Mapping[str, Any]) -> str:
         "test accuracy": _percent(summary.get("test_accuracy", last.test_accuracy if last else None)),
         "validation accuracy": _percent(last.validation_accuracy if last else None),
         "training loss": _number(last.loss if last else None, ".4f"),
+        "labels": spelled(tuple(summary.get("labels", ()))),
         "epochs": f"{len(history.epochs):,}",
         "steps": _number(summary.get("steps", points[-1].step if points else None), ",.0f"),
         "ranks": str(summary["world_size"]) + (f" ({summary['transport']})" if summary["world_size"] > 1 else ""),

@@ -47,7 +47,7 @@ class Recorder:
         if self._files is not None:
             self._files.add(event, point)
 
-    def finish(self, summary: Mapping[str, Any], failure: str | None = None) -> Path | None:
+    def finish(self, summary: Mapping[str, Any], failure: str | None = None, *, stopped: bool = False) -> Path | None:
         """Write what was asked for: `index.html`, and a PNG for each of its pictures.
 
         A run that failed before its first step leaves an earlier run's report as it is.
@@ -55,6 +55,7 @@ class Recorder:
         Args:
             summary: the contents of `--summary`; of a run that failed at least data, world_size and transport.
             failure: why the run did not end well; None: it did.
+            stopped: whether that is because it was asked to end.
 
         Returns:
             The page; None: none was written.
@@ -69,11 +70,12 @@ class Recorder:
         from bnworker.train.report.figures import pictures
         from bnworker.train.report.page import page
 
+        self._history.finish()
         drawn = pictures(self._history)
         for picture in drawn:
             write_atomically(self._report / f"{picture.name}.png", picture.png)
         when = datetime.now().astimezone().isoformat(" ", "seconds")
-        text = page(self._history, drawn, summary, when=when, failure=failure)
+        text = page(self._history, drawn, summary, when=when, failure=failure, stopped=stopped)
         path = self._report / "index.html"
         write_atomically(path, text.encode())
         return path
