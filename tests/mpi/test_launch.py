@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import launch, launched, script
+from support.processes import launch, launch_oddly, launched, script
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
 
@@ -31,6 +31,20 @@ def test_output_is_prefixed_by_rank() -> None:
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == ["[0] h\u00e9", "[0] last", "[1] h\u00e9", "[1] last"]
     assert {"[0] oops", "[1] oops"} <= set(done.stderr.splitlines())
+
+
+def test_arguments_and_variables_arrive_as_given() -> None:
+    """mpiexec took an argument ":" for the end of its command, and ran what followed as another program."""
+    assert launch_oddly(MPI) == "[0] as given\n"
+
+
+@pytest.mark.fault
+def test_a_program_that_knows_mpi_alone() -> None:
+    """A rank that ends with 0 without finalizing MPI: mpiexec kills the others, and says 0 itself now and then."""
+    text = "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\nif rank == 1: os._exit(0)\nMPI.COMM_WORLD.Barrier()"
+    done = launch(2, *script(text), options=MPI)
+    assert done.returncode != 0
+    assert "bnlayer launch: rank 0 " in done.stderr  # did not report an end, or was killed
 
 
 @pytest.mark.fault

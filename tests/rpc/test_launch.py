@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import arguments, launch, script
+from support.processes import arguments, launch, launch_oddly, script
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(90)]
 
@@ -49,6 +49,11 @@ def test_the_environment_of_a_rank() -> None:
             "BNLAYER_JOB": "named",
             "input": "",
         }
+
+
+def test_arguments_and_variables_arrive_as_given() -> None:
+    """Whatever a shell or an mpiexec would see in them."""
+    assert launch_oddly(()) == "[0] as given\n"
 
 
 # ---- output ----

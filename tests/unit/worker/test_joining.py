@@ -69,6 +69,18 @@ def test_a_second_join_is_refused_and_a_later_one_is_not() -> None:
     bnworker.join().leave()
 
 
+def test_a_forked_process_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its parent's connections, and would speak in its place."""
+    with bnworker.join(), monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(RuntimeError) as caught:
+            bnworker.join()
+    assert str(caught.value) == (
+        "Process 1 was forked from one that has joined, World(rank=0, world_size=1, transport='alone'): a rank is one "
+        "process. Start this one with subprocess, or multiprocessing's 'spawn', or before joining."
+    )
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True])
 def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
     """Waiting for ever is not offered."""

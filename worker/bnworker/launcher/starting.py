@@ -168,7 +168,7 @@ def start_mpiexec(job: Job, folder: Path, environ: Mapping[str, str]) -> subproc
             os.mkfifo(folder / f"{rank}.{name}", 0o600)
     needed = mpi.environment(mpi.vendor(mpi.version(mpiexec)), job.ranks, folder, environ)
     shim = [sys.executable, "-I", "-S", str(_HERE / "mpirank.py"), str(folder), str(job.ranks)]
-    command = [mpiexec, "-n", str(job.ranks), *shim, *job.command]
+    command = [mpiexec, "-n", str(job.ranks), *shim, *(f"={word}" for word in job.command)]
     return _start(command, {**environ, **needed}, subprocess.PIPE)
 
 
