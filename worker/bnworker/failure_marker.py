@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from bnlayer.environment import variable
+
 FOLDER = "BNLAYER_LAUNCH_DIR"  # set by the launcher, for everything it starts
 
 
@@ -58,5 +60,5 @@ def _write(environ: Mapping[str, str], what: str) -> None:
 
 
 def _file(environ: Mapping[str, str], what: str) -> Path | None:
-    folder, rank = environ.get(FOLDER), environ.get("BNLAYER_RANK")
+    folder, rank = variable(environ, FOLDER), variable(environ, "BNLAYER_RANK")
     return Path(folder, f"{rank}.{what}") if folder and rank else None

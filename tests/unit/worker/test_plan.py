@@ -42,7 +42,8 @@ SERVICE = {"BNLAYER_ADDRESS": "127.0.0.1:7000", "BNLAYER_JOB": "j"}
         ({}, {"address": "h:1", "job": "j", "rank": 0, "world_size": 3}, ("service", 0, 3)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, {}, ("alone", 0, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {}, ("alone", 0, 1)),
-        ({"BNLAYER_ADDRESS": "", "BNLAYER_TRANSPORT": ""}, {}, ("alone", 0, 1)),
+        (SERVICE | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "1"}, {}, ("service", 0, 4)),
+        (SERVICE | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, {}, ("service", 3, 4)),  # a batch script is process 0
     ],
 )
 def test_the_choice(environ: dict[str, str], arguments: dict[str, Any], expected: tuple[str, Any, Any]) -> None:

@@ -80,7 +80,7 @@ def _end_like(status: int) -> None:
 def main() -> None:
     """Run the rank; end as it ends."""
     folder, ranks, command = Path(sys.argv[1]), range(int(sys.argv[2])), [word[1:] for word in sys.argv[3:]]
-    rank = next(os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
+    rank = next(value for name in _RANK_VARIABLES if (value := os.environ.get(name)))
     report = _redirect(folder, rank)
     os.environ["BNLAYER_RANK"] = rank
     # Blocked until they can be passed on. Handlers, unlike "ignore", do not survive the rank's exec.

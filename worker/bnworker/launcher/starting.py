@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bnlayer.environment import announced
+from bnlayer.environment import announced, variable
 from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
 from bnworker.launcher.supervision import GRACE_S
@@ -116,7 +116,7 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
             "Run the command itself here, without the launcher."
         )
     name = job.command[0]
-    if shutil.which(name, path=environ.get("PATH")) is not None:
+    if shutil.which(name, path=variable(environ, "PATH")) is not None:
         return
     if "/" in name and Path(name).exists():
         raise LaunchError(f"{name}: it is there, but cannot be executed; is it meant for an interpreter?", 126)
