@@ -110,6 +110,16 @@ def test_no_mpiexec(tmp_path: Path) -> None:
     )
 
 
+def test_the_doctor_finds_the_mpi_beside_files_that_are_named_like_modules(tmp_path: Path) -> None:
+    """A `types.py` in the current folder is nobody's module but the user's."""
+    for name in ("types.py", "mpi4py.py", "socket.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')", encoding="utf-8")
+    doctor = Path(sys.executable).with_name("bnlayer")
+    done = subprocess.run([doctor, "doctor"], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MPI library"))
+    assert "MPI" in line.removeprefix("MPI library"), line
+
+
 def test_a_rank_hears_a_broken_pipe() -> None:
     """What Python ignores for itself, a program of another kind does not: it ends as it does in a shell."""
     done = launch(1, "sh", "-c", "kill -PIPE $$; echo alive", options=MPI)
