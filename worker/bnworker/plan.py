@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from bnlayer.environment import Announcement, announced, batch_script, variable
+from bnproto.address import hint, split
 
 TransportName = Literal["alone", "mpi", "service"]
 
@@ -178,9 +179,11 @@ def _rank(
 
 
 def _refuse_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"The service's address: expected HOST:PORT, e.g. 127.0.0.1:50551; received {address!r}.")
+    parts = split(address)
+    if parts is None or parts[1] == 0:
+        raise ValueError(
+            f"The service's address: expected HOST:PORT, e.g. 127.0.0.1:50551; received {address!r}.{hint(address)}"
+        )
 
 
 def _refuse_half(environ: Mapping[str, str]) -> None:

@@ -52,6 +52,14 @@ def test_the_choice(environ: dict[str, str], arguments: dict[str, Any], expected
     assert (chosen.transport, chosen.rank, chosen.world_size) == expected
 
 
+def test_ipv6_addresses_stand_in_brackets() -> None:
+    """Nothing else says where the host ends."""
+    where = {"job": "j", "rank": 0, "world_size": 1}
+    assert plan({}, address="[::1]:7000", **where).address == "[::1]:7000"  # type: ignore[arg-type]  # mixed values
+    with pytest.raises(ValueError, match=r"received '::1:7000'\. An IPv6 host stands in brackets: \[::1\]:7000\.$"):
+        plan({}, address="::1:7000", **where)  # type: ignore[arg-type]  # mixed values
+
+
 @pytest.mark.parametrize(
     ("environ", "arguments", "text"),
     [

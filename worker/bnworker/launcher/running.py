@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bnworker.failure_marker import FOLDER, is_marked, left_open
 from bnworker.launcher import starting
+from bnworker.launcher.command import foreign_python
 from bnworker.launcher.guardian import sweep
 from bnworker.launcher.output import Output, Outputs
 from bnworker.launcher.reach import reach
@@ -100,6 +101,7 @@ def _stand_in() -> None:
 
 class _Run:
     def __init__(self, job: Job, output: Output, environ: Mapping[str, str]) -> None:
+        self._advice = foreign_python(job.command, environ)
         self.reactor = Reactor()
         self.supervision = Supervision(frozenset(), grace_s=job.grace_s)
         self._job = job
@@ -237,6 +239,9 @@ class _Run:
         self.supervision, effects = before.handle(event)
         if isinstance(event, Ended) and len(self.supervision.ended) > len(before.ended) and event.failed:
             self._outputs.announce(str(event))
+            if event.status == 1 and self._advice is not None:  # an exception that nobody caught
+                self._outputs.announce(self._advice)
+                self._advice = None
         self._name_unreported(before)
         for effect in effects:
             match effect:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bnlayer.environment import announced, variable
+from bnlayer.environment import announced
 from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
+from bnworker.launcher.command import NOT_EXECUTABLE, refusal
 from bnworker.launcher.supervision import GRACE_S
 
 _HERE = Path(__file__).parent
@@ -115,12 +115,9 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
             f"{outer.source} started this process as rank {outer.rank}; mpiexec cannot run inside mpiexec. "
             "Run the command itself here, without the launcher."
         )
-    name = job.command[0]
-    if shutil.which(name, path=variable(environ, "PATH")) is not None:
-        return
-    if "/" in name and Path(name).exists():
-        raise LaunchError(f"{name}: it is there, but cannot be executed; is it meant for an interpreter?", 126)
-    raise LaunchError(f"{name}: command not found", 127)
+    refused = refusal(job.command[0], environ)
+    if refused is not None:
+        raise LaunchError(*refused)
 
 
 def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -178,7 +175,7 @@ def _start(command: list[str], environ: Mapping[str, str], output: int | None) -
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
         )
     except OSError as error:
-        raise LaunchError(f"{command[0]}: {error.strerror}", 126) from error
+        raise LaunchError(f"{command[0]}: {error.strerror}", NOT_EXECUTABLE) from error
 
 
 def detach(pipe: IO[bytes]) -> int:
