@@ -13,18 +13,20 @@ Laws of this room:
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.environment import announced
+from bnlayer.environment import announced, batch_script
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 
@@ -217,6 +219,7 @@ class Alone:
         return None
 
 
+_log = logging.getLogger("bnlayer")
 _alone = Alone()
 _current: Collective | None = None
 
@@ -237,7 +240,15 @@ def current() -> Collective:
             f"(this is rank {found.rank}). Call bnworker.join() before the first training call; "
             "or set synchronized=False to train on local statistics."
         )
+    _say_why_alone()
     return _alone
+
+
+@cache
+def _say_why_alone() -> None:
+    """Say so once where the environment looks as if there were more ranks."""
+    if (why := batch_script(os.environ)) is not None:
+        _log.warning("%s", why)
 
 
 def is_current(collective: Collective) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.dtypes import rounded
+from bnlayer.environment import variable
 from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import kernels
@@ -193,7 +194,7 @@ def threads() -> int:
     Raises:
         ValueError: the variable holds no number of 1 or more.
     """
-    wanted = os.environ.get("BNLAYER_THREADS", "1")
+    wanted = variable(os.environ, "BNLAYER_THREADS") or "1"
     if not wanted.isdecimal() or int(wanted) < 1:
         raise ValueError(f"BNLAYER_THREADS: expected a number of threads, 1 or more, received {wanted!r}.")
     return int(wanted)

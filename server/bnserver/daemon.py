@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.kernels import warm
+from bnproto.address import hint, split
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.members import LivenessTimeouts
@@ -131,10 +132,9 @@ async def _serve(
 
 
 def _host(listen: str) -> str:
-    host, separator, port = listen.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise ListenError(f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}.")
-    return host
+    if split(listen) is None:
+        raise ListenError(f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}.{hint(listen)}")
+    return listen.rpartition(":")[0]
 
 
 def _loopback(host: str) -> bool:

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 
+from bnlayer.environment import variable
+
 VARIABLE = "BNSERVER_FAILPOINTS"
 
 POINTS = {
@@ -57,7 +59,7 @@ class Failpoints:
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self._asked: dict[str, list[tuple[Action, int]]] = {}
         self._hits: Counter[str] = Counter()
-        for word in filter(None, (environ or {}).get(VARIABLE, "").split(",")):
+        for word in filter(None, (variable(environ or {}, VARIABLE) or "").split(",")):
             name, _, what = word.strip().partition("=")
             action, _, hit = what.partition(":")
             if name not in POINTS or action not in set(Action) or not (hit or "1").isdecimal():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import launch, launched, script
+from support.processes import launch, launch_oddly, launched, script
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
 
@@ -31,6 +31,20 @@ def test_output_is_prefixed_by_rank() -> None:
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == ["[0] h\u00e9", "[0] last", "[1] h\u00e9", "[1] last"]
     assert {"[0] oops", "[1] oops"} <= set(done.stderr.splitlines())
+
+
+def test_arguments_and_variables_arrive_as_given() -> None:
+    """mpiexec took an argument ":" for the end of its command, and ran what followed as another program."""
+    assert launch_oddly(MPI) == "[0] as given\n"
+
+
+@pytest.mark.fault
+def test_a_program_that_knows_mpi_alone() -> None:
+    """A rank that ends with 0 without finalizing MPI: mpiexec kills the others, and says 0 itself now and then."""
+    text = "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\nif rank == 1: os._exit(0)\nMPI.COMM_WORLD.Barrier()"
+    done = launch(2, *script(text), options=MPI)
+    assert done.returncode != 0
+    assert "bnlayer launch: rank 0 " in done.stderr  # did not report an end, or was killed
 
 
 @pytest.mark.fault
@@ -94,6 +108,16 @@ def test_no_mpiexec(tmp_path: Path) -> None:
         "bnlayer: launch: transport mpi needs mpiexec: there is none beside this Python, nor on PATH. Install one, "
         "e.g. pip install 'bnlayer[mpich]'.\n"
     )
+
+
+def test_the_doctor_finds_the_mpi_beside_files_that_are_named_like_modules(tmp_path: Path) -> None:
+    """A `types.py` in the current folder is nobody's module but the user's."""
+    for name in ("types.py", "mpi4py.py", "socket.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')", encoding="utf-8")
+    doctor = Path(sys.executable).with_name("bnlayer")
+    done = subprocess.run([doctor, "doctor"], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MPI library"))
+    assert "MPI" in line.removeprefix("MPI library"), line
 
 
 def test_a_rank_hears_a_broken_pipe() -> None:

@@ -77,6 +77,16 @@ def test_an_address_has_a_host_and_a_port(start: Callable[..., Any], listen: str
     assert f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
 
 
+def test_an_ipv6_host_stands_in_brackets(start: Callable[..., Any]) -> None:
+    """It listened somewhere that nobody could name."""
+    code, err = _refused(start, "--listen", "::1:0")
+    assert code == 2
+    assert err == (
+        "bnserver: expected --listen HOST:PORT, such as 127.0.0.1:50051, received '::1:0'. An IPv6 host stands in "
+        "brackets: [::1]:0.\n"
+    )
+
+
 @pytest.mark.parametrize("flag", ["--lease", "--away"])
 @pytest.mark.parametrize("seconds", ["-1", "inf", "nan", "soon"])
 def test_patience_is_a_number_of_seconds(start: Callable[..., Any], flag: str, seconds: str) -> None:

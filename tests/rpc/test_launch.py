@@ -6,11 +6,13 @@ import json
 import os
 import socket
 import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import pytest
 
-from support.processes import arguments, launch, script
+from support.processes import arguments, launch, launch_oddly, script
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(90)]
 
@@ -49,6 +51,11 @@ def test_the_environment_of_a_rank() -> None:
             "BNLAYER_JOB": "named",
             "input": "",
         }
+
+
+def test_arguments_and_variables_arrive_as_given() -> None:
+    """Whatever a shell or an mpiexec would see in them."""
+    assert launch_oddly(()) == "[0] as given\n"
 
 
 # ---- output ----
@@ -113,6 +120,25 @@ def test_ranks_that_were_told_come_second() -> None:
     lines = [line for line in done.stderr.splitlines() if "exited with code" in line]
     assert lines == ["bnlayer launch: rank 0 exited with code 1", "bnlayer launch: rank 1 exited with code 7"]
     assert done.returncode == 7
+
+
+# ---- another Python ----
+
+
+def test_a_python_without_bnlayer_is_named(tmp_path: Path) -> None:
+    """The command's Python is the first on PATH: a bare one has nothing to import. Other programs may not need it."""
+    venv.create(tmp_path / "bare", symlinks=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    done = launch(2, python, "-c", "import bnworker")
+    advice = (
+        f"bnlayer launch: the ranks' Python, {python}, has no bnlayer: a program that imports it fails. Start them "
+        f"with {sys.executable}, or install bnlayer there."
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines().count(advice) == 1
+    done = launch(1, python, "-c", "raise SystemExit(3)")
+    assert (done.returncode, done.stderr) == (3, "bnlayer launch: rank 0 exited with code 3\n")
+    assert launch(1, python, "-c", "pass").stderr == ""
 
 
 # ---- a service that runs already ----

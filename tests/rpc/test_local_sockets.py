@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnlayer import BatchNormalization, PeerLostError, ServiceError
+from bnlayer import BatchNormalization, CollectiveError, PeerLostError, ServiceError
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker import World
 from bnworker.transports import local
@@ -310,7 +310,7 @@ def test_a_forked_child_does_not_speak_for_its_rank(serve: Callable[..., Any]) -
             reported = b"nothing"
             try:
                 world.allreduce([np.array([1000])])
-            except ServiceError as error:
+            except CollectiveError as error:
                 reported = str(error).encode()
             finally:
                 os.write(writing, reported)

@@ -159,6 +159,16 @@ _BYTE_BY_BYTE = (
     "    while os.stat(os.environ['LOGS'] + f'/rank-{rank}.out').st_size < count: time.sleep(0.002)"
 )
 _FAILS = "if rank == 1: {}\nw.barrier()"
+_FORKS = (
+    "import warnings\n"
+    "warnings.simplefilter('ignore', DeprecationWarning)  # threads beside a fork\n"
+    "child = os.fork()\n"
+    "if child == 0:\n"
+    "    try: w.allreduce([1000])\n"
+    "    except bnworker.CollectiveError as error: print(str(error).replace(str(os.getpid()), 'PID').split(' (')[0])\n"
+    "    sys.exit(3)  # through `with`, Python's atexit and that of C\n"
+    "print('child:', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *w.allreduce([1]))"
+)
 
 ENDINGS = (
     Ending("all ranks succeed", 0, "print('done')", shows=_holds("[0] done", "[1] done"), never="bnlayer launch:"),
@@ -170,6 +180,30 @@ ENDINGS = (
         ranks=3,
     ),
     Ending("a rank exits with code 7", 7, _FAILS.format("sys.exit(7)"), says=("rank 1 exited with code 7",), ranks=3),
+    Ending(
+        "a rank leaves by os._exit(0), and others wait for it",
+        1,
+        _FAILS.format("os._exit(0)"),
+        says=("rank 1 exited with code 0 without leaving the job (os._exit?): a failure, code 1",),
+        ranks=3,
+    ),
+    Ending(
+        "a rank leaves the job, and then by os._exit(0)",
+        1,
+        "w.leave()\nif rank == 1: os._exit(0)",
+        says=("rank 1 exited with code 0 without the normal end that MPI needs (os._exit?): a failure, code 1",),
+        transports=("mpi",),
+    ),
+    Ending(
+        "a process that is forked from a rank ends by sys.exit(3)",
+        0,
+        _FORKS,
+        shows=_holds(
+            *(f"[{rank}] Process PID was forked from rank {rank}" for rank in range(2)),
+            *(f"[{rank}] child: 3 2" for rank in range(2)),
+        ),
+        never="bnlayer launch:",
+    ),
     Ending(
         "a rank is killed with SIGKILL",
         137,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -13,6 +14,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PYTHON = sys.executable
+# Arguments and names of variables that somebody on the way to a rank might take for something else: ":" is mpiexec's.
+ODD_ARGUMENTS = (
+    "x",
+    ":",
+    "",
+    "a b",
+    "new\nline",
+    "-n",
+    "--",
+    "=",
+    "a:b",
+    "$HOME",
+    "*",
+    "\\",
+    "\"'",
+    "\u00e9\U0001f600",
+)
+ODD_VARIABLES = {"A:B": "1", "a b": "2", "BASH_FUNC_f%%": "() { :\n}", "\u00e9": " \u00fc ", "EMPTY": "", "E": "x=y"}
 _GONE_S = 10.0  # a killed process is gone in milliseconds; this is for a machine that does other things
 
 
@@ -38,6 +57,26 @@ def launch(
 def script(text: str) -> tuple[str, str, str]:
     """A rank's program; `rank` is its number."""
     return PYTHON, "-c", "import os, signal, sys, time\nrank = int(os.environ['BNLAYER_RANK'])\n" + text
+
+
+def launch_oddly(options: Sequence[str]) -> str:
+    """What a rank says of odd arguments and variables: "as given"."""
+    text = (
+        "import json\n"
+        "arguments, variables = json.loads(sys.argv[1])\n"
+        "got = sys.argv[2:], {name: os.environ.get(name) for name in variables}\n"
+        "print('as given' if got == (arguments, variables) else got)"
+    )
+    given = json.dumps([ODD_ARGUMENTS, ODD_VARIABLES])
+    done = subprocess.run(
+        arguments(1, *script(text), given, *ODD_ARGUMENTS, options=options),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+        env={**os.environ, **ODD_VARIABLES},
+    )
+    return done.stdout + done.stderr
 
 
 @contextmanager

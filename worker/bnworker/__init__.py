@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bnworker.world import World
 
 # Before gRPC is imported: its fork handlers hang the children of a process pool about every second time.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = os.environ.get("GRPC_ENABLE_FORK_SUPPORT") or "0"
 
 __all__ = [
     "CollectiveError",

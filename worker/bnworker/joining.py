@@ -72,6 +72,8 @@ def join(
     )
     world = World(_opened(chosen, float(timeout), deterministic))
     logger.info("rank %d of %d, transport %s: %s", world.rank, world.world_size, world.transport, chosen.reason)
+    if chosen.warning:
+        logger.warning("%s", chosen.warning)
     return world
 
 

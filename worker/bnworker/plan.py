@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from bnlayer.environment import Announcement, announced
+from bnlayer.environment import Announcement, announced, batch_script, variable
+from bnproto.address import hint, split
 
 TransportName = Literal["alone", "mpi", "service"]
 
@@ -33,6 +34,7 @@ class Plan:
         token_file: a file that holds it.
         local_socket: whether to go around gRPC where the service is on this machine.
         reason: why this transport and this rank, in words, for the log.
+        warning: what the user should know of it; "" if nothing.
     """
 
     transport: TransportName
@@ -44,6 +46,7 @@ class Plan:
     token: str | None = None
     token_file: str | None = None
     local_socket: bool = True
+    warning: str = ""
 
 
 def plan(
@@ -69,23 +72,24 @@ def plan(
     if address and transport is None:  # an argument beats BNLAYER_TRANSPORT
         chosen, why = _at(address)
     else:
-        address = address or environ.get("BNLAYER_ADDRESS") or None
+        address = address or variable(environ, "BNLAYER_ADDRESS")
         chosen, why = _transport(environ, transport, address, launchers)
     if chosen == "alone":
-        if transport is None and "BNLAYER_TRANSPORT" not in environ:
+        if transport is None and variable(environ, "BNLAYER_TRANSPORT") is None:
             _refuse_half(environ)
             if job is not None or token is not None:
                 raise ValueError(
                     "job= or token= was given, but no address= (or BNLAYER_ADDRESS) of the service that knows it."
                 )
+            return _alone(rank, world_size, why, launchers, batch_script(environ) or "")
         return _alone(rank, world_size, why, launchers)
     rank, world_size, whence = _rank(environ, rank, world_size, launchers)
     if chosen == "mpi":
         return Plan("mpi", rank, world_size, f"{why}; {whence}")
-    job = job or environ.get("BNLAYER_JOB") or None
+    job = job or variable(environ, "BNLAYER_JOB")
     missing = [
-        f"{what} ({argument}= or {variable})"
-        for what, argument, variable, value in (
+        f"{what} ({argument}= or {name})"
+        for what, argument, name, value in (
             ("the service's address", "address", "BNLAYER_ADDRESS", address),
             ("the job's name", "job", "BNLAYER_JOB", job),
             ("this process's rank", "rank", "BNLAYER_RANK", rank),
@@ -96,9 +100,9 @@ def plan(
     if missing:
         raise ValueError(f"transport 'service': missing {', '.join(missing)}.")
     _refuse_address(str(address))
-    token = token if token is not None else environ.get("BNLAYER_TOKEN")
-    token_file = environ.get("BNLAYER_TOKEN_FILE") if token is None else None
-    local = environ.get("BNLAYER_LOCAL_SOCKET") or "1"
+    token = token if token is not None else variable(environ, "BNLAYER_TOKEN")
+    token_file = variable(environ, "BNLAYER_TOKEN_FILE") if token is None else None
+    local = variable(environ, "BNLAYER_LOCAL_SOCKET") or "1"
     if local not in ("0", "1"):
         raise ValueError(f"BNLAYER_LOCAL_SOCKET: expected 0 or 1, received {local!r}.")
     return Plan("service", rank, world_size, f"{why}; {whence}", address, job, token, token_file, local == "1")
@@ -108,7 +112,7 @@ def _transport(
     environ: Mapping[str, str], given: str | None, address: str | None, launchers: list[Announcement]
 ) -> tuple[TransportName, str]:
     """The transport and why."""
-    for value, source in ((given, "transport="), (environ.get("BNLAYER_TRANSPORT") or None, "BNLAYER_TRANSPORT")):
+    for value, source in ((given, "transport="), (variable(environ, "BNLAYER_TRANSPORT"), "BNLAYER_TRANSPORT")):
         if value is not None and value not in get_args(TransportName):
             raise ValueError(f"{source}: expected 'alone', 'mpi' or 'service', received {value!r}.")
         if value is not None:
@@ -132,7 +136,9 @@ def _at(address: str) -> tuple[TransportName, str]:
     return "service", f"the service's address is {address}"
 
 
-def _alone(rank: int | None, world_size: int | None, why: str, launchers: list[Announcement]) -> Plan:
+def _alone(
+    rank: int | None, world_size: int | None, why: str, launchers: list[Announcement], warning: str = ""
+) -> Plan:
     if rank not in (None, 0) or world_size not in (None, 1):
         raise ValueError(
             f"transport 'alone' is a world of one: expected rank 0 of 1, received rank {rank} of {world_size}. "
@@ -141,7 +147,7 @@ def _alone(rank: int | None, world_size: int | None, why: str, launchers: list[A
     many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
     if many is not None:
         why += f", although {many.source} announces {many.world_size} ranks"
-    return Plan("alone", 0, 1, why)
+    return Plan("alone", 0, 1, why, warning=warning)
 
 
 def _rank(
@@ -173,14 +179,16 @@ def _rank(
 
 
 def _refuse_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"The service's address: expected HOST:PORT, e.g. 127.0.0.1:50551; received {address!r}.")
+    parts = split(address)
+    if parts is None or parts[1] == 0:
+        raise ValueError(
+            f"The service's address: expected HOST:PORT, e.g. 127.0.0.1:50551; received {address!r}.{hint(address)}"
+        )
 
 
 def _refuse_half(environ: Mapping[str, str]) -> None:
     for one, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if f"BNLAYER_{one}" in environ and f"BNLAYER_{other}" not in environ:
+        if variable(environ, f"BNLAYER_{one}") and not variable(environ, f"BNLAYER_{other}"):
             raise ValueError(f"BNLAYER_{one} is set, but BNLAYER_{other} is not: set both, or neither.")
 
 

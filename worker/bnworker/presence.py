@@ -52,10 +52,20 @@ class Presence:
         Raises:
             RuntimeError: it has.
         """
+        if cls._live is not None and cls._live.is_forked:
+            raise RuntimeError(
+                f"Process {os.getpid()} was forked from one that has joined, {cls._live.world!r}: a rank is one "
+                "process. Start this one with subprocess, or multiprocessing's 'spawn', or before joining."
+            )
         if cls._live is not None:
             raise RuntimeError(
                 f"This process has joined already: {cls._live.world!r}. Use it, or leave it first (world.leave())."
             )
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a child of the one that joined."""
+        return os.getpid() != self._process
 
     def end(self) -> None:
         """Take everything out again."""
@@ -66,13 +76,13 @@ class Presence:
             sys.excepthook = self._hook_before
 
     def _at_exit(self) -> None:
-        if os.getpid() == self._process:  # a forked child is no rank
+        if not self.is_forked:
             self._depart("")
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Print the traceback first: leaving may take a while, and may end the process."""
         self._hook_before(kind, error, trace)
-        if os.getpid() == self._process:
+        if not self.is_forked:
             self._depart(failure(error))
 
 

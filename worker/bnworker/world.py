@@ -4,12 +4,14 @@ Laws of this room:
 1. A `CollectiveError` ends the world: every later exchange raises it again at once.
 2. User input is checked here, before anything is sent; a transport gets what it can reduce.
 3. An exception that leaves the `with` block is told to the other ranks.
+4. A process that was forked from a rank can't exchange, leave or fail in its place.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -79,7 +81,10 @@ class World:
         self._error: CollectiveError | None = None
         self._left = False
         self._free = threading.Lock()
+        self._process = os.getpid()
         self._presence = Presence(self, self._depart) if install else None
+        if install:
+            failure_marker.opened("world")
 
     # ---- who am I ----
 
@@ -312,7 +317,11 @@ class World:
         self._left = True
         if self._presence is not None:
             self._presence.end()
+        if self._is_forked():
+            return
         self._transport.leave(reason)
+        if self._presence is not None:
+            failure_marker.closed("world")
 
     # ---- one exchange ----
 
@@ -339,7 +348,17 @@ class World:
         self.statistics.completed(call, received(result))
         return result
 
+    def _is_forked(self) -> bool:
+        """Whether this is not the rank's process but a child of it; nobody else is in a world of one."""
+        return os.getpid() != self._process and self.transport != "alone"
+
     def _alive(self) -> None:
+        if self._is_forked():
+            raise CollectiveError(
+                f"Process {os.getpid()} was forked from rank {self.rank} (pid {self._process}), which has joined its "
+                "job: a rank is one process. Make exchanges there, or start processes before joining.",
+                ranks=(self.rank,),
+            )
         if self._error is not None:
             raise self._error.again()
         if self._left:

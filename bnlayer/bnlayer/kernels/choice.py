@@ -7,6 +7,8 @@ import os
 from functools import cache
 from types import ModuleType
 
+from bnlayer.environment import variable
+
 _log = logging.getLogger("bnlayer.kernels")
 
 COMPILED, REFERENCE = "compiled", "reference"
@@ -22,7 +24,7 @@ def chosen() -> str:
         ValueError: the variable holds something else.
         ImportError: it asks for the compiled kernels, and there is no Numba.
     """
-    wanted = os.environ.get("BNLAYER_KERNELS")
+    wanted = variable(os.environ, "BNLAYER_KERNELS")
     if wanted not in (None, COMPILED, REFERENCE):
         raise ValueError(f"BNLAYER_KERNELS: expected {COMPILED!r} or {REFERENCE!r}, received {wanted!r}.")
     name = REFERENCE if wanted == REFERENCE or not _numba(wanted == COMPILED) else COMPILED

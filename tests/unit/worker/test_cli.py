@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -78,6 +79,13 @@ def test_a_users_error_is_one_line(
     assert captured.err.startswith(line)
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_values_in_usage_errors_are_shown_as_they_are() -> None:
+    """Brackets are no markup there either."""
+    ended = run("train", "[red]x[/red]", "[mpich]", environ={**os.environ, "COLUMNS": "200"})
+    assert ended.returncode == 2
+    assert "([red]x[/red] [mpich])" in ended.stderr
 
 
 def test_unknown_options_are_usage_errors() -> None:

@@ -69,6 +69,43 @@ def test_a_second_join_is_refused_and_a_later_one_is_not() -> None:
     bnworker.join().leave()
 
 
+def test_a_batch_script_is_told_that_it_is_no_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It trained alone in silence, whoever had forgotten srun."""
+    line = (
+        "SLURM_PROCID=0 and SLURM_NTASKS=4 are set, but SLURM_STEP_ID is not: this process is a batch script or a "
+        "child of one, not a rank, and trains alone. Start the ranks with srun, or with bnlayer launch."
+    )
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    bnworker.join().leave()
+    assert caplog.messages == [line]
+    caplog.clear()
+    collective._say_why_alone.cache_clear()
+    for _ in range(2):  # a layer whose program never joins
+        collective.current()
+    assert caplog.messages == [line]
+    caplog.clear()
+    bnworker.join(transport="alone").leave()  # asked for
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    bnworker.join().leave()
+    assert caplog.messages == []
+    collective._say_why_alone.cache_clear()
+
+
+def test_a_forked_process_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its parent's connections, and would speak in its place."""
+    with bnworker.join(), monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(RuntimeError) as caught:
+            bnworker.join()
+    assert str(caught.value) == (
+        "Process 1 was forked from one that has joined, World(rank=0, world_size=1, transport='alone'): a rank is one "
+        "process. Start this one with subprocess, or multiprocessing's 'spawn', or before joining."
+    )
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True])
 def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
     """Waiting for ever is not offered."""

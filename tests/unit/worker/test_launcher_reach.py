@@ -35,6 +35,12 @@ def test_what_is_no_address(address: str) -> None:
     assert raised.value.code == 2
 
 
+def test_an_ipv6_address_needs_brackets() -> None:
+    """Nothing says where its host ends."""
+    with pytest.raises(LaunchError, match=r"received '::1:7431'\. An IPv6 host stands in brackets: \[::1\]:7431\.$"):
+        reach("::1:7431", 0)
+
+
 def test_somebody_listens(silent: socket.socket) -> None:
     """Nothing else is asked of it."""
     silent.listen()

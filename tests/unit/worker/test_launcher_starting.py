@@ -63,14 +63,77 @@ def test_an_mpi_job_has_no_address() -> None:
 
 def test_commands_that_cannot_run(tmp_path: Path) -> None:
     """A shell's codes: 127 not found, 126 not executable."""
-    with pytest.raises(LaunchError, match="nonesuch: command not found") as raised:
+    with pytest.raises(LaunchError, match=r"nonesuch: command not found$") as raised:
         check(Job(("nonesuch",), 1), {"PATH": str(tmp_path)})
     assert raised.value.code == 127
-    plain = tmp_path / "plain"
-    plain.touch()
-    with pytest.raises(LaunchError, match="cannot be executed") as raised:
-        check(Job((str(plain),), 1), {})
-    assert raised.value.code == 126
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "text", "reported", "code"),
+    [
+        ("x.py", 0o644, "", "x.py: command not found; there is a file of this name here: write python x.py", 127),
+        ("./x.py", 0o644, "", "./x.py: is there, but not executable: write python x.py", 126),
+        (
+            "x.py",
+            0o755,
+            "#!/bin/sh",
+            "x.py: command not found; there is a file of this name here: write python x.py",
+            127,
+        ),
+        ("x", 0o755, "#!/bin/sh", "x: command not found; there is a file of this name here: write ./x", 127),
+        (
+            "./x",
+            0o644,
+            "",
+            "./x: is there, but not executable: write its interpreter in front of it, or chmod +x x and ./x",
+            126,
+        ),
+        (
+            "./x.py",
+            0o755,
+            "import bnworker",
+            "./x.py: has no first line that names its interpreter (#!): write python x.py",
+            126,
+        ),
+        (
+            "./x",
+            0o755,
+            "#! /no/such/python -u\n",
+            (
+                "./x: its first line names the interpreter '/no/such/python', which is not there; correct the line, or "
+                "put an interpreter in front, e.g. python x"
+            ),
+            126,
+        ),
+        (
+            "./x",
+            0o755,
+            "#!/bin/sh\r\n",
+            (
+                "./x: its first line names the interpreter '/bin/sh\\r', which is not there; correct the line, or put "
+                "an interpreter in front, e.g. python x"
+            ),
+            126,
+        ),
+        ("./", 0o755, "", "./: is a folder; expected a program", 126),
+        ("./x", 0o755, "#!/bin/sh\n", None, 0),
+        ("./x", 0o755, "#!/bin/sh -e\n", None, 0),
+    ],
+)
+def test_files_that_are_no_programs(
+    name: str, mode: int, text: str, reported: str | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says "No such file" of a script whose interpreter is missing; here stands what to write instead."""
+    monkeypatch.chdir(tmp_path)
+    file = Path(name.removeprefix("./") or "other")
+    file.write_text(text, encoding="utf-8", newline="")
+    file.chmod(mode)
+    if reported is None:
+        check(Job((name,), 1), {})
+        return
+    with pytest.raises(LaunchError) as raised:
+        check(Job((name,), 1), {"PATH": "/nowhere"})
+    assert (str(raised.value), raised.value.code) == (reported, code)
 
 
 def test_no_mpiexec_inside_mpiexec() -> None:

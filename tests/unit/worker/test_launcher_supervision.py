@@ -80,6 +80,8 @@ def test_ranks_that_the_launcher_ended_do_not_count() -> None:
         ([Ended(0, 1, secondary=True), Ended(1, 7)], 7),  # told comes last, even if it came first
         ([Ended(0, 1, secondary=True), Ended(1, 0)], 1),  # but it is a failure
         ([Ended(0, 1, secondary=True), Ended(1, -signal.SIGSEGV)], 139),
+        ([Ended(1, 0, left_open="leaving the job"), Ended(0, 0)], 1),
+        ([Ended(0, 3, secondary=True), Ended(1, 0, left_open="leaving the job")], 1),
         ([Ended(SERVICE, -KILL), Ended(0, 1, secondary=True), Ended(1, 1, secondary=True)], 137),
     ],
 )
@@ -152,6 +154,10 @@ def test_a_signal_after_a_failure_keeps_the_failure() -> None:
         # All ranks were content, mpiexec was not.
         ([Ended(0, 0), Ended(1, 0), Ended(MPIEXEC, 1)], 1),
         ([Ended(0, 0), Ended(1, 0), Ended(MPIEXEC, 0)], 0),
+        # MPICH kills the others of a rank that does not finalize, and may say 0, 1 or 9.
+        ([Ended(1, 0), Ended(MPIEXEC, 0)], 1),
+        ([Ended(1, 0, left_open="leaving the job"), Ended(MPIEXEC, 9)], 1),
+        ([Ended(1, 0, left_open="leaving the job"), Ended(0, -TERM), Ended(MPIEXEC, 1)], 1),
     ],
 )
 def test_under_mpiexec_its_own_signals_do_not_count(ends: list[Ended], code: int) -> None:
@@ -160,8 +166,19 @@ def test_under_mpiexec_its_own_signals_do_not_count(ends: list[Ended], code: int
     assert (job.done, job.exit_code()) == (True, code)
 
 
+def test_who_did_not_report_is_known() -> None:
+    """Until mpiexec ends, a rank may still report; ranks that the launcher is ending need not."""
+    job, _ = play(3, Ended(1, 0), Ended(MPIEXEC, 0), mpiexec=True)
+    assert job.unreported == {0, 2}
+    job, _ = play(3, Ended(1, 7), TimeUp(), Ended(MPIEXEC, 7), mpiexec=True)
+    assert (job.done, job.unreported, job.exit_code()) == (True, frozenset(), 7)
+
+
 def test_what_is_said_of_an_end() -> None:
     """The line that the user reads."""
+    assert str(Ended(1, 0, left_open="leaving the job")) == (
+        "rank 1 exited with code 0 without leaving the job (os._exit?): a failure, code 1"
+    )
     assert str(Ended(2, 7)) == "rank 2 exited with code 7"
     assert str(Ended(2, -KILL)) == "rank 2 was killed by SIGKILL"
     assert str(Ended(MPIEXEC, 1)) == "mpiexec exited with code 1"

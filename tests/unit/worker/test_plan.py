@@ -42,13 +42,22 @@ SERVICE = {"BNLAYER_ADDRESS": "127.0.0.1:7000", "BNLAYER_JOB": "j"}
         ({}, {"address": "h:1", "job": "j", "rank": 0, "world_size": 3}, ("service", 0, 3)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, {}, ("alone", 0, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {}, ("alone", 0, 1)),
-        ({"BNLAYER_ADDRESS": "", "BNLAYER_TRANSPORT": ""}, {}, ("alone", 0, 1)),
+        (SERVICE | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "1"}, {}, ("service", 0, 4)),
+        (SERVICE | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, {}, ("service", 3, 4)),  # a batch script is process 0
     ],
 )
 def test_the_choice(environ: dict[str, str], arguments: dict[str, Any], expected: tuple[str, Any, Any]) -> None:
     """Arguments beat BNLAYER_*, which beat MPI's variables, which beat torchrun's, which beat Slurm's."""
     chosen = plan(environ, **arguments)
     assert (chosen.transport, chosen.rank, chosen.world_size) == expected
+
+
+def test_ipv6_addresses_stand_in_brackets() -> None:
+    """Nothing else says where the host ends."""
+    where = {"job": "j", "rank": 0, "world_size": 1}
+    assert plan({}, address="[::1]:7000", **where).address == "[::1]:7000"  # type: ignore[arg-type]  # mixed values
+    with pytest.raises(ValueError, match=r"received '::1:7000'\. An IPv6 host stands in brackets: \[::1\]:7000\.$"):
+        plan({}, address="::1:7000", **where)  # type: ignore[arg-type]  # mixed values
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 import threading
 from collections.abc import Sequence
@@ -67,6 +68,34 @@ def test_a_second_exchange_at_a_time_is_refused() -> None:
     go_on.set()
     thread.join(30)
     assert world.allreduce([np.ones(1)])[0].tolist() == [1]
+
+
+def test_a_forked_process_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over MPI it took its rank's place; a world of one has nobody to mislead."""
+
+    class Elsewhere(AloneTransport):
+        name = "mpi"
+        left = False
+
+        def leave(self, reason: str) -> None:
+            self.left = True
+
+    transport = Elsewhere()
+    world, alone = World(transport, install=False), World(AloneTransport(), install=False)
+    bn = BatchNormalization(synchronized=True, name="bn", collective=world)
+    text = (
+        f"Process 1 was forked from rank 0 (pid {os.getpid()}), which has joined its job: a rank is one process. Make "
+    )
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 1)
+        for call in (world.barrier, lambda: world.pull("bn"), lambda: bn(np.ones((2, 2)), training=True)):
+            with pytest.raises(CollectiveError) as raised:
+                call()
+            assert str(raised.value).startswith(text)
+            assert raised.value.ranks == (0,)
+        alone.barrier()
+        world.leave()
+    assert not transport.left
 
 
 def test_an_overflow_does_not_end_the_world() -> None:

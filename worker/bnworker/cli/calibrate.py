@@ -38,7 +38,7 @@ def calibrate(
 
     Exit code 2: the file is no checkpoint, or does not fit the data; 1: it failed, or OUT cannot be written.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
     from bnlayer.environment import announced
 
     try:

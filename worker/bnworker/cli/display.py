@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Table
 from rich.text import Text
 
+from bnworker.cli.console import console
 from bnworker.train.calibration import Calibrated
 from bnworker.train.data import are_numbers, spelled
 from bnworker.train.events import Epoch, Event, Resumed, Step
@@ -38,7 +38,7 @@ class Display:
     def __init__(self, steps: int, epochs: int, *, shown: bool, plain: bool) -> None:
         self._epochs = epochs
         self._shown = shown
-        self._console = Console(file=sys.stdout, highlight=False, force_terminal=False if plain else None)
+        self._console = console(plain=plain)
         self._bar: _Bar | None = None
         if shown and self._console.is_terminal:
             self._bar = _Bar(self._console, steps, epochs)
@@ -111,7 +111,7 @@ def show_calibration(result: Calibrated, out: Path) -> None:
     before, after = result.before, result.after
     table.add_row("test accuracy", f"{before.test_accuracy:.2%}", f"{after.test_accuracy:.2%}")
     table.add_row("test loss", f"{before.test_loss:.4f}", f"{after.test_loss:.4f}")
-    Console(file=sys.stdout, highlight=False).print(table)
+    console().print(table)
 
 
 class _Bar:
@@ -120,10 +120,10 @@ class _Bar:
     def __init__(self, console: Console, steps: int, epochs: int) -> None:
         self._wide = console.width >= _WIDE
         self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs), markup=False),
             BarColumn(bar_width=None),
             *([MofNCompleteColumn()] if self._wide else []),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             _TimeLeft(compact=True, elapsed_when_finished=True),
             console=console,
             expand=True,

@@ -26,8 +26,9 @@ def doctor(
 
     Exit code 1 if the address was given and nothing answers there.
     """
-    from rich.console import Console
     from rich.table import Table
+
+    from bnworker.cli.console import console
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -42,7 +43,7 @@ def doctor(
     table.add_row("ranks announced", _ranks())
     reached = _reach(address) if address else None
     table.add_row("service", "no address given (--address)" if reached is None else reached[1])
-    Console().print(table)
+    console().print(table)
     raise typer.Exit(1 if reached is not None and not reached[0] else 0)
 
 
@@ -60,11 +61,14 @@ def _kernels() -> str:
 
 
 def _mpi_library() -> str:
-    """Asked in a process of its own: importing mpi4py starts MPI, which may abort."""
+    """Asked in a process of its own: importing mpi4py starts MPI, which may abort.
+
+    `-P`: files of the current folder, such as `types.py`, are no modules.
+    """
     import subprocess
 
     asked = subprocess.run(
-        [sys.executable, "-m", "mpi4py", "--mpi-lib-version"],
+        [sys.executable, "-P", "-m", "mpi4py", "--mpi-lib-version"],
         capture_output=True,
         text=True,
         errors="replace",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bnworker.cli.console import console
 from bnworker.train.checkpoint import Checkpoint
 from bnworker.train.data import Dataset, EpochSteps, are_numbers, listed, spelled
 from bnworker.train.forecast import Forecast, forecast
@@ -37,7 +37,7 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
         ("memory per rank", f"about {plan.memory_bytes / _MIB:,.0f} MiB, beside data that is held whole"),
     ):
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def _wire(plan: Forecast) -> list[tuple[str, str]]:

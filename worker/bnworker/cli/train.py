@@ -252,7 +252,8 @@ def train(
     del config
     # Before NumPy is imported. A rank's share of a batch is small: threads for it cost more than they bring, and
     # those of several ranks fight for the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
+    from bnlayer.environment import variable
     from bnworker.cli.checks import refuse_what_cannot_work
     from bnworker.cli.rank import Files, run
     from bnworker.train.loop import Replica
@@ -288,7 +289,9 @@ def train(
         )
     except SettingsError as error:
         raise CommandError(f"train: {error}") from None
-    alone = transport is TrainTransport.none or (transport is None and os.environ.get("BNLAYER_TRANSPORT") == "alone")
+    alone = transport is TrainTransport.none or (
+        transport is None and variable(os.environ, "BNLAYER_TRANSPORT") == "alone"
+    )
     many = rank.world_size if rank is not None else workers or 1
     launching = rank is None and not dry_run and (transport is not TrainTransport.none or many > 1)
     start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1, launching=launching)

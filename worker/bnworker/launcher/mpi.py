@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
+from bnlayer.environment import variable
+
 _VERSION_S = 20.0  # Open MPI's first start on a cold disk takes seconds
 
 
@@ -28,7 +30,7 @@ class Vendor(StrEnum):
 def find(environ: Mapping[str, str]) -> str | None:
     """The mpiexec beside this Python (a wheel's), or the first on PATH."""
     beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    return beside or shutil.which("mpiexec", path=environ.get("PATH"))
+    return beside or shutil.which("mpiexec", path=variable(environ, "PATH"))
 
 
 def version(mpiexec: str) -> str:
@@ -70,4 +72,4 @@ def environment(vendor: Vendor, ranks: int, folder: Path, environ: Mapping[str, 
             "OMPI_MCA_rmaps_base_oversubscribe": "1",  # version 4
             "OMPI_MCA_mpi_yield_when_idle": "1",  # waiting ranks leave their core to the others
         }
-    return {name: value for name, value in needed.items() if name not in environ}
+    return {name: value for name, value in needed.items() if variable(environ, name) is None}

@@ -1,14 +1,17 @@
 """Stands between mpiexec and one rank: the rank's output and end go to the launcher, not through mpiexec.
 
-    python -I -S mpirank.py FOLDER RANKS COMMAND…
+    python -I -S mpirank.py FOLDER RANKS =COMMAND =ARGUMENT…
 
 mpiexec mixes the output of its ranks, and says of a failed job only one number. So each rank gets named pipes
 in the launcher's folder: `N.out` and `N.err` for its output, `N.end` for "PID" when it starts and its status
 when it ends. Where the folder is not there (another host), the rank keeps mpiexec's output.
 
+Each word of the command has a "=" in front: mpiexec takes a word ":" for the end of its own command, wherever it is.
+
 Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
 did. If the rank was told of another's failure (`N.told`), it first waits for that one: mpiexec ends all ranks when
-the first fails, and would end the one that knows why.
+the first fails, and would end the one that knows why. If it ended with 0 but has left its world or MPI open
+(`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
 
 Standard library alone: it starts once per rank, before the rank does.
 """
@@ -30,6 +33,7 @@ _PAUSE_S = 0.01
 _PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _signalled: list[int] = []  # signals that came
 _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)  # and what is ignored survives an exec
+_OPEN = ("world", "mpi")  # see bnworker.failure_marker
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
@@ -75,8 +79,8 @@ def _end_like(status: int) -> None:
 
 def main() -> None:
     """Run the rank; end as it ends."""
-    folder, ranks, command = Path(sys.argv[1]), range(int(sys.argv[2])), sys.argv[3:]
-    rank = next(os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
+    folder, ranks, command = Path(sys.argv[1]), range(int(sys.argv[2])), [word[1:] for word in sys.argv[3:]]
+    rank = next(value for name in _RANK_VARIABLES if (value := os.environ.get(name)))
     report = _redirect(folder, rank)
     os.environ["BNLAYER_RANK"] = rank
     # Blocked until they can be passed on. Handlers, unlike "ignore", do not survive the rank's exec.
@@ -111,7 +115,8 @@ def main() -> None:
         _wait_for_the_cause(folder, ranks)
     elif folder.is_dir():
         (folder / f"{rank}.ended").touch()
-    _end_like(status)
+    unfinished = status == 0 and any((folder / f"{rank}.{what}").exists() for what in _OPEN)
+    _end_like(1 if unfinished else status)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from bnlayer.environment import variable
+
 LIMIT = 2**16  # as much as a pipe holds: one read never has to be cut
 
 # A CR at the very end waits: a line feed may follow.
@@ -48,7 +50,7 @@ class Style:
             timestamps: what the user asked for; None: nothing.
             environ: NO_COLOR, if not empty, and TERM=dumb turn colour off.
         """
-        colour = terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        colour = terminal and variable(environ, "NO_COLOR") is None and variable(environ, "TERM") != "dumb"
         return cls(terminal if timestamps is None else timestamps, colour)
 
     def head(self, label: str, rank: int | None, now: datetime) -> bytes:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 
+from bnproto.address import hint, split
 from bnworker.launcher.starting import LaunchError
 
 _ANSWER_S = 5.0  # a connection around the world takes a second; a lost first packet one more
@@ -38,10 +39,12 @@ def reach(address: str, wait_s: float) -> None:
 
 
 def _parsed(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise LaunchError(f"expected an address HOST:PORT, such as 127.0.0.1:7431, received {address!r}.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    parts = split(address)
+    if parts is None or parts[1] == 0:
+        raise LaunchError(
+            f"expected an address HOST:PORT, such as 127.0.0.1:7431, received {address!r}.{hint(address)}"
+        )
+    return parts
 
 
 def _attempt(host: str, port: int) -> str | None:

@@ -19,8 +19,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bnworker.failure_marker import FOLDER, is_marked
+from bnworker.failure_marker import FOLDER, is_marked, left_open
 from bnworker.launcher import starting
+from bnworker.launcher.command import foreign_python
 from bnworker.launcher.guardian import sweep
 from bnworker.launcher.output import Output, Outputs
 from bnworker.launcher.reach import reach
@@ -100,12 +101,14 @@ def _stand_in() -> None:
 
 class _Run:
     def __init__(self, job: Job, output: Output, environ: Mapping[str, str]) -> None:
+        self._advice = foreign_python(job.command, environ)
         self.reactor = Reactor()
         self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s)
         self._job = job
         self._log_dir = output.log_dir
         self._outputs = Outputs(self.reactor, job, output, environ, self._unread)
         self.folder = Path(tempfile.mkdtemp(prefix="bnlayer-launch-"))
+        self._reports: dict[int, int] = {}  # rank: the pipe through which it reports its end
         self._groups: dict[int, int] = {}  # who: the process group that hears signals for it
         self._service: subprocess.Popen[bytes] | None = None
         self._finishing = False
@@ -165,8 +168,8 @@ class _Run:
             self.supervision = replace(self.supervision, running=self.supervision.running | {rank})
             for kind in ("out", "err"):
                 self._outputs.rank(self._opened(f"{rank}.{kind}"), rank, kind)
-            report = self._opened(f"{rank}.end")
-            self.reactor.watch(report, partial(self._reported, rank, report))
+            self._reports[rank] = report = self._opened(f"{rank}.end")
+            self.reactor.watch(report, partial(self._reported, rank))
 
     def _opened(self, pipe: str) -> int:
         return os.open(self.folder / pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -202,11 +205,16 @@ class _Run:
         if not self._finishing:
             self._handle(Interrupted(signal.SIGPIPE))
 
-    def _reported(self, rank: int, report: int) -> None:
-        message = os.read(report, 4096)
+    def _reported(self, rank: int) -> None:
+        report = self._reports[rank]
+        try:
+            message = os.read(report, 4096)
+        except BlockingIOError:  # nothing yet
+            return
         if not message:
             self.reactor.forget(report)
             os.close(report)
+            del self._reports[rank]
         for line in message.split():
             if rank not in self._groups:
                 self._groups[rank] = int(line)
@@ -214,8 +222,12 @@ class _Run:
                 self._ended(rank, int(line))
 
     def _ended(self, who: int, status: int) -> None:
+        if who == MPIEXEC:  # it ended after its ranks, whatever was heard of first
+            for rank in tuple(self._reports):
+                self._reported(rank)
         self._groups.pop(who, None)
-        self._handle(Ended(who, status, secondary=who >= 0 and is_marked(self.folder, who)))
+        secondary, open_ = (is_marked(self.folder, who), left_open(self.folder, who)) if who >= 0 else (False, "")
+        self._handle(Ended(who, status, secondary, open_ if status == 0 else ""))
 
     def _service_ended(self, status: int) -> None:
         self._service = None
@@ -226,14 +238,25 @@ class _Run:
         before = self.supervision
         self.supervision, effects = before.handle(event)
         counted = len(self.supervision.ended) > len(before.ended)
-        if isinstance(event, Ended) and counted and event.status not in {0, *self._job.explained}:
+        if isinstance(event, Ended) and counted and event.failed and event.status not in self._job.explained:
             self._outputs.announce(str(event))
+            if event.status == 1 and self._advice is not None:  # an exception that nobody caught
+                self._outputs.announce(self._advice)
+                self._advice = None
+        self._name_unreported(before)
         for effect in effects:
             match effect:
                 case SendSignal(number):
                     self._send_signal(number)
                 case Alarm(seconds):
                     self.reactor.ring(seconds, lambda: self._handle(TimeUp()))
+
+    def _name_unreported(self, before: Supervision) -> None:
+        """Say which ranks mpiexec took along, unless another rank's failure says why."""
+        ranks = sorted(self.supervision.unreported - before.unreported)
+        if ranks and not any(end.failed and end.who != MPIEXEC for end in self.supervision.ended):
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            self._outputs.announce(f"{named} did not report an end before mpiexec ended: the job has failed")
 
     # ---- what is done ----
 

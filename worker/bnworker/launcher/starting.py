@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import IO
 from bnlayer.environment import announced
 from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
+from bnworker.launcher.command import NOT_EXECUTABLE, refusal
 from bnworker.launcher.supervision import GRACE_S
 
 _HERE = Path(__file__).parent
@@ -121,12 +121,9 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
             f"{outer.source} started this process as rank {outer.rank}; mpiexec cannot run inside mpiexec. "
             "Run the command itself here, without the launcher."
         )
-    name = job.command[0]
-    if shutil.which(name, path=environ.get("PATH")) is not None:
-        return
-    if "/" in name and Path(name).exists():
-        raise LaunchError(f"{name}: it is there, but cannot be executed; is it meant for an interpreter?", 126)
-    raise LaunchError(f"{name}: command not found", 127)
+    refused = refusal(job.command[0], environ)
+    if refused is not None:
+        raise LaunchError(*refused)
 
 
 def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -174,7 +171,7 @@ def start_mpiexec(job: Job, folder: Path, environ: Mapping[str, str]) -> subproc
             os.mkfifo(folder / f"{rank}.{name}", 0o600)
     needed = mpi.environment(mpi.vendor(mpi.version(mpiexec)), job.ranks, folder, environ)
     shim = [sys.executable, "-I", "-S", str(_HERE / "mpirank.py"), str(folder), str(job.ranks)]
-    command = [mpiexec, "-n", str(job.ranks), *shim, *job.command]
+    command = [mpiexec, "-n", str(job.ranks), *shim, *(f"={word}" for word in job.command)]
     return _start(command, {**environ, **needed}, subprocess.PIPE)
 
 
@@ -184,7 +181,7 @@ def _start(command: list[str], environ: Mapping[str, str], output: int | None) -
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
         )
     except OSError as error:
-        raise LaunchError(f"{command[0]}: {error.strerror}", 126) from error
+        raise LaunchError(f"{command[0]}: {error.strerror}", NOT_EXECUTABLE) from error
 
 
 def detach(pipe: IO[bytes]) -> int:

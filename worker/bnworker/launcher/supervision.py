@@ -6,7 +6,8 @@ Laws of this room:
 3. The exit code is that of the first cause: the first rank that failed on its own, or the signal from outside.
    A rank killed by a signal outranks ranks that exited; a rank that was told of another's failure (a
    `CollectiveError`) comes last; ranks that the launcher itself ended never count.
-4. What is not in the table cannot happen.
+4. It is 0 only if every rank has reported its own end, with 0 and nothing left open.
+5. What is not in the table cannot happen.
 
 Statuses are those of `subprocess`: an exit code, or minus the number of the signal that killed the process.
 """
@@ -57,21 +58,32 @@ class Ended:
         who: a rank, `MPIEXEC` or `SERVICE`.
         status: as in `subprocess`.
         told: whether it had been told of another rank's failure.
+        left_open: what a rank should have done before an end with 0, "leaving the job"; "" if nothing.
     """
 
     who: int
     status: int
     secondary: bool = False
+    left_open: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is no success."""
+        return self.status != 0 or self.left_open != ""
 
     @property
     def code(self) -> int:
-        """The status as a shell would say it: 128 + signal."""
-        return self.status if self.status >= 0 else 128 - self.status
+        """The status as a shell would say it: 128 + signal; 1 for an end with 0 that is no success."""
+        if self.status == 0:
+            return int(self.failed)
+        return self.status if self.status > 0 else 128 - self.status
 
     def __str__(self) -> str:
         name = {MPIEXEC: "mpiexec", SERVICE: "the statistics service"}.get(self.who, f"rank {self.who}")
         if self.status < 0:
             return f"{name} was killed by {signal.Signals(-self.status).name}"
+        if self.status == 0 and self.left_open:
+            return f"{name} exited with code 0 without {self.left_open} (os._exit?): a failure, code 1"
         return f"{name} exited with code {self.status}"
 
 
@@ -131,6 +143,7 @@ class Supervision:
         phase: how far the job has come.
         ended: who ended before the launcher began to end them, in order.
         interrupted: the signal from outside, where it was the first cause.
+        unreported: ranks whose mpiexec ended before they had reported their own end.
         grace_s: seconds that the others have after a failure, and once more after SIGTERM.
         stop_s: seconds that all have after a signal from outside; None: `grace_s`.
     """
@@ -139,6 +152,7 @@ class Supervision:
     phase: Phase = Phase.RUNNING
     ended: tuple[Ended, ...] = ()
     interrupted: int | None = None
+    unreported: frozenset[int] = frozenset()
     grace_s: float = GRACE_S
     stop_s: float | None = None
 
@@ -158,11 +172,13 @@ class Supervision:
         after = replace(self, phase=phase)
         if isinstance(event, Ended):
             counts = phase in (Phase.RUNNING, Phase.GRACE)
+            # mpiexec ends last: a rank that has not reported by then never will
+            unreported = self.running - {MPIEXEC} if event.who == MPIEXEC else frozenset()
             after = replace(
                 after,
-                # mpiexec ends last: a rank that has not reported by then never will
-                running=frozenset() if event.who == MPIEXEC else self.running - {event.who},
+                running=self.running - unreported - {event.who},
                 ended=(*self.ended, event) if counts else self.ended,
+                unreported=unreported if counts else self.unreported,
             )
         elif isinstance(event, Interrupted) and self.phase is Phase.RUNNING:
             after = replace(after, interrupted=event.signal)
@@ -174,17 +190,19 @@ class Supervision:
         """The launcher's exit code, by law 3."""
         if self.interrupted is not None:
             return 128 + self.interrupted
-        failures = [end for end in self.ended if end.status != 0]
+        failures = [end for end in self.ended if end.failed]
         mpiexec = next((end for end in failures if end.who == MPIEXEC), None)
         ranks = [end for end in failures if end.who != MPIEXEC]
         if mpiexec is not None and ranks:
             return _confirmed(ranks, mpiexec).code
-        return _first_cause(failures).code if failures else 0
+        if failures:
+            return _first_cause(failures).code
+        return 1 if self.unreported else 0
 
 
 def _happening(event: Event) -> Happening:
     match event:
-        case Ended(status=0):
+        case Ended(failed=False):
             return Happening.SUCCEEDED
         case Ended():
             return Happening.FAILED

@@ -10,6 +10,7 @@ Laws of this room:
 2. After an agreed error the communicator is sound, and the process may end as usual.
 3. After a wait that did not complete, it is not: when the process ends, it ends the whole job (`MPI_Abort`),
    because finalizing would wait for ever.
+4. A process that is forked from a rank never speaks to MPI, not even when it ends: MPI would take it for the rank.
 """
 
 from __future__ import annotations
@@ -35,15 +36,7 @@ from bnlayer.reduction import Encoded, combined, decode, dtype_named, encode
 from bnlayer.state import LayerState
 from bnworker.transports import Seeded
 from bnworker.transports.call_encoding import CallFingerprints, decode_call, encode_call, pushed_digest
-
-try:
-    from mpi4py import MPI
-except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no MPI to load
-    raise ImportError(
-        "transport 'mpi' needs mpi4py and an MPI: pip install 'bnlayer[mpich]' brings both, "
-        f"'bnlayer[mpi]' uses the MPI of this machine ({error})."
-    ) from error
-
+from bnworker.transports.mpi_runtime import MPI, PROCESS
 from bnworker.transports.mpi_wait import NoteExchange, Wait, complete
 
 _LEAVING = 0  # the header of a rank that leaves; no name is 0
@@ -63,6 +56,7 @@ class MPITransport:
 
     Raises:
         PeerLostError: not all ranks joined in time.
+        RuntimeError: this process was forked from the one that initialized MPI.
     """
 
     name = "mpi"
@@ -70,6 +64,11 @@ class MPITransport:
     def __init__(
         self, comm: MPI.Intracomm | None = None, *, timeout: float = 300.0, deterministic: bool = False
     ) -> None:
+        if os.getpid() != PROCESS:
+            raise RuntimeError(
+                f"Process {os.getpid()} was forked from process {PROCESS}, which has initialized MPI: a rank is one "
+                "process. Start this one with subprocess, or multiprocessing's 'spawn', or before joining."
+            )
         base = MPI.COMM_WORLD if comm is None else comm
         self.rank = base.rank
         self.world_size = base.size
@@ -300,6 +299,8 @@ class MPITransport:
 
     def _at_exit(self) -> None:
         """Leave, where the world was not left; end the whole job, where MPI can't be finalized."""
+        if os.getpid() != PROCESS:
+            return
         self.leave("")
         if self._sound or MPI.Is_finalized():
             return
