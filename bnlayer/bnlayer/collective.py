@@ -237,8 +237,11 @@ def installed(collective: Collective | None) -> Iterator[None]:
 _names: WeakKeyDictionary[Collective, WeakValueDictionary[str, object]] = WeakKeyDictionary()
 
 
-def claim(collective: Collective, name: str, layer: object) -> None:
+def claim(collective: Collective, name: str, layer: object) -> bool:
     """Take a layer's name within a collective, for as long as the layer lives.
+
+    Returns:
+        Whether it was free, and not this layer's already.
 
     Raises:
         ValueError: another live layer of this process holds the name; their statistics would be mixed.
@@ -251,4 +254,11 @@ def claim(collective: Collective, name: str, layer: object) -> None:
             f"Two live synchronized layers are named {name!r}: layers are known by name within a job. "
             "Give each a name of its own: BatchNormalization(..., name=...)."
         )
+    fresh = name not in held
     held[name] = layer
+    return fresh
+
+
+def release(collective: Collective, name: str) -> None:
+    """Give a layer's name back, where its enrolment was refused."""
+    _names[collective].pop(name, None)

@@ -22,6 +22,7 @@ from bnlayer.collective import (
     Operation,
     Total,
     claim,
+    release,
 )
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.gradients import Gradients, GradientSums
@@ -86,8 +87,13 @@ class ExchangeDriver:
         Raises:
             ValueError: another live layer holds the name.
         """
-        claim(self.collective, self._name, layer)
-        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
+        fresh = claim(self.collective, self._name, layer)
+        try:
+            return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
+        except BaseException:
+            if fresh:
+                release(self.collective, self._name)
+            raise
 
     def forward(self, view: View, signature: LayerSignature, grid: Grid) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches."""

@@ -23,6 +23,7 @@ from bnlayer import tiling
 from bnlayer.collective import Alone, LayerSignature, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.dtypes import rounded
+from bnlayer.errors import CollectiveError
 from bnlayer.exchange_driver import ExchangeDriver, share
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import quick_channels
@@ -131,12 +132,19 @@ class BatchNormalization(Definition):
             CollectiveError: a synchronized exchange could not complete.
         """
         x = self.dtype_policy.received(inputs, "inputs")
-        if not self.built:
-            self.build(x.shape)
-        view = View.of(x, self._pinned_axis(x.shape), mask)
-        if not (training and self.trainable):
+        unbuilt = None if self.built else self.__dict__.copy()
+        try:
+            if unbuilt is not None:
+                self.build(x.shape)
+            view = View.of(x, self._pinned_axis(x.shape), mask)
+            driver = self._joined() if training and self.trainable else None
+        except Exception as error:
+            # A first call that is refused must not fix the layer's shape. An enrolment that failed was no refusal.
+            if unbuilt is not None and not isinstance(error, CollectiveError):
+                self.__dict__ = unbuilt
+            raise
+        if driver is None:
             return self._infer(view, keep=bool(training))
-        driver = self._joined()
         before, signature = self.state, self._signature()
         result = driver.forward(view, signature, before.forward)
         statistics = result.statistics
@@ -200,12 +208,13 @@ class BatchNormalization(Definition):
                 f"Layer {self.name!r}: expected dy of the output's shape {view.shape}, received {gradient.shape}."
             )
         seen = view.alike(gradient)
-        self._pass = None
         if isinstance(latest, _InferencePass):
+            self._pass = None
             self._set_gradients(None, None)
             return view.restore(tiling.scaled(seen, latest.scale_C, self.compute_dtype))
         statistics = latest.statistics
         result = latest.driver.backward(seen, view, latest.signature, statistics, self.state.backward)
+        self._pass = None  # not before: the exchange may have been refused, and asked for again
         self._kept = self.state.after_backward(result.grid, statistics)
         total = result.total
         summed = total if self.grad_reduction == "global" else share(result, statistics)

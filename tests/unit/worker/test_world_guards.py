@@ -67,6 +67,56 @@ def test_a_second_exchange_at_a_time_is_refused() -> None:
     assert world.allreduce([np.ones(1)])[0].tolist() == [1]
 
 
+def test_what_is_refused_takes_no_number_and_counts_nowhere() -> None:
+    """The next plain operation had a number that no other rank had, and every rank stalled."""
+
+    class Numbered(AloneTransport):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def barrier(self, call: Call) -> None:
+            self.steps.append(call.key.step)
+            if len(self.steps) == 2:
+                for again in (world.barrier, lambda: world.allreduce([np.ones(9)])):
+                    with pytest.raises(RuntimeError, match="A rank makes one exchange at a time"):
+                        again()  # as from a signal handler
+
+    transport = Numbered()
+    world = World(transport, install=False)
+    for _ in range(3):
+        world.barrier()
+    world.leave()
+    for refused in (world.barrier, lambda: world.allreduce([np.ones(9)])):
+        with pytest.raises(RuntimeError, match="this world was left"):
+            refused()
+    assert transport.steps == [0, 1, 2]
+    assert world._plain_exchanges == 3
+    assert (world.statistics.bytes_sent, sum(world.statistics.exchanges.values())) == (0, 3)
+
+
+def test_a_layer_that_was_refused_holds_no_name_and_no_shape() -> None:
+    """A second layer of its name was refused for good, and its own shape was that of the refused batch."""
+    left = World(AloneTransport(), install=False)
+    left.leave()
+    bn = BatchNormalization(synchronized=True, name="bn", collective=left)
+    with pytest.raises(RuntimeError, match="this world was left"):
+        bn(np.ones((2, 3)), training=True)
+    assert not bn.built
+    with pytest.raises(RuntimeError, match="this world was left"):
+        BatchNormalization(synchronized=True, name="bn", collective=left)(np.ones((2, 3)), training=True)
+    bn.collective = World(AloneTransport(), install=False)
+    assert bn(np.ones((2, 4)), training=True).shape == (2, 4)
+
+
+def test_a_layer_that_was_refused_takes_no_automatic_name() -> None:
+    """Where one rank alone makes a mistake, and mends it, its next layer is called as on the others."""
+    before = BatchNormalization().name
+    with pytest.raises(ValueError):
+        BatchNormalization(gamma_initializer="no such thing")
+    number = int(before.rpartition("_")[2]) if before != "batch_normalization" else 0
+    assert BatchNormalization().name == f"batch_normalization_{number + 1}"
+
+
 def test_an_overflow_does_not_end_the_world() -> None:
     """Every rank is told of it, in step."""
 
