@@ -226,9 +226,10 @@ def test_floating_point_settings_of_the_owner_change_nothing() -> None:
     [
         ({"BNLAYER_RANK": "1"}, {}, "BNLAYER_RANK is set, but BNLAYER_WORLD_SIZE is not: set both, or neither."),
         ({"BNLAYER_WORLD_SIZE": "3"}, {}, "BNLAYER_WORLD_SIZE is set, but BNLAYER_RANK is not"),
-        ({}, {"job": "x"}, r"job= or token= was given, but no address= \(or BNLAYER_ADDRESS\)"),
+        ({}, {"job": "x"}, r"job= was given, but no address= \(or BNLAYER_ADDRESS\)"),
         ({}, {"address": "nohost", "job": "j", "rank": 0, "world_size": 1}, "expected HOST:PORT, e.g. 127.0.0.1:50551"),
         ({}, {"address": "http://h:1", "job": "j", "rank": 0, "world_size": 1}, "received 'http://h:1'"),
+        ({}, {"address": "https:h:1", "job": "j", "rank": 0, "world_size": 1}, "received 'https:h:1'"),
         ({}, {"address": "h:99999", "job": "j", "rank": 0, "world_size": 1}, "received 'h:99999'"),
     ],
 )
