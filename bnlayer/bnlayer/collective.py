@@ -277,11 +277,24 @@ _names: WeakKeyDictionary[Collective, WeakValueDictionary[str, object]] = WeakKe
 _claimed: WeakKeyDictionary[Collective, set[str]] = WeakKeyDictionary()
 
 
-def claim(collective: Collective, name: str, layer: object) -> bool:
+class Claim(NamedTuple):
+    """What `claim` found out.
+
+    Attributes:
+        repeated: whether the collective has known a layer of the name before, or this very one.
+        fresh: whether no live layer held the name.
+    """
+
+    repeated: bool
+    fresh: bool
+
+
+def claim(collective: Collective, name: str, layer: object) -> Claim:
     """Take a layer's name within a collective, for as long as the layer lives.
 
     Returns:
-        Whether the name was taken before in this collective: by a layer that is gone, or by this one.
+        Whether a layer of the name was there before in this collective, gone by now or not; and whether the name was
+        free.
 
     Raises:
         ValueError: another live layer of this process holds the name; their statistics would be mixed.
@@ -294,8 +307,17 @@ def claim(collective: Collective, name: str, layer: object) -> bool:
             f"Two live synchronized layers are named {name!r}: layers are known by name within a job. "
             "Give each a name of its own: BatchNormalization(..., name=...)."
         )
+    fresh = name not in held
     held[name] = layer
     claimed = _claimed.setdefault(collective, set())
-    before = name in claimed
+    result = Claim(name in claimed, fresh)
     claimed.add(name)
-    return before
+    return result
+
+
+def release(collective: Collective, name: str, claim: Claim) -> None:
+    """Take a claim back, where the enrolment was refused."""
+    if claim.fresh:
+        _names[collective].pop(name, None)
+    if not claim.repeated:
+        _claimed[collective].discard(name)

@@ -55,7 +55,7 @@ class Definition(Layer):
             raise ValueError("collective= was given, but synchronized=False: such a layer exchanges nothing.")
         if grad_reduction not in ("global", "local"):
             raise ValueError(f"grad_reduction: expected 'global' or 'local', received {grad_reduction!r}.")
-        super().__init__(str(name) if name is not None else automatic_name("batch_normalization"), bool(trainable))
+        super().__init__(str(name), bool(trainable))
         self.axis, self.momentum, self.epsilon = int(axis), float(momentum), float(epsilon)
         self.center, self.scale = bool(center), bool(scale)
         self.beta_initializer = initializers.get(beta_initializer)
@@ -77,6 +77,8 @@ class Definition(Layer):
         self.ndim = 0
         # The moving statistics, in Keras's order, which is `Moving`'s.
         self._moving: list[Variable] = []
+        if name is None:  # last: a refused layer takes no name, or the next one would be called differently elsewhere
+            self.name = automatic_name("batch_normalization")
 
     @property
     def dtype(self) -> str:

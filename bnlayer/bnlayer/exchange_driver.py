@@ -22,6 +22,7 @@ from bnlayer.collective import (
     Operation,
     Total,
     claim,
+    release,
 )
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.gradients import Gradients, GradientSums
@@ -118,9 +119,13 @@ class ExchangeDriver:
         Raises:
             ValueError: another live layer holds the name.
         """
-        anew = claim(self.collective, self._name, layer) or anew
-        said = replace(signature, weights=weights, anew=anew)
-        return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), said), state)
+        claimed = claim(self.collective, self._name, layer)
+        signature = replace(signature, weights=weights, anew=claimed.repeated or anew)
+        try:
+            return self.collective.enroll(Call(Operation.ENROLL, ExchangeKey(self._name, None, 0), signature), state)
+        except BaseException:
+            release(self.collective, self._name, claimed)
+            raise
 
     def forward(
         self,

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer import tiling
 from bnlayer.dtypes import rounded
+from bnlayer.errors import CollectiveError
 from bnlayer.kernels.choice import quick_channels
 from bnlayer.membership import Member
 from bnlayer.moments import BatchStatistics, Moments
@@ -153,12 +154,19 @@ class BatchNormalization(Member):
         self, inputs: ArrayLike, training: bool | None, mask: ArrayLike | None, update_moving: bool
     ) -> tuple[NDArray[Any], SavedTraining | SavedInference]:
         x = self.dtype_policy.received(inputs, "inputs")
-        if not self.built:
-            self.build(x.shape)
-        view = View.of(x, self._pinned_axis(x.shape), mask)
-        if not (training and self.trainable):
+        unbuilt = None if self.built else self.__dict__.copy()
+        try:
+            if unbuilt is not None:
+                self.build(x.shape)
+            view = View.of(x, self._pinned_axis(x.shape), mask)
+            driver = self._joined() if training and self.trainable else None
+        except Exception as error:
+            # A first call that is refused must not fix the layer's shape. An enrolment that failed was no refusal.
+            if unbuilt is not None and not isinstance(error, CollectiveError):
+                self.__dict__ = unbuilt
+            raise
+        if driver is None:
             return self._infer(view)
-        driver = self._joined()
         before, signature = self.state, self._signature()
         changes = self._changes(before)
         result = driver.forward(view, signature, before.forward, changes, update_moving=bool(update_moving))
@@ -247,11 +255,13 @@ class BatchNormalization(Member):
             raise ValueError(
                 f"Layer {self.name!r}: expected dy of the output's shape {saved.shape}, received {gradient.shape}."
             )
-        if forget:
-            self.forget_calls()
         if isinstance(saved, SavedInference):
+            if forget:
+                self.forget_calls()
             return saved.pull(gradient, self.compute_dtype), None, None
         if saved.was_written_to:
+            if forget:
+                self.forget_calls()
             raise RuntimeError(
                 f"Layer {self.name!r}: the inputs were written to between their call and its backward pass, which "
                 "reads them again. Give the call a copy, or write into another array."
@@ -259,6 +269,8 @@ class BatchNormalization(Member):
         state = self.state
         changes = self._changes(state)
         pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype, changes)
+        if forget:
+            self.forget_calls()  # not before: the exchange may have been refused, and asked for again
         self._kept = state.after_backward(pulled.grid)
         self._changes_announced()
         gamma, beta = (

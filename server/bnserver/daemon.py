@@ -22,6 +22,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from bnlayer.kernels import warm
 from bnproto.address import hint, split
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.credentials import refusal
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
@@ -38,6 +39,10 @@ _log = logging.getLogger("bnserver")
 
 class ListenError(ValueError):
     """The address to listen on is not allowed, or is none; the text says why, and what to do."""
+
+
+class UnavailableError(ValueError):
+    """Something was asked for that this version does not have; the text says what, and what to do."""
 
 
 class StartError(RuntimeError):
@@ -66,9 +71,13 @@ def serve(
         log_file: gets the log from info on, whatever stderr gets; None: there is none.
 
     Returns:
-        The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address.
+        The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address, or for
+        credentials in the environment, which nothing would look at.
     """
     try:
+        unavailable = refusal(os.environ)
+        if unavailable is not None:
+            raise UnavailableError(unavailable)
         host = _host(listen)
         if not insecure and not _loopback(host):
             raise ListenError(
@@ -78,7 +87,7 @@ def serve(
         with logged(log_level, log_file):
             warm.owner()  # before it listens: nobody waits for a compilation in the middle of an exchange
             asyncio.run(_serve(listen, host, state_dir, ready_file, timeouts, Failpoints(os.environ)))
-    except (ListenError, FailpointError) as error:
+    except (ListenError, UnavailableError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE
     except (LogError, StartError, StoreError) as error:

@@ -8,7 +8,7 @@ repeated or moved unseen.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import assert_never
 from zlib import crc32
@@ -142,6 +142,15 @@ def encode(record: JournalRecord) -> bytes:
         case _:
             assert_never(record)
     return encoded.SerializeToString()
+
+
+def is_over(bodies: Iterable[bytes]) -> bool:
+    """Whether the entries of a whole snapshot are those of a job that is over, without decoding any of its arrays."""
+    try:
+        kinds = {pb.Record.FromString(body).WhichOneof("record") for body in bodies}
+    except DecodeError:
+        return False
+    return "ended" in kinds and kinds <= {"header", "ended", "kept"}
 
 
 def encode_header(header: pb.Header) -> bytes:

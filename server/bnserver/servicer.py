@@ -4,6 +4,8 @@ One task per stream reads, one writes; between them stands a queue, so a rank th
 but itself. A rank on this machine asks, and is answered, beside its stream: `local.py`. All of them run in one event
 loop: the core is never entered twice at once.
 
+A job that is over and saved leaves memory; the first rank that joins it again has it read back from its file.
+
 What the core wants written is written before anybody is told of it. Where that fails (a full disk), the jobs go on in
 memory, the log and the health service say so, and every second a snapshot is tried until it is on disk.
 """
@@ -37,6 +39,7 @@ from bnserver.core.effects import (
     Straggling,
 )
 from bnserver.core.events import Event, Heartbeat, Lost, Malformed, Stop, Tick
+from bnserver.core.journal_records import JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
 from bnserver.core.recovery import RecoveryError
@@ -104,6 +107,8 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._outboxes: dict[int, _Outbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._saves: set[asyncio.Task[None]] = set()
+        self._due: set[str] = set()  # jobs of which a snapshot will be taken
+        self._recalling = asyncio.Lock()
         self._unsaved: dict[str, StoreError] = {}
         self._sockets = LocalSockets(boot_id, Callbacks(self._asked, self._garbled, self._hung_up))
 
@@ -116,26 +121,30 @@ class Servicer(rpc.StatisticsServiceServicer):
         Raises:
             StoreError: a file is corrupt.
         """
-        journals = await asyncio.to_thread(self._store.load) if self._store is not None else {}
+        journals = await asyncio.to_thread(self._store.load, finished=False) if self._store is not None else {}
         now = time.monotonic()
         self._clock = SuspendAwareClock(now)
         try:
             self._service = Service(journals, self._timeouts, now)
         except RecoveryError as error:
             raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
+        for job in self._service.jobs:
+            if self._service.is_over(job):  # its end is in its journal alone
+                self._persist(job)
         await self._sockets.open(port)
         self._ready.set()
         self._start(self._tick(), self._tasks)
 
     async def close(self) -> None:
-        """Tell every rank that the service stops, and save every job.
+        """Tell every rank that the service stops, and save every job that is not on disk as it is.
 
         Raises:
             StoreError: a job could not be saved.
         """
         self._dispatch(Stop())
         for job in self._service.jobs:
-            self._persist(job)
+            if self._store is not None and not self._store.is_saved(job):
+                self._persist(job)
         await asyncio.gather(*self._saves)
         await self._sockets.close()
         for error in self._unsaved.values():
@@ -176,9 +185,42 @@ class Servicer(rpc.StatisticsServiceServicer):
         await self._ready.wait()
         outbox = self._outboxes[stream]
         async for request in requests:
+            if not request.HasField("join"):
+                self._take(outbox.reader, request)
+                continue
+            job = request.join.job
+            try:
+                await self._recall(job)
+            except (StoreError, RecoveryError) as error:
+                _log.error("Job %r can't be read back: %s", job, error)
+                self._perform(Failed(stream, Reason.DATA_LOSS, f"The service can't read job {job!r} back: {error}"))
+                return
             self._take(outbox.reader, request)
+            self._release(job)
         # It hung up without a goodbye; a connection that broke cancels `Exchange` instead.
         self._hung_up(stream)
+
+    async def _recall(self, job: str) -> None:
+        """Have a job in memory that is over, if there is one of this name on disk.
+
+        Raises:
+            StoreError: its file is corrupt.
+            RecoveryError: it makes no sense.
+        """
+        if self._store is None or self._service.knows(job):
+            return
+        async with self._recalling:
+            if not self._service.knows(job) and self._store.holds(job):
+                records = await asyncio.to_thread(self._store.read, job)
+                self._service.recall(job, records, self._clock.time(time.monotonic()))
+
+    def _release(self, job: str) -> None:
+        """Forget a job that is over, and on disk as it is."""
+        if self._store is None or job in self._due:
+            return
+        if self._service.is_over(job) and self._store.is_saved(job):
+            self._service.forget(job)
+            self._store.release(job)
 
     def _take(self, reader: Reader, request: pb.ExchangeRequest) -> None:
         event = reader.read(request)
@@ -330,18 +372,24 @@ class Servicer(rpc.StatisticsServiceServicer):
             self._persist(effect.job)
 
     def _persist(self, job: str) -> None:
-        if self._store is not None:
+        if self._store is not None and job not in self._due:
+            self._due.add(job)
             self._start(self._save(self._store, job), self._saves)
 
     async def _save(self, store: Store, job: str) -> None:
+        def records() -> list[JournalRecord]:
+            self._due.discard(job)
+            return self._service.records(job)
+
         try:
-            await store.save(job, lambda: self._service.records(job))
+            await store.save(job, records)
         except StoreError as error:
             self._could_not_save(job, error)
             return
         if self._unsaved.pop(job, None) is not None:
             _log.warning("Job %r is saved again.", job)
             self._say_whether_saving()
+        self._release(job)
 
     def _could_not_save(self, job: str, error: StoreError) -> None:
         if job not in self._unsaved:

@@ -11,6 +11,8 @@ Laws of this room:
    nobody was told of: it is cut there. Anything else that is wrong is reported, never skipped.
 4. One daemon at a time: the directory is locked for as long as the daemon lives.
 5. A job whose entry could not be written is not written to again until a whole snapshot of it is on disk.
+6. A job that is over and saved is its file alone: nothing of it is kept in memory, and its file is not written again.
+   When the service starts, the checksums of such a file are looked at, and its arrays are left where they are.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -31,7 +33,17 @@ from urllib.parse import quote
 from bnproto.v1 import journal_pb2 as pb
 from bnserver.core.journal_records import JournalRecord
 from bnserver.failpoints import Failpoints
-from bnserver.journal_encoding import FrameError, RecordError, Torn, decode, encode, encode_header, framed, frames
+from bnserver.journal_encoding import (
+    FrameError,
+    RecordError,
+    Torn,
+    decode,
+    encode,
+    encode_header,
+    framed,
+    frames,
+    is_over,
+)
 
 _FORMAT = 1
 _SUFFIX = ".job"
@@ -69,6 +81,11 @@ class _File:
     broken: bool = False
     meanwhile: list[bytes] | None = None
 
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it holds a snapshot and nothing else."""
+        return self.snapshot > 0 and not self.records
+
     def close(self) -> None:
         """Give the descriptor back; it is opened anew when it is needed."""
         if self.handle is not None:
@@ -94,25 +111,50 @@ class Store:
         self._writing = asyncio.Lock()
         self._lock = _locked(directory)
 
-    def load(self) -> dict[str, list[JournalRecord]]:
+    def load(self, *, finished: bool = True) -> dict[str, list[JournalRecord]]:
         """The past of every job that was kept.
+
+        Args:
+            finished: whether jobs that are over and saved are among them; without, `read` gives one when it is wanted.
 
         Raises:
             StoreError: a file is corrupt.
         """
         journals = {}
         for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            job, records, file = _loaded(path)
-            if file.size < path.stat().st_size:
-                os.truncate(path, file.size)
-            self._files[job] = file
-            journals[job] = records
+            job, bodies, file = _scanned(path)
+            if finished or not (file.is_snapshot and is_over(bodies)):
+                journals[job], self._files[job] = _entries(path, bodies), file
         return journals
+
+    def holds(self, job: str) -> bool:
+        """Whether there is a file of a job."""
+        return self.path(job).exists()
+
+    def read(self, job: str) -> list[JournalRecord]:
+        """The past of one job that was kept.
+
+        Raises:
+            StoreError: its file is corrupt.
+        """
+        _, records, self._files[job] = _loaded(self.path(job))
+        return records
+
+    def is_saved(self, job: str) -> bool:
+        """Whether a job's file is a snapshot on disk, and nothing came after it."""
+        file = self._files.get(job)
+        return file is not None and file.is_snapshot and not file.broken and file.meanwhile is None
+
+    def release(self, job: str) -> None:
+        """Keep nothing of a job that is saved but its file."""
+        file = self._files.pop(job, None)
+        if file is not None:
+            file.close()
 
     def path(self, job: str) -> Path:
         """A job's file: readable, without a character that a file name can't have, and never the same for two."""
         digest = blake2b(job.encode(), digest_size=8).hexdigest()
-        return self._directory / f"{quote(job, safe='')[:80]}.{digest}{_SUFFIX}"
+        return self._directory / f"{quote(job[:80], safe='')[:80]}.{digest}{_SUFFIX}"
 
     def append(self, job: str, record: JournalRecord) -> None:
         """Add an entry to a job's journal; it outlives this process when this returns.
@@ -288,25 +330,40 @@ def _sync(directory: Path) -> None:
 
 
 def _loaded(path: Path) -> tuple[str, list[JournalRecord], _File]:
-    """A file's job, past, and as much of it as can be gone on with."""
+    """A file's job, past, and as much of it as can be gone on with; what is torn off its end is cut off.
+
+    Raises:
+        StoreError: it is corrupt.
+    """
+    job, bodies, file = _scanned(path)
+    return job, _entries(path, bodies), file
+
+
+def _entries(path: Path, bodies: Iterable[bytes]) -> list[JournalRecord]:
+    with _naming(path):
+        return [_entry(body) for body in bodies]
+
+
+def _scanned(path: Path) -> tuple[str, list[bytes], _File]:
+    """Like `_loaded`, with the entries as they were written."""
     header: pb.Header | None = None
-    records: list[JournalRecord] = []
+    bodies: list[bytes] = []
     file = _File()
-    try:
+    with _naming(path):
+        data = path.read_bytes()
         try:
-            for frame in frames(path.read_bytes()):
+            for frame in frames(data):
                 if isinstance(frame, Torn):
                     _check_torn(path, header, file, frame)
                     break
                 end, body = frame
-                record = decode(body)
-                if isinstance(record, pb.Header):
-                    header = _checked(record, file)
-                elif header is None:
-                    raise RecordError("it does not begin with a header")
+                if header is None:
+                    header = _header_of(body)
                 else:
-                    records.append(record)
+                    bodies.append(body)
                 file.frames, file.size = file.frames + 1, end
+                if file.frames == header.synced:
+                    file.snapshot = end
         except FrameError as error:
             # After a power cut the end of a journal may be anything. What was synced may not.
             if header is None or file.frames < header.synced or header.machine == _machine():
@@ -317,20 +374,37 @@ def _loaded(path: Path) -> tuple[str, list[JournalRecord], _File]:
         if file.frames < header.synced:
             raise RecordError(f"it has {file.frames} of the {header.synced} records of its snapshot")
         file.records = file.frames - max(header.synced, 1)
+        if file.size < len(data):
+            os.truncate(path, file.size)
+    return header.job, bodies, file
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file is corrupt, and what to do."""
+    try:
+        yield
     except (FrameError, RecordError, OSError) as error:
         raise StoreError(
             f"The snapshot {path} is corrupt: {error}. Put a good copy in its place; or move it away, and its job "
             "begins anew, without its moving statistics."
         ) from error
-    return header.job, records, file
 
 
-def _checked(header: pb.Header, file: _File) -> pb.Header:
-    if file.frames:
-        raise RecordError("a second header stands in its middle")
+def _header_of(body: bytes) -> pb.Header:
+    header = decode(body)
+    if not isinstance(header, pb.Header):
+        raise RecordError("it does not begin with a header")
     if header.format != _FORMAT:
         raise RecordError(f"expected the format {_FORMAT}, found {header.format}")
     return header
+
+
+def _entry(body: bytes) -> JournalRecord:
+    record = decode(body)
+    if isinstance(record, pb.Header):
+        raise RecordError("a second header stands in its middle")
+    return record
 
 
 def _check_torn(path: Path, header: pb.Header | None, file: _File, torn: Torn) -> None:

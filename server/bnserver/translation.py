@@ -87,6 +87,8 @@ class Reader:
                 raise WireError("expected a request, received an empty message")
 
     def _join(self, join: pb.Join) -> Event:
+        if join.token:
+            raise WireError("expected no token, which this version of the service would not check, received one")
         self._alive = Heartbeat(join.job, join.rank, join.incarnation)
         resume = None
         if join.HasField("resume"):

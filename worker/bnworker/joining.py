@@ -6,7 +6,6 @@ import faulthandler
 import logging
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnworker.plan import Plan, plan
@@ -34,7 +33,7 @@ def join(
     """Make this process a rank of its job: over MPI, over a statistics service, or alone.
 
     Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
-    `BNLAYER_JOB`, `BNLAYER_TOKEN` (or `BNLAYER_TOKEN_FILE`), `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
+    `BNLAYER_JOB`, `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
     then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; MPI's
     variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`. A service on this machine is
     reached over a local socket as well; `BNLAYER_LOCAL_SOCKET=0` does without.
@@ -43,7 +42,8 @@ def join(
         transport: "alone", "mpi" or "service".
         address: of the service, "HOST:PORT".
         job: the job's name at the service.
-        token: the job's token; a listener on loopback without tokens needs none.
+        token: is refused: authentication is not available yet. `BNLAYER_TOKEN`, `BNLAYER_TOKEN_FILE` and
+            `BNLAYER_TLS_*` are, too.
         rank: who this process is, from 0.
         world_size: the number of ranks.
         timeout: seconds that joining, and each exchange, may take, outages of the service included.
@@ -53,7 +53,7 @@ def join(
         The world, which is the process's current collective until it is left.
 
     Raises:
-        ValueError: what is given or announced is incomplete, or contradicts itself.
+        ValueError: what is given or announced is incomplete, contradicts itself, or is not available yet.
         ImportError: transport "mpi" without mpi4py or without an MPI.
         RuntimeError: the process has joined already, or mpiexec belongs to another MPI than mpi4py.
         CollectiveError: the service refuses, or not all ranks came in time.
@@ -88,15 +88,11 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
     assert chosen.job is not None
     assert chosen.rank is not None
     assert chosen.world_size is not None
-    token = chosen.token
-    if chosen.token_file is not None:
-        token = Path(chosen.token_file).read_text(encoding="utf-8").strip()
     return ServiceTransport(
         chosen.address,
         chosen.job,
         chosen.rank,
         chosen.world_size,
-        token=token,
         timeout=timeout,
         local_socket=chosen.local_socket,
     )

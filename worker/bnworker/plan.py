@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 
 from bnlayer.environment import Announcement, announced, batch_script, variable
 from bnproto.address import hint, split
+from bnproto.credentials import refusal
 
 TransportName = Literal["alone", "mpi", "service"]
 
@@ -30,8 +31,6 @@ class Plan:
         rank, world_size: as announced. None under mpi where nothing announced them: MPI knows.
         address: of the service, "HOST:PORT"; None elsewhere, and so are the following.
         job: the job's name at the service.
-        token: the job's token.
-        token_file: a file that holds it.
         local_socket: whether to go around gRPC where the service is on this machine.
         reason: why this transport and this rank, in words, for the log.
         warning: what the user should know of it; "" if nothing.
@@ -43,8 +42,6 @@ class Plan:
     reason: str
     address: str | None = None
     job: str | None = None
-    token: str | None = None
-    token_file: str | None = None
     local_socket: bool = True
     warning: str = ""
 
@@ -66,8 +63,11 @@ def plan(
         transport, address, job, token, rank, world_size: `join`'s arguments; None: not given.
 
     Raises:
-        ValueError: something is missing, contradicts something else, or is out of range.
+        ValueError: something is missing, contradicts something else, is out of range, or is not available yet.
     """
+    unavailable = refusal(environ, token)
+    if unavailable is not None:
+        raise ValueError(unavailable)
     launchers = announced(environ)
     if address and transport is None:  # an argument beats BNLAYER_TRANSPORT
         chosen, why = _at(address)
@@ -77,10 +77,8 @@ def plan(
     if chosen == "alone":
         if transport is None and variable(environ, "BNLAYER_TRANSPORT") is None:
             _refuse_half(environ)
-            if job is not None or token is not None:
-                raise ValueError(
-                    "job= or token= was given, but no address= (or BNLAYER_ADDRESS) of the service that knows it."
-                )
+            if job is not None:
+                raise ValueError("job= was given, but no address= (or BNLAYER_ADDRESS) of the service that knows it.")
             return _alone(rank, world_size, why, launchers, batch_script(environ) or "")
         return _alone(rank, world_size, why, launchers)
     rank, world_size, whence = _rank(environ, rank, world_size, launchers)
@@ -100,12 +98,10 @@ def plan(
     if missing:
         raise ValueError(f"transport 'service': missing {', '.join(missing)}.")
     _refuse_address(str(address))
-    token = token if token is not None else variable(environ, "BNLAYER_TOKEN")
-    token_file = variable(environ, "BNLAYER_TOKEN_FILE") if token is None else None
     local = variable(environ, "BNLAYER_LOCAL_SOCKET") or "1"
     if local not in ("0", "1"):
         raise ValueError(f"BNLAYER_LOCAL_SOCKET: expected 0 or 1, received {local!r}.")
-    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, token, token_file, local == "1")
+    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, local == "1")
 
 
 def _transport(

@@ -5,6 +5,7 @@ Laws of this room:
 2. User input is checked here, before anything is sent; a transport gets what it can reduce.
 3. An exception that leaves the `with` block is told to the other ranks.
 4. A process that was forked from a rank can't exchange, leave or fail in its place.
+5. What is refused before anything is sent leaves no trace: numbers and counters advance when an exchange begins.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class World:
     def __init__(self, transport: Transport, *, install: bool = True) -> None:
         self.statistics = Statistics()
         self._transport = transport
-        self._plain = 0
+        self._plain_exchanges = 0
         self._error: CollectiveError | None = None
         self._left = False
         self._free = threading.Lock()
@@ -152,8 +153,10 @@ class World:
             raise ValueError(f"allreduce(op=): expected one of {', '.join(OPS)}, received {op!r}.")
         checked = _checked("allreduce", arrays, op)
         described = tuple(f"{array.dtype.name}{list(array.shape)}" for array in checked)
-        call = self._call(Operation.REDUCE, PlainSignature(op, described))
-        return self._through(call, _size(checked), lambda: self._transport.reduce(call, checked), _size)
+        signature = PlainSignature(op, described)
+        return self._plain(
+            Operation.REDUCE, signature, _size(checked), lambda call: self._transport.reduce(call, checked), _size
+        )
 
     def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
         """Give every rank the root's arrays.
@@ -176,8 +179,10 @@ class World:
         mine = None
         if root == self.rank:
             mine = [array.copy() for array in _checked("broadcast", () if arrays is None else arrays, "max")]
-        call = self._call(Operation.BROADCAST, PlainSignature(root=root))
-        return self._through(call, _size(mine or ()), lambda: self._transport.broadcast(call, mine), _size)
+        signature = PlainSignature(root=root)
+        return self._plain(
+            Operation.BROADCAST, signature, _size(mine or ()), lambda call: self._transport.broadcast(call, mine), _size
+        )
 
     def barrier(self) -> None:
         """Return when every rank has called it.
@@ -185,8 +190,7 @@ class World:
         Raises:
             CollectiveError: the ranks disagree, or one is lost.
         """
-        call = self._call(Operation.BARRIER, PlainSignature())
-        self._through(call, 0, lambda: self._transport.barrier(call), lambda _: 0)
+        self._plain(Operation.BARRIER, PlainSignature(), 0, self._transport.barrier, lambda _: 0)
 
     # ---- the layer's door ----
 
@@ -282,10 +286,10 @@ class World:
             CollectiveError: the ranks disagree, in their layers for example, or one is lost.
         """
         chosen = checked(layers, self)
-        call = self._call(Operation.BROADCAST, PlainSignature(SYNCHRONIZE, tuple(map(described, chosen)), root=0))
-        mine = [array for layer in chosen for array in contents(layer)]
-        values = self._through(
-            call, _size(mine), lambda: self._transport.broadcast(call, mine if self.rank == 0 else None), _size
+        signature = PlainSignature(SYNCHRONIZE, tuple(map(described, chosen)), root=0)
+        mine = [array for layer in chosen for array in contents(layer)] if self.rank == 0 else None
+        values = self._plain(
+            Operation.BROADCAST, signature, _size(mine or ()), lambda call: self._transport.broadcast(call, mine), _size
         )
         for layer in chosen:
             values = taken(layer, values)
@@ -325,24 +329,32 @@ class World:
 
     # ---- one exchange ----
 
-    def _call(self, operation: Operation, signature: PlainSignature) -> Call:
-        call = Call(operation, ExchangeKey(None, None, self._plain), signature)
-        self._plain += 1
-        return call
-
-    def _through(
+    def _plain(
         self,
-        call: Call,
+        operation: Operation,
+        signature: PlainSignature,
         sent: int,
-        action: Callable[[], T],
+        action: Callable[[Call], T],
         received: Callable[[T], int],
     ) -> T:
-        """Make one exchange, count it, and remember the error that ends the world."""
-        self._alive()
+        """Make the next plain exchange. Its number is taken once nothing can refuse it any more."""
+
+        def numbered() -> T:
+            call = Call(operation, ExchangeKey(None, None, self._plain_exchanges), signature)
+            self._plain_exchanges += 1
+            return self._counted(call, sent, lambda: action(call), received)
+
+        return self._latched(numbered)
+
+    def _through(self, call: Call, sent: int, action: Callable[[], T], received: Callable[[T], int]) -> T:
+        """Make one exchange of a layer."""
+        return self._latched(lambda: self._counted(call, sent, action, received))
+
+    def _counted(self, call: Call, sent: int, action: Callable[[], T], received: Callable[[T], int]) -> T:
         self.statistics.bytes_sent += sent
         start = time.perf_counter()
         try:
-            result = self._latched(action)
+            result = action()
         finally:
             self.statistics.waiting_seconds += time.perf_counter() - start
         self.statistics.completed(call, received(result))
@@ -365,11 +377,20 @@ class World:
             raise RuntimeError(f"{self!r}: this world was left; make exchanges inside `with bnworker.join()`.")
 
     def _latched(self, action: Callable[[], T]) -> T:
+        """Do what involves the transport, one at a time, and remember the error that ends the world."""
         if not self._free.acquire(blocking=False):
+            self._alive()
             raise RuntimeError(
                 f"{self!r}: a second exchange was begun before the first one was complete. A rank makes one exchange "
                 "at a time: call layers and the world from one thread, and not from a signal handler."
             )
+        try:
+            self._alive()
+            return self._completed(action)
+        finally:
+            self._free.release()
+
+    def _completed(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except CollectiveError as error:
@@ -385,8 +406,6 @@ class World:
                 ranks=(self.rank,),
             )
             raise
-        finally:
-            self._free.release()
 
 
 def _size(arrays: Iterable[NDArray[Any]]) -> int:

@@ -349,6 +349,8 @@ class Job:
         generation.over = True
         self.generations.remove(generation)
         self.ended = ended
+        if not self.generations:
+            self.layers.forget_unfinished()  # whoever joins next begins anew: what led to the statistics may go
         return [Record(self.name, ended), Persist(self.name)]
 
 

@@ -85,6 +85,8 @@ def _take(job: Job, record: JournalRecord, timeouts: LivenessTimeouts, now: floa
             job.number = max(job.number, record.generation)
             job.ended = record
             job.generations = [each for each in job.generations if each.number != record.generation]
+            if not job.generations:
+                job.layers.forget_unfinished()
         case Completed():
             _answer(job, job.operated(record))
         case Pushed():

@@ -5,11 +5,12 @@ Laws of this room:
 2. A stream holds one seat: a rank of a generation of a job. What a stream without a seat says is ignored.
 3. Jobs don't know of each other.
 4. Whatever a rank sends is a sign of life.
+5. A job that is over costs nothing: no event but a join for it looks at it, and it may be forgotten once it is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -53,13 +54,41 @@ class Service:
     ) -> None:
         self._timeouts = timeouts or LivenessTimeouts()
         self._jobs = {name: recovered(name, records, self._timeouts, now) for name, records in (journals or {}).items()}
+        self._active = {name: job for name, job in self._jobs.items() if job.generations}
         self._seats: dict[int, _Seat] = {}
         self._stopping = False
 
     @property
     def jobs(self) -> tuple[str, ...]:
-        """The names of all jobs."""
+        """The names of all jobs, but for those that were forgotten."""
         return tuple(self._jobs)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the jobs that are not over: some rank has its place there, or is waited for."""
+        return tuple(self._active)
+
+    def knows(self, job: str) -> bool:
+        """Whether there is a job of this name."""
+        return job in self._jobs
+
+    def is_over(self, job: str) -> bool:
+        """Whether a job is known, and no rank takes part in it."""
+        return job in self._jobs and job not in self._active
+
+    def forget(self, job: str) -> None:
+        """Drop a job that is over and saved; `recall` brings it back."""
+        assert self.is_over(job), f"job {job!r} is not over"
+        del self._jobs[job]
+
+    def recall(self, job: str, records: Iterable[JournalRecord], now: float) -> None:
+        """Know a job again that was forgotten, from what it left behind.
+
+        Raises:
+            RecoveryError: it makes no sense.
+        """
+        self._jobs[job] = recovered(job, records, self._timeouts, now)
+        self._note(self._jobs[job])
 
     def records(self, job: str) -> list[JournalRecord]:
         """What a job would leave behind now: enough to go on with it."""
@@ -93,7 +122,7 @@ class Service:
             case Join():
                 return self._join(event, now)
             case Tick():
-                return [effect for job in self._jobs.values() for effect in job.tick(now)]
+                return self._all_active(lambda job: job.tick(now))
             case Heartbeat():
                 member = self._member(event)
                 if member is not None and member.stream is not None:
@@ -101,12 +130,28 @@ class Service:
                 return []
             case Stop():
                 self._stopping = True
-                return [effect for job in self._jobs.values() for effect in job.stop(_STOPPING)]
+                return self._all_active(lambda job: job.stop(_STOPPING))
             case _:
                 seat = self._seats.get(event.stream)
                 if seat is None:
                     return _unseated(event)
-                return _seated(seat, event, now)
+                effects = _seated(seat, event, now)
+                self._note(seat.job)
+                return effects
+
+    def _all_active(self, action: Callable[[Job], list[Effect]]) -> list[Effect]:
+        effects: list[Effect] = []
+        for job in tuple(self._active.values()):
+            effects += action(job)
+            self._note(job)
+        return effects
+
+    def _note(self, job: Job) -> None:
+        """Note whether a job that something happened to is over."""
+        if job.generations:
+            self._active[job.name] = job
+        else:
+            self._active.pop(job.name, None)
 
     def _member(self, beat: Heartbeat) -> Member | None:
         job = self._jobs.get(beat.job)
@@ -121,6 +166,8 @@ class Service:
             return [Failed(event.stream, Reason.STOPPING, _STOPPING)]
         job = self._jobs.get(event.job) or Job(event.job, self._timeouts)
         generation, effects = job.join(event, now)
+        if event.job in self._jobs or generation is not None:
+            self._note(job)
         if generation is not None:
             self._jobs[event.job] = job
             self._seats[event.stream] = _Seat(job, generation, event.peer.rank)

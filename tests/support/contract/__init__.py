@@ -4,7 +4,7 @@ A body gets this rank's world and asserts on what this rank sees. What it return
 runner compares it, so that "the same bits" and "the same text" are checked across ranks too.
 """
 
-from support.contract import disagreements, layers, plain, pullbacks, reductions, setting
+from support.contract import disagreements, layers, plain, pullbacks, reductions, refusals, setting
 from support.contract.registry import BODIES, names
 
-__all__ = ["BODIES", "disagreements", "layers", "names", "plain", "pullbacks", "reductions", "setting"]
+__all__ = ["BODIES", "disagreements", "layers", "names", "plain", "pullbacks", "reductions", "refusals", "setting"]

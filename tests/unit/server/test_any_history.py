@@ -233,6 +233,19 @@ class AnyHistory(RuleBasedStateMachine):
         self.returning = {rank for rank, process in self.ranks.items() if process.generation}
         self.ranks = {rank: each for rank, each in self.ranks.items() if each.generation}
 
+    @rule()
+    def a_job_that_is_over_is_forgotten(self) -> None:
+        """And read back from its snapshot for whoever joins it, or comes too late: nobody can see the difference."""
+        if not self.service.is_over("j"):
+            return
+        records = self.service.records("j")
+        before = {name: _bits(state) for name, state in self.service.states("j").items()}
+        self.service.forget("j")
+        assert self.service.jobs == ()
+        self.service.recall("j", records, self.now)
+        assert self.service.is_over("j")
+        assert {name: _bits(state) for name, state in self.service.states("j").items()} == before
+
     @rule(seconds=st.sampled_from((0.1, 0.6, 6.0)))
     def time_passes(self, seconds: float) -> None:
         """Nobody waits longer than it wants to."""

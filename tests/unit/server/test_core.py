@@ -1,6 +1,7 @@
 """Corners of the core that no transcript in `tests/scenarios` tells."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from bnlayer.state import LayerState
 from bnserver.core.effects import ApplyUpdate, Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Totals
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import _DECISIONS
-from bnserver.core.journal_records import Ended, JournalRecord, LayerSnapshot
+from bnserver.core.job import Job
+from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
 from bnserver.core.layers import DisagreementError, Layers
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
@@ -243,3 +245,64 @@ def test_a_mask_can_not_change_within_an_exchange() -> None:
     call = Call(Operation.SUMS, ExchangeKey("a", Direction.FORWARD, 0), masked, 1)
     with pytest.raises(DisagreementError, match="epsilon or the mask changed in the middle of an exchange"):
         layers.reduced(1, call, masked, np.zeros((6, 1), np.int64))
+
+
+def test_what_is_over_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick looked at each of 20,000 jobs that were over, ten times a second, and a stop told each of them."""
+    touched: list[str] = []
+    for name in ("tick", "stop"):
+        action = getattr(Job, name)
+
+        def counted(job: Job, *arguments: object, action: Callable[..., list[Effect]] = action) -> list[Effect]:
+            touched.append(job.name)
+            return action(job, *arguments)
+
+        monkeypatch.setattr(Job, name, counted)
+    service = Service({f"over-{number}": [Ended(1)] for number in range(20_000)})
+    assert len(service.jobs) == 20_000
+    for job in ("leaves", "fails", "stays"):
+        _join(service, *((1, 2) if job == "leaves" else (3, 4) if job == "fails" else (5, 6)), job=job)
+    assert list(service.active) == ["leaves", "fails", "stays"]
+    service.handle(Leave(1, ""), 0.0)
+    service.handle(Leave(2, ""), 0.0)
+    service.handle(Leave(3, "failed"), 0.0)
+    service.handle(Tick(), 0.1)
+    assert touched == ["fails", "stays"]
+    service.handle(Tick(), 1.0)
+    assert list(service.active) == ["stays"]
+    assert service.is_over("leaves")
+    assert service.is_over("fails")
+    touched.clear()
+    service.handle(Tick(), 1.1)
+    service.handle(Stop(), 1.2)
+    assert touched == ["stays", "stays"]
+    assert not service.active
+
+
+def test_a_job_that_is_over_leaves_its_statistics_alone_behind() -> None:
+    """What led to them is for ranks that are still in it: a snapshot and the memory hold the state of each layer."""
+    service = Service()
+    _join(service, 1)
+    _enroll(service, 1)
+    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
+    _effects_of(service, Contribute(1, 1, 2, call, np.zeros((2, 1), np.int64)))
+    assert [type(record) for record in service.records("j")] == [Ended, LayerSnapshot, Began, Completed]
+    _effects_of(service, Leave(1, ""))
+    assert [type(record) for record in service.records("j")] == [Ended, LayerSnapshot]
+
+
+def test_a_job_that_is_over_can_be_forgotten_and_recalled() -> None:
+    """Ranks of the generation that failed still hear why, and the next one goes on from its statistics."""
+    service = Service()
+    _join(service, 1, 2)
+    for stream in (1, 2):
+        _enroll(service, stream)
+    with pytest.raises(AssertionError, match="job 'j' is not over"):
+        service.forget("j")
+    _effects_of(service, Stop())
+    records = service.records("j")
+    service.forget("j")
+    assert not service.knows("j")
+    service.recall("j", records, 1.0)
+    assert service.records("j")[0] == records[0]
+    assert list(service.states("j")) == ["a"]

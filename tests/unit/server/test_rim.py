@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bnlayer.agreement import Peer
 from bnproto.failures import StatusParts
+from bnproto.v1 import statistics_pb2 as pb
 from bnserver.core.effects import Closed, Persist
 from bnserver.core.events import Event, Join, Tick
-from bnserver.core.journal_records import JournalRecord
+from bnserver.core.journal_records import Ended, JournalRecord
+from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.servicer import Servicer, _Outbox
 from bnserver.store import Store
@@ -47,6 +50,160 @@ def test_a_goodbye_is_answered_after_what_came_before_it_is_saved(tmp_path: Path
         store.close()
 
     asyncio.run(scene())
+
+
+class _Counting(Store):
+    """Counts what is read back, and what is saved."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.reads: list[str] = []
+        self.saves: list[str] = []
+
+    def read(self, job: str) -> list[JournalRecord]:
+        self.reads.append(job)
+        return super().read(job)
+
+    async def save(self, job: str, records: Callable[[], Sequence[JournalRecord]]) -> None:
+        self.saves.append(job)
+        await super().save(job, records)
+
+
+def _left_behind(
+    directory: Path, jobs: dict[str, list[JournalRecord]], journal: dict[str, list[JournalRecord]]
+) -> None:
+    async def write() -> None:
+        store = Store(directory)
+        for job, records in jobs.items():
+            await store.save(job, lambda records=records: records)  # type: ignore[misc]
+        for job, records in journal.items():
+            for record in records:
+                store.append(job, record)
+        store.close()
+
+    asyncio.run(write())
+
+
+async def _requests(
+    *requests: pb.ExchangeRequest, hangs_up: asyncio.Event | None = None
+) -> AsyncIterator[pb.ExchangeRequest]:
+    for request in requests:
+        yield request
+    if hangs_up is not None:
+        await hangs_up.wait()
+
+
+def _join(job: str, rank: int = 0, world_size: int = 1, **fields: Any) -> pb.ExchangeRequest:
+    join = pb.Join(job=job, rank=rank, world_size=world_size, join_timeout_ms=9000, timeout_ms=9000, **fields)
+    return pb.ExchangeRequest(join=join)
+
+
+def _inodes(directory: Path) -> dict[str, int]:
+    """Which file stands at each name: a snapshot that is written again is another one."""
+    return {path.name: path.stat().st_ino for path in directory.glob("*.job")}
+
+
+def test_jobs_that_are_over_are_neither_kept_in_memory_nor_written_again(tmp_path: Path) -> None:
+    """The drain wrote and synced 20,000 files that were on disk already: half a minute, where 5 s are promised."""
+    over = {f"over-{number}": [Ended(1)] for number in range(100)}
+    _left_behind(tmp_path, over | {"unsaved": [Ended(1)]}, {"unsaved": [Ended(2)]})  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        store = _Counting(tmp_path)
+        before = _inodes(tmp_path)
+        exchanges = Servicer(1, store)
+        await exchanges.open(1)
+        assert list(exchanges._service.jobs) == ["unsaved"]
+        await asyncio.gather(*exchanges._saves)
+        assert not exchanges._service.jobs
+        assert store._files == {}
+        stream = exchanges._outboxes[1] = _Outbox(Reader(1))
+        await exchanges._read(1, _requests(_join("running", incarnation=7)))
+        assert stream.generation == 1
+        await exchanges.close()
+        assert (store.reads, store.saves) == ([], ["unsaved", "running"])
+        after = _inodes(tmp_path)
+        assert {name for name in after if after[name] != before.get(name)} == {
+            store.path(job).name for job in ("unsaved", "running")
+        }
+        store.close()
+        for task in tuple(exchanges._tasks):
+            task.cancel()
+
+    asyncio.run(scene())
+
+
+def test_a_job_that_is_over_is_read_back_once_for_all_ranks_that_join_it(tmp_path: Path) -> None:
+    """And leaves memory again when its next generation has ended, or where its rank was refused."""
+    _left_behind(tmp_path, {"j": [Ended(4)]}, {})
+
+    async def scene() -> None:
+        store = _Counting(tmp_path)
+        exchanges = Servicer(1, store)
+        exchanges._ready.set()
+        for stream in (1, 2, 3):
+            exchanges._outboxes[stream] = _Outbox(Reader(stream))
+        await exchanges._read(3, _requests(_join("j", rank=2, world_size=2)))
+        assert (store.reads, exchanges._service.jobs) == (["j"], ())
+        end = asyncio.Event()
+        requests = [_requests(_join("j", rank, 2), hangs_up=end) for rank in (0, 1)]
+        reading = [asyncio.create_task(exchanges._read(rank + 1, requests[rank])) for rank in (0, 1)]
+        for stream in (1, 2):
+            joined = await exchanges._outboxes[stream].queue.get()
+            assert isinstance(joined, pb.ExchangeResponse)
+            assert joined.generation == 5
+        assert store.reads == ["j", "j"]
+        end.set()
+        await asyncio.gather(*reading)
+        await asyncio.gather(*exchanges._saves)
+        assert not exchanges._service.jobs
+        (ended, *_) = store.read("j")
+        assert isinstance(ended, Ended)
+        assert ended.generation == 5
+        store.close()
+
+    asyncio.run(scene())
+
+
+def test_who_comes_too_late_hears_why_from_a_job_that_left_memory(tmp_path: Path) -> None:
+    """The reason is on disk."""
+    _left_behind(tmp_path, {"j": [Ended(4, Reason.PEER_LOST, "rank 1 was lost.", (1,))]}, {})
+
+    async def scene() -> object:
+        store = Store(tmp_path)
+        exchanges = Servicer(1, store)
+        exchanges._ready.set()
+        exchanges._outboxes[1] = _Outbox(Reader(1))
+        await exchanges._read(1, _requests(_join("j", 0, 2, incarnation=7, resume=pb.Resume(generation=4))))
+        store.close()
+        return await exchanges._outboxes[1].queue.get()
+
+    status = asyncio.run(scene())
+    assert isinstance(status, StatusParts)
+    assert status.message == "rank 1 was lost."
+
+
+def test_a_file_that_broke_meanwhile_is_named_to_who_joins_its_job(tmp_path: Path, caplog: Any) -> None:
+    """It was whole when the service started; it is not replaced by a job that begins anew."""
+    _left_behind(tmp_path, {"j": [Ended(4)]}, {})
+
+    async def scene() -> tuple[object, Path]:
+        store = Store(tmp_path)
+        exchanges = Servicer(1, store)
+        exchanges._ready.set()
+        exchanges._outboxes[1] = _Outbox(Reader(1))
+        store.path("j").write_bytes(b"not a snapshot at all")
+        await exchanges._read(1, _requests(_join("j")))
+        store.close()
+        return await exchanges._outboxes[1].queue.get(), store.path("j")
+
+    with caplog.at_level(logging.ERROR, "bnserver"):
+        status, path = asyncio.run(scene())
+    assert isinstance(status, StatusParts)
+    assert status.code.name == "DATA_LOSS"
+    assert status.message.startswith(f"The service can't read job 'j' back: The snapshot {path} is corrupt")
+    assert str(path) in caplog.text
+    assert path.read_bytes() == b"not a snapshot at all"
 
 
 class _BrokenService(Service):

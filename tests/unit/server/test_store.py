@@ -138,6 +138,39 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
     assert _same(got[".."], _SNAPSHOT)
 
 
+def test_a_job_that_is_over_and_saved_stays_on_disk_until_it_is_wanted(tmp_path: Path) -> None:
+    """A start decodes what is running, and what is not saved as a whole; every byte of the rest is looked at."""
+    over: list[JournalRecord] = [Ended(2), LayerSnapshot("a", _state("float32", 1))]
+    _written(tmp_path, "running", _SNAPSHOT)
+    _written(tmp_path, "unsaved", over, [Ended(3)])
+    _written(tmp_path, "journal", (), [Ended(1)])
+    path = _written(tmp_path, "over", over)
+    store = Store(tmp_path)
+    try:
+        assert set(store.load(finished=False)) == {"running", "unsaved", "journal"}
+        assert (store.holds("over"), store.holds("other")) == (True, False)
+        assert _same(store.read("over"), over)
+        assert [store.is_saved(job) for job in ("over", "running", "unsaved", "journal")] == [True, True, False, False]
+        store.append("over", Ended(3))
+        assert not store.is_saved("over")
+        asyncio.run(store.save("over", lambda: [Ended(3)]))
+        assert store.is_saved("over")
+        store.release("over")
+        assert not store.is_saved("over")
+        assert _same(store.read("over"), [Ended(3)])
+    finally:
+        store.close()
+    flipped = bytearray(path.read_bytes())
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    store = Store(tmp_path)
+    try:
+        with pytest.raises(StoreError, match=f"The snapshot {path} is corrupt"):
+            store.load(finished=False)
+    finally:
+        store.close()
+
+
 def test_jobs_of_similar_names_have_files_of_their_own(tmp_path: Path) -> None:
     """Names that only differ where a file name can't hold them."""
     names = ["x" * 199, "x" * 198 + "y", "a b", "a%20b", "A b"]

@@ -314,6 +314,12 @@ def test_a_stream_begins_with_a_join() -> None:
     assert event == Malformed(7, "expected one join, as the first request of a stream")
 
 
+def test_a_token_is_refused() -> None:
+    """Nothing checks it, and a rank that sends one believes otherwise."""
+    event = Reader(7).read(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1, token="s3cret")))
+    assert event == Malformed(7, "expected no token, which this version of the service would not check, received one")
+
+
 def test_a_rank_that_comes_back_says_what_it_knows() -> None:
     """Every field of a join has its place in the event."""
     resume = pb.Resume(boot_id=9, generation=3, sequence=8, layer_sequence=7, versions={"a": 5})

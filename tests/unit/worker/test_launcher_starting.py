@@ -146,3 +146,15 @@ def test_no_mpiexec_inside_mpiexec() -> None:
         "Run the command itself here, without the launcher."
     )
     check(Job(("true",), 2, "service"), environ)
+
+
+@pytest.mark.parametrize("transport", ["service", "mpi", "alone"])
+def test_credentials_are_refused_before_anything_is_started(transport: str) -> None:
+    """Nothing looks at them yet: each rank would say so, after a service was started for them."""
+    for variable in ("BNLAYER_TOKEN", "BNLAYER_TOKEN_FILE", "BNLAYER_TLS_CA", "BNLAYER_TLS_CERT", "BNLAYER_TLS_KEY"):
+        with pytest.raises(LaunchError) as raised:
+            check(Job(("true",), 1, transport), {"PATH": "/bin:/usr/bin", variable: "s3cret"})
+        assert str(raised.value).startswith(f"{variable} is set, but ")
+        assert "is not available yet in this version" in str(raised.value)
+        assert raised.value.code == 2
+    check(Job(("true",), 1, transport), {"PATH": "/bin:/usr/bin", "BNLAYER_TOKEN": ""})

@@ -172,33 +172,43 @@ def test_the_reason_names_winner_and_losers() -> None:
     assert plan(SLURM, transport="alone").reason == ("transport= says so, although Slurm's srun announces 8 ranks")
 
 
-@pytest.mark.parametrize(
-    ("environ", "argument", "expected"),
-    [
-        ({}, None, (None, None)),
-        ({"BNLAYER_TOKEN": "t"}, None, ("t", None)),
-        ({"BNLAYER_TOKEN_FILE": "/run/t"}, None, (None, "/run/t")),
-        ({"BNLAYER_TOKEN": "t", "BNLAYER_TOKEN_FILE": "/run/t"}, None, ("t", None)),
-        ({"BNLAYER_TOKEN": "t", "BNLAYER_TOKEN_FILE": "/run/t"}, "mine", ("mine", None)),
-    ],
-)
-def test_the_token(environ: dict[str, str], argument: str | None, expected: tuple[str | None, str | None]) -> None:
-    """The argument beats BNLAYER_TOKEN, which beats the file that BNLAYER_TOKEN_FILE names."""
-    chosen = plan(environ | SERVICE | OURS, token=argument)
-    assert (chosen.token, chosen.token_file) == expected
+CREDENTIALS = {
+    "BNLAYER_TOKEN": "authentication",
+    "BNLAYER_TOKEN_FILE": "authentication",
+    "BNLAYER_TLS_CA": "encryption (TLS)",
+    "BNLAYER_TLS_CERT": "encryption (TLS)",
+    "BNLAYER_TLS_KEY": "encryption (TLS)",
+}
+
+
+@pytest.mark.parametrize("environ", [{}, SERVICE | OURS, MPICH], ids=["alone", "service", "mpi"])
+def test_credentials_are_refused_on_every_transport(environ: dict[str, str]) -> None:
+    """A token was taken, sent in plain text, and never looked at."""
+    with pytest.raises(ValueError) as caught:
+        plan(environ, token="s3cret")
+    assert str(caught.value) == (
+        "token= was given, but authentication is not available yet in this version. Remove token=, and don't send "
+        "secrets over plain text: keep the service on loopback, or on a network of your own."
+    )
+    for variable, what in CREDENTIALS.items():
+        with pytest.raises(ValueError) as caught:
+            plan(environ | {variable: "s3cret"})
+        assert str(caught.value) == (
+            f"{variable} is set, but {what} is not available yet in this version. Unset {variable}, and don't send "
+            "secrets over plain text: keep the service on loopback, or on a network of your own."
+        )
+    assert plan(environ | dict.fromkeys(CREDENTIALS, ""), token="") == plan(environ)
 
 
 def test_a_plan_for_the_service_holds_all_of_it() -> None:
     """Arguments and variables come together."""
-    assert plan(OURS | {"BNLAYER_JOB": "j"}, address="h:1", job="k", token="t") == Plan(
+    assert plan(OURS | {"BNLAYER_JOB": "j"}, address="h:1", job="k") == Plan(
         "service",
         1,
         2,
         "the service's address is h:1; BNLAYER_RANK says the rank",
         "h:1",
         "k",
-        "t",
-        None,
     )
 
 

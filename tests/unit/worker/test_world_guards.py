@@ -98,6 +98,56 @@ def test_a_forked_process_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not transport.left
 
 
+def test_what_is_refused_takes_no_number_and_counts_nowhere() -> None:
+    """The next plain operation had a number that no other rank had, and every rank stalled."""
+
+    class Numbered(AloneTransport):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def barrier(self, call: Call) -> None:
+            self.steps.append(call.key.step)
+            if len(self.steps) == 2:
+                for again in (world.barrier, lambda: world.allreduce([np.ones(9)])):
+                    with pytest.raises(RuntimeError, match="A rank makes one exchange at a time"):
+                        again()  # as from a signal handler
+
+    transport = Numbered()
+    world = World(transport, install=False)
+    for _ in range(3):
+        world.barrier()
+    world.leave()
+    for refused in (world.barrier, lambda: world.allreduce([np.ones(9)])):
+        with pytest.raises(RuntimeError, match="this world was left"):
+            refused()
+    assert transport.steps == [0, 1, 2]
+    assert world._plain_exchanges == 3
+    assert (world.statistics.bytes_sent, sum(world.statistics.exchanges.values())) == (0, 3)
+
+
+def test_a_layer_that_was_refused_holds_no_name_and_no_shape() -> None:
+    """A second layer of its name was refused for good, and its own shape was that of the refused batch."""
+    left = World(AloneTransport(), install=False)
+    left.leave()
+    bn = BatchNormalization(synchronized=True, name="bn", collective=left)
+    with pytest.raises(RuntimeError, match="this world was left"):
+        bn(np.ones((2, 3)), training=True)
+    assert not bn.built
+    with pytest.raises(RuntimeError, match="this world was left"):
+        BatchNormalization(synchronized=True, name="bn", collective=left)(np.ones((2, 3)), training=True)
+    bn.collective = World(AloneTransport(), install=False)
+    assert bn(np.ones((2, 4)), training=True).shape == (2, 4)
+
+
+def test_a_layer_that_was_refused_takes_no_automatic_name() -> None:
+    """Where one rank alone makes a mistake, and mends it, its next layer is called as on the others."""
+    before = BatchNormalization().name
+    with pytest.raises(ValueError):
+        BatchNormalization(gamma_initializer="no such thing")
+    number = int(before.rpartition("_")[2]) if before != "batch_normalization" else 0
+    assert BatchNormalization().name == f"batch_normalization_{number + 1}"
+
+
 def test_an_overflow_does_not_end_the_world() -> None:
     """Every rank is told of it, in step."""
 
@@ -216,9 +266,10 @@ def test_floating_point_settings_of_the_owner_change_nothing() -> None:
     [
         ({"BNLAYER_RANK": "1"}, {}, "BNLAYER_RANK is set, but BNLAYER_WORLD_SIZE is not: set both, or neither."),
         ({"BNLAYER_WORLD_SIZE": "3"}, {}, "BNLAYER_WORLD_SIZE is set, but BNLAYER_RANK is not"),
-        ({}, {"job": "x"}, r"job= or token= was given, but no address= \(or BNLAYER_ADDRESS\)"),
+        ({}, {"job": "x"}, r"job= was given, but no address= \(or BNLAYER_ADDRESS\)"),
         ({}, {"address": "nohost", "job": "j", "rank": 0, "world_size": 1}, "expected HOST:PORT, e.g. 127.0.0.1:50551"),
         ({}, {"address": "http://h:1", "job": "j", "rank": 0, "world_size": 1}, "received 'http://h:1'"),
+        ({}, {"address": "https:h:1", "job": "j", "rank": 0, "world_size": 1}, "received 'https:h:1'"),
         ({}, {"address": "h:99999", "job": "j", "rank": 0, "world_size": 1}, "received 'h:99999'"),
     ],
 )

@@ -105,7 +105,12 @@ def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
     from bnworker.train.data import DataError, load
     from bnworker.train.files import write_atomically
 
-    world = join()
+    try:
+        world = join()
+    except CollectiveError as error:
+        raise CommandError(f"calibrate: {type(error).__name__}: {error}", 1) from None
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise CommandError(f"calibrate: {error}") from None
     first = world.rank == 0
     problem: Exception | None = None
     result: Calibrated | None = None

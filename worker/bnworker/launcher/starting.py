@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from bnlayer.environment import announced
+from bnproto import credentials
 from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
 from bnworker.launcher.command import NOT_EXECUTABLE, refusal
@@ -113,8 +114,11 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
 
     Raises:
         LaunchError: the command was not found (127), or may not be executed (126): a shell's codes; or this process
-            is an MPI rank itself.
+            is an MPI rank itself; or the environment holds credentials, which nothing would look at.
     """
+    unavailable = credentials.refusal(environ)
+    if unavailable is not None:
+        raise LaunchError(unavailable)
     outer = next((found for found in announced(environ) if "mpiexec" in found.source), None)
     if job.transport == "mpi" and outer is not None:
         raise LaunchError(

@@ -31,7 +31,6 @@ class ServiceTransport:
         address: of the service, HOST:PORT.
         job: the job's name.
         rank, world_size: who this process is.
-        token: the job's, where the service asks for one.
         timeout: seconds that joining, and each exchange, may take.
         local_socket: whether to exchange over a local socket where the service is on this machine.
 
@@ -51,7 +50,6 @@ class ServiceTransport:
         rank: int,
         world_size: int,
         *,
-        token: str | None = None,
         timeout: float = 300.0,
         local_socket: bool = True,
     ) -> None:
@@ -65,7 +63,6 @@ class ServiceTransport:
             world_size=world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            token=token or "",
             join_timeout_ms=max(1, round(timeout * 1000)),
             timeout_ms=max(1, round(timeout * 1000)),
             incarnation=secrets.randbits(63) + 1,
