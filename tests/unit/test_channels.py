@@ -52,7 +52,7 @@ def same(got: object, wanted: object) -> None:
         assert different.size == 0, (field.name, a[different[0] // a.itemsize], b[different[0] // a.itemsize])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32 - 1), epsilon=st.sampled_from([0.0, 1e-12, 1e-3]), masked=st.booleans())
 def test_statistics_and_what_is_refused(seed: int, epsilon: float, masked: bool) -> None:
     """Of counts and flags of every kind, on windows of every size."""
@@ -65,7 +65,7 @@ def test_statistics_and_what_is_refused(seed: int, epsilon: float, masked: bool)
     same(quick(), found.statistics(epsilon, masked))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32 - 1), synchronized=st.booleans(), masked=st.booleans())
 def test_the_moving_update(seed: int, synchronized: bool, masked: bool) -> None:
     """Channels without a value, nonfinite ones, and results that float32 can't hold."""
@@ -84,7 +84,7 @@ def test_the_moving_update(seed: int, synchronized: bool, masked: bool) -> None:
         assert np.where(nan, 0, got).tobytes() == np.where(nan, 0, wanted).tobytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_gradients_and_what_is_refused(seed: int) -> None:
     """Of flags of every kind."""

@@ -182,7 +182,7 @@ def test_the_deviations_of_a_long_chain_have_room(shape: tuple[int, int, int], r
     same(compiled.moments(x, None, grid).limbs, reference.moments(x, None, grid).limbs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40)),
     last=st.booleans(),
