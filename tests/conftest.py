@@ -19,9 +19,9 @@ _VENDORS = {"Open MPI": "Open MPI", "HYDRA": "MPICH"}
 
 # An example may take as long as a busy machine needs: a hang is what pytest's timeout is for. New examples, to look for
 # more: pytest --hypothesis-profile=explore.
-_UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("same", derandomize=True, **_UNTIMED)
-hypothesis.settings.register_profile("explore", derandomize=False, print_blob=True, **_UNTIMED)
+_UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("same", _UNTIMED, derandomize=True)
+hypothesis.settings.register_profile("explore", _UNTIMED, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
