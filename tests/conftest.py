@@ -64,7 +64,7 @@ def _mpi() -> str:
     mpiexec = Path(sys.prefix, "bin", "mpiexec")
     if not mpiexec.exists():
         return f"none beside {sys.executable}"
-    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=200, check=True).stdout
     vendor = next((name for sign, name in _VENDORS.items() if sign in answer), "unknown vendor")
     version = next((word for word in answer.split() if word[0].isdigit()), "unknown version")
     return f"{vendor} {version} ({mpiexec})"

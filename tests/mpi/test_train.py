@@ -10,7 +10,7 @@ import pytest
 from bnworker.launcher.mpi import Vendor, environment
 from support.training import FIFTY_STEPS, Trained, same_result, trained
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.mpi
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from support.fault.proxy import proxy
 
 pytestmark = pytest.mark.rpc
 
-_LIMIT_S = 20.0
+_LIMIT_S = 60.0
 
 
 def _joined(address: str, rank: int = 0, world_size: int = 1, *, local_socket: bool = True) -> tuple[World, Stream]:

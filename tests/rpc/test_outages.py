@@ -24,7 +24,7 @@ from bnworker.transports.stream import Stream
 from support.breaker import Breaker
 from support.service import daemon
 
-pytestmark = [pytest.mark.rpc, pytest.mark.fault, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
 _HOST = socket.gethostname()
 _RANKS = 3
@@ -36,7 +36,7 @@ _AWAY = "--away=10"  # where coming back in time is not what is tested: by itsel
 _SLACK_S = 1.0  # for a machine that does other things
 
 
-def _world(address: str, rank: int, world_size: int, timeout: float = 20.0) -> World:
+def _world(address: str, rank: int, world_size: int, timeout: float = 60.0) -> World:
     return World(ServiceTransport(address, "job", rank, world_size, timeout=timeout), install=False)
 
 
@@ -190,7 +190,7 @@ def test_a_connection_that_lets_nothing_through_is_made_anew(serve: Callable[...
 
         begin = time.monotonic()
         got = _job(address, 6, done)
-        assert time.monotonic() - begin < 2.0 + 4 * _SLACK_S  # long before the timeout of 20 s
+        assert time.monotonic() - begin < 2.0 + 4 * _SLACK_S  # long before the timeout of 60 s
     assert got == _undisturbed(6)
 
 
@@ -255,13 +255,13 @@ def test_the_service_dies_at_a_named_point(
     def bury() -> None:
         if "drop" in failpoint:
             return
-        assert dying.popen.wait(40) == -signal.SIGKILL
+        assert dying.popen.wait(150) == -signal.SIGKILL
         assert start(*flags).line() == f"bnserver listening on {address}"
 
     undertaker = threading.Thread(target=bury, daemon=True)
     undertaker.start()
     got = _job(address, 6)
-    undertaker.join(40)
+    undertaker.join(150)
     assert not undertaker.is_alive()
     assert got == _undisturbed(6)
 
@@ -271,13 +271,13 @@ def test_a_service_that_slept_counts_it_against_nobody(serve: Callable[..., Any]
     service = serve("--lease", "0.8")
     with futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(_world, service.address, 1, 2)
-        with _world(service.address, 0, 2) as world, joining.result(20) as other:
+        with _world(service.address, 0, 2) as world, joining.result(150) as other:
             waiting = pool.submit(other.barrier)
             service.signal(signal.SIGSTOP)
             time.sleep(2.0)  # that is the length of the stop, not a wait for something
             service.signal(signal.SIGCONT)
             world.barrier()
-            waiting.result(20)
+            waiting.result(150)
 
 
 # ---- who is told ----

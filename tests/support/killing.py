@@ -20,7 +20,7 @@ _STEPS_PER_KILL = 20  # more than a run makes from its start until it is killed:
 _OPTIONS = ("--data=digits", f"--workers={RANKS}", "--epochs=1000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
-_PATIENCE_S = 60.0
+_PATIENCE_S = 150.0
 _LAUNCHER = RANKS  # the victim that is no rank
 
 
@@ -119,7 +119,7 @@ class _Launch:
 
     def wait(self) -> int:
         """The launcher's exit code."""
-        return self._process.wait(_PATIENCE_S * 2)
+        return self._process.wait(_PATIENCE_S)
 
     def _await(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_S

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PYTHON = sys.executable
-_GONE_S = 10.0  # a killed process is gone in milliseconds; this is for a machine that does other things
+_GONE_S = 60.0  # a killed process is gone in milliseconds; this is for a machine that does other things
 
 
 def arguments(ranks: int, *command: str, options: Sequence[str] = ()) -> list[str]:
@@ -30,7 +30,7 @@ def launch(
         capture_output=True,
         encoding="utf-8",
         errors=errors,
-        timeout=60,
+        timeout=200,
         check=False,
     )
 

@@ -85,7 +85,6 @@ def alike(x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.timeout(120)  # the first of a kind may be compiled
 def test_the_same_bits(shape: tuple[int, int, int], data: str, dtype: str) -> None:
     """Every kernel, on every layout, with and without masks."""
     rng = np.random.default_rng([*shape, DATA.index(data)])

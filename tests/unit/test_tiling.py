@@ -150,7 +150,7 @@ def test_a_fork_after_threads_were_used() -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "BNLAYER_THREADS": "2"},
-        timeout=50,
+        timeout=200,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

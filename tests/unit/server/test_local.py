@@ -13,7 +13,7 @@ from bnproto.v1 import statistics_pb2 as pb
 from bnserver import local
 from bnserver.local import _STRANGERS, Callbacks, Frame, LocalSockets
 
-_LIMIT_S = 20.0
+_LIMIT_S = 60.0
 
 
 def _ignore(*_: object) -> None:
