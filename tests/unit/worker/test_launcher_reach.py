@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from bnworker.launcher import reach as module
 from bnworker.launcher.reach import reach
 from bnworker.launcher.starting import LaunchError
 
@@ -72,7 +71,6 @@ def test_a_name_that_is_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError
 
     monkeypatch.setattr(socket, "create_connection", hang)
-    monkeypatch.setattr(module, "_ANSWER_S", 0.05)
     with pytest.raises(LaunchError, match=r"no statistics service at example.org:1: no answer within 0.05 s"):
-        reach("example.org:1", 0)
+        reach("example.org:1", 0, answer_s=0.05)
     over.set()
