@@ -320,7 +320,7 @@ def test_a_job_whose_first_entry_does_not_fit_begins_with_a_snapshot(tmp_path: P
 # ---- the directory ----
 
 
-@pytest.mark.parametrize("limits", [{"long_entries": 3}, {"long_bytes": 300}], ids=str)
+@pytest.mark.parametrize("limits", [{"long_entries": 3}, {"long_bytes": 400}], ids=str)
 def test_a_long_journal_asks_for_a_snapshot(tmp_path: Path, limits: dict[str, Any]) -> None:
     """By its bytes, or its entries, which take time to read back. Once, and not while one is being written."""
 
