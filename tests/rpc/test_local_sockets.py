@@ -145,7 +145,7 @@ def test_an_answer_that_is_lost_with_the_socket_is_asked_for_again(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service has sent it there already, and counts the question once."""
-    world, stream = _joined(serve().address)
+    world, stream = _joined(serve("--away=10").address)
     with world:
         assert stream._connection is not None
         mine = stream._connection.socket

@@ -268,13 +268,13 @@ def test_the_service_dies_at_a_named_point(
 
 def test_a_service_that_slept_counts_it_against_nobody(serve: Callable[..., Any]) -> None:
     """It was stopped for longer than a lease: nobody is lost when it wakes."""
-    service = serve("--lease", "0.8")
+    service = serve("--lease", "1.5")
     with futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(_world, service.address, 1, 2)
         with _world(service.address, 0, 2) as world, joining.result(150) as other:
             waiting = pool.submit(other.barrier)
             service.signal(signal.SIGSTOP)
-            time.sleep(2.0)  # that is the length of the stop, not a wait for something
+            time.sleep(2.5)  # that is the length of the stop, not a wait for something
             service.signal(signal.SIGCONT)
             world.barrier()
             waiting.result(150)
