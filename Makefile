@@ -10,8 +10,11 @@ PROTOS := $(wildcard proto/bnproto/v1/*.proto)
 # The tests beside real Keras run in its environment, `make test-keras`, and can't be collected without it.
 NO_KERAS := --ignore=tests/conformance
 
-# What starts servers, ranks and commands, and looks at the clock.
+# What starts servers, ranks and commands, and looks at the clock: it has the machine for itself.
 WIRED := rpc or mpi or fault or slow
+
+# What does not may have all cores.
+PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_KERAS)
 
 # Not in a lock file: which wheel is right depends on the machine. Another one: make TORCH=/path/to/torch.whl ...
 TORCH ?= torch==2.13.0
@@ -26,7 +29,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-pure test-quick test-mpich test-openmpi test-keras soak bench bench-full bench-docs coverage format \
+.PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-long soak bench bench-full bench-docs coverage format \
 	lint types contracts stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -35,6 +38,8 @@ help:  ## list the targets
 # ---- environments: a no-op when up to date ----
 
 setup: .venv/.ready  ## make .venv: the project, editable, with MPICH and every development tool
+
+environments: .venv/.ready .venv-openmpi/.ready .venv-keras/.ready .venv-stubs/.ready  ## all that the gates need
 
 # $(1) environment, $(2) lock file
 define make-venv
@@ -89,27 +94,34 @@ test: test-quick test-mpich test-openmpi  ## pass every test; the MPI ones with 
 # ---- tests ----
 
 # Neither looks at the clock, so they may share the machine; all others have it for themselves.
-test-quick: setup  ## those without wire or MPI, with their coverage, beside those of Keras
-	+$(MAKE) --no-print-directory -j2 --output-sync=target coverage test-keras
+test-quick: setup  ## those without wire or MPI, beside those of Keras
+	+$(MAKE) --no-print-directory -j2 --output-sync=target test-pure test-keras
 
 test-mpich: setup  ## those of the service, the command line and MPI
-	$(BIN)/pytest -m "$(WIRED)" $(NO_KERAS)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" $(NO_KERAS)
 
 test-openmpi: setup .venv-openmpi/.ready
-	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m mpi tests/mpi
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and not soak" tests/mpi
 
 test-keras: .venv-keras/.ready  ## the layer beside Keras, JAX's autograd and torch
 	KERAS_BACKEND=numpy .venv-keras/bin/pytest tests/conformance
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
-	$(BIN)/pytest -m "not ($(WIRED))" $(NO_KERAS)
+	$(BIN)/pytest $(PURE)
+
+test-long: setup .venv-openmpi/.ready  ## what `make test` does once, again and again: some minutes
+	$(BIN)/pytest -m soak $(NO_KERAS)
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and soak" tests/mpi
 
 soak: setup  ## break the service for an hour, as often as its promises say (SOAK_SEED=, SOAK_SCALE=0.1, SOAK=NAMES)
 	PYTHONPATH=tests $(BIN)/python -m support.fault.soak $(SOAK)
 
-coverage: setup  ## branch coverage of the pure code by the fast tests
+# By the tests of that code alone, without those that go through all kinds of data with the compiled kernels: they
+# reach no line more, and tracing makes them many times slower.
+coverage: setup  ## branch coverage of the pure code by its own tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not ($(WIRED))" $(NO_KERAS)
+	$(BIN)/coverage run -m pytest -m "not ($(WIRED))" tests/unit tests/scenarios --ignore=tests/unit/worker \
+		--ignore=tests/unit/test_kernels.py --ignore=tests/unit/test_tiling.py --ignore=tests/unit/test_kernel_choice.py
 	$(BIN)/coverage report
 
 # ---- benchmarks: tables on the screen, every figure in out/bench.json ----

@@ -2,18 +2,27 @@
 
 1. The header names the MPI whose `mpiexec` this environment brings: one suite passes under several.
 2. A skipped test fails the run, unless `allowed-skips.txt` names it: a missing tool is no success.
+3. Property tests draw the same examples in every run, and none of them looks at the clock.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support.fault.seed import SEED
 
 _ALLOWED = Path(__file__).with_name("allowed-skips.txt")
 _VENDORS = {"Open MPI": "Open MPI", "HYDRA": "MPICH"}
+
+# An example may take as long as a busy machine needs: a hang is what pytest's timeout is for. New examples, to look for
+# more: pytest --hypothesis-profile=explore.
+_UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("same", _UNTIMED, derandomize=True)
+hypothesis.settings.register_profile("explore", _UNTIMED, derandomize=False, print_blob=True)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_report_header() -> list[str]:
@@ -55,7 +64,7 @@ def _mpi() -> str:
     mpiexec = Path(sys.prefix, "bin", "mpiexec")
     if not mpiexec.exists():
         return f"none beside {sys.executable}"
-    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=200, check=True).stdout
     vendor = next((name for sign, name in _VENDORS.items() if sign in answer), "unknown vendor")
     version = next((word for word in answer.split() if word[0].isdigit()), "unknown version")
     return f"{vendor} {version} ({mpiexec})"

@@ -66,10 +66,12 @@ class LocalSockets:
     Args:
         boot_id: names this run of the service.
         visitors: are told what comes in.
+        attach_within_s: seconds in which whoever connects must show a ticket.
     """
 
-    def __init__(self, boot_id: int, callbacks: Callbacks) -> None:
+    def __init__(self, boot_id: int, callbacks: Callbacks, attach_within_s: float = _ATTACH_WITHIN_S) -> None:
         self.callbacks = callbacks
+        self.attach_within_s = attach_within_s
         self._boot_id = boot_id
         self._name = ""
         self._port = 0
@@ -188,7 +190,7 @@ class LocalSocket(asyncio.BufferedProtocol):
         """Wait for a ticket."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._hurry = asyncio.get_running_loop().call_later(_ATTACH_WITHIN_S, transport.abort)
+        self._hurry = asyncio.get_running_loop().call_later(self._sockets.attach_within_s, transport.abort)
         self._sockets.connected(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

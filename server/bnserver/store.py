@@ -99,14 +99,23 @@ class Store:
     Args:
         directory: is made if it does not exist.
         failpoints: faults on purpose.
+        long_entries, long_bytes: how long a journal may become.
 
     Raises:
         StoreError: another daemon uses it, or it can't be written to.
     """
 
-    def __init__(self, directory: Path, failpoints: Failpoints | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        failpoints: Failpoints | None = None,
+        *,
+        long_entries: int = _LONG_ENTRIES,
+        long_bytes: int = _LONG_BYTES,
+    ) -> None:
         self._directory = directory
         self._failpoints = failpoints or Failpoints()
+        self._long_entries, self._long_bytes = long_entries, long_bytes
         self._files: dict[str, _File] = {}
         self._writing = asyncio.Lock()
         self._lock = _locked(directory)
@@ -183,7 +192,7 @@ class Store:
     def long(self, job: str) -> bool:
         """Whether a job's journal has become so long that a snapshot should replace it."""
         file = self._files[job]
-        long = file.records >= _LONG_ENTRIES or file.size - file.snapshot >= _LONG_BYTES
+        long = file.records >= self._long_entries or file.size - file.snapshot >= self._long_bytes
         return long and file.meanwhile is None and not file.broken
 
     async def save(self, job: str, records: Callable[[], Sequence[JournalRecord]]) -> None:

@@ -18,7 +18,7 @@ from support.fault.ranks import Rank, ranks
 from support.fault.seed import SEED
 from support.fault.soak import SHORT_LEASE_S
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 _WORLD = 3
 _CUT_OFF = 1  # the rank

@@ -9,7 +9,7 @@ import pytest
 from support.fault.damage import LayerSnapshot, cut, flipped, kept
 from support.fault.seed import SEED
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 _SHARE = 0.05  # of all bytes; `make soak` takes all
 

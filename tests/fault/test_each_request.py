@@ -17,7 +17,7 @@ from support.fault.proxy import proxy
 from support.fault.ranks import Rank, ranks
 from support.fault.seed import SEED
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 _WORLD = 2
 _STEPS = 10

@@ -9,7 +9,7 @@ import pytest
 from support.fault.seed import SEED
 from support.fault.wire import exchanges_under_faults
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 
 def test_nothing_is_lost_and_nothing_counted_twice(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from support.fault.seed import SEED
 from support.fault.sweep import failpoints
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 
 def test_a_kill_at_every_failpoint(tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ def test_told_while_one_computes(say: Callable[[World], None], kind: type[Collec
     watches = [Watch()] * 3
 
     def rank(number: int) -> str:
-        transport = ServiceTransport(address, say.__name__, number, 3, timeout=20)
+        transport = ServiceTransport(address, say.__name__, number, 3, timeout=60)
         watches[number] = watch(transport)
         with World(transport, install=False) as world:
             if number == 2:
-                go_on.wait(10)
+                go_on.wait(150)
             try:
                 world.barrier() if number == 2 else say(world)
             except kind as error:
@@ -66,9 +66,9 @@ def test_told_while_one_computes(say: Callable[[World], None], kind: type[Collec
 
     with futures.ThreadPoolExecutor(3) as pool:
         ranks = [pool.submit(rank, number) for number in range(3)]
-        as_text = [one.result(20) for one in ranks[:2]]
+        as_text = [one.result(150) for one in ranks[:2]]
         go_on.set()
-        as_text.append(ranks[2].result(20))
+        as_text.append(ranks[2].result(150))
     assert as_text[1]
     assert set(as_text) <= {"", as_text[1]}
     contributed_at = max(one.contributed_at for one in watches[:2])

@@ -9,7 +9,7 @@ import pytest
 from support.fault.full import full_disk
 from support.fault.seed import SEED
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 
 def test_a_full_disk_loses_nothing_silently(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from support.fault.model import check
 from support.fault.ranks import Rank, ranks
 from support.fault.seed import SEED
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 _WORLD = 3
 _STEPS = 8

@@ -40,7 +40,7 @@ class _Echo:
 
     def end(self) -> str:
         """How its connection ended."""
-        self._thread.join(10)
+        self._thread.join(150)
         self._socket.close()
         return self.ended
 
@@ -50,7 +50,7 @@ def _through(fault: Fault) -> Iterator[tuple[socket.socket, _Echo, Proxy]]:
     echo = _Echo()
     with proxy(echo.address, 1, lambda rank, number: fault) as between:
         host, _, port = between.addresses[0].partition(":")
-        with socket.create_connection((host, int(port)), timeout=10) as rank:
+        with socket.create_connection((host, int(port)), timeout=60) as rank:
             yield rank, echo, between
     echo.end()
 
@@ -145,7 +145,7 @@ def test_a_service_that_is_not_there_is_told_as_one() -> None:
         host, _, port = between.addresses[0].partition(":")
         for _ in range(2):
             # The reset may come while it still connects.
-            with suppress(ConnectionResetError), socket.create_connection((host, int(port)), timeout=10) as rank:
+            with suppress(ConnectionResetError), socket.create_connection((host, int(port)), timeout=60) as rank:
                 assert _received(rank)[1] == "reset"
 
 

@@ -11,7 +11,7 @@ from support.fault.rank_kills import rank_kills
 from support.fault.seed import SEED
 from support.fault.soak import SHORT_LEASE_S
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 
 def test_a_killed_rank_is_told_within_a_second(tmp_path: Path) -> None:

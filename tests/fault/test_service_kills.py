@@ -9,7 +9,7 @@ import pytest
 from support.fault.seed import SEED
 from support.fault.service_kills import service_kills, storm
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 
 def test_a_job_outlives_kills_of_the_service(tmp_path: Path) -> None:

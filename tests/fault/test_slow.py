@@ -9,7 +9,7 @@ import pytest
 from support.fault.seed import SEED
 from support.fault.slow import slow_is_not_dead
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 
 def test_a_busy_rank_is_not_taken_for_dead(tmp_path: Path) -> None:

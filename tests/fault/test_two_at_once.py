@@ -12,7 +12,7 @@ from support.fault.jobs import Job
 from support.fault.ranks import ranks
 from support.fault.seed import SEED
 
-pytestmark = [pytest.mark.fault, pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rpc]
 
 _WORLD = 3
 _LOST = 1  # the rank

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     rank, world_size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     for name in names("mpi", world_size):
         deterministic = name == "float_sums_have_the_order_of_the_ranks"
-        transport = mpi.MPITransport(timeout=15, deterministic=deterministic)
+        transport = mpi.MPITransport(timeout=60, deterministic=deterministic)
         watched = watch(transport)
         world = World(transport, install=False)
         try:

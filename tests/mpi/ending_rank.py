@@ -69,7 +69,7 @@ def exit_3(world: bnworker.World) -> None:
 def interrupt(world: bnworker.World) -> None:
     """Ctrl-C in the middle of an exchange."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     world.allreduce([1.0])
 
 

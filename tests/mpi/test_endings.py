@@ -19,7 +19,7 @@ TIMEOUT_S = 2.0  # of ending_rank.py
 def end(world_size: int, way: str, folder: Path) -> tuple[mpi.Ended, list[Any]]:
     """Let the last rank end in some way; how the job ended, and what each of the others was told."""
     script = Path(__file__).with_name("ending_rank.py")
-    ended = mpi.run(world_size, script, way, folder, limit_s=30)
+    ended = mpi.run(world_size, script, way, folder, limit_s=200)
     for file in folder.glob("*.pid"):
         until_gone(int(file.read_text(encoding="utf-8")))
     return ended, [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
@@ -27,19 +27,19 @@ def end(world_size: int, way: str, folder: Path) -> tuple[mpi.Ended, list[Any]]:
 
 def until_gone(pid: int) -> None:
     """Return when a process is gone: mpiexec may end a little before the last rank does."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, f"process {pid} was left behind"
         os.sched_yield()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
-    ("way", "kind", "what"),
+    ("world_size", "way", "kind", "what"),
     [
-        ("fails", "PeerLostError", "failed with ValueError: no such file"),
-        ("exits-3", "PeerLostError", "failed with SystemExit: 3"),
-        ("returns", "StallError", "left the job"),
+        (2, "fails", "PeerLostError", "failed with ValueError: no such file"),
+        (3, "fails", "PeerLostError", "failed with ValueError: no such file"),
+        (3, "exits-3", "PeerLostError", "failed with SystemExit: 3"),
+        (3, "returns", "StallError", "left the job"),
     ],
 )
 def test_leaving_is_told_at_once(world_size: int, way: str, kind: str, what: str, tmp_path: Path) -> None:
@@ -55,8 +55,7 @@ def test_leaving_is_told_at_once(world_size: int, way: str, kind: str, what: str
     assert len({text for _, text, _, _ in events}) == 1
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("way", ["freezes", "freezes-midway"])
+@pytest.mark.parametrize(("world_size", "way"), [(2, "freezes"), (3, "freezes"), (3, "freezes-midway")])
 def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_path: Path) -> None:
     """A rank that is stopped (SIGSTOP), before an exchange or in the middle of it; the job ends, and fails."""
     ended, events = end(world_size, way, tmp_path)
@@ -125,7 +124,7 @@ def test_two_worlds_one_after_the_other() -> None:
     code = (
         "import bnworker, numpy as np\n"
         "for _ in range(3):\n"
-        "    with bnworker.join(timeout=10) as world:\n"
+        "    with bnworker.join(timeout=60) as world:\n"
         "        assert world.allreduce([world.rank])[0] == 1\n"
     )
     ended = mpi.run(2, "-c", code)

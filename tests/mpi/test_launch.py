@@ -12,7 +12,7 @@ import pytest
 
 from support.processes import launch, launch_oddly, launched, script
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.mpi
 
 MPI = ("--transport", "mpi")
 
@@ -99,7 +99,7 @@ def test_no_mpiexec(tmp_path: Path) -> None:
         [bare / "python", "-c", code, "launch", *MPI, "--", "true"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
         env={**os.environ, "PATH": str(bare)},
     )
@@ -140,7 +140,7 @@ def test_a_rank_that_has_ended_costs_nothing(tmp_path: Path) -> None:
         time.sleep(1.5)  # the time in which it must not work
         share = (_ticks(stat) - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
         gate.write_text("", encoding="ascii")
-        assert process.wait(30) == 0
+        assert process.wait(150) == 0
     assert share < 0.1
 
 

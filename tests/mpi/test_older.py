@@ -6,7 +6,7 @@ import pytest
 
 from support import mpi
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.mpi
 
 
 def test_without_persistent_collectives() -> None:

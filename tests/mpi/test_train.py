@@ -11,7 +11,7 @@ import pytest
 from bnworker.launcher.mpi import Vendor, environment
 from support.training import FIFTY_STEPS, Trained, same_result, stopped, trained
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.mpi
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class Process:
         """Send it a signal."""
         self.popen.send_signal(number)
 
-    def end(self, number: int | None = None, within: float = 10.0) -> tuple[int, str, str]:
+    def end(self, number: int | None = None, within: float = 150.0) -> tuple[int, str, str]:
         """Let it end; returns its exit code and the rest of what it said on stdout and stderr."""
         if number is not None:
             self.popen.send_signal(number)
@@ -94,7 +94,7 @@ except CollectiveError as error:
 def run_rank(start: Start) -> Start:
     """Starts a process that joins job "job" and runs some lines as `world`; it says what it was told."""
 
-    def runner(address: str, rank: int, world_size: int, body: str, timeout: float = 20.0) -> Process:
+    def runner(address: str, rank: int, world_size: int, body: str, timeout: float = 60.0) -> Process:
         lines = "\n    ".join(body.strip().splitlines())
         code = _RANK.replace("BODY", lines)
         return start("-c", code, address, str(rank), str(world_size), str(timeout))

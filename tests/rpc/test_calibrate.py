@@ -16,7 +16,7 @@ pytestmark = pytest.mark.rpc
 def bnlayer(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     command = [sys.executable, "-m", "bnworker.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def checkpoint(path: Path) -> Checkpoint:

@@ -18,7 +18,7 @@ BNLAYER = (sys.executable, "-m", "bnworker.cli")
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command from start to end."""
-    return subprocess.run([*BNLAYER, *arguments], capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run([*BNLAYER, *arguments], capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_serve_until_it_is_told_to_stop() -> None:
@@ -29,7 +29,7 @@ def test_serve_until_it_is_told_to_stop() -> None:
         assert service.stdout is not None
         assert re.fullmatch(r"bnserver listening on 127\.0\.0\.1:\d+\n", service.stdout.readline())
         service.send_signal(signal.SIGTERM)
-        assert service.wait(20) == 0
+        assert service.wait(150) == 0
 
 
 def test_serve_refuses_to_be_reached_in_plain_text() -> None:

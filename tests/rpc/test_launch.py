@@ -14,7 +14,7 @@ import pytest
 
 from support.processes import arguments, launch, launch_oddly, script
 
-pytestmark = [pytest.mark.rpc, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.rpc
 
 # ---- what ranks are given ----
 
@@ -37,7 +37,7 @@ def test_the_environment_of_a_rank() -> None:
     )
     environ = {**os.environ, "PMI_RANK": "0", "PMI_SIZE": "1", "BNLAYER_JOB": "named"}
     done = subprocess.run(
-        arguments(2, *script(text)), capture_output=True, text=True, timeout=60, check=True, env=environ, input="x"
+        arguments(2, *script(text)), capture_output=True, text=True, timeout=200, check=True, env=environ, input="x"
     )
     got = [json.loads(line.partition(" ")[2]) for line in sorted(done.stdout.splitlines())]
     for rank, variables in enumerate(got):

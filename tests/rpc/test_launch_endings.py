@@ -8,7 +8,7 @@ import pytest
 
 from support.endings import Ending, endings, play, repeated
 
-pytestmark = [pytest.mark.rpc, pytest.mark.fault, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
 
 @repeated

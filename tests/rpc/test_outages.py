@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import pytest
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnworker import World
+from bnworker.transports import local
 from bnworker.transports import service as service_transport
 from bnworker.transports.service import ServiceTransport
 from bnworker.transports.stream import Stream
+from support.breaker import Breaker
+from support.service import daemon
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
@@ -26,11 +30,13 @@ _HOST = socket.gethostname()
 _RANKS = 3
 _LAYERS = 5
 _LARGE = 300_000  # numbers of a reduction that travels in parts
+_LIMIT_S = 150.0  # for a job; only ends a test that hangs
 _ENOUGH = 10  # faults: with fewer the test does not test
+_AWAY = "--away=10"  # where coming back in time is not what is tested: by itself a service waits for half a second
 _SLACK_S = 1.0  # for a machine that does other things
 
 
-def _world(address: str, rank: int, world_size: int, timeout: float = 20.0) -> World:
+def _world(address: str, rank: int, world_size: int, timeout: float = 60.0) -> World:
     return World(ServiceTransport(address, "job", rank, world_size, timeout=timeout), install=False)
 
 
@@ -72,9 +78,16 @@ def _job(address: str, steps: int, done: Callable[[int, int], None] = lambda ran
     """All ranks, as threads; returns the statistics that all of them end with."""
     with futures.ThreadPoolExecutor(_RANKS) as pool:
         ranks = [pool.submit(_train, address, rank, steps, done) for rank in range(_RANKS)]
-        first, *others = [rank.result(50) for rank in ranks]
+        first, *others = [rank.result(_LIMIT_S) for rank in ranks]
     assert all(other == first for other in others)
     return first
+
+
+@cache
+def _undisturbed(steps: int) -> Any:
+    """What all ranks end with where nothing happens: it depends on the number of steps alone."""
+    with daemon() as address:
+        return _job(address, steps)
 
 
 @contextmanager
@@ -139,44 +152,23 @@ def test_local_sockets_and_connections_that_end_at_any_moment_change_nothing(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Of a rank that sends, waits or computes; a connection made anew has a local socket again, which ends as well."""
-    undisturbed = _job(serve().address, 40)
-    streams: list[Stream] = []
+    breaker = Breaker(seed)
 
     def kept(*arguments: Any, **options: Any) -> Stream:
-        streams.append(Stream(*arguments, **options))
-        return streams[-1]
+        breaker.streams.append(Stream(*arguments, **options))
+        return breaker.streams[-1]
 
     monkeypatch.setattr(service_transport, "Stream", kept)
-    rng = np.random.default_rng(seed)
-    ended = {"socket": 0, "connection": 0}
-    over = threading.Event()
-
-    def break_things() -> None:
-        while not over.wait(float(rng.uniform(0, 0.01))):
-            stream = streams[rng.integers(len(streams))] if streams else None
-            connection = stream._connection if stream is not None else None
-            mine = connection.socket if connection is not None else None
-            if connection is None or mine is None:
-                continue
-            if rng.random() < 0.5:
-                ended["socket"] += 1
-                mine.end()
-            else:
-                ended["connection"] += 1
-                connection.cut()
-
-    breaker = threading.Thread(target=break_things, daemon=True)
-    breaker.start()
-    disturbed = _job(serve("--away=10").address, 40)
-    over.set()
-    breaker.join()
-    assert disturbed == undisturbed
-    assert min(ended.values()) >= _ENOUGH, ended
+    monkeypatch.setattr(local, "LocalSocket", breaker.socket)
+    with closing(breaker):
+        disturbed = _job(serve(_AWAY).address, 25)
+    assert disturbed == _undisturbed(25)
+    assert min(breaker.ended.values()) >= _ENOUGH, breaker.ended
 
 
 def test_cut_connections_heal(serve: Callable[..., Any]) -> None:
     """Every connection is cut, again and again, in the middle of things: the bits of an undisturbed run."""
-    service = serve()
+    service = serve(_AWAY)
     with _proxy(service.address) as (address, cut, _):
 
         def done(rank: int, step: int) -> None:
@@ -184,7 +176,7 @@ def test_cut_connections_heal(serve: Callable[..., Any]) -> None:
                 cut()
 
         got = _job(address, 20, done)
-    assert got == _job(serve().address, 20)
+    assert got == _undisturbed(20)
 
 
 def test_a_connection_that_lets_nothing_through_is_made_anew(serve: Callable[..., Any]) -> None:
@@ -198,11 +190,10 @@ def test_a_connection_that_lets_nothing_through_is_made_anew(serve: Callable[...
 
         begin = time.monotonic()
         got = _job(address, 6, done)
-        assert time.monotonic() - begin < 2.0 + 4 * _SLACK_S  # long before the timeout of 20 s
-    assert got == _job(serve().address, 6)
+        assert time.monotonic() - begin < 2.0 + 4 * _SLACK_S  # long before the timeout of 60 s
+    assert got == _undisturbed(6)
 
 
-@pytest.mark.timeout(120)
 def test_the_service_is_killed_and_the_job_goes_on(
     start: Callable[..., Any], serve: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -228,7 +219,7 @@ def test_the_service_is_killed_and_the_job_goes_on(
     got = _job(address, 30, done)
     assert len(daemons) == 5
     assert max(np.add.reduceat(resumed, range(0, len(resumed), 2))) < 2.0 + _SLACK_S
-    assert got == _job(serve().address, 30)
+    assert got == _undisturbed(30)
 
 
 @pytest.mark.parametrize(
@@ -264,29 +255,29 @@ def test_the_service_dies_at_a_named_point(
     def bury() -> None:
         if "drop" in failpoint:
             return
-        assert dying.popen.wait(40) == -signal.SIGKILL
+        assert dying.popen.wait(150) == -signal.SIGKILL
         assert start(*flags).line() == f"bnserver listening on {address}"
 
     undertaker = threading.Thread(target=bury, daemon=True)
     undertaker.start()
     got = _job(address, 6)
-    undertaker.join(40)
+    undertaker.join(150)
     assert not undertaker.is_alive()
-    assert got == _job(serve().address, 6)
+    assert got == _undisturbed(6)
 
 
 def test_a_service_that_slept_counts_it_against_nobody(serve: Callable[..., Any]) -> None:
     """It was stopped for longer than a lease: nobody is lost when it wakes."""
-    service = serve("--lease", "0.8")
+    service = serve("--lease", "1.5")
     with futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(_world, service.address, 1, 2)
-        with _world(service.address, 0, 2) as world, joining.result(20) as other:
+        with _world(service.address, 0, 2) as world, joining.result(150) as other:
             waiting = pool.submit(other.barrier)
             service.signal(signal.SIGSTOP)
-            time.sleep(2.0)  # that is the length of the stop, not a wait for something
+            time.sleep(2.5)  # that is the length of the stop, not a wait for something
             service.signal(signal.SIGCONT)
             world.barrier()
-            waiting.result(20)
+            waiting.result(150)
 
 
 # ---- who is told ----
@@ -339,7 +330,6 @@ def test_a_rank_that_computes_is_not_dead(serve: Callable[..., Any], run_rank: C
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(90)
 @pytest.mark.parametrize(
     ("hold", "between", "holds"), [(3_000_000, "world.barrier()", 3), (1_200_000, "time.sleep(0)", 6)]
 )

@@ -16,13 +16,14 @@ import pytest
 from bnlayer import MismatchError, PeerLostError, ServiceError
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
+from bnworker.transports.stream import _GOODBYE_S
 
 pytestmark = pytest.mark.rpc
 
 _HOST = socket.gethostname()
 
 
-def _world(address: str, rank: int, world_size: int, timeout: float = 20.0) -> World:
+def _world(address: str, rank: int, world_size: int, timeout: float = 60.0) -> World:
     return World(ServiceTransport(address, "job", rank, world_size, timeout=timeout), install=False)
 
 
@@ -123,7 +124,7 @@ def test_ctrl_c_ends_a_rank_that_waits(serve: Callable[..., Any], run_rank: Call
     interrupted = run_rank(service.address, 1, 2, "with world:\n    say('waits')\n    world.barrier()")
     with _world(service.address, 0, 2) as world:
         assert (interrupted.line(), interrupted.line()) == ("joined", "waits")
-        code, _, err = interrupted.end(signal.SIGINT, within=20.0)
+        code, _, err = interrupted.end(signal.SIGINT, within=150)
         assert "KeyboardInterrupt" in err
         assert code != 0
         with pytest.raises(PeerLostError, match="failed with KeyboardInterrupt"):
@@ -137,14 +138,14 @@ def test_leaving_is_quick(serve: Callable[..., Any]) -> None:
     begin = time.monotonic()
     worlds[0].leave()
     worlds[0].leave()
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < _GOODBYE_S
     broken = _world(service.address, 0, 1)
     service.end(signal.SIGKILL)
     with pytest.raises(ServiceError):
         broken.barrier()
     begin = time.monotonic()
     broken.leave()
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < _GOODBYE_S
 
 
 # ---- deadlines ----
@@ -155,7 +156,7 @@ def test_an_exchange_ends_by_its_deadline(serve: Callable[..., Any]) -> None:
     service = serve()
     with futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(_world, service.address, 1, 2)
-        world, silent = _world(service.address, 0, 2, timeout=1.0), joining.result(20)
+        world, silent = _world(service.address, 0, 2, timeout=1.0), joining.result(150)
     begin = time.monotonic()
     with pytest.raises(PeerLostError) as caught:
         world.barrier()
@@ -214,14 +215,14 @@ def test_nobody_listens(caplog: pytest.LogCaptureFixture) -> None:
     address = f"127.0.0.1:{_free_port()}"
     begin = time.monotonic()
     with caplog.at_level(logging.WARNING, "bnworker"), pytest.raises(ServiceError) as caught:
-        _world(address, 0, 1, timeout=2.5)
-    assert 2.5 <= time.monotonic() - begin < 6.0
+        _world(address, 0, 1, timeout=4.0)
+    assert 4.0 <= time.monotonic() - begin < 8.0
     assert str(caught.value) == (
-        f"No statistics service could be reached at {address} within 2.5 s. Check the address, and that the service "
+        f"No statistics service could be reached at {address} within 4 s. Check the address, and that the service "
         "runs there (bnlayer serve --listen HOST:PORT)."
     )
     assert caplog.messages == [
-        f"nobody listens at {address} yet; trying until 2.5 s have passed (timeout=)",
+        f"nobody listens at {address} yet; trying until 4 s have passed (timeout=)",
     ]
 
 
@@ -229,10 +230,10 @@ def test_a_service_that_comes_late_is_found(start: Callable[..., Any]) -> None:
     """Ranks and their daemon are often started together."""
     address = f"127.0.0.1:{_free_port()}"
     with futures.ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(_world, address, 0, 1, 20.0)
+        joining = pool.submit(_world, address, 0, 1, 60.0)
         service = start("-m", "bnserver", "--listen", address)
         assert service.line() == f"bnserver listening on {address}"
-        world = joining.result(20)
+        world = joining.result(150)
     world.barrier()
     world.leave()
 
@@ -244,7 +245,7 @@ def test_another_grpc_server_is_no_statistics_service() -> None:
     server.start()
     try:
         with pytest.raises(ServiceError, match=f"What listens at 127.0.0.1:{port} is no statistics service"):
-            _world(f"127.0.0.1:{port}", 0, 1, timeout=5.0)
+            _world(f"127.0.0.1:{port}", 0, 1, timeout=60.0)
     finally:
         server.stop(None).wait()
 
@@ -289,10 +290,10 @@ def test_arrays_beyond_a_message_travel_in_parts(serve: Callable[..., Any]) -> N
     with futures.ThreadPoolExecutor(2) as pool:
         got = [pool.submit(rank, number) for number in range(2)]
         for one in got:
-            assert one.result(30) == ((big + big * 2).tobytes(), (whole * 2).tobytes(), big.tobytes())
+            assert one.result(150) == ((big + big * 2).tobytes(), (whole * 2).tobytes(), big.tobytes())
 
 
 def _until_ended(world: World) -> None:
     """Wait until the rank's stream has ended: it hears of it without asking."""
-    world._transport._stream._thread.join(5)  # type: ignore[attr-defined]  # below the surface: nothing else waits here
+    world._transport._stream._thread.join(150)  # type: ignore[attr-defined]  # below the surface: nothing else waits here
     assert not world._transport._stream._thread.is_alive()  # type: ignore[attr-defined]  # likewise

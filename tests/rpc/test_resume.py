@@ -15,12 +15,12 @@ from support.killing import killed_and_resumed, undisturbed
 from support.service import daemon
 from support.training import COMMAND, FIFTY_STEPS, same_result, trained
 
-pytestmark = [pytest.mark.rpc, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.rpc, pytest.mark.timeout(600)]
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_kills(kills: int, tmp_path: Path) -> None:
     """Of ranks and of the launcher, with -9: the final file's bytes are those of the undisturbed run."""
     whole = undisturbed(tmp_path, "service", kills)
@@ -70,11 +70,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "mount") as tiny:
         path = tiny.folder / "run.safetensors"
         train = (*COMMAND, "--workers=2", "--hidden=256", "--epochs=4", "--save", path, "--save-every=3", "--resume")
-        subprocess.run([*train, "--steps=3"], capture_output=True, timeout=100, check=True)
+        subprocess.run([*train, "--steps=3"], capture_output=True, timeout=200, check=True)
         before = path.read_bytes()
         # There is room for one checkpoint, not for a second beside it.
         command = tiny.command(len(before) - 1, *train)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 1, done.stderr
         assert (
             f"bnlayer: train: --save {path}: step 6 could not be saved: {tiny.error}. The file is as it was before.\n"
@@ -92,11 +92,11 @@ def test_what_all_ranks_find_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     train = (sys.executable, "-m", "bnworker.cli", "train", "--hidden=4", "--steps=2", f"--save={path}")
     launch = (sys.executable, "-m", "bnworker.cli", "launch", "-n", "2", "--")
-    subprocess.run([*launch, *train], capture_output=True, timeout=60, check=True)
+    subprocess.run([*launch, *train], capture_output=True, timeout=200, check=True)
     other = tmp_path / "other.npz"
     np.savez(other, x=np.eye(30, 64), y=np.arange(30) % 10)
     done = subprocess.run(
-        [*launch, *train, "--resume", f"--data={other}"], capture_output=True, text=True, timeout=60, check=False
+        [*launch, *train, "--resume", f"--data={other}"], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("belongs to a run on other data: it was digits (") == 1

@@ -12,7 +12,7 @@ from bnlayer import Alone
 from support import same_bits
 from support.service import daemon
 
-pytestmark = [pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.rpc
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run(address: str, world_size: int, folder: Path, *arguments: str) -> None:
     ]
     try:
         for rank in ranks:
-            _, err = rank.communicate(timeout=90)
+            _, err = rank.communicate(timeout=200)
             assert rank.returncode == 0, err
     finally:
         for rank in ranks:

@@ -14,7 +14,7 @@ from support.datasets import rows, write
 from support.processes import launch
 from support.training import COMMAND, same_result, trained
 
-pytestmark = [pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.rpc
 
 OPTIONS = ("--dtype=float64", "--steps=20", "--batch-size=16", "--hidden=6", "--learning-rate=0.01")
 
@@ -68,7 +68,7 @@ def reported(folder: Path, workers: int, *options: str) -> str:
         [*COMMAND, f"--data={folder}", f"--workers={workers}", *OPTIONS, *options],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
         env={name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")},
     )

@@ -10,7 +10,7 @@ import pytest
 
 from support.training import stopped, trained
 
-pytestmark = [pytest.mark.rpc, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.rpc
 
 SMALL = ("--workers=2", "--epochs=3", "--batch-size=200", "--hidden=12,6")
 

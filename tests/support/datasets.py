@@ -50,7 +50,7 @@ class Table:
     barrier: threading.Barrier = field(init=False)
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.world_size, timeout=20)
+        self.barrier = threading.Barrier(self.world_size, timeout=120)
 
     def meet(self, rank: int, given: Any) -> list[Any]:
         """What all ranks said, in rank order."""
@@ -96,7 +96,7 @@ def together(world_size: int, body: Callable[[Reader], T]) -> list[T | Exception
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(150)
     return results
 
 

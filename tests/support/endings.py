@@ -20,10 +20,8 @@ from support.running import Running
 
 _AFTER_KILL_S = 3.0  # the promise: so long after kill -9 of the launcher nothing of it runs
 
-# One repetition always; `-m slow` brings the others.
-repeated = pytest.mark.parametrize(
-    "repetition", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+# `make test` plays each once, `make test-long` once more.
+repeated = pytest.mark.parametrize("repetition", [1, pytest.param(2, marks=pytest.mark.soak)])
 
 
 def _nothing(job: Running) -> None:

@@ -16,17 +16,19 @@ from bnworker.train.checkpoint import read
 from support.training import COMMAND
 
 RANKS = 3
-_STEPS_PER_KILL = 20  # more than a run makes from its start until it is killed: some 5 checkpoints of up to 5 steps
+# More than a run makes from its start until it is killed: up to 3 checkpoints of up to 5 steps each, and what it makes
+# before a busy machine lets us look.
+_STEPS_PER_KILL = 40
 _OPTIONS = ("--data=digits", f"--workers={RANKS}", "--epochs=1000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
-_PATIENCE_S = 60.0
+_PATIENCE_S = 150.0
 _LAUNCHER = RANKS  # the victim that is no rank
 
 
 def steps_for(kills: int) -> int:
     """How long a run must be to be killed so often."""
-    return 40 + _STEPS_PER_KILL * kills
+    return 80 + _STEPS_PER_KILL * kills
 
 
 def undisturbed(folder: Path, transport: str, kills: int) -> bytes:
@@ -119,7 +121,7 @@ class _Launch:
 
     def wait(self) -> int:
         """The launcher's exit code."""
-        return self._process.wait(_PATIENCE_S * 2)
+        return self._process.wait(_PATIENCE_S)
 
     def _await(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_S

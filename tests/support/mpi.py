@@ -81,7 +81,7 @@ class Job:
 
 
 def run(
-    world_size: int, *arguments: str | Path, limit_s: float = 40, environ: Mapping[str, str] | None = None
+    world_size: int, *arguments: str | Path, limit_s: float = 200, environ: Mapping[str, str] | None = None
 ) -> Ended:
     """Run a script on ranks under mpiexec, and wait for its end."""
     with Job(world_size, arguments, environ) as job:

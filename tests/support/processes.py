@@ -32,7 +32,7 @@ ODD_ARGUMENTS = (
     "\u00e9\U0001f600",
 )
 ODD_VARIABLES = {"A:B": "1", "a b": "2", "BASH_FUNC_f%%": "() { :\n}", "\u00e9": " \u00fc ", "EMPTY": "", "E": "x=y"}
-_GONE_S = 10.0  # a killed process is gone in milliseconds; this is for a machine that does other things
+_GONE_S = 60.0  # a killed process is gone in milliseconds; this is for a machine that does other things
 
 
 def arguments(ranks: int, *command: str, options: Sequence[str] = ()) -> list[str]:
@@ -49,7 +49,7 @@ def launch(
         capture_output=True,
         encoding="utf-8",
         errors=errors,
-        timeout=60,
+        timeout=200,
         check=False,
     )
 

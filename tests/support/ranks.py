@@ -34,7 +34,7 @@ class Meeting:
         self._rng = np.random.default_rng(seed)
         self._given: dict[int, tuple[Call, Any]] = {}
         self._answer: Any = None
-        self._barrier = threading.Barrier(world_size, self._complete, timeout=30)
+        self._barrier = threading.Barrier(world_size, self._complete, timeout=120)
 
     def meet(self, rank: int, call: Call, value: Any) -> Any:
         """Say a call and get the answer of all."""
@@ -103,7 +103,7 @@ def run_ranks(meeting: Meeting, body: Callable[[SimulatedRank], T]) -> list[T | 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(150)
         assert not thread.is_alive(), "a simulated rank hangs"
     return results
 

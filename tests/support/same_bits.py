@@ -112,7 +112,7 @@ def cut_out(call: Call, limbs: NDArray[np.int64], state: LayerState | None = Non
 
 def main(folder: Path, *, cut: bool) -> None:
     """One rank."""
-    with bnworker.join(timeout=30) as world:
+    with bnworker.join(timeout=120) as world:
         if cut:
             world._transport.exchange = cut_out  # type: ignore[method-assign]  # what the test breaks
         seen = train(world)

@@ -28,7 +28,7 @@ def daemon(*arguments: str) -> Iterator[str]:
         finally:
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(150)
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -42,7 +42,7 @@ def run_threads(
 
     def rank(number: int) -> None:
         try:
-            transport = ServiceTransport(address, job, number, world_size, timeout=15, local_socket=local_socket)
+            transport = ServiceTransport(address, job, number, world_size, timeout=60, local_socket=local_socket)
             watches[number] = watch(transport)
             with World(transport, install=False) as world:
                 results[number] = BODIES[name].run(world)
@@ -53,5 +53,5 @@ def run_threads(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(150)
     return results, watches

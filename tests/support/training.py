@@ -54,7 +54,7 @@ def trained(folder: Path, *options: str, before: Sequence[str | Path] = (), code
         [*before, *COMMAND, *options, "--summary", summary, "--save", saved],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
         env={name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")},
     )

@@ -85,7 +85,6 @@ def alike(x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.timeout(120)  # the first of a kind may be compiled
 def test_the_same_bits(shape: tuple[int, int, int], data: str, dtype: str) -> None:
     """Every kernel, on every layout, with and without masks."""
     rng = np.random.default_rng([*shape, DATA.index(data)])
@@ -182,7 +181,7 @@ def test_the_deviations_of_a_long_chain_have_room(shape: tuple[int, int, int], r
     same(compiled.moments(x, None, grid).limbs, reference.moments(x, None, grid).limbs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40)),
     last=st.booleans(),

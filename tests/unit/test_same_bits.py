@@ -65,7 +65,7 @@ def test_uneven_and_empty_shards_give_one_process_bits(family: str, dtype: str, 
         assert train(family, dtype, masked, [cuts] * STEPS, 32) == one
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     family=st.sampled_from(sorted(FAMILIES)),

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import IO
 
-_START_S = 30.0  # to listen; promises are measured, this only ends a test that hangs
+_START_S = 100.0  # to listen; promises are measured, this only ends a test that hangs
 
 
 class Daemon:

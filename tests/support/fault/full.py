@@ -20,7 +20,7 @@ from support.fault.ranks import Rank, ranks
 from support.fault.report import Report
 
 WORLD = 3
-_STEPS = 12
+_STEPS = 24  # some 260 exchanges: no job is over before the disk is full
 _STEPS_UNTIL_SAVED = 40  # long enough for the job to go on until all is saved
 _WHATS = ("freed", "killed", "saved")
 _MOST_EXCHANGES = 60  # before the disk is full

@@ -28,7 +28,7 @@ KILLED_S = 1.0  # the promise, for 99 of 100
 STOPPED_S = 1.0  # the promise: so long after the lease, at most
 _STATES = ("parked", "computing", "running")
 _MOST_EXCHANGES = 60
-_STEPS = 12  # some 130 exchanges: no job is over before the signal
+_STEPS = 24  # some 260 exchanges: no job is over before the signal, however late it comes
 _LONGEST_DELAY_S = 0.01
 
 Progress = Callable[[str], None]

@@ -20,7 +20,7 @@ from support.fault.worker import Part
 
 _TESTS = Path(__file__).parents[2]
 _KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
-PATIENCE_S = 60.0  # for what must come; promises are measured, this only ends a test that hangs
+PATIENCE_S = 120.0  # for what must come; promises are measured, this only ends a test that hangs
 
 
 class Rank:

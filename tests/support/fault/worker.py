@@ -56,7 +56,7 @@ class Part:
     world_size: int
     seed: int
     until: int
-    timeout: float = 60.0
+    timeout: float = 120.0
     log: str = ""
     pauses: tuple[int, ...] = ()
     how: Literal["wait", "compute"] = "wait"

@@ -425,4 +425,4 @@ def _bits(state: LayerState) -> bytes:
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=30)

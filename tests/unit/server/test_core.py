@@ -1,6 +1,5 @@
 """Corners of the core that no transcript in `tests/scenarios` tells."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,9 +11,20 @@ from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Ope
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
-from bnserver.core.effects import ApplyUpdate, Effect, Enrolled, Failed, Joined, Persist, Record, Reduce, Totals
+from bnserver.core.effects import (
+    ApplyUpdate,
+    Effect,
+    Enrolled,
+    Failed,
+    Joined,
+    Persist,
+    Record,
+    Reduce,
+    Released,
+    Totals,
+)
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
-from bnserver.core.generation import _DECISIONS
+from bnserver.core.generation import _GRACE_S
 from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
 from bnserver.core.layers import DisagreementError, Layers
@@ -45,9 +55,24 @@ def _effects_of(service: Service, event: Event, now: float = 0.0) -> list[Effect
     return [effect for effect in service.handle(event, now) if not isinstance(effect, Record | ApplyUpdate)]
 
 
-def test_every_decision_is_in_the_table() -> None:
-    """What becomes of an operation follows from two truths; no pair of them is missing."""
-    assert set(_DECISIONS) == set(itertools.product((True, False), repeat=2))
+@pytest.mark.parametrize(
+    ("root", "speakers", "reported"),
+    [(-1, 2, []), (-1, 3, [Released]), (0, 3, [*[Failed] * 3, Persist]), (0, 2, [*[Failed] * 3, Persist])],
+    ids=["agreed, one is missing", "agreed, all", "disagreed, all", "disagreed, one is missing"],
+)
+def test_what_becomes_of_an_operation(root: int, speakers: int, reported: list[type]) -> None:
+    """It follows from two truths: whether who spoke agrees, and whether somebody may still speak, who is waited for."""
+    service = Service()
+    _join(service, 1, 2, 3)
+    calls = [_BARRIER, _BARRIER._replace(signature=PlainSignature(root=root)), _BARRIER][:speakers]
+    effects = [
+        effect for s, call in enumerate(calls, 1) for effect in _effects_of(service, Contribute(s, 1, 1, call, None))
+    ]
+    if (root, speakers) == (0, 2):
+        assert effects == []
+        assert _effects_of(service, Tick(), _GRACE_S / 2) == []
+        effects = _effects_of(service, Tick(), _GRACE_S)
+    assert [type(effect) for effect in effects] == reported
 
 
 @pytest.mark.parametrize(

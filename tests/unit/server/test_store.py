@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -372,26 +373,26 @@ def test_a_job_whose_first_entry_does_not_fit_begins_with_a_snapshot(tmp_path: P
 # ---- the directory ----
 
 
-@pytest.mark.parametrize(("limit", "value"), [("_LONG_BYTES", 10), ("_LONG_ENTRIES", 1)])
-def test_a_long_journal_asks_for_a_snapshot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
-) -> None:
+@pytest.mark.parametrize("limits", [{"long_entries": 3}, {"long_bytes": 400}], ids=str)
+def test_a_long_journal_asks_for_a_snapshot(tmp_path: Path, limits: dict[str, Any]) -> None:
     """By its bytes, or its entries, which take time to read back. Once, and not while one is being written."""
 
     async def scene() -> None:
-        store = Store(tmp_path)
+        store = Store(tmp_path, **limits)
+        for _ in range(2):
+            store.append("j", _SUMS)
+            assert not store.long("j")
         store.append("j", _SUMS)
-        assert not store.long("j")
-        monkeypatch.setattr(module, limit, value)
         assert store.long("j")
         save = asyncio.create_task(store.save("j", lambda: _SNAPSHOT))
         await asyncio.sleep(0)
         assert not store.long("j")
         await save
         assert not store.long("j")
-        store.append("j", _SUMS)
+        for _ in range(3):
+            store.append("j", _SUMS)
         store.close()
-        again = Store(tmp_path)
+        again = Store(tmp_path, **limits)
         again.load()
         assert again.long("j")
         again.close()

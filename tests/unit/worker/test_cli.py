@@ -20,7 +20,7 @@ def run(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.Co
         [sys.executable, "-m", "bnworker.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
         env=environ,
     )
@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, bnworker.cli; "
         "print([name for name in ('numpy', 'grpc', 'sklearn', 'mpi4py', 'numba') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert found.stdout == "[]\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bnworker.train.data import DataError
@@ -23,7 +23,6 @@ from bnworker.train.data.ownership import Piece, pieces
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(sum)
 
 
-@settings(deadline=None, derandomize=True)
 @given(SIZES, st.integers(1, 40), st.sampled_from(LAST_BATCHES))
 def test_every_row_once(sizes: list[int], batch_size: int, last_batch: LastBatch) -> None:
     """Whatever the shards: each step has the rows that it should have, and no shard gives one back."""
@@ -40,7 +39,6 @@ def test_every_row_once(sizes: list[int], batch_size: int, last_batch: LastBatch
         assert given_m[-1].tolist() == sizes
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 10**18), st.integers(1, 10**6))
 def test_the_rows_of_an_epoch_are_spread_evenly(rows: int, batch_size: int) -> None:
     """Sizes differ by one at most, none is above the batch size, and there are no more steps than need be."""
@@ -121,7 +119,6 @@ def test_the_order_depends_on_seed_epoch_and_shard() -> None:
     assert sorted(orders[0]) == list(range(50))
 
 
-@settings(deadline=None, derandomize=True)
 @given(SIZES, st.sampled_from([0.0, 0.1, 0.2, 1 / 3, 0.5, 0.99]))
 def test_shares_add_up(sizes: list[int], share: float) -> None:
     """The share of all rows, to the nearest, however small the shards are."""
@@ -138,7 +135,6 @@ def test_the_split_is_disjoint_and_complete() -> None:
     assert validating.tolist() == sorted(validating) and tested.tolist() == sorted(tested)
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=9), st.integers(1, 12), st.integers(0, 50))
 def test_every_row_has_one_owner(sizes: list[int], world_size: int, count: int) -> None:
     """Of any set of rows of a shard; owners are contiguous, and whole shards stay whole."""

@@ -210,6 +210,6 @@ def test_however_a_process_ends_it_says_good_bye(ending: str, code: int, reason:
         world = World(Listening())
         {ending}
     """)
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
     assert (ended.returncode, ended.stdout) == (code, f"left: {reason!r}\n")
     assert ("ValueError: boom" in ended.stderr) == ("boom" in ending)

@@ -57,16 +57,16 @@ def test_a_second_exchange_at_a_time_is_refused() -> None:
     class Slow(AloneTransport):
         def barrier(self, call: Call) -> None:
             entered.set()
-            assert go_on.wait(30)
+            assert go_on.wait(150)
 
     world = World(Slow(), install=False)
     thread = threading.Thread(target=world.barrier, daemon=True)
     thread.start()
-    assert entered.wait(30)
+    assert entered.wait(150)
     with pytest.raises(RuntimeError, match="A rank makes one exchange at a time"):
         world.allreduce([np.ones(1)])
     go_on.set()
-    thread.join(30)
+    thread.join(150)
     assert world.allreduce([np.ones(1)])[0].tolist() == [1]
 
 

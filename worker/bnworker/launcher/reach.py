@@ -17,19 +17,20 @@ _ANSWER_S = 5.0  # a connection around the world takes a second; a lost first pa
 _PAUSE_S = 0.2  # between attempts, while a service is waited for
 
 
-def reach(address: str, wait_s: float) -> None:
+def reach(address: str, wait_s: float, answer_s: float = _ANSWER_S) -> None:
     """Make sure that something listens at an address.
 
     Args:
         address: HOST:PORT.
         wait_s: go on trying for so many seconds; an attempt that was begun gets its answer.
+        answer_s: how long an attempt may take.
 
     Raises:
         LaunchError: nothing does, or it is no address.
     """
     host, port = _parsed(address)
     deadline = time.monotonic() + wait_s
-    while (reason := _attempt(host, port)) is not None:
+    while (reason := _attempt(host, port, answer_s)) is not None:
         if time.monotonic() + _PAUSE_S > deadline:
             raise LaunchError(
                 f"no statistics service at {address}: {reason}. Check the address (--address or BNLAYER_ADDRESS), or "
@@ -47,7 +48,7 @@ def _parsed(address: str) -> tuple[str, int]:
     return parts
 
 
-def _attempt(host: str, port: int) -> str | None:
+def _attempt(host: str, port: int, answer_s: float) -> str | None:
     """Why nobody answers; None: somebody does.
 
     In a thread, which is left behind after its time: nothing else bounds how long a name takes to look up.
@@ -56,7 +57,7 @@ def _attempt(host: str, port: int) -> str | None:
 
     def connect() -> None:
         try:
-            socket.create_connection((host, port), _ANSWER_S).close()
+            socket.create_connection((host, port), answer_s).close()
         except OSError as error:
             answers.put(error.strerror or str(error))
         else:
@@ -64,6 +65,6 @@ def _attempt(host: str, port: int) -> str | None:
 
     threading.Thread(target=connect, daemon=True).start()
     try:
-        return answers.get(timeout=_ANSWER_S)
+        return answers.get(timeout=answer_s)
     except queue.Empty:
-        return f"no answer within {_ANSWER_S:g} s"
+        return f"no answer within {answer_s:g} s"
