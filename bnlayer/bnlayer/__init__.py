@@ -5,6 +5,8 @@ of the union of all ranks' batches, bit for bit, through whatever `Collective` i
 makes one over MPI or a statistics service; without one, the process is a world of one.
 """
 
+from typing import Any
+
 from bnlayer.calibration import calibrating
 from bnlayer.collective import Alone, Collective
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
@@ -21,3 +23,12 @@ __all__ = [
     "StallError",
     "calibrating",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, the installed distribution's: who does not ask does not wait for it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bnlayer")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from bnlayer import constraints, initializers, regularizers
+from bnlayer.arguments import channel_axis, number, without_keras_2
 from bnlayer.base import Layer, automatic_name
 from bnlayer.collective import Collective
 from bnlayer.dtypes import Policy
@@ -23,7 +24,7 @@ class Definition(Layer):
 
     def __init__(
         self,
-        axis: int = -1,
+        axis: int | Sequence[int] = -1,
         momentum: float = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
@@ -56,7 +57,8 @@ class Definition(Layer):
         if grad_reduction not in ("global", "local"):
             raise ValueError(f"grad_reduction: expected 'global' or 'local', received {grad_reduction!r}.")
         super().__init__(str(name), bool(trainable))
-        self.axis, self.momentum, self.epsilon = int(axis), float(momentum), float(epsilon)
+        self.axis = channel_axis(axis)
+        self.momentum, self.epsilon = number("momentum", momentum), number("epsilon", epsilon)
         self.center, self.scale = bool(center), bool(scale)
         self.beta_initializer = initializers.get(beta_initializer)
         self.gamma_initializer = initializers.get(gamma_initializer)
@@ -66,7 +68,8 @@ class Definition(Layer):
         self.gamma_regularizer = regularizers.get(gamma_regularizer)
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
-        self.renorm, self.renorm_clipping, self.renorm_momentum = bool(renorm), renorm_clipping, float(renorm_momentum)
+        self.renorm, self.renorm_clipping = bool(renorm), renorm_clipping
+        self.renorm_momentum = number("renorm_momentum", renorm_momentum)
         self._renorm = Renorm.of(self.renorm_momentum, renorm_clipping) if renorm else None
         self.synchronized = bool(synchronized)
         self.dtype_policy = Policy.of(dtype)
@@ -94,6 +97,20 @@ class Definition(Layer):
     def compute_dtype(self) -> np.dtype[Any]:
         """Of the output."""
         return self.dtype_policy.compute_dtype
+
+    def __repr__(self) -> str:
+        """What tells layers apart; of the other arguments those that differ from their defaults."""
+        shown: dict[str, Any] = {
+            "name": self.name,
+            "channels": self.moving_mean.shape[0] if self.built else None,
+            "axis": self.axis,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "dtype": self.dtype_policy.name,
+        }
+        flags = {"center": True, "scale": True, "renorm": False, "synchronized": False, "trainable": True}
+        shown |= {name: getattr(self, name) for name, default in flags.items() if getattr(self, name) != default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     # Shapes and variables
 
@@ -204,5 +221,11 @@ class Definition(Layer):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The layer that a configuration describes, Keras's own included."""
-        return cls(**config)
+        """The layer that a configuration describes, Keras's own included.
+
+        Of Keras 2's, an axis in a list and keys that Keras 3 does not have are taken, where they change nothing.
+
+        Raises:
+            ValueError: an argument is unknown, malformed or not supported.
+        """
+        return cls(**without_keras_2(config))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.arguments import number
 from bnlayer.plain import plain_array
 from bnlayer.serialization import resolve
 
@@ -25,7 +26,7 @@ class L1L2:
 
     def __post_init__(self) -> None:
         for name, factor in (("l1", self.l1), ("l2", self.l2)):
-            if not (np.isfinite(factor) and factor >= 0):
+            if not (np.isfinite(number(f"Regularizer: {name}", factor)) and factor >= 0):
                 raise ValueError(f"Regularizer: expected a finite {name} >= 0, received {factor!r}.")
 
     def __call__(self, w: NDArray[Any]) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.arguments import number
 from bnlayer.moments import BatchStatistics
 
 _KEYS = ("rmax", "rmin", "dmax")
@@ -49,7 +50,10 @@ class Renorm:
                 f"Received invalid keys for `renorm_clipping` argument: {dict(clipping)}. "
                 f"Supported values: {list(_KEYS)}."
             )
-        rmax, rmin, dmax = (clipping.get(key) for key in _KEYS)
+        given = {key: clipping.get(key) for key in _KEYS}
+        rmax, rmin, dmax = (
+            None if value is None else number(f"renorm_clipping[{key!r}]", value) for key, value in given.items()
+        )
         if rmax is not None and rmin is not None and rmax < rmin:
             raise ValueError(
                 "rmax should be greater than rmin in the `renorm_clipping` argument. "

@@ -18,7 +18,7 @@ from bnlayer.moving import Moving, Rule, update
 _OF_RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerState:
     """The authoritative moving statistics and grids of one layer.
 
@@ -44,6 +44,9 @@ class LayerState:
         renorm = " and renorm" if self.moving.stddev is not None else ""
         variables = f"{self.moving.mean.dtype.name} variables{renorm}"
         return f"{self.channels} channels in {self.forward.dtype} with {variables}"
+
+    def __repr__(self) -> str:
+        return f"<LayerState of {self.kind}, version {self.version}>"
 
     @property
     def fingerprint(self) -> int:

@@ -19,6 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
+from bnlayer.files import write_atomically
 from bnlayer.kernels import warm
 from bnproto.address import hint, split
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
@@ -171,7 +172,5 @@ async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
 
 def _announce(address: str, ready_file: Path | None) -> None:
     if ready_file is not None:
-        aside = ready_file.with_name(f"{ready_file.name}.part")
-        aside.write_text(address, encoding="utf-8")
-        aside.replace(ready_file)
+        write_atomically(ready_file, address.encode())
     print(f"bnserver listening on {address}", flush=True)  # noqa: T201 - launchers read this line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,16 @@ def test_bad_files_are_one_line_and_exit_code_2(trained: Path, tmp_path: Path) -
         done = bnlayer("calibrate", *arguments)
         assert (done.returncode, text in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr
     assert not out.exists()
+
+
+def test_any_number_of_workers_judges_the_same(trained: Path) -> None:
+    """`bnlayer evaluate`: the counts are equal, the loss up to the rounding of a matrix product."""
+    found = {}
+    for workers in (1, 3):
+        done = bnlayer("evaluate", trained, "--split", "all", "--json", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+        found[workers] = json.loads(done.stdout)
+        assert (found[workers]["rows"], found[workers]["world_size"]) == (1797, workers)
+    for key in ("accuracy", "classes", "confusion"):
+        assert found[1][key] == found[3][key]
+    assert found[1]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)

@@ -198,3 +198,17 @@ def test_a_saved_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     save(tmp_path / "layer.npz", trained())
     assert (tmp_path / "layer.npz").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_names_that_no_file_can_hold_are_refused(suffix: str, name: str, tmp_path: Path) -> None:
+    """Also of a layer that goes by another name in the file; the older file stays."""
+    path = tmp_path / f"layer{suffix}"
+    save(path, trained())
+    data = path.read_bytes()
+    for layers in (BatchNormalization(name=name), {name: trained()}, {"fine": trained(name)}):
+        with pytest.raises(ValueError, match="expected a name that a file can hold") as raised:
+            save(path, layers)
+        assert repr(name) in str(raised.value)
+    assert path.read_bytes() == data

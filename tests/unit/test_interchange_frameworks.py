@@ -116,6 +116,68 @@ def test_keras_arrays_need_a_configuration_and_a_rank() -> None:
         from_keras(bn.get_weights(), bn.get_config(), ndim=0)
 
 
+KERAS_2 = {
+    "name": "bn",
+    "trainable": True,
+    "batch_input_shape": [None, 8, 8, 3],
+    "dtype": {"class_name": "Policy", "config": {"name": "mixed_float16"}},
+    "axis": [3],
+    "momentum": 0.9,
+    "epsilon": 0.001,
+    "center": True,
+    "scale": True,
+    "beta_initializer": {"class_name": "Zeros", "config": {}},
+    "gamma_initializer": {"class_name": "Ones", "config": {}},
+    "moving_mean_initializer": {"class_name": "Zeros", "config": {}},
+    "moving_variance_initializer": {"class_name": "Ones", "config": {}},
+    "beta_regularizer": None,
+    "gamma_regularizer": {"class_name": "L2", "config": {"l2": 0.25}},
+    "beta_constraint": None,
+    "gamma_constraint": {"class_name": "MaxNorm", "config": {"max_value": 2, "axis": 0}},
+    "renorm": False,
+    "fused": None,
+    "virtual_batch_size": None,
+    "adjustment": None,
+}
+
+
+def test_keras_2s_configurations_are_taken() -> None:
+    """An axis in a list, keys that say nothing, its policy; the shape of a first layer says the rank."""
+    again = from_keras([np.arange(1.0, 4)] * 4, KERAS_2)
+    assert (again.axis, again.ndim, again.momentum, again.dtype_policy.name) == (3, 4, 0.9, "mixed_float16")
+    assert again.losses == [0.25 * 14]
+    assert BatchNormalization.from_config({**KERAS_2, "fused": True}).get_config() == again.get_config()
+    ours = _layer(axis=3)
+    to_keras(ours, target := _KerasLayer({**ours.get_config(), "axis": [3]}, ours.get_weights()))
+    assert [w.tobytes() for w in target.weights] == [w.tobytes() for w in ours.get_weights()]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("axis", [1, 2], r"axis: expected an integer, or a list of one, received \[1, 2\]\."),
+        ("axis", [], r"axis: expected an integer, or a list of one, received \[\]\."),
+        ("virtual_batch_size", 32, "Unrecognized keyword arguments passed to BatchNormalization: .*size': 32}"),
+        ("adjustment", "f", "Unrecognized keyword arguments passed to BatchNormalization: .*adjustment': 'f'}"),
+    ],
+)
+def test_what_keras_2_alone_can_do_is_refused(key: str, value: Any, text: str) -> None:
+    """By its name."""
+    with pytest.raises(ValueError, match=text):
+        BatchNormalization.from_config({**KERAS_2, key: value})
+
+
+@pytest.mark.parametrize("source", [{"axis": -1}, None, np.ones((4, 3)), "layer"])
+def test_what_is_neither_a_keras_layer_nor_its_weights_is_refused(source: Any) -> None:
+    """A configuration above all: there is a function for it."""
+    with pytest.raises(ValueError) as caught:
+        from_keras(source, {})
+    assert str(caught.value) == (
+        "from_keras: expected a Keras layer, or the list of arrays of its get_weights() with config=, received a "
+        f"{type(source).__name__}. Of a configuration alone, BatchNormalization.from_config(config) makes a layer."
+    )
+
+
 def test_a_keras_layer_that_is_not_built_gives_one_that_is_not() -> None:
     """Its variables come with its first inputs."""
     again = from_keras(_KerasLayer(BatchNormalization(epsilon=0.5).get_config(), [], ndim=None))
@@ -285,3 +347,41 @@ def test_tensors_come_from_any_device(dtype: str) -> None:
     bn = from_torch(state, ndim=2)
     assert bn.dtype == dtype
     assert [w.astype(np.float64).tolist() for w in bn.get_weights()] == [[1.5, i + 0.25] for i in range(4)]
+
+
+def test_a_module_is_no_state_dict() -> None:
+    """Its eps and momentum are not in the state dict: the text shows the whole call."""
+
+    class BatchNorm2d:
+        def state_dict(self) -> dict[str, NDArray[Any]]:
+            return _state()
+
+    with pytest.raises(ValueError) as caught:
+        from_torch(BatchNorm2d())  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "from_torch: expected a state dict, received the module BatchNorm2d: pass its state_dict(), with its eps and "
+        "momentum, which are not in there: from_torch(module.state_dict(), ndim=…, eps=module.eps, "
+        "momentum=module.momentum)."
+    )
+    with pytest.raises(ValueError, match=r"from_torch: expected the state dict of a module, received \[1, 2\]\."):
+        from_torch([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"expected ndim=, the rank of the inputs, which a state dict does not hold: 2"
+    ):
+        from_torch(_state())
+
+
+@pytest.mark.parametrize("count", [np.array(7), np.array([7]), np.array([[7]])])
+def test_the_count_of_batches_may_be_a_vector_of_one(count: NDArray[Any]) -> None:
+    """As some writers of files leave it."""
+    assert from_torch({**_state(), "num_batches_tracked": count}, ndim=2).state.version == 7
+    with pytest.raises(ValueError, match=r"'num_batches_tracked': expected shape \(\), received \(2,\)"):
+        from_torch({**_state(), "num_batches_tracked": np.zeros(2, np.int64)}, ndim=2)
+
+
+def test_torchs_numbers_are_refused_by_their_names() -> None:
+    """As the caller wrote them: `eps`, not epsilon."""
+    with pytest.raises(ValueError, match=r"eps: expected a number, received 'a'\."):
+        from_torch(_state(), ndim=2, eps="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"momentum: expected a number, received 'a'\."):
+        from_torch(_state(), ndim=2, momentum="a")  # type: ignore[arg-type]

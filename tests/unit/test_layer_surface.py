@@ -311,3 +311,45 @@ def test_a_setting_that_changes_is_said_at_the_next_exchange() -> None:
     bn.momentum = 0.5
     bn(_BATCH, training=True)
     assert listening.heard == [0.9, 0.9, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"momentum": "a"}, "momentum: expected a number, received 'a'."),
+        ({"momentum": None}, "momentum: expected a number, received None."),
+        ({"epsilon": [1]}, "epsilon: expected a number, received [1]."),
+        ({"renorm_momentum": {}}, "renorm_momentum: expected a number, received {}."),
+        ({"axis": "1"}, "axis: expected an integer, or a list of one, received '1'."),
+        ({"axis": 1.5}, "axis: expected an integer, or a list of one, received 1.5."),
+        (
+            {"renorm": True, "renorm_clipping": {"rmax": "a"}},
+            "renorm_clipping['rmax']: expected a number, received 'a'.",
+        ),
+        (
+            {"gamma_regularizer": {"class_name": "L2", "config": {"l2": "a"}}},
+            "Regularizer: l2: expected a number, received 'a'.",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(arguments: dict[str, Any], text: str) -> None:
+    """Which one, what was expected, and what was received."""
+    with pytest.raises(ValueError) as caught:
+        BatchNormalization(**arguments)
+    assert str(caught.value) == text
+
+
+def test_reprs_tell_layers_apart() -> None:
+    """The name, the channels, and what differs from the defaults; a state is one line, however many channels."""
+    bn = BatchNormalization(name="bn1", axis=1, scale=False, synchronized=True, dtype="bfloat16")
+    text = (
+        "BatchNormalization(name='bn1', channels={}, axis=1, momentum=0.99, epsilon=0.001, dtype='bfloat16', "
+        "scale=False, synchronized=True)"
+    )
+    assert repr(bn) == text.format(None)
+    bn.build((None, 5000))
+    assert repr(bn) == text.format(5000)
+    assert repr(bn.state) == "<LayerState of 5000 channels in float32 with bfloat16 variables, version 0>"
+    assert repr(BatchNormalization(name="a")) == (
+        "BatchNormalization(name='a', channels=None, axis=-1, momentum=0.99, epsilon=0.001, dtype='float32')"
+    )

@@ -33,6 +33,10 @@ _MODULES = {"World": "bnworker.world", "join": "bnworker.joining"}
 
 def __getattr__(name: str) -> Any:
     """Import on first use: the command line shares this package, and must answer before NumPy is there."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bnlayer")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES.get(name, "bnlayer.errors")), name)

@@ -29,6 +29,15 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OS
 # What NumPy raises for an entry that is no array: its header is parsed as Python's tokens.
 _MALFORMED = (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, tokenize.TokenError)
 _TENSOR_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+# How the weights of a batch normalization are named without a description, and what makes a layer of them.
+_WEIGHTS = (
+    ("running_mean", "torch's", "from_torch(arrays, prefix={layer!r}, ndim=…, eps=…)"),
+    (
+        "/moving_mean",
+        "Keras's",
+        "from_keras([arrays[f'{layer}/{{weight}}'] for weight in ('gamma', 'beta', …)], config, ndim=…)",
+    ),
+)
 
 
 class Container(Protocol):
@@ -63,7 +72,7 @@ class Safetensors:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__", {})
         if _DESCRIPTION not in metadata:
-            raise ValueError(_without_description("metadata", list(metadata)))
+            raise ValueError(_without_description("metadata", list(metadata), [key for key, _ in tensors]))
         return Contents({key: _tensor(key, spec) for key, spec in tensors}, metadata[_DESCRIPTION])
 
 
@@ -96,7 +105,7 @@ class Npz:
         arrays = {name.removesuffix(".npy"): _entry(name, entry) for name, entry in entries.items()}
         description = arrays.pop(_DESCRIPTION, None)
         if description is None or description.dtype.kind != "U" or description.shape != ():
-            raise ValueError(_without_description("a string", list(arrays)))
+            raise ValueError(_without_description("a string", list(arrays), list(arrays)))
         return Contents(arrays, str(description))
 
 
@@ -114,9 +123,18 @@ def _entry(name: str, data: bytes) -> NDArray[Any]:
         raise ValueError(f"expected entry {name!r} to be an array of numbers or text: {error}") from error
 
 
-def _without_description(where: str, received: list[str]) -> str:
+def _without_description(where: str, received: list[str], arrays: list[str]) -> str:
     held = ", ".join(received[:8]) or "nothing"
-    return f"expected {where} {_DESCRIPTION!r} that describes layers, received {held}: another program's file."
+    expected = f"expected {where} {_DESCRIPTION!r} that describes layers, received {held}: "
+    for end, whose, use in _WEIGHTS:
+        layer = next((name.removesuffix(end) for name in arrays if name.endswith(end)), None)
+        if layer is not None:
+            return (
+                f"{expected}weights alone, in {whose} names (as of `bnlayer export`), which don't say a layer's axis "
+                f"and epsilon. Read the arrays with numpy.load or safetensors.numpy.load_file, and pass them to "
+                f"interchange.{use.format(layer=layer)}; or export a checkpoint with --names bnlayer."
+            )
+    return f"{expected}another program's file."
 
 
 CONTAINERS: dict[str, Container] = {".safetensors": Safetensors(), ".npz": Npz()}

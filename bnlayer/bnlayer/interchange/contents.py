@@ -26,6 +26,7 @@ from bnlayer.state import LayerState
 Arrays = dict[str, NDArray[Any]]
 
 _FORMAT_VERSION = 1  # raised when an older reader would read wrongly
+_OF_A_CHECKPOINT = {"format", "settings", "progress"}  # what the description of a checkpoint of a training job has
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +109,11 @@ def describe(layers: Mapping[str, BatchNormalization]) -> Contents:
     """What a file should say of some layers.
 
     Raises:
-        ValueError: a layer's configuration has no serialized form.
+        ValueError: a layer's configuration has no serialized form, or its name none in a file.
     """
+    for name, layer in layers.items():
+        _writable(name)
+        _writable(layer.name)
     described = {name: {"ndim": rank_of(layer), "config": layer.get_config()} for name, layer in layers.items()}
     arrays = {f"{name}/{key}": array for name, layer in layers.items() for key, array in _arrays_of(layer).items()}
     description = {
@@ -156,6 +160,11 @@ def _parsed(description: str) -> tuple[dict[str, Any], dict[str, str], str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a description in JSON, received {description[:40]!r}….") from error
     version = parsed.get("format_version") if isinstance(parsed, dict) else None
+    if isinstance(parsed, dict) and parsed.keys() >= _OF_A_CHECKPOINT:
+        raise ValueError(
+            "expected layers that interchange.save wrote, received a checkpoint of `bnlayer train --save`: "
+            "`bnlayer export FILE layers.safetensors --names bnlayer` writes its layers as this reads them."
+        )
     if version != _FORMAT_VERSION:
         raise ValueError(f"expected format version {_FORMAT_VERSION}, received {version!r}.")
     described, dtypes, digest = (parsed.get(key) for key in ("layers", "dtypes", "digest"))
@@ -196,6 +205,17 @@ def _digest(described: dict[str, Any], arrays: Arrays) -> str:
     for _, array in sorted(arrays.items()):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _writable(name: str) -> None:
+    """Make sure that every reader of the containers finds a name as it was written."""
+    # A zip archive's names end at a NUL, and neither container has a form for half of a surrogate pair.
+    bad = next((character for character in name if character == "\0" or "\ud800" <= character <= "\udfff"), None)
+    if bad is not None:
+        raise ValueError(
+            f"layer {name!r}: expected a name that a file can hold, received one with the character {bad!r}: "
+            "save the layer under another name."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,11 @@ A file holds weights, grids, version and configuration, so that training goes on
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from bnlayer.files import write_atomically
 from bnlayer.interchange.containers import CONTAINERS, Container
 from bnlayer.interchange.contents import Stored, assign, describe, understand
 from bnlayer.layer import BatchNormalization
@@ -22,20 +22,22 @@ def save(path: str | os.PathLike[str], layers: BatchNormalization | Mapping[str,
     """Write layers to a file, in place of any older one.
 
     The file is either the old one or the whole new one at every moment, a crash of the machine included: it is written
-    under another name in the same folder, synced, and renamed.
+    under another name in the same folder, synced, and renamed. A link stays one, and its target is replaced; the mode
+    stays the older file's.
 
     Args:
         path: ends in `.safetensors` or `.npz`.
         layers: name → layer; a layer alone goes by its own name. Layers that are not built are kept as such.
 
     Raises:
-        ValueError: the ending is another one, or a configuration has no serialized form.
+        ValueError: the ending is another one, a configuration has no serialized form, or a layer's name can't be
+            written: it holds a NUL character, or half of a surrogate pair.
         OSError: the file can't be written; the old one is left as it was.
     """
     path = Path(path)
     container = _container(path)
     named = {layers.name: layers} if isinstance(layers, BatchNormalization) else layers
-    _replace(path, container.encode(describe(named)))
+    write_atomically(path, container.encode(describe(named)))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, BatchNormalization]:
@@ -93,21 +95,3 @@ def _container(path: Path) -> Container:
     if path.suffix not in CONTAINERS:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(CONTAINERS)}, received {path.name!r}.")
     return CONTAINERS[path.suffix]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The new name is on disk only when the folder is.
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bnlayer.arguments import channel_axis, input_rank
 from bnlayer.dtypes import is_real
 from bnlayer.interchange.rank import build, rank_of
 from bnlayer.layer import BatchNormalization
@@ -49,23 +50,31 @@ def from_keras(
     Args:
         source: a Keras layer, or the arrays of its `get_weights()`, each (C,). None of them: a layer that is not built.
         config: of `get_config()`; None: `source`'s own.
-        ndim: the rank of the inputs; None: what `source` was built for. Arrays alone don't know it.
+        ndim: the rank of the inputs; None: what `source` was built for. Arrays alone don't know it, unless
+            `config` is Keras 2's of a model's first layer.
 
     Returns:
         A new layer of the configuration's name and dtype policy.
 
     Raises:
-        ValueError: the configuration, the number, a shape or a dtype of the arrays does not fit, or `ndim` is missing.
+        ValueError: `source` is neither; the configuration, the number, a shape or a dtype of the arrays does not fit;
+            or `ndim` is missing.
     """
-    if isinstance(source, Sequence):
+    if isinstance(source, Sequence) and not isinstance(source, str):
         if config is None:
             raise ValueError("Arrays were given without config=, which says what they are: pass get_config()'s.")
         values = list(source)
+    elif not (hasattr(source, "get_weights") and hasattr(source, "get_config")):
+        raise ValueError(
+            f"from_keras: expected a Keras layer, or the list of arrays of its get_weights() with config=, received a "
+            f"{type(source).__name__}. Of a configuration alone, BatchNormalization.from_config(config) makes a layer."
+        )
     else:
         values = list(source.get_weights())
         config = source.get_config() if config is None else config
         ndim = _rank_of(source) if ndim is None else ndim
     layer = BatchNormalization.from_config(config)
+    ndim = input_rank(config) if ndim is None else ndim
     if not values:
         return layer
     arrays = [plain_array(value, f"weight {number}") for number, value in enumerate(values)]
@@ -107,7 +116,7 @@ def to_keras(layer: BatchNormalization, target: KerasLayer) -> None:
 def _facts(layer: BatchNormalization | KerasLayer, ndim: int | None) -> dict[str, Any]:
     config = layer.get_config()
     facts = {name: config.get(name) or None for name in _COMMON}  # Keras turns renorm_clipping=None into {}
-    axis = int(config["axis"])
+    axis = channel_axis(config["axis"])
     facts["ndim"] = ndim
     facts["axis"] = axis % ndim if ndim else axis
     facts["shapes"] = [np.shape(value) for value in layer.get_weights()]

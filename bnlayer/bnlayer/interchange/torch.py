@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.arguments import number
 from bnlayer.dtypes import dtype_named
 from bnlayer.interchange.rank import build
 from bnlayer.layer import BatchNormalization
@@ -36,7 +37,7 @@ _FLOATS = ("float32", "float64", "float16", "bfloat16")
 def from_torch(
     state: Mapping[str, Any],
     *,
-    ndim: int,
+    ndim: int | None = None,
     prefix: str = "",
     eps: float = 1e-5,
     momentum: float | None = 0.1,
@@ -51,7 +52,8 @@ def from_torch(
 
     Args:
         state: name → tensor or array; entries outside `prefix` are not looked at.
-        ndim: the rank of the inputs: 2 or 3 for `BatchNorm1d`, 4 for `BatchNorm2d`, 5 for `BatchNorm3d`.
+        ndim: the rank of the inputs: 2 or 3 for `BatchNorm1d`, 4 for `BatchNorm2d`, 5 for `BatchNorm3d`. It must be
+            given: the state dict does not hold it.
         prefix: what comes before the five names, its dot included, e.g. `"layer1.0.bn1."`.
         eps, momentum: the module's, in torch's convention: the state dict does not hold them. The defaults are torch's.
         axis: the channels' axis of the new layer's inputs; torch's is 1.
@@ -63,8 +65,16 @@ def from_torch(
         A new layer. Its version is `num_batches_tracked`, or 0 where that is missing, as torch reads it.
 
     Raises:
-        ValueError: `momentum` is None, a name is missing or unknown, or shapes or dtypes do not fit.
+        ValueError: `state` is no state dict, `ndim` is missing, `momentum` is None, a name is missing or unknown, or
+            shapes or dtypes do not fit.
     """
+    if not isinstance(state, Mapping):
+        raise ValueError(_no_state_dict(state))
+    if ndim is None:
+        raise ValueError(
+            f"from_torch: prefix={prefix!r}: expected ndim=, the rank of the inputs, which a state dict does not hold: "
+            "2 or 3 for BatchNorm1d, 4 for BatchNorm2d, 5 for BatchNorm3d."
+        )
     if momentum is None:
         raise ValueError(
             "momentum=None is torch's cumulative average of all batches, which has no counterpart here: "
@@ -76,8 +86,8 @@ def from_torch(
         dtype = _common_dtype(vectors, prefix)
     layer = BatchNormalization(
         axis=axis,
-        momentum=1.0 - float(momentum),
-        epsilon=eps,
+        momentum=1.0 - number("momentum", momentum),
+        epsilon=number("eps", eps),
         center="beta" in vectors,
         scale="gamma" in vectors,
         synchronized=synchronized,
@@ -158,6 +168,8 @@ def _arrays(state: Mapping[str, Any], prefix: str) -> dict[str, NDArray[Any]]:
     arrays = {name: _array(value) for name, value in entries.items()}
     shape = arrays["running_mean"].shape
     for name, array in arrays.items():
+        if name == _COUNT and array.size == 1:
+            continue  # () in torch; some writers of files make a vector of it
         expected = () if name == _COUNT else shape
         if array.shape != expected or len(shape) != 1:
             raise ValueError(
@@ -165,6 +177,17 @@ def _arrays(state: Mapping[str, Any], prefix: str) -> dict[str, NDArray[Any]]:
                 f"received {array.shape}."
             )
     return arrays
+
+
+def _no_state_dict(received: Any) -> str:
+    kind = type(received).__name__
+    if not hasattr(received, "state_dict"):
+        return f"from_torch: expected the state dict of a module, received {received!r:.80}."
+    return (
+        f"from_torch: expected a state dict, received the module {kind}: pass its state_dict(), with its eps and "
+        "momentum, which are not in there: from_torch(module.state_dict(), ndim=…, eps=module.eps, "
+        "momentum=module.momentum)."
+    )
 
 
 def _array(value: Any) -> NDArray[Any]:

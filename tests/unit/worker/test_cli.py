@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bnserver.__main__ import main as bnserver
+import bnlayer
+import bnserver
+import bnworker
+from bnserver.__main__ import main as serve_main
 from bnworker.cli import app, main
+
+BNLAYER_MAIN = str(Path(bnlayer.__file__).with_name("__main__.py"))
 
 
 def run(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -46,6 +52,52 @@ def test_help_teaches_by_example(command: tuple[str, ...], example: str) -> None
 def test_version() -> None:
     """The installed distribution's."""
     assert CliRunner().invoke(app, ["--version"]).stdout == f"bnlayer {version('bnlayer')}\n"
+
+
+@pytest.mark.parametrize("start", [("-m", "bnlayer"), ("-Im", "bnlayer"), ("-mbnlayer",), (BNLAYER_MAIN,)])
+def test_python_m_bnlayer_is_the_command(start: tuple[str, ...]) -> None:
+    """Its options, exit codes and lines on stderr; the interpreter's own options stay."""
+    ended = subprocess.run(
+        [sys.executable, *start, "launch", "-n", "0", "--", "true"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "bnlayer: launch: expected at least 1 rank, received 0.\n"
+
+
+def test_python_m_bnlayer_sets_the_threads_before_numpy_counts_them() -> None:
+    """As `bnlayer` does: the process that runs the command has not imported the layer on its way there."""
+    code = (
+        "import sys; from importlib.metadata import EntryPoint\n"
+        "sys.orig_argv = [sys.executable, '-m', 'bnlayer', 'train']; sys.argv = ['__main__.py', 'train']\n"
+        "import os; os.execv = lambda path, arguments: print(arguments[1:])\n"
+        "import runpy; runpy.run_module('bnlayer', run_name='__main__')\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert found.stdout == "['-m', 'bnworker.cli', 'train']\n"
+
+
+def test_the_shell_completes() -> None:
+    """Commands, options and their values, as `bnlayer --install-completion` sets it up."""
+    for limbs, expected in (
+        ("bnlayer tr", "train"),
+        ("bnlayer export --n", "--names"),
+        ("bnlayer train --dt", "--dtype"),
+    ):
+        environ = {"_BNLAYER_COMPLETE": "complete_bash", "COMP_WORDS": limbs, "COMP_CWORD": str(limbs.count(" "))}
+        ended = run(environ={**os.environ, **environ})
+        assert ended.stdout.split() == [expected], ended.stderr
+
+
+def test_every_package_says_its_version() -> None:
+    """The installed distribution's, as `bnlayer --version`; other names are still refused."""
+    for package in (bnlayer, bnworker, bnserver):
+        assert package.__version__ == version("bnlayer")
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            package.nothing  # noqa: B018
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -120,7 +172,7 @@ def test_the_service_takes_no_option_that_nothing_looks_at(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is planned is an unknown option until it works, under both names of the daemon."""
-    for name, command in (("bnlayer", main), ("bnserver", bnserver)):
+    for name, command in (("bnlayer", main), ("bnserver", serve_main)):
         arguments = ["serve"] if name == "bnlayer" else []
         monkeypatch.setattr(sys, "argv", [name, *arguments, "--listen", "127.0.0.1:0", option, "x"])
         with pytest.raises(SystemExit) as raised:

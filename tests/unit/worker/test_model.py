@@ -95,3 +95,10 @@ def test_inference_keeps_nothing() -> None:
         model(X)
         with pytest.raises(AssertionError, match="training call"):
             model.backward(np.zeros((9, 3)))
+
+
+def test_reprs() -> None:
+    """The sizes, not the arrays."""
+    model = Perceptron(5, (4, 2), 3, dtype="float32", seed=1)
+    assert repr(model) == "Perceptron(features=5, hidden=[4, 2], classes=3)"
+    assert repr(model.dense[-1]) == "Dense(name='dense_3', inputs=2, outputs=3, bias=True)"

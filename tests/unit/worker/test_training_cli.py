@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from bnworker.cli import app, main
+from bnworker.cli import app
 from bnworker.cli.interruption import Interruption
 from bnworker.launcher import Job
 from bnworker.train.data import load
@@ -28,22 +27,6 @@ from support.datasets import rows, write
 Command = Callable[..., tuple[int, str, str]]
 
 SMALL = ("--hidden=8", "--epochs=1", "--batch-size=512", "--transport=none")
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Runs `bnlayer` in this process and a folder of the test's own: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bnlayer", *arguments])
-        with pytest.raises(SystemExit) as raised:
-            main()
-        reported = capsys.readouterr()
-        return int(raised.value.code or 0), reported.out, reported.err
-
-    return run
 
 
 def squeezed(text: str) -> str:

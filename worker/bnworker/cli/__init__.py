@@ -1,4 +1,4 @@
-"""The command line: `bnlayer train`, `export`, `launch`, `serve`, `doctor`.
+"""The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, `doctor`.
 
 Exit codes: 0 it worked; 1 training, or the service, failed; 2 it was asked for something wrong; of `launch` and
 `train` otherwise that of the first rank that failed, 128 + signal where a signal ended it.
@@ -19,6 +19,7 @@ import typer
 from bnworker.cli.calibrate import calibrate
 from bnworker.cli.doctor import doctor
 from bnworker.cli.errors import CommandError
+from bnworker.cli.evaluate import evaluate
 from bnworker.cli.export import export
 from bnworker.cli.launch import launch
 from bnworker.cli.serve import serve
@@ -27,7 +28,6 @@ from bnworker.cli.train import train
 app = typer.Typer(
     name="bnlayer",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a traceback of ours goes into a report as it is
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -58,6 +58,7 @@ def bnlayer(
 
 
 app.command()(train)
+app.command()(evaluate)
 app.command()(export)
 app.command()(calibrate)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
@@ -68,7 +69,7 @@ app.command()(doctor)
 def main() -> None:
     """Run the command line, and exit."""
     try:
-        app()
+        app(prog_name="bnlayer")  # also where it runs as a module: completion and usage speak of the command
     except CommandError as error:
         sys.stdout.flush()
         typer.echo(f"bnlayer: {error}", err=True)

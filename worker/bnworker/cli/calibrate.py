@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bnworker.cli.errors import EXPLAINED, CommandError
+from bnworker.cli.errors import CommandError
+from bnworker.cli.several import joined, launch, ranks_to_launch
 from bnworker.cli.train import TrainTransport
 
 
@@ -39,78 +39,27 @@ def calibrate(
     Exit code 2: the file is no checkpoint, or does not fit the data; 1: it failed, or OUT cannot be written.
     """
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
-    from bnlayer.environment import announced
-
-    try:
-        rank = next(iter(announced(os.environ)), None)
-    except ValueError as error:
-        raise CommandError(f"calibrate: {error}") from None
     if out.suffix != ".safetensors":
         raise CommandError(f"calibrate: {out}: expected a name that ends in .safetensors.")
-    if rank is not None and workers not in (None, rank.world_size):
-        raise CommandError(
-            f"calibrate: --workers {workers}, but {rank.source} started this process as one of {rank.world_size}."
-        )
-    if rank is None and workers not in (None, 1):
-        if transport is TrainTransport.none:
-            raise CommandError("calibrate: --transport none is for one worker: statistics of parts are of no use.")
-        raise typer.Exit(_launch(checkpoint, out, data, batch_size, workers or 1, transport, address))
+    many = ranks_to_launch("calibrate", workers, transport)
+    if many:
+        arguments = [str(checkpoint), str(out), f"--batch-size={batch_size}"]
+        arguments += [f"--data={data}"] if data is not None else []
+        raise typer.Exit(launch("calibrate", checkpoint, arguments, many, transport, address))
     _run(checkpoint, out, data, batch_size)
-
-
-def _launch(
-    checkpoint: Path,
-    out: Path,
-    data: str | None,
-    batch_size: int,
-    workers: int,
-    transport: TrainTransport,
-    address: str | None,
-) -> int:
-    from bnworker.launcher import Job, LaunchError, launch
-    from bnworker.train.checkpoint import CheckpointError, read
-
-    try:
-        if read(checkpoint) is None:
-            raise CommandError(f"calibrate: {checkpoint}: there is no such file.")
-    except CheckpointError as error:
-        raise CommandError(f"calibrate: {error}") from None
-    command = [sys.executable, "-P", "-m", "bnworker.cli", "calibrate", str(checkpoint), str(out)]
-    command += [f"--batch-size={batch_size}", *([f"--data={data}"] if data is not None else [])]
-    used = address if transport is TrainTransport.service else None
-    try:
-        return launch(
-            Job(
-                tuple(command),
-                workers,
-                transport.value,
-                used or None,
-                foreground=True,
-                program="calibrate",
-                explained=EXPLAINED,
-            )
-        )
-    except LaunchError as error:
-        raise CommandError(f"calibrate: {error}", error.code) from None
 
 
 def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
     """One rank: all read, the first shows and writes."""
     from bnlayer import CollectiveError
     from bnworker.cli.display import show_calibration
-    from bnworker.joining import join
     from bnworker.train.calibration import Calibrated, settings_of
     from bnworker.train.calibration import calibrate as calibrated
     from bnworker.train.checkpoint import CheckpointError, encode, read_by_first
     from bnworker.train.data import DataError, load
     from bnworker.train.files import write_atomically
 
-    try:
-        world = join()
-    except CollectiveError as error:
-        raise CommandError(f"calibrate: {type(error).__name__}: {error}", 1) from None
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise CommandError(f"calibrate: {error}") from None
+    world = joined("calibrate")
     first = world.rank == 0
     problem: Exception | None = None
     result: Calibrated | None = None

@@ -21,6 +21,8 @@ from bnworker.train.loop import Outcome
 
 # Weight of the newest step in the loss, accuracy and speed that the bar shows: a single step's jump about.
 _NEWEST = 0.1
+_SHOWN_CLASSES = 30
+_ROWS_OF = {"test": "test rows", "validation": "validation rows", "train": "training rows", "all": "all rows"}
 # Columns of a terminal from which on everything fits.
 _WIDE = 100
 
@@ -112,6 +114,46 @@ def show_calibration(result: Calibrated, out: Path) -> None:
     table.add_row("test accuracy", f"{before.test_accuracy:.2%}", f"{after.test_accuracy:.2%}")
     table.add_row("test loss", f"{before.test_loss:.4f}", f"{after.test_loss:.4f}")
     console().print(table)
+
+
+def show_evaluation(found: Mapping[str, Any]) -> None:
+    """Show how a model does; class by class where there are few classes.
+
+    Args:
+        found: what `bnlayer evaluate --json` prints.
+    """
+    console = Console(file=sys.stdout, highlight=False)
+    title = f"{found['checkpoint']}, step {found['steps']:,}: {found['data']}, {_ROWS_OF[found['split']]}"
+    console.print(Text(title), soft_wrap=True)
+    whole = Table(show_header=False)
+    whole.add_column()
+    whole.add_column(justify="right")
+    loss = found["loss"]
+    for name, value in (
+        ("rows", f"{found['rows']:,}"),
+        ("accuracy", f"{found['accuracy']:.2%}"),
+        ("loss", "not finite" if loss is None else f"{loss:.4f}"),
+    ):
+        whole.add_row(name, value)
+    console.print(whole)
+    if len(found["classes"]) > _SHOWN_CLASSES:
+        return
+    classes = Table(title="class by class", title_justify="left")
+    for heading in ("label", "rows", "recall", "precision", "most often taken for"):
+        classes.add_column(heading, justify="right")
+    labels = [entry["label"] for entry in found["classes"]]
+    for number, (entry, taken) in enumerate(zip(found["classes"], found["confusion"], strict=True)):
+        others = [0 if other == number else count for other, count in enumerate(taken)]
+        most = max(others)
+        mistaken = f"{labels[others.index(most)]} ({most:,})" if most else ""
+        classes.add_row(
+            str(entry["label"]), f"{entry['rows']:,}", _share(entry["recall"]), _share(entry["precision"]), mistaken
+        )
+    console.print(classes)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 class _Bar:

@@ -16,6 +16,7 @@ class Names(StrEnum):
 
     keras = "keras"
     torch = "torch"
+    bnlayer = "bnlayer"
 
 
 def export(
@@ -23,7 +24,10 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT.npz|OUT.safetensors", help="What to write.")],
     names: Annotated[
         Names,
-        typer.Option(help="`keras`: dense_1/kernel, bn_1/gamma; `torch`: dense_1.weight, transposed, bn_1.weight."),
+        typer.Option(
+            help="`keras`: dense_1/kernel, bn_1/gamma; `torch`: dense_1.weight, transposed, bn_1.weight; `bnlayer`: "
+            "the normalizations alone, with all that they are, for `bnlayer.interchange.load`."
+        ),
     ] = Names.keras,
 ) -> None:
     """Write the weights and moving statistics of a checkpoint, without all that only training needs.
@@ -32,12 +36,15 @@ def export(
 
     `bnlayer export digits.safetensors weights.safetensors --names torch`
 
+    `bnlayer export digits.safetensors layers.safetensors --names bnlayer`
+
     Of a run with `--early-stop` these are the best epoch's. Exit code 2: the file is no checkpoint, or OUT has another
     ending; 1: OUT cannot be written.
     """
+    from bnlayer.interchange import save
     from bnworker.train.checkpoint import CheckpointError, read
     from bnworker.train.data import spelled
-    from bnworker.train.export import encoded
+    from bnworker.train.export import encoded, layers
     from bnworker.train.files import write_atomically
 
     if out.suffix not in (".npz", ".safetensors"):
@@ -49,8 +56,13 @@ def export(
     if found is None:
         raise CommandError(f"export: {checkpoint}: no such file.")
     try:
-        write_atomically(out, encoded(found, names.value, out.suffix))
+        if names is Names.bnlayer:
+            save(out, layers(found))
+        else:
+            write_atomically(out, encoded(found, names.value, out.suffix))
+    except CheckpointError as error:
+        raise CommandError(f"export: {error}") from None
     except OSError as error:
         raise CommandError(f"export: {out}: {error.strerror}", 1) from None
-    if found.data.numbered is not None:
+    if found.data.numbered is not None and names is not Names.bnlayer:
         typer.echo(f"outputs 0 to {found.data.classes - 1} stand for the labels {spelled(found.data.labels)}")

@@ -108,7 +108,7 @@ class Origin:
         return tuple(range(self.classes)) if self.numbered is None else self.numbered
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
     """The state of a run after a step.
 
@@ -125,6 +125,9 @@ class Checkpoint:
     settings: Mapping[str, Any]
     data: Origin
     name: str = field(default="the checkpoint")
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.name}: step {self.progress.steps}, {len(self.tensors)} tensors, {self.data.name}>"
 
     def best_weights(self) -> dict[str, NDArray[Any]]:
         """Weights and states of the result: those of the best epoch where the run may stop early, else the last."""

@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer import BatchNormalization
+from bnworker.train.calibration import settings_of
 from bnworker.train.checkpoint import Checkpoint
+from bnworker.train.loop import perceptron
 
 _STATISTICS = ("moving_mean", "moving_variance")
 _TORCH = {
@@ -52,6 +55,18 @@ def weights(checkpoint: Checkpoint, names: str) -> dict[str, NDArray[Any]]:
         else:
             named[f"{layer}/{weight}"] = tensor
     return named
+
+
+def layers(checkpoint: Checkpoint) -> dict[str, BatchNormalization]:
+    """The batch normalizations of the result of a run, by name, as `bnlayer.interchange.save` takes them.
+
+    Raises:
+        CheckpointError: it was written with settings that this version lacks.
+    """
+    model = perceptron(settings_of(checkpoint), checkpoint.data.features, checkpoint.data.classes)
+    checkpoint.refuse_other_tensors(model.tensors(0))
+    model.load(checkpoint.best_weights())
+    return {norm.name: norm for norm in model.norms}
 
 
 def encoded(checkpoint: Checkpoint, names: str, suffix: str) -> bytes:

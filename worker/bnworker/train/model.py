@@ -57,6 +57,10 @@ class Dense:
         self.bias = Variable(np.zeros(outputs, dtype), "bias", True) if bias else None
         self._x_BI: NDArray[Any] | None = None
 
+    def __repr__(self) -> str:
+        inputs, outputs = self.kernel.shape
+        return f"Dense(name={self.name!r}, inputs={inputs}, outputs={outputs}, bias={self.bias is not None})"
+
     @property
     def weights(self) -> list[Variable]:
         """The kernel, and the bias where there is one."""
@@ -127,6 +131,10 @@ class Perceptron:
         for norm, size in zip(self.norms, hidden, strict=True):
             norm.build((None, size))
         self._active: list[NDArray[np.bool_]] = []
+
+    def __repr__(self) -> str:
+        features, (*hidden, classes) = self.dense[0].kernel.shape[0], (dense.kernel.shape[1] for dense in self.dense)
+        return f"Perceptron(features={features}, hidden={hidden}, classes={classes})"
 
     @property
     def dense_weights(self) -> list[Variable]:

@@ -156,6 +156,10 @@ class Dataset:
         for number, chosen in _announced(self._steps(steps, seed, epoch, first), first):
             yield self._batch(_every(chosen, index, count), len(range(index, steps.size(number), count)))
 
+    def training(self) -> Iterator[Batch]:
+        """This rank's training rows, in blocks and in their order; steps take them from `batches`."""
+        return self._evaluated([(part.given, part.trained[part.piece.of(len(part.trained))]) for part in self.parts])
+
     def test(self) -> Iterator[Batch]:
         """This rank's test rows, in blocks."""
         return self._evaluated([(part.tests, part.tested[part.piece.of(len(part.tested))]) for part in self.parts])

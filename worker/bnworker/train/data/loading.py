@@ -84,6 +84,7 @@ def load(
     world: Ranks | None = None,
     validation_split: float = 0.0,
     labels: Iterable[int] | None = None,
+    training: bool = True,
 ) -> Dataset:
     """Load a data set; every rank calls it with the same arguments.
 
@@ -93,6 +94,7 @@ def load(
         world: the ranks that share the data; None: this process reads all of it.
         validation_split: the share of the training rows that validates instead, from 0 to below 1.
         labels: that a model knows, one for each of its outputs; None: those that occur among the rows to train on.
+        training: whether there must be rows to train on and to test by; a single row can be looked at without.
 
     Raises:
         DataError: on every rank: it cannot be had, or is bad.
@@ -101,7 +103,7 @@ def load(
     found, ignored = _together(world, lambda: _found(name))
     if world is not None:
         _agree(world, name, found)
-    return _load(name, found, dtype, world, validation_split, labels, ignored)
+    return _load(name, found, dtype, world, validation_split, labels, ignored, training=training)
 
 
 def from_arrays(
@@ -151,12 +153,14 @@ def _load(
     validation_split: float,
     labels: Iterable[int] | None,
     ignored: tuple[str, ...] = (),
+    *,
+    training: bool = True,
 ) -> Dataset:
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     sizes = tuple(source.size for source in found)
     owned = pieces(sizes, rank, world_size)
     opened = _together(world, lambda: {piece.shard: shard(found[piece.shard].open()) for piece in owned})
-    looked = _looked_through(name, found, opened, world, validation_split, labels)
+    looked = _looked_through(name, found, opened, world, validation_split, labels, training=training)
     return Dataset(
         name=name,
         dtype=dtype,
@@ -212,6 +216,7 @@ def _looked_through(
     labels: Iterable[int] | None,
     *,
     fingerprinted: bool = True,
+    training: bool = True,
 ) -> _Looked:
     known = exchanged(world, opened, [source.where for source in found], fingerprinted=fingerprinted)
     if labels is None:
@@ -224,7 +229,8 @@ def _looked_through(
     validations_M = shares(validation_split, known.rows_M - drawn_M)
     trained_M = known.rows_M - drawn_M - validations_M
     tests = int((known.tests_M if known.has_tests else drawn_M).sum())
-    _enough(name, int(known.rows_M.sum()), int(trained_M.sum()), tests, int(validations_M.sum()), validation_split)
+    if training:
+        _enough(name, int(known.rows_M.sum()), int(trained_M.sum()), tests, int(validations_M.sum()), validation_split)
     return _Looked(known, classes, shards, drawn_M, validations_M, trained_M, tests)
 
 
