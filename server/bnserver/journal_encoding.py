@@ -150,7 +150,7 @@ def is_over(bodies: Iterable[bytes]) -> bool:
         kinds = {pb.Record.FromString(body).WhichOneof("record") for body in bodies}
     except DecodeError:
         return False
-    return "ended" in kinds and kinds <= {"header", "ended", "kept"}
+    return "ended" in kinds and kinds <= {"header", "ended", "snapshot"}
 
 
 def encode_header(header: pb.Header) -> bytes:

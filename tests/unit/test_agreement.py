@@ -140,7 +140,7 @@ def test_launchers_are_read_strongest_first(environ: dict[str, str], found: list
     assert [(a.variable, a.rank, a.world_size) for a in announced(environ)] == found
 
 
-@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "")])
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "x")])
 def test_nonsense_in_the_environment_is_named(rank: str, size: str) -> None:
     """Not a number, or a rank outside its world."""
     with pytest.raises(ValueError, match="torchrun: expected 0 <= RANK < WORLD_SIZE, received"):

@@ -12,7 +12,7 @@ from bnlayer import tiling
 from bnlayer.environment import announced, batch_script
 from bnlayer.kernels import choice
 from bnserver.failpoints import VARIABLE, Failpoints
-from bnworker import reported
+from bnworker import failure_marker
 from bnworker.launcher import mpi
 from bnworker.launcher.prefix import Style
 from bnworker.plan import plan
@@ -49,7 +49,7 @@ def _style(environ: Mapping[str, str]) -> object:
 
 
 def _file(environ: Mapping[str, str]) -> object:
-    return reported._file(environ, "told")
+    return failure_marker._file(environ, "world")
 
 
 _READERS: dict[Callable[[Mapping[str, str]], object], tuple[str, ...]] = {
@@ -65,7 +65,7 @@ _READERS: dict[Callable[[Mapping[str, str]], object], tuple[str, ...]] = {
     _kernels: ("BNLAYER_KERNELS",),
     _allowed: ("OMPI_MCA_mpi_yield_when_idle", "PRTE_MCA_rmaps_default_mapping_policy"),
     _style: ("NO_COLOR", "TERM"),
-    _file: (reported.FOLDER, "BNLAYER_RANK"),
+    _file: (failure_marker.FOLDER, "BNLAYER_RANK"),
     lambda environ: Failpoints(environ)._asked: (VARIABLE,),
 }
 _SETTINGS: tuple[dict[str, str], ...] = (

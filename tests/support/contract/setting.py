@@ -44,7 +44,8 @@ class Trainer:
         self.bn.build((None, _CHANNELS))
 
     def call(self, step: int, *, training: bool = True) -> None:
-        """One batch."""
+        """One batch; `backward` is of the latest."""
+        self.bn.forget_calls()
         self.seen.append(self.bn(_X[step][self._rows], training=training))
 
     def backward(self) -> None:

@@ -311,7 +311,7 @@ def test_a_job_that_is_over_leaves_its_statistics_alone_behind() -> None:
     _enroll(service, 1)
     call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
     _effects_of(service, Contribute(1, 1, 2, call, np.zeros((2, 1), np.int64)))
-    assert [type(record) for record in service.records("j")] == [Ended, LayerSnapshot, Began, Completed]
+    assert [type(record) for record in service.records("j")] == [Ended, Began, LayerSnapshot, Completed]
     _effects_of(service, Leave(1, ""))
     assert [type(record) for record in service.records("j")] == [Ended, LayerSnapshot]
 

@@ -81,7 +81,7 @@ def test_a_result_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], mo
     counts = ("world_size", "rows_per_second", "bytes_sent", "bytes_received", "waiting_seconds", "replicas", "steps")
     summary = {**dict.fromkeys(counts, 1), "data": _ODD, "transport": _ODD, "exchanges": {}}
     outcome: Any = SimpleNamespace(
-        epochs=(epoch(1),), seconds=1.0, kept=1, test_accuracy=0.5, test_loss=0.5, resumed_steps=0
+        epochs=(epoch(1),), seconds=1.0, kept=1, test_accuracy=0.5, test_loss=0.5, resumed_steps=0, labels=(0, 1)
     )
     with Display(1, 1, shown=True, plain=False) as display:
         display.table(outcome, summary)

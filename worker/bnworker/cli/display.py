@@ -122,9 +122,9 @@ def show_evaluation(found: Mapping[str, Any]) -> None:
     Args:
         found: what `bnlayer evaluate --json` prints.
     """
-    console = Console(file=sys.stdout, highlight=False)
+    out = console()
     title = f"{found['checkpoint']}, step {found['steps']:,}: {found['data']}, {_ROWS_OF[found['split']]}"
-    console.print(Text(title), soft_wrap=True)
+    out.print(Text(title), soft_wrap=True)
     whole = Table(show_header=False)
     whole.add_column()
     whole.add_column(justify="right")
@@ -135,7 +135,7 @@ def show_evaluation(found: Mapping[str, Any]) -> None:
         ("loss", "not finite" if loss is None else f"{loss:.4f}"),
     ):
         whole.add_row(name, value)
-    console.print(whole)
+    out.print(whole)
     if len(found["classes"]) > _SHOWN_CLASSES:
         return
     classes = Table(title="class by class", title_justify="left")
@@ -149,7 +149,7 @@ def show_evaluation(found: Mapping[str, Any]) -> None:
         classes.add_row(
             str(entry["label"]), f"{entry['rows']:,}", _share(entry["recall"]), _share(entry["precision"]), mistaken
         )
-    console.print(classes)
+    out.print(classes)
 
 
 def _share(value: float | None) -> str:

@@ -68,7 +68,7 @@ def evaluate(
 
     Exit code 2: the file is no checkpoint, or does not fit the data; 1: it failed, or FILE.json cannot be written.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
     many = ranks_to_launch("evaluate", workers, transport)
     if summary is not None:
         _prepare(summary)
