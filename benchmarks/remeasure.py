@@ -35,7 +35,7 @@ def measured(
     """The figures of some places, anew.
 
     Args:
-        places: see `missed`.
+        missed_sections: see `missed`.
         settings: of the run.
         measure: a section, by name.
     """

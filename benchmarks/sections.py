@@ -21,7 +21,7 @@ class Settings:
         peers: versions of those that are installed; None for those that are not.
         tensorflow_python: the interpreter that has TensorFlow.
         shapes: the kernels' shapes to run; empty for all.
-        say: where progress goes.
+        report: where progress goes.
     """
 
     full: bool

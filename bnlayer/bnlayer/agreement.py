@@ -1,6 +1,6 @@
 """Do the ranks of a job say the same? A pure judgement, used by the service and by MPI alike.
 
-Laws of this room:
+Laws:
 1. Ranks at different places wait for each other: `StallError`.
 2. Ranks at one place that believe different things disagree: `MismatchError`, which blames the fewest.
 3. A rank that left with a failure is lost: `PeerLostError`; one that left cleanly stalls those that wait.

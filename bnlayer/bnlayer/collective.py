@@ -4,7 +4,7 @@ The layer asks its collective for exact integer totals and knows nothing else of
 the door is a `Call`: where the rank is (`Place`) and what it believes (`Terms`). All ranks must be at the
 same place and believe the same; `agreement.py` says who does not.
 
-Laws of this room:
+Laws:
 1. `exchange` returns the same words on every rank, whatever the order in which they were added.
 2. A world of one is a collective like any other: `Alone`.
 3. The process has one current collective, set by `bnworker.join()`; a layer's own `collective=` beats it.
@@ -132,8 +132,8 @@ class Call(NamedTuple):
 
     Attributes:
         operation: what it asks for.
-        place: where it is.
-        terms: what it believes.
+        key: where it is.
+        signature: what it believes.
         attempt: the round within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
         forward_step: going backward, the step of the training call that is pulled back; None elsewhere.
     """
@@ -162,7 +162,7 @@ class Total(NamedTuple):
     """What an exact exchange returns.
 
     Attributes:
-        words: the reduced int64 limbs, of the shape that was sent.
+        limbs: the reduced int64 limbs, of the shape that was sent.
         version: the owner's version after it, where the owner is elsewhere; None otherwise.
     """
 

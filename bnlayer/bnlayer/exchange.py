@@ -1,6 +1,6 @@
 """One exchange, as every rank and the owner see it: [probe,] sums [, probe, sums].
 
-Laws of this room:
+Laws:
 1. The next step is a pure function of the limbs reduced so far: rank and owner take it alike, and nobody has to
    tell anybody.
 2. At most one probe per exchange: a channel just probed is accepted.
@@ -35,7 +35,7 @@ class ForwardExchange:
         wants: what comes next; None once the moments are accepted.
         attempt: rounds so far.
         moments: the accepted ones, of all ranks.
-        found: gives what follows from them.
+        result: gives what follows from them.
     """
 
     grid: Grid
@@ -98,7 +98,7 @@ class BackwardExchange:
         need_C: the channels that the next probe regrids, or the last one did.
         wants: what comes next; None once the sums are accepted.
         attempt: rounds so far.
-        found: gives what follows from the accepted sums.
+        result: gives what follows from the accepted sums.
     """
 
     grid: BackwardGrid

@@ -1,6 +1,6 @@
 """A layer's exchanges with the other ranks: what is said at the door, and what comes of it.
 
-Laws of this room:
+Laws:
 1. What is asked next is decided by `exchange.py`, alike on every rank; this room only carries it out.
 2. A call's step counts the exchanges of its direction that were completed before it.
 """
@@ -110,7 +110,7 @@ class ExchangeDriver:
 
         Args:
             layer: it.
-            terms: what its ranks must believe.
+            signature: what its ranks must believe.
             state: this rank's.
             weights: fingerprint of gamma and beta; 0: not to be compared.
             anew: whether rank 0's state replaces the one that the owner has. It does where this name was enrolled

@@ -45,7 +45,7 @@ class GradientSums:
     """Exact sums of one or more shards' output gradients on a grid.
 
     Attributes:
-        words: (W, C) int64, packed.
+        limbs: (W, C) int64, packed.
         grid: what the limbs are in units of.
     """
 

@@ -63,7 +63,7 @@ class Moments:
     """Exact first and second moments of one or more shards on a grid.
 
     Attributes:
-        words: (W, C) int64, packed.
+        limbs: (W, C) int64, packed.
         grid: what the limbs are in units of.
     """
 

@@ -1,6 +1,6 @@
 """Plain reductions of arrays, such as gradients and metrics: what a sum, maximum or minimum over ranks is.
 
-Laws of this room:
+Laws:
 1. Integers are added exactly, as pairs (hi, lo) of int64 limbs. A total that its dtype can't hold is an
    OverflowError.
 2. Floats are added in float64, and rounded once to the dtype they came in. Their sum is in rank order.
@@ -35,7 +35,7 @@ class Encoded:
 
     Attributes:
         floats: float64; sums of floats.
-        words: int64; sums of integers as all hi, then all lo words, per array; or keys of maxima and minima.
+        limbs: int64; sums of integers as all hi, then all lo words, per array; or keys of maxima and minima.
     """
 
     floats: NDArray[np.float64]

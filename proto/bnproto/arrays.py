@@ -1,6 +1,6 @@
 """Arrays on the wire: little-endian bytes beside dtype and shape, in messages below gRPC's limit.
 
-Laws of this room:
+Laws:
 1. What `pack` cuts, `Joining` and `unpack` restore: same dtypes, shapes and bits.
 2. Bytes that don't match their header are refused before an array is made of them.
 3. A `bytes` field is read once: each access copies.

@@ -67,7 +67,7 @@ def serve(
         state_dir: where jobs are kept; None keeps them in memory alone.
         insecure: allow plain text beyond this machine.
         ready_file: receives the address, HOST:PORT, once ranks can join.
-        patience: how long it waits for signs of life of a rank.
+        timeouts: how long it waits for signs of life of a rank.
         log_level: what stderr gets: debug, info, warning or error.
         log_file: gets the log from info on, whatever stderr gets; None: there is none.
 

@@ -65,7 +65,7 @@ class LocalSockets:
 
     Args:
         boot_id: names this run of the service.
-        visitors: are told what comes in.
+        callbacks: are told what comes in.
         attach_within_s: seconds in which whoever connects must show a ticket.
     """
 

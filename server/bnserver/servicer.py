@@ -81,7 +81,7 @@ class Servicer(rpc.StatisticsServiceServicer):
     Args:
         boot_id: names this run of the service.
         store: where jobs are saved; None keeps them in memory alone.
-        patience: how long it waits for signs of life.
+        timeouts: how long it waits for signs of life.
         failpoints: faults on purpose.
         saving: is told when jobs can't be saved (False), and when they can again.
     """

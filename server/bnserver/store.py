@@ -2,7 +2,7 @@
 
 A file is a snapshot, and the journal of what came after it: both are entries of the job's past, in the same frames.
 
-Laws of this room:
+Laws:
 1. An entry is in the kernel's hands when `append` returns: it outlives the process, however that ends. It is not
    synced: a power cut may take it.
 2. A snapshot replaces the file as a whole or not at all: written aside, synced, renamed, the directory synced. It
@@ -67,7 +67,7 @@ class _File:
         handle: its descriptor, open for appending; None: nothing was appended lately.
         frames: in it so far.
         size: its bytes so far.
-        entries: appended since the snapshot.
+        records: appended since the snapshot.
         snapshot: bytes of it.
         broken: whether it lacks an entry, so that it must be replaced.
         meanwhile: what was appended while a snapshot is being written; None while none is.
@@ -200,7 +200,7 @@ class Store:
 
         Args:
             job: the job's name.
-            past: gives its entries; called once, when the snapshot is taken.
+            records: gives its entries; called once, when the snapshot is taken.
 
         Raises:
             StoreError: it could not be written. What was there before still is.

@@ -140,7 +140,7 @@ class Writer:
 
     Args:
         boot_id: names this run.
-        patience: how long it waits for signs of life.
+        timeouts: how long it waits for signs of life.
         durable: whether jobs outlive it.
     """
 

@@ -66,14 +66,14 @@ def test_told_while_one_computes(say: Callable[[World], None], kind: type[Collec
 
     with futures.ThreadPoolExecutor(3) as pool:
         ranks = [pool.submit(rank, number) for number in range(3)]
-        as_text = [one.result(150) for one in ranks[:2]]
+        texts = [one.result(150) for one in ranks[:2]]
         go_on.set()
-        as_text.append(ranks[2].result(150))
-    assert as_text[1]
-    assert set(as_text) <= {"", as_text[1]}
+        texts.append(ranks[2].result(150))
+    assert texts[1]
+    assert set(texts) <= {"", texts[1]}
     contributed_at = max(one.contributed_at for one in watches[:2])
     for one in watches[:2]:
-        assert one.as_text is None or one.as_text - contributed_at <= FAILURE_WITHIN_S
+        assert one.failed_at is None or one.failed_at - contributed_at <= FAILURE_WITHIN_S
     computing = watches[2]
-    assert computing.as_text is not None
-    assert computing.as_text - computing.contributed_at <= FAILURE_WITHIN_S
+    assert computing.failed_at is not None
+    assert computing.failed_at - computing.contributed_at <= FAILURE_WITHIN_S

@@ -36,7 +36,7 @@ def test_contract(outcomes: dict[int, Outcomes], world_size: int, name: str) -> 
     ranks = [rank[name] for rank in outcomes[world_size]]
     for number, rank in enumerate(ranks):
         assert "failed" not in rank, f"rank {number}: {rank['failed']}"
-    as_text = [rank["saw"] for rank in ranks if rank["saw"] is not None]
-    assert all(saw == as_text[0] for saw in as_text)
+    texts = [rank["saw"] for rank in ranks if rank["saw"] is not None]
+    assert all(saw == texts[0] for saw in texts)
     if name.startswith("disagree_"):
         assert latency([Watch(rank["spoke"], rank["told"]) for rank in ranks]) <= FAILURE_WITHIN_S

@@ -29,7 +29,7 @@ def test_contract(address: str, world_size: int, name: str, local_socket: bool) 
     for saw in ranks:
         if isinstance(saw, BaseException):
             raise saw
-    as_text = [saw for saw in ranks if saw is not None]
-    assert all(saw == as_text[0] for saw in as_text)
+    texts = [saw for saw in ranks if saw is not None]
+    assert all(saw == texts[0] for saw in texts)
     if name.startswith("disagree_"):
         assert latency(watches) <= FAILURE_WITHIN_S

@@ -1,6 +1,6 @@
 """Which transport, and which rank? A pure decision over an environment and the arguments of `join`.
 
-Laws of this room:
+Laws:
 1. An argument beats `BNLAYER_*`, which beat MPI's variables, which beat torchrun's, which beat Slurm's.
 2. Two sources that name different ranks are an error where guessing would train wrongly: `BNLAYER_RANK` against
    MPI or torchrun. Slurm's variables are inherited by a batch script's children, so they only lose.

@@ -1,6 +1,6 @@
 """A joined world's presence in its process: the current collective, and the good-bye when the process ends.
 
-Laws of this room:
+Laws:
 1. A process has at most one joined world, and it is `bnlayer`'s current collective until it is left.
 2. However a process ends, short of a crash, the other ranks are told: of a normal exit, or of the exception.
 """

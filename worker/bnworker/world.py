@@ -1,6 +1,6 @@
 """`World`: this process as one of the ranks of a job.
 
-Laws of this room:
+Laws:
 1. A `CollectiveError` ends the world: every later exchange raises it again at once.
 2. User input is checked here, before anything is sent; a transport gets what it can reduce.
 3. An exception that leaves the `with` block is told to the other ranks.

@@ -1,6 +1,6 @@
 """What a file says of layers: named arrays, and a description of them in JSON.
 
-Laws of this room:
+Laws:
 1. Each array is named `LAYER/ARRAY`, e.g. `bn1/gamma`, `bn1/forward.pivot`: the variables and the grids.
 2. The description names the layers in order, with their configuration and rank, and every array with its dtype; and it
    holds a digest of all of that and of the arrays' bytes. What is missing, added or changed is found.

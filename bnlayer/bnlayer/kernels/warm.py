@@ -36,7 +36,7 @@ def everything(report: Callable[[str], None]) -> None:
     """What any layer computes with.
 
     Args:
-        told: hears what is compiled next.
+        report: hears what is compiled next.
     """
     layouts = {"channels last": ((8, 8), -1), "channels first": ((2, 8, 3), 1)}
     for dtype, (layout, (shape, axis)), masked in product(("float32", "float64"), layouts.items(), (False, True)):

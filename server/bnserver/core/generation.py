@@ -1,6 +1,6 @@
 """One generation of a job: its ranks, from rendezvous to the end, and the one operation that they are in.
 
-Laws of this room:
+Laws:
 1. A rank has at most one contribution outstanding; a contribution counts once, however often it arrives.
 2. Integer limbs are added on arrival: the order can't be seen in the total.
 3. The operation completes when every rank has said the same. When that can't happen any more (they differ, or one

@@ -1,6 +1,6 @@
 """One job: its generations one after the other, and the layers that outlive them.
 
-Laws of this room:
+Laws:
 1. A job exists from its first join. Ranks that join while another generation ends begin the next one.
 2. After a failure everybody is told, once; the state stays, and the next join begins a new generation.
 3. What a rank sends wrongly costs it its place, never the state.

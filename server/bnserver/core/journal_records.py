@@ -1,6 +1,6 @@
 """What a job's past is made of: taken in order, the entries give the job as it was.
 
-Laws of this room:
+Laws:
 1. An entry is written before anybody is told of what it says.
 2. Layers are written as what they were and what the ranks said since: one pure function leads from there to every
    statistic, grid and half-finished exchange, so nothing else has a form of its own on disk.

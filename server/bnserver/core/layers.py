@@ -1,6 +1,6 @@
 """What the owner owns: the moving statistics and grids of a job's layers.
 
-Laws of this room:
+Laws:
 1. A layer is updated exactly once per completed forward exchange, by the layer's own pure functions.
 2. The owner walks through an exchange as every rank does: it knows what must come next, and refuses the rest.
 3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it

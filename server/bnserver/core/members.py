@@ -1,6 +1,6 @@
 """The ranks of a generation: who is here, who is away, and who has been silent for too long.
 
-Laws of this room:
+Laws:
 1. A rank is here (it has a stream), away (its stream broke, and it may come back), or gone.
 2. Whatever a rank sends is a sign of life. One that is here and gives none for a lease is frozen.
 3. Slow is not dead: how long a rank computes is nobody's business here.
@@ -47,7 +47,7 @@ class Member:
         join_deadline: when it stops waiting for the others to join.
         incarnation: the number that its process drew; 0: it does not come back.
         stream: its connection; None while it is away.
-        heard: when it last gave a sign of life; while it is away, when its connection broke.
+        last_seen: when it last gave a sign of life; while it is away, when its connection broke.
         away_until: when it counts as lost, if it is away.
         restarted: whether it is away because the service was.
         answered: the last contribution whose answer it is known to have.

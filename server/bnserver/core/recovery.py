@@ -1,6 +1,6 @@
 """A job's past, written and read: what `entries` gives, `recovered` turns into the same job.
 
-Laws of this room:
+Laws:
 1. Reading a whole past or a shortened one gives the same layers, the same numbers, and the same latest answer.
 2. A generation that ran comes back without its ranks: each has a lease to give a sign of life, and be back.
 3. Ranks that were still gathering leave no trace: they join again.
@@ -57,8 +57,8 @@ def recovered(name: str, records: Iterable[JournalRecord], timeouts: LivenessTim
 
     Args:
         name: the job's.
-        past: its entries.
-        patience: of this run of the service.
+        records: its entries.
+        timeouts: of this run of the service.
         now: seconds; from here on the ranks have a lease to come back; without one, their timeout.
 
     Raises:

@@ -1,6 +1,6 @@
 """The service: all jobs. Events in, effects out.
 
-Laws of this room:
+Laws:
 1. Every event has its effects at once; whatever takes time (sending, saving, large sums) is an effect.
 2. A stream holds one seat: a rank of a generation of a job. What a stream without a seat says is ignored.
 3. Jobs don't know of each other.
@@ -38,8 +38,8 @@ class Service:
     """The table of jobs.
 
     Args:
-        pasts: what jobs left behind, by name.
-        patience: how long to wait for signs of life.
+        journals: what jobs left behind, by name.
+        timeouts: how long to wait for signs of life.
         now: seconds, on the clock of `handle`.
 
     Raises:

@@ -31,7 +31,7 @@ class Disagreement:
     """One way to disagree.
 
     Attributes:
-        say: what a rank does, given whether it is the one that differs.
+        act: what a rank does, given whether it is the one that differs.
         kind: the error.
         text: by the number of ranks, the error's text, without hosts and process ids.
         blames_all: whether of two ranks both are blamed.

@@ -19,12 +19,12 @@ class Watch:
     """One rank's moments, on the machine's monotonic clock.
 
     Attributes:
-        spoke: when it began its latest exchange, or left, before any error.
-        told: when its first error was raised; None: never.
+        contributed_at: when it began its latest exchange, or left, before any error.
+        failed_at: when its first error was raised; None: never.
     """
 
     contributed_at: float = 0.0
-    as_text: float | None = None
+    failed_at: float | None = None
 
 
 def watch(transport: Transport) -> Watch:
@@ -37,12 +37,12 @@ def watch(transport: Transport) -> Watch:
 
 def _timed(action: Callable[..., Any], seen: Watch) -> Callable[..., Any]:
     def timed(*arguments: Any) -> Any:
-        if seen.as_text is None:
+        if seen.failed_at is None:
             seen.contributed_at = time.monotonic()
         try:
             return action(*arguments)
         except CollectiveError:
-            seen.as_text = time.monotonic() if seen.as_text is None else seen.as_text
+            seen.failed_at = time.monotonic() if seen.failed_at is None else seen.failed_at
             raise
 
     return timed
@@ -50,5 +50,5 @@ def _timed(action: Callable[..., Any], seen: Watch) -> Callable[..., Any]:
 
 def latency(ranks: Sequence[Watch]) -> float:
     """How long after the last rank spoke the last one was told."""
-    as_text = [rank.as_text for rank in ranks if rank.as_text is not None]
-    return max(as_text) - max(rank.contributed_at for rank in ranks)
+    failed_at = [rank.failed_at for rank in ranks if rank.failed_at is not None]
+    return max(failed_at) - max(rank.contributed_at for rank in ranks)

@@ -81,7 +81,7 @@ def rank_kills(
     Args:
         folder: of state, histories and logs.
         seed: of victims and moments.
-        rounds: how often.
+        turns: how often.
         number: SIGKILL or SIGSTOP.
         lease: the service's; None: what it has by itself.
         progress: is told each round.

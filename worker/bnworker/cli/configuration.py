@@ -1,6 +1,6 @@
 """`--config FILE.toml`: the options of a command, from a file.
 
-Laws of this room:
+Laws:
 1. A key is an option's name without its dashes, e.g. `batch-size = 64`; its value reads as on the command line.
 2. What stands on the command line, or in an environment variable, beats the file.
 """

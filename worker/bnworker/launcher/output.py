@@ -4,7 +4,7 @@
     launch.log                  what the launcher itself, mpiexec and the service's stderr said, with the time
     service.log                 the log of the job's own service, which writes it itself
 
-Laws of this room:
+Laws:
 1. A byte is in its file before it is on the screen, and no later than the launcher has it: a file's end is true
    even after kill -9.
 2. A file that cannot be written any more is said once; the job goes on, and so does the screen.

@@ -1,6 +1,6 @@
 """Lines of a rank's output, each with the rank in front: `[0] epoch 1`.
 
-Laws of this room:
+Laws:
 1. Bytes in, bytes out: nothing is decoded, so nothing can fail on what is no UTF-8, and a character that
    arrives in two pieces leaves in one.
 2. Only whole lines leave; a line ends with LF, CR LF or CR (a progress bar's redraw). What is left at the end

@@ -1,6 +1,6 @@
 """The processes of a job: what their environment says, and how they are started.
 
-Laws of this room:
+Laws:
 1. Exec or spawn only: a fork of a process with threads may deadlock.
 2. Every process leads a session of its own: a signal from the terminal reaches the launcher alone, which
    passes it on; and reads nothing: its standard input is empty.

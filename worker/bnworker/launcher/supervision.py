@@ -1,6 +1,6 @@
 """What a launcher does when ranks end, time passes or a signal comes: decisions alone, no process, no clock.
 
-Laws of this room:
+Laws:
 1. A failed rank does not end the job at once: the others are just being told of it, and may still say so.
 2. After the grace they get SIGTERM, after another one SIGKILL; a second signal from outside shortens the wait.
 3. The exit code is that of the first cause: the first rank that failed on its own, or the signal from outside.
@@ -57,7 +57,7 @@ class Ended:
     Attributes:
         who: a rank, `MPIEXEC` or `SERVICE`.
         status: as in `subprocess`.
-        told: whether it had been told of another rank's failure.
+        secondary: whether it had been told of another rank's failure.
         left_open: what a rank should have done before an end with 0, "leaving the job"; "" if nothing.
     """
 

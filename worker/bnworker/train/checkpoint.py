@@ -1,6 +1,6 @@
 """Checkpoints: all that a run needs to go on, bit for bit, in one safetensors file.
 
-Laws of this room:
+Laws:
 1. Equal states make equal bytes: a checkpoint holds no time, no path but the data's name, no number of ranks.
 2. What is read is what was written, or an error that says what is wrong with the file.
 3. One rank reads and writes; the others get what it read.

@@ -1,6 +1,6 @@
 """What a run will do and cost, computed from its settings and data, before anything is started.
 
-Laws of this room:
+Laws:
 1. Bytes are those of arrays and words handed to the transport, as `Statistics` counts them: they follow from the
    model alone, never from rows.
 2. A forecast starts nothing and exchanges nothing.

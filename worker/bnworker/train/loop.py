@@ -1,6 +1,6 @@
 """The main job: data-parallel training whose result does not depend on the number of ranks.
 
-Laws of this room:
+Laws:
 1. A step's rows are given (`data`); each rank takes its share of them, none is padded, and a rank may get none.
 2. What is evaluated is the owner's moving statistics.
 3. A run begins with rank 0's state, new or from a checkpoint: the owner's too, if it has one of an earlier run.

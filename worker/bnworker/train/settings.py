@@ -1,6 +1,6 @@
 """What determines a training run, besides its data.
 
-Laws of this room:
+Laws:
 1. Two runs with equal settings and equal data take the same steps: nothing else is asked anywhere.
 2. A step's learning rate depends on the settings and the step's number alone, so that a resumed run needs no more.
 3. What the user calls wrong is named as the user wrote it: `--batch-size`.

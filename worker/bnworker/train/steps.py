@@ -1,6 +1,6 @@
 """One step of training, on rows that all ranks share.
 
-Laws of this room:
+Laws:
 1. The loss is the sum over all rows of the step, divided by their number: each rank divides its own sum by the
    number of ALL rows, and the gradients add up.
 2. One reduction a step carries the Dense gradients, the loss, and whether a rank is asked to end. Gamma's and beta's

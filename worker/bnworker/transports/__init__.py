@@ -1,6 +1,6 @@
 """What a world needs from a way to reach other ranks.
 
-Laws of this room:
+Laws:
 1. A rank has at most one outstanding call. Every rank makes the same calls, or all of them get the same error.
 2. A transport validates nothing and remembers no errors: `World` does.
 3. Words are reduced exactly: MAX for a probe, SUM for sums. Wrap-around is impossible by their design.

@@ -1,6 +1,6 @@
 """A rank's end of a local socket: what it asks the service on its own machine, and hears from it, without gRPC.
 
-Laws of this room:
+Laws:
 1. One thread hears at a time, and one sends; any thread may end it, and whoever waits then hears so at once.
 2. After an error or an interrupt nobody knows which bytes have come or gone: it is not used any more.
 """

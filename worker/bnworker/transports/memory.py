@@ -1,6 +1,6 @@
 """What a rank must still know when its connection to the service breaks, so that it can go on where it was.
 
-Laws of this room:
+Laws:
 1. What was asked is kept until it is answered, and asked again on the next connection.
 2. The latest contribution that was answered is kept, too, and said again: after a restart of the service another rank
    may lack that answer, and plain operations leave no trace on the service's disk.

@@ -5,7 +5,7 @@ they don't, they exchange what they said, and all raise the same error. Leaving 
 that returns early, or fails, is noticed at the others' next exchange. Where it can, the header is a persistent
 collective, set up once: starting it takes less than half the time of a new one (0.8 and 2.0 µs under MPICH).
 
-Laws of this room:
+Laws:
 1. No data moves before all ranks have said the same, so buffers always match.
 2. After an agreed error the communicator is sound, and the process may end as usual.
 3. After a wait that did not complete, it is not: when the process ends, it ends the whole job (`MPI_Abort`),

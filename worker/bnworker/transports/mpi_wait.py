@@ -5,7 +5,7 @@ sends every other rank a note of where it waits; a rank that gets a note about i
 Who has sent none by the deadline is missing. The first rank to find that out tells the others, so all say the
 same.
 
-Laws of this room:
+Laws:
 1. A wait ends by its deadline, whatever the other ranks do.
 2. A rank that waits in this round or a later one is never blamed.
 3. After a wait that did not complete, the communicator can't be used any more.
@@ -44,7 +44,7 @@ class Wait:
     """One exchange's wait, which may take several requests.
 
     Attributes:
-        round: number of the exchange, the same on every rank.
+        exchange_number: number of the exchange, the same on every rank.
         call: what this rank waits for; None when it is leaving.
         timeout: seconds that the whole exchange may take.
         start: when it began, on the monotonic clock.

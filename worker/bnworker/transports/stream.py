@@ -1,6 +1,6 @@
 """A rank's conversation with the statistics service: requests out, answers in, each within its time.
 
-Laws of this room:
+Laws:
 1. Every wait ends: with an answer, with the service's reason, or by the deadline.
 2. A connection that breaks is made anew, and the conversation goes on where it was; the service may have been started
    again meanwhile. What the service says of a failure ends the conversation for good; later waits raise the same.

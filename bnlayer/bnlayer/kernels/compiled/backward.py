@@ -290,7 +290,7 @@ def sums_of_rows(
         gradient, deviation: (C,), the grid.
         repeats: how many rows are taken for one, so that vectors divide its width.
         top: empty, of the integers that are as wide as x's numbers.
-        words: (W, C), receives the sums.
+        limbs: (W, C), receives the sums.
 
     Returns:
         Whether all values were finite and within their windows; if not, the words are worth nothing.

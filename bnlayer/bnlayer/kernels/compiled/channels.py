@@ -44,7 +44,7 @@ def statistics(
     """`Moments.statistics` and `Moments.refused`.
 
     Args:
-        words: (6, C), reduced.
+        limbs: (6, C), reduced.
         pivot, exponent: (C,), the grid.
         epsilon: the layer's.
         e: 1e-7 with a mask, else 0.
@@ -132,7 +132,7 @@ def gradients(
     """`GradientSums.gradients` and `GradientSums.refused`.
 
     Args:
-        words: (6, C), reduced.
+        limbs: (6, C), reduced.
         gradient, deviation: (C,), the grid.
         divisor, inverse_std, residual, mean_share, pivot_residual, forward_nonfinite: of the batch's statistics.
         rows: (4, C) float64, receives beta, gamma, offset, slope.

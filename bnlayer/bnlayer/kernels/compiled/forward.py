@@ -279,7 +279,7 @@ def moments_of_rows(
         finer: not None: float64 data, with a second fold.
         pivot, exponent: (C,), the grid.
         repeats: how many rows are taken for one, so that vectors divide its width; 1 with `starts`.
-        words: (W, C), receives the moments; no flag is raised.
+        limbs: (W, C), receives the moments; no flag is raised.
 
     Returns:
         Whether all values were finite and within the window; if not, the words are worth nothing.

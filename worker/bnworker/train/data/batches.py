@@ -1,6 +1,6 @@
 """Which rows a step takes. Pure: no rank, no world, no file occurs here.
 
-Laws of this room:
+Laws:
 1. The split into training, validation and test rows depends on the data alone.
 2. The rows of a step depend on (seed, epoch, step) alone.
 3. Every row is used once an epoch, but for those that `drop` leaves out; no step takes more rows than were asked for.

@@ -1,6 +1,6 @@
 """From a name on the command line to a data set, on all ranks together.
 
-Laws of this room:
+Laws:
 1. A rank opens its own shards alone. What all must know of all shards is exchanged: rows, features, classes.
 2. What is wrong is the same error on every rank, and names the file.
 3. Labels are looked through here; features when they are read, so that nothing is read twice before the first step.

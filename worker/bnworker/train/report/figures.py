@@ -1,6 +1,6 @@
 """The pictures of a run, drawn with matplotlib.
 
-Laws of this room:
+Laws:
 1. The same history gives the same pictures: the reader's own matplotlib settings are left out.
 2. No window, no display: a figure is drawn into memory.
 3. Every axis says what it shows, and in which unit.
