@@ -16,9 +16,9 @@ import pytest
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnworker import World
-from bnworker.transports import service as service_transport
-from bnworker.transports.service import ServiceTransport
-from bnworker.transports.stream import Stream
+from bnworker.transports.service import ServiceTransport, transport
+from bnworker.transports.service.client import Client
+from bnworker.transports.service.session import State
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
@@ -140,27 +140,26 @@ def test_local_sockets_and_connections_that_end_at_any_moment_change_nothing(
 ) -> None:
     """Of a rank that sends, waits or computes; a connection made anew has a local socket again, which ends as well."""
     undisturbed = _job(serve().address, 40)
-    streams: list[Stream] = []
+    clients: list[Client] = []
 
-    def kept(*arguments: Any, **options: Any) -> Stream:
-        streams.append(Stream(*arguments, **options))
-        return streams[-1]
+    def kept(*arguments: Any, **options: Any) -> Client:
+        clients.append(Client(*arguments, **options))
+        return clients[-1]
 
-    monkeypatch.setattr(service_transport, "Stream", kept)
+    monkeypatch.setattr(transport, "Client", kept)
     rng = np.random.default_rng(seed)
     ended = {"socket": 0, "connection": 0}
     over = threading.Event()
 
     def break_things() -> None:
         while not over.wait(float(rng.uniform(0, 0.01))):
-            stream = streams[rng.integers(len(streams))] if streams else None
-            connection = stream._connection if stream is not None else None
-            mine = connection.socket if connection is not None else None
-            if connection is None or mine is None:
+            client = clients[rng.integers(len(clients))] if clients else None
+            connection = client._connection if client is not None else None
+            if client is None or connection is None or client.session.state is not State.ACTIVE:
                 continue
             if rng.random() < 0.5:
                 ended["socket"] += 1
-                mine.end()
+                connection.channel.close()
             else:
                 ended["connection"] += 1
                 connection.cut()
