@@ -113,7 +113,7 @@ def test_a_full_disk_and_its_recovery(serve: Callable[..., Any], tmp_path: Path)
         kept = path.read_bytes()
         expected = layer.state
         daemon.popen.send_signal(signal.SIGKILL)
-        world._transport._stream.close(None)  # type: ignore[attr-defined]  # its service is gone for good
+        world._transport._client.close(None)  # type: ignore[attr-defined]  # its service is gone for good
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / path.name).write_bytes(kept)
     service = serve("--state-dir", str(tmp_path / "kept"))

@@ -16,9 +16,9 @@ import pytest
 from bnlayer import BatchNormalization, CollectiveError, PeerLostError, ServiceError
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker import World
-from bnworker.transports import local
-from bnworker.transports.service import ServiceTransport
-from bnworker.transports.stream import _TURN_S, Stream
+from bnworker.transports.service import ServiceTransport, local_channel
+from bnworker.transports.service.client import _TURN_S, Client, Connection
+from bnworker.transports.service.local_channel import LocalChannel
 from support.fault.faults import HEALTHY
 from support.fault.proxy import proxy
 
@@ -27,12 +27,28 @@ pytestmark = pytest.mark.rpc
 _LIMIT_S = 60.0
 
 
-def _joined(address: str, rank: int = 0, world_size: int = 1, *, local_socket: bool = True) -> tuple[World, Stream]:
+def _joined(address: str, rank: int = 0, world_size: int = 1, *, local_socket: bool = True) -> tuple[World, Client]:
     transport = ServiceTransport(address, "job", rank, world_size, timeout=_LIMIT_S, local_socket=local_socket)
-    return World(transport, install=False), transport._stream
+    return World(transport, install=False), transport._client
 
 
-def _both(address: str) -> list[tuple[World, Stream]]:
+def _connection(client: Client) -> Connection:
+    assert client._connection is not None
+    return client._connection
+
+
+def _local(client: Client) -> LocalChannel:
+    """The channel of a rank that has a local socket."""
+    channel = _connection(client).channel
+    assert isinstance(channel, LocalChannel)
+    return channel
+
+
+def _is_local(client: Client) -> bool:
+    return isinstance(_connection(client).channel, LocalChannel)
+
+
+def _both(address: str) -> list[tuple[World, Client]]:
     with futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda rank: _joined(address, rank, 2), range(2)))
 
@@ -42,69 +58,71 @@ def _both(address: str) -> list[tuple[World, Stream]]:
 
 def test_it_is_taken_on_one_machine(serve: Callable[..., Any]) -> None:
     """By itself; exchanges then go over it alone."""
-    world, stream = _joined(serve().address)
+    world, client = _joined(serve().address)
     with world:
-        assert stream.is_local
+        assert _is_local(client)
         (total,) = world.allreduce([np.arange(5.0)])
         assert total.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-        assert stream._connection is not None
-        assert stream._connection.requests.empty()
-        assert stream.is_local
+        assert _connection(client).stream._answers.empty()
+        assert _connection(client).stream._requests.empty()
+        assert _is_local(client)
 
 
 def test_it_can_be_turned_off(serve: Callable[..., Any]) -> None:
     """Everything then goes over the stream."""
-    world, stream = _joined(serve().address, local_socket=False)
+    world, client = _joined(serve().address, local_socket=False)
     with world:
-        assert not stream.is_local
+        assert not _is_local(client)
         world.barrier()
-        assert not stream.is_local
+        assert not _is_local(client)
 
 
 def test_whoever_comes_through_something_in_between_stays_on_the_stream(serve: Callable[..., Any]) -> None:
     """A tunnel or a proxy stands there for a reason."""
     with proxy(serve().address, 1, lambda rank, number: HEALTHY) as between:
-        world, stream = _joined(between.addresses[0])
+        world, client = _joined(between.addresses[0])
         with world:
             world.barrier()
-            assert not stream.is_local
+            assert not _is_local(client)
 
 
 def test_where_nobody_listens_the_stream_does(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in another network namespace, which can't see the socket's name."""
-    original = local.LocalSocket
+    original = local_channel.LocalChannel
 
-    def elsewhere(invitation: pb.LocalSocket, boot_id: int) -> local.LocalSocket:
-        return original(pb.LocalSocket(name="nobody", ticket=invitation.ticket), boot_id)
+    def elsewhere(invitation: pb.LocalSocket, *others: Any) -> LocalChannel:
+        return original(pb.LocalSocket(name="nobody", ticket=invitation.ticket), *others)
 
-    monkeypatch.setattr(local, "LocalSocket", elsewhere)
-    world, stream = _joined(serve().address)
+    monkeypatch.setattr(local_channel, "LocalChannel", elsewhere)
+    world, client = _joined(serve().address)
     with world:
-        assert not stream.is_local
+        assert not _is_local(client)
         world.barrier()
 
 
 def test_another_service_is_not_taken_for_this_one(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The boot id says which run of the service answers."""
-    original = local.LocalSocket
-    monkeypatch.setattr(local, "LocalSocket", lambda invitation, boot_id: original(invitation, boot_id + 1))
-    world, stream = _joined(serve().address)
+    original = local_channel.LocalChannel
+    monkeypatch.setattr(
+        local_channel, "LocalChannel", lambda invitation, boot_id, timeout: original(invitation, boot_id + 1, timeout)
+    )
+    world, client = _joined(serve().address)
     with world:
         world.barrier()
-        assert not stream.is_local
+        assert not _is_local(client)
 
 
 def test_a_service_that_is_back_invites_again(serve: Callable[..., Any], tmp_path: Any) -> None:
     """After kill -9 and a restart, the next connection has a local socket, too."""
     service = serve("--state-dir", str(tmp_path))
-    world, stream = _joined(service.address)
+    world, client = _joined(service.address)
     with world:
         world.barrier()
         service.end(signal.SIGKILL)
         serve("--listen", service.address, "--state-dir", str(tmp_path))
         world.barrier()
         world.barrier()
-        assert stream.is_local
+        assert _is_local(client)
 
 
 # ---- when it ends ----
@@ -113,7 +131,7 @@ def test_a_service_that_is_back_invites_again(serve: Callable[..., Any], tmp_pat
 @pytest.mark.fault
 def test_a_socket_that_ends_under_a_rank_that_waits_is_made_anew(serve: Callable[..., Any]) -> None:
     """With its stream; the job goes on, and counts everything once."""
-    (one, stream), (two, _) = _both(serve("--away=10").address)
+    (one, client), (two, _) = _both(serve("--away=10").address)
     layers = [BatchNormalization(synchronized=True, name="a", collective=world) for world in (one, two)]
     x = np.ones((4, 3), np.float32)
     with futures.ThreadPoolExecutor(2) as pool:
@@ -122,16 +140,14 @@ def test_a_socket_that_ends_under_a_rank_that_waits_is_made_anew(serve: Callable
             return [future.result(_LIMIT_S) for future in [pool.submit(call) for call in calls]]
 
         both(lambda: layers[0](x, training=True), lambda: layers[1](x, training=True))
-        assert stream._connection is not None
-        mine = stream._connection.socket
-        assert mine is not None
+        mine = _local(client)
         waits = pool.submit(lambda: layers[0](x, training=True))
-        while not mine._hearing.locked():  # it has asked, and waits
+        while not mine._receiving.locked():  # it has asked, and waits
             assert not waits.done()
-        mine.end()
+        mine.close()
         layers[1](x, training=True)
         waits.result(_LIMIT_S)
-        assert stream.is_local
+        assert _is_local(client)
         both(lambda: layers[0](x, training=True), lambda: layers[1](x, training=True))
         for layer, world in zip(layers, (one, two), strict=True):
             mirror = layer.state
@@ -145,101 +161,58 @@ def test_an_answer_that_is_lost_with_the_socket_is_asked_for_again(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service has sent it there already, and counts the question once."""
-    world, stream = _joined(serve("--away=10").address)
+    world, client = _joined(serve("--away=10").address)
     with world:
-        assert stream._connection is not None
-        mine = stream._connection.socket
-        assert mine is not None
-        hear = mine.hear
+        mine = _local(client)
+        receive = mine.receive
 
         def lost(timeout: float) -> None:
-            assert hear(timeout) is not None
+            assert receive(timeout) is not None
             raise ConnectionResetError
 
-        monkeypatch.setattr(mine, "hear", lost)
+        monkeypatch.setattr(mine, "receive", lost)
         (total,) = world.allreduce([np.arange(3)])
         assert total.tolist() == [0, 1, 2]
         world.barrier()
-        assert stream.is_local
+        assert _is_local(client)
 
 
 @pytest.mark.fault
 def test_what_can_not_be_sent_is_said_again(serve: Callable[..., Any]) -> None:
     """A socket that ended between two exchanges is noticed when the next one is sent."""
-    world, stream = _joined(serve("--away=10").address)
+    world, client = _joined(serve("--away=10").address)
     with world:
-        assert stream._connection is not None
-        assert stream._connection.socket is not None
-        stream._connection.socket._socket.shutdown(socket.SHUT_RDWR)
+        _local(client)._socket.shutdown(socket.SHUT_RDWR)
         big = np.arange(400_000.0)  # travels in parts
         (total,) = world.allreduce([big])
         assert np.array_equal(total, big)
         world.barrier()
-        assert stream.is_local
+        assert _is_local(client)
 
 
 @pytest.mark.fault
 def test_a_large_contribution_is_repeated_whole_after_a_cut(serve: Callable[..., Any]) -> None:
     """Its parts came on the stream, while what follows them came on the socket: each broke the other off."""
-    world, stream = _joined(serve("--away=10").address)
+    world, client = _joined(serve("--away=10").address)
     with world:
         for step in range(10):
             (total,) = world.allreduce([np.full(2_000_000, float(step))])
             assert total[-1] == step
-            assert stream._connection is not None
-            stream._connection.cut()
+            _connection(client).cut()
             (total,) = world.allreduce([np.full(3, float(step))])
             assert total.tolist() == [step] * 3
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("moment", ["the next connection asks again", "the answer counts first"])
-def test_an_answer_in_hand_when_the_connection_ends_counts_once(
-    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    """Answers to pulls carry no number: the second one was taken for that to the next pull, of another layer."""
-    world, stream = _joined(serve("--away=10").address)
-    with world:
-        layers = [BatchNormalization(synchronized=True, name=f"l{n}", collective=world) for n in (3, 4)]
-        for layer, channels in zip(layers, (3, 4), strict=True):
-            layer(np.ones((2, channels), np.float32), training=True)
-        connection = stream._connection
-        assert connection is not None
-        mine = connection.socket
-        assert mine is not None
-        hear = mine.hear
-
-        def cut(timeout: float) -> Any:
-            answer = hear(timeout)
-            if answer is not None:
-                connection.cut()
-                while moment.startswith("the next") and (
-                    stream._connection in (None, connection) or not stream.is_local
-                ):
-                    threading.Event().wait(0.001)
-            return answer
-
-        monkeypatch.setattr(mine, "hear", cut)
-        for _ in range(3):
-            for layer in layers:
-                state = world.pull(layer.name)
-                assert state is not None
-                assert state.channels == layer.state.channels
-        world.barrier()
-
-
-@pytest.mark.fault
 def test_an_interrupt_ends_its_use(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What was received when Ctrl-C came may be lost: the goodbye goes on the stream, with its reason."""
-    (one, stream), (two, _) = _both(serve().address)
-    assert stream._connection is not None
-    mine = stream._connection.socket
-    assert mine is not None
+    (one, client), (two, _) = _both(serve().address)
+    mine = _local(client)
 
     def interrupted(timeout: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mine, "hear", interrupted)
+    monkeypatch.setattr(mine, "receive", interrupted)
     with pytest.raises(KeyboardInterrupt), one:
         one.barrier()
     assert mine._socket.fileno() == -1
@@ -254,7 +227,7 @@ def test_an_interrupt_ends_its_use(serve: Callable[..., Any], monkeypatch: pytes
 def test_a_signal_handler_may_leave(serve: Callable[..., Any], local_socket: bool, size: int) -> None:
     """In the middle of a wait, or of sending: it waited for a lock that its own thread held, for ever."""
     service = serve()
-    world, stream = _joined(service.address, local_socket=local_socket)
+    world, client = _joined(service.address, local_socket=local_socket)
     main = threading.get_ident()
     within, over = threading.Event(), threading.Event()
 
@@ -263,7 +236,7 @@ def test_a_signal_handler_may_leave(serve: Callable[..., Any], local_socket: boo
         world.leave()
 
     def interrupt() -> None:
-        while sys._current_frames()[main].f_code.co_name not in ("hear", "_hear", "send"):
+        while sys._current_frames()[main].f_code.co_name not in ("receive", "_take_turn", "send"):
             if over.is_set():
                 return
         signal.pthread_kill(main, signal.SIGUSR1)
@@ -282,26 +255,26 @@ def test_a_signal_handler_may_leave(serve: Callable[..., Any], local_socket: boo
         over.set()
         thread.join()
         signal.signal(signal.SIGUSR1, before)
-    assert not stream._thread.is_alive()
+    assert not client._thread.is_alive()
 
 
 @pytest.mark.fault
 def test_a_signal_handler_may_leave_while_something_changes(serve: Callable[..., Any]) -> None:
     """The thread that it came into holds the lock, and goes on only after it."""
-    world, stream = _joined(serve().address)
-    with stream._changing:
+    world, client = _joined(serve().address)
+    with client._lock:
         world.leave()
-    stream._thread.join(_LIMIT_S)
-    assert not stream._thread.is_alive()
+    client._thread.join(_LIMIT_S)
+    assert not client._thread.is_alive()
 
 
 @pytest.mark.fault
 def test_a_forked_child_does_not_speak_for_its_rank(serve: Callable[..., Any]) -> None:
     """The parent took the answer to the child's question for that to its own."""
-    world, stream = _joined(serve().address)
+    world, client = _joined(serve().address)
     with world:
         world.barrier()
-        connection = stream._connection
+        connection = client._connection
         reading, writing = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # threads beside a fork: that is the point
@@ -321,12 +294,12 @@ def test_a_forked_child_does_not_speak_for_its_rank(serve: Callable[..., Any]) -
         os.close(writing)
         (total,) = world.allreduce([np.array([1])])
         assert total.tolist() == [1]
-        assert stream._connection is connection  # the child has not ended it either
+        assert client._connection is connection  # the child has not ended it either
 
 
 def test_a_timeout_beyond_any_clock_is_a_long_one(serve: Callable[..., Any]) -> None:
     """Nobody waits for 300 years, but nothing fails of it."""
     transport = ServiceTransport(serve().address, "job", 0, 1, timeout=1e10)
     with World(transport, install=False) as world:
-        assert transport._stream.is_local
+        assert _is_local(transport._client)
         world.barrier()

@@ -17,10 +17,8 @@ import pytest
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnworker import World
-from bnworker.transports import local
-from bnworker.transports import service as service_transport
-from bnworker.transports.service import ServiceTransport
-from bnworker.transports.stream import Stream
+from bnworker.transports.service import ServiceTransport, local_channel, transport
+from bnworker.transports.service.client import Client
 from support.breaker import Breaker
 from support.service import daemon
 
@@ -154,12 +152,12 @@ def test_local_sockets_and_connections_that_end_at_any_moment_change_nothing(
     """Of a rank that sends, waits or computes; a connection made anew has a local socket again, which ends as well."""
     breaker = Breaker(seed)
 
-    def kept(*arguments: Any, **options: Any) -> Stream:
-        breaker.streams.append(Stream(*arguments, **options))
-        return breaker.streams[-1]
+    def kept(*arguments: Any, **options: Any) -> Client:
+        breaker.clients.append(Client(*arguments, **options))
+        return breaker.clients[-1]
 
-    monkeypatch.setattr(service_transport, "Stream", kept)
-    monkeypatch.setattr(local, "LocalSocket", breaker.socket)
+    monkeypatch.setattr(transport, "Client", kept)
+    monkeypatch.setattr(local_channel, "LocalChannel", breaker.channel)
     with closing(breaker):
         disturbed = _job(serve(_AWAY).address, 25)
     assert disturbed == _undisturbed(25)

@@ -16,7 +16,7 @@ import pytest
 from bnlayer import MismatchError, PeerLostError, ServiceError
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
-from bnworker.transports.stream import _GOODBYE_S
+from bnworker.transports.service.session import _GOODBYE_S
 
 pytestmark = pytest.mark.rpc
 
@@ -84,10 +84,10 @@ def test_hanging_up_is_no_goodbye(serve: Callable[..., Any], run_rank: Callable[
     """A client that ends its requests, but not its process, is let go by the service, and comes back."""
     service = serve()
     body = (
-        "stream = world._transport._stream\n"
-        "connection = stream._connection\n"
-        "connection.requests.put(None)\n"
-        "while stream._connection is connection: time.sleep(0.01)  # until the service has let it go\n"
+        "client = world._transport._client\n"
+        "connection = client._connection\n"
+        "connection.stream._requests.put(None)\n"
+        "while client._connection is connection: time.sleep(0.01)  # until the service has let it go\n"
         "world.barrier()"
     )
     rude = run_rank(service.address, 1, 2, body)
@@ -295,5 +295,5 @@ def test_arrays_beyond_a_message_travel_in_parts(serve: Callable[..., Any]) -> N
 
 def _until_ended(world: World) -> None:
     """Wait until the rank's stream has ended: it hears of it without asking."""
-    world._transport._stream._thread.join(150)  # type: ignore[attr-defined]  # below the surface: nothing else waits here
-    assert not world._transport._stream._thread.is_alive()  # type: ignore[attr-defined]  # likewise
+    world._transport._client._thread.join(150)  # type: ignore[attr-defined]  # below the surface: nothing else waits here
+    assert not world._transport._client._thread.is_alive()  # type: ignore[attr-defined]  # likewise

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
 
 import numpy as np
 
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.answers import Answer
-from bnworker.transports.local import LocalSocket
-from bnworker.transports.stream import Stream
+from bnworker.transports.service.channel import Answer
+from bnworker.transports.service.client import Client
+from bnworker.transports.service.events import Requests
+from bnworker.transports.service.local_channel import LocalChannel
 
 _ATTACHING = 3  # uses, in which the service takes a socket
 _OF_USE = 4  # uses: a request goes out, is out, is answered; and the next one goes out
 _LONGEST_LIFE = 60  # uses: some 20 exchanges
 
 
-class _Fragile(LocalSocket):
+class _Fragile(LocalChannel):
     """A local socket that tells when it was used so many times."""
 
     def __init__(
-        self, invitation: pb.LocalSocket, boot_id: int, life: int, over: Callable[[LocalSocket], None]
+        self, invitation: pb.LocalSocket, boot_id: int, timeout: float, life: int, over: Callable[[LocalChannel], None]
     ) -> None:
         self._left = itertools.count(life, -1)
         self._used_up = over
-        super().__init__(invitation, boot_id)
+        super().__init__(invitation, boot_id, timeout)
 
-    def send(self, requests: Iterable[pb.ExchangeRequest], timeout: float) -> None:
+    def send(self, requests: Requests) -> None:
         self._use()  # its rank sends
-        super().send(requests, timeout)
+        super().send(requests)
         self._use()  # it waits
 
-    def hear(self, timeout: float) -> Answer | None:
-        answer = super().hear(timeout)
+    def receive(self, timeout: float) -> Answer | None:
+        answer = super().receive(timeout)
         if answer is not None:
             self._use()  # it computes
         return answer
@@ -54,22 +55,22 @@ class Breaker:
         seed: of the moments.
 
     Attributes:
-        streams: of the ranks whose connections it breaks.
+        clients: of the ranks whose connections it breaks.
         ended: how often it ended what.
     """
 
     def __init__(self, seed: int) -> None:
-        self.streams: list[Stream] = []
+        self.clients: list[Client] = []
         self.ended = {"socket": 0, "connection": 0}
         self._rng = np.random.default_rng(seed)
-        self._due: SimpleQueue[LocalSocket | None] = SimpleQueue()
+        self._due: SimpleQueue[LocalChannel | None] = SimpleQueue()
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def socket(self, invitation: pb.LocalSocket, boot_id: int) -> LocalSocket:
+    def channel(self, invitation: pb.LocalSocket, boot_id: int, timeout: float) -> LocalChannel:
         """A local socket that ends sooner or later."""
         life = _ATTACHING + int(self._rng.integers(_OF_USE, _LONGEST_LIFE))
-        return _Fragile(invitation, boot_id, life, self._due.put)
+        return _Fragile(invitation, boot_id, timeout, life, self._due.put)
 
     def close(self) -> None:
         """End its thread."""
@@ -78,8 +79,8 @@ class Breaker:
 
     def _run(self) -> None:
         for mine in iter(self._due.get, None):
-            for connection in [stream._connection for stream in self.streams]:
-                if connection is not None and connection.socket is mine:
+            for connection in [client._connection for client in self.clients]:
+                if connection is not None and connection.channel is mine:
                     alone = self._rng.random() < 0.5
                     self.ended["socket" if alone else "connection"] += 1
-                    mine.end() if alone else connection.cut()
+                    mine.close() if alone else connection.cut()

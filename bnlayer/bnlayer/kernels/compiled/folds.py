@@ -110,7 +110,7 @@ def fold(accumulators: Array, height: int, folds: int, totals: Array, terms: int
     """Bring all sums into the totals, and begin them anew.
 
     Args:
-        places, height: what the pass works on.
+        accumulators, height: what the pass works on.
         totals: (4·folds, places): hi, lo of each fold of the first sum, then of the second.
         terms: how many bits(M) came into each sum since it began: none into chains.
     """

@@ -1,8 +1,13 @@
-"""Answers of the service, put together from the messages in which they come."""
+"""A way on which a rank's requests reach the service, and the answers come back: what one may do.
+
+Which one a connection uses is decided once, when the ranks have joined; nobody asks afterwards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from bnproto.arrays import PayloadAssembler, WireError
 from bnproto.v1 import statistics_pb2 as pb
@@ -16,14 +21,39 @@ class Answer:
     data: bytes | bytearray
 
 
-class Whole:
-    """Puts the parts of an answer together."""
+class Channel(Protocol):
+    """Carries requests and answers, each in the order in which it was sent, and none twice.
+
+    One thread receives. Any thread may close it: whoever sends or receives then gets an error.
+    """
+
+    def send(self, requests: Sequence[pb.ExchangeRequest]) -> None:
+        """Send a request and the parts of its payload, with nothing in between.
+
+        Raises:
+            OSError: the channel is closed, from either side.
+        """
+
+    def receive(self, timeout: float) -> Answer | None:
+        """The next answer, whole; None if there is none for so many seconds.
+
+        Raises:
+            OSError: the channel is closed, from either side.
+            WireError: what was received makes no sense.
+        """
+
+    def close(self) -> None:
+        """End it, without a wait."""
+
+
+class AnswerAssembler:
+    """Puts answers together from the messages in which they travel."""
 
     def __init__(self) -> None:
         self._begun: tuple[pb.ExchangeResponse, PayloadAssembler] | None = None
 
     def add(self, response: pb.ExchangeResponse) -> Answer | None:
-        """Hear a response; returns the answer that it completes.
+        """Take the next message; returns the answer that it completes.
 
         Raises:
             WireError: it is no part of the answer that has begun, or of none.

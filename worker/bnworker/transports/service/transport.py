@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.collective import Call, PlainSignature, Total
-from bnlayer.errors import CollectiveError, ServiceError
+from bnlayer.errors import CollectiveError
 from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
 from bnproto.calls import contribution_of, with_state
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports import Seeded
-from bnworker.transports.answers import Answer
-from bnworker.transports.stream import Stream
+from bnworker.transports.service.channel import Answer
+from bnworker.transports.service.client import Client
 
 T = TypeVar("T")
 
@@ -55,7 +55,6 @@ class ServiceTransport:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._address = address
         self._pushes = 0
         join = pb.Join(
             job=job,
@@ -67,7 +66,7 @@ class ServiceTransport:
             timeout_ms=max(1, round(timeout * 1000)),
             incarnation=secrets.randbits(63) + 1,
         )
-        self._stream = Stream(address, join, timeout, local_socket=local_socket)
+        self._client = Client(address, join, timeout, local_socket=local_socket)
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
@@ -137,30 +136,22 @@ class ServiceTransport:
 
     def leave(self, reason: str) -> None:
         """Say goodbye: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
-        self._stream.close(reason)
+        self._client.close(reason)
 
     def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> Answer:
         """Contribute, and wait for what comes of it."""
-        memory = self._stream.memory
+        session = self._client.session
         payload, parts = pack(arrays, names) if arrays is not None else (None, [])
-        contribution = contribution_of(call, payload, memory.answered + 1, memory.generation)
-        self._stream.ask(pb.ExchangeRequest(contribution=contribution), parts)
-        answer = self._stream.receive()
-        if answer.response.result.sequence != contribution.sequence:
-            raise ServiceError(
-                f"The service at {self._address} answered contribution {answer.response.result.sequence}, expected an "
-                f"answer to {contribution.sequence}. An exchange of this rank was interrupted: leave, and join anew."
-            )
-        return answer
+        contribution = contribution_of(call, payload, session.answered + 1, session.generation)
+        return self._client.request(_with_parts(pb.ExchangeRequest(contribution=contribution), parts))
 
     def _owned(self, layer: str, request: pb.ExchangeRequest, parts: list[pb.Part]) -> LayerState | None:
-        self._stream.ask(request, parts)
-        answer = self._stream.receive()
+        answer = self._client.request(_with_parts(request, parts))
         owned = answer.response.owned
         if not owned.known:
             return None
         state = _state(owned.payload, answer.data, owned.dtype)
-        self._stream.memory.versions[layer] = state.version
+        self._client.note_version(layer, state.version)
         return state
 
     def _at(self, call: Call, ask: Callable[[], T]) -> T:
@@ -171,6 +162,11 @@ class ServiceTransport:
             if error.layer is None and error.step is None:
                 error.layer, error.step = call.key.layer, call.key.step
             raise
+
+
+def _with_parts(request: pb.ExchangeRequest, parts: list[pb.Part]) -> list[pb.ExchangeRequest]:
+    """A request, and the parts of its payload."""
+    return [request, *(pb.ExchangeRequest(part=part) for part in parts)]
 
 
 def _state(payload: pb.Payload, data: bytes | bytearray, dtype: str) -> LayerState:

@@ -9,7 +9,7 @@ import pytest
 
 from bnproto.frames import Frames, framed
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.local import LocalSocket, attached
+from bnworker.transports.service.local_channel import LocalChannel, attached
 
 
 @contextmanager
@@ -48,7 +48,8 @@ def _listener(answer: bytes, backlog: int = 1) -> Iterator[tuple[socket.socket, 
 def test_a_rank_does_without_it(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """It stays on its stream, and the log says why."""
     with caplog.at_level("INFO", "bnworker"), _listener(answer) as (_, invitation):
-        assert attached(pb.Joined(local_socket=invitation), 5, "127.0.0.1:7") is None
+        joined = pb.ExchangeResponse(boot_id=5, joined=pb.Joined(local_socket=invitation))
+        assert attached(joined, "127.0.0.1:7", 1.0) is None
     assert "no local socket to the service at 127.0.0.1:7 (" in caplog.text
 
 
@@ -78,5 +79,5 @@ def test_a_rank_waits_at_a_crowded_door() -> None:
 
         thread = threading.Timer(0.1, serve)
         thread.start()
-        LocalSocket(pb.LocalSocket(name=name, ticket=b"t"), 5).end()
+        LocalChannel(pb.LocalSocket(name=name, ticket=b"t"), 5, 1.0).close()
         thread.join()

@@ -1,0 +1,458 @@
+"""A rank's session with the statistics service: events come in, actions go out.
+
+It decides what is sent, and sent again on the next connection; which answers count; when a connection is made anew, how
+long that may take, and what the rank raises where it fails. It has no clock, socket or thread: the time is passed in,
+and `client` does what the actions say. So it runs against the service's own core in memory (`test_session_history`).
+
+What a rank must repeat, so that everything counts exactly once:
+
+* What was asked is kept until it is answered, and is asked again on the next connection.
+* The latest contribution that was answered is kept, too, and sent again: after a restart of the service another rank
+  may lack that answer, and plain operations leave no trace on the service's disk.
+* An answer counts once, and only on the connection that is current: on the next one it is asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from bnlayer.errors import CollectiveError, ServiceError
+from bnproto.v1 import statistics_pb2 as pb
+from bnworker.transports.service.actions import (
+    Action,
+    CloseChannel,
+    Deliver,
+    HangUp,
+    Open,
+    Pause,
+    Probe,
+    Repeat,
+    Send,
+    SendOnStream,
+    Wake,
+    Warn,
+)
+from bnworker.transports.service.channel import Answer
+from bnworker.transports.service.events import (
+    Abandon,
+    Ask,
+    Begin,
+    ChannelLost,
+    Disconnected,
+    Event,
+    Forked,
+    Joined,
+    Leave,
+    OwnerVersion,
+    PauseOver,
+    Probed,
+    Received,
+    Refused,
+    Repeated,
+    Requests,
+    TimedOut,
+)
+
+_WARN_AFTER_S = 2.0  # a service that listens answers sooner; then the log says what the rank waits for
+_GOODBYE_S = 2.0  # how long leaving may take
+# How long it may take where the service is away, and will be back: others may lack what only this rank can repeat.
+_GOODBYE_IN_AN_OUTAGE_S = 20.0
+# The service ends a wait at the deadline, and knows why; it gets this long to say so.
+_LATE_S = 1.0
+# Between two attempts to connect. A broken connection is made anew at once: others wait for it.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+# A service that keeps nothing on disk, and whose port nobody holds any more, has nothing to come back to.
+_NOBODY_S = 0.5
+
+# Any: each method takes the events of its own kind.
+_Decide = Callable[["Session", Any, float], list[Action]]
+
+
+class State(Enum):
+    """Where a session is."""
+
+    CONNECTING = auto()  # not all ranks have joined yet, and there is no connection
+    JOINING = auto()  # a connection was opened with a join; the service has not answered, or is told what it may lack
+    ACTIVE = auto()  # requests are sent and answered
+    AWAY = auto()  # the connection can't be used any more, and is made anew
+    LEAVING = auto()  # the rank has said goodbye, or will on the next connection
+    CLOSED = auto()  # over: `error` says why
+
+
+class ImpossibleEventError(AssertionError):
+    """An event that can't happen in this state: a fault of whoever performs the actions."""
+
+
+class Session:
+    """One rank's session.
+
+    Args:
+        address: of the service, for errors.
+        join: how this rank takes its place.
+        timeout: seconds to wait for all ranks, for each answer, and for a service that is away.
+        now: seconds, on the clock of `handle`.
+
+    Attributes:
+        state: where it is.
+        error: what every exchange raises once it is over.
+        generation: of the job; 0 before all ranks have joined.
+        answered: the number of the last contribution that was answered.
+        answer_within: seconds that the rank waits before `TimedOut`.
+        leave_by: when it stops waiting for the answer to its goodbye.
+    """
+
+    def __init__(self, address: str, join: pb.Join, timeout: float, now: float) -> None:
+        self.state = State.CONNECTING
+        self.error: CollectiveError | None = None
+        self.generation = 0
+        self.answered = 0
+        self.answer_within = timeout + _LATE_S
+        self.leave_by = 0.0
+        self._address = address
+        self._join = join
+        self._timeout = timeout
+        self._boot_id = 0
+        self._durable = True
+        # What to repeat.
+        self._versions: dict[str, int] = {}
+        self._layer_answered = 0
+        self._asked: Requests = ()
+        self._contributed: Requests = ()
+        # The connection.
+        self._connection = 0
+        self._joined = False  # on this connection
+        self._repeated: Requests = ()  # that was asked, when this connection was told what to repeat
+        self._goodbye_on = 0  # the connection that carried it
+        self._goodbye_waits_longer = False
+        # The attempts to make one.
+        self._since = now
+        self._pause = _FIRST_PAUSE_S
+        self._warned = False
+        self._outage_s = timeout
+        self._ended: Disconnected | None = None
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Decide what an event brings about.
+
+        Args:
+            event: what happened.
+            now: seconds, on a clock that never goes back.
+
+        Raises:
+            ImpossibleEventError: not in this state.
+        """
+        decide = self.TABLE[self.state].get(type(event))
+        if decide is None:
+            raise ImpossibleEventError(f"{type(event).__name__} can't happen in {self.state.name}")
+        actions = decide(self, event, now)
+        if self.error is not None:  # a signal handler may have closed the session in the middle of this
+            self.state = State.CLOSED
+        return actions
+
+    # ---- requests and answers ----
+
+    def _ask(self, event: Ask, now: float) -> list[Action]:
+        del now
+        self._asked = event.requests
+        return [Send(self._connection, event.requests)]
+
+    def _ask_later(self, event: Ask, now: float) -> list[Action]:
+        """There is no connection to ask on: the next one begins with what is not answered."""
+        del now
+        self._asked = event.requests
+        return []
+
+    def _receive(self, event: Received, now: float) -> list[Action]:
+        del now
+        if event.connection != self._connection or not self._asked:
+            return []
+        response, asked = event.answer.response, self._asked[0]
+        match response.WhichOneof("message"):
+            case "result" if asked.HasField("contribution"):
+                return self._receive_result(response.result, asked.contribution, event.answer)
+            case "owned" if asked.HasField("pull") or asked.HasField("push"):
+                self._asked = ()
+                return [Deliver(event.answer)]
+            case _:
+                return []
+
+    def _receive_result(self, result: pb.Result, contribution: pb.Contribution, answer: Answer) -> list[Action]:
+        sequence = result.sequence
+        if sequence <= self.answered:
+            return []  # to what was repeated
+        if sequence != contribution.sequence:
+            return self._close(
+                ServiceError(
+                    f"The service at {self._address} answered contribution {sequence}, expected an answer to "
+                    f"{contribution.sequence}. An exchange of this rank was interrupted: leave, and join anew."
+                )
+            )
+        self.answered = sequence
+        if contribution.HasField("layer"):
+            self._layer_answered = sequence
+            self._versions[contribution.layer] = result.version
+        self._contributed, self._asked = self._asked, ()
+        return [Deliver(answer)]
+
+    def _note_version(self, event: OwnerVersion, now: float) -> list[Action]:
+        del now
+        self._versions[event.layer] = event.version
+        return []
+
+    # ---- a connection, from its begin to its end ----
+
+    def _open(self, event: Begin | PauseOver, now: float) -> list[Action]:
+        del event, now
+        self._connection += 1
+        join = pb.Join()
+        join.CopyFrom(self._join)
+        if self.generation:
+            join.resume.boot_id = self._boot_id
+            join.resume.generation = self.generation
+            join.resume.sequence = self.answered
+            join.resume.layer_sequence = self._layer_answered
+            join.resume.versions.update(self._versions)
+        requests = [pb.ExchangeRequest(join=join)]
+        if self.state is State.LEAVING:
+            requests += self._repetition()
+            self._goodbye_on = self._connection
+        else:
+            self.state = State.JOINING
+        return [Open(self._connection, requests)]
+
+    def _enter(self, event: Joined, now: float) -> list[Action]:
+        """The service takes part: it is told what it may lack, then the rank goes on."""
+        del now
+        actions: list[Action] = []
+        if self.generation:
+            actions.append(Warn(f"rank {self._join.rank} is back at the service at {self._address}"))
+        self.generation = self.generation or event.generation
+        self._boot_id, self._durable, self._joined = event.boot_id, event.durable, True
+        if self.state is State.LEAVING:  # its goodbye came with the join
+            return actions
+        self._repeated = self._asked
+        repetition = self._repetition()
+        if repetition:
+            return [*actions, Repeat(self._connection, repetition)]
+        self.state = State.ACTIVE
+        return [*actions, Wake()]
+
+    def _go_on(self, event: Repeated, now: float) -> list[Action]:
+        del event, now
+        self.state = State.ACTIVE
+        if self._asked and self._asked is not self._repeated:  # it was asked meanwhile
+            return [Send(self._connection, self._asked), Wake()]
+        return [Wake()]
+
+    def _lose_channel(self, event: ChannelLost, now: float) -> list[Action]:
+        del now
+        if event.connection != self._connection:
+            return []
+        self.state, self._joined = State.AWAY, False
+        return [CloseChannel(self._connection)]
+
+    def _disconnect(self, event: Disconnected, now: float) -> list[Action]:
+        if self.state is State.LEAVING and event.code == "OK" and self._goodbye_on == event.connection:
+            return self._close(_left())
+        if self._joined or self.state is State.AWAY:  # it was of use
+            self._since, self._pause, self._warned = now, _FIRST_PAUSE_S, False
+        self._joined, self._ended = False, event
+        if self.state is not State.LEAVING:
+            self.state = State.AWAY if self.generation else State.CONNECTING
+        if not self._durable and now - self._since >= _NOBODY_S:
+            return [Probe()]
+        return self._try_again(event, now)
+
+    def _judge_outage(self, event: Probed, now: float) -> list[Action]:
+        assert self._ended is not None
+        if not event.listens:
+            self._outage_s = _NOBODY_S
+        return self._try_again(self._ended, now)
+
+    def _try_again(self, ended: Disconnected, now: float) -> list[Action]:
+        """Connect once more after a pause, or give up."""
+        away = now - self._since
+        if away >= self._outage_s:
+            return self._close(self._unreachable(ended))
+        actions: list[Action] = []
+        if not self._warned and (self.generation or away >= min(_WARN_AFTER_S, self._timeout)):
+            self._warned = True
+            actions.append(Warn(self._what_it_waits_for(ended)))
+        pause = min(self._pause * (0.5 + 0.5 * ended.jitter), self._outage_s - away)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        return [*actions, Pause(pause)]
+
+    # ---- the end ----
+
+    def _fail(self, event: Refused, now: float) -> list[Action]:
+        del now
+        return self._close(event.error)
+
+    def _leave(self, event: Leave, now: float) -> list[Action]:
+        """Say goodbye, on the stream: what was interrupted may still hold up the channel."""
+        before, self.state = self.state, State.LEAVING
+        self.leave_by = now + _GOODBYE_S
+        self._asked = [pb.ExchangeRequest(leave=pb.Leave(reason=event.reason))]
+        if before is State.AWAY:
+            return []
+        self._goodbye_on = self._connection
+        return [SendOnStream(self._connection, self._asked if before is State.ACTIVE else self._repetition())]
+
+    def _time_out(self, event: TimedOut, now: float) -> list[Action]:
+        del event, now
+        return self._close(
+            ServiceError(
+                f"The service at {self._address} did not answer within {self._timeout:g} s. It may be frozen or cut "
+                "off; if it is only slow, wait longer: timeout=."
+            )
+        )
+
+    def _time_out_leaving(self, event: TimedOut, now: float) -> list[Action]:
+        del event, now
+        longer = min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S) - _GOODBYE_S
+        if self._goodbye_waits_longer or self._joined or not self._durable or longer <= 0:
+            return self._close(_left())
+        self._goodbye_waits_longer = True
+        self.leave_by += longer
+        return []
+
+    def _abandon(self, event: Abandon, now: float) -> list[Action]:
+        del event, now
+        return self._close(_left())
+
+    def _fork(self, event: Forked, now: float) -> list[Action]:
+        """Nothing is done: the connection is the parent's."""
+        del now
+        self.error = ServiceError(
+            f"Process {event.pid} was forked from rank {self._join.rank}, which has joined its job: a rank is one "
+            "process. Make exchanges there, or start processes before joining."
+        )
+        return []
+
+    def _ignore(self, event: Event, now: float) -> list[Action]:
+        """It comes too late to matter."""
+        del event, now
+        return []
+
+    def _close(self, error: CollectiveError) -> list[Action]:
+        self.error = self.error or error
+        return [HangUp()]
+
+    # ---- what is said ----
+
+    def _repetition(self) -> list[pb.ExchangeRequest]:
+        """What the service may lack, in order."""
+        return [*self._contributed, *self._asked]
+
+    def _unreachable(self, ended: Disconnected) -> ServiceError:
+        if not self.generation:
+            return ServiceError(
+                f"No statistics service could be reached at {self._address} within {self._timeout:g} s. Check the "
+                "address, and that the service runs there (bnlayer serve --listen HOST:PORT)."
+            )
+        return ServiceError(
+            f"The connection to the service at {self._address} broke, and could not be made anew within "
+            f"{self._outage_s:g} s ({ended.code}: {ended.text}). Look at the service's log; once it is back, start the "
+            "job again."
+        )
+
+    def _what_it_waits_for(self, ended: Disconnected) -> str:
+        if not self.generation:
+            return f"nobody listens at {self._address} yet; trying until {self._timeout:g} s have passed (timeout=)"
+        return (
+            f"rank {self._join.rank}: the connection to the service at {self._address} broke ({ended.code}: "
+            f"{ended.text}); trying for {self._outage_s:g} s to come back"
+        )
+
+    # What can happen in which state, and what decides about it then. What is not in the table can't happen.
+    TABLE: ClassVar[Mapping[State, Mapping[type[Event], _Decide]]] = {
+        State.CONNECTING: {
+            Begin: _open,
+            PauseOver: _open,
+            Probed: _judge_outage,
+            TimedOut: _time_out,
+            Abandon: _abandon,
+            Forked: _fork,
+        },
+        State.JOINING: {
+            Ask: _ask_later,
+            Joined: _enter,
+            Repeated: _go_on,
+            Received: _ignore,
+            OwnerVersion: _note_version,
+            ChannelLost: _lose_channel,
+            Disconnected: _disconnect,
+            Refused: _fail,
+            TimedOut: _time_out,
+            Leave: _leave,
+            Abandon: _abandon,
+            Forked: _fork,
+        },
+        State.ACTIVE: {
+            Ask: _ask,
+            Joined: _ignore,
+            Received: _receive,
+            OwnerVersion: _note_version,
+            ChannelLost: _lose_channel,
+            Disconnected: _disconnect,
+            Refused: _fail,
+            TimedOut: _time_out,
+            Leave: _leave,
+            Abandon: _abandon,
+            Forked: _fork,
+        },
+        State.AWAY: {
+            Ask: _ask_later,
+            Joined: _ignore,
+            Repeated: _ignore,
+            Received: _ignore,
+            OwnerVersion: _note_version,
+            ChannelLost: _ignore,
+            Disconnected: _disconnect,
+            Refused: _fail,
+            Probed: _judge_outage,
+            PauseOver: _open,
+            TimedOut: _time_out,
+            Leave: _leave,
+            Abandon: _abandon,
+            Forked: _fork,
+        },
+        State.LEAVING: {
+            Ask: _ignore,
+            Joined: _enter,
+            Repeated: _ignore,
+            Received: _ignore,
+            OwnerVersion: _ignore,
+            ChannelLost: _ignore,
+            Disconnected: _disconnect,
+            Refused: _fail,
+            Probed: _judge_outage,
+            PauseOver: _open,
+            TimedOut: _time_out_leaving,
+            Leave: _ignore,
+            Abandon: _abandon,
+            Forked: _fork,
+        },
+        State.CLOSED: {
+            Ask: _ignore,
+            Joined: _ignore,
+            Repeated: _ignore,
+            Received: _ignore,
+            OwnerVersion: _ignore,
+            ChannelLost: _ignore,
+            Disconnected: _ignore,
+            Refused: _ignore,
+            Probed: _ignore,
+            PauseOver: _ignore,
+            TimedOut: _ignore,
+            Leave: _ignore,
+            Abandon: _ignore,
+            Forked: _ignore,
+        },
+    }
+
+
+def _left() -> ServiceError:
+    return ServiceError("This rank has left its job: join anew.")
