@@ -57,10 +57,12 @@ class Renorm:
         if rmax is not None and rmin is not None and rmax < rmin:
             raise ValueError(
                 "rmax should be greater than rmin in the `renorm_clipping` argument. "
-                f"Received: rmax={rmax}, rmin={rmin}."
+                f"Received: rmax={given['rmax']}, rmin={given['rmin']}."
             )
         if dmax is not None and dmax < 0:
-            raise ValueError(f"dmax should be non-negative in the `renorm_clipping` argument. Received: dmax={dmax}.")
+            raise ValueError(
+                f"dmax should be non-negative in the `renorm_clipping` argument. Received: dmax={given['dmax']}."
+            )
         return cls(momentum, rmax, rmin, dmax)
 
     def correction(

@@ -39,4 +39,4 @@ def test_contract(outcomes: dict[int, Outcomes], world_size: int, name: str) -> 
     texts = [rank["saw"] for rank in ranks if rank["saw"] is not None]
     assert all(saw == texts[0] for saw in texts)
     if name.startswith("disagree_"):
-        assert latency([Watch(rank["spoke"], rank["told"]) for rank in ranks]) <= FAILURE_WITHIN_S
+        assert latency([Watch(rank["contributed_at"], rank["failed_at"]) for rank in ranks]) <= FAILURE_WITHIN_S

@@ -73,7 +73,7 @@ _RANK = """
 import sys, time
 import numpy as np
 from bnlayer import BatchNormalization, CollectiveError
-from bnlayer.collective import Call, Operation, Place, PlainSignature
+from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 
