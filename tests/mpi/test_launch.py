@@ -64,10 +64,10 @@ def test_the_cause_may_end_after_those_that_are_told(tmp_path: Path) -> None:
     os.mkfifo(gate)
     text = (
         "import select\n"
-        "from bnworker.failure_marker import tell\n"
+        "from bnworker.failure_marker import mark\n"
         "if rank == 0:\n"
         f"    open({str(gate)!r}, 'w').write(str(os.getpid()))\n"
-        "    tell()\n"
+        "    mark()\n"
         "    sys.exit(1)\n"
         f"other = os.pidfd_open(int(open({str(gate)!r}).read()))\n"
         "select.select([other], [], [])\n"

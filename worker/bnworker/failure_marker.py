@@ -21,14 +21,14 @@ from bnlayer.environment import variable
 
 FOLDER = "BNLAYER_LAUNCH_DIR"  # set by the launcher, for everything it starts
 
-
+_PEER_FAILURE = "peer-failure"
 # What an end by exit code 0 must not leave open, and what should have come first.
 OPEN = {"world": "leaving the job", "mpi": "the normal end that MPI needs"}
 
 
 def mark(environ: Mapping[str, str] = os.environ) -> None:
     """Say that this rank was told of another's failure."""
-    _write(environ, "told")
+    _write(environ, _PEER_FAILURE)
 
 
 def opened(what: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -45,7 +45,7 @@ def closed(what: str, environ: Mapping[str, str] = os.environ) -> None:
 
 def is_marked(folder: Path, rank: int) -> bool:
     """Whether a rank was told of another's failure."""
-    return (folder / f"{rank}.peer-failure").exists()
+    return (folder / f"{rank}.{_PEER_FAILURE}").exists()
 
 
 def left_open(folder: Path, rank: int) -> str:
