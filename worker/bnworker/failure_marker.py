@@ -1,6 +1,6 @@
 """What a rank says to its launcher beside its exit code, as empty files in the launcher's folder.
 
-    RANK.told    if I fail now, it is because I was told of another rank's failure
+    RANK.peer-failure if I fail now, it is because I was told of another rank's failure
     RANK.world   I have joined, and not yet left
     RANK.mpi     I have initialized MPI, and not come to the process's normal end yet, where it is finalized
 

@@ -9,7 +9,7 @@ when it ends. Where the folder is not there (another host), the rank keeps mpiex
 Each word of the command has a "=" in front: mpiexec takes a word ":" for the end of its own command, wherever it is.
 
 Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
-did. If the rank was told of another's failure (`N.told`), it first waits for that one: mpiexec ends all ranks when
+did. If the rank was told of another's failure (`N.peer-failure`), it first waits for that one: mpiexec ends all ranks when
 the first fails, and would end the one that knows why. If it ended with 0 but has left its world or MPI open
 (`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
 
@@ -63,7 +63,7 @@ def _wait_for_the_cause(folder: Path, ranks: range) -> None:
     """Return when every rank has ended or was told of a failure, or a signal says that it is over anyway."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline and not _signalled:
-        if all((folder / f"{rank}.ended").exists() or (folder / f"{rank}.told").exists() for rank in ranks):
+        if all((folder / f"{rank}.ended").exists() or (folder / f"{rank}.peer-failure").exists() for rank in ranks):
             return
         time.sleep(_PAUSE_S)
 
@@ -111,7 +111,7 @@ def main() -> None:
     running.clear()  # before its number is free for another process
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(report, f"{status}\n".encode())
-    if status != 0 and (folder / f"{rank}.told").exists():  # see bnworker.failure_marker
+    if status != 0 and (folder / f"{rank}.peer-failure").exists():  # see bnworker.failure_marker
         _wait_for_the_cause(folder, ranks)
     elif folder.is_dir():
         (folder / f"{rank}.ended").touch()
