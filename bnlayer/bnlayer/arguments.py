@@ -23,10 +23,13 @@ def number(name: str, value: Any) -> float:
     Raises:
         ValueError: the value is none.
     """
+    refusal = ValueError(f"{name}: expected a number, received {value!r}.")
+    if isinstance(value, str | bytes):  # which float() would read
+        raise refusal
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}: expected a number, received {value!r}.") from None
+        raise refusal from None
 
 
 def channel_axis(value: Any) -> int:

@@ -50,19 +50,17 @@ class Renorm:
                 f"Received invalid keys for `renorm_clipping` argument: {dict(clipping)}. "
                 f"Supported values: {list(_KEYS)}."
             )
-        given = {key: clipping.get(key) for key in _KEYS}
-        rmax, rmin, dmax = (
-            None if value is None else number(f"renorm_clipping[{key!r}]", value) for key, value in given.items()
-        )
+        for key, value in clipping.items():
+            if value is not None:
+                number(f"renorm_clipping[{key!r}]", value)
+        rmax, rmin, dmax = (clipping.get(key) for key in _KEYS)
         if rmax is not None and rmin is not None and rmax < rmin:
             raise ValueError(
                 "rmax should be greater than rmin in the `renorm_clipping` argument. "
-                f"Received: rmax={given['rmax']}, rmin={given['rmin']}."
+                f"Received: rmax={rmax}, rmin={rmin}."
             )
         if dmax is not None and dmax < 0:
-            raise ValueError(
-                f"dmax should be non-negative in the `renorm_clipping` argument. Received: dmax={given['dmax']}."
-            )
+            raise ValueError(f"dmax should be non-negative in the `renorm_clipping` argument. Received: dmax={dmax}.")
         return cls(momentum, rmax, rmin, dmax)
 
     def correction(

@@ -64,13 +64,7 @@ class Safetensors:
 
     def decode(self, data: bytes) -> Contents:
         """What a file's bytes hold; see `Container`."""
-        try:
-            tensors = safetensors.deserialize(data)  # type: ignore[no-untyped-call]  # its stub has no annotations
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"expected a whole safetensors file, received {len(data)} bytes: {error}.") from error
-        # Valid by now: 8 bytes that give the length of the header, and the header.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header.get("__metadata__", {})
+        tensors, metadata = _parsed(data)
         if _DESCRIPTION not in metadata:
             raise ValueError(_without_description("metadata", list(metadata), [key for key, _ in tensors]))
         return Contents({key: _tensor(key, spec) for key, spec in tensors}, metadata[_DESCRIPTION])
@@ -96,17 +90,47 @@ class Npz:
 
     def decode(self, data: bytes) -> Contents:
         """What a file's bytes hold; see `Container`."""
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                # Each entry is read whole before it is parsed, so that its checksum comes first.
-                entries = {info.filename: archive.read(info) for info in archive.infolist()}
-        except _UNREADABLE as error:
-            raise ValueError(f"expected a whole .npz archive, received {len(data)} bytes: {error}.") from error
-        arrays = {name.removesuffix(".npy"): _entry(name, entry) for name, entry in entries.items()}
+        arrays = _entries(data)
         description = arrays.pop(_DESCRIPTION, None)
         if description is None or description.dtype.kind != "U" or description.shape != ():
             raise ValueError(_without_description("a string", list(arrays), list(arrays)))
         return Contents(arrays, str(description))
+
+
+def arrays_in(suffix: str, data: bytes) -> tuple[Arrays, str | None]:
+    """The arrays of any file of the two kinds, and its description; None where it has none.
+
+    Raises:
+        ValueError: it is damaged, or holds something else than arrays.
+    """
+    if suffix == ".npz":
+        arrays = _entries(data)
+        description = arrays.pop(_DESCRIPTION, None)
+        return arrays, None if description is None else str(description)
+    tensors, metadata = _parsed(data)
+    return {key: _tensor(key, spec) for key, spec in tensors}, metadata.get(_DESCRIPTION)
+
+
+def _parsed(data: bytes) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
+    """The tensors of a safetensors file as they are stored, and its metadata."""
+    try:
+        tensors = safetensors.deserialize(data)  # type: ignore[no-untyped-call]  # its stub has no annotations
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"expected a whole safetensors file, received {len(data)} bytes: {error}.") from error
+    # Valid by now: 8 bytes that give the length of the header, and the header.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})
+
+
+def _entries(data: bytes) -> Arrays:
+    """The arrays of a .npz."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # Each entry is read whole before it is parsed, so that its checksum comes first.
+            entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    except _UNREADABLE as error:
+        raise ValueError(f"expected a whole .npz archive, received {len(data)} bytes: {error}.") from error
+    return {name.removesuffix(".npy"): _entry(name, entry) for name, entry in entries.items()}
 
 
 def _tensor(key: str, spec: dict[str, Any]) -> NDArray[Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from bnproto.credentials import refusal
 from bnworker.cli.errors import CommandError
 from bnworker.cli.rank import Files
-from bnworker.train import data, penalties, report
+from bnworker.train import data, penalties, report, weight_files
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, labels_of, read
 from bnworker.train.files import prepare
 from bnworker.train.settings import Settings, option
+from bnworker.train.weight_files import WeightFileError
 
 _NAMED = {
     "gamma_regularizer": penalties.regularizer,
@@ -56,9 +58,11 @@ def refuse_what_cannot_work(
         start = read(files.saved) if files.resume and files.saved is not None else None
         if start is not None:
             start.refuse_other_settings(settings)
+        if start is None and settings.init_from is not None:
+            weight_files.read(Path(settings.init_from))
         if launching:
             _examine(name, settings, start)
-    except (data.DataError, CheckpointError, report.MissingExtraError, OSError) as error:
+    except (data.DataError, CheckpointError, WeightFileError, report.MissingExtraError, OSError) as error:
         raise CommandError(f"train: {error}") from None
     return start
 

@@ -30,7 +30,7 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
         ("training rows per rank", _listed(plan.rows_per_rank)),
         ("rows of a step", f"{_sizes(plan.epoch)}; per rank, at most {_listed(plan.step_rows_per_rank)}"),
         ("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch"),
-        ("goes on from", "the beginning" if start is None else f"step {start.progress.steps:,} of {start.name}"),
+        ("goes on from", _beginning(settings, start)),
         ("learning rate", _rates(settings, plan)),
         ("parameters", f"{plan.parameters:,} {settings.dtype}"),
         *(_wire(plan) if transport != "none" else (("exchanges", "none"),)),
@@ -38,6 +38,12 @@ def show(settings: Settings, data: Dataset, workers: int, transport: str, start:
     ):
         table.add_row(name, value)
     console().print(table)
+
+
+def _beginning(settings: Settings, start: Checkpoint | None) -> str:
+    if start is not None:
+        return f"step {start.progress.steps:,} of {start.name}"
+    return "the beginning" + ("" if settings.init_from is None else f", with the weights of {settings.init_from}")
 
 
 def _wire(plan: Forecast) -> list[tuple[str, str]]:

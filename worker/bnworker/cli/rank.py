@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from numpy.typing import NDArray
 
 from bnlayer import CollectiveError
 from bnworker.cli.display import Display
@@ -16,13 +17,16 @@ from bnworker.cli.errors import CommandError
 from bnworker.cli.interruption import Interruption
 from bnworker.joining import join
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
-from bnworker.train.data import DataError, listed, load
+from bnworker.train.data import DataError, Dataset, listed, load
 from bnworker.train.events import Event
 from bnworker.train.files import write_atomically
+from bnworker.train.initial import Sizes
+from bnworker.train.initial import read_by_first as initial_by_first
 from bnworker.train.loop import DivergedError, Outcome, Replica, Saving, StoppedError, train
 from bnworker.train.report.recorder import Recorder
 from bnworker.train.settings import Settings
 from bnworker.train.summary import summary, summary_file
+from bnworker.train.weight_files import WeightFileError
 from bnworker.world import World
 
 
@@ -90,7 +94,7 @@ def run(
 
 def _train(
     data: str, settings: Settings, world: World, replica: Replica, files: Files, *, first: bool
-) -> DataError | CheckpointError | _Stopped | None:
+) -> DataError | CheckpointError | WeightFileError | _Stopped | None:
     """Train, show and write; returns what every rank finds wrong with what the user gave, or that it was stopped."""
     recorder: Recorder | None = None
     interruption = Interruption()
@@ -106,6 +110,7 @@ def _train(
         if first and loaded.ignored:
             typer.echo(f"bnlayer: train: --data {data}: not read: {listed(loaded.ignored)}", err=True)
         settings = settings.completed(None if start is None else start.settings)
+        initial = _initial(world, settings, loaded, start, first=first)
         steps_per_epoch = loaded.steps_per_epoch(settings.batch_size, settings.last_batch)
         steps = settings.total_steps(steps_per_epoch)
         display = Display(steps, settings.epochs, shown=first, plain=world.transport == "mpi")
@@ -119,7 +124,17 @@ def _train(
         saving = _saving(files) if first else None
         with display, interruption:
             stop = interruption.asked
-            outcome = train(settings, loaded, world, replica, watch, start=start, saving=saving, stop=stop)
+            outcome = train(
+                settings,
+                loaded,
+                world,
+                replica,
+                watch,
+                start=start,
+                initial=initial,
+                saving=saving,
+                stop=stop,
+            )
     except StoppedError as stopped:
         by = interruption.signal or signal.SIGINT
         if first:
@@ -127,7 +142,7 @@ def _train(
             typer.echo(f"bnlayer: train: {by.name}: stopped after step {stopped.steps:,}{kept}", err=True)
         _report_failure(recorder, data, settings, world, f"{by.name} after step {stopped.steps:,}.", stopped=True)
         return _Stopped(by)
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, WeightFileError) as error:
         _report_failure(recorder, data, settings, world, str(error))
         return error
     except (CollectiveError, DivergedError) as error:
@@ -140,6 +155,18 @@ def _train(
     if recorder is not None:
         _finish(outcome, world, replica, settings, data, files, display, recorder)
     return None
+
+
+def _initial(
+    world: World, settings: Settings, data: Dataset, start: Checkpoint | None, *, first: bool
+) -> dict[str, NDArray[Any]] | None:
+    """The weights of `--init-from`; a run that goes on from a checkpoint has its own."""
+    if start is not None or settings.init_from is None:
+        return None
+    initial = initial_by_first(world, Path(settings.init_from), Sizes.of(settings, data))
+    if first:
+        typer.echo(initial.text)
+    return initial.tensors
 
 
 def _saving(files: Files) -> Saving | None:

@@ -106,6 +106,15 @@ def train(
     hidden: Annotated[
         str, typer.Option(metavar="N,N,...", help="Outputs of each hidden layer.", rich_help_panel=_MODEL)
     ] = "128,64",
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Begin with the weights of a Keras or torch model, an export or a checkpoint.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     classes: Annotated[
         int | None,
         typer.Option(
@@ -239,6 +248,10 @@ def train(
 
     `bnlayer train --workers 3 --save out/digits.safetensors --save-every 100 --resume`
 
+    One that begins where a Keras or torch model of this form is, or an export of ours:
+
+    `bnlayer train --data digits --init-from model.keras`
+
     The rows of a step, the loss and the statistics do not depend on the number of workers: nor does the result, up to
     the rounding of the Dense layers' gradients. `--transport none` shows what is lost without synchronization;
     with one worker it is a plain single process. A resumed run is bit for bit the one that was cut off, if the number
@@ -286,6 +299,7 @@ def train(
             early_stop=early_stop,
             classes=classes,
             last_batch=None if last_batch is None else last_batch.value,
+            init_from=None if init_from is None else str(init_from),
         )
     except SettingsError as error:
         raise CommandError(f"train: {error}") from None
@@ -337,6 +351,8 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
     from bnworker.cli.forecast import show
     from bnworker.train.checkpoint import labels_of
     from bnworker.train.data import DataError, load
+    from bnworker.train.initial import Sizes, fitted
+    from bnworker.train.weight_files import WeightFileError, read
 
     settings = settings.completed(None if start is None else start.settings)
     try:
@@ -346,8 +362,10 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
             validation_split=settings.validation_split,
             labels=labels_of(settings, start),
         )
+        if settings.init_from is not None and start is None:
+            fitted(read(Path(settings.init_from)), Sizes.of(settings, loaded))
         show(settings, loaded, workers, transport, start)
-    except DataError as error:
+    except (DataError, WeightFileError) as error:
         raise CommandError(f"train: {error}") from None
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: all that a run needs to go on, bit for bit, in one safetensors file.
 
 Laws:
-1. Equal states make equal bytes: a checkpoint holds no time, no path but the data's name, no number of ranks.
+1. Equal states make equal bytes: a checkpoint holds no time, no path but what names the data and the initial
+   weights, no number of ranks.
 2. What is read is what was written, or an error that says what is wrong with the file.
 3. One rank reads and writes; the others get what it read.
 

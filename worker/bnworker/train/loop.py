@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,7 @@ def train(
     watch: Callable[[Event], None] = lambda _: None,
     *,
     start: Checkpoint | None = None,
+    initial: Mapping[str, NDArray[Any]] | None = None,
     saving: Saving | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
@@ -125,6 +126,7 @@ def train(
         replica: this world's part of the rows.
         watch: is told of everything that happens.
         start: where to go on; None: from the beginning.
+        initial: weights to begin with, as of `Perceptron.begin`; None: drawn by the seed.
         saving: of checkpoints; None: none.
         stop: is asked in every step whether this rank shall end; one that says so ends them all.
 
@@ -141,7 +143,7 @@ def train(
             f"train(data=): it was loaded for rank {data.rank} of {data.world_size}, and this is rank {world.rank} of "
             f"{world.world_size}: expected load(..., world=world)."
         )
-    run = _Run(settings, data, world, replica, watch, saving, start, stop)
+    run = _Run(settings, data, world, replica, watch, saving, start, initial, stop)
     while not run.over:
         run.epoch()
     return run.outcome()
@@ -178,6 +180,7 @@ class _Run:
         watch: Callable[[Event], None],
         saving: Saving | None,
         start: Checkpoint | None,
+        initial: Mapping[str, NDArray[Any]] | None,
         stop: Callable[[], bool],
     ) -> None:
         settings = settings.completed(None if start is None else start.settings)
@@ -203,6 +206,8 @@ class _Run:
         self._stopping = False
         if start is not None:
             self._go_on_from(start)
+        elif initial is not None:
+            self._model.begin(initial)
         self._resumed_steps = self._progress.steps
         self._spread()
         if start is not None:

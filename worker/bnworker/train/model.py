@@ -174,6 +174,18 @@ class Perceptron:
             own = {name: tensors[f"{norm.name}/state/{name}"] for name in norm.state.arrays()}
             norm.restore(LayerState.from_arrays(own, norm.dtype))
 
+    def begin(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Take over weights and moving statistics, rounded to the model's dtype: "bn_1/moving_mean" and so on.
+
+        Args:
+            tensors: every trainable weight by its name, and the moving statistics, in the right shapes.
+        """
+        for name, weight in self.named_weights().items():
+            weight.assign(tensors[name])
+        for norm in self.norms:
+            for statistics in (norm.moving_mean, norm.moving_variance):
+                statistics.assign(tensors[f"{norm.name}/{statistics.name}"])
+
     def __call__(self, x_BD: NDArray[Any], training: bool = False) -> NDArray[Any]:
         """The logits, (B, K)."""
         self._active = []

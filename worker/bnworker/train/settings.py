@@ -50,6 +50,7 @@ class Settings:
         classes: how many: labels are 0 to classes − 1, whether all of them occur or not. None: those that occur.
         last_batch: what becomes of the rows of an epoch that do not fill a batch, "spread", "keep" or "drop": see
             `EpochSteps`. None: not asked for; `completed` decides.
+        init_from: the file of the weights that it begins with; None: they are drawn by the seed.
 
     Raises:
         SettingsError: one is out of range.
@@ -78,6 +79,7 @@ class Settings:
     early_stop: int | None = None
     classes: int | None = None
     last_batch: LastBatch | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "decay_epochs", "steps", "early_stop", "classes"):

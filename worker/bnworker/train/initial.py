@@ -1,0 +1,192 @@
+"""The weights that a run begins with, taken from a file: fitted to the model, or refused with what does not fit.
+
+    [Dense ─ BatchNormalization ─ ReLU] × hidden ─ Dense
+
+Layers are matched in their order. What the file has and the model has not, or the other way round, is made up for so
+that the model computes the same: a bias before a normalization is taken off its moving mean, since
+BN(x·W + b) with the mean μ is BN(x·W) with μ − b; a missing γ is 1, a missing β or last bias 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.dtypes import is_real
+from bnworker.train.data import Dataset
+from bnworker.train.settings import Settings
+from bnworker.train.weight_files import Dense, Norm, WeightFileError, Weights, numbered, read
+from bnworker.world import World
+
+_Layer = TypeVar("_Layer", Dense, Norm)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a perceptron's layers.
+
+    Attributes:
+        features, hidden, classes: as of `Perceptron`.
+        epsilon: of its normalizations.
+    """
+
+    features: int
+    hidden: tuple[int, ...]
+    classes: int
+    epsilon: float
+
+    @classmethod
+    def of(cls, settings: Settings, data: Dataset) -> Sizes:
+        """Those of a run's model."""
+        return cls(data.features, settings.hidden, data.classes, settings.epsilon)
+
+    @property
+    def kernels(self) -> list[tuple[int, int]]:
+        """The shapes of the Dense layers' kernels."""
+        return list(pairwise((self.features, *self.hidden, self.classes)))
+
+    def names(self) -> list[str]:
+        """Of all weights and moving statistics."""
+        norms = ("gamma", "beta", "moving_mean", "moving_variance")
+        return [
+            *(f"dense_{number}/kernel" for number in range(1, len(self.hidden) + 2)),
+            f"dense_{len(self.hidden) + 1}/bias",
+            *(f"bn_{number}/{name}" for number in range(1, len(self.hidden) + 1) for name in norms),
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Initial:
+    """What a run begins with.
+
+    Attributes:
+        tensors: by `Sizes.names()`.
+        text: which layer comes from which of the file.
+    """
+
+    tensors: dict[str, NDArray[Any]]
+    text: str
+
+
+def fitted(found: Weights, sizes: Sizes) -> Initial:
+    """The weights of a file as those of a model.
+
+    Raises:
+        WeightFileError: they do not fit; the text names the layer, and the shapes.
+    """
+    dense = _in_order(found, found.dense, sizes.kernels, "Dense layers", sizes)
+    norms = _in_order(found, found.norms, [(size,) for size in sizes.hidden], "batch normalizations", sizes)
+    if found.epsilon is not None and norms and found.epsilon != sizes.epsilon:
+        raise WeightFileError(
+            f"{found.file}: its normalizations have epsilon {found.epsilon}, and --epsilon is {sizes.epsilon}, with "
+            f"which the same weights compute something else. Give --epsilon {found.epsilon}."
+        )
+    tensors: dict[str, NDArray[Any]] = {}
+    for number, layer in enumerate(dense, 1):
+        tensors[f"dense_{number}/kernel"] = _finite(found, layer.name, "kernel", layer.kernel)
+    last = dense[-1]
+    bias = np.zeros(sizes.classes, last.kernel.dtype) if last.bias is None else last.bias
+    tensors[f"dense_{len(dense)}/bias"] = _finite(found, last.name, "bias", bias)
+    for number, (layer, norm) in enumerate(zip(dense, norms, strict=False), 1):
+        mean = norm.mean if layer.bias is None else norm.mean.astype(np.float64) - layer.bias.astype(np.float64)
+        made = {
+            "gamma": np.ones_like(norm.mean) if norm.gamma is None else norm.gamma,
+            "beta": np.zeros_like(norm.mean) if norm.beta is None else norm.beta,
+            "moving_mean": mean,
+            "moving_variance": norm.variance,
+        }
+        tensors |= {f"bn_{number}/{name}": _finite(found, norm.name, name, vector) for name, vector in made.items()}
+        if (norm.variance < 0).any():
+            raise WeightFileError(f"{found.file}: layer {norm.name!r}: a moving variance is below 0.")
+    origins = {f"dense_{number}": layer.name for number, layer in enumerate(dense, 1)}
+    origins |= {f"bn_{number}": norm.name for number, norm in enumerate(norms, 1)}
+    text = ", ".join(f"{ours} from {theirs}" for ours, theirs in origins.items())
+    unsaid = f"; it does not say epsilon: {sizes.epsilon}" if found.epsilon is None and norms else ""
+    return Initial({name: tensors[name] for name in sizes.names()}, f"weights of {found.file}: {text}{unsaid}")
+
+
+def read_by_first(world: World, path: Path, sizes: Sizes) -> Initial:
+    """What `fitted` makes of the file that rank 0 reads, on every rank. Every rank calls it.
+
+    Raises:
+        WeightFileError: on every rank, with the same text.
+        CollectiveError: another rank is lost.
+    """
+    parts: list[NDArray[Any]] = []
+    if world.rank == 0:
+        try:
+            initial = fitted(read(path), sizes)
+            parts = [_bytes(initial.text), *(np.ascontiguousarray(tensor) for tensor in initial.tensors.values())]
+        except WeightFileError as error:
+            parts = [_bytes(str(error))]
+    text, *tensors = world.broadcast(parts)
+    said = text.tobytes().decode()
+    if not tensors:
+        raise WeightFileError(said)
+    return Initial(dict(zip(sizes.names(), tensors, strict=True)), said)
+
+
+def _bytes(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
+
+
+def _in_order(
+    found: Weights, layers: Sequence[_Layer], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
+) -> Sequence[_Layer]:
+    """The layers of a file in the model's order.
+
+    Raises:
+        WeightFileError: their number or a shape differs, or nobody can tell their order.
+    """
+    received = [_shape(layer) for layer in layers]
+    if received != list(shapes):
+        if sorted(received) == sorted(shapes) and len(set(shapes)) == len(shapes):
+            return [layers[received.index(shape)] for shape in shapes]
+        raise WeightFileError(_misfit(found, layers, shapes, kind, sizes))
+    if not (found.ordered or numbered(layers)) and len(set(shapes)) < len(shapes):
+        raise WeightFileError(
+            f"{found.file}: nobody can tell the order of its {kind} {', '.join(layer.name for layer in layers)}: some "
+            "have the same shape, and safetensors keeps no order. Number their names, or save as .npz, in the order of "
+            "the model: numpy.savez('weights.npz', **{k: v.numpy() for k, v in model.state_dict().items()})."
+        )
+    return layers
+
+
+def _misfit(
+    found: Weights, layers: Sequence[Dense | Norm], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
+) -> str:
+    if len(layers) == len(shapes):
+        layer, shape = next(
+            (layer, shape) for layer, shape in zip(layers, shapes, strict=True) if _shape(layer) != shape
+        )
+        turned = isinstance(layer, Dense) and layer.turned
+        expected, received = (tuple(reversed(of)) if turned else of for of in (shape, _shape(layer)))
+        what = f"layer {layer.name!r}: expected shape {expected}, received {received}"
+    else:
+        held = ", ".join(f"{layer.name}{_shape(layer)}" for layer in layers) or "none"
+        what = f"expected {len(shapes)} {kind}, received {len(layers)}: {held}"
+    model = " → ".join(map(str, (sizes.features, *sizes.hidden, sizes.classes)))
+    chain: list[tuple[int, ...]] = [layer.kernel.shape for layer in found.dense]
+    hint = ""
+    if all(one[1] == other[0] for one, other in pairwise(chain)) and len(found.norms) == len(chain) - 1:
+        hint = f" The file's model is {' → '.join(map(str, (chain[0][0], *(shape[1] for shape in chain))))}."
+    return f"{found.file}: {what}; the model of --data and --hidden is {model}.{hint}"
+
+
+def _shape(layer: Dense | Norm) -> tuple[int, ...]:
+    return layer.kernel.shape if isinstance(layer, Dense) else layer.mean.shape
+
+
+def _finite(found: Weights, layer: str, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    what = f"{found.file}: layer {layer!r}: expected {name} of finite floats, received"
+    if not is_real(array.dtype) or array.dtype.kind in "iub":
+        raise WeightFileError(f"{what} {array.dtype}.")
+    if not np.isfinite(array.astype(np.float64)).all():
+        raise WeightFileError(f"{what} values that are not finite.")
+    return array
