@@ -59,7 +59,7 @@ class ForwardExchange:
 
     @property
     def fingerprint(self) -> int:
-        """`LayerSignature.grid` of the next contribution: the grid's fingerprint, or 0 where limbs don't depend on it."""
+        """`LayerSignature.grid` of the next contribution: the grid's fingerprint for sums, 0 otherwise."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
     def reduced(self, limbs: NDArray[np.int64]) -> ForwardExchange:
@@ -133,7 +133,7 @@ class BackwardExchange:
 
     @property
     def fingerprint(self) -> int:
-        """`LayerSignature.grid` of the next contribution: the grid's fingerprint, or 0 where limbs don't depend on it."""
+        """`LayerSignature.grid` of the next contribution: the grid's fingerprint for sums, 0 otherwise."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
     def reduced(self, limbs: NDArray[np.int64]) -> BackwardExchange:

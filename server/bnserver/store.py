@@ -339,7 +339,7 @@ def _sync(directory: Path) -> None:
 
 
 def _loaded(path: Path) -> tuple[str, list[JournalRecord], _File]:
-    """A file's job and records, and its length without a torn end, which is cut off.
+    """A file's job and records, and its `_File`; a torn end is cut off.
 
     Raises:
         StoreError: it is corrupt.

@@ -1,4 +1,4 @@
-"""Answers of the service, put together from the messages in which they come."""
+"""Answers of the service, assembled from the messages in which they arrive."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Answer:
 
 
 class Whole:
-    """Puts the parts of an answer together."""
+    """Assembles the parts of an answer."""
 
     def __init__(self) -> None:
         self._begun: tuple[pb.ExchangeResponse, PayloadAssembler] | None = None
 
     def add(self, response: pb.ExchangeResponse) -> Answer | None:
-        """Hear a response; returns the answer that it completes.
+        """Add a response; returns the answer that it completes, None if parts are missing.
 
         Raises:
-            WireError: it is no part of the answer that has begun, or of none.
+            WireError: it does not continue the answer that has begun, or begins none.
         """
         kind = response.WhichOneof("message")
         if (kind == "part") is not (self._begun is not None):

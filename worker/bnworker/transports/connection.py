@@ -14,11 +14,11 @@ from bnworker.transports.local import LocalSocket
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One connection: what is to be sent, and what gRPC knows of it.
+    """One connection: its queue of requests, and its gRPC call.
 
     Attributes:
-        socket: the way of questions and answers, where it is not the stream.
-        stands: whether all have joined, so that there are questions and answers.
+        socket: carries requests and answers instead of the stream, where there is one.
+        stands: whether all have joined, so that requests can be sent.
     """
 
     channel: grpc.Channel
@@ -29,16 +29,16 @@ class Connection:
     _given_up: LocalSocket | None = None
 
     def say(self, requests: Iterable[pb.ExchangeRequest]) -> None:
-        """Say something on the stream."""
+        """Send requests on the stream."""
         for request in requests:
             self.requests.put(request)
 
     def give_up_socket(self) -> None:
-        """Use it no more. It stays open: the service would take its end for that of the connection."""
+        """Stop using it. It stays open: the service would take its end for that of the connection."""
         self._given_up, self.socket = self.socket or self._given_up, None
 
     def cut(self) -> None:
-        """End it: whoever listens to it hears so."""
+        """End it: threads that wait for it are woken."""
         if self.call is not None:
             self.call.cancel()
         self.end_sockets()

@@ -1,12 +1,12 @@
-"""A rank's heartbeat: a thread of its own says at short intervals that the process is alive.
+"""A rank's heartbeat: a thread of its own signals at short intervals that the process is alive.
 
-The main thread may hold Python's lock for seconds, again and again, on cores that others use too. So a heartbeat is
-one call that needs the lock once: gRPC's own threads then send it. On the stream it would wait for the thread that
-sends and the one that hears of it, each of which needs the lock. Where the lock is free for a moment only, one thread
-gets it: this one, or the one that hears the answer to the heartbeat before. Whichever it is, it beats if it is time.
+The main thread may hold Python's lock (the GIL) for seconds, again and again, on cores that others use too. So a
+heartbeat is one call that needs the lock once: gRPC's own threads then send it. On the stream it would wait for the
+sending and the receiving thread, each of which needs the lock. Where the lock is free for a moment only, one thread
+gets it: this one, or the one that receives the previous heartbeat's answer. Either of them sends a heartbeat when due.
 
-A heartbeat that is not answered tells of a connection that lets nothing through, though nobody has closed it; so does
-one that another run of the service answers. Either is cut, and made anew.
+A heartbeat without an answer reveals a connection that is open but passes nothing; an answer from another run of the
+service reveals that it was restarted. In both cases the connection is cut, and made anew.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from bnproto.v1 import statistics_pb2_grpc as rpc
 
 _BEATS = 5  # in a lease: a rank that is held up for half of it is still alive
 _ANSWERED_WITHIN = 0.5  # of a lease: the other half is for coming back
-_FIRST_LEASE_S = 5.0  # until the service says how long its lease is: when all ranks have joined
+_FIRST_LEASE_S = 5.0  # until the service announces its lease, when all ranks have joined
 
 
 @dataclass(frozen=True, slots=True)
 class _Body:
-    """What the heart beats for: one connection."""
+    """The connection that heartbeats are sent for."""
 
     stub: rpc.StatisticsServiceStub
     boot_id: int | None
@@ -43,9 +43,9 @@ class Heart:
         join: who this rank is.
 
     Attributes:
-        rank: whose heart it is.
-        answers: how often the service was heard, on the stream.
-        lease: seconds of silence after which the service takes this rank for frozen; 0: it never does.
+        rank: whose heartbeat it is.
+        answers: how many messages the service has sent on the stream.
+        lease: seconds of silence after which the service declares this rank frozen; 0: never.
     """
 
     def __init__(self, join: pb.Join) -> None:
@@ -61,7 +61,7 @@ class Heart:
         self._thread.start()
 
     def beats(self, stub: rpc.StatisticsServiceStub, boot_id: int | None, cut: Callable[[], None]) -> None:
-        """Beat for a connection.
+        """Send heartbeats for a connection.
 
         Args:
             stub: the service on it.
@@ -72,11 +72,11 @@ class Heart:
         self._woken.set()  # the lease may be shorter than what it sleeps for
 
     def rest(self) -> None:
-        """There is no connection."""
+        """Pause: there is no connection."""
         self._body = None
 
     def stop(self) -> None:
-        """The conversation is over."""
+        """Stop for good: the rank's session has ended."""
         self._over = True
         self._woken.set()
 
@@ -99,7 +99,7 @@ class Heart:
         future.add_done_callback(partial(self._answered, body))
 
     def _answered(self, body: _Body, done: grpc.Future[pb.HeartbeatResponse]) -> None:
-        """Cut a connection that lets nothing through, or leads to another run of the service."""
+        """Cut a connection that passes nothing, or leads to another run of the service."""
         self._beat()
         if done.cancelled():
             return

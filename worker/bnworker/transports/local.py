@@ -1,8 +1,8 @@
-"""A rank's end of a local socket: what it asks the service on its own machine, and hears from it, without gRPC.
+"""A rank's end of a local socket: its requests to the service on its own machine, and the answers, without gRPC.
 
 Laws:
-1. One thread hears at a time, and one sends; any thread may end it, and whoever waits then hears so at once.
-2. After an error or an interrupt nobody knows which bytes have come or gone: it is not used any more.
+1. One thread receives at a time, and one sends; any thread may end it, and threads that wait then return at once.
+2. After an error or an interrupt it is unknown which bytes were transferred: the socket is not used any more.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class LocalSocket:
     """One connection.
 
     Args:
-        invitation: where to, and the ticket.
+        invitation: the address and the ticket.
         boot_id: of the service that sent it.
 
     Raises:
-        OSError: nobody listens there, or it shows this rank out.
+        OSError: nothing listens there, or it closes the connection.
         WireError: it is not that service.
     """
 
@@ -48,7 +48,7 @@ class LocalSocket:
         self._sending, self._hearing = Lock(), Lock()  # held in a call that needs the socket open
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._patience(socket.SO_SNDTIMEO, _ATTACH_S)  # a job of many ranks may find the door crowded
+            self._patience(socket.SO_SNDTIMEO, _ATTACH_S)  # with many ranks the listener's backlog may be full
             self._socket.connect(f"\0{invitation.name}")
             self.send([pb.ExchangeRequest(attach=pb.Attach(ticket=invitation.ticket))], _ATTACH_S)
             answer = self.hear(_ATTACH_S)
@@ -63,10 +63,10 @@ class LocalSocket:
 
         Args:
             requests: in this order, with nothing in between.
-            timeout: seconds for which nothing may move.
+            timeout: seconds without progress after which it gives up.
 
         Raises:
-            OSError: it has ended, or the service took nothing for so long.
+            OSError: it has ended, or the service accepted nothing for so long.
         """
         try:
             with self._sending:
@@ -78,11 +78,11 @@ class LocalSocket:
                 self._close()
 
     def hear(self, timeout: float) -> Answer | None:
-        """The next answer; None if nothing comes for so many seconds.
+        """The next answer; None if nothing arrives for so many seconds.
 
         Raises:
             OSError: it has ended.
-            WireError: what comes makes no sense.
+            WireError: what arrives is invalid.
         """
         try:
             with self._hearing:
@@ -103,14 +103,14 @@ class LocalSocket:
                 self._close()
 
     def end(self) -> None:
-        """End it, from whichever thread, without a wait: who uses it hears so, and closes it."""
+        """End it, from any thread, without waiting: a thread that uses it is woken, and closes it."""
         self._over = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._close()
 
     def forget(self) -> None:
-        """Close a child's copy of it: the parent goes on. A thread that is not here may have held the locks."""
+        """Close a forked child's copy; the parent's stays open. No lock is taken: a thread left behind may hold it."""
         self._socket.close()
 
     def _close(self) -> None:
@@ -126,7 +126,7 @@ class LocalSocket:
                 self._sending.release()
 
     def _patience(self, option: int, seconds: float) -> None:
-        """How long the kernel waits, in one direction: what sends must not change what hears."""
+        """Set the kernel's timeout of one direction, so that a send does not change a receive's."""
         if self._waits.get(option) != seconds:
             self._waits[option] = seconds
             whole, part = divmod(round(1e6 * max(seconds, _MOMENT_S)), 1_000_000)  # 0 would mean for ever
@@ -144,7 +144,7 @@ def attached(joined: pb.Joined, boot_id: int, address: str) -> LocalSocket | Non
     """A local socket for the rank that has just joined; None where it has to do without.
 
     Args:
-        joined: what the service said.
+        joined: the service's response to the join.
         boot_id: of the service.
         address: at which this rank reached it, HOST:PORT.
     """

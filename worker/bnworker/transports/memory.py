@@ -1,9 +1,9 @@
-"""What a rank must still know when its connection to the service breaks, so that it can go on where it was.
+"""What a rank keeps across connections to the service, so that it can go on where it was after one breaks.
 
 Laws:
-1. What was asked is kept until it is answered, and asked again on the next connection.
-2. The latest contribution that was answered is kept, too, and said again: after a restart of the service another rank
-   may lack that answer, and plain operations leave no trace on the service's disk.
+1. A request is kept until it is answered, and sent again on the next connection.
+2. The latest answered contribution is kept, too, and sent again: after a restart of the service another rank may lack
+   that answer, and plain operations are not in the service's journal.
 3. An answer counts once.
 """
 
@@ -13,10 +13,10 @@ from bnproto.v1 import statistics_pb2 as pb
 
 
 class Memory:
-    """One rank's part of the conversation.
+    """One rank's session state.
 
     Args:
-        join: how it takes its place.
+        join: its join request.
 
     Attributes:
         generation: that it is in; 0 before all ranks have joined.
@@ -36,16 +36,16 @@ class Memory:
         self._contributed: list[pb.ExchangeRequest] = []
 
     def asks(self, requests: list[pb.ExchangeRequest]) -> None:
-        """It asks for something: a request, and the parts of its payload."""
+        """Keep a request, and the parts of its payload."""
         self.asked = requests
 
     @property
     def leaves(self) -> bool:
-        """Whether it has said goodbye."""
+        """Whether it has sent its leave."""
         return bool(self.asked) and self.asked[0].HasField("leave")
 
     def hears(self, response: pb.ExchangeResponse) -> bool:
-        """It hears an answer, whole; returns whether that is news."""
+        """Take a whole answer; returns whether it is new."""
         self._boot_id = response.boot_id
         match response.WhichOneof("message"):
             case "joined":
@@ -58,7 +58,7 @@ class Memory:
                 return True
 
     def joining(self) -> pb.ExchangeRequest:
-        """What is said first on a connection."""
+        """The first request on a connection."""
         join = pb.Join()
         join.CopyFrom(self._join)
         if self.generation:
@@ -70,12 +70,12 @@ class Memory:
         return pb.ExchangeRequest(join=join)
 
     def repetition(self) -> list[pb.ExchangeRequest]:
-        """What is said after it."""
+        """The requests to repeat after it."""
         return [*self._contributed, *self.asked]
 
     def _answers(self, result: pb.Result) -> bool:
         if result.sequence <= self.answered or not self.asked or not self.asked[0].HasField("contribution"):
-            return False  # said twice, or to an exchange that was interrupted
+            return False  # a duplicate, or for an exchange that was interrupted
         contribution = self.asked[0].contribution
         self.answered = result.sequence
         if contribution.HasField("layer"):

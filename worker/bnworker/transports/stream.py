@@ -1,14 +1,14 @@
-"""A rank's conversation with the statistics service: requests out, answers in, each within its time.
+"""A rank's session with the statistics service: requests out, answers in, each with a deadline.
 
 Laws:
-1. Every wait ends: with an answer, with the service's reason, or by the deadline.
-2. A connection that breaks is made anew, and the conversation goes on where it was; the service may have been started
-   again meanwhile. What the service says of a failure ends the conversation for good; later waits raise the same.
+1. Every wait ends: with an answer, with the service's error, or by the deadline.
+2. A connection that breaks is made anew, and the session goes on where it was; the service may have been restarted
+   meanwhile. An error from the service ends the session for good; later waits raise the same error.
 3. The caller's thread waits in a queue, or for a local socket, and nowhere else. Ctrl-C reaches it there, whereas an
-   interrupt within gRPC can leave gRPC's locks taken, and then closing hangs (grpc issue 40834). A thread of the
-   stream's own talks to gRPC.
-4. A connection has one way for questions and answers, from the moment when all have joined: its local socket, if it
-   has one, or else the stream. The two end together; why they did is heard on the stream alone.
+   interrupt within gRPC can leave gRPC's locks taken, and then closing hangs (grpc issue 40834). A separate thread
+   calls gRPC.
+4. Once all have joined, a connection's requests and answers go one way: over its local socket, if it has one, or else
+   over the stream. The two end together; the reason is sent on the stream alone.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from bnworker.transports.heart import Heart
 from bnworker.transports.local import LocalSocket, attached
 from bnworker.transports.memory import Memory
 
-_PATIENCE_S = 2.0  # a service that listens answers sooner; then the log says what we wait for
+_PATIENCE_S = 2.0  # a service that listens answers sooner; after that the log names what we wait for
 _GOODBYE_S = 2.0  # how long leaving may take
-# How long it may take where the service is away, and will be back: others may lack what only this rank can repeat.
+# How long it may take where the service is being restarted: others may need what only this rank can repeat.
 _GOODBYE_IN_AN_OUTAGE_S = 20.0
 _HANG_UP_S = 1.0  # how long closing the connection may take; then it is left to the process's end
 _TURN_S = 0.2  # an interrupt that comes between Python's last look and the wait is seen this much later
-# The service ends a wait at the deadline, and knows why; it gets this long to say so.
+# The service ends a wait at the deadline, and knows why; its error may arrive this much later.
 _LATE_S = 1.0
 # Between two attempts to connect. A broken connection is made anew at once: others wait for it.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-# A service that keeps nothing on disk, and whose port nobody holds any more, has nothing to come back to.
+# A service that keeps nothing on disk, and whose port is closed, has lost its jobs: waiting for it is pointless.
 _NOBODY_S = 0.5
 
 _log = logging.getLogger("bnworker")
@@ -56,27 +56,27 @@ _log = logging.getLogger("bnworker")
 
 @dataclass(frozen=True, slots=True)
 class _Broke:
-    """Why a connection ended, where nobody said so."""
+    """Why a connection ended, where the service sent no error."""
 
     code: str
     text: str
 
 
 class Stream:
-    """One rank's conversation.
+    """One rank's session.
 
     Args:
         address: of the service, HOST:PORT.
-        join: how this rank takes its place.
+        join: this rank's join request.
         timeout: seconds to wait for all ranks, and afterwards for each answer.
         local_socket: whether to exchange over a local socket where the service is on this machine.
 
     Raises:
-        ServiceError: nobody listens there.
+        ServiceError: nothing listens there.
         CollectiveError: the service refuses, or not all ranks came in time.
 
     Attributes:
-        memory: what this rank knows of the conversation.
+        memory: what this rank keeps across connections.
     """
 
     def __init__(self, address: str, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
@@ -106,12 +106,12 @@ class Stream:
 
     @property
     def is_local(self) -> bool:
-        """Whether the next question goes around gRPC, on a local socket."""
+        """Whether the next request goes over a local socket instead of gRPC."""
         connection = self._connection
         return connection is not None and connection.socket is not None
 
     def ask(self, request: pb.ExchangeRequest, parts: list[pb.Part] | None = None) -> None:
-        """Send a request that is answered, and the parts of its payload; without a connection, the next one does."""
+        """Send a request and the parts of its payload; without a connection, it is sent on the next one."""
         requests = [request, *(pb.ExchangeRequest(part=part) for part in parts or ())]
         with self._changing:
             self.memory.asks(requests)
@@ -127,10 +127,10 @@ class Stream:
         self._send(connection, where, requests)
 
     def receive(self) -> Answer:
-        """The answer to what was asked.
+        """The answer to the request.
 
         Raises:
-            CollectiveError: what the service told us, or that it is gone, or late.
+            CollectiveError: the service's error, or that it is gone, or late.
         """
         if self._error is not None:
             raise self._error.again()
@@ -148,7 +148,7 @@ class Stream:
         raise heard.again() from heard.__cause__
 
     def close(self, reason: str | None) -> None:
-        """Say goodbye and hang up; never raises. None hangs up without a goodbye."""
+        """Leave and disconnect; never raises. None disconnects without a leave."""
         if reason is not None and self._error is None:
             with self._changing:
                 if self.memory.asked and self._connection is not None:  # perhaps in the middle of a message
@@ -156,7 +156,7 @@ class Stream:
             self.ask(pb.ExchangeRequest(leave=pb.Leave(reason=reason)))
             start = time.monotonic()
             while isinstance(self._hear(start + _GOODBYE_S), Answer):
-                pass  # an answer that nobody waits for any more
+                pass  # an answer that is not waited for any more
             stands = self._connection is not None and self._connection.stands
             if self._durable and not stands and not self._ended.is_set():
                 while isinstance(self._hear(start + min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S)), Answer):
@@ -173,7 +173,7 @@ class Stream:
         self._heard.put(None)
 
     def _hear(self, deadline: float) -> Answer | CollectiveError | None:
-        """What the service, or the stream's thread, has to say next; None if nothing until the deadline or the end."""
+        """The next item from the service or the stream's thread; None if none comes until the deadline or the end."""
         while (left := deadline - time.monotonic()) > 0 and not self._closing.is_set():
             turn = min(left, _TURN_S)
             connection = self._connection
@@ -189,7 +189,7 @@ class Stream:
         return None
 
     def _hear_at(self, connection: Connection, where: LocalSocket, timeout: float) -> Answer | None:
-        """What the service answers on a connection's local socket; None if nothing in time, or if it has ended."""
+        """The next answer on a connection's local socket; None if none arrives in time, or if it has ended."""
         try:
             answer = where.hear(timeout)
         except (OSError, WireError):
@@ -198,7 +198,7 @@ class Stream:
         if answer is None:
             return None
         with self._changing:
-            # Where there is another connection by now, this was asked again there, and will be answered there.
+            # Where there is another connection by now, the request was repeated there, and will be answered there.
             news = self._connection is connection and self.memory.hears(answer.response)
         return answer if news else None
 
@@ -209,14 +209,14 @@ class Stream:
             self._ends(connection, where)
 
     def _ends(self, connection: Connection, where: LocalSocket) -> None:
-        """A local socket has ended, or is of no use: so is its connection, which the service then ends."""
+        """A local socket has ended or is unusable: give up its connection, which the service then ends."""
         with self._changing:
             if connection.socket is where:
                 connection.socket, connection.stands = None, False
         where.end()
 
     def _forked(self) -> None:
-        """This process is a child of the rank, and must not speak for it. None of its threads run here."""
+        """In a forked child of the rank: release its copies without sending. None of the rank's threads run here."""
         self._changing = RLock()
         connection, self._connection = self._connection, None
         if connection is not None and connection.socket is not None:
@@ -226,10 +226,10 @@ class Stream:
             "process. Make exchanges there, or start processes before joining."
         )
 
-    # ---- what the stream's thread does: everything that waits within gRPC ----
+    # ---- the stream's thread: everything that waits within gRPC ----
 
     def _listen(self) -> None:
-        """One connection after the other, until the conversation ends."""
+        """Make one connection after the other, until the session ends."""
         since, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
         while not self._closing.is_set():
             heard_before = self._heart.answers
@@ -237,7 +237,7 @@ class Stream:
             if isinstance(ended, CollectiveError):
                 self._end(ended)
                 return
-            if self._heart.answers != heard_before:  # it stood, and was of use
+            if self._heart.answers != heard_before:  # it was established, and worked
                 since, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
             away = time.monotonic() - since
             if not self._durable and away >= _NOBODY_S and not _somebody_listens(self._address):
@@ -256,7 +256,7 @@ class Stream:
         self._heard.put(error)
 
     def _connected(self) -> CollectiveError | _Broke:
-        """One connection, from its begin to its end; returns why it ended."""
+        """Run one connection from start to end; returns why it ended."""
         connection = Connection(grpc.insecure_channel(self._address, CLIENT_OPTIONS))
         stub = rpc.StatisticsServiceStub(connection.channel)
         try:
@@ -305,12 +305,12 @@ class Stream:
             self._heard.put(answer)
 
     def _stand(self, connection: Connection, response: pb.ExchangeResponse) -> None:
-        """All have joined: choose the way of this connection, and repeat there what the service may lack."""
+        """All have joined: choose socket or stream for this connection, and repeat there what the service may lack."""
         where = attached(response.joined, response.boot_id, self._address) if self._wants_socket else None
         self._wants_socket = where is not None  # once is enough: each attempt may cost a connection
         with self._changing:
             connection.socket, connection.stands = where, True
-            repeated = self.memory.repetition() if not self.memory.leaves else []  # the goodbye was said already
+            repeated = self.memory.repetition() if not self.memory.leaves else []  # the leave was sent already
             if where is None:
                 connection.say(repeated)
         if where is not None:
@@ -351,7 +351,7 @@ class Stream:
             )
 
     def _explained(self, call: grpc.Call, error: grpc.RpcError) -> CollectiveError | _Broke:
-        """What the service told us; or what is known where it could not."""
+        """The service's error; or what is known where it sent none."""
         for key, value in call.trailing_metadata() or ():
             failure = failure_in(value) if key == DETAILS_KEY and isinstance(value, bytes) else None
             if failure is not None:
@@ -370,7 +370,7 @@ def _somebody_listens(address: str) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_NOBODY_S).close()
     except ConnectionRefusedError:
         return False
-    except (OSError, ValueError):  # whoever it is takes its time, or the address is none: gRPC says more
+    except (OSError, ValueError):  # no quick answer, or an invalid address: gRPC's own error says more
         return True
     return True
 
@@ -380,7 +380,7 @@ _streams: WeakSet[Stream] = WeakSet()
 
 def _after_fork() -> None:
     for stream in _streams:
-        stream._forked()  # noqa: SLF001 - its own room
+        stream._forked()  # noqa: SLF001 - its own module
 
 
 os.register_at_fork(after_in_child=_after_fork)
