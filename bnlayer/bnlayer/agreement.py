@@ -75,7 +75,7 @@ def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int
         peers: how to name the ranks; a rank not in it is named by its number alone.
 
     Returns:
-        None if nobody has left and all calls are equal.
+        None if no rank has left and all calls are equal.
     """
     failed = {rank: reason for rank, reason in sorted(left.items()) if reason}
     if failed:

@@ -134,7 +134,7 @@ class Call(NamedTuple):
         operation: what it asks for.
         key: which exchange it is in.
         signature: what all ranks must agree on.
-        attempt: the round within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
+        attempt: the operation's number within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
         forward_step: going backward, the step of the training call that is pulled back; None elsewhere.
     """
 
@@ -228,7 +228,7 @@ def current() -> Collective:
     """The process's current collective, for a layer with `synchronized=True` and no `collective=`.
 
     Raises:
-        RuntimeError: nobody joined a world, but the environment announces more than one rank: training
+        RuntimeError: no world was joined, but the environment announces more than one rank: training
             on would be silently unsynchronized.
     """
     if _current is not None:

@@ -9,8 +9,8 @@ when it ends. Where the folder is not there (another host), the rank keeps mpiex
 Each word of the command has a "=" in front: mpiexec takes a word ":" for the end of its own command, wherever it is.
 
 Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
-did. If the rank failed because of another's failure (`N.told`), it first waits for that one: mpiexec ends all ranks when
-the first fails, and would end the one that caused it. If it ended with 0 but has left its world or MPI open
+did. If the rank failed because of another's failure (`N.told`), it first waits for that one: mpiexec ends all ranks
+when the first fails, and would end the one that caused it. If it ended with 0 but has left its world or MPI open
 (`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
 
 Standard library alone: it starts once per rank, before the rank does.

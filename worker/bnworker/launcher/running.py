@@ -240,7 +240,7 @@ class _Run:
         counted = len(self.supervision.ended) > len(before.ended)
         if isinstance(event, Ended) and counted and event.failed and event.status not in self._job.explained:
             self._outputs.announce(str(event))
-            if event.status == 1 and self._advice is not None:  # an exception that nobody caught
+            if event.status == 1 and self._advice is not None:  # an uncaught exception
                 self._outputs.announce(self._advice)
                 self._advice = None
         self._name_unreported(before)

@@ -23,8 +23,8 @@ from enum import StrEnum
 # is for a last checkpoint: batch systems allow 5 to 30 s.
 GRACE_S = 5.0
 
-# Passed to the ranks as they are; any other signal that ends the job reaches them as SIGTERM: processes that don't write
-# would not notice a SIGPIPE, and UCX, inside MPICH, swallows SIGHUP.
+# Passed to the ranks as they are; any other signal that ends the job reaches them as SIGTERM: processes that don't
+# write would not notice a SIGPIPE, and UCX, inside MPICH, swallows SIGHUP.
 _AS_IT_IS = (signal.SIGINT, signal.SIGTERM)
 
 # Not ranks, but they end as ranks do, and ranks cannot live without them.
