@@ -1,4 +1,4 @@
-"""What a rank says when it comes back follows from what it has heard."""
+"""What a rank sends when it reconnects follows from the answers that it has received."""
 
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.memory import Memory
