@@ -72,7 +72,7 @@ def _refusal_of_script(name: str, path: Path) -> tuple[str, int] | None:
 
 
 def foreign_python(command: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
-    """A hint for ranks that fail under a Python without this package; None where it has the package.
+    """A hint for ranks that fail under a Python without this package; None without need for one.
 
     A program need not import it, so this is no reason to refuse. Only another environment's Python is checked, by
     starting it.
