@@ -1,10 +1,10 @@
-"""Do the ranks of a job say the same? A pure judgement, used by the service and by MPI alike.
+"""Whether the calls of a job's ranks agree: a pure function, used by the service and by MPI alike.
 
 Laws:
-1. Ranks at different places wait for each other: `StallError`.
-2. Ranks at one place that believe different things disagree: `MismatchError`, which blames the fewest.
+1. Calls with different keys wait for each other: `StallError`.
+2. Calls with one key and different signatures disagree: `MismatchError`, which blames the fewest ranks.
 3. A rank that left with a failure is lost: `PeerLostError`; one that left cleanly stalls those that wait.
-4. Everyone gets the same text; layer and step are those of the rank that is told.
+4. Every rank gets the same text; layer and step are those of the rank that gets the error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
 
 _GROUPS_SHOWN = 8  # of ranks that each have something else, which may be all of a large job
-# What ranks set by hand; and what else differs because of it: another grid, which may have to be probed first.
+# What ranks set by hand; and which other fields differ because of it: another grid may have to be probed first.
 _WHAT = {"state": "moving statistics or grids", "weights": "gamma or beta"}
 _MEND = {
     "state": "over a service, world.push(layer) on one rank, and then world.pull(layer) on the others",
@@ -70,12 +70,12 @@ def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int
     """Say why these calls can't be answered; None if they can.
 
     Args:
-        calls: what each waiting rank says.
+        calls: the call of each waiting rank.
         left: ranks that have left, with the reason of their failure ("" for a clean leave).
         peers: how to name the ranks; a rank not in it is named by its number alone.
 
     Returns:
-        None if nobody has left and all calls are equal.
+        None if no rank has left and all calls are equal.
     """
     failed = {rank: reason for rank, reason in sorted(left.items()) if reason}
     if failed:
@@ -111,7 +111,7 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
         return _set_apart(calls, [name for name in names if name in by_hand], peers)
     names = [name for name in names if name not in by_hand]
     if "operation" in names:
-        names = ["operation"]  # different operations have different terms: naming those too would only distract
+        names = ["operation"]  # different operations have different signatures: listing those too would distract
     blamed = _minority(dict(calls))
     lines = []
     for name in names:
@@ -132,7 +132,7 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
 
 
 def _set_apart(calls: Mapping[int, Call], names: Iterable[str], peers: Mapping[int, Peer]) -> Verdict:
-    """Weights that differ at an enrolment; or weights or statistics that were not set on all ranks, or not alike."""
+    """The verdict on weights that differ at an enrolment, or weights or statistics not set alike on all ranks."""
     key = calls[min(calls)].key
     blamed: set[int] = set()
     lines = []
@@ -181,7 +181,7 @@ def _description(call: Call) -> dict[str, str]:
 
 
 def _minority(by_rank: Mapping[int, object]) -> tuple[int, ...]:
-    """The ranks outside the largest group that says the same; all of them when two groups are largest."""
+    """The ranks outside the largest group with equal values; all of them when two groups are largest."""
     groups: dict[object, list[int]] = defaultdict(list)
     for rank, value in by_rank.items():
         groups[value].append(rank)

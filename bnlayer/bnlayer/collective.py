@@ -1,11 +1,11 @@
-"""The one door between the layer and other ranks.
+"""The interface between the layer and other ranks.
 
-The layer asks its collective for exact integer totals and knows nothing else of the world. What is said at
-the door is a `Call`: where the rank is (`Place`) and what it believes (`Terms`). All ranks must be at the
-same place and believe the same; `agreement.py` says who does not.
+The layer asks its collective for exact integer totals and knows nothing else of the world. With each request it
+sends a `Call`: its key (`ExchangeKey`), which names the exchange, and its signature, what all ranks must have in
+common for it. Keys and signatures of all ranks must be equal; `agreement.py` finds those that differ.
 
 Laws:
-1. `exchange` returns the same words on every rank, whatever the order in which they were added.
+1. `exchange` returns the same limbs on every rank, whatever the order in which they were added.
 2. A world of one is a collective like any other: `Alone`.
 3. The process has one current collective, set by `bnworker.join()`; a layer's own `collective=` beats it.
 """
@@ -50,7 +50,7 @@ class Direction(StrEnum):
 
 
 class ExchangeKey(NamedTuple):
-    """Where a rank is.
+    """Names one exchange of a job.
 
     Attributes:
         layer: the layer's name; None for plain reductions, broadcasts and barriers.
@@ -72,7 +72,7 @@ class ExchangeKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerSignature:
-    """What every rank must believe of a layer for its integers to be added.
+    """What must be equal on all ranks for a layer's integers to be added.
 
     Attributes:
         channels: C.
@@ -82,7 +82,7 @@ class LayerSignature:
         renorm: how the layer renormalizes; None if it doesn't.
         unbiased: whether the moving variance is the unbiased one (torch's convention).
         flush_to_zero: whether this process rounds subnormal numbers to zero.
-        grid: fingerprint of the grid that the limbs are in units of; 0 for a probe or an enrolment.
+        grid: fingerprint of the grid whose units the limbs count; 0 for a probe or an enrolment.
         policy: the layer's dtype policy, e.g. "mixed_float16".
         update_moving: whether this call updates the moving statistics.
         own_weights: whether each rank has a gamma and a beta of its own.
@@ -110,7 +110,7 @@ class LayerSignature:
 
 @dataclass(frozen=True, slots=True)
 class PlainSignature:
-    """What every rank must believe of a plain operation.
+    """What must be equal on all ranks for a plain operation.
 
     Attributes:
         op: "sum", "max" or "min"; "" for a broadcast or a barrier; "synchronize" for the broadcast that is part of it.
@@ -128,13 +128,13 @@ SYNCHRONIZE = "synchronize"
 
 
 class Call(NamedTuple):
-    """What one rank says at the door, but for the numbers.
+    """What one rank sends for an exchange, without the numbers.
 
     Attributes:
         operation: what it asks for.
-        key: where it is.
-        signature: what it believes.
-        attempt: the round within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
+        key: which exchange it is in.
+        signature: what all ranks must agree on.
+        attempt: the operation's number within one exchange: 0, 1 or 2 (sums; or probe, sums; or sums, probe, sums).
         forward_step: going backward, the step of the training call that is pulled back; None elsewhere.
     """
 
@@ -146,7 +146,7 @@ class Call(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The place in words; a plain operation by its name."""
+        """The key as text; a plain operation by its name."""
         if self.key.layer is not None:
             return str(self.key)
         operation = SYNCHRONIZE if self.synchronizes else self.operation
@@ -154,7 +154,7 @@ class Call(NamedTuple):
 
     @property
     def synchronizes(self) -> bool:
-        """Whether it is the broadcast of `World.synchronize`."""
+        """Whether this is the broadcast of `World.synchronize`."""
         return isinstance(self.signature, PlainSignature) and self.signature.op == SYNCHRONIZE
 
 
@@ -183,13 +183,13 @@ class Collective(Protocol):
         """The number of ranks."""
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
-        """Make a layer known; every rank calls it once. Returns the owner's state, seeded by rank 0's."""
+        """Register a layer; every rank calls it once. Returns the owner's state, seeded by rank 0's."""
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
-        """Reduce words exactly over the ranks: MAX for a probe, SUM for sums.
+        """Reduce limbs exactly over the ranks: MAX for a probe, SUM for sums.
 
-        `state` comes where `call.terms.state` is not 0: all ranks set it, and an owner elsewhere takes it over, as part
-        of this exchange.
+        `state` is given where `call.signature.state` is not 0: all ranks set it, and an owner elsewhere takes it over
+        as part of this exchange.
         """
 
     def pull(self, layer: str) -> LayerState | None:
@@ -197,24 +197,24 @@ class Collective(Protocol):
 
 
 class Alone:
-    """The world of one rank: every exchange returns what was put in."""
+    """The world of one rank: every exchange returns its own input."""
 
     rank = 0
     world_size = 1
     transport = "alone"
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
-        """The layer's own state is the owner's."""
+        """Return the layer's own state: there is no other owner."""
         del call
         return state
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
-        """One rank's words are the total."""
+        """Return the limbs: those of one rank are the total."""
         del call, state
         return Total(limbs)
 
     def pull(self, layer: str) -> LayerState | None:
-        """Nobody else owns anything."""
+        """Return None: there is no owner elsewhere."""
         del layer
         return None
 
@@ -228,7 +228,7 @@ def current() -> Collective:
     """The process's current collective, for a layer with `synchronized=True` and no `collective=`.
 
     Raises:
-        RuntimeError: nobody joined a world, but the environment announces more than one rank: training
+        RuntimeError: no world was joined, but the environment announces more than one rank: training
             on would be silently unsynchronized.
     """
     if _current is not None:
@@ -246,7 +246,7 @@ def current() -> Collective:
 
 @cache
 def _say_why_alone() -> None:
-    """Say so once where the environment looks as if there were more ranks."""
+    """Log once that the environment looks as if there were more ranks."""
     if (why := batch_script(os.environ)) is not None:
         _log.warning("%s", why)
 
@@ -278,10 +278,10 @@ _claimed: WeakKeyDictionary[Collective, set[str]] = WeakKeyDictionary()
 
 
 class Claim(NamedTuple):
-    """What `claim` found out.
+    """The result of `claim`.
 
     Attributes:
-        repeated: whether the collective has known a layer of the name before, or this very one.
+        repeated: whether a layer of this name, or this very layer, was enrolled with the collective before.
         fresh: whether no live layer held the name.
     """
 
@@ -293,15 +293,14 @@ def claim(collective: Collective, name: str, layer: object) -> Claim:
     """Take a layer's name within a collective, for as long as the layer lives.
 
     Returns:
-        Whether a layer of the name was there before in this collective, gone by now or not; and whether the name was
-        free.
+        Whether this collective had a layer of the name before, alive or not; and whether the name was free.
 
     Raises:
         ValueError: another live layer of this process holds the name; their statistics would be mixed.
     """
     held = _names.setdefault(collective, WeakValueDictionary())
     if held.get(name, layer) is not layer:
-        gc.collect()  # a layer in a reference cycle is dead, but not yet gone
+        gc.collect()  # a layer in a reference cycle is unreachable, but not collected yet
     if held.get(name, layer) is not layer:
         raise ValueError(
             f"Two live synchronized layers are named {name!r}: layers are known by name within a job. "

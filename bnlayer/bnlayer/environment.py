@@ -18,7 +18,7 @@ class Announcement:
     """A rank that some launcher announced.
 
     Attributes:
-        source: the launcher, in words.
+        source: the launcher, as text.
         rank: this process's rank, from 0.
         world_size: the number of ranks.
         variable: the variable that holds the rank.

@@ -1,11 +1,10 @@
 """One exchange, as every rank and the owner see it: [probe,] sums [, probe, sums].
 
 Laws:
-1. The next step is a pure function of the limbs reduced so far: rank and owner take it alike, and nobody has to
-   tell anybody.
+1. The next step is a pure function of the limbs reduced so far: ranks and owner take the same one without a message.
 2. At most one probe per exchange: a channel just probed is accepted.
 3. Nothing is committed before the sums are accepted.
-4. Whether they are is known before what follows from them is computed: an owner may answer first.
+4. Whether they are is known before the statistics are computed from them, so an owner can answer first.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ class ForwardExchange:
         epsilon: the layer's.
         masked: whether the call has a mask.
         need_C: the channels that the next probe regrids, or the last one did.
-        wants: what comes next; None once the moments are accepted.
-        attempt: rounds so far.
+        wants: the next operation; None once the moments are accepted.
+        attempt: operations so far.
         moments: the accepted ones, of all ranks.
-        result: gives what follows from them.
+        result: computes the statistics from them.
     """
 
     grid: Grid
@@ -49,7 +48,7 @@ class ForwardExchange:
 
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
-        """The exchange before anything was said."""
+        """The exchange before its first operation."""
         need = np.zeros(grid.pivot_C.shape, bool) if grid.known else np.ones(grid.pivot_C.shape, bool)
         return cls(grid, epsilon, masked, need, Operation.SUMS if grid.known else Operation.PROBE)
 
@@ -60,7 +59,7 @@ class ForwardExchange:
 
     @property
     def fingerprint(self) -> int:
-        """What `LayerSignature.grid` must say in the next contribution: the grid, where it matters."""
+        """`LayerSignature.grid` of the next contribution: the grid's fingerprint for sums, 0 otherwise."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
     def reduced(self, limbs: NDArray[np.int64]) -> ForwardExchange:
@@ -80,7 +79,7 @@ class ForwardExchange:
 
     @cached_property
     def statistics(self) -> BatchStatistics | None:
-        """What follows from the moments, once they are accepted."""
+        """The statistics of the accepted moments."""
         return self.result() if self.result is not None else None
 
 
@@ -88,17 +87,17 @@ class ForwardExchange:
 class BackwardExchange:
     """Agreeing on a batch's gradient sums.
 
-    What comes next follows from the kept grid and the reduced limbs alone: ranks put into their words what that takes
-    of the training call (`GradientSums.of_call`, `beyond_reach`). So an owner remembers no call, however many wait for
+    What comes next follows from the kept grid and the reduced limbs alone: ranks put what that takes of the training
+    call into their limbs (`GradientSums.of_call`, `beyond_reach`). So an owner stores no calls, however many wait for
     their gradients.
 
     Attributes:
         grid: the grid in force, as it is kept.
         statistics: of the training call whose gradients these are; None at the owner.
         need_C: the channels that the next probe regrids, or the last one did.
-        wants: what comes next; None once the sums are accepted.
-        attempt: rounds so far.
-        result: gives what follows from the accepted sums.
+        wants: the next operation; None once the sums are accepted.
+        attempt: operations so far.
+        result: computes the gradients from the accepted sums.
     """
 
     grid: BackwardGrid
@@ -110,18 +109,18 @@ class BackwardExchange:
 
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics | None) -> BackwardExchange:
-        """The exchange before anything was said."""
+        """The exchange before its first operation."""
         need = np.zeros(grid.gradient_C.shape, bool) if grid.known else np.ones(grid.gradient_C.shape, bool)
         wants = Operation.SUMS if grid.known else Operation.PROBE
         return cls(grid, statistics, need, wants)
 
     @cached_property
     def call_grid(self) -> BackwardGrid:
-        """What a rank's words are in units of: the grid, as wide as its training call's batch."""
+        """The grid whose units a rank's limbs count: the kept one, as wide as its training call's batch."""
         return self.grid if self.statistics is None else self.grid.reaching(self.statistics.reach)
 
     def beyond_reach(self, exponents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A rank's probe: of the exponents of |x − p|, those alone that the batch's reach does not explain."""
+        """A rank's probe, with only those exponents of |x − p| that lie beyond the batch's reach."""
         if self.statistics is None:
             return exponents
         lowest = self.grid.precision.lowest
@@ -134,7 +133,7 @@ class BackwardExchange:
 
     @property
     def fingerprint(self) -> int:
-        """What `LayerSignature.grid` must say in the next contribution: the grid, where it matters."""
+        """`LayerSignature.grid` of the next contribution: the grid's fingerprint for sums, 0 otherwise."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
     def reduced(self, limbs: NDArray[np.int64]) -> BackwardExchange:
@@ -156,5 +155,5 @@ class BackwardExchange:
 
     @cached_property
     def gradients(self) -> Gradients | None:
-        """What follows from the sums, once they are accepted. The owner never asks."""
+        """The gradients from the accepted sums. Not for the owner, which has no statistics of the call."""
         return self.result() if self.result is not None else None

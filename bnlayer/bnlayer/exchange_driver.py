@@ -1,8 +1,7 @@
-"""A layer's exchanges with the other ranks: what is said at the door, and what comes of it.
+"""A layer's exchanges with the other ranks: builds each `Call`, sends it, and returns the accepted result.
 
-Laws:
-1. What is asked next is decided by `exchange.py`, alike on every rank; this room only carries it out.
-2. A call's step counts the exchanges of its direction that were completed before it.
+`exchange.py` decides what is asked next, and does so alike on every rank; this module only carries it out. A call's
+step counts the exchanges of its direction that were completed before it.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class ForwardResult:
 
     Attributes:
         moments: of the global batch.
-        statistics: what follows from them.
+        statistics: computed from them.
         grid: the one that the moments were accepted on.
         version: the owner's, where the owner is elsewhere.
-        step: the exchange's, by which its gradients will be asked for.
+        step: the exchange's number; its backward exchange sends it as `forward_step`.
     """
 
     moments: Moments
@@ -71,12 +70,13 @@ class BackwardResult:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """What was set by hand since a layer's last exchange: the next one says so, in its first contribution.
+    """What was set by hand since a layer's last exchange; it is sent with the first contribution of the next one.
 
-    All ranks alike: they go on from it, and so does the owner, which takes the state over. Else: a `MismatchError`.
+    If all ranks set the same, they go on from it, and the owner takes the state over; otherwise they get a
+    `MismatchError`.
 
     Attributes:
-        state: the one set; None if none was.
+        state: the one that was set; None if none was.
         weights: fingerprint of gamma and beta, if they were set; 0 otherwise.
     """
 
@@ -84,7 +84,7 @@ class Changes:
     weights: int
 
     def announced(self, signature: LayerSignature) -> LayerSignature:
-        """The terms that say so."""
+        """The signature with the fingerprints of what was set."""
         state = self.state.fingerprint if self.state is not None else 0
         return replace(signature, state=state, weights=self.weights)
 
@@ -106,15 +106,15 @@ class ExchangeDriver:
     def enroll(
         self, layer: object, signature: LayerSignature, state: LayerState, weights: int, *, anew: bool = False
     ) -> LayerState:
-        """Make the layer known to the collective; the owner's state, which rank 0's seeded.
+        """Enroll the layer with the collective; returns the owner's state, which rank 0's seeded.
 
         Args:
-            layer: it.
-            signature: what its ranks must believe.
+            layer: the layer.
+            signature: what must be equal on all ranks.
             state: this rank's.
             weights: fingerprint of gamma and beta; 0: not to be compared.
             anew: whether rank 0's state replaces the one that the owner has. It does where this name was enrolled
-                before: by a layer that is gone, so this one's values were made or loaded since.
+                before: that layer no longer exists, so the values of this one were made or loaded since.
 
         Raises:
             ValueError: another live layer holds the name.
@@ -187,7 +187,7 @@ class ExchangeDriver:
                 return BackwardResult(exchange.gradients, sums, exchange.grid)
 
     def _exchange(self, call: Call, limbs: NDArray[np.int64], changes: Changes | None) -> Total:
-        """Exchange; the first contribution says what was set since the layer's last exchange."""
+        """Exchange; the first contribution carries what was set since the layer's last exchange."""
         if changes is None or call.attempt:
             return self.collective.exchange(call, limbs)
         assert isinstance(call.signature, LayerSignature)
@@ -199,7 +199,7 @@ class ExchangeDriver:
     def _full_signature(
         self, key: ExchangeKey, view: View, signature: LayerSignature, grid: int, update_moving: bool = True
     ) -> LayerSignature:
-        """The layer's terms, and what is new with this call; the same object as before where nothing is."""
+        """The layer's signature with the fields of this call; the same object as before where nothing differs."""
         flush_to_zero, masked = not _TINIEST * _ONE > 0, view.mask is not None
         assert key.direction is not None
         slot = key.direction, update_moving

@@ -94,7 +94,7 @@ def _permit(descriptor: int, old: os.stat_result) -> None:
         try:
             os.fchown(descriptor, -1, old.st_gid)
         except PermissionError:
-            # The draft's group is another one, which may do no more than everybody.
+            # The draft's group is another one, which gets no more rights than all users.
             mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
     os.fchmod(descriptor, mode)  # last: a new owner takes set-user-ID away
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def fingerprint(arrays: Mapping[str, NDArray[Any]]) -> int:
-    """A number from 1 to 2^63 − 1 that stands for named arrays: their names, dtypes, shapes and bits."""
+    """A hash of named arrays, from 1 to 2^63 − 1: of their names, dtypes, shapes and bits."""
     digest = blake2b(digest_size=8)
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype.name} {array.shape};".encode())

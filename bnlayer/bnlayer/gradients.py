@@ -2,7 +2,7 @@
 
 Both sums run over ALL positions, masked ones included: a masked output depends on the mean and variance too.
 
-Shape suffixes: C channels, W limbs: per fold A_hi, A_lo; per fold B_hi, B_lo; two words of flags.
+Shape suffixes: C channels, W limbs: per fold A_hi, A_lo; per fold B_hi, B_lo; two limbs of flags.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GradientSums:
 
     @staticmethod
     def rows(folds: int) -> int:
-        """W: the number of words a channel has."""
+        """W: the number of limbs per channel."""
         return 4 * folds + 2
 
     @classmethod
@@ -108,7 +108,7 @@ class GradientSums:
         return (self.out_of_range_C | (any_nonzero & ~large)) & ~self.not_finite_C
 
     def of_call(self, nonfinite_C: NDArray[np.bool_]) -> GradientSums:
-        """The sums of a call whose nonfinite channels are flagged as not finite: whoever adds them need not know it."""
+        """The sums, with the call's nonfinite channels flagged, so that the reduction does not need the call."""
         if not nonfinite_C.any():
             return self
         limbs = self.limbs.copy()

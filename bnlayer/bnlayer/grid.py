@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bnlayer.precision import Precision, exponent_above, power_of_two, precision_of
 
-# Which units, and which roundings to them, an exponent stands for: words of another release's would add up to nonsense.
+# Version of the units and roundings that an exponent means: limbs of another release can't be added to these.
 _UNITS = b"2"
 
 

@@ -118,7 +118,7 @@ class BatchNormalization(Member):
         """
         y, saved = self._normalize(inputs, training, mask, update_moving)
         if training:
-            # Of several calls, backward() can't know whose gradient it is given: none of their batches is kept.
+            # After several calls backward() can't know which one its gradient belongs to: no batch is kept.
             self._waiting += 1
             self._saved = saved if self._waiting == 1 else None
         elif not self._waiting:
@@ -144,7 +144,7 @@ class BatchNormalization(Member):
 
         The arguments and errors are those of a call; `pullback` raises what `backward` does. It returns what `backward`
         computes, dgamma and dbeta as `grad_reduction` says (None where there is no such weight, and in inference mode),
-        and writes to no variable's `.gradient`. `backward` is not concerned: it belongs to calls without a handle.
+        and writes to no variable's `.gradient`. `backward` ignores these calls.
         """
         y, saved = self._normalize(inputs, training, mask, update_moving)
         return y, partial(self._pull, saved)
@@ -161,7 +161,7 @@ class BatchNormalization(Member):
             view = View.of(x, self._pinned_axis(x.shape), mask)
             driver = self._joined() if training and self.trainable else None
         except Exception as error:
-            # A first call that is refused must not fix the layer's shape. An enrolment that failed was no refusal.
+            # A first call that is refused must not fix the layer's shape. A failed enrolment does not count as refused.
             if unbuilt is not None and not isinstance(error, CollectiveError):
                 self.__dict__ = unbuilt
             raise
@@ -181,7 +181,7 @@ class BatchNormalization(Member):
             variable.take(vector)
         self._changes_announced()
         if result.version is not None and result.version != after.version:
-            # The owner's state was replaced in between: somebody pushed.
+            # The owner's state was replaced in between, by a push.
             owned = driver.collective.pull(self.name)
             if owned is not None:
                 self.follow(owned)
@@ -217,8 +217,8 @@ class BatchNormalization(Member):
             A new array of the inputs' shape and the compute dtype.
 
         Raises:
-            RuntimeError: no call came since the last backward, or more than one in training mode; or the inputs are
-                seen to have been written to since their call.
+            RuntimeError: no call was made since the last backward, or more than one in training mode; or the inputs
+                were found to have been written to since their call.
             ValueError: dy has another shape than the output.
             TypeError: dy is not of real numbers, or an array of a kind whose meaning would be lost.
             CollectiveError: a synchronized exchange could not complete.
@@ -243,7 +243,7 @@ class BatchNormalization(Member):
         return dx
 
     def forget_calls(self) -> None:
-        """Forget calls that wait for `backward`: they were made for their statistics alone."""
+        """Drop the calls that wait for `backward`: they were made for their statistics alone."""
         self._saved, self._waiting = None, 0
 
     @np.errstate(all="ignore")
@@ -270,7 +270,7 @@ class BatchNormalization(Member):
         changes = self._changes(state)
         pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype, changes)
         if forget:
-            self.forget_calls()  # not before: the exchange may have been refused, and asked for again
+            self.forget_calls()  # not before: the exchange may have been refused, and may be repeated
         self._kept = state.after_backward(pulled.grid)
         self._changes_announced()
         gamma, beta = (
@@ -311,5 +311,5 @@ class BatchNormalization(Member):
         return np.zeros(self.moving_mean.shape) if self.beta is None else self.beta.value.astype(np.float64)
 
     def observe(self, observer: Callable[[Moments], None] | None) -> None:
-        """Be told of the global batch's exact moments at each training call; None: of nothing any more."""
+        """Call `observer` with the global batch's exact moments at each training call; None removes it."""
         self._observer = observer

@@ -92,7 +92,7 @@ def as_ints(hi: NDArray[np.int64], lo: NDArray[np.int64]) -> list[int]:
 
 
 def flags(high: NDArray[np.bool_], low: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Two truths per channel in one word; its sum over the ranks counts both."""
+    """Two booleans per channel in one int64; its sum over the ranks counts both."""
     return (high.astype(np.int64) << 32) | low
 
 

@@ -1,7 +1,7 @@
-"""`Member`: a layer among the ranks of a job. Its state as the owner keeps it, its enrolment, and what was set by hand.
+"""`Member`: the part of a layer that other ranks share: its state, its enrolment, and what was set by hand.
 
-Setting moving statistics (`assign`, `set_weights`, `restore`) is like a call: all ranks make it alike. A layer knows
-what was set since its last exchange, and its next one says so: see `exchange_driver.Changes`.
+Setting moving statistics (`assign`, `set_weights`, `restore`) must be done alike on all ranks, as a call must. A layer
+records what was set since its last exchange, and sends it with the next one: see `exchange_driver.Changes`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from bnlayer.state import LayerState
 
 
 class Member(Definition):
-    """What of a layer travels; `layer.py` says what is computed."""
+    """The part of a layer that is shared with other ranks; `layer.py` has the computation."""
 
     _kept: LayerState | None = None
     _signature_cache: LayerSignature | None = None
     _driver: ExchangeDriver | None = None
     _state_set = False
 
-    # What travels
+    # State that is shared with the ranks
 
     @property
     def state(self) -> LayerState:
@@ -44,14 +44,14 @@ class Member(Definition):
         elif any(
             variable.value is not vector for variable, vector in zip(self._moving, kept.moving.values, strict=True)
         ):
-            # Somebody assigned to a variable.
+            # A variable was assigned to.
             kept = replace(kept, moving=Moving(*(variable.value for variable in self._moving)))
             self._state_set = True
         self._kept = kept
         return kept
 
     def restore(self, state: LayerState) -> None:
-        """Take over moving statistics and grids. Like a training call, every rank makes it, and alike.
+        """Take over moving statistics and grids. As with a training call, every rank must do it, with the same values.
 
         Raises:
             ValueError: the layer is not built yet, or the state belongs to another number of channels or dtype.
@@ -60,7 +60,7 @@ class Member(Definition):
         self._state_set = True
 
     def follow(self, state: LayerState) -> None:
-        """Take over what the owner of the layer holds, in place of all that was set here.
+        """Take over the owner's state, in place of everything that was set here.
 
         Raises:
             ValueError: as `restore`.
@@ -74,7 +74,7 @@ class Member(Definition):
         self._state_set = False
 
     def reseed(self) -> None:
-        """Make rank 0's moving statistics and grids everybody's, the owner's included; every rank calls it.
+        """Give rank 0's moving statistics and grids to all ranks and the owner; every rank calls it.
 
         Raises:
             ValueError: the layer is not built yet.
@@ -88,17 +88,17 @@ class Member(Definition):
         self._enroll(driver, anew=True)
 
     def _changes(self, state: LayerState) -> Changes | None:
-        """What was set by hand since the last exchange, up to this state; None, at almost every step, for nothing."""
+        """What was set by hand since the last exchange, up to this state; None, as at almost every step, if nothing."""
         if not (self._state_set or self._weights_set):
             return None
         return Changes(state if self._state_set else None, self._weights() if self._weights_set else 0)
 
     def _changes_announced(self) -> None:
-        """An exchange has told the others, and all ranks were alike."""
+        """Record that an exchange carried the changes, and that they were the same on all ranks."""
         self._state_set = self._weights_set = False
 
     def _weights(self) -> int:
-        """A name of gamma and beta; 0 where each rank has its own."""
+        """Fingerprint of gamma and beta; 0 where each rank has its own."""
         if self.own_weights:
             return 0
         return fingerprint({variable.name: variable.value for variable in self._variables if variable.trainable})
@@ -106,7 +106,7 @@ class Member(Definition):
     # The ranks
 
     def _joined(self) -> ExchangeDriver:
-        """The exchanges with the collective in force; a new collective is enrolled with first."""
+        """The driver for the current collective; with a new collective the layer enrolls first."""
         if not self.synchronized:
             self._driver = self._driver or ExchangeDriver(Alone(), self.name)
             return self._driver
@@ -133,7 +133,7 @@ class Member(Definition):
         return driver
 
     def _signature(self) -> LayerSignature:
-        """What every rank must believe of this layer, whatever the call."""
+        """The part of this layer's signature that is the same for every call."""
         signature, own = self._signature_cache, (self.momentum, self.epsilon, self._renorm, self.own_weights)
         if signature is None or (signature.momentum, signature.epsilon, signature.renorm, signature.own_weights) != own:
             signature = self._signature_cache = LayerSignature(
@@ -148,7 +148,7 @@ class Member(Definition):
         return signature
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: no ranks, and no batch that waits for its backward pass."""
+        """What a copy or a pickle holds: no collective, and no batch that waits for its backward pass."""
         return {**self.__dict__, "collective": None, "_driver": None, "_saved": None, "_waiting": 0, "_observer": None}
 
     def _must_be_built(self) -> None:

@@ -72,7 +72,7 @@ class Moments:
 
     @staticmethod
     def rows(folds: int) -> int:
-        """W: the number of words a channel has."""
+        """W: the number of limbs per channel."""
         return 4 * folds + 2
 
     @classmethod

@@ -1,8 +1,8 @@
-"""What a call leaves behind for its backward pass, and what that pass makes of it.
+"""What a call saves for its backward pass, and that pass.
 
-A training call saves its batch, the statistics of the global one, and the ranks that it was shared with: so any number
-of calls can wait for their gradients, and be pulled back in any order. What changes from one backward pass to the next,
-the grid, belongs to the layer.
+A training call saves its batch, the global batch's statistics, and the exchange driver that it used, so any number of
+calls can wait for their gradients and be pulled back in any order. The grid, which changes from one backward pass to
+the next, belongs to the layer.
 
 Shape suffixes: C channels; batches are (A, C, B).
 """
@@ -23,16 +23,16 @@ from bnlayer.grid import BackwardGrid
 from bnlayer.moments import BatchStatistics
 from bnlayer.view import View
 
-# Takes dy; gives dinputs, dgamma and dbeta.
+# Takes dy; returns dinputs, dgamma and dbeta.
 Pullback = Callable[[ArrayLike], tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]]
 
-_SAMPLES = 64  # of a batch, to see that it was written to: what is written in place is nearly always all of it
+_SAMPLES = 64  # of a batch, to detect writes to it: in-place operations nearly always write all of it
 
 
 def sample(x: NDArray[Any]) -> bytes:
     """Some values of a batch, spread over its rows and channels; all of them, if there are few.
 
-    An odd distance: an even one would meet the same channels in each row.
+    The stride is odd: an even one would hit the same channels in each row.
     """
     flat = x.ravel() if x.flags.c_contiguous else x.flat
     return flat[:: x.size // _SAMPLES | 1].tobytes()
@@ -40,12 +40,12 @@ def sample(x: NDArray[Any]) -> bytes:
 
 @dataclass(eq=False, slots=True)
 class Pulled:
-    """What a backward pass gives.
+    """The result of a backward pass.
 
     Attributes:
         dx: of the batch's own shape.
         gamma, beta: (C,) float64.
-        grid: what the next backward pass of the layer starts from.
+        grid: the one that the layer's next backward pass starts from.
     """
 
     dx: NDArray[Any]
@@ -59,11 +59,11 @@ class SavedTraining:
     """What a training call saves.
 
     Attributes:
-        driver: with the ranks that the batch was shared with.
+        driver: of the ranks that took part in the forward exchange.
         signature: as it was then.
         step: the call's, among the training calls of these ranks.
-        view: the batch. It is the caller's memory.
-        seen: a sample of it, as it was.
+        view: the batch, in the caller's memory.
+        seen: a sample of it, taken at the call.
         statistics: of the global batch.
         scale_C: γs, or γrs with renorm: what multiplies the centered input.
         r_C, d_C: the corrections of renorm; None without.
@@ -86,7 +86,7 @@ class SavedTraining:
 
     @property
     def was_written_to(self) -> bool:
-        """Whether the batch is seen to be another one than at the call."""
+        """Whether the sampled values differ from those at the call."""
         return sample(self.view.x) != self.seen
 
     def pull(

@@ -35,7 +35,7 @@ class Encoded:
 
     Attributes:
         floats: float64; sums of floats.
-        limbs: int64; sums of integers as all hi, then all lo words, per array; or keys of maxima and minima.
+        limbs: int64; sums of integers as all hi, then all lo limbs, per array; or keys of maxima and minima.
     """
 
     floats: NDArray[np.float64]
@@ -43,7 +43,7 @@ class Encoded:
 
 
 def refusal(op: str, dtype: np.dtype[Any]) -> str | None:
-    """Why arrays of a dtype can't be reduced, in words; None if they can."""
+    """Why arrays of a dtype can't be reduced, as text; None if they can."""
     if dtype.name in FLOATS or dtype.name in INTEGERS or (dtype == np.bool_ and op != "sum"):
         return None
     if dtype == np.bool_:
@@ -160,7 +160,7 @@ def _values(op: str, keys: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[A
 
 
 def _pair(flat: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The words hi and lo of integers: x = hi * 2^32 + lo, 0 <= lo < 2^32."""
+    """The limbs hi and lo of integers: x = hi * 2^32 + lo, 0 <= lo < 2^32."""
     wide = flat if flat.dtype == np.uint64 else flat.astype(np.int64)
     kind = wide.dtype.type
     return (wide >> kind(32)).astype(np.int64), (wide & kind(LOW)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""`LayerState`: what the owner of a layer owns. It travels: to a joining rank, to the owner, to a file."""
+"""`LayerState`: a layer's moving statistics and grids, as its owner keeps them and as they are sent and saved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LayerState:
 
     @property
     def kind(self) -> str:
-        """What two states must have in common to take each other's place, in words."""
+        """What two states must have in common for one to replace the other, as text."""
         renorm = " and renorm" if self.moving.stddev is not None else ""
         variables = f"{self.moving.mean.dtype.name} variables{renorm}"
         return f"{self.channels} channels in {self.forward.dtype} with {variables}"
@@ -50,7 +50,7 @@ class LayerState:
 
     @property
     def fingerprint(self) -> int:
-        """A name of all but the version, never 0: states of one name take each other's place."""
+        """Hash of everything but the version, never 0: states with equal fingerprints are interchangeable."""
         return fingerprint(replace(self, version=0).arrays())
 
     def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | None) -> LayerState:
@@ -59,8 +59,8 @@ class LayerState:
         Args:
             statistics: of the batch.
             grid: the one that its sums were accepted on.
-            rule: how the moving statistics follow; None: the call updates nothing. Training goes on as if it had not
-                been made; but a layer without a grid takes this one, or it would probe at each such call.
+            rule: how the moving statistics follow; None: the call updates nothing, as if it had not been made, but a
+                layer without a grid still takes this one: otherwise it would probe at each such call.
         """
         if rule is None and self.forward.known:
             return self
@@ -90,14 +90,14 @@ class LayerState:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], dtype: str) -> LayerState:
-        """The state that `arrays()` named.
+        """The state from which `arrays()` made the arrays.
 
         Args:
             arrays: all entries of `arrays()`.
             dtype: of the arithmetic, "float32" or "float64".
 
         Raises:
-            ValueError: an array is missing, or has another shape or dtype than it must have.
+            ValueError: an array is missing, or has a wrong shape or dtype.
         """
         mean = arrays.get("moving_mean")
         shape = mean.shape if mean is not None else (0,)
@@ -115,7 +115,7 @@ class LayerState:
             _check(arrays, name, shape, np.dtype(kind))
         _check(arrays, "flags", (3,), np.dtype(np.int64))
         forward_known, backward_known, version = arrays["flags"].tolist()
-        arrays = {name: np.require(array, requirements="W") for name, array in arrays.items()}  # not a message's own
+        arrays = {name: np.require(array, requirements="W") for name, array in arrays.items()}  # not a message's buffer
         return cls(
             Moving(*(arrays[name] for name in variables)),
             Grid(dtype, arrays["forward.pivot"], arrays["forward.exponent"], bool(forward_known)),

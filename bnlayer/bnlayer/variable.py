@@ -1,4 +1,4 @@
-"""`Variable`: a named array with a gradient, in Keras's words."""
+"""`Variable`: a named array with a gradient, by Keras's names."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Variable:
         self._value = array
 
     def take(self, value: NDArray[Any]) -> None:
-        """Replace the value by an array of the same shape and dtype that nobody else will write to."""
+        """Replace the value by an array of the same shape and dtype that no other code will write to."""
         self._value = value
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

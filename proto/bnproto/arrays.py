@@ -33,7 +33,7 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 class WireError(ValueError):
-    """A message says something that has no meaning."""
+    """A message is invalid."""
 
 
 def pack(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> tuple[pb.Payload, list[pb.Part]]:

@@ -1,6 +1,6 @@
-"""A rank's `Call` on the wire, and back. Every field of a call has its own place in the message.
+"""A rank's `Call` on the wire, and back. Every field of a call has its own field in the message.
 
-Words that this version does not know (an operation, a direction) are refused: law 6 of the protocol.
+Values that this version does not know (an operation, a direction) are refused: law 6 of the protocol.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
 
 
 def call_of(message: pb.Contribution) -> Call:
-    """The call that a message says.
+    """The call in a message.
 
     Raises:
-        WireError: the operation, the direction or the terms are missing or unknown.
+        WireError: the operation, the direction or the signature is missing or unknown.
     """
     operation = _FROM_OPERATION.get(message.operation)
     if operation is None:
@@ -90,16 +90,16 @@ def call_of(message: pb.Contribution) -> Call:
 
 
 def with_state(limbs: NDArray[np.int64], state: LayerState) -> dict[str, NDArray[Any]]:
-    """The arrays of a contribution that brings the state which its rank set: words have no name."""
+    """The arrays of a contribution with the state that its rank set: the limbs have no name."""
     return {"": limbs, **state.arrays()}
 
 
 def without_state(arrays: Mapping[str, NDArray[Any]], dtype: str) -> tuple[NDArray[np.int64], LayerState]:
-    """The words and the state that `with_state` put together.
+    """The limbs and the state that `with_state` put together.
 
     Raises:
-        WireError: the words are missing.
-        ValueError: the state is none.
+        WireError: the limbs are missing.
+        ValueError: the state is invalid.
     """
     if "" not in arrays:
         raise WireError(f"expected words beside the state that was set, received {', '.join(arrays) or 'nothing'}")

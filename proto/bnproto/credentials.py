@@ -1,4 +1,4 @@
-"""Tokens and certificates: neither is looked at yet, so whoever gives one is refused.
+"""Tokens and certificates: neither is supported yet, so a process that is given one is refused.
 
 A token that is accepted and never checked looks like protection, and crosses the network in plain text.
 """

@@ -16,7 +16,7 @@ from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, Servic
 from bnproto.channel import SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 
-# reason: what a rank raises, and the status that everything between us understands.
+# reason: what a rank raises, and the status that proxies in between understand.
 _MEANING: dict[pb.ErrorReason.ValueType, tuple[type[CollectiveError], grpc.StatusCode]] = {
     pb.ERROR_REASON_MISMATCH: (MismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     pb.ERROR_REASON_STALL: (StallError, grpc.StatusCode.ABORTED),
@@ -53,7 +53,7 @@ class StatusParts:
 
 
 def status_of(failure: pb.Failure) -> StatusParts:
-    """The status that tells a rank of a failure."""
+    """The status that carries a failure to a rank."""
     _, code = _MEANING[failure.reason]
     reason = pb.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
     message = failure.text[:_MESSAGE_CHARACTERS]

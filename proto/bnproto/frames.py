@@ -19,7 +19,7 @@ _FIRST_ROOM = 2**16
 
 
 def framed(message: Message) -> bytes:
-    """A message as it travels."""
+    """A message with its length in front."""
     data = message.SerializeToString()
     return _LENGTH.pack(len(data)) + data
 
@@ -27,7 +27,7 @@ def framed(message: Message) -> bytes:
 class Frames:
     """Cuts the bytes of one direction of a local socket into messages.
 
-    Receive into `room`, say with `came` how much it was, and take messages with `next` while there are any.
+    Receive into `room`, pass the number of bytes to `received`, and take messages with `next` while there are any.
 
     Args:
         largest: of the messages, in bytes.
@@ -56,7 +56,7 @@ class Frames:
         return memoryview(self._bytes)[self._stop :]
 
     def received(self, count: int) -> None:
-        """So many bytes were received."""
+        """Record that so many bytes were received."""
         self._stop += count
 
     def next(self) -> bytes | None:

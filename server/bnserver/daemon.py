@@ -1,7 +1,7 @@
 """The daemon: from the command line to a listening service, and to its orderly end.
 
-Order of things: lock the state directory, take the port, load what was saved, say that it is ready; on SIGTERM or
-SIGINT tell every rank, save every job, exit 0.
+In this order: lock the state directory, bind the port, load what was saved, report that it is ready; on SIGTERM or
+SIGINT notify every rank, save every job, exit 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bnserver.logs import LogError, logged
 from bnserver.servicer import Servicer
 from bnserver.store import Store, StoreError
 
-_GRACE_S = 2.0  # for ranks to hear that the service stops; the whole drain has 5 s
+_GRACE_S = 2.0  # for ranks to be notified that the service stops; the whole drain has 5 s
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -39,11 +39,11 @@ _log = logging.getLogger("bnserver")
 
 
 class ListenError(ValueError):
-    """The address to listen on is not allowed, or is none; the text says why, and what to do."""
+    """The address to listen on is invalid or not allowed; the text says why, and what to do."""
 
 
 class UnavailableError(ValueError):
-    """Something was asked for that this version does not have; the text says what, and what to do."""
+    """This version lacks a requested feature; the text names it, and says what to do."""
 
 
 class StartError(RuntimeError):
@@ -73,7 +73,7 @@ def serve(
 
     Returns:
         The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address, or for
-        credentials in the environment, which nothing would look at.
+        credentials in the environment, which are not supported.
     """
     try:
         unavailable = refusal(os.environ)
@@ -86,7 +86,7 @@ def serve(
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
         with logged(log_level, log_file):
-            warm.owner()  # before it listens: nobody waits for a compilation in the middle of an exchange
+            warm.owner()  # before it listens, so that no exchange waits for a compilation
             asyncio.run(_serve(listen, host, state_dir, ready_file, timeouts, Failpoints(os.environ)))
     except (ListenError, UnavailableError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out

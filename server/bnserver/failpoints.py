@@ -1,4 +1,4 @@
-"""Faults on purpose, at named points of the daemon: for tests, and inert unless one environment variable asks.
+"""Fault injection at named points of the daemon: for tests, and inert unless one environment variable is set.
 
     BNSERVER_FAILPOINTS="after-journal=kill:7"              SIGKILL to itself, the seventh time it comes there
     BNSERVER_FAILPOINTS="before-reply=drop:3,tick=stop:50"  the third reply is lost with its connection; SIGSTOP later
@@ -43,11 +43,11 @@ class Action(StrEnum):
 
 
 class FailpointError(ValueError):
-    """The variable says something that has no meaning."""
+    """The variable's value is invalid."""
 
 
 class Failpoints:
-    """The points that were asked for.
+    """The points that the variable names.
 
     Args:
         environ: where to look; without the variable nothing ever happens.
@@ -70,11 +70,11 @@ class Failpoints:
             self._asked.setdefault(name, []).append((Action(action), int(hit or "1")))
 
     def armed(self, name: str) -> bool:
-        """Whether something is asked for at a point."""
+        """Whether a fault is set for a point."""
         return name in self._asked
 
     def reached(self, name: str) -> bool:
-        """Be at a point; returns whether something is to be dropped.
+        """Called at a point: acts if its fault is due; returns whether something is to be dropped.
 
         Raises:
             OSError: the disk is "full".

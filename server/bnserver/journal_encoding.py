@@ -1,8 +1,8 @@
-"""The core's entries as bytes on disk, and back; and the frames in which they stand in a file.
+"""Encodes the core's journal records as bytes on disk, and decodes them; and the frames that hold them in a file.
 
 A frame is a head and a body. The head holds the frame's number within its file, the body's length and checksum, and a
-checksum of itself: so a frame whose end is missing is told from one that was changed, and no frame can be taken out,
-repeated or moved unseen.
+checksum of itself: so a truncated frame is distinguished from a corrupt one, and a frame that was removed, repeated or
+moved is detected.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _FROM_REASONS[wire.ERROR_REASON_UNSPECIFIED] = None
 
 
 class FrameError(ValueError):
-    """A frame is not what was written."""
+    """A frame is corrupt."""
 
 
 class RecordError(ValueError):
-    """A frame is sound, but its content is nothing that this version knows."""
+    """A frame is sound, but this version does not know its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def frames(data: bytes) -> Iterator[tuple[int, bytes] | Torn]:
     """The bodies of a file's frames, each with where the next one begins; a torn one is the last.
 
     Raises:
-        FrameError: a frame is not what was written.
+        FrameError: a frame is corrupt.
     """
     start = number = 0
     while start < len(data):
@@ -100,7 +100,7 @@ def frames(data: bytes) -> Iterator[tuple[int, bytes] | Torn]:
 
 
 def encode(record: JournalRecord) -> bytes:
-    """An entry as the body of a frame."""
+    """A record as the body of a frame."""
     match record:
         case LayerSnapshot():
             encoded = pb.Record(snapshot=_kept(record.layer, record.state))
@@ -145,7 +145,7 @@ def encode(record: JournalRecord) -> bytes:
 
 
 def is_over(bodies: Iterable[bytes]) -> bool:
-    """Whether the entries of a whole snapshot are those of a job that is over, without decoding any of its arrays."""
+    """Whether the records of a whole snapshot are those of a job that is over, without decoding any of its arrays."""
     try:
         kinds = {pb.Record.FromString(body).WhichOneof("record") for body in bodies}
     except DecodeError:
@@ -159,10 +159,10 @@ def encode_header(header: pb.Header) -> bytes:
 
 
 def decode(body: bytes) -> JournalRecord | pb.Header:
-    """What `encode` made bytes of; a header as it is.
+    """The record that `encode` made bytes of; a header as it is.
 
     Raises:
-        RecordError: it is nothing that this version knows.
+        RecordError: this version does not know it.
     """
     try:
         encoded = pb.Record.FromString(body)

@@ -1,8 +1,8 @@
-"""Local sockets: the way of a rank on the service's machine around gRPC, for what is asked and answered all the time.
+"""Local sockets: a rank on the service's machine sends its requests and gets its answers here, and not over gRPC.
 
-One exchange of two ranks costs gRPC's threads and loops more than everything else together. A local socket belongs to
-a stream, which stays: it says how the conversation ends, and the two end together. The socket's name lies in the
-abstract namespace: it leaves no file behind, and ranks on other machines or in other network namespaces don't find it.
+In an exchange of two ranks gRPC's threads and loops cost more than everything else together. A local socket belongs to
+a stream, which stays open: errors are sent on the stream alone, and the two end together. The socket's name is in the
+abstract namespace: it leaves no file behind, and ranks on other machines or in other network namespaces can't reach it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from bnproto.arrays import WireError
 from bnproto.frames import LARGEST_BYTES, Frames, framed
 from bnproto.v1 import statistics_pb2 as pb
 
-_ATTACH_WITHIN_S = 5.0  # who connects and shows no ticket is shown out
-_ATTACH_BYTES = 64  # and may not send more than this
-# At a time; one more, and the first is shown out. Ranks of a large job are strangers, too, for a moment.
+_ATTACH_WITHIN_S = 5.0  # a connection that has sent no ticket by then is closed
+_ATTACH_BYTES = 64  # and may not send more than this before
+# Connections without a ticket at a time; one more closes the oldest. All ranks of a large job may connect at once.
 _STRANGERS = 512
 _BACKLOG = 4096  # ranks that connect at once, as all of a job do; the kernel takes less if its own limit is lower
 
@@ -31,12 +31,12 @@ _log = logging.getLogger("bnserver")
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """What the rim does with what comes in.
+    """The servicer's callbacks.
 
     Attributes:
         asked: a stream's rank sent a request on its socket.
-        garbled: it sent what can't be read.
-        lost: its socket ended, and nobody here has ended it.
+        garbled: it sent bytes that are no valid message.
+        lost: its socket ended, and was not ended by the service.
     """
 
     asked: Callable[[int, pb.ExchangeRequest], None]
@@ -45,7 +45,7 @@ class Callbacks:
 
 
 class Frame:
-    """A message for one socket or several, as bytes once the first of them takes it."""
+    """A message for one or several sockets, serialized when the first of them sends it."""
 
     __slots__ = ("_data", "_message")
 
@@ -55,7 +55,7 @@ class Frame:
 
     @property
     def data(self) -> bytes:
-        """What travels."""
+        """The bytes to send."""
         self._data = self._data or framed(self._message)
         return self._data
 
@@ -65,8 +65,8 @@ class LocalSockets:
 
     Args:
         boot_id: names this run of the service.
-        callbacks: are told what comes in.
-        attach_within_s: seconds in which whoever connects must show a ticket.
+        callbacks: called for what comes in.
+        attach_within_s: seconds in which a connection must present its ticket.
     """
 
     def __init__(self, boot_id: int, callbacks: Callbacks, attach_within_s: float = _ATTACH_WITHIN_S) -> None:
@@ -77,10 +77,10 @@ class LocalSockets:
         self._port = 0
         self._server: asyncio.Server | None = None
         self._closed = False
-        self._tickets: dict[bytes, int] = {}  # not used yet
+        self._tickets: dict[bytes, int] = {}  # not presented yet
         self._invited: dict[int, bytes] = {}
         self._sockets: dict[int, LocalSocket] = {}
-        self._strangers: dict[LocalSocket, None] = {}  # in the order in which they came
+        self._strangers: dict[LocalSocket, None] = {}  # in the order of connecting
 
     async def open(self, port: int) -> None:
         """Listen; where the machine has no such sockets, ranks stay on their streams.
@@ -103,7 +103,7 @@ class LocalSockets:
         if self._server is not None:
             for listening in self._server.sockets:
                 asyncio.get_running_loop().remove_reader(listening.fileno())
-            for _ in range(2):  # asyncio fails at whoever it has let in, and not yet made a transport for
+            for _ in range(2):  # asyncio fails on a connection that it has accepted, and has no transport for yet
                 await asyncio.sleep(0)
             self._server.close()
         for stream in tuple(self._sockets):
@@ -112,7 +112,7 @@ class LocalSockets:
             socket.end()
 
     def invitation(self, stream: int) -> pb.LocalSocket | None:
-        """How a stream's rank gets a socket; None where there are none."""
+        """The address and ticket for a stream's rank; None where there are no local sockets."""
         if not self._name:
             return None
         ticket = secrets.token_bytes(16)
@@ -128,24 +128,24 @@ class LocalSockets:
         self._sockets[stream].send(frames)
 
     def end(self, stream: int) -> None:
-        """A stream ends: so does its socket, whatever is still to be sent, and its ticket is worth nothing."""
+        """A stream ends: end its socket without sending the rest, and revoke its ticket."""
         self._tickets.pop(self._invited.pop(stream, b""), None)
         socket = self._sockets.pop(stream, None)
         if socket is not None:
             socket.end()
 
-    # ---- what a socket says of itself ----
+    # ---- called by a socket ----
 
     def connected(self, socket: LocalSocket) -> None:
-        """Somebody has connected."""
+        """A socket has connected."""
         self._strangers[socket] = None
-        if self._closed:  # it was at the door already
+        if self._closed:  # it was accepted before the listener closed
             socket.end()
         if len(self._strangers) > _STRANGERS:
             next(iter(self._strangers)).end()
 
     def attached(self, socket: LocalSocket, ticket: bytes) -> int | None:
-        """Somebody shows a ticket; returns the stream, or None for a ticket that is not valid."""
+        """A socket presents a ticket; returns the stream, or None for an invalid ticket."""
         stream = self._tickets.pop(ticket, None)
         if stream is None:
             return None
@@ -174,7 +174,7 @@ class LocalSocket(asyncio.BufferedProtocol):
         self._full = False
 
     def send(self, frames: Iterable[Frame]) -> None:
-        """Send in this order, each message when the kernel has taken the one before."""
+        """Send in this order, each message once the kernel has taken the one before."""
         self._unsent.extend(frames)
         self._send_more()
 
@@ -184,7 +184,7 @@ class LocalSocket(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # ---- what the loop says ----
+    # ---- called by the event loop ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a ticket."""
@@ -202,11 +202,11 @@ class LocalSocket(asyncio.BufferedProtocol):
         self._sockets.disconnected(self, self._stream)
 
     def pause_writing(self) -> None:
-        """The kernel takes no more."""
+        """The kernel's buffer is full."""
         self._full = True
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """The kernel's buffer has room again."""
         self._full = False
         self._send_more()
 
@@ -244,7 +244,7 @@ class LocalSocket(asyncio.BufferedProtocol):
         self._calm()
 
     def _garbled(self, text: str) -> None:
-        """Say so to whoever sent it; nothing that follows can be read."""
+        """Report invalid bytes; nothing that follows them can be read."""
         if self._stream is not None:
             self._sockets.callbacks.garbled(self._stream, text)
         self.end()

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 _STDERR = 2
-_FLUSH_S = 1.0  # what nobody has read by then is given up
+_FLUSH_S = 1.0  # lines that stderr has not taken by then are dropped
 
 _FORMAT = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
 
@@ -30,7 +30,7 @@ class LogError(RuntimeError):
 
 @contextmanager
 def logged(level: str = "info", file: Path | None = None) -> Iterator[None]:
-    """Send what is logged to stderr, and to a file, for the length of a `with` block.
+    """Send log records to stderr, and to a file, for the length of a `with` block.
 
     Args:
         level: what stderr gets: debug, info, warning or error.

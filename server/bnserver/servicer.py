@@ -1,13 +1,13 @@
-"""The rim of the service: streams in and out. It carries events to the core and does what the core says.
+"""The gRPC servicer: turns the ranks' streams into events for the core, and carries out the core's effects.
 
-One task per stream reads, one writes; between them stands a queue, so a rank that reads slowly holds up nobody
-but itself. A rank on this machine asks, and is answered, beside its stream: `local.py`. All of them run in one event
-loop: the core is never entered twice at once.
+One task per stream reads, one writes, with a queue between them, so a rank that reads slowly delays only itself. A
+rank on this machine sends requests and gets answers beside its stream: `local.py`. All of them run in one event loop,
+so the core is never entered twice at once.
 
-A job that is over and saved leaves memory; the first rank that joins it again has it read back from its file.
+A job that is over and saved is dropped from memory; the first rank that joins it again has it read from its file.
 
-What the core wants written is written before anybody is told of it. Where that fails (a full disk), the jobs go on in
-memory, the log and the health service say so, and every second a snapshot is tried until it is on disk.
+Journal records are written before the answers that depend on them are sent. If writing fails (a full disk), the jobs
+go on in memory, the log and the health service report it, and a snapshot is tried every second until it is on disk.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from bnserver.store import Store, StoreError
 from bnserver.translation import Messages, Reader, Writer, failure_of
 
 _SAVE_AGAIN_TICKS = 10  # after a failure
-# Adding this many bytes takes about a millisecond: less than the way to another thread and back is worth.
+# Adding this many bytes takes about a millisecond: not worth the way to another thread and back.
 _REDUCE_HERE_BYTES = 2**20
 
 _log = logging.getLogger("bnserver")
@@ -62,11 +62,11 @@ SavingCallback = Callable[[bool], Coroutine[Any, Any, None]]
 
 @dataclass(slots=True)
 class _Outbox:
-    """What one stream's writer has to send; a status, or None for a clean end, is the last of it.
+    """The queue of one stream's writer; its last item is a status, or None for a clean end.
 
     Attributes:
-        reader: of what the rank sends on the stream.
-        beside: of what it sends on its local socket.
+        reader: for what the rank sends on the stream.
+        beside: for what it sends on its local socket.
     """
 
     reader: Reader
@@ -82,8 +82,8 @@ class Servicer(rpc.StatisticsServiceServicer):
         boot_id: names this run of the service.
         store: where jobs are saved; None keeps them in memory alone.
         timeouts: how long it waits for signs of life.
-        failpoints: faults on purpose.
-        saving: is told when jobs can't be saved (False), and when they can again.
+        failpoints: faults to inject.
+        saving: called with False when jobs can't be saved, and with True when they can again.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._sockets = LocalSockets(boot_id, Callbacks(self._asked, self._garbled, self._hung_up))
 
     async def open(self, port: int) -> None:
-        """Load what was saved, and let ranks in.
+        """Load what was saved, and accept ranks.
 
         Args:
             port: that the service listens on.
@@ -129,14 +129,14 @@ class Servicer(rpc.StatisticsServiceServicer):
         except RecoveryError as error:
             raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
         for job in self._service.jobs:
-            if self._service.is_over(job):  # its end is in its journal alone
+            if self._service.is_over(job):  # its end is in its journal, but not in a snapshot yet
                 self._persist(job)
         await self._sockets.open(port)
         self._ready.set()
         self._start(self._tick(), self._tasks)
 
     async def close(self) -> None:
-        """Tell every rank that the service stops, and save every job that is not on disk as it is.
+        """Notify every rank that the service stops, and save every job whose snapshot is out of date.
 
         Raises:
             StoreError: a job could not be saved.
@@ -150,7 +150,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         for error in self._unsaved.values():
             raise error
 
-    async def Exchange(  # type: ignore[override]  # the stubs know generators alone, gRPC coroutines too
+    async def Exchange(  # type: ignore[override]  # the stubs allow only generators, gRPC coroutines too
         self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
     ) -> None:
         """One rank's stream, from join to leave."""
@@ -197,15 +197,15 @@ class Servicer(rpc.StatisticsServiceServicer):
                 return
             self._take(outbox.reader, request)
             self._release(job)
-        # It hung up without a goodbye; a connection that broke cancels `Exchange` instead.
+        # The rank closed the stream without a leave; a connection that broke cancels `Exchange` instead.
         self._hung_up(stream)
 
     async def _recall(self, job: str) -> None:
-        """Have a job in memory that is over, if there is one of this name on disk.
+        """Load a job that is over, if there is one of this name on disk.
 
         Raises:
             StoreError: its file is corrupt.
-            RecoveryError: it makes no sense.
+            RecoveryError: its records are inconsistent.
         """
         if self._store is None or self._service.knows(job):
             return
@@ -215,7 +215,7 @@ class Servicer(rpc.StatisticsServiceServicer):
                 self._service.recall(job, records, self._clock.time(time.monotonic()))
 
     def _release(self, job: str) -> None:
-        """Forget a job that is over, and on disk as it is."""
+        """Drop a job from memory that is over, and saved as it is."""
         if self._store is None or job in self._due:
             return
         if self._service.is_over(job) and self._store.is_saved(job):
@@ -229,7 +229,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             self._dispatch(event)
 
     def _asked(self, stream: int, request: pb.ExchangeRequest) -> None:
-        """A rank says something on its local socket."""
+        """A rank sent a request on its local socket."""
         outbox = self._outboxes[stream]
         outbox.beside = outbox.beside or outbox.reader.beside()
         self._take(outbox.beside, request)
@@ -238,7 +238,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._dispatch(Malformed(stream, text))
 
     def _hung_up(self, stream: int) -> None:
-        """Its rank can't be heard any more, on the stream or on its local socket: both end."""
+        """The stream or its local socket has ended: end both."""
         self._dispatch(Lost(stream))
         self._end(stream, None)
 
@@ -256,8 +256,8 @@ class Servicer(rpc.StatisticsServiceServicer):
             now = self._clock.time(time.monotonic(), tick=isinstance(event, Tick))
             for effect in self._service.handle(event, now):
                 self._perform(effect)
-        except Exception:  # noqa: BLE001 - this is the rim
-            # A fault of ours must neither hang a rank nor end the other jobs.
+        except Exception:  # noqa: BLE001 - the outermost handler
+            # An error of the service must neither hang a rank nor end the other jobs.
             _log.exception("a fault of the service, while it handled %s", type(event).__name__)
             stream = getattr(event, "stream", None)
             if stream is not None:
@@ -282,7 +282,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             case Record():
                 self._record(effect)
             case ApplyUpdate():
-                # The answers are on their way first: their writers' turn comes before this.
+                # The answers are sent first: their writers run before this.
                 asyncio.get_running_loop().call_soon(self._service.apply_update, effect.job, effect.layer)
             case Persist():
                 self._persist(effect.job)
@@ -328,7 +328,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._sockets.end(stream)
 
     def _close(self, stream: int) -> None:
-        """Answer a goodbye; what is being saved is saved first."""
+        """Answer a leave, once a save in progress has ended."""
         if not self._saves:
             self._end(stream, None)
             return
@@ -361,7 +361,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         return self._writer.reduced(effect.sequence, generation, arrays)
 
     def _record(self, effect: Record) -> None:
-        """Write an entry; without a wait, for the kernel takes it and the disk gets it later."""
+        """Append a record, without a thread: it goes to the kernel's page cache, and is not synced."""
         if self._store is None:
             return
         try:

@@ -1,18 +1,18 @@
-"""Where jobs are kept between two runs of the service: a directory with one file per job.
+"""Persistence of jobs between two runs of the service: a directory with one file per job.
 
-A file is a snapshot, and the journal of what came after it: both are entries of the job's past, in the same frames.
+A file is a snapshot, followed by the journal of what came after it: both are journal records, in the same frames.
 
 Laws:
-1. An entry is in the kernel's hands when `append` returns: it outlives the process, however that ends. It is not
-   synced: a power cut may take it.
+1. A record is in the kernel's page cache when `append` returns: it survives the end of the process, however it ends.
+   It is not synced: a power cut may lose it.
 2. A snapshot replaces the file as a whole or not at all: written aside, synced, renamed, the directory synced. It
-   outlives a power cut. What was appended meanwhile is appended to it before it takes its place.
-3. What is loaded is what was written: checksums cover every byte. A journal without its end is one whose last entry
-   nobody was told of: it is cut there. Anything else that is wrong is reported, never skipped.
+   survives a power cut. What was appended meanwhile is appended to it before it replaces the file.
+3. What is loaded is what was written: checksums cover every byte. A torn last record is cut off, because no answer
+   that depends on it was sent. Anything else that is wrong is reported, never skipped.
 4. One daemon at a time: the directory is locked for as long as the daemon lives.
-5. A job whose entry could not be written is not written to again until a whole snapshot of it is on disk.
-6. A job that is over and saved is its file alone: nothing of it is kept in memory, and its file is not written again.
-   When the service starts, the checksums of such a file are looked at, and its arrays are left where they are.
+5. After a record could not be written, nothing is appended to that job until a whole snapshot of it is on disk.
+6. A job that is over and saved exists only as its file: nothing of it is kept in memory, and its file is not written
+   again. When the service starts, the checksums of such a file are verified, and its arrays are not loaded.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from bnserver.journal_encoding import (
 _FORMAT = 1
 _SUFFIX = ".job"
 _ASIDE = ".part"
-# A journal of so many entries, or bytes, is replaced by a snapshot: reading it back takes about a second.
+# A journal of so many records, or bytes, is replaced by a snapshot: reading it back takes about a second.
 _LONG_ENTRIES, _LONG_BYTES = 2**12, 2**26
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -56,7 +56,7 @@ _log = logging.getLogger("bnserver")
 
 
 class StoreError(RuntimeError):
-    """The state directory can't be used; the text says why, and what to do."""
+    """The state directory can't be used; the text gives the reason, and what to do."""
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class _File:
         size: its bytes so far.
         records: appended since the snapshot.
         snapshot: bytes of it.
-        broken: whether it lacks an entry, so that it must be replaced.
+        broken: whether it lacks a record, so that it must be replaced.
         meanwhile: what was appended while a snapshot is being written; None while none is.
     """
 
@@ -87,7 +87,7 @@ class _File:
         return self.snapshot > 0 and not self.records
 
     def close(self) -> None:
-        """Give the descriptor back; it is opened anew when it is needed."""
+        """Close the descriptor; it is opened again when it is needed."""
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
@@ -98,7 +98,7 @@ class Store:
 
     Args:
         directory: is made if it does not exist.
-        failpoints: faults on purpose.
+        failpoints: faults to inject.
         long_entries, long_bytes: how long a journal may become.
 
     Raises:
@@ -121,10 +121,10 @@ class Store:
         self._lock = _locked(directory)
 
     def load(self, *, finished: bool = True) -> dict[str, list[JournalRecord]]:
-        """The past of every job that was kept.
+        """The records of every saved job.
 
         Args:
-            finished: whether jobs that are over and saved are among them; without, `read` gives one when it is wanted.
+            finished: whether to include jobs that are over and saved; `read` gives one of these on demand.
 
         Raises:
             StoreError: a file is corrupt.
@@ -141,7 +141,7 @@ class Store:
         return self.path(job).exists()
 
     def read(self, job: str) -> list[JournalRecord]:
-        """The past of one job that was kept.
+        """The records of one saved job.
 
         Raises:
             StoreError: its file is corrupt.
@@ -155,18 +155,18 @@ class Store:
         return file is not None and file.is_snapshot and not file.broken and file.meanwhile is None
 
     def release(self, job: str) -> None:
-        """Keep nothing of a job that is saved but its file."""
+        """Drop everything about a saved job but its file."""
         file = self._files.pop(job, None)
         if file is not None:
             file.close()
 
     def path(self, job: str) -> Path:
-        """A job's file: readable, without a character that a file name can't have, and never the same for two."""
+        """A job's file: a readable, valid file name that is unique to the job."""
         digest = blake2b(job.encode(), digest_size=8).hexdigest()
         return self._directory / f"{quote(job[:80], safe='')[:80]}.{digest}{_SUFFIX}"
 
     def append(self, job: str, record: JournalRecord) -> None:
-        """Add an entry to a job's journal; it outlives this process when this returns.
+        """Append a record to a job's journal; it survives the end of this process once this returns.
 
         Raises:
             StoreError: it could not be written; the job must be saved as a whole.
@@ -184,7 +184,7 @@ class Store:
         except OSError as error:
             file.broken = True
             with suppress(OSError):
-                os.truncate(self.path(job), file.size)  # half an entry is none
+                os.truncate(self.path(job), file.size)  # remove a partly written record
             file.close()
             raise self._store_error(job, error) from error
         self._failpoints.reached("after-journal")
@@ -200,10 +200,10 @@ class Store:
 
         Args:
             job: the job's name.
-            records: gives its entries; called once, when the snapshot is taken.
+            records: returns its records; called once, when the snapshot is taken.
 
         Raises:
-            StoreError: it could not be written. What was there before still is.
+            StoreError: it could not be written. The file is as it was before.
         """
         file = self._files.setdefault(job, _File())
         async with self._writing:
@@ -226,7 +226,7 @@ class Store:
         self._lock.close()
 
     def _open(self, job: str, file: _File) -> None:
-        """Be ready to append. A new file holds its header from its first moment."""
+        """Open the file for appending. A new file is created with its header in it."""
         if file.handle is not None:
             return
         path = self.path(job)
@@ -269,7 +269,7 @@ class Store:
         return len(bodies), len(data)
 
     def _take_place(self, file: _File, aside: Path, path: Path, count: int, size: int) -> None:
-        """Append what came meanwhile, and make the snapshot the job's file. Nothing can come in between."""
+        """Append what came meanwhile, and rename the snapshot to the job's file, with no other append in between."""
         fresh = _File(os.open(aside, os.O_WRONLY | os.O_APPEND), count, size, snapshot=size)
         try:
             for body in file.meanwhile or ():
@@ -317,7 +317,7 @@ def _header(job: str, *, synced: int) -> bytes:
 
 
 def _machine() -> str:
-    """Names this run of the machine; "" where the kernel doesn't."""
+    """The machine's boot id; "" where the kernel gives none."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
@@ -339,7 +339,7 @@ def _sync(directory: Path) -> None:
 
 
 def _loaded(path: Path) -> tuple[str, list[JournalRecord], _File]:
-    """A file's job, past, and as much of it as can be gone on with; what is torn off its end is cut off.
+    """A file's job and records, and its `_File`; a torn end is cut off.
 
     Raises:
         StoreError: it is corrupt.
@@ -354,7 +354,7 @@ def _entries(path: Path, bodies: Iterable[bytes]) -> list[JournalRecord]:
 
 
 def _scanned(path: Path) -> tuple[str, list[bytes], _File]:
-    """Like `_loaded`, with the entries as they were written."""
+    """Like `_loaded`, with the records still encoded."""
     header: pb.Header | None = None
     bodies: list[bytes] = []
     file = _File()
@@ -374,7 +374,7 @@ def _scanned(path: Path) -> tuple[str, list[bytes], _File]:
                 if file.frames == header.synced:
                     file.snapshot = end
         except FrameError as error:
-            # After a power cut the end of a journal may be anything. What was synced may not.
+            # After a power cut the unsynced end of a journal may hold anything; what was synced must be sound.
             if header is None or file.frames < header.synced or header.machine == _machine():
                 raise
             _log.warning("%s ends at byte %d: the machine was down meanwhile, and %s.", path, file.size, error)
@@ -390,7 +390,7 @@ def _scanned(path: Path) -> tuple[str, list[bytes], _File]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say which file is corrupt, and what to do."""
+    """Add to an error which file is corrupt, and what to do."""
     try:
         yield
     except (FrameError, RecordError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The wire's messages as the core's events, and its effects as messages. No decisions."""
+"""Translates the wire's messages into the core's events, and its effects into messages. No decisions."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Reader:
         self._waiting: tuple[pb.ExchangeRequest, PayloadAssembler] | None = None
 
     def read(self, request: pb.ExchangeRequest) -> Event | None:
-        """The event that a request brings; None if parts are missing."""
+        """The event of a request; None while parts are missing."""
         try:
             return self._event(request)
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
     def beside(self) -> Reader:
-        """For what the same rank sends on another way."""
+        """A reader for what the same rank sends on its local socket."""
         other = Reader(self._stream)
         other._alive = self._alive
         return other
@@ -141,7 +141,7 @@ class Writer:
     Args:
         boot_id: names this run.
         timeouts: how long it waits for signs of life.
-        durable: whether jobs outlive it.
+        durable: whether jobs survive it.
     """
 
     def __init__(self, boot_id: int, timeouts: LivenessTimeouts, *, durable: bool) -> None:
@@ -150,7 +150,7 @@ class Writer:
         self._durable = durable
 
     def joined(self, generation: int, world_size: int, local_socket: pb.LocalSocket | None) -> Messages:
-        """All ranks are there."""
+        """The response once all ranks have joined."""
         message = pb.Joined(
             world_size=world_size, lease_ms=self._lease_ms, durable=self._durable, local_socket=local_socket
         )
@@ -161,7 +161,7 @@ class Writer:
         return pb.HeartbeatResponse(boot_id=self._boot_id)
 
     def result(self, effect: Totals | Enrolled | Broadcast | Released, generation: int) -> Messages:
-        """What came of a contribution."""
+        """The answer to a contribution."""
         version: int | None = None
         known = False
         names: tuple[str, ...] = ()
@@ -182,12 +182,12 @@ class Writer:
         return self._result(generation, result, parts)
 
     def reduced(self, sequence: int, generation: int, arrays: Arrays) -> Messages:
-        """What came of a plain reduction."""
+        """The answer to a plain reduction."""
         payload, parts = pack(arrays)
         return self._result(generation, pb.Result(sequence=sequence, payload=payload), parts)
 
     def overflowed(self, sequence: int, generation: int, text: str) -> Messages:
-        """Why an integer sum does not fit its dtype."""
+        """The answer to an integer sum that does not fit its dtype."""
         return self._result(generation, pb.Result(sequence=sequence, overflow=text), [])
 
     def owned(self, effect: Owned, generation: int) -> Messages:
@@ -209,7 +209,7 @@ class Writer:
 
 
 def failure_of(effect: Failed) -> pb.Failure:
-    """Why a stream ends."""
+    """The wire's failure for an effect that ends a stream."""
     return pb.Failure(
         reason=_REASONS[effect.reason],
         text=effect.text,

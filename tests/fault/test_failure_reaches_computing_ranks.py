@@ -1,4 +1,4 @@
-"""Two of three ranks can't go on, and the third computes: they are told within a second, and it at its next call."""
+"""Two of three ranks can't go on, and the third computes: they get the error within 1 s, and it at its next call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The service is killed after it has told one or two of the ranks what came of an exchange, and not the others.
+"""The service is killed after it has answered one or two of the ranks of an exchange, and not the others.
 
-Layers' exchanges are in the journal by then; plain ones are not, and those who were told say them once more.
+Layers' exchanges are in the journal by then; plain ones are not, and the ranks that were answered repeat them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rank that is killed or frozen: whoever survives is told which one, and where, in time."""
+"""A rank that is killed or frozen: the survivors' errors name it, and where it was, in time."""
 
 from __future__ import annotations
 

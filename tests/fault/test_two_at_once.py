@@ -1,4 +1,4 @@
-"""A rank and the service are lost at the same time: who comes back hears of who does not."""
+"""A rank and the service are lost at the same time: ranks that reconnect get an error that names the lost one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of a job that ends badly: it joins as a user does, and writes what it is told.
+"""One rank of a job that ends badly: it joins as a user does, and writes the error that it gets.
 
 mpiexec -n N python ending_rank.py WAY FOLDER
 """

@@ -1,4 +1,4 @@
-"""Jobs that end badly under mpiexec: nobody hangs, everybody is told, nothing is left behind."""
+"""Jobs that end badly under mpiexec: no rank hangs, every rank gets the error, nothing is left behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A real disk that is full, and has space again: jobs go on, and everybody who asks is told."""
+"""A real disk that is full, and has space again: jobs go on, and the health service reports it."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Cuts, kills and freezes with real processes: what heals, who is told, and within what time."""
+"""Cuts, kills and freezes with real processes: what recovers, which ranks get an error, and within what time."""
 
 import re
 import signal

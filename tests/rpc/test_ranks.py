@@ -1,4 +1,4 @@
-"""Ranks as processes, and what the others hear of their end; and a service that stays away."""
+"""Ranks as processes, and the errors that others get when one ends; and a service that can't be reached."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What a training run might tell, without training."""
+"""Events of a training run, without training."""
 
 from __future__ import annotations
 

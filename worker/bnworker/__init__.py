@@ -32,7 +32,7 @@ _MODULES = {"World": "bnworker.world", "join": "bnworker.joining"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the command line shares this package, and must answer before NumPy is there."""
+    """Import on first use: the command line shares this package, and must respond before NumPy is loaded."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -4,7 +4,7 @@ Laws:
 1. An argument beats `BNLAYER_*`, which beat MPI's variables, which beat torchrun's, which beat Slurm's.
 2. Two sources that name different ranks are an error where guessing would train wrongly: `BNLAYER_RANK` against
    MPI or torchrun. Slurm's variables are inherited by a batch script's children, so they only lose.
-3. Nothing is read here but the mapping: files, sockets and MPI are somebody else's.
+3. Nothing is read here but the mapping: no file, no socket, no MPI.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Plan:
     """How to join.
 
     Attributes:
-        transport: the way to the other ranks.
+        transport: how to reach the other ranks.
         rank, world_size: as announced. None under mpi where nothing announced them: MPI knows.
         address: of the service, "HOST:PORT"; None elsewhere, and so are the following.
         job: the job's name at the service.
-        local_socket: whether to go around gRPC where the service is on this machine.
+        local_socket: whether to use a local socket instead of gRPC where the service is on this machine.
         reason: why this transport and this rank, in words, for the log.
         warning: what the user should know of it; "" if nothing.
     """

@@ -1,8 +1,8 @@
-"""A joined world's presence in its process: the current collective, and the good-bye when the process ends.
+"""A joined world's presence in its process: the current collective, and leaving when the process ends.
 
 Laws:
 1. A process has at most one joined world, and it is `bnlayer`'s current collective until it is left.
-2. However a process ends, short of a crash, the other ranks are told: of a normal exit, or of the exception.
+2. However a process ends, short of a crash, the other ranks are notified: of a normal exit, or of the exception.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from bnlayer import collective
 
-_REASON_LENGTH = 200  # of a failure's text as other ranks are told it: their own errors must stay readable
+_REASON_LENGTH = 200  # of a failure's text in other ranks' errors, which must stay readable
 
 
 class Presence:
-    """What a world puts into its process, and takes out of it again.
+    """The hooks that a world installs in its process, and removes again.
 
     Args:
         world: the world that becomes current.
@@ -39,7 +39,7 @@ class Presence:
         self._depart = depart
         self._before = collective.install(world)
         self._hook_before = sys.excepthook
-        # Kept, because each access to a bound method makes a new one, and `end` must know its own.
+        # Kept, because each access to a bound method makes a new one, and `end` must compare with this one.
         self._hook = self._on_exception
         sys.excepthook = self._hook
         atexit.register(self._at_exit)
@@ -68,7 +68,7 @@ class Presence:
         return os.getpid() != self._process
 
     def end(self) -> None:
-        """Take everything out again."""
+        """Remove all hooks."""
         Presence._live = None
         collective.install(self._before)
         atexit.unregister(self._at_exit)
@@ -87,7 +87,7 @@ class Presence:
 
 
 def failure(error: BaseException | None) -> str:
-    """How other ranks are told of an exception; "" if it is none, or a successful exit."""
+    """An exception as text for the other ranks; "" if there is none, or for a successful exit."""
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return ""
     text = str(error).strip().partition("\n")[0]

@@ -17,8 +17,8 @@ class Statistics:
     Attributes:
         exchanges: completed exchanges by (layer, direction, operation); layer and direction are None for plain
             operations.
-        bytes_sent: of arrays and words handed to the transport, before its framing.
-        bytes_received: of arrays and words that it returned.
+        bytes_sent: of arrays and limbs handed to the transport, before its framing.
+        bytes_received: of arrays and limbs that it returned.
         waiting_seconds: spent inside exchanges, waiting for other ranks and for the wire.
     """
 

@@ -1,4 +1,4 @@
-"""What travels of a layer when all ranks take over rank 0's: `World.synchronize`."""
+"""The values of a layer that are sent when all ranks take over rank 0's: `World.synchronize`."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def described(layer: BatchNormalization) -> str:
 
 
 def contents(layer: BatchNormalization) -> list[NDArray[Any]]:
-    """All of a layer that travels, in a fixed order."""
+    """All values of a layer that are sent, in a fixed order."""
     return [*(variable.value for variable in layer.weights), *layer.state.arrays().values()]
 
 
 def taken(layer: BatchNormalization, values: list[NDArray[Any]]) -> list[NDArray[Any]]:
-    """Give a layer the first of the values that `contents` listed; returns the others."""
+    """Assign to a layer the first of the values that `contents` listed; returns the others."""
     weights, names = len(layer.weights), tuple(layer.state.arrays())
     end = weights + len(names)
     layer.set_weights(values[:weights])

@@ -3,7 +3,7 @@
 Laws:
 1. A `CollectiveError` ends the world: every later exchange raises it again at once.
 2. User input is checked here, before anything is sent; a transport gets what it can reduce.
-3. An exception that leaves the `with` block is told to the other ranks.
+3. The other ranks are notified of an exception that leaves the `with` block.
 4. A process that was forked from a rank can't exchange, leave or fail in its place.
 5. What is refused before anything is sent leaves no trace: numbers and counters advance when an exchange begins.
 """
@@ -40,11 +40,11 @@ logger = logging.getLogger("bnworker")
 
 
 class Layer(Protocol):
-    """What `pull` and `push` need of a layer; `BatchNormalization` is one."""
+    """The part of a layer that `pull` and `push` use; `BatchNormalization` has it."""
 
     @property
     def name(self) -> str:
-        """The name that the job knows it by."""
+        """Its name within the job."""
 
     @property
     def state(self) -> LayerState:
@@ -65,8 +65,8 @@ class World:
 
     Args:
         transport: this rank's end of the exchanges.
-        install: whether to become the process's current collective and to say good-bye when it ends. Without
-            it several worlds live in one process, for tests.
+        install: whether to become the process's current collective and to leave when the process ends. Without
+            it one process can have several worlds, for tests.
 
     Raises:
         RuntimeError: the process has a joined world already.
@@ -87,7 +87,7 @@ class World:
         if install:
             failure_marker.opened("world")
 
-    # ---- who am I ----
+    # ---- rank and size ----
 
     @property
     def rank(self) -> int:
@@ -163,7 +163,7 @@ class World:
 
         Args:
             arrays: the root's; what other ranks give is not looked at. Dtypes and shapes travel along.
-            root: the rank whose arrays these are.
+            root: the rank that has the arrays.
 
         Returns:
             New arrays, the same on every rank.
@@ -192,10 +192,10 @@ class World:
         """
         self._plain(Operation.BARRIER, PlainSignature(), 0, self._transport.barrier, lambda _: 0)
 
-    # ---- the layer's door ----
+    # ---- called by layers ----
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
-        """Make a layer known to all ranks; a layer calls it. Returns the owner's state."""
+        """Enroll a layer with all ranks; a layer calls it. Returns the owner's state."""
         seeded, known = self._through(
             call,
             _size(state.arrays().values()),
@@ -244,7 +244,7 @@ class World:
 
         Raises:
             ValueError: the layer is not built.
-            CollectiveError: the service refuses, or stays away.
+            CollectiveError: the service refuses, or can't be reached.
         """
         self._alive()
         name = layer if isinstance(layer, str) else layer.name
@@ -261,7 +261,7 @@ class World:
 
         Raises:
             ValueError: the layer is not built.
-            CollectiveError: the service refuses, or stays away.
+            CollectiveError: the service refuses, or can't be reached.
         """
         self._alive()
         state = layer.state
@@ -337,7 +337,7 @@ class World:
         action: Callable[[Call], T],
         received: Callable[[T], int],
     ) -> T:
-        """Make the next plain exchange. Its number is taken once nothing can refuse it any more."""
+        """Make the next plain exchange. Its number is taken only after all checks have passed."""
 
         def numbered() -> T:
             call = Call(operation, ExchangeKey(None, None, self._plain_exchanges), signature)
@@ -361,7 +361,7 @@ class World:
         return result
 
     def _is_forked(self) -> bool:
-        """Whether this is not the rank's process but a child of it; nobody else is in a world of one."""
+        """Whether this is a forked child of the rank's process; always False in a world of one, which any may use."""
         return os.getpid() != self._process and self.transport != "alone"
 
     def _alive(self) -> None:
@@ -377,7 +377,7 @@ class World:
             raise RuntimeError(f"{self!r}: this world was left; make exchanges inside `with bnworker.join()`.")
 
     def _latched(self, action: Callable[[], T]) -> T:
-        """Do what involves the transport, one at a time, and remember the error that ends the world."""
+        """Run an action on the transport, one at a time, and keep the error that ends the world."""
         if not self._free.acquire(blocking=False):
             self._alive()
             raise RuntimeError(
@@ -397,7 +397,7 @@ class World:
             self._error = error
             failure_marker.mark()
             raise
-        except OverflowError:  # every rank was told: they are in step
+        except OverflowError:  # every rank gets this error: they stay in step
             raise
         except BaseException as error:
             self._error = CollectiveError(

@@ -1,6 +1,6 @@
 """A trained layer elsewhere: in Keras, in torch, in a file, or inside the kernel next to it.
 
-| room | holds |
+| module | holds |
 |---|---|
 | `keras.py` | a Keras layer's weights, in Keras's order |
 | `torch.py` | the state dict of torch's `BatchNorm1d/2d/3d` and `SyncBatchNorm` |

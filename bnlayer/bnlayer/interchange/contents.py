@@ -4,7 +4,7 @@ Laws:
 1. Each array is named `LAYER/ARRAY`, e.g. `bn1/gamma`, `bn1/forward.pivot`: the variables and the grids.
 2. The description names the layers in order, with their configuration and rank, and every array with its dtype; and it
    holds a digest of all of that and of the arrays' bytes. What is missing, added or changed is found.
-3. What is read is checked whole before any layer hears of it. Bytes and files are somebody else's.
+3. What is read is checked as a whole before any layer is changed. Bytes and files are handled by other modules.
 """
 
 from __future__ import annotations

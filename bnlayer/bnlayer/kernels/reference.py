@@ -91,7 +91,7 @@ class _Sum:
 
     @property
     def limbs(self) -> list[NDArray[np.int64]]:
-        """The carried words."""
+        """The carried limbs."""
         return self._limbs
 
 

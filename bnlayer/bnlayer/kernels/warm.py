@@ -1,4 +1,4 @@
-"""Having the kernels compiled before somebody waits for them: at installation, or before a service listens.
+"""Compiles the kernels before they are needed: at installation, or before a service listens.
 
     python -m bnlayer.kernels.warm
 
@@ -36,7 +36,7 @@ def everything(report: Callable[[str], None]) -> None:
     """What any layer computes with.
 
     Args:
-        report: hears what is compiled next.
+        report: called with what is compiled next.
     """
     layouts = {"channels last": ((8, 8), -1), "channels first": ((2, 8, 3), 1)}
     for dtype, (layout, (shape, axis)), masked in product(("float32", "float64"), layouts.items(), (False, True)):

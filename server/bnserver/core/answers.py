@@ -1,4 +1,4 @@
-"""What came of an operation: kept until every rank has moved on, so that whoever asks again gets the same bytes."""
+"""The result of an operation: kept until every rank has moved on, so that a repeated request gets the same bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released,
 from bnserver.core.events import Arrays, Body
 from bnserver.core.layers import DisagreementError
 
-_NOBODY = ()  # an answer is made before it is known who gets it
+_NOBODY = ()  # an answer is made before its recipients are known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,8 +19,8 @@ class Answer:
 
     Attributes:
         sequence: the operation's number within the generation.
-        call: what all ranks said.
-        result: the effect that tells them, without streams.
+        call: the one of all ranks.
+        result: the effect that sends it, without streams.
     """
 
     sequence: int
@@ -28,7 +28,7 @@ class Answer:
     result: Totals | Enrolled | Reduce | Broadcast | Released
 
     def to(self, streams: Mapping[int, int]) -> list[Effect]:
-        """Tell some ranks.
+        """The effect that sends the answer to some ranks.
 
         Args:
             streams: their connections, by rank.
@@ -45,15 +45,15 @@ class Answer:
 
 
 def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
-    """What comes of a plain operation.
+    """The answer to a plain operation.
 
     Args:
         sequence: its number.
-        call: what all ranks said.
-        bodies: what each rank gave.
+        call: the one of all ranks.
+        bodies: what each rank contributed.
 
     Raises:
-        DisagreementError: it is not what they said it was.
+        DisagreementError: the contributions are not what the call announced.
     """
     signature = call.signature
     assert isinstance(signature, PlainSignature)

@@ -1,4 +1,4 @@
-"""What the service does about it. An effect with several streams says the same to all of them."""
+"""Effects: what the service is to do after an event. An effect with several streams sends the same to all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bnserver.core.reasons import Reason
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """All ranks are there."""
+    """All ranks have joined."""
 
     streams: tuple[int, ...]
     job: str
@@ -32,7 +32,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Enrolled:
-    """The owner's state of a layer that the ranks made known; or that it knew, and then it is not rank 0's."""
+    """The owner's state of an enrolled layer: rank 0's, or the one that the owner had before."""
 
     streams: tuple[int, ...]
     sequence: int
@@ -65,7 +65,7 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The operation is complete, and nothing comes back."""
+    """The operation is complete and returns no data."""
 
     streams: tuple[int, ...]
     sequence: int
@@ -81,7 +81,7 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The rank is told why it can't go on, and its stream ends.
+    """The rank gets an error that says why it can't go on, and its stream ends.
 
     Attributes:
         reason: the kind of failure.
@@ -100,14 +100,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The stream ends: its goodbye is answered, or its rank has come back on another one."""
+    """The stream ends: its leave is answered, or its rank has reconnected on another one."""
 
     stream: int
 
 
 @dataclass(frozen=True, slots=True)
 class Straggling:
-    """Some ranks keep the others waiting: for whoever reads the log. Nobody is told, nothing ends."""
+    """Some ranks keep the others waiting. It is only logged: no rank is notified, nothing ends."""
 
     job: str
     text: str
@@ -115,7 +115,7 @@ class Straggling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """An entry of a job's past, to be written before the effects that follow are carried out."""
+    """A record of a job's journal, to be written before the effects that follow are carried out."""
 
     job: str
     record: JournalRecord
@@ -123,7 +123,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ApplyUpdate:
-    """The owner's statistics of a layer are to be brought up to date, once the ranks have their answer."""
+    """The owner's statistics of a layer are to be updated, once the ranks have their answer."""
 
     job: str
     layer: str
@@ -131,7 +131,7 @@ class ApplyUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Persist:
-    """The job is to be saved as a whole: what it is now outlives a power cut."""
+    """The job is to be saved as a snapshot, which survives a power cut."""
 
     job: str
 

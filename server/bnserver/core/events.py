@@ -1,4 +1,4 @@
-"""What can happen to the service.
+"""Events: everything that can happen to the service.
 
 A stream is one rank's connection, named by a number that is never used again.
 """
@@ -22,7 +22,7 @@ Arrays = tuple[NDArray[Any], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacing:
-    """The limbs of sums and probes, and the state from which the exchange begins: all ranks have set it."""
+    """The limbs of a contribution, and the state from which the exchange begins, which all ranks have set by hand."""
 
     limbs: Limbs
     state: LayerState
@@ -35,12 +35,12 @@ reduction or of a broadcast's root; None for a barrier and for those that a broa
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """What a rank that comes back still knows.
+    """How far a reconnecting rank had come.
 
     Attributes:
         generation: the one that it is in.
         answered: the last contribution that was answered.
-        layer_answered: the last one to a layer that was.
+        layer_answered: the last answered contribution that belonged to a layer.
         versions: the owner's version of each layer, as of the last answer.
     """
 
@@ -52,17 +52,17 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A rank wants its place in a job, or wants it back.
+    """A rank joins a job, or reconnects to it.
 
     Attributes:
         stream: its connection.
         job: the job's name.
         peer: the rank, and where it runs.
-        world_size: how many ranks it believes the job has.
+        world_size: how many ranks the job has, as this rank was configured.
         join_timeout: seconds that it waits for the others to join.
         timeout: seconds that it waits for the others in one exchange.
-        incarnation: the number that its process drew, by which it is known again; 0: it does not come back.
-        resume: where it was, if all ranks had joined before its connection broke.
+        incarnation: a random number of its process, which identifies it on reconnect; 0: it does not reconnect.
+        resume: how far it had come, if all ranks had joined before its connection broke.
     """
 
     stream: int
@@ -81,10 +81,10 @@ class Contribute:
 
     Attributes:
         stream: its connection.
-        generation: the one it believes to be in.
+        generation: the one that it sent with the contribution.
         sequence: the number of this contribution within the generation, from 1.
-        call: where it is and what it believes.
-        body: its numbers.
+        call: key and signature.
+        body: its arrays.
     """
 
     stream: int
@@ -121,7 +121,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """A rank says goodbye; `reason` is empty for a clean end."""
+    """A rank leaves; `reason` is empty for a clean end."""
 
     stream: int
     reason: str
@@ -129,7 +129,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A rank is alive: said beside its stream."""
+    """A rank's sign of life, sent as a call of its own beside its stream."""
 
     job: str
     rank: int
@@ -138,14 +138,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A connection ended without a goodbye."""
+    """A connection ended without a leave."""
 
     stream: int
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A connection said something that has no meaning."""
+    """A connection sent an invalid message."""
 
     stream: int
     text: str
@@ -158,7 +158,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The service goes down."""
+    """The service shuts down."""
 
 
 Event = Join | Contribute | Pull | Push | Leave | Heartbeat | Lost | Malformed | Tick | Stop

@@ -1,16 +1,16 @@
-"""One generation of a job: its ranks, from rendezvous to the end, and the one operation that they are in.
+"""One generation of a job: its ranks, from rendezvous to the end, and their one pending operation.
 
 Laws:
 1. A rank has at most one contribution outstanding; a contribution counts once, however often it arrives.
-2. Integer limbs are added on arrival: the order can't be seen in the total.
-3. The operation completes when every rank has said the same. When that can't happen any more (they differ, or one
-   has left or is lost), every rank is told: at once if all have spoken or left, otherwise after a short grace, in
-   which the others may still speak, so that the text says where each of them is.
-4. A generation that failed is over: nobody can go on in it.
-5. The latest answer is kept: a rank that did not get it asks again. Nobody can be further behind, since nobody can
-   be further ahead.
-6. After a restart of the service nothing is decided before all ranks are back. What they were answered says how far
-   the generation was: plain operations leave no trace on disk.
+2. Integer limbs are added on arrival: the total does not depend on the order.
+3. The operation completes when every rank has sent the same call. When that can't happen any more (calls differ, or a
+   rank has left or is lost), every rank gets the error: at once if all have called or left, otherwise after a short
+   grace, in which the others may still call, so that the text can name where each of them is.
+4. A generation that failed is over: no rank can go on in it.
+5. Only the latest answer is kept, for a rank that did not get it and asks again. No rank can be further behind,
+   because the next operation completes only with all of them.
+6. After a restart of the service nothing is decided before all ranks are back. The last answers that they received
+   show how far the generation was: plain operations are not journaled.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from bnserver.core.events import Body, Contribute, Limbs, Replacing
 from bnserver.core.members import Member
 from bnserver.core.validation import RefusedError
 
-_GRACE_S = 0.4  # ranks that can't complete are told within 1 s: this, one tick, and the way there
-_RANKS_SHOWN = 20  # of those that never came, which may be all of a large job
-_SLOW_S = 2.0  # after which the log names those who keep the others waiting; then whenever the wait has doubled
+_GRACE_S = 0.4  # ranks get an error within 1 s: this, one tick, and the network
+_RANKS_SHOWN = 20  # of those that never joined, which may be all of a large job
+_SLOW_S = 2.0  # after which the log names the ranks that keep the others waiting; again whenever the wait has doubled
 
 
 class Decision(Enum):
-    """What becomes of the operation."""
+    """Whether an operation completes, aborts or goes on waiting."""
 
     WAIT = auto()
     COMPLETE = auto()
@@ -43,7 +43,7 @@ class Decision(Enum):
     ABORT = auto()
 
 
-# (all who spoke say the same and nobody has left, nobody is left who could still speak)
+# (all calls so far are equal and no rank has left, every rank has called or left)
 _DECISIONS = {
     (True, True): Decision.COMPLETE,
     (True, False): Decision.WAIT,
@@ -53,12 +53,12 @@ _DECISIONS = {
 
 
 class Receipt(Enum):
-    """What a contribution is."""
+    """How a contribution relates to the pending operation."""
 
     NEW = auto()
-    REPEATED = auto()  # what the rank waits for
-    ANSWERED = auto()  # what it should have the answer to
-    HELD = auto()  # too early: other ranks are not back, or lack an answer that this one has
+    REPEATED = auto()  # the rank waits for it already
+    ANSWERED = auto()  # answered before: the answer is sent again
+    HELD = auto()  # too early: other ranks have not reconnected, or lack an answer that this one has
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class PendingOperation:
-    """The operation that the ranks are in: who has said what, since when."""
+    """The operation that the ranks are in: each one's call, and since when it waits."""
 
     calls: dict[int, Call] = field(default_factory=dict)
     bodies: dict[int, Body] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class PendingOperation:
 
     @property
     def call(self) -> Call:
-        """What all ranks say."""
+        """The call of all ranks."""
         return next(iter(self.calls.values()))
 
     def add(self, rank: int, call: Call, body: Body, deadline: float) -> None:
@@ -101,7 +101,7 @@ class PendingOperation:
         self.calls[rank] = call
         self.deadlines[rank] = deadline
         if isinstance(body, Replacing):
-            if rank == min(self.calls):  # they differ in nothing but their versions
+            if rank == min(self.calls):  # they differ only in their versions
                 self.state = body.state
             body = body.limbs
         if not isinstance(body, np.ndarray):
@@ -120,14 +120,14 @@ class Generation:
     Attributes:
         number: from 1.
         world_size: how many ranks it has.
-        members: those that have joined and are not gone, by rank.
-        left: those that have gone, with the reason of their failure ("" for a clean end).
+        members: ranks that have joined and not left, by rank.
+        left: ranks that have left or are lost, with the reason of their failure ("" for a clean end).
         running: whether all ranks have joined.
         recovering: whether the service was restarted, and not all ranks are back.
         over: whether it failed, or all have left.
         completed: operations so far.
-        answer: what came of the last one.
-        layer_answer: what came of the last one on a layer.
+        answer: of the last one.
+        layer_answer: of the last one on a layer.
     """
 
     def __init__(self, number: int, world_size: int, *, recovering: bool = False) -> None:
@@ -145,10 +145,10 @@ class Generation:
         self._seen: dict[int, Call] = {}
         self._held: list[tuple[int, Contribute]] = []
 
-    # ---- ranks come and go ----
+    # ---- ranks join and leave ----
 
     def joined(self, member: Member) -> None:
-        """A rank is here for the first time; or was, when the service was killed."""
+        """Add a rank: one that joins, or one that a recovered journal names."""
         self.members[member.peer.rank] = member
         self._peers[member.peer.rank] = member.peer
         self.running = self.running or len(self.members) == self.world_size
@@ -159,8 +159,8 @@ class Generation:
         Args:
             rank: which.
             reason: why it failed.
-            since: when it was last heard of: the others' grace began then.
-            silent: whether it said nothing itself: then the others are told where it was last seen.
+            since: when it was last seen: the others' grace began then.
+            silent: whether it sent no leave itself: then the error says where it was last seen.
         """
         if reason:
             seen = self._last_seen(rank) if silent else ""
@@ -173,7 +173,7 @@ class Generation:
         self.pending.deadlines.pop(rank, None)
 
     def due(self) -> list[tuple[int, Contribute]]:
-        """What ranks said too early, and can be taken now; looks whether all of them are back."""
+        """The contributions that came too early and can be taken now; checks whether all ranks are back."""
         if self.recovering:
             if any(member.stream is None for member in self.members.values()):
                 return []
@@ -189,7 +189,7 @@ class Generation:
 
     @property
     def departed(self) -> dict[int, Peer]:
-        """Those that have gone, by rank."""
+        """The ranks that have left or are lost, by rank."""
         return {rank: self._peers[rank] for rank in self.left}
 
     @property
@@ -199,7 +199,7 @@ class Generation:
 
     @property
     def streams(self) -> dict[int, int]:
-        """The connections of the ranks that are here, by rank."""
+        """The streams of the connected ranks, by rank."""
         return {rank: m.stream for rank, m in sorted(self.members.items()) if m.stream is not None}
 
     # ---- the operation ----
@@ -240,7 +240,7 @@ class Generation:
         return Receipt.NEW
 
     def decide(self, now: float) -> Outcome:
-        """What becomes of the operation."""
+        """Whether the operation completes, aborts or goes on waiting."""
         failed = any(self.left.values())
         verdict = None if failed or self.recovering else self._overdue(now)
         if verdict is not None:
@@ -275,7 +275,7 @@ class Generation:
         others = len(self.pending.calls)
         return f"{names}{more}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"
 
-    # ---- words ----
+    # ---- errors and log lines ----
 
     def _answered(self, rank: int, contribution: Contribute) -> Receipt:
         answer = self.answer
@@ -296,7 +296,7 @@ class Generation:
         return judge(self.pending.calls, self.left, self._peers)
 
     def _overdue(self, now: float) -> Verdict | None:
-        """The verdict if some rank has waited for longer than it wants to."""
+        """The verdict if some rank has waited for longer than its timeout."""
         if not self.running:
             late = [member for member in self.members.values() if now >= member.join_deadline]
             if not late:

@@ -2,9 +2,9 @@
 
 Laws:
 1. A job exists from its first join. Ranks that join while another generation ends begin the next one.
-2. After a failure everybody is told, once; the state stays, and the next join begins a new generation.
-3. What a rank sends wrongly costs it its place, never the state.
-4. Who is away when the others are told hears the same when it comes back.
+2. After a failure every rank gets the error once; the state stays, and the next join begins a new generation.
+3. An invalid message ends its rank's membership, and never changes the state.
+4. A rank that is away when the others get an error gets the same one when it reconnects.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
     Attributes:
         name: the job's.
         number: of the latest generation; 0 before the first.
-        layers: what the owner owns.
+        layers: the owner's state.
         generations: those that are not over, the latest last.
         ended: how the latest one that is over ended.
     """
@@ -57,10 +57,10 @@ class Job:
         self._timeouts = timeouts
         self.ended = Ended(0)
 
-    # ---- ranks come and go ----
+    # ---- ranks join and leave ----
 
     def join(self, event: Join, now: float) -> tuple[Generation | None, list[Effect]]:
-        """A rank wants its place; returns the generation that it is now in, None if it was refused."""
+        """A rank joins or reconnects; returns the generation that it is now in, None if it was refused."""
         effects: list[Effect] = []
         try:
             check_join(event)
@@ -83,34 +83,34 @@ class Job:
             return generation, effects
         self.layers.forget_unfinished()
         for each in generation.members.values():
-            each.last_seen = now  # it gathered without a lease
+            each.last_seen = now  # no lease was in force while the ranks were joining
         joined = Joined(tuple(generation.streams.values()), self.name, generation.number, generation.world_size)
         return generation, [*effects, Record(self.name, began(generation)), joined]
 
     def away(self, generation: Generation, rank: int, now: float) -> list[Effect]:
-        """A rank's connection broke: it may come back, if it can."""
+        """A rank's connection broke: wait for it to reconnect, if it can."""
         member = generation.members[rank]
         if not member.incarnation:
             return self.lose(generation, {rank: LOST}, now, silent=True)
         window = self._timeouts.away
-        if generation.recovering:  # others are away, too: nobody waits for this one alone
+        if generation.recovering:  # other ranks are away as well, so waiting longer for this one delays nobody
             window = self._timeouts.return_s(member.incarnation, member.timeout)
         member.disconnect(now + window, now, restarted=generation.recovering)
         return []
 
     def leave(self, generation: Generation, rank: int, reason: str, now: float) -> list[Effect]:
-        """A rank says goodbye."""
+        """A rank leaves."""
         if not generation.running:
             reason = reason or "left before every rank had joined"
         stream = generation.members[rank].stream
         closed = [Closed(stream)] if stream is not None else []
-        # Saved before the goodbye is answered: what the last rank is told to be over is on disk.
+        # Saved before the leave is answered: when the last rank has its answer, the job is on disk.
         return [*self.lose(generation, {rank: reason}, now), *closed]
 
     def lose(
         self, generation: Generation, reasons: Mapping[int, str], now: float, *, silent: bool = False
     ) -> list[Effect]:
-        """Ranks are gone, each for a reason; "" for a clean end. Silent ones have said nothing themselves."""
+        """Remove ranks, each with a reason; "" for a clean end. Silent ones sent no leave themselves."""
         effects: list[Effect] = []
         for rank, reason in reasons.items():
             # The others' grace began with its last sign of life: when it went away, or fell silent.
@@ -123,7 +123,7 @@ class Job:
         return effects
 
     def refuse(self, generation: Generation, rank: int, text: str, call: Call | None, now: float) -> list[Effect]:
-        """A rank sent something that has no meaning: it is out, and the others are told."""
+        """A rank sent something invalid: remove it, and notify the others."""
         member = generation.members[rank]
         failed: list[Effect] = []
         if member.stream is not None:
@@ -140,7 +140,7 @@ class Job:
         return [*failed, *self.lose(generation, {rank: f"sent what the service refused: {text}"}, now)]
 
     def _of(self, event: Join) -> Generation | None:
-        """The generation in which this very process has its place already; None if there is none."""
+        """The generation that this very process is a member of already; None if there is none."""
         if not event.incarnation:
             return None
         for generation in self.generations:
@@ -150,7 +150,7 @@ class Job:
         return None
 
     def _returned(self, generation: Generation, event: Join, now: float) -> list[Effect]:
-        """A rank is back, on another stream; the one before may not have noticed its end yet."""
+        """A rank has reconnected on another stream; the end of the one before may not have been noticed yet."""
         rank = event.peer.rank
         member, known = generation.members[rank], event.resume
         effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
@@ -170,16 +170,16 @@ class Job:
         return effects + self._go_on(generation, now)
 
     def _behind(self, generation: Generation, layer_answered: int, versions: Mapping[str, int]) -> bool:
-        """Whether a rank knows of more than its owner does."""
+        """Whether the owner lacks something that was answered to a rank."""
         if layer_answered != generation.layer_completed:
-            # A rank that lacks an answer may know of a higher version: ranks can set an earlier state. Nor can the
-            # owner lack a push that this rank knows of: it came before what the rank gave to that answer.
+            # A rank that lacks an answer may know of a higher version, as ranks can set an earlier state. The owner
+            # can't lack a push that this rank knows of: it came before the rank's contribution to that answer.
             return layer_answered > generation.layer_completed
         states = self.layers.states
         return any(name not in states or states[name].version < version for name, version in versions.items())
 
     def _stale(self, event: Join) -> Failed:
-        """Why a rank can't come back."""
+        """Why a rank can't reconnect."""
         assert event.resume is not None
         number, ended = event.resume.generation, self.ended
         if ended.generation == number and ended.reason is not None:
@@ -192,7 +192,7 @@ class Job:
         return Failed(event.stream, Reason.STALE, text)
 
     def _make_room(self, event: Join, now: float) -> list[Effect]:
-        """A new process takes the place of one that is away: that one does not come back."""
+        """Remove a member that is away, as a new process joins with its rank: the old one can't reconnect any more."""
         effects: list[Effect] = []
         for generation in tuple(self.generations):
             member = generation.members.get(event.peer.rank)
@@ -201,7 +201,7 @@ class Job:
         return effects
 
     def _gathering(self, event: Join) -> Generation:
-        """The generation in which the rank can take its place: the latest, or a new one if that one ends."""
+        """The generation that the rank can join: the latest, or a new one if that one is ending."""
         latest = self.generations[-1] if self.generations else None
         if latest is None or latest.left:
             self.number += 1
@@ -222,7 +222,7 @@ class Job:
             )
         return latest
 
-    # ---- what ranks say ----
+    # ---- requests of ranks ----
 
     def contribute(self, generation: Generation, rank: int, event: Contribute, now: float) -> list[Effect]:
         """A rank takes part in an operation."""
@@ -287,14 +287,14 @@ class Job:
         return []
 
     def stop(self, text: str) -> list[Effect]:
-        """The service goes down: everybody is told."""
+        """The service shuts down: every rank gets an error."""
         effects: list[Effect] = []
         for generation in tuple(self.generations):
             effects += self._abort(generation, Verdict(ServiceError, text, ()), Reason.STOPPING)
         return effects
 
     def _go_on(self, generation: Generation, now: float) -> list[Effect]:
-        """Take what ranks said too early, now that the others are there."""
+        """Take the contributions that came too early, now that the other ranks are there."""
         effects: list[Effect] = []
         for rank, contribution in generation.due():
             if rank in generation.members and not generation.over:
@@ -313,7 +313,7 @@ class Job:
         return [Record(self.name, record), *effects, ApplyUpdate(self.name, record.call.key.layer or "")]
 
     def _answer(self, done: PendingOperation, sequence: int) -> tuple[Answer, Completed | None]:
-        """What comes of an operation, and what is written of it."""
+        """The answer to an operation, and the record of it."""
         call, signature = done.call, done.call.signature
         if isinstance(signature, PlainSignature):
             return plain(sequence, call, done.bodies), None
@@ -326,7 +326,7 @@ class Job:
         return self.operated(record), record
 
     def operated(self, record: Completed) -> Answer:
-        """Take a completed operation on a layer."""
+        """Apply the record of a completed operation on a layer."""
         call, body = record.call, record.body
         assert not isinstance(call.signature, PlainSignature)
         if isinstance(body, LayerState):
@@ -337,7 +337,7 @@ class Job:
         return Answer(record.sequence, call, Totals((), record.sequence, limbs, version))
 
     def _abort(self, generation: Generation, verdict: Verdict, reason: Reason) -> list[Effect]:
-        """Tell every rank that is still here, and end the generation."""
+        """Send the error to every connected rank, and end the generation."""
         effects: list[Effect] = []
         for rank, stream in generation.streams.items():
             key = generation.pending.calls[rank].key if rank in generation.pending.calls else None
@@ -350,12 +350,12 @@ class Job:
         self.generations.remove(generation)
         self.ended = ended
         if not self.generations:
-            self.layers.forget_unfinished()  # whoever joins next begins anew: what led to the statistics may go
+            self.layers.forget_unfinished()  # the next generation starts from the statistics, not from what led to them
         return [Record(self.name, ended), Persist(self.name)]
 
 
 def began(generation: Generation) -> Began:
-    """The entry of a generation's begin, with the ranks that are in it."""
+    """The record of a generation's begin, with its ranks."""
     members = tuple(
         MemberRecord(m.peer, m.incarnation, m.timeout, m.pushes) for _, m in sorted(generation.members.items())
     )

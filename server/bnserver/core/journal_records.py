@@ -1,10 +1,10 @@
-"""What a job's past is made of: taken in order, the entries give the job as it was.
+"""The records of a job's journal: applied in order, they restore the job.
 
 Laws:
-1. An entry is written before anybody is told of what it says.
-2. Layers are written as what they were and what the ranks said since: one pure function leads from there to every
-   statistic, grid and half-finished exchange, so nothing else has a form of its own on disk.
-3. Plain operations leave no entry. Who lacks the answer to one asks again, and so do all others: see `generation`.
+1. A record is written before any rank gets an answer that depends on it.
+2. A layer is written as a snapshot and the reduced contributions since: one pure function computes every statistic,
+   grid and half-finished exchange from them, so nothing else needs a format on disk.
+3. Plain operations are not recorded. After a restart ranks repeat them: see `generation`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class LayerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class MemberRecord:
-    """A rank of a generation, and how it is known again.
+    """A rank of a generation, and how it is recognized on reconnect.
 
     Attributes:
         peer: the rank, and where it runs.
-        incarnation: the number that its process drew.
+        incarnation: the random number of its process.
         timeout: seconds that it waits in one exchange.
-        pushes: that it has made.
+        pushes: how many it has made.
     """
 
     peer: Peer
@@ -58,9 +58,9 @@ class Completed:
 
     Attributes:
         sequence: its number within the generation.
-        call: what all ranks said.
+        call: the one of all ranks.
         body: the reduced limbs, and the state that all ranks have set; for an enrolment, the owner's state.
-        known: whether the owner had that state before, in an enrolment.
+        known: in an enrolment, whether the owner had that state before.
     """
 
     sequence: int
@@ -88,7 +88,7 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A rank of a generation has gone; the reason is empty for a clean end."""
+    """A rank of a generation has left or is lost; the reason is empty for a clean end."""
 
     generation: int
     rank: int
@@ -101,8 +101,8 @@ class Ended:
 
     Attributes:
         generation: its number.
-        reason: why its ranks were told to give up; None after a clean end.
-        text: what they were told.
+        reason: the kind of error that its ranks got; None after a clean end.
+        text: of that error.
         ranks: whom it blames.
     """
 

@@ -1,15 +1,15 @@
-"""What the owner owns: the moving statistics and grids of a job's layers.
+"""The owner's state: the moving statistics and grids of a job's layers.
 
 Laws:
 1. A layer is updated exactly once per completed forward exchange, by the layer's own pure functions.
-2. The owner walks through an exchange as every rank does: it knows what must come next, and refuses the rest.
-3. Nothing is committed before the sums are accepted; what a generation left unfinished is forgotten, what it
+2. The owner follows each exchange as the ranks do: it computes which operation must come next, and refuses others.
+3. Nothing is committed before the sums are accepted; what a generation left unfinished is dropped, what it
    completed is kept.
-4. What all ranks set by hand is taken over with the exchange that says so: once, and with its completion alone.
-5. A layer remembers what it was before its latest training call, and what came since: `records` leads back here. Of
-   training calls whose gradients are still to come it remembers nothing: see `BackwardExchange`.
-6. That an exchange is complete is known at once; the update may wait until the ranks have their answer. Nobody can see
-   the difference: whoever asks for the state gets the one after it.
+4. What all ranks set by hand is taken over with the exchange that carries it: once, and only when it completes.
+5. A layer keeps its state before the latest training call, and what was reduced since: `records` writes both. Of
+   training calls whose gradients are still to come it keeps nothing: see `BackwardExchange`.
+6. That an exchange is complete is known at once; the update may wait until the ranks have their answer. This can't be
+   observed: reading the state makes the pending update first.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from bnserver.core.journal_records import Completed, LayerSnapshot, Pushed
 
 
 class DisagreementError(Exception):
-    """The ranks agree with each other, but not with the owner; the text says how, and what to do."""
+    """The ranks agree with each other, but not with the owner; the text says in what, and what to do."""
 
 
 class _Layer:
     """One layer.
 
     Attributes:
-        version: the owner's; the state's, once it is up to date.
+        version: the owner's; that of the state, once a pending update is made.
         forward, backward: the exchange in progress.
         set: the state that all ranks have set, and from which the exchange in progress begins; None if it begins from
             the owner's.
         base: the state before the latest training call.
-        since: what came since then.
+        since: the records since then.
         calls: training calls that the ranks have made in this generation.
     """
 
@@ -55,7 +55,7 @@ class _Layer:
 
     @property
     def state(self) -> LayerState:
-        """The authoritative one."""
+        """The authoritative state, with a pending update made."""
         self.apply_update()
         return self._state
 
@@ -70,12 +70,12 @@ class _Layer:
         self._state, self.version = state, state.version
 
     def complete(self, exchange: ForwardExchange, rule: Rule | None) -> None:
-        """An exchange is complete: its update is owed. Without a rule it updates nothing."""
+        """An exchange is complete: its update is pending. Without a rule it updates nothing."""
         self.replace(self.begins_from)
         self._pending_update, self.version, self.set = (exchange, rule), self.version + (rule is not None), None
 
     def apply_update(self) -> None:
-        """Make the update that is owed."""
+        """Make the pending update."""
         if self._pending_update is None:
             return
         (exchange, rule), self._pending_update = self._pending_update, None
@@ -96,22 +96,22 @@ class Layers:
 
     @property
     def records(self) -> list[LayerSnapshot | Completed | Pushed]:
-        """What leads from nothing to these layers."""
+        """The records that restore these layers."""
         records: list[LayerSnapshot | Completed | Pushed] = []
         for name, layer in self._layers.items():
             records += [LayerSnapshot(name, layer.base), *layer.since]
         return records
 
     def keep(self, record: LayerSnapshot) -> None:
-        """Make a layer known as it was."""
+        """Restore a layer from a snapshot."""
         self._layers[record.layer] = _Layer(record.state)
 
     def forget_unfinished(self) -> None:
-        """Begin a generation: the ranks know nothing of exchanges that were cut short."""
+        """Drop exchanges that were cut short: a new generation's ranks don't continue them."""
         self._layers = {name: _Layer(layer.state) for name, layer in self._layers.items()}
 
     def apply_update(self, name: str) -> None:
-        """Make the update that a layer's latest exchange owes."""
+        """Make the pending update of a layer's latest exchange."""
         layer = self._layers.get(name)
         if layer is not None:
             layer.apply_update()
@@ -122,7 +122,7 @@ class Layers:
         return layer.state if layer is not None else None
 
     def pushed(self, rank: int, number: int, name: str, state: LayerState) -> Pushed:
-        """What replaces a layer's state, or makes it known: with the owner's new version.
+        """The record of a push, which replaces a layer's state or adds the layer; with the owner's new version.
 
         Raises:
             DisagreementError: the layer has other channels or dtypes.
@@ -134,18 +134,18 @@ class Layers:
         return Pushed(rank, number, name, replace(state, version=version + 1))
 
     def replace(self, record: Pushed) -> None:
-        """Take what was pushed."""
+        """Apply a push."""
         layer = self._layers.get(record.layer)
         if layer is None or not layer.since:
             self._layers[record.layer] = _Layer(record.state)
             return
         if isinstance(layer.since[-1], Pushed):
-            layer.since.pop()  # replaced by this one, and nobody asks what it was
+            layer.since.pop()  # replaced by this one, and not needed any more
         layer.since.append(record)
         layer.replace(record.state)
 
     def seeded(self, name: str, seeds: Mapping[int, LayerState], *, anew: bool) -> tuple[LayerState, bool]:
-        """The state of a layer that all ranks named, and whether the owner knew it; rank 0's seeds one that is new.
+        """The state of a layer that all ranks enroll, and whether the owner had it; rank 0's seeds a new one.
 
         Args:
             name: the layer's.
@@ -163,7 +163,7 @@ class Layers:
         return state, known
 
     def enroll(self, record: Completed, state: LayerState, *, anew: bool) -> None:
-        """Take what a layer was seeded with."""
+        """Apply an enrolment."""
         name = record.call.key.layer or ""
         layer = self._layers.get(name)
         if layer is not None and not anew:
@@ -175,10 +175,10 @@ class Layers:
         layer.replace(state)
 
     def reduced(self, sequence: int, call: Call, signature: LayerSignature, body: Limbs | Replacing) -> int:
-        """Take the limbs that all ranks reduced, and what they set before; returns the layer's version after them.
+        """Apply the reduced limbs, and the state that the ranks set before; returns the layer's version after them.
 
         Raises:
-            DisagreementError: it is not what this layer's owner must hear next.
+            DisagreementError: it is not the operation that must come next for this layer.
         """
         name = call.key.layer
         layer = self._layers.get(name) if name is not None else None
@@ -208,7 +208,7 @@ class Layers:
 
 def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
     exchange = layer.forward
-    layer.backward = None  # what was left of one is forgotten, as what is kept of a layer begins here
+    layer.backward = None  # an unfinished one is dropped: the layer's records begin here
     if exchange is None:
         exchange = ForwardExchange.begin(layer.begins_from.forward, signature.epsilon, signature.masked)
     elif (exchange.epsilon, exchange.masked) != (signature.epsilon, signature.masked):
@@ -275,5 +275,5 @@ def _with_renorm(renorm: bool) -> str:
 
 
 def _rule(signature: LayerSignature) -> Rule:
-    renorm_momentum = signature.renorm.momentum if signature.renorm is not None else 0.0  # not looked at
+    renorm_momentum = signature.renorm.momentum if signature.renorm is not None else 0.0  # unused
     return Rule(signature.momentum, signature.epsilon, renorm_momentum, synchronized=True, masked=signature.masked)

@@ -1,9 +1,9 @@
-"""The ranks of a generation: who is here, who is away, and who has been silent for too long.
+"""The ranks of a generation: which are connected, which are away, and which have been silent for too long.
 
 Laws:
-1. A rank is here (it has a stream), away (its stream broke, and it may come back), or gone.
-2. Whatever a rank sends is a sign of life. One that is here and gives none for a lease is frozen.
-3. Slow is not dead: how long a rank computes is nobody's business here.
+1. A rank is connected (it has a stream), away (its stream broke, and it may reconnect), or lost.
+2. Whatever a rank sends is a sign of life. A connected rank that gives none for a lease counts as frozen.
+3. A slow rank is not a dead one: how long it computes between exchanges is not limited here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class LivenessTimeouts:
 
     Attributes:
         lease: seconds without one after which a rank counts as frozen; 0: never.
-        away: seconds that a rank whose connection broke may take to come back. A killed rank is told that much later.
+        away: seconds that a rank whose connection broke may take to reconnect; a killed rank is noticed this late.
     """
 
     lease: float = 5.0
     away: float = 0.5
 
     def return_s(self, incarnation: int, timeout: float) -> float:
-        """How long a rank may take to come back to a service that was started again."""
+        """How long a rank may take to reconnect to a service that was restarted."""
         if not incarnation:
             return 0.0
         return min(self.lease, timeout) if self.lease else timeout
@@ -45,13 +45,13 @@ class Member:
         peer: how errors name it.
         timeout: seconds that it waits in one exchange.
         join_deadline: when it stops waiting for the others to join.
-        incarnation: the number that its process drew; 0: it does not come back.
+        incarnation: the random number of its process; 0: it does not reconnect.
         stream: its connection; None while it is away.
         last_seen: when it last gave a sign of life; while it is away, when its connection broke.
         away_until: when it counts as lost, if it is away.
-        restarted: whether it is away because the service was.
+        restarted: whether it is away because the service was restarted.
         answered: the last contribution whose answer it is known to have.
-        pushes: that it has made.
+        pushes: how many it has made.
     """
 
     peer: Peer
@@ -66,12 +66,12 @@ class Member:
     pushes: int = 0
 
     def connect(self, stream: int, answered: int, now: float) -> None:
-        """It is here, on this stream."""
+        """It has connected, on this stream."""
         self.stream, self.answered, self.last_seen = stream, answered, now
         self.away_until, self.restarted = math.inf, False
 
     def disconnect(self, until: float, now: float, *, restarted: bool = False) -> None:
-        """Its stream broke; it has until then to come back."""
+        """Its stream broke; it may reconnect until `until`."""
         self.stream, self.last_seen, self.away_until, self.restarted = None, now, until, restarted
 
     def end(self, now: float, lease: float) -> str:

@@ -1,4 +1,4 @@
-"""Why a rank is refused or told to give up: the kinds, by the wire's names."""
+"""The kinds of error that a rank can get, by the wire's names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallE
 
 
 class Reason(StrEnum):
-    """Why a rank is refused or told to give up; the names are the wire's."""
+    """Why a rank is refused or gets an error; the names are the wire's."""
 
     MISMATCH = "MISMATCH"
     STALL = "STALL"

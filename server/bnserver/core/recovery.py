@@ -1,9 +1,9 @@
-"""A job's past, written and read: what `entries` gives, `recovered` turns into the same job.
+"""Recovery: `recovered` rebuilds a job from its journal; `records` gives the shortest journal for a job.
 
 Laws:
-1. Reading a whole past or a shortened one gives the same layers, the same numbers, and the same latest answer.
-2. A generation that ran comes back without its ranks: each has a lease to give a sign of life, and be back.
-3. Ranks that were still gathering leave no trace: they join again.
+1. A full journal and a shortened one give the same layers, the same numbers, and the same latest answer.
+2. A running generation is recovered with all its ranks away: each has a lease to reconnect.
+3. Ranks that were still joining are not recorded: they join again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from bnserver.core.members import LivenessTimeouts, Member
 
 
 class RecoveryError(ValueError):
-    """Entries that can't follow each other; the text says how."""
+    """The records can't follow each other; the text says why."""
 
 
 def records(job: Job) -> list[JournalRecord]:
-    """The shortest past that leads to this job."""
+    """The shortest journal that restores this job."""
     records: list[JournalRecord] = [job.ended]
     running = next((generation for generation in job.generations if generation.running), None)
     if running is not None:
@@ -44,7 +44,7 @@ def records(job: Job) -> list[JournalRecord]:
         records += [Left(running.number, rank, reason) for rank, reason in running.left.items()]
         answer = running.layer_answer
         if answer is not None and isinstance(answer.result, Enrolled):
-            # For whoever lacks this answer. What the layer became since stands in what follows.
+            # For ranks that lack this answer. Later changes of the layer are in the records that follow.
             records.append(Completed(answer.sequence, answer.call, answer.result.state, answer.result.known))
     history = job.layers.records
     records += [record for record in history if isinstance(record, LayerSnapshot)]
@@ -53,16 +53,16 @@ def records(job: Job) -> list[JournalRecord]:
 
 
 def recovered(name: str, records: Iterable[JournalRecord], timeouts: LivenessTimeouts, now: float) -> Job:
-    """The job that a past leads to.
+    """The job that a journal describes.
 
     Args:
         name: the job's.
-        records: its entries.
+        records: of its journal, in order.
         timeouts: of this run of the service.
-        now: seconds; from here on the ranks have a lease to come back; without one, their timeout.
+        now: seconds; from here on the ranks have a lease to reconnect; without one, their timeout.
 
     Raises:
-        RecoveryError: the entries can't follow each other.
+        RecoveryError: the records can't follow each other.
     """
     job = Job(name, timeouts)
     for record in records:
@@ -111,7 +111,7 @@ def _leave(job: Job, record: Left, now: float) -> None:
     for generation in job.generations:
         if generation.number == record.generation and record.rank in generation.members:
             generation.remove(record.rank, "", now)
-            generation.left[record.rank] = record.reason  # with the words that it was written with
+            generation.left[record.rank] = record.reason  # the text as it was recorded
 
 
 def _generation(record: Began, timeouts: LivenessTimeouts, now: float) -> Generation:

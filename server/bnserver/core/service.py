@@ -2,10 +2,10 @@
 
 Laws:
 1. Every event has its effects at once; whatever takes time (sending, saving, large sums) is an effect.
-2. A stream holds one seat: a rank of a generation of a job. What a stream without a seat says is ignored.
-3. Jobs don't know of each other.
+2. A stream holds one seat: a rank of a generation of a job. Requests of a stream without a seat are ignored.
+3. Jobs are independent of each other.
 4. Whatever a rank sends is a sign of life.
-5. A job that is over costs nothing: no event but a join for it looks at it, and it may be forgotten once it is saved.
+5. A job that is over costs no time: only a join for it looks at it, and it may be dropped from memory once it is saved.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Service:
     """The table of jobs.
 
     Args:
-        journals: what jobs left behind, by name.
+        journals: the records of each job, by name.
         timeouts: how long to wait for signs of life.
         now: seconds, on the clock of `handle`.
 
     Raises:
-        RecoveryError: a past makes no sense.
+        RecoveryError: a journal is inconsistent.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Service:
 
     @property
     def jobs(self) -> tuple[str, ...]:
-        """The names of all jobs, but for those that were forgotten."""
+        """The names of all jobs in memory."""
         return tuple(self._jobs)
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The names of the jobs that are not over: some rank has its place there, or is waited for."""
+        """The names of the jobs that are not over: some rank is a member, or is waited for."""
         return tuple(self._active)
 
     def knows(self, job: str) -> bool:
@@ -73,37 +73,37 @@ class Service:
         return job in self._jobs
 
     def is_over(self, job: str) -> bool:
-        """Whether a job is known, and no rank takes part in it."""
+        """Whether a job is in memory, and no rank takes part in it."""
         return job in self._jobs and job not in self._active
 
     def forget(self, job: str) -> None:
-        """Drop a job that is over and saved; `recall` brings it back."""
+        """Drop a job that is over and saved; `recall` restores it."""
         assert self.is_over(job), f"job {job!r} is not over"
         del self._jobs[job]
 
     def recall(self, job: str, records: Iterable[JournalRecord], now: float) -> None:
-        """Know a job again that was forgotten, from what it left behind.
+        """Restore a job that was dropped, from its records.
 
         Raises:
-            RecoveryError: it makes no sense.
+            RecoveryError: they are inconsistent.
         """
         self._jobs[job] = recovered(job, records, self._timeouts, now)
         self._note(self._jobs[job])
 
     def records(self, job: str) -> list[JournalRecord]:
-        """What a job would leave behind now: enough to go on with it."""
+        """The records from which a job can be restored as it is now."""
         return records(self._jobs[job])
 
     def states(self, job: str) -> dict[str, LayerState]:
-        """What a job owns, by layer."""
+        """The owner's states of a job, by layer."""
         return self._jobs[job].layers.states
 
     def apply_update(self, job: str, layer: str) -> None:
-        """Bring a layer's statistics up to date."""
+        """Make a layer's pending update."""
         self._jobs[job].layers.apply_update(layer)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Decide what an event brings about.
+        """The effects of an event.
 
         Args:
             event: what happened.
@@ -147,7 +147,7 @@ class Service:
         return effects
 
     def _note(self, job: Job) -> None:
-        """Note whether a job that something happened to is over."""
+        """Record whether a job is over, after an event of its own."""
         if job.generations:
             self._active[job.name] = job
         else:

@@ -1,7 +1,7 @@
-"""What is let in: a contribution that has no meaning is refused before it touches anything.
+"""Validation of requests: an invalid contribution is refused before it changes anything.
 
-These are the checks of one contribution by itself. Whether the ranks agree is `bnlayer.agreement`'s question,
-whether they agree with the owner `layers`'s.
+These are the checks of one contribution by itself. Whether the ranks agree with each other is checked in
+`bnlayer.agreement`, whether they agree with the owner in `layers`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
 from bnserver.core.events import Body, Contribute, Join, Limbs, Replacing
 
-_NAME_CHARACTERS = 200  # of a job or a layer: it stands in every error and in file names
+_NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
 _EXCHANGES = (Operation.PROBE, Operation.SUMS)
-_MOST_TERMS = 2**40  # a channel of more would overflow its words
-_MOST_RANKS = 2**20  # the words have room for no more
+_MOST_TERMS = 2**40  # a channel of more would overflow its limbs
+_MOST_RANKS = 2**20  # the limbs have no room for more
 _OPS = ("sum", "max", "min")
 
 
 class RefusedError(ValueError):
-    """A request has no meaning; the text says what was expected and what was received."""
+    """A request is invalid; the text says what was expected and what was received."""
 
 
 def check_join(join: Join) -> None:
-    """Refuse a join that names no possible place.
+    """Refuse a join with an impossible name, rank, world size or timeout.
 
     Raises:
         RefusedError: with the reason.
@@ -47,7 +47,7 @@ def check_join(join: Join) -> None:
 
 
 def check(contribution: Contribute, world_size: int) -> None:
-    """Refuse a contribution that has no meaning.
+    """Refuse an invalid contribution.
 
     Raises:
         RefusedError: with the reason.
@@ -159,7 +159,7 @@ def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
         )
     if call.operation is Operation.PROBE:
         return
-    # Counts and flags in one look: what is below 0 is far above as an unsigned number.
+    # One comparison for both bounds: a negative count or flag is huge as an unsigned number.
     if limbs[-2:].view(np.uint64).max() <= _MOST_TERMS:
         return
     if call.key.direction is Direction.FORWARD:

@@ -1,4 +1,4 @@
-"""Ranks that disagree, on every transport: what each of them is told, word for word.
+"""Ranks that disagree, on every transport: the error that each of them gets, word for word.
 
 In each case the last rank does something else than the others. Two ranks blame both; of three, the last is blamed.
 Hosts and process ids are taken out of the texts here, and looked for on their own.

@@ -1,4 +1,4 @@
-"""The layer's door: enrolment, exact exchanges, pull and push."""
+"""The collective as a layer uses it: enrolment, exact exchanges, pull and push."""
 
 from __future__ import annotations
 

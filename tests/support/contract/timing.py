@@ -1,4 +1,4 @@
-"""When a rank spoke last, and when it was told: how long an error takes is counted from the last rank to speak."""
+"""When a rank last called, and when it got the error: the time an error takes is counted from the last rank's call."""
 
 from __future__ import annotations
 

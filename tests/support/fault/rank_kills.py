@@ -1,4 +1,4 @@
-"""kill -9 or SIGSTOP of a rank: every survivor is told by name, in time, wherever the two are at that moment.
+"""kill -9 or SIGSTOP of a rank: every survivor's error names it, in time, wherever the two are at that moment.
 
 A round is a job of its own. In "parked" the victim waits in an exchange, for a rank that computes; in "computing" all
 wait for the victim; in "running" nobody pauses, and the signal comes when it comes.

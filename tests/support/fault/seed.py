@@ -1,4 +1,4 @@
-"""The seed of the fault tests: told in the header of every run, and chosen by FAULT_SEED."""
+"""The seed of the fault tests: printed in the header of every run, and chosen by FAULT_SEED."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Who connects to the local socket has a short time to say what for."""
+"""A connection to the local socket must present its ticket within a short time."""
 
 import asyncio
 import socket

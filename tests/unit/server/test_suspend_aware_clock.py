@@ -1,4 +1,4 @@
-"""Time that the service slept through counts against nobody."""
+"""Time in which the service was suspended does not count towards leases and deadlines."""
 
 import pytest
 

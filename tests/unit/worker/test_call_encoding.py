@@ -1,4 +1,4 @@
-"""What ranks say over MPI: the same text for the same belief, another for another."""
+"""Encoding of calls under MPI: equal calls give equal texts, different calls different ones."""
 
 import numpy as np
 import pytest

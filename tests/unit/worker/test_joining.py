@@ -1,4 +1,4 @@
-"""`join` and what a world does to its process: the current collective, the good-bye, the one live world."""
+"""`join` and what a world does to its process: the current collective, leaving at exit, the one live world."""
 
 from __future__ import annotations
 

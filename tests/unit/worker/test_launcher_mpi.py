@@ -1,4 +1,4 @@
-"""Which mpiexec, and what it is told."""
+"""Which mpiexec is found, and the variables that it gets."""
 
 from __future__ import annotations
 

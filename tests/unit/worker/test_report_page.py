@@ -1,4 +1,4 @@
-"""The page of a run: it holds everything that it shows, and shows nothing but what was told."""
+"""The page of a run: it holds everything that it shows, and shows nothing but the run's events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: what they show is what was told, labelled, and the same each time."""
+"""The pictures of a run: they show the run's events, labelled, and are the same each time."""
 
 from __future__ import annotations
 

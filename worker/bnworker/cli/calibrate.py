@@ -78,7 +78,7 @@ def _run(path: Path, out: Path, data: str | None, batch_size: int) -> None:
             )
             result = calibrated(start, loaded, world, batch_size)
         except (CheckpointError, DataError, ValueError) as error:
-            problem = error  # the same on every rank: nobody has to be told
+            problem = error  # the same on every rank: no notification is needed
         except CollectiveError as error:
             raise CommandError(f"calibrate: rank {world.rank}: {type(error).__name__}: {error}", 1) from None
     if problem is not None:

@@ -46,7 +46,7 @@ class Display:
             self._bar = _Bar(self._console, steps, epochs)
 
     def watch(self, event: Event) -> None:
-        """Show what the run tells."""
+        """Show an event of the run."""
         if not self._shown:
             return
         if isinstance(event, Resumed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What a command's own ranks exit with after they said why: a line of `CommandError`, or a traceback.
+# Exit code of a command's own ranks after they printed the reason: a line of `CommandError`, or a traceback.
 EXPLAINED = frozenset({1, 2})
 
 

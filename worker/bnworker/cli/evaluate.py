@@ -107,7 +107,7 @@ def _run(path: Path, data: str | None, split: Split | None, summary: Path | None
                 raise CheckpointError(f"{path}: there is no such file.")
             contents = _evaluated(world, start, data, split)
         except (CheckpointError, DataError) as error:
-            problem = error  # the same on every rank: nobody has to be told
+            problem = error  # the same on every rank: no notification is needed
         except CollectiveError as error:
             raise CommandError(f"evaluate: rank {world.rank}: {type(error).__name__}: {error}", 1) from None
     if problem is not None and world.rank == 0:

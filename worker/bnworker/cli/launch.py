@@ -81,7 +81,7 @@ def launch(
     from bnworker.launcher import Job, LaunchError, Output
     from bnworker.launcher import launch as run
 
-    # A service's address may stand in the environment of somebody who runs an MPI job.
+    # A service's address may be set in the environment of a user who runs an MPI job.
     used = address if transport is LaunchTransport.service else None
     try:
         described = Job(

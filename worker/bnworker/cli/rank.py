@@ -86,7 +86,7 @@ def run(
     if isinstance(problem, _Stopped):
         raise typer.Exit(128 + problem.signal)
     if problem is not None:
-        # The same on every rank, so that nobody had to be told: one says it.
+        # The same on every rank, so no notification was needed: one prints it.
         if first:
             raise CommandError(f"train: {problem}")
         raise typer.Exit(2)
@@ -146,7 +146,7 @@ def _train(
         _report_failure(recorder, data, settings, world, str(error))
         return error
     except (CollectiveError, DivergedError) as error:
-        # Said here: to leave a broken MPI world may end the process.
+        # Printed here, because leaving a broken MPI world may end the process.
         rank = replica.index if replica.count > 1 else world.rank
         why = f"{type(error).__name__}: {error}"
         typer.echo(f"bnlayer: train: rank {rank}: {why}", err=True)

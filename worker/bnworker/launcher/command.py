@@ -1,4 +1,4 @@
-"""What can be known of a rank's command before it is started, so that one line says it, and not every rank."""
+"""Checks of a rank's command before it is started, so that a mistake is reported in one line, and not by every rank."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _refusal_of_script(name: str, path: Path) -> tuple[str, int] | None:
     try:
         with path.open("rb") as file:
             head = file.read(256)
-    except OSError:  # executable and not readable: the kernel will know
+    except OSError:  # executable and not readable: left to the kernel
         return None
     if not head.startswith(b"#!"):
         if path.suffix == ".py" and b"\0" not in head:
@@ -72,10 +72,10 @@ def _refusal_of_script(name: str, path: Path) -> tuple[str, int] | None:
 
 
 def foreign_python(command: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
-    """What to say of ranks that fail under a Python without this package; None where there is nothing to say.
+    """A hint for ranks that fail under a Python without this package; None without need for one.
 
-    A program need not import it, so this is no reason to refuse. Asked of another environment's Python alone, which is
-    started for it.
+    A program need not import it, so this is no reason to refuse. Only another environment's Python is checked, by
+    starting it.
     """
     found = shutil.which(command[0], path=variable(environ, "PATH"))
     if found is None or not _PYTHON.fullmatch(Path(found).name) or Path(found).parent == Path(sys.executable).parent:

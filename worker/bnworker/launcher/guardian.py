@@ -32,7 +32,7 @@ def carriers(mark: bytes) -> list[int]:
 def _carries(entry: Path, mark: bytes) -> bool:
     try:
         return mark in (entry / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return False
 
 
@@ -42,7 +42,7 @@ def _kill(pid: int, mark: bytes) -> None:
     except OSError:
         return
     try:
-        # Asked again behind the handle: the number may have gone to another process meanwhile.
+        # Checked again with the handle open: the pid may have been reused meanwhile.
         if _carries(Path("/proc", str(pid)), mark):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Which mpiexec there is, and what it needs to be told.
+"""Finds mpiexec, and the variables that it needs.
 
 MPICH's (hydra) needs nothing. Open MPI's refuses root and more ranks than cores unless its environment says
 otherwise; what the user has set is left alone.
@@ -34,7 +34,7 @@ def find(environ: Mapping[str, str]) -> str | None:
 
 
 def version(mpiexec: str) -> str:
-    """What `mpiexec --version` says; "" where it says nothing in time."""
+    """The output of `mpiexec --version`; "" where there is none in time."""
     try:
         asked = subprocess.run(
             [mpiexec, "--version"], capture_output=True, text=True, errors="replace", timeout=_VERSION_S, check=False
@@ -45,7 +45,7 @@ def version(mpiexec: str) -> str:
 
 
 def vendor(version_text: str) -> Vendor:
-    """Whose mpiexec says so."""
+    """The vendor of an mpiexec with this version text."""
     text = version_text.lower()
     if any(name in text for name in ("open mpi", "openrte", "prrte")):
         return Vendor.OPEN_MPI

@@ -2,15 +2,15 @@
 
     python -I -S mpirank.py FOLDER RANKS =COMMAND =ARGUMENT…
 
-mpiexec mixes the output of its ranks, and says of a failed job only one number. So each rank gets named pipes
+mpiexec mixes the output of its ranks, and reports only one exit code for a failed job. So each rank gets named pipes
 in the launcher's folder: `N.out` and `N.err` for its output, `N.end` for "PID" when it starts and its status
 when it ends. Where the folder is not there (another host), the rank keeps mpiexec's output.
 
 Each word of the command has a "=" in front: mpiexec takes a word ":" for the end of its own command, wherever it is.
 
 Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
-did. If the rank was told of another's failure (`N.peer-failure`), it first waits for that one: mpiexec ends all ranks
-when the first fails, and would end the one that knows why. If it ended with 0 but has left its world or MPI open
+did. If the rank failed because of another's failure (`N.peer-failure`), it first waits for that one: mpiexec ends all
+ranks when the first fails, and would end the one that caused it. If it ended with 0 but has left its world or MPI open
 (`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
 
 Standard library alone: it starts once per rank, before the rank does.
@@ -60,7 +60,7 @@ def _redirect(folder: Path, rank: str) -> int:
 
 
 def _wait_for_the_cause(folder: Path, ranks: range) -> None:
-    """Return when every rank has ended or was told of a failure, or a signal says that it is over anyway."""
+    """Return when every rank has ended or is marked as failing because of another, or a signal ends the wait."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline and not _signalled:
         if all((folder / f"{rank}.ended").exists() or (folder / f"{rank}.peer-failure").exists() for rank in ranks):
@@ -70,7 +70,7 @@ def _wait_for_the_cause(folder: Path, ranks: range) -> None:
 
 def _end_like(status: int) -> None:
     if status < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has left its core already
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has dumped its core already
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)

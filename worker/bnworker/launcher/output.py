@@ -1,13 +1,13 @@
 """Where the output of a job's processes goes: to the screen, line by line, and into files of a log folder.
 
     rank-0.out, rank-0.err, …   the bytes that the rank wrote, unchanged
-    launch.log                  what the launcher itself, mpiexec and the service's stderr said, with the time
+    launch.log                  lines of the launcher itself, mpiexec and the service's stderr, with the time
     service.log                 the log of the job's own service, which writes it itself
 
 Laws:
 1. A byte is in its file before it is on the screen, and no later than the launcher has it: a file's end is true
    even after kill -9.
-2. A file that cannot be written any more is said once; the job goes on, and so does the screen.
+2. A file that cannot be written any more is reported once; the job goes on, and so does the screen.
 3. Each of the launcher's two outputs has its own style: one may be a terminal, the other a pipe.
 """
 
@@ -45,7 +45,7 @@ class Log:
 
     Args:
         path: of the file; what it held is gone.
-        failed: called once, with a line that says what happened, when it can't be written.
+        failed: called once, with an error line, when it can't be written.
     """
 
     def __init__(self, path: Path, failed: Callable[[str], None]) -> None:
@@ -91,7 +91,7 @@ class Outputs:
         job: whose processes.
         output: what the user wants.
         environ: NO_COLOR and TERM.
-        unread: called when nobody reads the launcher's output any more.
+        unread: called when the reader of the launcher's output has closed it.
 
     Raises:
         LaunchError: a log file cannot be written.
@@ -146,7 +146,7 @@ class Outputs:
         return self._out.empty and self._err.empty
 
     def close(self) -> None:
-        """Pass on what is there; what may still come is not waited for."""
+        """Pass on what has arrived, without waiting for more."""
         for stream in self._streams:
             stream.drain()
         for log in self._logs.values():

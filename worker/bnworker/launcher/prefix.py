@@ -6,8 +6,7 @@ Laws:
 2. Only whole lines leave; a line ends with LF, CR LF or CR (a progress bar's redraw). What is left at the end
    leaves with a line feed of its own.
 3. Memory is bounded: a line longer than `LIMIT` leaves in pieces, cut between UTF-8 characters.
-4. What stands in front is the reader's affair: time and colour for a person at a terminal, `[0] ` alone for a
-   program.
+4. The prefix depends on the reader: time and colour for a person at a terminal, `[0] ` alone for a program.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _OTHERS = "1"
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What stands in front of a line.
+    """The style of a line's prefix.
 
     Attributes:
         timestamps: the time, local, to the millisecond.
@@ -54,7 +53,7 @@ class Style:
         return cls(terminal if timestamps is None else timestamps, colour)
 
     def head(self, label: str, rank: int | None, now: datetime) -> bytes:
-        """What stands in front of a line that is complete now; rank None: another's line, no rank's."""
+        """The prefix of a line that is complete now; rank None: a line of no rank."""
         time = f"{now:%H:%M:%S}.{now.microsecond // 1000:03d} " if self.timestamps else ""
         if not self.colour:
             return f"{time}{label} ".encode()
@@ -66,7 +65,7 @@ class Prefixer:
     """One stream of one process.
 
     Args:
-        head: called when a line is complete; what stands in front of it.
+        head: called when a line is complete; returns its prefix.
     """
 
     def __init__(self, head: Callable[[], bytes]) -> None:

@@ -1,6 +1,6 @@
 """Whether anything listens at a service's address.
 
-Asked before a job is started: a mistyped address is told in one line, and not by every rank after its own patience.
+Checked before a job is started: a mistyped address is reported in one line, and not by every rank after its timeout.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def _parsed(address: str) -> tuple[str, int]:
 
 
 def _attempt(host: str, port: int, answer_s: float) -> str | None:
-    """Why nobody answers; None: somebody does.
+    """Why the address can't be reached; None if it can.
 
-    In a thread, which is left behind after its time: nothing else bounds how long a name takes to look up.
+    In a thread, which is abandoned after its time: nothing else limits how long a name lookup takes.
     """
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 

@@ -95,7 +95,7 @@ class Sink:
     def _write(self) -> None:
         try:
             del self._queue[: os.write(self._descriptor, self._queue[:_AT_ONCE])]
-        except BlockingIOError:  # somebody else made it non-blocking, and was faster
+        except BlockingIOError:  # another process made it non-blocking, and filled it first
             return
         except OSError:  # the reader is gone
             self._queue.clear()
@@ -140,7 +140,7 @@ class Stream:
         reactor.watch(descriptor, self._read)
 
     def drain(self) -> None:
-        """Pass on what is there; what may still come is not waited for."""
+        """Pass on what has arrived, without waiting for more."""
         with suppress(BlockingIOError):
             while self._open:
                 self._take()

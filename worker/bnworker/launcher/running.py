@@ -2,7 +2,7 @@
 
     address answers → guardian → service → ranks …… all ended → service → guardian's sweep → last output → exit code
 
-The launcher follows `supervision`; here is what it does, not what it decides.
+`supervision` decides; this module carries its decisions out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SERVICE_STOP_S = 6.0
 # The guardian gives up after 10 s.
 _SWEEP_S = 12.0
 
-# Signals that ask the ranks for something, and say nothing of the job's end.
+# Signals that are passed to the ranks, and don't end the job.
 _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
 _LISTENING = b"bnserver listening on "
@@ -84,7 +84,7 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
                 run.finish(guardian)
     finally:
         guardian.kill()  # it ended, or would sweep for ever
-        if guardian.wait() != 0:  # somebody killed it: its work is left to us
+        if guardian.wait() != 0:  # it was killed: its work is done here
             sweep(os.fsencode(f"{FOLDER}={run.folder}"))
             shutil.rmtree(run.folder, ignore_errors=True)
     return run.supervision.exit_code()
@@ -109,7 +109,7 @@ class _Run:
         self._outputs = Outputs(self.reactor, job, output, environ, self._unread)
         self.folder = Path(tempfile.mkdtemp(prefix="bnlayer-launch-"))
         self._reports: dict[int, int] = {}  # rank: the pipe through which it reports its end
-        self._groups: dict[int, int] = {}  # who: the process group that hears signals for it
+        self._groups: dict[int, int] = {}  # who: the process group that gets its signals
         self._service: subprocess.Popen[bytes] | None = None
         self._finishing = False
         self._impatient = False
@@ -201,7 +201,7 @@ class _Run:
             self._handle(Interrupted(number))
 
     def _unread(self) -> None:
-        """Nobody reads the output any more: as if the launcher had got the signal that this is for others."""
+        """The reader of the output has closed it: act as on a SIGPIPE."""
         if not self._finishing:
             self._handle(Interrupted(signal.SIGPIPE))
 
@@ -222,7 +222,7 @@ class _Run:
                 self._ended(rank, int(line))
 
     def _ended(self, who: int, status: int) -> None:
-        if who == MPIEXEC:  # it ended after its ranks, whatever was heard of first
+        if who == MPIEXEC:  # it ended after its ranks, whichever event came first
             for rank in tuple(self._reports):
                 self._reported(rank)
         self._groups.pop(who, None)
@@ -240,7 +240,7 @@ class _Run:
         counted = len(self.supervision.ended) > len(before.ended)
         if isinstance(event, Ended) and counted and event.failed and event.status not in self._job.explained:
             self._outputs.announce(str(event))
-            if event.status == 1 and self._advice is not None:  # an exception that nobody caught
+            if event.status == 1 and self._advice is not None:  # an uncaught exception
                 self._outputs.announce(self._advice)
                 self._advice = None
         self._name_unreported(before)
@@ -252,7 +252,7 @@ class _Run:
                     self.reactor.ring(seconds, lambda: self._handle(TimeUp()))
 
     def _name_unreported(self, before: Supervision) -> None:
-        """Say which ranks mpiexec took along, unless another rank's failure says why."""
+        """Report the ranks that mpiexec ended, unless another rank's failure explains it."""
         ranks = sorted(self.supervision.unreported - before.unreported)
         if ranks and not any(end.failed and end.who != MPIEXEC for end in self.supervision.ended):
             named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
@@ -261,7 +261,7 @@ class _Run:
     # ---- what is done ----
 
     def _send_signal(self, number: int) -> None:
-        """Send a signal to the ranks; mpiexec, which would end them at once, hears only the last one."""
+        """Send a signal to the ranks; mpiexec, which would end them at once, gets only the last one."""
         ranks = {who for who in self._groups if who >= 0}
         for who in self._groups if number == signal.SIGKILL or not ranks else ranks:
             with suppress(ProcessLookupError):
@@ -283,7 +283,7 @@ class _Run:
         swept = [False]
         self._on_end(guardian, lambda _: swept.__setitem__(0, True))
         assert guardian.stdin is not None
-        with suppress(BrokenPipeError):  # somebody killed it
+        with suppress(BrokenPipeError):  # it was killed
             guardian.stdin.write(b".")
             guardian.stdin.close()
         self.reactor.pump(lambda: swept[0], _SWEEP_S)

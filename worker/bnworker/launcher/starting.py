@@ -57,7 +57,7 @@ class Job:
         grace_s: seconds that the other ranks have after a failure, and once more between SIGTERM and SIGKILL.
         stop_s: seconds that the ranks have after a signal from outside, before SIGKILL; None: `grace_s`.
         program: the command that the user typed, `bnlayer PROGRAM`; it stands in front of the launcher's own lines.
-        explained: exit codes whose reason the ranks say themselves: that they ended so is not worth a line.
+        explained: exit codes whose reason the ranks print themselves: the launcher prints no line for them.
     """
 
     command: tuple[str, ...]
@@ -114,7 +114,7 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
 
     Raises:
         LaunchError: the command was not found (127), or may not be executed (126): a shell's codes; or this process
-            is an MPI rank itself; or the environment holds credentials, which nothing would look at.
+            is an MPI rank itself; or the environment holds credentials, which are not supported.
     """
     unavailable = credentials.refusal(environ)
     if unavailable is not None:
@@ -146,7 +146,7 @@ def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen
 def start_service(environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     """Start a statistics service for this job alone: a free loopback port, nothing kept.
 
-    It says what is wrong, and not what is as it should be; that is for its log, where there is to be one.
+    It prints warnings and errors only; the rest goes to its log, if there is one.
     """
     command = [sys.executable, "-P", "-m", "bnserver", "--listen", "127.0.0.1:0", "--log-level", "warning"]
     return _start([*command, "--log-file", str(log)] if log is not None else command, environ, subprocess.PIPE)

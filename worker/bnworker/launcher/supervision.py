@@ -1,10 +1,10 @@
 """What a launcher does when ranks end, time passes or a signal comes: decisions alone, no process, no clock.
 
 Laws:
-1. A failed rank does not end the job at once: the others are just being told of it, and may still say so.
+1. A failed rank does not end the job at once: the others are just getting the error, and may still print it.
 2. After the grace they get SIGTERM, after another one SIGKILL; a second signal from outside shortens the wait.
 3. The exit code is that of the first cause: the first rank that failed on its own, or the signal from outside.
-   A rank killed by a signal outranks ranks that exited; a rank that was told of another's failure (a
+   A rank killed by a signal outranks ranks that exited; a rank that failed because of another's failure (a
    `CollectiveError`) comes last; ranks that the launcher itself ended never count.
 4. It is 0 only if every rank has reported its own end, with 0 and nothing left open.
 5. What is not in the table cannot happen.
@@ -23,8 +23,8 @@ from enum import StrEnum
 # is for a last checkpoint: batch systems allow 5 to 30 s.
 GRACE_S = 5.0
 
-# What the ranks hear as it is; any other signal that ends the job reaches them as SIGTERM: processes that don't write
-# would not notice a SIGPIPE, and UCX, inside MPICH, swallows SIGHUP.
+# Passed to the ranks as they are; any other signal that ends the job reaches them as SIGTERM: processes that don't
+# write would not notice a SIGPIPE, and UCX, inside MPICH, swallows SIGHUP.
 _AS_IT_IS = (signal.SIGINT, signal.SIGTERM)
 
 # Not ranks, but they end as ranks do, and ranks cannot live without them.
@@ -36,7 +36,7 @@ class Phase(StrEnum):
     """How far the job has come."""
 
     RUNNING = "running"
-    GRACE = "grace"  # a rank failed, the others are being told
+    GRACE = "grace"  # a rank failed, the others are getting the error
     TERMINATING = "terminating"  # SIGTERM, or SIGINT from outside, was sent
     KILLING = "killing"  # SIGKILL was sent
 
@@ -57,7 +57,7 @@ class Ended:
     Attributes:
         who: a rank, `MPIEXEC` or `SERVICE`.
         status: as in `subprocess`.
-        secondary: whether it had been told of another rank's failure.
+        secondary: whether it failed because of another rank's failure.
         left_open: what a rank should have done before an end with 0, "leaving the job"; "" if nothing.
     """
 
@@ -73,7 +73,7 @@ class Ended:
 
     @property
     def code(self) -> int:
-        """The status as a shell would say it: 128 + signal; 1 for an end with 0 that is no success."""
+        """The status as a shell's exit code: 128 + signal; 1 for an end with 0 that is no success."""
         if self.status == 0:
             return int(self.failed)
         return self.status if self.status > 0 else 128 - self.status
@@ -163,11 +163,11 @@ class Supervision:
 
     @property
     def done(self) -> bool:
-        """Whether nobody runs any more."""
+        """Whether no process runs any more."""
         return not self.running
 
     def handle(self, event: Event) -> tuple[Supervision, list[Effect]]:
-        """The job after an event, and what to do about it."""
+        """The job after an event, and the effects."""
         phase = _AFTER[self.phase, _happening(event)]
         after = replace(self, phase=phase)
         if isinstance(event, Ended):
@@ -225,7 +225,7 @@ def _on_entering(phase: Phase, event: Event, grace_s: float, kill_s: float) -> I
 
 
 def _first_cause(failures: list[Ended]) -> Ended:
-    """Killed by a signal, before failed on its own, before told of another's failure; then the first."""
+    """Killed by a signal, before failed on its own, before failed because of another; then the first."""
     return min(failures, key=lambda end: 0 if end.status < 0 else 2 if end.secondary else 1)
 
 
@@ -233,7 +233,7 @@ def _confirmed(ranks: list[Ended], mpiexec: Ended) -> Ended:
     """The rank that made mpiexec end the job.
 
     mpiexec kills the other ranks when one fails or calls `MPI_Abort`: SIGTERM and SIGKILL may be its own
-    doing, and count only where its exit code speaks of them (MPICH's says n for signal n, Open MPI's 128 + n).
+    doing, and count only where its exit code names them (MPICH's is n for signal n, Open MPI's 128 + n).
     """
     own = [end for end in ranks if end.status not in (-signal.SIGTERM, -signal.SIGKILL)]
     matching = [end for end in own if not end.secondary and mpiexec.code in (end.code, -end.status)]

@@ -38,7 +38,7 @@ _HEADER_BYTES = 8  # a safetensors file begins with the length of its JSON heade
 
 
 class CheckpointError(ValueError):
-    """The file is no checkpoint that this run can go on from; the text names it, and says what to do."""
+    """The run can't go on from this file; the text names it, and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ def decode(content: bytes, name: str) -> Checkpoint:
 
     tensors: dict[str, NDArray[Any]] = {}
     try:
-        with suppress(KeyError):  # a dtype that NumPy lacks: not ours, and said below
+        with suppress(KeyError):  # a dtype that NumPy lacks: not ours, and reported below
             tensors = load(content)
     except SafetensorError as error:
         _refuse(name, f"is no complete safetensors file ({error}): it is corrupt, was cut off, or is something else")

@@ -14,7 +14,7 @@ from bnworker.train.data import Batch, DataError, Dataset, raise_on_every_rank
 from bnworker.train.model import Perceptron, cross_entropy
 from bnworker.world import World
 
-_CONFUSION_CLASSES = 200  # beyond, nobody reads K·K numbers, and they would travel
+_CONFUSION_CLASSES = 200  # beyond, K·K numbers are unreadable, and costly to send
 
 
 @dataclass(frozen=True, slots=True)

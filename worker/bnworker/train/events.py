@@ -1,4 +1,4 @@
-"""What a training run tells whoever watches it, in the order in which it happens.
+"""The events of a training run, in the order in which they happen.
 
 [Resumed]  ( Step  [Saved] )*  Epoch  [Saved]   …   and so on for every epoch
 """
@@ -118,7 +118,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint was written; only the rank that writes it is told.
+    """A checkpoint was written; only the rank that writes it gets this event.
 
     Attributes:
         steps: made so far.

@@ -35,7 +35,7 @@ class DivergedError(Exception):
 
 
 class StoppedError(Exception):
-    """A rank was asked to end before the run was over; all ended after the same step, and what was made is saved.
+    """A rank was asked to end before the run was over; all ended after the same step, and the progress is saved.
 
     Attributes:
         steps: made.
@@ -124,11 +124,11 @@ def train(
         data: loaded for this world.
         world: the ranks that train together.
         replica: this world's part of the rows.
-        watch: is told of everything that happens.
+        watch: called with each event.
         start: where to go on; None: from the beginning.
         initial: weights to begin with, as of `Perceptron.begin`; None: drawn by the seed.
         saving: of checkpoints; None: none.
-        stop: is asked in every step whether this rank shall end; one that says so ends them all.
+        stop: called in every step: whether this rank shall end; if one shall, all end.
 
     Raises:
         ValueError: the data was loaded for another world, or a regularizer's or constraint's name is unknown.
@@ -230,7 +230,7 @@ class _Run:
             self._optimizer.velocities[order[id(weight)]] = velocity
 
     def _spread(self) -> None:
-        """Begin alike everywhere: every rank has the state already, but the owner may hold another run's."""
+        """Give the owner the starting state: every rank has it already, but the owner may hold another run's."""
         _own(self._model, self._world)
         # The same by the seed; but a rank with another NumPy might draw other numbers.
         weights = self._optimizer.weights
@@ -395,7 +395,7 @@ class _Run:
 def _own(model: Perceptron, world: World) -> None:
     """Make rank 0's statistics the owner's, where the owner is elsewhere and has others of an earlier run.
 
-    An owner that knows nothing yet takes them when the layers enroll, and its version counts on from theirs.
+    An owner without these layers takes them when they enroll, and its version counts on from theirs.
     """
     if world.rank != 0:
         return

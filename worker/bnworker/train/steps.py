@@ -33,7 +33,7 @@ def step(
 
     Returns:
         The summed loss and how many rows were classified rightly, of all ranks, before the update; and whether any
-        rank is asked to end, which all of them learn in the same step.
+        rank is asked to end, which is the same on all ranks.
 
     Raises:
         DataError: on every rank: one could not read its rows. Nothing was updated but moving statistics.

@@ -1,4 +1,4 @@
-"""What a training run tells in figures: the file of `--summary`."""
+"""The results of a training run as figures: the file of `--summary`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a world needs from a way to reach other ranks.
+"""The interface of a transport, by which a world reaches other ranks.
 
 Laws:
 1. A rank has at most one outstanding call. Every rank makes the same calls, or all of them get the same error.
-2. A transport validates nothing and remembers no errors: `World` does.
-3. Words are reduced exactly: MAX for a probe, SUM for sums. Wrap-around is impossible by their design.
+2. A transport validates nothing and stores no errors: `World` does.
+3. Limbs are reduced exactly: MAX for a probe, SUM for sums. They can't overflow: see `bnlayer.limbs`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from bnlayer.state import LayerState
 
 
 class Seeded(NamedTuple):
-    """What comes of an enrolment.
+    """The result of an enrolment.
 
     Attributes:
-        state: everybody's from now on.
+        state: that of all ranks from now on.
         known: whether the owner had it before, so that it is not rank 0's.
     """
 
@@ -31,7 +31,7 @@ class Seeded(NamedTuple):
 
 
 class Transport(Protocol):
-    """One rank's end of the exchanges. `alone`, `mpi` and `service` are the ones there are."""
+    """One rank's end of the exchanges; implemented by `alone`, `mpi` and `service`."""
 
     @property
     def name(self) -> str:
@@ -46,10 +46,10 @@ class Transport(Protocol):
         """The number of ranks."""
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
-        """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
+        """Enroll a layer with all ranks; returns the owner's state, seeded by rank 0's."""
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
-        """Reduce words over the ranks; an owner elsewhere takes over the state that all of them have set."""
+        """Reduce limbs over the ranks; an owner elsewhere takes over the state that all of them have set."""
 
     def pull(self, layer: str) -> LayerState | None:
         """The owner's state of a layer; None where each rank owns its own."""
@@ -58,13 +58,13 @@ class Transport(Protocol):
         """Replace the owner's state; returns it with its new version, or None where each rank owns its own."""
 
     def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Reduce arrays as `bnlayer.reduction` says; `call.terms` names the op, dtypes and shapes."""
+        """Reduce arrays as `bnlayer.reduction` says; `call.signature` names the op, dtypes and shapes."""
 
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
-        """The arrays of the rank that `call.terms` names; None on every other rank."""
+        """The arrays of the rank that `call.signature` names; None on every other rank."""
 
     def barrier(self, call: Call) -> None:
         """Return when every rank has called it."""
 
     def leave(self, reason: str) -> None:
-        """Say good-bye: "" for a clean leave, otherwise what failed. Never raises; quick after an error."""
+        """Leave the job: "" for a clean end, otherwise what failed. Never raises; quick after an error."""

@@ -1,4 +1,4 @@
-"""The world of one rank: what is put in comes out, under the same dtype rules as everywhere."""
+"""The world of one rank: every exchange returns its input, under the same dtype rules as the other transports."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from bnworker.transports import Seeded
 
 
 class AloneTransport(Alone):
-    """One rank, which owns everything and waits for nobody."""
+    """One rank, which owns everything and never waits."""
 
     name = "alone"
 
-    def enroll(self, call: Call, state: LayerState) -> Seeded:  # type: ignore[override]  # what a transport returns
-        """The layer's own state is the owner's."""
+    def enroll(self, call: Call, state: LayerState) -> Seeded:  # type: ignore[override]  # a transport returns `Seeded`
+        """Return the layer's own state: there is no other owner."""
         del call
         return Seeded(state)
 
     def push(self, layer: str, state: LayerState) -> LayerState | None:
-        """Nobody else owns anything."""
+        """Return None: there is no owner elsewhere."""
         del layer, state
         return None
 
@@ -40,9 +40,9 @@ class AloneTransport(Alone):
         return list(arrays)
 
     def barrier(self, call: Call) -> None:
-        """Everybody is here."""
+        """Return at once: there is no other rank."""
         del call
 
     def leave(self, reason: str) -> None:
-        """There is nobody to tell."""
+        """Do nothing: there is no rank to notify."""
         del reason

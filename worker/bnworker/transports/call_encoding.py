@@ -1,7 +1,7 @@
-"""What a rank says at the door: compared by a number that stands for it, sent as text only where the ranks disagree.
+"""Encoding of calls under MPI: ranks compare a fingerprint of each call, and send its text only where they disagree.
 
-A rank under MPI owns a mirror of the moving statistics, so it also says what was pushed into its mirror, and of
-what shape its words are: ranks whose mirrors were replaced differently would drift apart without a sound.
+A rank under MPI owns a mirror of the moving statistics, so its call also includes what was pushed into its mirror, and
+the shape of its limbs: otherwise ranks whose mirrors were replaced differently would diverge unnoticed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bnlayer.state import LayerState
 
 @dataclass(frozen=True, slots=True)
 class MirrorSignature(LayerSignature):
-    """What a rank with its own mirror believes of a layer.
+    """The addition to a call's signature for ranks that own a mirror of the layer.
 
     Attributes:
-        shape: of the words, as text.
+        shape: of the limbs, as text.
         pushed: what was pushed into the mirror, as text.
     """
 
@@ -29,7 +29,7 @@ class MirrorSignature(LayerSignature):
 
 
 _MASK = 2**62 - 1
-_STEP = 0x1E37_79B9_7F4A_7C15  # the golden ratio's digits, which don't line up with any hash
+_STEP = 0x1E37_79B9_7F4A_7C15  # the golden ratio's digits, which correlate with no hash
 _ATTEMPT = 0x2545_F491_4F6C_DD1D
 _FORWARD_STEP = 0x1656_67B1_9E37_79F9
 
@@ -45,7 +45,7 @@ def encode_call(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
 
     Args:
         call: the call.
-        shape: of the words that belong to it; "" without.
+        shape: of the limbs that belong to it; "" without.
         pushed: what was pushed into this rank's mirror of the layer.
     """
     signature: list[object]
@@ -60,7 +60,7 @@ def encode_call(call: Call, shape: str = "", pushed: str = "nothing") -> bytes:
 
 
 def decode_call(text: bytes) -> Call:
-    """The call that `speak` made text of."""
+    """The call that `encode_call` made text of."""
     operation, layer, direction, step, attempt, forward_step, values = json.loads(text)
     signature: MirrorSignature | PlainSignature
     if len(values) == len(_MIRROR):
@@ -75,15 +75,15 @@ def decode_call(text: bytes) -> Call:
 
 
 def fingerprint_of(text: bytes) -> int:
-    """A number from 1 to 2^62 that stands for a text."""
+    """A text's hash, from 1 to 2^62."""
     return (int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 2) + 1
 
 
 class CallFingerprints:
-    """Numbers that stand for what is said: equal where `speak` says the same, and as good as never elsewhere.
+    """Fingerprints of calls: equal where `encode_call` gives equal texts, and almost never otherwise.
 
-    From one step to the next only the steps change, so a name is that of all the rest, which is remembered for each
-    layer, and the steps'.
+    From one step to the next only the steps change, so a fingerprint combines that of all the rest, which is cached
+    for each layer, with the steps.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class CallFingerprints:
 
 
 def pushed_digest(before: str, state: LayerState) -> str:
-    """How a mirror speaks of its pushes after one more: their number, and a name for all that was pushed."""
+    """A mirror's digest of its pushes after one more: their number, and a hash of all that was pushed."""
     number, _, chain = before.partition(" ")
     digest = blake2b(chain.encode(), digest_size=4)
     for array in state.arrays().values():

@@ -1,16 +1,16 @@
 """Exchanges over MPI: every rank owns a mirror of the moving statistics, kept alike by the same exact totals.
 
-An exchange is a header, which finds out in one small MAX whether all ranks say the same, and then the data. Where
-they don't, they exchange what they said, and all raise the same error. Leaving is such a header too, so a rank
+An exchange is a header, one small MAX that finds out whether all ranks make the same call, and then the data. Where
+they don't, they exchange their encoded calls, and all raise the same error. Leaving is such a header too, so a rank
 that returns early, or fails, is noticed at the others' next exchange. Where it can, the header is a persistent
 collective, set up once: starting it takes less than half the time of a new one (0.8 and 2.0 µs under MPICH).
 
 Laws:
-1. No data moves before all ranks have said the same, so buffers always match.
+1. No data moves before all ranks have agreed on the call, so buffers always match.
 2. After an agreed error the communicator is sound, and the process may end as usual.
 3. After a wait that did not complete, it is not: when the process ends, it ends the whole job (`MPI_Abort`),
    because finalizing would wait for ever.
-4. A process that is forked from a rank never speaks to MPI, not even when it ends: MPI would take it for the rank.
+4. A process that is forked from a rank never calls MPI, not even when it ends: MPI would take it for the rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bnworker.transports.call_encoding import CallFingerprints, decode_call, enc
 from bnworker.transports.mpi_runtime import MPI, PROCESS
 from bnworker.transports.mpi_wait import NoteExchange, Wait, complete
 
-_LEAVING = 0  # the header of a rank that leaves; no name is 0
+_LEAVING = 0  # the header of a rank that leaves; no fingerprint is 0
 _CHUNK = 2**24  # elements per collective: 128 MiB, far below the 2^31 bytes that old MPIs can count
 _CARD = 512  # bytes in which a rank gives its host and process id
 _FAILED_LEAVE_S = 5.0  # others who compute for longer than this are ended with the job
@@ -90,7 +90,7 @@ class MPITransport:
     # ---- the transport ----
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
-        """Rank 0's state becomes everyone's."""
+        """Give rank 0's state to all ranks."""
         wait = self._agree(call)
         mine = list(state.arrays().values()) if self.rank == 0 else None
         received = self._send_from(0, mine, wait)
@@ -98,7 +98,7 @@ class MPITransport:
         return Seeded(LayerState.from_arrays(dict(zip(names, received, strict=True)), state.forward.dtype))
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
-        """Reduce words over the ranks, by MPI's own MAX or SUM of int64; each rank has set its own mirror already."""
+        """Reduce limbs over the ranks, by MPI's own MAX or SUM of int64; each rank has set its own mirror already."""
         del state
         wait = self._agree(call, limbs.shape)
         op = MPI.MAX if call.operation is Operation.PROBE else MPI.SUM
@@ -138,7 +138,7 @@ class MPITransport:
         self._agree(call)
 
     def leave(self, reason: str) -> None:
-        """Tell the others, and wait until all have heard it: for the timeout, or 5 s after a failure."""
+        """Notify the others, and wait until all have received it: for the timeout, or 5 s after a failure."""
         if self._over or not self._sound:
             return
         try:
@@ -152,15 +152,15 @@ class MPITransport:
     # ---- agreeing ----
 
     def _agree(self, call: Call | None, shape: tuple[int, ...] | None = None, reason: str = "") -> Wait:
-        """Return when all ranks have said the same.
+        """Return when all ranks have made the same call.
 
         Args:
-            call: what this rank says; None: it leaves.
-            shape: of the words that belong to the call.
+            call: this rank's; None: it leaves.
+            shape: of the limbs that belong to the call.
             reason: of a failure that makes it leave.
 
         Raises:
-            CollectiveError: they have not; not raised where this rank leaves and all others came.
+            CollectiveError: they have not; not raised where this rank leaves and all others made their call.
         """
         timeout = min(self._timeout, _FAILED_LEAVE_S) if reason else self._timeout
         wait = Wait(self._exchange_number, call, timeout, time.monotonic(), self._last)
@@ -183,7 +183,7 @@ class MPITransport:
         return wait
 
     def _disagree(self, call: Call | None, encoded_call: bytes, reason: str, wait: Wait) -> None:
-        """Exchange what was said, and end the world for everyone in the same way."""
+        """Exchange the encoded calls, and raise the same error on all ranks."""
         gathered = self._gathered(json.dumps([None if call is None else encoded_call.decode(), reason]).encode(), wait)
         self._over = True
         self._notes.drain()
@@ -239,7 +239,7 @@ class MPITransport:
         return _unpacked(text.tobytes(), data)
 
     def _gathered(self, mine: bytes, wait: Wait) -> list[bytes]:
-        """What every rank gives, by rank."""
+        """Every rank's text, by rank."""
         lengths = np.empty(self.world_size, np.int64)
         self._complete(self._comm.Iallgather(np.array([len(mine)], np.int64), lengths), wait)
         everything = np.empty(int(lengths.sum()), np.uint8)
@@ -258,7 +258,7 @@ class MPITransport:
     # ---- the beginning and the end ----
 
     def _meet(self, base: MPI.Intracomm) -> tuple[MPI.Intracomm, list[Peer]]:
-        """Duplicate the communicator, so that nobody else's messages are taken for ours; learn the others' names."""
+        """Duplicate the communicator, so that messages of other users don't mix with ours; gather the peers' names."""
         start = time.monotonic()
         comm, request = base.Idup()
         self._complete_joining(request, start)

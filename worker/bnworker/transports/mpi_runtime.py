@@ -40,7 +40,7 @@ def _finalize() -> None:
         MPI.Finalize()
 
 
-# Open until the process ends normally, even if it finalizes MPI by itself: MPICH takes leave of mpiexec only in its
+# Open until the process ends normally, even if it finalizes MPI by itself: MPICH signs off from mpiexec only in its
 # library's destructor, which os._exit skips.
 failure_marker.opened("mpi")
 atexit.register(_finalize)

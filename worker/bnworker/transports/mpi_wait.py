@@ -1,13 +1,13 @@
-"""Waiting for MPI: until a deadline, without burning a core, and knowing at the end who did not come.
+"""Waiting for MPI: until a deadline, without burning a core, and with the names of the missing ranks at the end.
 
 A blocking collective never times out, so every wait tests a request. A rank that has waited for half its time
-sends every other rank a note of where it waits; a rank that gets a note about its own round answers with one.
-Who has sent none by the deadline is missing. The first rank to find that out tells the others, so all say the
-same.
+sends every other rank a note of where it waits; a rank that gets a note about its own exchange answers with one.
+A rank that has sent none by the deadline is missing. The first rank to find that out notifies the others, so all
+raise the same error.
 
 Laws:
 1. A wait ends by its deadline, whatever the other ranks do.
-2. A rank that waits in this round or a later one is never blamed.
+2. A rank that waits in this exchange or a later one is never blamed.
 3. After a wait that did not complete, the communicator can't be used any more.
 """
 
@@ -97,7 +97,7 @@ def _poll(request: MPI.Request, start: float, check: Callable[[Unpack[Ts], float
 
 
 class NoteExchange:
-    """What a rank does while it waits on one communicator: it exchanges notes with the others, and ends a wait in time.
+    """Exchanges notes with the other ranks while one waits on a communicator, and ends a wait at its deadline.
 
     Args:
         comm: a communicator of the transport's own.
@@ -117,10 +117,10 @@ class NoteExchange:
         MPI.Request.Testall(self._sends)
 
     def look_around(self, wait: Wait, waited: float) -> None:
-        """Hear what other ranks say of a wait, and say where this one is; for `complete`.
+        """Receive other ranks' notes about a wait, and send this one's; for `complete`.
 
         Raises:
-            PeerLostError: it has taken its time, or another rank has found out that it has.
+            PeerLostError: the wait has timed out, here or on another rank.
         """
         self._read_notes()
         if self._verdict is not None and self._verdict[0] == wait.exchange_number:
@@ -171,6 +171,6 @@ def _key_fields(key: ExchangeKey) -> tuple[str | None, str | None, int]:
 
 
 def _call(operation: str, layer: str | None, direction: str | None, step: int) -> Call:
-    """A call as a note tells it: where, without the terms."""
+    """A call as a note describes it: its key, without the signature."""
     key = ExchangeKey(layer, None if direction is None else Direction(direction), step)
     return Call(Operation(operation), key, PlainSignature())

@@ -62,7 +62,7 @@ class Array(Protocol):
         """
 
     def soon(self, indices_B: Indices) -> None:
-        """Say that some rows will be read soon."""
+        """Announce that some rows will be read soon."""
 
 
 @dataclass(frozen=True, eq=False)

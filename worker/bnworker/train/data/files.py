@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What tells a file from a changed one."""
+    """The properties by which a changed file is recognized."""
 
     device: int
     inode: int

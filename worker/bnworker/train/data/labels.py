@@ -56,7 +56,7 @@ def are_numbers(labels: tuple[int, ...]) -> bool:
 
 
 def spelled(labels: tuple[int, ...]) -> str:
-    """Labels in words: "0 to 9", or "1, 3, 7"."""
+    """Labels as text: "0 to 9", or "1, 3, 7"."""
     if len(labels) > 2 and labels[-1] - labels[0] == len(labels) - 1:
         return f"{labels[0]} to {labels[-1]}"
     shown = ", ".join(map(str, labels[:_LISTED]))

@@ -36,7 +36,7 @@ class Ranks(Protocol):
 
 
 def raise_on_every_rank(world: Ranks | None, problem: DataError | None) -> None:
-    """Return if no rank has a problem; every rank calls it at the same place.
+    """Return if no rank has a problem; a collective operation that every rank calls.
 
     Args:
         world: the ranks; None: this process alone.

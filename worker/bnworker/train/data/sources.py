@@ -134,7 +134,7 @@ def _ignored(folder: Path, name: str) -> str:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # it may not be looked at; whoever reads it says why
+    except OSError:  # no permission; reading it will report why
         return False
 
 

@@ -83,7 +83,7 @@ def pictures(history: History) -> list[Picture]:
                 "light band: all of them."
             )
             drawn.append(_drawn(f"layer_{name}", caption, partial(_layer, history, seen)))
-        if history.waiting()[1].shape[1] > 1:  # a single rank waits for nobody
+        if history.waiting()[1].shape[1] > 1:  # a single rank never waits
             drawn.append(_drawn("waiting", _WAITED, partial(_waiting, history)))
     return drawn
 

@@ -1,4 +1,4 @@
-"""What a run has told so far, in the order of time, thinned so that a run of any length fits.
+"""The events of a run so far, in the order of time, thinned so that a run of any length fits.
 
 point = the mean over `stride` steps, weighted by their rows        stride = ⌈steps / 1000⌉
 """
@@ -46,7 +46,7 @@ class History:
 
     Attributes:
         points: of the steps.
-        epochs: those of before a resumption included, which know neither times nor layers.
+        epochs: including those before a resumption, which have neither times nor layers.
         resumed: steps made before the run was resumed; None: it was not.
     """
 
@@ -74,7 +74,7 @@ class History:
         return None
 
     def finish(self) -> None:
-        """Nothing comes any more: the steps that do not fill a point are one as well."""
+        """End the run: the last steps make a point even if they do not fill one."""
         self._point()
 
     def _point(self) -> Point | None:

@@ -1,4 +1,4 @@
-"""Listens to a run, and leaves its report."""
+"""Records a run's events, and writes its report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Recorder:
             self._files = EventFiles(tensorboard)
 
     def watch(self, event: Event) -> None:
-        """Take in what the run tells."""
+        """Record an event."""
         if self._report is None and self._files is None:
             return
         point = self._history.add(event)

@@ -56,7 +56,7 @@ class AnswerAssembler:
         """Take the next message; returns the answer that it completes.
 
         Raises:
-            WireError: it is no part of the answer that has begun, or of none.
+            WireError: it does not continue the answer that has begun, or begins none.
         """
         kind = response.WhichOneof("message")
         if (kind == "part") is not (self._begun is not None):

@@ -35,7 +35,7 @@ class ServiceTransport:
         local_socket: whether to exchange over a local socket where the service is on this machine.
 
     Raises:
-        ServiceError: nobody listens there, or the service refuses.
+        ServiceError: nothing listens there, or the service refuses.
         MismatchError: the ranks disagree about the world size, or the rank is taken.
         StallError: not all ranks joined in time.
         PeerLostError: a rank was lost while this one waited for it.
@@ -69,7 +69,7 @@ class ServiceTransport:
         self._client = Client(address, join, timeout, local_socket=local_socket)
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
-        """Make a layer known to all ranks; returns the owner's state, seeded by rank 0's."""
+        """Enroll a layer with all ranks; returns the owner's state, seeded by rank 0's."""
         arrays = state.arrays()
         dtype = state.forward.dtype
 
@@ -81,7 +81,7 @@ class ServiceTransport:
         return self._at(call, ask)
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
-        """Reduce words over the ranks: MAX for a probe, SUM for sums. The owner takes over the state that they set."""
+        """Reduce limbs over the ranks: MAX for a probe, SUM for sums. The owner takes over the state that they set."""
         arrays = {"": limbs} if state is None else with_state(limbs, state)
 
         def ask() -> Total:
@@ -120,7 +120,7 @@ class ServiceTransport:
         return self._at(call, ask)
 
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
-        """The arrays of the rank that `call.terms` names; None on every other rank."""
+        """The arrays of the rank that `call.signature` names; None on every other rank."""
         assert isinstance(call.signature, PlainSignature)
         mine = arrays if call.signature.root == self.rank else None
 
@@ -135,11 +135,11 @@ class ServiceTransport:
         self._at(call, lambda: self._exchanged(call, None))
 
     def leave(self, reason: str) -> None:
-        """Say goodbye: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
+        """Leave the job: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
         self._client.close(reason)
 
     def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> Answer:
-        """Contribute, and wait for what comes of it."""
+        """Contribute, and wait for the answer."""
         session = self._client.session
         payload, parts = pack(arrays, names) if arrays is not None else (None, [])
         contribution = contribution_of(call, payload, session.answered + 1, session.generation)
@@ -155,7 +155,7 @@ class ServiceTransport:
         return state
 
     def _at(self, call: Call, ask: Callable[[], T]) -> T:
-        """Do it, and let errors say in which exchange this rank was when it heard of them."""
+        """Run `ask`, and add to its errors the exchange in which this rank was."""
         try:
             return ask()
         except CollectiveError as error:
