@@ -141,12 +141,12 @@ class BackwardExchange:
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        result, channels_to_probe = self._judged(limbs)
+        result, channels_to_probe = self._check(limbs)
         if channels_to_probe is not None and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
         return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, result)
 
-    def _judged(self, limbs: NDArray[np.int64]) -> tuple[Callable[[], Gradients] | None, NDArray[np.bool_] | None]:
+    def _check(self, limbs: NDArray[np.int64]) -> tuple[Callable[[], Gradients] | None, NDArray[np.bool_] | None]:
         sums = GradientSums(limbs, self.call_grid)
         if self.statistics is not None:
             return sums.check_window(self.statistics)

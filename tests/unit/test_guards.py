@@ -124,7 +124,7 @@ def test_vanishing_gradients_keep_their_digits(dtype: str) -> None:
         assert float(np.abs(gradients(bn)[1] - want.beta).max() / np.abs(want.dx).max()) <= 50 * bound
 
 
-def test_a_poisoned_channel_asks_for_no_probe_whatever_else_it_holds() -> None:
+def test_a_nonfinite_channel_asks_for_no_probe_whatever_else_it_holds() -> None:
     """NaN beside a value outside the window, in x and in dy: a probe each step would be paid for nothing."""
     rng = np.random.default_rng(0)
     good = rng.standard_normal((8, 2)).astype(np.float32)

@@ -28,7 +28,7 @@ class Interruption:
         """Whether this process was asked to end."""
         return self.signal is not None
 
-    def _came(self, number: int, frame: FrameType | None) -> None:
+    def _received(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.signal = signal.Signals(number)
         self._restore()
@@ -42,7 +42,7 @@ class Interruption:
             for number in _SIGNALS:
                 # What is ignored stays so: a shell's background job, a program under nohup.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._came)
+                    self._before[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(self, *exception: object) -> None:
