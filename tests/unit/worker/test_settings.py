@@ -71,7 +71,7 @@ class Baking:
 def test_a_field_is_an_option_a_key_and_a_check(
     tmp_path: Path,
 ) -> None:
-    """One declaration: what is written, in a file or on the command line, arrives as the field has it, or is refused."""
+    """One declaration: what is written, in a file or on the command line, arrives as the field, or is refused."""
     baked: list[Baking] = []
 
     def bake(

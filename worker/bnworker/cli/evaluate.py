@@ -136,7 +136,7 @@ def _evaluated(world: World, start: Checkpoint, name: str | None, split: Split |
     from bnworker.train.checkpoint import CheckpointError
     from bnworker.train.data import load
     from bnworker.train.evaluation import evaluate_splits
-    from bnworker.train.loop import perceptron
+    from bnworker.train.model import perceptron
 
     settings = settings_of(start)
     data = load(
