@@ -244,11 +244,12 @@ class World:
         owns its own: all must push the same, or the next exchange is a `MismatchError`.
 
         Raises:
-            ValueError: the layer is not built.
+            ValueError: the layer is not built, or its statistics are not finite.
             CollectiveError: the service refuses, or can't be reached.
         """
         self._alive()
         state = layer.state
+        state.refuse_nonfinite(layer.name)
         taken = self._latched(lambda: self._transport.push(layer.name, state))
         if taken is not None:
             layer.follow(taken)
