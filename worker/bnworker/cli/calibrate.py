@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bnworker.cli.errors import CommandError
-from bnworker.cli.options import given, with_options
+from bnworker.cli.options import address_of_service, given, with_options
 from bnworker.cli.ranks import RanksOfOnePass
 from bnworker.cli.several import joined, launch, ranks_to_launch
 
@@ -39,6 +40,7 @@ def calibrate(
     if out.suffix != ".safetensors":
         raise CommandError(f"calibrate: {out}: expected a name that ends in .safetensors.")
     ranks = given(context, RanksOfOnePass)
+    ranks = replace(ranks, address=address_of_service(context, ranks.address, ranks.transport))
     many = ranks_to_launch("calibrate", ranks)
     if many:
         arguments = [str(checkpoint), str(out), f"--batch-size={batch_size}"]

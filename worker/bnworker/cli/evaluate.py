@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bnworker.cli.errors import CommandError
-from bnworker.cli.options import given, with_options
+from bnworker.cli.options import address_of_service, given, with_options
 from bnworker.cli.ranks import RanksOfOnePass
 from bnworker.cli.several import joined, launch, ranks_to_launch
 
@@ -65,6 +66,7 @@ def evaluate(
     """
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
     ranks = given(context, RanksOfOnePass)
+    ranks = replace(ranks, address=address_of_service(context, ranks.address, ranks.transport))
     many = ranks_to_launch("evaluate", ranks)
     if summary is not None:
         _prepare(summary)

@@ -63,6 +63,25 @@ def given(context: typer.Context, declaration: type[T]) -> T:
         raise CommandError(f"{command}: {error}") from None
 
 
+def address_of_service(context: typer.Context, address: str | None, transport: str | None) -> str | None:
+    """`--address`, if it is one that this command shall use.
+
+    A variable may be there for other jobs: it counts where the transport is the service, and is otherwise ignored.
+
+    Raises:
+        CommandError: it stands on the command line or in a file, with a transport that uses no service.
+    """
+    if not address or transport in (None, "service"):
+        return address or None
+    source = context.get_parameter_source("address")
+    if source is None or source.name != "ENVIRONMENT":
+        raise CommandError(
+            f"{context.info_name}: --address is of a statistics service, and --transport {transport} uses none: "
+            "leave out one of them."
+        )
+    return None
+
+
 def arguments(context: typer.Context, *, without: Sequence[str]) -> list[str]:
     """A command's options, as they were given, wherever that was: those that run it again.
 

@@ -65,15 +65,13 @@ def launch(
     except CheckpointError as error:
         raise CommandError(f"{command}: {error}") from None
     line = (sys.executable, "-P", "-m", "bnworker.cli", command, *arguments)
-    transport = ranks.transport
-    address = ranks.address if transport is TrainTransport.service else None
     try:
         return launched(
             Job(
                 line,
                 workers,
-                transport.value,
-                address or None,
+                ranks.transport.value,
+                ranks.address,
                 foreground=True,
                 program=command,
                 explained=EXPLAINED,

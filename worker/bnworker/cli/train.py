@@ -13,7 +13,7 @@ import typer
 from bnworker.cli import configuration
 from bnworker.cli.errors import EXPLAINED, CommandError
 from bnworker.cli.files import Files
-from bnworker.cli.options import arguments, given, names, with_options
+from bnworker.cli.options import address_of_service, arguments, given, names, with_options
 from bnworker.cli.ranks import Ranks, TrainTransport
 from bnworker.train.settings import Settings
 
@@ -87,6 +87,7 @@ def train(
     from bnworker.train.loop import Replica
 
     ranks, files = given(context, Ranks), given(context, Files)
+    address = address_of_service(context, ranks.address, ranks.transport)
     rank = _rank(os.environ, ranks.workers)
     settings = given(context, Settings)
     alone = ranks.transport is TrainTransport.none or (
@@ -100,12 +101,12 @@ def train(
             _show(data, settings, many, str(ranks.transport or TrainTransport.service), start)
         return
     if launching:
-        raise typer.Exit(_launch(context, many, ranks))
+        raise typer.Exit(_launch(context, many, ranks, address))
     run(
         data,
         settings,
         transport="alone" if alone else ranks.transport and ranks.transport.value,
-        address=ranks.address,
+        address=None if variable(os.environ, "BNLAYER_ADDRESS") == address else address,  # `join` sees it there
         job=ranks.job,
         replica=Replica(rank.rank, rank.world_size) if alone and rank is not None else Replica(),
         files=files,
@@ -155,21 +156,20 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
         raise CommandError(f"train: {error}") from None
 
 
-def _launch(context: typer.Context, workers: int, ranks: Ranks) -> int:
+def _launch(context: typer.Context, workers: int, ranks: Ranks, address: str | None) -> int:
     """Run this command again as each of the ranks."""
     from bnworker.launcher import Job, LaunchError, launch
 
     command = (sys.executable, "-P", "-m", "bnworker.cli", "train", *arguments(context, without=_OF_THE_LAUNCHER))
     transport = ranks.transport or TrainTransport.service
     kind = "alone" if transport is TrainTransport.none else transport.value
-    address = ranks.address if transport is TrainTransport.service else None
     try:
         return launch(
             Job(
                 command,
                 workers,
                 kind,
-                address or None,
+                address,
                 ranks.job or None,
                 foreground=True,
                 program="train",
