@@ -111,7 +111,8 @@ class BatchNormalization(Member):
             A new array of the inputs' shape and the compute dtype.
 
         Raises:
-            ValueError: the inputs' shape contradicts the one the layer was built for, or the mask's the inputs'.
+            ValueError: the inputs' shape contradicts the one the layer was built for, or the mask's the inputs'; or
+                synchronized, and moving statistics were set to NaN or infinity.
             TypeError: the inputs are not real numbers, or an array of a kind whose meaning would be lost.
             RuntimeError: synchronized, and several ranks are announced, but no world was joined.
             CollectiveError: a synchronized exchange could not complete.

@@ -14,8 +14,7 @@ from bnlayer.collective import installed
 from bnworker.train.checkpoint import Checkpoint, read
 from bnworker.train.data import load
 from bnworker.train.evaluation import evaluate, evaluate_splits
-from bnworker.train.loop import perceptron
-from bnworker.train.model import cross_entropy
+from bnworker.train.model import cross_entropy, perceptron
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World

@@ -377,3 +377,28 @@ def test_the_forecast_is_what_is_sent(dtype: str) -> None:
     again = statistics.bytes_sent - exact - plan.probe_bytes
     assert probes >= 4
     assert 0 <= again <= (probes - 4) * max(exchange.bytes for exchange in plan.exchanges) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", ["--transport=none", "--dry-run"]),
+        ("train", ["--transport=mpi", "--dry-run"]),
+        ("evaluate", ["--transport=mpi", "--workers=2", "none.safetensors"]),
+        ("calibrate", ["--transport=mpi", "--workers=2", "none.safetensors", "out.safetensors"]),
+        ("launch", ["--transport=mpi", "-n0", "--", "true"]),
+    ],
+)
+def test_an_address_needs_the_service(
+    name: str, arguments: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was silently ignored; as a variable, which may be there for other jobs, it still is."""
+    transport = arguments[0].partition("=")[2]
+    line = (
+        f"bnlayer: {name}: --address is of a statistics service, and --transport {transport} uses none: leave out one "
+        "of them.\n"
+    )
+    assert command(name, "--address=h:1", *arguments) == (2, "", line)
+    without = command(name, *arguments)
+    monkeypatch.setenv("BNLAYER_ADDRESS", "h:1")
+    assert command(name, *arguments) == without

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bnlayer import CollectiveError
 from bnworker.cli.display import Display
 from bnworker.cli.errors import CommandError
+from bnworker.cli.files import Files
 from bnworker.cli.interruption import Interruption
 from bnworker.joining import join
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
@@ -28,26 +29,6 @@ from bnworker.train.settings import Settings
 from bnworker.train.summary import summary, summary_file
 from bnworker.train.weight_files import WeightFileError
 from bnworker.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """What the first rank writes.
-
-    Attributes:
-        summary: JSON; None: not asked for.
-        saved: checkpoints; None: not asked for.
-        save_every: steps between two of them; None: at the ends of epochs alone.
-        report, tensorboard: folders for a page and for event files; None: not asked for.
-        resume: whether to go on from `saved`, if it is there.
-    """
-
-    summary: Path | None = None
-    saved: Path | None = None
-    save_every: int | None = None
-    report: Path | None = None
-    tensorboard: Path | None = None
-    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +80,7 @@ def _train(
     recorder: Recorder | None = None
     interruption = Interruption()
     try:
-        start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
+        start = read_by_first(world, files.save) if files.resume and files.save is not None else None
         loaded = load(
             data,
             settings.dtype,
@@ -138,7 +119,7 @@ def _train(
     except StoppedError as stopped:
         by = interruption.signal or signal.SIGINT
         if first:
-            kept = f"; {files.saved} goes on from there with --resume" if files.saved is not None else ""
+            kept = f"; {files.save} goes on from there with --resume" if files.save is not None else ""
             typer.echo(f"bnlayer: train: {by.name}: stopped after step {stopped.steps:,}{kept}", err=True)
         _report_failure(recorder, data, settings, world, f"{by.name} after step {stopped.steps:,}.", stopped=True)
         return _Stopped(by)
@@ -170,7 +151,7 @@ def _initial(
 
 
 def _saving(files: Files) -> Saving | None:
-    path = files.saved
+    path = files.save
     if path is None:
         return None
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.train.data.batches import EpochSteps, Indices, LastBatch, shuffled, taken
+from bnworker.train.data.batches import EpochSteps, Indices, shuffled, taken
 from bnworker.train.data.ownership import Piece, pieces
 from bnworker.train.data.problem import DataError
 from bnworker.train.data.shards import Rows
+from bnworker.train.settings import LastBatch
 
 # Which rows to read, of each shard.
 Chosen = Sequence[tuple[Rows, Indices]]
