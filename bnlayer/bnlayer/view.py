@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,7 @@ class View:
         shape: the batch's own.
     """
 
+    passes: ClassVar[Any] = None  # what passes over it, in place of `bnlayer.tiling`
     x: NDArray[Any]
     mask: Mask
     shape: tuple[int, ...]

@@ -1,0 +1,4 @@
+"""stub"""
+from bnlayer.view import View
+class DeviceView(View):
+    passes = None
