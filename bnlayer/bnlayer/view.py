@@ -66,7 +66,7 @@ class View:
 
     def alike(self, array: NDArray[Any]) -> View:
         """Another array of the batch's shape, without a mask."""
-        return View(array.reshape(self.x.shape), None, self.shape)
+        return type(self)(array.reshape(self.x.shape), None, self.shape)
 
     def restore(self, array: NDArray[Any]) -> NDArray[Any]:
         """An (A, C, B) array in the batch's own shape."""

@@ -385,7 +385,12 @@ def _flat(x: Any, layout: Any) -> Any:
         flat = x.view(x.shape[0], x.shape[1], x.shape[2:].numel())
     else:
         flat = x.movedim(1, -1).view(-1, x.shape[1], 1)
-    return _array(flat) if x.device.type == "cpu" else flat
+    return _array(flat) if _on_host(x) else flat
+
+
+def _on_host(x: Any) -> bool:
+    """Whether a batch is computed on by the host's kernels: also where its device has no float64."""
+    return x.device.type in ("cpu", "mps")
 
 
 def _view(x: Any, mask: Any, layout: Any) -> View:
@@ -401,14 +406,14 @@ def _view(x: Any, mask: Any, layout: Any) -> View:
             mask = mask.view(flat.shape[0], 1, flat.shape[2]).expand(flat.shape).contiguous()
         else:
             mask = mask.view(-1, 1, 1)
-        mask = mask.numpy() if isinstance(flat, np.ndarray) else mask
+        mask = mask.cpu().numpy() if isinstance(flat, np.ndarray) else mask
     kind = View if isinstance(flat, np.ndarray) else DeviceView
     return kind(flat, mask, tuple(flat.shape))
 
 
 def _restored(flat: Any, x: Any, layout: Any) -> Any:
     """The way back from `_flat`, to a batch's shape and memory format."""
-    flat = _tensor(flat)
+    flat = _tensor(flat).to(x.device)
     if layout is torch.contiguous_format:
         return flat.view(x.shape)
     return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
