@@ -130,10 +130,10 @@ class Watch:
         if self._is_gloo:
             try:
                 work.wait(timedelta(seconds=_SLICE_S))
-            except RuntimeError:
-                if work.is_completed():
-                    raise
-                return False
+            except RuntimeError:  # the slice has passed, or the message has failed
+                if not work.is_completed():
+                    return False
+                work.wait()  # it may have completed since; if it has failed, this says how
             return True
         end = time.monotonic() + _SLICE_S
         while not work.is_completed():
