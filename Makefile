@@ -7,14 +7,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(wildcard proto/bnproto/v1/*.proto)
 
-# The tests beside real Keras run in its environment, `make test-keras`, and can't be collected without it.
-NO_KERAS := --ignore=tests/conformance
+# The tests beside the frameworks run in an environment with them, `make test-keras test-adapters`, and can't be collected
+# without it.
+NO_FRAMEWORKS := --ignore=tests/conformance --ignore=tests/adapters
 
 # What starts servers, ranks and commands, and looks at the clock: it has the machine for itself.
 WIRED := rpc or mpi or fault or slow
 
 # What does not may have all cores.
-PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_KERAS)
+PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_FRAMEWORKS)
 
 # Not in a lock file: which wheel is right depends on the machine. Another one: make TORCH=/path/to/torch.whl ...
 TORCH ?= torch==2.13.0
@@ -29,7 +30,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-long soak bench bench-full bench-docs coverage format \
+.PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-adapters test-long soak bench bench-full bench-docs coverage format \
 	lint types contracts stubs stubs-check docs package-test deploy-test lock clean ci
 
 help:  ## list the targets
@@ -39,7 +40,7 @@ help:  ## list the targets
 
 setup: .venv/.ready  ## make .venv: the project, editable, with MPICH and every development tool
 
-environments: .venv/.ready .venv-openmpi/.ready .venv-keras/.ready .venv-stubs/.ready  ## all that the gates need
+environments: .venv/.ready .venv-openmpi/.ready .venv-adapters/.ready .venv-stubs/.ready  ## all that the gates need
 
 # $(1) environment, $(2) lock file
 define make-venv
@@ -68,10 +69,10 @@ endef
 	@touch $@
 
 # After .venv, which makes the machine code that both use: otherwise each would make it, side by side.
-.venv-keras/.ready: locks/keras.lock pyproject.toml | .venv/.ready
-	$(call make-venv,.venv-keras,locks/keras.lock)
-	.venv-keras/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(call install-editable,.venv-keras)
+.venv-adapters/.ready: locks/adapters.lock pyproject.toml | .venv/.ready
+	$(call make-venv,.venv-adapters,locks/adapters.lock)
+	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(call install-editable,.venv-adapters)
 	@touch $@
 
 .venv-bench/.ready: locks/bench.lock pyproject.toml
@@ -98,19 +99,22 @@ test-quick: setup  ## those without wire or MPI, beside those of Keras
 	+$(MAKE) --no-print-directory -j2 --output-sync=target test-pure test-keras
 
 test-mpich: setup  ## those of the service, the command line and MPI
-	$(BIN)/pytest -m "($(WIRED)) and not soak" $(NO_KERAS)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" $(NO_FRAMEWORKS)
 
 test-openmpi: setup .venv-openmpi/.ready
 	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and not soak" tests/mpi
 
-test-keras: .venv-keras/.ready  ## the layer beside Keras, JAX's autograd and torch
-	KERAS_BACKEND=numpy .venv-keras/bin/pytest tests/conformance
+test-keras: .venv-adapters/.ready  ## the layer beside Keras, JAX's autograd and torch
+	KERAS_BACKEND=numpy .venv-adapters/bin/pytest tests/conformance
+
+test-adapters: .venv-adapters/.ready  ## the adapters in torch, Keras, JAX and TensorFlow
+	.venv-adapters/bin/pytest tests/adapters
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest $(PURE)
 
 test-long: setup .venv-openmpi/.ready  ## what `make test` does once, again and again: some minutes
-	$(BIN)/pytest -m soak $(NO_KERAS)
+	$(BIN)/pytest -m soak $(NO_FRAMEWORKS)
 	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and soak" tests/mpi
 
 soak: setup  ## break the service for an hour, as often as its promises say (SOAK_SEED=, SOAK_SCALE=0.1, SOAK=NAMES)
@@ -183,8 +187,8 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --extra report --group test --group build \
 		--constraints requirements.lock --output-file locks/openmpi.lock
-	$(LOCK) pyproject.toml --extra fast --group keras --group test --group build \
-		--constraints requirements.lock --output-file locks/keras.lock
+	$(LOCK) pyproject.toml --extra fast --extra digits --group adapters --group test --group build \
+		--constraints requirements.lock --output-file locks/adapters.lock
 	$(LOCK) pyproject.toml --extra fast --extra mpich --extra report --group bench --group build \
 		--constraints requirements.lock --output-file locks/bench.lock
 	$(LOCK) pyproject.toml --extra fast --extra mpich --group build \
@@ -196,6 +200,6 @@ ci:  ## every gate, as the continuous integration runs them
 	bash .ci/run
 
 clean:  ## remove what was built, the environments included
-	rm -rf .venv .venv-openmpi .venv-keras .venv-bench .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+	rm -rf .venv .venv-openmpi .venv-adapters .venv-bench .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
 		.pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

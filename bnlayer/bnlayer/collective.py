@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.discovery import discovered
 from bnlayer.environment import announced, batch_script
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
@@ -227,12 +228,18 @@ _current: Collective | None = None
 def current() -> Collective:
     """The process's current collective, for a layer with `synchronized=True` and no `collective=`.
 
+    The world that was joined; otherwise the one of a library that this process has initialized (`discovery.py`):
+    torch's process group; otherwise a world of one.
+
     Raises:
         RuntimeError: no world was joined, but the environment announces more than one rank: training
             on would be silently unsynchronized.
     """
     if _current is not None:
         return _current
+    world = discovered()
+    if world is not None and world.world_size > 1:
+        return world
     found = next((a for a in announced(os.environ) if a.world_size > 1), None)
     if found is not None:
         raise RuntimeError(
@@ -240,6 +247,8 @@ def current() -> Collective:
             f"(this is rank {found.rank}). Call bnworker.join() before the first training call; "
             "or set synchronized=False to train on local statistics."
         )
+    if world is not None:
+        return world
     _say_why_alone()
     return _alone
 
@@ -253,7 +262,7 @@ def _say_why_alone() -> None:
 
 def is_current(collective: Collective) -> bool:
     """Whether a collective that `current` returned is what it would return now."""
-    return collective is (_current or _alone)
+    return collective is (_current or discovered() or _alone)
 
 
 def install(collective: Collective | None) -> Collective | None:

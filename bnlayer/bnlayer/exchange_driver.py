@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer import tiling
 from bnlayer.collective import (
     Call,
     Collective,
@@ -28,6 +27,7 @@ from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.state import LayerState
+from bnlayer.tiling import passes_of
 from bnlayer.view import View
 
 _TINIEST = np.float32(2.0**-149)  # the smallest subnormal: a process that flushes them to zero would differ
@@ -139,12 +139,12 @@ class ExchangeDriver:
         """Agree on the statistics of the union of all ranks' batches."""
         step = self._steps[Direction.FORWARD]
         exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
-        version = None
+        version, passes = None, passes_of(view)
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
-                limbs = tiling.probe(view, exchange.grid)
+                limbs = passes.probe(view, exchange.grid)
             else:
-                limbs = tiling.moments(view, exchange.grid).limbs
+                limbs = passes.moments(view, exchange.grid).limbs
             key = ExchangeKey(self._name, Direction.FORWARD, step)
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint, update_moving)
             total = self._exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs, changes)
@@ -169,14 +169,14 @@ class ExchangeDriver:
         key = ExchangeKey(self._name, Direction.BACKWARD, self._steps[Direction.BACKWARD])
         exchange = BackwardExchange.begin(grid, statistics)
         pivot = statistics.pivot
-        fits = not statistics.nonfinite.any()
+        fits, passes = not statistics.nonfinite.any(), passes_of(view)
         while True:
             assert exchange.wants is not None
             sums = None
             if exchange.wants is Operation.PROBE:
-                limbs = exchange.beyond_reach(tiling.gradient_probe(dy, view, pivot, exchange.call_grid))
+                limbs = exchange.beyond_reach(passes.gradient_probe(dy, view, pivot, exchange.call_grid))
             else:
-                sums = tiling.gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
+                sums = passes.gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
                 limbs = (sums if fits else sums.of_call(statistics.nonfinite)).limbs
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint)
             call = Call(exchange.wants, key, full_signature, exchange.attempt, forward_step)

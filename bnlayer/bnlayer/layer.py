@@ -29,11 +29,13 @@ from numpy.typing import ArrayLike, NDArray
 from bnlayer import tiling
 from bnlayer.dtypes import rounded
 from bnlayer.errors import CollectiveError
+from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.kernels.choice import quick_channels
 from bnlayer.membership import Member
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
+from bnlayer.tiling import passes_of
 from bnlayer.view import View
 
 
@@ -168,6 +170,12 @@ class BatchNormalization(Member):
             raise
         if driver is None:
             return self._infer(view)
+        y, saved = self._train(driver, view, update_moving)
+        saved.seen = sample(view.x)
+        return view.restore(y), saved
+
+    def _train(self, driver: ExchangeDriver, view: View, update_moving: bool) -> tuple[Any, SavedTraining]:
+        """A training call; its output as (A, C, B)."""
         before, signature = self.state, self._signature()
         changes = self._changes(before)
         result = driver.forward(view, signature, before.forward, changes, update_moving=bool(update_moving))
@@ -176,7 +184,8 @@ class BatchNormalization(Member):
             self._observer(result.moments)
         rule = None
         if update_moving:
-            rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, view.mask is not None)
+            masked = view.mask is not None
+            rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, masked, self.unbiased)
         self._kept = after = before.after_forward(statistics, result.grid, rule)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
@@ -188,9 +197,10 @@ class BatchNormalization(Member):
                 self.follow(owned)
         r, d = self._correction(statistics, before.moving)
         scale, shift = self._coefficients(statistics, r, d)
-        y = tiling.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
-        saved = SavedTraining(driver, signature, result.step, view, sample(view.x), statistics, scale, r, d)
-        return view.restore(y), saved
+        y = passes_of(view).normalize(
+            view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype
+        )
+        return y, SavedTraining(driver, signature, result.step, view, b"", statistics, scale, r, d)
 
     def _infer(self, view: View) -> tuple[NDArray[Any], SavedInference]:
         dtype, variance = self.dtype_policy.arithmetic_dtype, self.moving_variance.value.astype(np.float64)
@@ -267,11 +277,18 @@ class BatchNormalization(Member):
                 f"Layer {self.name!r}: the inputs were written to between their call and its backward pass, which "
                 "reads them again. Give the call a copy, or write into another array."
             )
+        results = self._pull_training(saved, gradient)
+        if forget:
+            self.forget_calls()  # not before: the exchange may have been refused, and may be repeated
+        return results
+
+    def _pull_training(
+        self, saved: SavedTraining, gradient: Any
+    ) -> tuple[Any, NDArray[Any] | None, NDArray[Any] | None]:
+        """The backward pass of a training call, for a dy of the compute dtype and the output's shape."""
         state = self.state
         changes = self._changes(state)
         pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype, changes)
-        if forget:
-            self.forget_calls()  # not before: the exchange may have been refused, and may be repeated
         self._kept = state.after_backward(pulled.grid)
         self._changes_announced()
         gamma, beta = (

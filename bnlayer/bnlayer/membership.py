@@ -26,6 +26,7 @@ class Member(Definition):
     _signature_cache: LayerSignature | None = None
     _driver: ExchangeDriver | None = None
     _state_set = False
+    unbiased = False  # whether the moving variance is N/(N − 1) times the biased one, as in torch; a setting of the run
 
     # State that is shared with the ranks
 
@@ -143,15 +144,19 @@ class Member(Definition):
 
     def _signature(self) -> LayerSignature:
         """The part of this layer's signature that is the same for every call."""
-        signature, own = self._signature_cache, (self.momentum, self.epsilon, self._renorm, self.own_weights)
-        if signature is None or (signature.momentum, signature.epsilon, signature.renorm, signature.own_weights) != own:
+        signature, policy = self._signature_cache, self.dtype_policy.name
+        own = (self.momentum, self.epsilon, self._renorm, self.own_weights, policy)
+        if signature is None or own != (
+            signature.momentum, signature.epsilon, signature.renorm, signature.own_weights, signature.policy
+        ):  # fmt: skip
             signature = self._signature_cache = LayerSignature(
                 channels=self.moving_mean.shape[0],
                 dtype=self.dtype_policy.arithmetic,
                 momentum=self.momentum,
                 epsilon=self.epsilon,
-                policy=self.dtype_policy.name,
+                policy=policy,
                 renorm=self._renorm,
+                unbiased=self.unbiased,
                 own_weights=self.own_weights,
             )
         return signature

@@ -59,6 +59,7 @@ class Rule:
         renorm_momentum: the same for the statistics of renorm.
         synchronized: whether one rank's bad values must not destroy the statistics of all.
         masked: whether the call had a mask.
+        unbiased: whether the variance moves towards N/(N − 1) times the batch's, torch's convention.
     """
 
     momentum: float
@@ -66,6 +67,7 @@ class Rule:
     renorm_momentum: float = 0.99
     synchronized: bool = True
     masked: bool = False
+    unbiased: bool = False
 
 
 def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
@@ -75,8 +77,8 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
 
     With renorm, the standard deviation moves, and variance = max(stddev² − ε, 0).
 
-    A channel without a value is left alone; but a local, masked layer follows Keras, whose statistics of nothing
-    are 0. Where a value was not finite, or a result would not be, a synchronized layer leaves the channel alone
+    A channel without a value is left alone, and so is one with a single value where the variance is to be unbiased; but
+    a local, masked layer follows Keras, whose statistics of nothing are 0. Where a value was not finite, or a result would not be, a synchronized layer leaves the channel alone
     too (one rank's NaN would destroy the statistics of all); a local one follows Keras and takes it.
 
     Args:
@@ -87,16 +89,19 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
     Returns:
         New arrays of the dtypes of the old ones.
     """
-    mean, variance = statistics.mean, statistics.variance
+    mean, variance, count = statistics.mean, statistics.variance, statistics.count
+    if rule.unbiased:
+        count = np.where(count > 1, count, 0.0)
+        variance = variance * (count / np.where(count > 1, count - 1.0, 1.0))
     quick = quick_channels()
     if quick is not None and moving.stddev is None and moving.mean.dtype == np.float32:
         to_mean, to_variance = np.empty((2, mean.shape[0]), np.float32)
         quick.moved(
-            mean, variance, statistics.count, statistics.nonfinite, moving.mean, moving.variance,
+            mean, variance, count, statistics.nonfinite, moving.mean, moving.variance,
             rule.momentum, rule.synchronized, rule.masked, to_mean, to_variance,
         )  # fmt: skip
         return Moving(to_mean, to_variance)
-    apply = statistics.count > 0
+    apply = count > 0
     if not rule.synchronized:
         apply = apply | rule.masked
         mean = np.where(statistics.nonfinite, np.nan, mean)

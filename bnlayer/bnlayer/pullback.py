@@ -21,6 +21,7 @@ from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.grid import BackwardGrid
 from bnlayer.moments import BatchStatistics
+from bnlayer.tiling import passes_of
 from bnlayer.view import View
 
 # Takes dy; returns dinputs, dgamma and dbeta.
@@ -109,7 +110,7 @@ class SavedTraining:
             gamma = gamma * self.r_C + summed.beta * self.d_C
         mean = statistics.rounded_mean
         offset, slope = total.offset.astype(mean.dtype), total.slope.astype(mean.dtype)
-        dx = tiling.input_gradient(seen, view, mean, offset, slope, self.scale_C, total.nonfinite, dtype)
+        dx = passes_of(view).input_gradient(seen, view, mean, offset, slope, self.scale_C, total.nonfinite, dtype)
         return Pulled(view.restore(dx), gamma, summed.beta, result.grid)
 
 

@@ -11,6 +11,7 @@ Shape suffixes: A axes before the channels, C channels, B axes after them, W lim
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -32,8 +33,14 @@ from bnlayer.view import WHOLE, View
 Array = NDArray[Any]
 T = TypeVar("T")
 
+_HERE = sys.modules[__name__]
 _PIECE = 2**16  # elements to convert at a time: a quarter of a megabyte of float32, from a second-level cache
 _WORTH_A_THREAD = 2**16  # elements: a thread's part of fewer is done sooner than it is handed over
+
+
+def passes_of(view: View) -> Any:
+    """Where the passes over a batch are: here, or with the batch itself, where it lies on a framework's device."""
+    return _HERE if view.passes is None else view.passes
 
 
 def probe(view: View, grid: Grid) -> NDArray[np.int64]:

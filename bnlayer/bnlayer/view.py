@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,7 @@ class View:
         shape: the batch's own.
     """
 
+    passes: ClassVar[Any] = None  # what passes over it, in place of `bnlayer.tiling`
     x: NDArray[Any]
     mask: Mask
     shape: tuple[int, ...]
@@ -65,7 +66,7 @@ class View:
 
     def alike(self, array: NDArray[Any]) -> View:
         """Another array of the batch's shape, without a mask."""
-        return View(array.reshape(self.x.shape), None, self.shape)
+        return type(self)(array.reshape(self.x.shape), None, self.shape)
 
     def restore(self, array: NDArray[Any]) -> NDArray[Any]:
         """An (A, C, B) array in the batch's own shape."""

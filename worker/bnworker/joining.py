@@ -8,6 +8,7 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from bnworker import process_groups
 from bnworker.plan import Plan, plan
 from bnworker.presence import Presence
 from bnworker.transports import Transport
@@ -30,16 +31,16 @@ def join(
     timeout: float = 300,
     deterministic: bool = False,
 ) -> World:
-    """Make this process a rank of its job: over MPI, over a statistics service, or alone.
+    """Make this process a rank of its job: over MPI, a process group of torch, a statistics service, or alone.
 
     Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
     `BNLAYER_JOB`, `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
-    then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; MPI's
-    variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`. A service on this machine is
+    then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; an
+    initialized torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`. A service on this machine is
     reached over a local socket as well; `BNLAYER_LOCAL_SOCKET=0` does without.
 
     Args:
-        transport: "alone", "mpi" or "service".
+        transport: "alone", "mpi", "service" or "torch", whose process group must have been initialized.
         address: of the service, "HOST:PORT"; with another transport, an error.
         job: the job's name at the service.
         token: is refused: authentication is not available yet. `BNLAYER_TOKEN`, `BNLAYER_TOKEN_FILE` and
@@ -47,7 +48,7 @@ def join(
         rank: who this process is, from 0.
         world_size: the number of ranks.
         timeout: seconds that joining, and each exchange, may take, outages of the service included.
-        deterministic: under MPI, add floats in rank order, as the service always does.
+        deterministic: under MPI and torch, add floats in rank order, as the service always does.
 
     Returns:
         The world, which is the process's current collective until it is left.
@@ -69,6 +70,7 @@ def join(
         token=token,
         rank=rank,
         world_size=world_size,
+        process_group=process_groups.is_initialized(),
     )
     world = World(_opened(chosen, float(timeout), deterministic))
     logger.info("rank %d of %d, transport %s: %s", world.rank, world.world_size, world.transport, chosen.reason)
@@ -82,6 +84,8 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
         return AloneTransport()
     if chosen.transport == "mpi":
         return _opened_mpi(chosen, timeout, deterministic)
+    if chosen.transport == "torch":
+        return process_groups.opened(chosen.rank, chosen.world_size, timeout, deterministic)
     from bnworker.transports.service import ServiceTransport
 
     assert chosen.address is not None

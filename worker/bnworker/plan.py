@@ -17,7 +17,7 @@ from bnlayer.environment import Announcement, announced, batch_script, variable
 from bnproto.address import hint, split
 from bnproto.credentials import refusal
 
-TransportName = Literal["alone", "mpi", "service"]
+TransportName = Literal["alone", "mpi", "service", "torch"]
 
 _MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # Open MPI's and MPICH's mpiexec
 
@@ -55,12 +55,14 @@ def plan(
     token: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
+    process_group: bool = False,
 ) -> Plan:
     """Decide how to join.
 
     Args:
         environ: the variables, e.g. `os.environ`.
         transport, address, job, token, rank, world_size: `join`'s arguments; None: not given.
+        process_group: whether this process has initialized torch.distributed.
 
     Raises:
         ValueError: something is missing, contradicts something else, is out of range, or is not available yet.
@@ -69,7 +71,7 @@ def plan(
     if unavailable is not None:
         raise ValueError(unavailable)
     launchers = announced(environ)
-    chosen, why, address = _way(environ, transport, address, launchers)
+    chosen, why, address = _way(environ, transport, address, launchers, process_group)
     if chosen == "alone":
         if transport is None and variable(environ, "BNLAYER_TRANSPORT") is None:
             _refuse_half(environ)
@@ -78,8 +80,8 @@ def plan(
             return _alone(rank, world_size, why, launchers, batch_script(environ) or "")
         return _alone(rank, world_size, why, launchers)
     rank, world_size, whence = _rank(environ, rank, world_size, launchers)
-    if chosen == "mpi":
-        return Plan("mpi", rank, world_size, f"{why}; {whence}")
+    if chosen in ("mpi", "torch"):
+        return Plan(chosen, rank, world_size, f"{why}; {whence}")
     job = job or variable(environ, "BNLAYER_JOB")
     missing = [
         f"{what} ({argument}= or {name})"
@@ -101,13 +103,17 @@ def plan(
 
 
 def _way(
-    environ: Mapping[str, str], transport: str | None, given: str | None, launchers: list[Announcement]
+    environ: Mapping[str, str],
+    transport: str | None,
+    given: str | None,
+    launchers: list[Announcement],
+    process_group: bool,
 ) -> tuple[TransportName, str, str | None]:
     """The transport, why, and the service's address."""
     if given and transport is None:  # an argument beats BNLAYER_TRANSPORT
         return *_at(given), given
     address = given or variable(environ, "BNLAYER_ADDRESS")
-    chosen, why = _transport(environ, transport, address, launchers)
+    chosen, why = _transport(environ, transport, address, launchers, process_group)
     if chosen == "service" or not address:
         return chosen, why, address
     if given:
@@ -119,16 +125,18 @@ def _way(
 
 
 def _transport(
-    environ: Mapping[str, str], given: str | None, address: str | None, launchers: list[Announcement]
+    environ: Mapping[str, str], given: str | None, address: str | None, launchers: list[Announcement], group: bool
 ) -> tuple[TransportName, str]:
     """The transport and why."""
     for value, source in ((given, "transport="), (variable(environ, "BNLAYER_TRANSPORT"), "BNLAYER_TRANSPORT")):
         if value is not None and value not in get_args(TransportName):
-            raise ValueError(f"{source}: expected 'alone', 'mpi' or 'service', received {value!r}.")
+            raise ValueError(f"{source}: expected 'alone', 'mpi', 'service' or 'torch', received {value!r}.")
         if value is not None:
             return cast("TransportName", value), f"{source} says so"
     if address is not None:
         return _at(address)
+    if group:
+        return "torch", "torch.distributed is initialized"
     mpi = next((launcher for launcher in launchers if launcher.variable in _MPI), None)
     if mpi is not None:
         return "mpi", f"{mpi.source} started this process"

@@ -25,6 +25,7 @@ class Presence:
     Args:
         world: the world that becomes current.
         depart: leaves it, given the reason; "" for a clean end.
+        joined: whether the world was joined, and so becomes current; otherwise it only leaves when the process ends.
 
     Raises:
         RuntimeError: another world is joined.
@@ -32,18 +33,20 @@ class Presence:
 
     _live: ClassVar[Presence | None] = None
 
-    def __init__(self, world: collective.Collective, depart: Callable[[str], None]) -> None:
-        self.refuse_second()
-        self.world = world
+    def __init__(self, world: collective.Collective, depart: Callable[[str], None], *, joined: bool = True) -> None:
+        if joined:
+            self.refuse_second()
+        self.world, self._joined = world, joined
         self._process = os.getpid()
         self._depart = depart
-        self._before = collective.install(world)
+        self._before = collective.install(world) if joined else None
         self._hook_before = sys.excepthook
         # Kept, because each access to a bound method makes a new one, and `end` must compare with this one.
         self._hook = self._on_exception
         sys.excepthook = self._hook
         atexit.register(self._at_exit)
-        Presence._live = self
+        if joined:
+            Presence._live = self
 
     @classmethod
     def refuse_second(cls) -> None:
@@ -69,8 +72,9 @@ class Presence:
 
     def end(self) -> None:
         """Remove all hooks."""
-        Presence._live = None
-        collective.install(self._before)
+        if self._joined:
+            Presence._live = None
+            collective.install(self._before)
         atexit.unregister(self._at_exit)
         if sys.excepthook is self._hook:
             sys.excepthook = self._hook_before

@@ -64,6 +64,8 @@ class World:
         transport: this rank's end of the exchanges.
         install: whether to become the process's current collective and to leave when the process ends. Without
             it one process can have several worlds, for tests.
+        joined: with `install`: whether it becomes the current collective; otherwise it only leaves when the process
+            ends.
 
     Raises:
         RuntimeError: the process has a joined world already.
@@ -72,7 +74,7 @@ class World:
         statistics: what was exchanged so far.
     """
 
-    def __init__(self, transport: Transport, *, install: bool = True) -> None:
+    def __init__(self, transport: Transport, *, install: bool = True, joined: bool = True) -> None:
         self.statistics = Statistics()
         self._transport = transport
         self._plain_exchanges = 0
@@ -80,8 +82,9 @@ class World:
         self._left = False
         self._free = threading.Lock()
         self._process = os.getpid()
-        self._presence = Presence(self, self._depart) if install else None
-        if install:
+        self._joined = install and joined
+        self._presence = Presence(self, self._depart, joined=joined) if install else None
+        if self._joined:
             failure_marker.opened("world")
 
     # ---- rank and size ----
@@ -98,7 +101,7 @@ class World:
 
     @property
     def transport(self) -> str:
-        """How the ranks reach each other: "alone", "mpi" or "service"."""
+        """How the ranks reach each other: "alone", "mpi", "service" or "torch"."""
         return self._transport.name
 
     def shard(self, n: int) -> slice:
@@ -309,7 +312,7 @@ class World:
         if self._is_forked():
             return
         self._transport.leave(reason)
-        if self._presence is not None:
+        if self._joined:
             failure_marker.closed("world")
 
     # ---- one exchange ----

@@ -276,4 +276,11 @@ def _with_renorm(renorm: bool) -> str:
 
 def _rule(signature: LayerSignature) -> Rule:
     renorm_momentum = signature.renorm.momentum if signature.renorm is not None else 0.0  # unused
-    return Rule(signature.momentum, signature.epsilon, renorm_momentum, synchronized=True, masked=signature.masked)
+    return Rule(
+        signature.momentum,
+        signature.epsilon,
+        renorm_momentum,
+        synchronized=True,
+        masked=signature.masked,
+        unbiased=signature.unbiased,
+    )

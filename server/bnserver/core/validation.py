@@ -143,8 +143,6 @@ def _check_signature(layer: str, signature: LayerSignature) -> None:
         raise RefusedError(
             f"expected a finite momentum of renorm for layer {layer!r}, received {signature.renorm.momentum}"
         )
-    if signature.unbiased:
-        raise RefusedError(f"layer {layer!r} asks for unbiased, which this service does not know; update it")
 
 
 def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:

@@ -63,7 +63,7 @@ def layers_agree_in_outputs_and_gradients(world: World) -> object:
     return [as_text(bn.moving_mean.value), as_text(bn.moving_variance.value), as_text(bn.gamma.gradient)]
 
 
-@body(transports=("alone", "mpi"))
+@body(transports=("alone", "mpi", "torch"))
 def pull_does_nothing_where_each_rank_owns_its_own(world: World) -> object:
     """Not even a layer that is not built is looked at."""
     assert world.pull(BatchNormalization(name="bn")) is None

@@ -24,7 +24,7 @@ class Body:
 
     run: Callable[[World], object]
     sizes: tuple[int, ...] = (1, 2, 3)
-    transports: tuple[str, ...] = ("alone", "mpi", "service")
+    transports: tuple[str, ...] = ("alone", "mpi", "service", "torch")
 
     def runs_in(self, transport: str, world_size: int) -> bool:
         """Whether it is for such a world."""
@@ -35,7 +35,7 @@ BODIES: dict[str, Body] = {}
 
 
 def body(
-    sizes: tuple[int, ...] = (1, 2, 3), transports: tuple[str, ...] = ("alone", "mpi", "service")
+    sizes: tuple[int, ...] = (1, 2, 3), transports: tuple[str, ...] = ("alone", "mpi", "service", "torch")
 ) -> Callable[[Callable[[World], object]], Callable[[World], object]]:
     """Put a function into the contract."""
 

@@ -92,7 +92,6 @@ _BAD: list[tuple[Call, Body, str]] = [
         "expected statistics of renorm .* none",
     ),
     (Call(Operation.ENROLL, _ENROL, _SIGNATURE), _RENORMING, "expected no statistics of renorm .* received some"),
-    (Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, unbiased=True)), _LIMBS, "asks for unbiased"),
     (Call(Operation.ENROLL, _ENROL, _SIGNATURE), None, "expected the state of layer 'a'"),
     (Call(Operation.ENROLL, _FORWARD, _SIGNATURE), _STATE, "no direction in its enrolment"),
     (

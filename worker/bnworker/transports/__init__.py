@@ -31,11 +31,11 @@ class Seeded(NamedTuple):
 
 
 class Transport(Protocol):
-    """One rank's end of the exchanges; implemented by `alone`, `mpi` and `service`."""
+    """One rank's end of the exchanges; implemented by `alone`, `mpi`, `service` and `torch`."""
 
     @property
     def name(self) -> str:
-        """`"alone"`, `"mpi"` or `"service"`."""
+        """`"alone"`, `"mpi"`, `"service"` or `"torch"`."""
 
     @property
     def rank(self) -> int:

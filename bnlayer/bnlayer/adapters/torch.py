@@ -1,0 +1,440 @@
+"""Synchronized batch normalization for torch, on any device, over any world: `torch.nn.SyncBatchNorm`'s counterpart.
+
+    model = bnlayer.adapters.torch.convert_sync_batchnorm(model)      # the one line that changes
+    model = torch.nn.parallel.DistributedDataParallel(model)
+
+The ranks are those of the world that was joined, or of `torch.distributed`, where none was. The statistics, and the
+gradient of the inputs, are those of the union of all ranks' batches, exactly: whatever their number and sizes, an empty
+one included, they have the same bits. Gradients of weight and bias are this rank's share, as torch's own module gives
+them, for DistributedDataParallel to reduce.
+
+Tensors on the CPU are computed on in their own memory, by the layer's kernels; those of other devices where they are
+(`torch_passes.py`), and only sums of a few numbers a channel visit the host.
+
+Shape suffixes: C channels; batches are (A, C, B).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnlayer.adapters.torch_passes import DeviceView
+from bnlayer.base import automatic_name
+from bnlayer.collective import Collective
+from bnlayer.discovery import discovered
+from bnlayer.dtypes import Policy
+from bnlayer.layer import BatchNormalization
+from bnlayer.moving import Moving
+from bnlayer.pullback import SavedTraining
+from bnlayer.view import View
+
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "revert_sync_batchnorm"]
+
+_NAMES = {
+    torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16",
+}  # fmt: skip
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_POLICIES = {
+    (data, weights): Policy(_NAMES[data] if data == weights else f"mixed_{_NAMES[data]}")
+    for data in _NAMES
+    for weights in _NAMES
+    if data == weights or (weights == torch.float32 and data in (torch.float16, torch.bfloat16))
+}
+
+
+class SyncBatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]  # torch is not installed where types are checked
+    """Batch normalization over (N, C, …) whose statistics are those of all ranks' batches.
+
+        training    y = weight·(x − μ)/√(v + eps) + bias
+                    running_mean ← (1 − momentum)·running_mean + momentum·μ
+                    running_var  ← (1 − momentum)·running_var  + momentum·v·N/(N − 1)
+        eval        y = weight·(x − running_mean)/√(running_var + eps) + bias          nothing is exchanged
+
+    μ, v and N are those of the union of all ranks' batches. All ranks must call the same layers in the same order,
+    with any number of rows, 0 included; going back, autograd does the same.
+
+    Arguments, parameters, buffers and `state_dict` are `torch.nn.SyncBatchNorm`'s: `momentum=None` is the average of
+    all batches, `track_running_stats=False` keeps none. A forward that `torch.utils.checkpoint` repeats exchanges
+    again, and updates nothing. `torch.compile` breaks its graph at this module, and says why.
+
+    Args:
+        num_features: C.
+        eps: added to the variance before the root.
+        momentum: weight of the new value in the running update; None: the average of all batches.
+        affine: whether there are weight and bias.
+        track_running_stats: whether there are running statistics; without, eval too uses those of its batch, locally.
+        process_group: of torch.distributed, whose ranks to synchronize with; None: the world that was joined,
+            otherwise all ranks of torch.distributed.
+        device, dtype: of parameters and buffers.
+        name: how the ranks know the layer; made up where None, alike on ranks that build the same model.
+        unbiased: whether running_var is torch's, N/(N − 1) times the batch's; False: Keras's, as ranks of other
+            frameworks in the same job have it.
+
+    Raises in forward and backward:
+        ValueError: the input has another shape or dtype than the module takes; or the batches of all ranks together
+            hold one value a channel.
+        RuntimeError: several ranks are announced, but there is neither a joined world nor an initialized
+            torch.distributed.
+        CollectiveError: an exchange could not complete.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        name: str | None = None,
+        unbiased: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.unbiased = unbiased
+        self.name = automatic_name("sync_batch_norm") if name is None else name
+        self._core: _Core | None = None
+
+    def forward(self, input: Any, mask: Any = None) -> Any:  # noqa: A002 - torch's name
+        """Normalize a batch.
+
+        Args:
+            input: (N, C) or (N, C, …), of 2 to 5 dimensions.
+            mask: bool, (N, …), the input's shape without C; False keeps a position out of the statistics, but not out
+                of the output. Its counts have Keras's 1e-7 added.
+
+        Returns:
+            Of the input's shape, dtype and memory format.
+        """
+        self._check_input_dim(input)
+        if not self.training and self.track_running_stats:
+            return torch.nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        if torch.compiler.is_compiling():
+            return _outside_graphs(self, input, mask)
+        return _Normalize.apply(input, self.weight, self.bias, mask, self)
+
+    def _check_input_dim(self, input: Any) -> None:  # noqa: A002
+        if not 2 <= input.dim() <= 5 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"Expected an input of 2 to 5 dimensions, (N, {self.num_features}, …), received {tuple(input.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        """As torch's, and the name by which ranks know the layer."""
+        return f"{super().extra_repr()}, name={self.name!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the ranks: a copy enrolls anew."""
+        return {**self.__dict__, "_core": None, "process_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A copy, with a name of its own: layers are known by name."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        new.name, new.process_group = automatic_name(f"{self.name}_copy"), self.process_group
+        return new
+
+    # ---- the running statistics ----
+
+    def _normalize(self, view: View, dtype: Any) -> tuple[Any, SavedTraining]:
+        """A training call of a batch: exchange, update the running statistics, and normalize."""
+        weights = self.weight.dtype if self.affine else torch.float32 if dtype in _HALF else dtype
+        policy = _POLICIES.get((dtype, weights))
+        if policy is None:
+            raise ValueError(
+                f"Layer {self.name!r}: expected an input of the weights' dtype {weights}, or of float16 or bfloat16 "
+                f"beside float32 weights; received {dtype}."
+            )
+        core = self._core
+        if core is None or not core.suits(policy):
+            self._core = None  # the old one lets go of the name first
+            core = self._core = _Core(self, policy)
+        updates = self.training and self.track_running_stats and torch._C._current_graph_task_id() == -1
+        core.prepare(self, policy, updates)
+        y, saved = core.train(view, updates, synchronized=self.training)
+        if saved.statistics.count.size and saved.statistics.count[0] == 1.0 and view.mask is None:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, over all ranks; this rank's input is "
+                f"{view.shape}."
+            )
+        if updates:
+            core.write_back(self)
+        return y, saved
+
+
+class _Core(BatchNormalization):
+    """The layer behind a module: its arithmetic, its grids and its enrolment with the ranks."""
+
+    def __init__(self, module: SyncBatchNorm, policy: Policy) -> None:
+        super().__init__(
+            axis=1, epsilon=module.eps, center=module.affine, scale=module.affine, synchronized=True,
+            name=module.name, dtype=policy.name, grad_reduction="local",
+        )  # fmt: skip
+        self.unbiased = module.unbiased
+        self.build((None, module.num_features, None))
+        self._alone = None
+        self._known: list[bytes] = []
+        if module.track_running_stats:
+            self._read(module)
+
+    def suits(self, policy: Policy) -> bool:
+        """Whether the state that is kept here is of a policy's dtypes."""
+        mine = self.dtype_policy
+        return (mine.arithmetic, mine.variable_dtype) == (policy.arithmetic, policy.variable_dtype)
+
+    def prepare(self, module: SyncBatchNorm, policy: Policy, updates: bool) -> None:
+        """Take over the module's settings, and what of its parameters and buffers was set since the last call."""
+        self.dtype_policy, self.epsilon = policy, module.eps
+        if module.process_group is not None:
+            self.collective = _collective_of(module.process_group)
+        if module.affine:
+            assert self.gamma is not None
+            assert self.beta is not None
+            self.gamma.take(_array(module.weight))
+            self.beta.take(_array(module.bias))
+        if updates:
+            module.num_batches_tracked.add_(1)
+            momentum = module.momentum
+            self.momentum = 1.0 - (1.0 / float(module.num_batches_tracked) if momentum is None else momentum)
+        if module.track_running_stats:
+            self._read(module)
+
+    def _read(self, module: SyncBatchNorm) -> None:
+        """Take over the buffers, where they are not those that were written last: all ranks must have set them."""
+        arrays = [_array(module.running_mean), _array(module.running_var)]
+        found = [array.tobytes() for array in arrays]
+        if found != self._known:
+            for variable, array in zip(self._moving, arrays, strict=True):
+                variable.assign(array)
+            self._known = found
+
+    def write_back(self, module: SyncBatchNorm) -> None:
+        """The updated statistics into the module's buffers."""
+        arrays = [variable.value for variable in self._moving]
+        with torch.no_grad():
+            for buffer, array in zip((module.running_mean, module.running_var), arrays, strict=True):
+                buffer.copy_(_tensor(array))
+        self._known = [array.tobytes() for array in arrays]
+
+    @np.errstate(all="ignore")
+    def train(self, view: View, updates: bool, *, synchronized: bool) -> tuple[Any, SavedTraining]:
+        """A training call; without running statistics, eval too normalizes with those of its batch, and exchanges none."""
+        if synchronized:
+            return self._train(self._joined(), view, updates)
+        driver, self._driver, self.synchronized = self._driver, None, False
+        try:
+            return self._train(self._joined(), view, updates)
+        finally:
+            self._driver, self.synchronized = driver, True
+
+    @np.errstate(all="ignore")
+    def pull(self, saved: SavedTraining, dy: Any) -> tuple[Any, NDArray[Any] | None, NDArray[Any] | None]:
+        """The backward pass of a training call."""
+        return self._pull_training(saved, dy)
+
+
+class _Normalize(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """A training call, and its backward pass. It holds the input as autograd holds tensors, and nothing else as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, mask: Any, module: SyncBatchNorm) -> Any:
+        layout = _layout(x)
+        view = _view(x, mask, layout)
+        y, saved = module._normalize(view, x.dtype)
+        saved.view = None  # type: ignore[assignment]  # until it is pulled back
+        ctx.save_for_backward(x, mask)
+        ctx.core, ctx.saved, ctx.layout = module._core, saved, layout
+        return _restored(y, x, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
+        x, mask = ctx.saved_tensors
+        core: _Core = ctx.core
+        saved: SavedTraining = ctx.saved
+        saved.view = _view(x, mask, ctx.layout)
+        try:
+            dx, dgamma, dbeta = core.pull(saved, _flat(dy.to(x.dtype), ctx.layout))
+        finally:
+            saved.view = None  # type: ignore[assignment]
+        grads = (None if g is None else _tensor(g).to(x.device) for g in (dgamma, dbeta))
+        return _restored(dx, x, ctx.layout), *grads, None, None
+
+
+@torch.compiler.disable(reason="bnlayer: an exchange with other ranks is no part of a graph")  # type: ignore[untyped-decorator, unused-ignore]
+def _outside_graphs(module: SyncBatchNorm, x: Any, mask: Any) -> Any:
+    return _Normalize.apply(x, module.weight, module.bias, mask, module)
+
+
+# ---- whole models ----
+
+
+def convert_sync_batchnorm(module: Any, process_group: Any = None) -> Any:
+    """Replace every `BatchNorm1d/2d/3d` and `torch.nn.SyncBatchNorm` of a model by a `SyncBatchNorm`.
+
+    Parameters and buffers are the same tensors as before, so an optimizer may be made before or after. Each layer is
+    named for its place in the model, e.g. "layer1.0.bn1".
+
+    Args:
+        module: the model, or a normalization itself.
+        process_group: of the new modules.
+
+    Returns:
+        The model; the new module where it was a normalization itself.
+    """
+    return _replaced(module, "", lambda old, name: _converted(old, process_group, name))
+
+
+def revert_sync_batchnorm(module: Any) -> Any:
+    """Replace every `SyncBatchNorm` of a model by torch's own `BatchNorm` for any number of dimensions.
+
+    Parameters and buffers are the same tensors as before.
+
+    Returns:
+        The model; the new module where it was a `SyncBatchNorm` itself.
+    """
+    return _replaced(module, "", lambda old, _: _reverted(old))
+
+
+class BatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]
+    """torch's local batch normalization, for inputs of 2 to 5 dimensions: what a `SyncBatchNorm` is reverted to."""
+
+    def _check_input_dim(self, input: Any) -> None:  # noqa: A002
+        if not 2 <= input.dim() <= 5:
+            raise ValueError(f"Expected an input of 2 to 5 dimensions, received {input.dim()}.")
+
+
+def _replaced(module: Any, path: str, replace: Any) -> Any:
+    new = replace(module, path)
+    if new is not module:
+        return new
+    for name, child in list(module.named_children()):
+        changed = _replaced(child, f"{path}.{name}" if path else name, replace)
+        if changed is not child:
+            module.add_module(name, changed)
+    return module
+
+
+def _converted(old: Any, process_group: Any, name: str) -> Any:
+    plain = isinstance(old, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d | torch.nn.BatchNorm3d | torch.nn.SyncBatchNorm)
+    if not plain and not isinstance(old, BatchNorm):
+        return old
+    new = SyncBatchNorm(
+        old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, process_group, device="meta",
+        name=automatic_name(name or "sync_batch_norm"),
+    )  # fmt: skip
+    return _with_contents(new, old)
+
+
+def _reverted(old: Any) -> Any:
+    if not isinstance(old, SyncBatchNorm):
+        return old
+    new = BatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, device="meta")
+    return _with_contents(new, old)
+
+
+def _with_contents(new: Any, old: Any) -> Any:
+    for name in ("weight", "bias"):
+        setattr(new, name, getattr(old, name))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(new, name, getattr(old, name))
+    new.train(old.training)
+    if hasattr(old, "qconfig"):
+        new.qconfig = old.qconfig
+    return new
+
+
+# ---- tensors as the layer sees them ----
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _collective_of(group: Any) -> Collective:
+    collective = discovered(group)
+    if collective is None:
+        raise RuntimeError("process_group= was given, but torch.distributed is not initialized any more.")
+    return collective
+
+
+def _layout(x: Any) -> Any:
+    """The memory format in which a batch is taken: the one it has, or else the contiguous one."""
+    last = _LAYOUTS.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def _flat(x: Any, layout: Any) -> Any:
+    """A tensor as (A, C, B), without a copy where it has the memory format: an array, or on a device a tensor."""
+    x = x.detach().contiguous(memory_format=layout)
+    if layout is torch.contiguous_format:
+        flat = x.view(x.shape[0], x.shape[1], x.shape[2:].numel())
+    else:
+        flat = x.movedim(1, -1).view(-1, x.shape[1], 1)
+    return _array(flat) if _on_host(x) else flat
+
+
+def _on_host(x: Any) -> bool:
+    """Whether a batch is computed on by the host's kernels: also where its device has no float64."""
+    return x.device.type in ("cpu", "mps")
+
+
+def _view(x: Any, mask: Any, layout: Any) -> View:
+    flat = _flat(x, layout)
+    if mask is not None:
+        if tuple(mask.shape) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(
+                "The mask provided should have the shape of the input without its channels. "
+                f"Received: mask.shape={tuple(mask.shape)}, input.shape={tuple(x.shape)}"
+            )
+        mask = mask.detach().to(torch.bool).contiguous()
+        if layout is torch.contiguous_format:
+            mask = mask.view(flat.shape[0], 1, flat.shape[2]).expand(flat.shape).contiguous()
+        else:
+            mask = mask.view(-1, 1, 1)
+        mask = mask.cpu().numpy() if isinstance(flat, np.ndarray) else mask
+    kind = View if isinstance(flat, np.ndarray) else DeviceView
+    return kind(flat, mask, tuple(flat.shape))
+
+
+def _restored(flat: Any, x: Any, layout: Any) -> Any:
+    """The way back from `_flat`, to a batch's shape and memory format."""
+    flat = _tensor(flat).to(x.device)
+    if layout is torch.contiguous_format:
+        return flat.view(x.shape)
+    return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    """A tensor's own memory as an array; a copy of one on another device."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    if tensor.dtype is torch.bfloat16:
+        array: NDArray[Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return array
+    array = tensor.numpy()
+    return array
+
+
+def _tensor(array: Any) -> Any:
+    """An array's own memory as a tensor; a tensor as it is."""
+    if not isinstance(array, np.ndarray):
+        return array
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
