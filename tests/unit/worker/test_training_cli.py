@@ -320,7 +320,7 @@ def test_every_flag_can_be_turned_off() -> None:
     assert all(option.secondary_opts == [f"--no-{option.opts[0][2:]}"] for option in flags)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_is_noted_and_the_second_is_not(number: signal.Signals) -> None:
     """What a signal did before it does again after the first one, and when the block is left."""
     received: list[int] = []

@@ -1,4 +1,7 @@
-"""SIGINT (Ctrl-C) and SIGTERM ask a run to end after its step; a second one ends it as it would have at first."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to end after its step; a second one ends it as it would have at first.
+
+Batch systems announce the end of a job by SIGTERM, or by a signal of the user's choice, which by custom is SIGUSR1.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
