@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bnlayer import CollectiveError
 from bnworker.cli.display import Display
 from bnworker.cli.errors import RESUMABLE, CommandError
-from bnworker.cli.interruption import Interruption
+from bnworker.cli.interruption import Interruption, ignore_batch_systems
 from bnworker.joining import join
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
 from bnworker.train.data import DataError, Dataset, listed, load
@@ -174,13 +174,16 @@ def _end_stopped(
     by: signal.Signals, steps: int, data: str, settings: Settings, world: World, files: Files, recorder: Recorder | None
 ) -> _Stopped:
     """Say that the run was stopped, and let no rank end before everything is written."""
+    ended = _Stopped(by, files.saved is not None)
+    if ended.code == RESUMABLE:
+        ignore_batch_systems()
     if recorder is not None:
         kept = f"; {files.saved} goes on from there with --resume" if files.saved is not None else ""
         typer.echo(f"bnlayer: train: {by.name}: stopped after step {steps:,}{kept}", err=True)
         _report_failure(recorder, data, settings, world, f"{by.name} after step {steps:,}.", stopped=True)
     # An exit code other than 0 makes mpiexec, and srun --kill-on-bad-exit, kill the ranks that still run.
     world.barrier()
-    return _Stopped(by, files.saved is not None)
+    return ended
 
 
 def _initial(
