@@ -108,6 +108,9 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     store = Store(state_dir, failpoints) if state_dir is not None else None
     try:
         health_service = health.aio.HealthServicer()

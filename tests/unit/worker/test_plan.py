@@ -97,11 +97,11 @@ def test_ipv6_addresses_stand_in_brackets() -> None:
                 "itself."
             ),
         ),
-        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi' or 'service', received 'nccl'."),
+        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi', 'service' or 'torch', received 'nccl'."),
         (
             {"BNLAYER_TRANSPORT": "grpc"},
             {},
-            "BNLAYER_TRANSPORT: expected 'alone', 'mpi' or 'service', received 'grpc'.",
+            "BNLAYER_TRANSPORT: expected 'alone', 'mpi', 'service' or 'torch', received 'grpc'.",
         ),
         (
             OURS,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnworker.cli import configuration
-from bnworker.cli.errors import EXPLAINED, CommandError
+from bnworker.cli.errors import EXPLAINED, RESUMABLE, CommandError
 from bnworker.cli.files import Files
 from bnworker.cli.options import address_of_service, arguments, given, names, with_options
 from bnworker.cli.ranks import Ranks, TrainTransport
@@ -72,8 +72,8 @@ def train(
     with one worker it is a plain single process. A resumed run is bit for bit the one that was cut off, if the number
     of workers is the same; with another one, that rounding differs from there on.
 
-    Ctrl-C, or SIGTERM, ends it after the step under way: a checkpoint and the report are written, and the exit code is
-    130, or 143.
+    Ctrl-C, SIGTERM or SIGUSR1 ends it after the step under way: a checkpoint and the report are written. The exit code
+    is 130 for Ctrl-C, and otherwise 75, if there is a checkpoint: the same command with --resume goes on.
 
     Exit code 1: training failed. 2: wrong options, data or checkpoint. Otherwise that of the first worker that failed.
     """
@@ -175,6 +175,7 @@ def _launch(context: typer.Context, workers: int, ranks: Ranks, address: str | N
                 program="train",
                 stop_s=_STOP_S,
                 explained=EXPLAINED,
+                resumable=RESUMABLE,
             )
         )
     except LaunchError as error:
