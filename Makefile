@@ -218,6 +218,15 @@ stubs-check: .venv-stubs/.ready  ## the committed stubs are those that the .prot
 docs: setup  ## build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# ---- wheels ----
+
+.venv-wheels/.ready: locks/installer.lock locks/wheels.lock
+	$(call make-venv,.venv-wheels,locks/wheels.lock)
+	@touch $@
+
+wheels: .venv-wheels/.ready  ## manylinux wheels for x86-64 and Arm, in dist/
+	wheels/build .venv-wheels x86_64 aarch64
+
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
 	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard \
@@ -246,6 +255,6 @@ ci:  ## every gate, as the continuous integration runs them
 	bash .ci/run
 
 clean:  ## remove what was built, the environments included
-	rm -rf .venv .venv-openmpi .venv-keras .venv-bench .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+	rm -rf .venv .venv-openmpi .venv-keras .venv-bench .venv-stubs .venv-wheels out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
 		.pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
