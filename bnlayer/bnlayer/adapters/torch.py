@@ -32,7 +32,6 @@ from bnlayer.collective import Collective
 from bnlayer.discovery import discovered
 from bnlayer.dtypes import Policy
 from bnlayer.layer import BatchNormalization
-from bnlayer.moving import Moving
 from bnlayer.pullback import SavedTraining
 from bnlayer.view import View
 
