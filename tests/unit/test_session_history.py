@@ -11,7 +11,8 @@ from functools import cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.session import Play, train
+from support.session import Play
+from support.session_program import train
 
 _STEPS = 2
 _CHOICES = 500

@@ -15,7 +15,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -57,7 +57,6 @@ from bnworker.transports.service.events import (
     Received,
     Refused,
     Repeated,
-    Requests,
     TimedOut,
 )
 from bnworker.transports.service.grpc_channel import Broken, GrpcChannel
@@ -140,16 +139,17 @@ class Client:
             self.close(None)
             raise
 
-    def request(self, requests: Requests) -> Answer:
+    def request(self, request: pb.ExchangeRequest, parts: Sequence[pb.Part]) -> Answer:
         """Ask for something, and wait for the answer.
 
         Args:
-            requests: a request that is answered, and the parts of its payload.
+            request: one that is answered.
+            parts: of its payload, beyond what it holds itself.
 
         Raises:
             CollectiveError: what the service said of a failure, or that it is gone, or late.
         """
-        for action in self._handle(Ask(requests)):
+        for action in self._handle(Ask([request, *(pb.ExchangeRequest(part=part) for part in parts)])):
             if isinstance(action, Send):
                 self._send(action)
         deadline = time.monotonic() + self.session.answer_within
