@@ -149,7 +149,10 @@ class Client:
         Raises:
             CollectiveError: what the service said of a failure, or that it is gone, or late.
         """
-        for action in self._handle(Ask([request, *(pb.ExchangeRequest(part=part) for part in parts)])):
+        requests = [request]
+        if parts:
+            requests += [pb.ExchangeRequest(part=part) for part in parts]
+        for action in self._handle(Ask(requests)):
             if isinstance(action, Send):
                 self._send(action)
         deadline = time.monotonic() + self.session.answer_within

@@ -80,6 +80,8 @@ class State(Enum):
     LEAVING = auto()  # the rank has said goodbye, or will on the next connection
     CLOSED = auto()  # over: `error` says why
 
+    __hash__ = object.__hash__  # each is one object; Enum's own hashes the name, in Python, for every event
+
 
 class ImpossibleEventError(AssertionError):
     """An event that can't happen in this state: a fault of whoever performs the actions."""
