@@ -77,7 +77,7 @@ class Connection:
 
     Attributes:
         number: the session's.
-        stream: how the rank joins and leaves, and hears why the connection ends.
+        stream: how the rank joins and leaves, and learns why the connection ends.
         channel: what carries requests and answers once all have joined: the stream, or a way beside it.
     """
 
@@ -133,7 +133,8 @@ class Client:
         try:
             deadline = time.monotonic() + self.session.answer_within
             while not self.session.generation:
-                self._raise_error()
+                if self.session.error is not None:
+                    raise self.session.error.again() from self.session.error.__cause__
                 self._take_turn(deadline)
         except BaseException:
             self.close(None)
@@ -158,7 +159,8 @@ class Client:
         deadline = time.monotonic() + self.session.answer_within
         answer = None
         while answer is None:
-            self._raise_error()
+            if self.session.error is not None:
+                raise self.session.error.again() from self.session.error.__cause__
             answer = self._take_turn(deadline)
         return answer
 
@@ -181,11 +183,6 @@ class Client:
         self._woken.put(None)
 
     # ---- what the caller's thread does ----
-
-    def _raise_error(self) -> None:
-        error = self.session.error
-        if error is not None:
-            raise error.again() from error.__cause__
 
     def _take_turn(self, deadline: float) -> Answer | None:
         """Wait for the next answer, or for a change of the session's; None after a while, or if there is none."""

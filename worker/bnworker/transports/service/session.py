@@ -34,7 +34,6 @@ from bnworker.transports.service.actions import (
     Wake,
     Warn,
 )
-from bnworker.transports.service.channel import Answer
 from bnworker.transports.service.events import (
     Abandon,
     Ask,
@@ -74,7 +73,7 @@ class State(Enum):
     """Where a session is."""
 
     CONNECTING = auto()  # not all ranks have joined yet, and there is no connection
-    JOINING = auto()  # a connection was opened with a join; the service has not answered, or is told what it may lack
+    JOINING = auto()  # a connection was opened with a join: waits for the others, or sends what the service may lack
     ACTIVE = auto()  # requests are sent and answered
     AWAY = auto()  # the connection can't be used any more, and is made anew
     LEAVING = auto()  # the rank has said goodbye, or will on the next connection
@@ -125,7 +124,7 @@ class Session:
         # The connection.
         self._connection = 0
         self._joined = False  # on this connection
-        self._repeated: Requests = ()  # that was asked, when this connection was told what to repeat
+        self._repeated: Requests = ()  # that was asked, when what is repeated on this connection was put together
         self._goodbye_on = 0  # the connection that carried it
         self._goodbye_waits_longer = False
         # The attempts to make one.
@@ -171,32 +170,21 @@ class Session:
         if event.connection != self._connection or not self._asked:
             return []
         response, asked = event.answer.response, self._asked[0]
-        match response.WhichOneof("message"):
-            case "result" if asked.HasField("contribution"):
-                return self._receive_result(response.result, asked.contribution, event.answer)
-            case "owned" if asked.HasField("pull") or asked.HasField("push"):
-                self._asked = ()
-                return [Deliver(event.answer)]
-            case _:
-                return []
-
-    def _receive_result(self, result: pb.Result, contribution: pb.Contribution, answer: Answer) -> list[Action]:
-        sequence = result.sequence
-        if sequence <= self.answered:
-            return []  # to what was repeated
-        if sequence != contribution.sequence:
-            return self._close(
-                ServiceError(
-                    f"The service at {self._address} answered contribution {sequence}, expected an answer to "
-                    f"{contribution.sequence}. An exchange of this rank was interrupted: leave, and join anew."
-                )
-            )
-        self.answered = sequence
-        if contribution.HasField("layer"):
-            self._layer_answered = sequence
-            self._versions[contribution.layer] = result.version
-        self._contributed, self._asked = self._asked, ()
-        return [Deliver(answer)]
+        if response.HasField("result") and asked.HasField("contribution"):
+            contribution, sequence = asked.contribution, response.result.sequence
+            if sequence <= self.answered:
+                return []  # to what was repeated
+            if sequence != contribution.sequence:
+                return self._close(self._out_of_step(sequence, contribution.sequence))
+            self.answered = sequence
+            if contribution.HasField("layer"):
+                self._layer_answered = sequence
+                self._versions[contribution.layer] = response.result.version
+            self._contributed = self._asked
+        elif not response.HasField("owned") or not (asked.HasField("pull") or asked.HasField("push")):
+            return []
+        self._asked = ()
+        return [Deliver(event.answer)]
 
     def _note_version(self, event: OwnerVersion, now: float) -> list[Action]:
         del now
@@ -225,7 +213,7 @@ class Session:
         return [Open(self._connection, requests)]
 
     def _enter(self, event: Joined, now: float) -> list[Action]:
-        """The service takes part: it is told what it may lack, then the rank goes on."""
+        """The service takes part: it gets what it may lack, then the rank goes on."""
         del now
         actions: list[Action] = []
         if self.generation:
@@ -347,6 +335,12 @@ class Session:
     def _repetition(self) -> list[pb.ExchangeRequest]:
         """What the service may lack, in order."""
         return [*self._contributed, *self._asked]
+
+    def _out_of_step(self, answered: int, asked: int) -> ServiceError:
+        return ServiceError(
+            f"The service at {self._address} answered contribution {answered}, expected an answer to {asked}. An "
+            "exchange of this rank was interrupted: leave, and join anew."
+        )
 
     def _unreachable(self, ended: Disconnected) -> ServiceError:
         if not self.generation:

@@ -76,9 +76,9 @@ class ServiceTransport:
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """Reduce limbs over the ranks: MAX for a probe, SUM for sums. The owner takes over the state that they set."""
         arrays = {"": limbs} if state is None else with_state(limbs, state)
-        result = self._exchanged(call, arrays.values(), tuple(arrays))
-        (total,) = _arrays(result)
-        return Total(total, result.response.result.version)
+        answer = self._exchanged(call, arrays.values(), tuple(arrays))
+        (total,) = unpack(answer.response.result.payload, answer.data)
+        return Total(total.copy(), answer.response.result.version)
 
     def pull(self, layer: str) -> LayerState | None:
         """The owner's state of a layer; None if it has none of this name yet."""
