@@ -62,6 +62,7 @@ from bnserver.core.events import (
 )
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
+from bnserver.core.validation import validated
 from bnserver.translation import failure_of
 from scenarios.actors import Exchange, Mirror, Options, Rank, backward, described, forward, listed, numbers
 from scenarios.transcript import Block, orders
@@ -275,6 +276,9 @@ class Scene:
         self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
 
     def _handle(self, event: Event) -> None:
+        if isinstance(event, Contribute | Join | Push):
+            rank = self._by_stream[event.stream]
+            event = validated(event, rank.join.world_size)
         effects = self._service.handle(event, self._now)
         written = [number for number, effect in enumerate(effects) if isinstance(effect, Record)]
         reported = [number for number, effect in enumerate(effects) if isinstance(effect, Totals | Enrolled | Owned)]

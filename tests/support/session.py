@@ -9,15 +9,17 @@ the other. What was sent on a connection that broke may still arrive, after the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Literal
 
 from bnlayer.reduction import reduce_in_rank_order
-from bnproto.failures import error_of
+from bnproto.failures import StatusParts, error_of
 from bnproto.v1 import statistics_pb2 as pb
+from bnserver.channel import Outgoing, RequestAssembler
+from bnserver.connection import Connection
 from bnserver.core.effects import Broadcast, Closed, Effect, Enrolled, Failed, Owned, Record, Reduce, Released, Totals
 from bnserver.core.effects import Joined as AllJoined
 from bnserver.core.events import Event as ServiceEvent
@@ -25,7 +27,7 @@ from bnserver.core.events import Lost
 from bnserver.core.journal_records import Ended, JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.service import Service
-from bnserver.translation import Reader, Writer, failure_of
+from bnserver.translation import Messages, Writer, failure_of
 from bnworker.transports.service import actions as do
 from bnworker.transports.service import events as happened
 from bnworker.transports.service.channel import Answer, AnswerAssembler
@@ -35,6 +37,23 @@ from support.session_program import Asked, Program, bits
 TIMEOUT_S = 300.0
 _PATIENCE = LivenessTimeouts(lease=0.0, away=1e9)  # nobody is lost here: what is tested is that everything completes
 _PART_BYTES = 40  # small, so that contributions travel in parts
+
+
+Down = dict[str, deque[bytes | Failed | None]]
+
+
+class Wire:
+    """The service's channel of a connection: what it sends is on its way."""
+
+    def __init__(self, queue: deque[bytes | Failed | None]) -> None:
+        self._queue = queue
+
+    def send(self, messages: Iterable[Outgoing]) -> None:
+        """It may yet be lost."""
+        self._queue.extend(message.message.SerializeToString() for message in messages)
+
+    def close(self, status: StatusParts | None) -> None:
+        """The plays end connections themselves."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,9 +70,10 @@ class Link:
     rank: int
     number: int
     stream: int
-    readers: dict[str, Reader]
+    connection: Connection
+    gathered: dict[str, RequestAssembler]
     up: dict[str, deque[bytes]]
-    down: dict[str, deque[bytes | Failed | None]]
+    down: Down
     assemblers: dict[str, AnswerAssembler]
     broken: bool = False
     left: bool = False
@@ -193,7 +213,7 @@ class Rank:
             response = answer.response
             if response.HasField("joined"):
                 link.joined = True
-                self.handle(happened.Joined(link.number, response.boot_id, response.generation, durable=True))
+                self.handle(happened.Joined(link.number, response.generation, durable=True))
             else:
                 self.in_hand = happened.Received(link.number, answer)
 
@@ -242,13 +262,15 @@ class Play:
             if old.rank == rank and not old.is_join_read:
                 old.up["stream"].clear()
         stream = next(self._streams)
+        down: Down = {"stream": deque(), "socket": deque()}
         link = Link(
             rank,
             number,
             stream,
-            {"stream": Reader(stream)},
+            Connection(stream, Wire(down["stream"]), self._dispatch),
+            {"stream": RequestAssembler(), "socket": RequestAssembler()},
             {"stream": deque(), "socket": deque()},
-            {"stream": deque(), "socket": deque()},
+            down,
             {"stream": AnswerAssembler(), "socket": AnswerAssembler()},
         )
         self.links.append(link)
@@ -342,11 +364,9 @@ class Play:
     def _deliver(self, link: Link, way: str) -> None:
         request = pb.ExchangeRequest.FromString(link.up[way].popleft())
         link.is_join_read = True
-        if way not in link.readers:
-            link.readers[way] = link.readers["stream"].beside()
-        event = link.readers[way].read(request)
-        if event is not None:
-            self._dispatch(event)
+        whole = link.gathered[way].add(request)
+        if whole is not None:
+            link.connection.receive(*whole)
 
     def _dispatch(self, event: ServiceEvent) -> None:
         self.now += 0.001
@@ -358,7 +378,8 @@ class Play:
             case Record():
                 self.written.append(effect.record)
             case AllJoined():
-                self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size, None), "stream")
+                self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size, None))
+                self._attach(effect.streams)
             case Totals() | Enrolled() | Broadcast() | Released():
                 self._send(effect.streams, self._writer.result(effect, 1))
             case Reduce():
@@ -371,11 +392,16 @@ class Play:
             case Closed():
                 self._end(effect.stream, None)
 
-    def _send(self, streams: tuple[int, ...], messages: list[pb.ExchangeResponse], way: str = "") -> None:
+    def _send(self, streams: tuple[int, ...], messages: Messages) -> None:
         for link in self.links:
             if link.stream in streams and not link.broken:
-                queue = link.down[way or self.ranks[link.rank].way]
-                queue.extend(message.SerializeToString() for message in messages)
+                link.connection.channel.send(messages)
+
+    def _attach(self, streams: tuple[int, ...]) -> None:
+        """Ranks that have a local socket attach it as soon as they have joined."""
+        for link in self.links:
+            if link.stream in streams and self.ranks[link.rank].local:
+                link.connection.channel = Wire(link.down["socket"])
 
     def _end(self, stream: int, status: Failed | None) -> None:
         for link in self.links:

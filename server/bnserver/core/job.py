@@ -35,7 +35,7 @@ from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberR
 from bnserver.core.layers import DisagreementError, Layers
 from bnserver.core.members import LOST, LivenessTimeouts, Member
 from bnserver.core.reasons import REASON_OF, Reason
-from bnserver.core.validation import RefusedError, check, check_join, check_state
+from bnserver.core.validation import RefusedError
 
 
 class Job:
@@ -63,7 +63,6 @@ class Job:
         """A rank joins or reconnects; returns the generation that it is now in, None if it was refused."""
         effects: list[Effect] = []
         try:
-            check_join(event)
             generation = self._of(event)
             if generation is not None:
                 return generation, self._returned(generation, event, now)
@@ -71,8 +70,6 @@ class Job:
                 return None, [self._stale(event)]
             effects = self._make_room(event, now)
             generation = self._gathering(event)
-        except RefusedError as error:
-            return None, [Failed(event.stream, Reason.INVALID, f"The service refused to let you join: {error}.")]
         except DisagreementError as error:
             failed = Failed(event.stream, Reason.MISMATCH, str(error), (event.peer.rank,))
             return None, [*effects, failed]
@@ -227,7 +224,6 @@ class Job:
     def contribute(self, generation: Generation, rank: int, event: Contribute, now: float) -> list[Effect]:
         """A rank takes part in an operation."""
         try:
-            check(event, generation.world_size)
             last_seen = generation.contribute(rank, event, now)
         except RefusedError as error:
             return self.refuse(generation, rank, str(error), event.call, now)
@@ -244,10 +240,7 @@ class Job:
         if event.number and event.number <= member.pushes:
             return [Owned(event.stream, self.layers.pulled(event.layer))]
         try:
-            check_state(event.state)
             pushed = self.layers.pushed(rank, event.number, event.layer, event.state)
-        except RefusedError as error:
-            return self.refuse(generation, rank, str(error), None, now)
         except DisagreementError as error:
             failed = Failed(event.stream, Reason.MISMATCH, str(error), (rank,), event.layer)
             reason = f"pushed what its owner refused: {str(error).rstrip('.')}"

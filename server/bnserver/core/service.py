@@ -176,7 +176,7 @@ class Service:
 
 def _unseated(event: Contribute | Pull | Push | Leave | Lost | Malformed) -> list[Effect]:
     if isinstance(event, Malformed):
-        return [Failed(event.stream, Reason.INVALID, f"The service could not read what you sent: {event.text}.")]
+        return [Failed(event.stream, Reason.INVALID, f"The service refused what you sent: {event.text}.")]
     return []
 
 
@@ -195,6 +195,6 @@ def _seated(seat: _Seat, event: Contribute | Pull | Push | Leave | Lost | Malfor
         case Lost():
             return job.away(generation, rank, now)
         case Malformed():
-            return job.refuse(generation, rank, event.text, None, now)
+            return job.refuse(generation, rank, event.text, event.call, now)
         case _:
             assert_never(event)

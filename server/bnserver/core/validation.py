@@ -1,7 +1,8 @@
-"""Validation of requests: an invalid contribution is refused before it changes anything.
+"""Validation of requests: an invalid one is refused before it changes anything.
 
-These are the checks of one contribution by itself. Whether the ranks agree with each other is checked in
-`bnlayer.agreement`, whether they agree with the owner in `layers`.
+These are all checks of one request by itself, and `validated` is where they are made: at the edge, by the connection on
+which it arrived. Whether it is the rank's turn is checked in `generation`, whether the ranks agree with each other in
+`bnlayer.agreement`, and whether they agree with the owner in `layers`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join, Limbs, Replacing
+from bnserver.core.events import Body, Contribute, Join, Limbs, Malformed, Push, Replacing
 
 _NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
@@ -24,9 +25,38 @@ _MOST_TERMS = 2**40  # a channel of more would overflow its limbs
 _MOST_RANKS = 2**20  # the limbs have no room for more
 _OPS = ("sum", "max", "min")
 
+# Rows of limbs, by (dtype, is a probe, direction).
+_ROWS: dict[tuple[str, bool, Direction | None], int] = {
+    (name, probe, direction): 2 if probe else kind.rows(precision.folds)
+    for name, precision in _PRECISIONS.items()
+    for probe in (True, False)
+    for direction, kind in ((Direction.FORWARD, Moments), (Direction.BACKWARD, GradientSums))
+}
+Request = Join | Contribute | Push
+
 
 class RefusedError(ValueError):
     """A request is invalid; the text says what was expected and what was received."""
+
+
+def validated(event: Request, world_size: int = 0) -> Request | Malformed:
+    """The event; or, if it is invalid, what takes its place.
+
+    Args:
+        event: a request.
+        world_size: of the job that its rank has joined.
+    """
+    try:
+        match event:
+            case Contribute():
+                check(event, world_size)
+            case Join():
+                check_join(event)
+            case Push():
+                check_state(event.state)
+    except RefusedError as error:
+        return Malformed(event.stream, str(error), event.call if isinstance(event, Contribute) else None)
+    return event
 
 
 def check_join(join: Join) -> None:
@@ -148,7 +178,7 @@ def _check_signature(layer: str, signature: LayerSignature) -> None:
 
 
 def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
-    shape = (_rows(call, signature), signature.channels)
+    shape = (_ROWS[signature.dtype, call.operation is Operation.PROBE, call.key.direction], signature.channels)
     if not isinstance(body, np.ndarray):
         raise RefusedError(f"expected one array of int64 limbs for the {call.operation} of {call.key}")
     limbs: Limbs = body
@@ -173,13 +203,6 @@ def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
         raise RefusedError(
             f"expected flags of 0 or more for the {call.operation} of {call.key}, received {limbs[-1].min()}"
         )
-
-
-def _rows(call: Call, signature: LayerSignature) -> int:
-    if call.operation is Operation.PROBE:
-        return 2
-    folds = _PRECISIONS[signature.dtype].folds
-    return Moments.rows(folds) if call.key.direction is Direction.FORWARD else GradientSums.rows(folds)
 
 
 def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: int) -> None:

@@ -30,6 +30,7 @@ from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord
 from bnserver.core.layers import DisagreementError, Layers
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
+from bnserver.core.validation import validated
 
 _SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
 _STATE = LayerState(
@@ -97,7 +98,7 @@ def test_nonsense_without_a_seat_is_answered() -> None:
     (failed,) = Service().handle(Malformed(7, "expected a join"), 0.0)
     assert isinstance(failed, Failed)
     assert (failed.reason, failed.ranks) == (Reason.INVALID, ())
-    assert failed.text == "The service could not read what you sent: expected a join."
+    assert failed.text == "The service refused what you sent: expected a join."
 
 
 def test_a_stream_loses_its_seat_with_its_connection() -> None:
@@ -111,7 +112,7 @@ def test_a_stream_loses_its_seat_with_its_connection() -> None:
 def test_a_refused_join_makes_no_job() -> None:
     """Wrong joins leave nothing behind, however many there are."""
     service = Service()
-    service.handle(Join(1, "j", Peer(5), 2, 9.0, 9.0), 0.0)
+    service.handle(validated(Join(1, "j", Peer(5), 2, 9.0, 9.0)), 0.0)
     assert service.jobs == ()
 
 
@@ -188,7 +189,7 @@ def test_a_bad_push_costs_the_place() -> None:
     service = Service()
     _join(service, 1)
     bad = replace(_STATE, moving=replace(_STATE.moving, mean=np.array([np.nan], np.float32)))
-    failed, saved = _effects_of(service, Push(1, "a", bad))
+    failed, saved = _effects_of(service, validated(Push(1, "a", bad)))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID
     assert "expected finite numbers in moving_mean" in failed.text

@@ -299,9 +299,7 @@ class Client:
             local = attached(response, self._address, self._timeout)
             connection.channel = local or connection.stream
             self._wants_socket = local is not None  # once is enough: each attempt may cost a connection
-        event: Event | None = Joined(
-            connection.number, response.boot_id, response.generation, durable=response.joined.durable
-        )
+        event: Event | None = Joined(connection.number, response.generation, durable=response.joined.durable)
         while event is not None:
             actions, event = self._handle(event), None
             for action in actions:

@@ -33,7 +33,6 @@ class Joined:
     """
 
     connection: int
-    boot_id: int
     generation: int
     durable: bool
 

@@ -114,7 +114,6 @@ class Session:
         self._address = address
         self._join = join
         self._timeout = timeout
-        self._boot_id = 0
         self._durable = True
         # What to repeat.
         self._versions: dict[str, int] = {}
@@ -199,7 +198,6 @@ class Session:
         join = pb.Join()
         join.CopyFrom(self._join)
         if self.generation:
-            join.resume.boot_id = self._boot_id
             join.resume.generation = self.generation
             join.resume.sequence = self.answered
             join.resume.layer_sequence = self._layer_answered
@@ -219,7 +217,7 @@ class Session:
         if self.generation:
             actions.append(Warn(f"rank {self._join.rank} is back at the service at {self._address}"))
         self.generation = self.generation or event.generation
-        self._boot_id, self._durable, self._joined = event.boot_id, event.durable, True
+        self._durable, self._joined = event.durable, True
         if self.state is State.LEAVING:  # its goodbye came with the join
             return actions
         self._repeated = self._asked
