@@ -30,7 +30,6 @@ from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.failures import error_of
 from bnserver.core.effects import (
-    ApplyUpdate,
     Broadcast,
     Closed,
     Effect,
@@ -288,8 +287,6 @@ class Scene:
             self._contribute(rank, call, limbs)
 
     def _replies(self, effect: Effect) -> Iterator[tuple[Rank, Call, Body]]:
-        if isinstance(effect, ApplyUpdate):
-            return
         if isinstance(effect, Persist | Record | Straggling):
             self._note(effect)
             return
