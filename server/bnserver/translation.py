@@ -159,19 +159,19 @@ class Writer:
             case Broadcast():
                 arrays = effect.arrays
             case Released():
-                return self._result(generation, pb.Result(sequence=effect.sequence), [])
+                return self._messages(generation, pb.Result(sequence=effect.sequence), [])
         payload, parts = pack(arrays, names)
         result = pb.Result(sequence=effect.sequence, version=version, payload=payload, known=known)
-        return self._result(generation, result, parts)
+        return self._messages(generation, result, parts)
 
     def reduced(self, sequence: int, generation: int, arrays: Arrays) -> Messages:
         """The answer to a plain reduction."""
         payload, parts = pack(arrays)
-        return self._result(generation, pb.Result(sequence=sequence, payload=payload), parts)
+        return self._messages(generation, pb.Result(sequence=sequence, payload=payload), parts)
 
     def overflowed(self, sequence: int, generation: int, text: str) -> Messages:
         """The answer to an integer sum that does not fit its dtype."""
-        return self._result(generation, pb.Result(sequence=sequence, overflow=text), [])
+        return self._messages(generation, pb.Result(sequence=sequence, overflow=text), [])
 
     def owned(self, effect: Owned, generation: int) -> Messages:
         """The answer to a pull or a push."""
@@ -180,15 +180,14 @@ class Writer:
             state = effect.state.arrays()
             payload, parts = pack(state.values(), tuple(state))
             message = pb.Owned(known=True, dtype=effect.state.forward.dtype, payload=payload)
-        first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, owned=message)
-        return self._messages(first, parts)
+        return self._messages(generation, message, parts)
 
-    def _result(self, generation: int, result: pb.Result, parts: list[pb.Part]) -> Messages:
-        first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, result=result)
-        return self._messages(first, parts)
-
-    def _messages(self, first: pb.ExchangeResponse, parts: list[pb.Part]) -> Messages:
-        rest = (pb.ExchangeResponse(boot_id=self._boot_id, generation=first.generation, part=part) for part in parts)
+    def _messages(self, generation: int, answer: pb.Result | pb.Owned, parts: list[pb.Part]) -> Messages:
+        if isinstance(answer, pb.Result):
+            first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, result=answer)
+        else:
+            first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, owned=answer)
+        rest = (pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, part=part) for part in parts)
         return [Outgoing(message) for message in (first, *rest)]
 
 

@@ -149,7 +149,7 @@ class Generation:
     def contribute(self, rank: int, event: Contribute, now: float) -> list[Effect]:
         """A rank takes part in an operation, or repeats that it does."""
         member, sequence = self.members.here[rank], event.sequence
-        if event.generation != self.number or not self.is_running:
+        if event.generation != self.number or self.phase is Phase.JOINING:
             state = "running" if self.is_running else "not complete yet"
             text = f"expected contributions to generation {self.number}, which is {state}; received one to "
             return self.refuse(rank, f"{text}{event.generation}", event.call, now)

@@ -36,7 +36,7 @@ Request = Join | Contribute | Push
 
 
 class RefusedError(ValueError):
-    """A request is invalid; the text says what was expected and what was received."""
+    """Raised by every check below; the text says what was expected and what was received."""
 
 
 def validated(event: Request, world_size: int = 0) -> Request | Malformed:
@@ -48,23 +48,23 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
     """
     try:
         match event:
-            case Contribute():
-                check(event, world_size)
+            case Contribute() if isinstance(event.call.signature, LayerSignature):
+                _check_layer(event.call, event.call.signature, event.body)
+            case Contribute() if isinstance(event.call.signature, PlainSignature):
+                _check_plain(event.call, event.call.signature, event.body, world_size)
             case Join():
-                check_join(event)
+                _check_join(event)
             case Push():
-                check_state(event.state)
+                _check_state(event.state)
     except RefusedError as error:
         return Malformed(event.stream, str(error), event.call if isinstance(event, Contribute) else None)
     return event
 
 
-def check_join(join: Join) -> None:
-    """Refuse a join with an impossible name, rank, world size or timeout.
+# ---- one check for each kind of request ----
 
-    Raises:
-        RefusedError: with the reason.
-    """
+
+def _check_join(join: Join) -> None:
     if not 1 <= len(join.job) <= _NAME_CHARACTERS:
         raise RefusedError(f"expected a job name of 1 to {_NAME_CHARACTERS} characters, received {len(join.job)}")
     if not 0 <= join.peer.rank < join.world_size <= _MOST_RANKS:
@@ -76,25 +76,7 @@ def check_join(join: Join) -> None:
         raise RefusedError(f"expected a timeout above 0 s, received {min(join.timeout, join.join_timeout)}")
 
 
-def check(contribution: Contribute, world_size: int) -> None:
-    """Refuse an invalid contribution.
-
-    Raises:
-        RefusedError: with the reason.
-    """
-    call, body = contribution.call, contribution.body
-    if isinstance(call.signature, LayerSignature):
-        _check_layer(call, call.signature, body)
-    else:
-        _check_plain(call, call.signature, body, world_size)
-
-
-def check_state(state: LayerState) -> None:
-    """Refuse a state that no layer can have.
-
-    Raises:
-        RefusedError: with the reason.
-    """
+def _check_state(state: LayerState) -> None:
     if state.channels < 1:
         raise RefusedError("expected a state of 1 channel or more, received none")
     if state.version < 0:
@@ -155,7 +137,7 @@ def _check_state_of(layer: str, signature: LayerSignature, state: LayerState) ->
     if (signature.renorm is None) != (state.moving.stddev is None):
         wanted, got = ("no ", "some") if signature.renorm is None else ("", "none")
         raise RefusedError(f"expected {wanted}statistics of renorm in the state of layer {layer!r}, received {got}")
-    check_state(state)
+    _check_state(state)
 
 
 def _check_signature(layer: str, signature: LayerSignature) -> None:
