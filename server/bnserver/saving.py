@@ -16,7 +16,8 @@ from typing import Any
 from bnserver.core.effects import Persist, Record
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
-from bnserver.store import Store, StoreError
+from bnserver.job_file import StoreError
+from bnserver.store import Store
 
 _log = logging.getLogger("bnserver")
 

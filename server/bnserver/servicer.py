@@ -44,9 +44,10 @@ from bnserver.core.service import Service
 from bnserver.core.suspend_aware_clock import TICK_S, SuspendAwareClock
 from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import Context, GrpcChannel, Requests
+from bnserver.job_file import StoreError
 from bnserver.local_channel import LocalListener
 from bnserver.saving import Saving, SavingCallback
-from bnserver.store import Store, StoreError
+from bnserver.store import Store
 from bnserver.translation import Messages, Writer, failure_of
 
 _SAVE_AGAIN_TICKS = 10  # after a failure
