@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Any, ClassVar
 
-from bnlayer.errors import CollectiveError, ServiceError
+from bnlayer.errors import CollectiveError
 from bnproto.v1 import statistics_pb2 as pb
+from bnworker.transports.service import explanations
 from bnworker.transports.service.actions import (
     Action,
     CloseChannel,
@@ -174,7 +175,7 @@ class Session:
             if sequence <= self.answered:
                 return []  # to what was repeated
             if sequence != contribution.sequence:
-                return self._close(self._out_of_step(sequence, contribution.sequence))
+                return self._close(explanations.out_of_step(self._address, sequence, contribution.sequence))
             self.answered = sequence
             if contribution.HasField("layer"):
                 self._layer_answered = sequence
@@ -243,7 +244,7 @@ class Session:
 
     def _disconnect(self, event: Disconnected, now: float) -> list[Action]:
         if self.state is State.LEAVING and event.code == "OK" and self._goodbye_on == event.connection:
-            return self._close(_left())
+            return self._close(explanations.left())
         if self._joined or self.state is State.AWAY:  # it was of use
             self._since, self._pause, self._warned = now, _FIRST_PAUSE_S, False
         self._joined, self._ended = False, event
@@ -263,11 +264,17 @@ class Session:
         """Connect once more after a pause, or give up."""
         away = now - self._since
         if away >= self._outage_s:
-            return self._close(self._unreachable(ended))
+            if not self.generation:
+                return self._close(explanations.never_reached(self._address, self._timeout))
+            return self._close(explanations.not_made_anew(self._address, self._outage_s, ended))
         actions: list[Action] = []
         if not self._warned and (self.generation or away >= min(_WARN_AFTER_S, self._timeout)):
             self._warned = True
-            actions.append(Warn(self._what_it_waits_for(ended)))
+            if self.generation:
+                text = explanations.broken(self._join.rank, self._address, self._outage_s, ended)
+            else:
+                text = explanations.not_reached_yet(self._address, self._timeout)
+            actions.append(Warn(text))
         pause = min(self._pause * (0.5 + 0.5 * ended.jitter), self._outage_s - away)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
         return [*actions, Pause(pause)]
@@ -290,33 +297,25 @@ class Session:
 
     def _time_out(self, event: TimedOut, now: float) -> list[Action]:
         del event, now
-        return self._close(
-            ServiceError(
-                f"The service at {self._address} did not answer within {self._timeout:g} s. It may be frozen or cut "
-                "off; if it is only slow, wait longer: timeout=."
-            )
-        )
+        return self._close(explanations.late(self._address, self._timeout))
 
     def _time_out_leaving(self, event: TimedOut, now: float) -> list[Action]:
         del event, now
         longer = min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S) - _GOODBYE_S
         if self._goodbye_waits_longer or self._joined or not self._durable or longer <= 0:
-            return self._close(_left())
+            return self._close(explanations.left())
         self._goodbye_waits_longer = True
         self.leave_by += longer
         return []
 
     def _abandon(self, event: Abandon, now: float) -> list[Action]:
         del event, now
-        return self._close(_left())
+        return self._close(explanations.left())
 
     def _fork(self, event: Forked, now: float) -> list[Action]:
         """Nothing is done: the connection is the parent's."""
         del now
-        self.error = ServiceError(
-            f"Process {event.pid} was forked from rank {self._join.rank}, which has joined its job: a rank is one "
-            "process. Make exchanges there, or start processes before joining."
-        )
+        self.error = explanations.forked(event.pid, self._join.rank)
         return []
 
     def _ignore(self, event: Event, now: float) -> list[Action]:
@@ -328,37 +327,9 @@ class Session:
         self.error = self.error or error
         return [HangUp()]
 
-    # ---- what is said ----
-
     def _repetition(self) -> list[pb.ExchangeRequest]:
         """What the service may lack, in order."""
         return [*self._contributed, *self._asked]
-
-    def _out_of_step(self, answered: int, asked: int) -> ServiceError:
-        return ServiceError(
-            f"The service at {self._address} answered contribution {answered}, expected an answer to {asked}. An "
-            "exchange of this rank was interrupted: leave, and join anew."
-        )
-
-    def _unreachable(self, ended: Disconnected) -> ServiceError:
-        if not self.generation:
-            return ServiceError(
-                f"No statistics service could be reached at {self._address} within {self._timeout:g} s. Check the "
-                "address, and that the service runs there (bnlayer serve --listen HOST:PORT)."
-            )
-        return ServiceError(
-            f"The connection to the service at {self._address} broke, and could not be made anew within "
-            f"{self._outage_s:g} s ({ended.code}: {ended.text}). Look at the service's log; once it is back, start the "
-            "job again."
-        )
-
-    def _what_it_waits_for(self, ended: Disconnected) -> str:
-        if not self.generation:
-            return f"nobody listens at {self._address} yet; trying until {self._timeout:g} s have passed (timeout=)"
-        return (
-            f"rank {self._join.rank}: the connection to the service at {self._address} broke ({ended.code}: "
-            f"{ended.text}); trying for {self._outage_s:g} s to come back"
-        )
 
     # What can happen in which state, and what decides about it then. What is not in the table can't happen.
     TABLE: ClassVar[Mapping[State, Mapping[type[Event], _Decide]]] = {
@@ -446,7 +417,3 @@ class Session:
             Forked: _ignore,
         },
     }
-
-
-def _left() -> ServiceError:
-    return ServiceError("This rank has left its job: join anew.")
