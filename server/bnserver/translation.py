@@ -82,7 +82,7 @@ class Reader:
                 case "leave":
                     return Leave(self._stream, request.leave.reason)
                 case _:
-                    raise WireError("expected a request, received an empty message")
+                    raise WireError("expected a request, received none or an attach, which belongs on a local socket")
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
