@@ -82,7 +82,7 @@ class Reader:
                 case "leave":
                     return Leave(self._stream, request.leave.reason)
                 case _:
-                    raise WireError("expected a request, received none or an attach, which belongs on a local socket")
+                    raise WireError(f"expected a request, received {kind or 'an empty message'}")
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
