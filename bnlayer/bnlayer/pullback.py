@@ -20,7 +20,7 @@ from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.grid import BackwardGrid
 from bnlayer.moments import BatchStatistics
-from bnlayer.tiling import passes_of
+from bnlayer.tiling import passes, passes_of
 from bnlayer.view import View
 
 # Takes dy; returns dinputs, dgamma and dbeta.

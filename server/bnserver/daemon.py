@@ -27,9 +27,10 @@ from bnproto.credentials import refusal
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
+from bnserver.job_file import StoreError
 from bnserver.logs import LogError, logged
 from bnserver.servicer import Servicer
-from bnserver.store import Store, StoreError
+from bnserver.store import Store
 
 _GRACE_S = 2.0  # for ranks to be notified that the service stops; the whole drain has 5 s
 

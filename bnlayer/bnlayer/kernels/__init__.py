@@ -38,7 +38,13 @@ class Kernels(Protocol):
         """See `reference.moments`."""
 
     def normalize(
-        self, x: _Array, mean_C: _Array, scale_C: _Array, shift_C: _Array, nonfinite_C: _Array, out: _Array | None = None
+        self,
+        x: _Array,
+        mean_C: _Array,
+        scale_C: _Array,
+        shift_C: _Array,
+        nonfinite_C: _Array,
+        out: _Array | None = None,
     ) -> _Array:
         """See `reference.normalize`."""
 

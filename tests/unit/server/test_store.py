@@ -16,7 +16,7 @@ from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnproto.v1 import journal_pb2 as pb
-from bnserver import store as module
+from bnserver import job_file as module
 from bnserver.core.events import Replacing
 from bnserver.core.journal_records import (
     Began,
@@ -30,8 +30,9 @@ from bnserver.core.journal_records import (
 )
 from bnserver.core.reasons import Reason
 from bnserver.failpoints import VARIABLE, Failpoints
+from bnserver.job_file import StoreError
 from bnserver.journal_encoding import decode, encode, encode_header, framed
-from bnserver.store import Store, StoreError
+from bnserver.store import Store
 
 
 def _state(dtype: str, channels: int) -> LayerState:
@@ -193,7 +194,7 @@ def test_an_entry_is_in_the_file_when_append_returns(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for count, record in enumerate(_JOURNAL, 1):
         store.append("j", record)
-        (job,) = (job for job in [module._loaded(store.path("j"))])
+        (job,) = (job for job in [module.loaded(store.path("j"))])
         assert len(job[1]) == count
     store.close()
 
@@ -207,9 +208,9 @@ def test_what_comes_while_a_snapshot_is_written_is_in_it(tmp_path: Path) -> None
         saves = [asyncio.create_task(store.save("j", lambda: _SNAPSHOT)) for _ in range(2)]
         await asyncio.sleep(0)  # the first one has taken its snapshot
         store.append("j", _JOURNAL[1])
-        assert _same(module._loaded(store.path("j"))[1], _JOURNAL[:2])
+        assert _same(module.loaded(store.path("j"))[1], _JOURNAL[:2])
         await saves[0]
-        assert _same(module._loaded(store.path("j"))[1], [*_SNAPSHOT, _JOURNAL[1]])
+        assert _same(module.loaded(store.path("j"))[1], [*_SNAPSHOT, _JOURNAL[1]])
         await saves[1]
         store.append("j", _JOURNAL[2])
         store.close()
@@ -338,7 +339,7 @@ def test_a_record_that_does_not_fit_is_reported_and_leaves_no_part(tmp_path: Pat
         store.append("j", _JOURNAL[1])
     store.append("j", _JOURNAL[2])
     assert store.path("j").stat().st_size == size
-    assert _same(module._loaded(store.path("j"))[1], _JOURNAL[:1])
+    assert _same(module.loaded(store.path("j"))[1], _JOURNAL[:1])
     asyncio.run(store.save("j", lambda: _SNAPSHOT))
     store.append("j", _JOURNAL[3])
     store.close()

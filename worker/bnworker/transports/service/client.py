@@ -15,7 +15,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -57,7 +57,6 @@ from bnworker.transports.service.events import (
     Received,
     Refused,
     Repeated,
-    Requests,
     TimedOut,
 )
 from bnworker.transports.service.grpc_channel import Broken, GrpcChannel
@@ -78,7 +77,7 @@ class Connection:
 
     Attributes:
         number: the session's.
-        stream: how the rank joins and leaves, and hears why the connection ends.
+        stream: how the rank joins and leaves, and learns why the connection ends.
         channel: what carries requests and answers once all have joined: the stream, or a way beside it.
     """
 
@@ -134,28 +133,34 @@ class Client:
         try:
             deadline = time.monotonic() + self.session.answer_within
             while not self.session.generation:
-                self._raise_error()
+                if self.session.error is not None:
+                    raise self.session.error.again() from self.session.error.__cause__
                 self._take_turn(deadline)
         except BaseException:
             self.close(None)
             raise
 
-    def request(self, requests: Requests) -> Answer:
+    def request(self, request: pb.ExchangeRequest, parts: Sequence[pb.Part]) -> Answer:
         """Ask for something, and wait for the answer.
 
         Args:
-            requests: a request that is answered, and the parts of its payload.
+            request: one that is answered.
+            parts: of its payload, beyond what it holds itself.
 
         Raises:
             CollectiveError: what the service said of a failure, or that it is gone, or late.
         """
+        requests = [request]
+        if parts:
+            requests += [pb.ExchangeRequest(part=part) for part in parts]
         for action in self._handle(Ask(requests)):
             if isinstance(action, Send):
                 self._send(action)
         deadline = time.monotonic() + self.session.answer_within
         answer = None
         while answer is None:
-            self._raise_error()
+            if self.session.error is not None:
+                raise self.session.error.again() from self.session.error.__cause__
             answer = self._take_turn(deadline)
         return answer
 
@@ -178,11 +183,6 @@ class Client:
         self._woken.put(None)
 
     # ---- what the caller's thread does ----
-
-    def _raise_error(self) -> None:
-        error = self.session.error
-        if error is not None:
-            raise error.again() from error.__cause__
 
     def _take_turn(self, deadline: float) -> Answer | None:
         """Wait for the next answer, or for a change of the session's; None after a while, or if there is none."""
@@ -299,9 +299,7 @@ class Client:
             local = attached(response, self._address, self._timeout)
             connection.channel = local or connection.stream
             self._wants_socket = local is not None  # once is enough: each attempt may cost a connection
-        event: Event | None = Joined(
-            connection.number, response.boot_id, response.generation, durable=response.joined.durable
-        )
+        event: Event | None = Joined(connection.number, response.generation, durable=response.joined.durable)
         while event is not None:
             actions, event = self._handle(event), None
             for action in actions:

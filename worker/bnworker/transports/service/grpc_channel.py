@@ -1,6 +1,6 @@
 """A connection's gRPC stream: the channel of ranks on other machines.
 
-Every connection has one, for it is also the way on which a rank joins and leaves, and hears why a connection ends. A
+Every connection has one, for it is also the way on which a rank joins and leaves, and learns why a connection ends. A
 thread of the client's listens to it; gRPC's own threads send.
 """
 
@@ -106,7 +106,7 @@ class GrpcChannel:
             yield from requests
 
     def _explained(self, error: grpc.RpcError) -> CollectiveError | Broken:
-        """What the service told us; or what is known where it could not."""
+        """The reason that the service gave; or what is known where it could not."""
         for key, value in self._call.trailing_metadata() or ():
             failure = failure_in(value) if key == DETAILS_KEY and isinstance(value, bytes) else None
             if failure is not None:
