@@ -320,7 +320,7 @@ def test_an_invalid_contribution_is_malformed_and_says_where() -> None:
     (event,) = [_End().read(_request(_UNSET._replace(attempt=0), {"": np.zeros((6, 1), np.int64)})[0])]
     assert isinstance(event, Malformed)
     assert event.call == _UNSET._replace(attempt=0)
-    assert "asks for unbiased, which this service does not know" in event.text
+    assert "expected int64 limbs of shape (10, 256) for the sums of layer 'ü' (backward, step 1)" in event.text
 
 
 @pytest.mark.parametrize(
