@@ -50,6 +50,15 @@ def test_the_image_gets_only_files_that_exist() -> None:
     assert [name for name in sorted(copied) if not (_ROOT / name).exists()] == []
 
 
+def test_the_mpijob_image_gets_only_files_that_exist() -> None:
+    """Its context is the folder of the Dockerfiles; the worker's command names the configuration that is copied."""
+    lines = [line.split() for line in _MPIJOB_DOCKERFILE.read_text().splitlines()]
+    copied = {words[1]: words[2] for words in lines if words[:1] == ["COPY"]}
+    assert [name for name in copied if not (_MPIJOB_DOCKERFILE.parent / name).exists()] == []
+    worker = (_ROOT / "deploy/kubernetes/mpijob/mpijob.yaml").read_text()
+    assert f"{copied['sshd_bnlayer.conf']}sshd_bnlayer.conf" in worker
+
+
 def test_the_image_installs_with_hashes_as_a_user_without_rights() -> None:
     """Nothing unverified is installed, and the daemon does not run as root."""
     lines = [line.strip() for line in _DOCKERFILE.read_text().splitlines()]
