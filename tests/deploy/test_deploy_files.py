@@ -13,17 +13,20 @@ import pytest
 
 _ROOT = Path(__file__).parents[2]
 _DOCKERFILE = _ROOT / "deploy/docker/Dockerfile"
+_MPIJOB_DOCKERFILE = _ROOT / "deploy/docker/Dockerfile.mpijob"
 _UNIT = _ROOT / "deploy/systemd/bnlayer.service"
-_SBATCH = _ROOT / "deploy/slurm/train.sbatch"
-_SHELL_SCRIPTS = (_SBATCH, _ROOT / ".ci/run", _ROOT / ".ci/system-tools")
+_SBATCH = _ROOT / "deploy/slurm/mpiexec.sbatch"
+_BATCH_SCRIPTS = sorted((_ROOT / "deploy/slurm").glob("*.sbatch"))
+_SHELL_SCRIPTS = (*_BATCH_SCRIPTS, _ROOT / ".ci/run", _ROOT / ".ci/system-tools")
 
 # systemd-analyze rates from 0 (sealed) to 10 (open), here in tenths. Sockets alone make up most of our 1.3.
 _EXPOSURE_TENTHS = 15
 
 
-def test_the_dockerfile_passes_hadolint() -> None:
-    """Unpinned bases, shell mistakes and late user switches do not enter the image."""
-    assert _run(_tool("hadolint"), _DOCKERFILE) == ""
+@pytest.mark.parametrize("path", [_DOCKERFILE, _MPIJOB_DOCKERFILE], ids=lambda path: path.name)
+def test_the_dockerfiles_pass_hadolint(path: Path) -> None:
+    """Unpinned bases, shell mistakes and late user switches do not enter the images."""
+    assert _run(_tool("hadolint"), path) == ""
 
 
 def test_hadolint_notices_a_mistake(tmp_path: Path) -> None:
@@ -45,6 +48,15 @@ def test_the_image_gets_only_files_that_exist() -> None:
     }
     assert admitted == copied
     assert [name for name in sorted(copied) if not (_ROOT / name).exists()] == []
+
+
+def test_the_mpijob_image_gets_only_files_that_exist() -> None:
+    """Its context is the folder of the Dockerfiles; the worker's command names the configuration that is copied."""
+    lines = [line.split() for line in _MPIJOB_DOCKERFILE.read_text().splitlines()]
+    copied = {words[1]: words[2] for words in lines if words[:1] == ["COPY"]}
+    assert [name for name in copied if not (_MPIJOB_DOCKERFILE.parent / name).exists()] == []
+    worker = (_ROOT / "deploy/kubernetes/mpijob/mpijob.yaml").read_text()
+    assert f"{copied['sshd_bnlayer.conf']}sshd_bnlayer.conf" in worker
 
 
 def test_the_image_installs_with_hashes_as_a_user_without_rights() -> None:
@@ -96,7 +108,7 @@ def test_shell_scripts_pass_bash_and_shellcheck(script: Path) -> None:
 
 def test_shellcheck_notices_a_mistake(tmp_path: Path) -> None:
     """The check above can fail."""
-    broken = tmp_path / "train.sbatch"
+    broken = tmp_path / _SBATCH.name
     broken.write_text(_SBATCH.read_text().replace('"$SLURM_NTASKS"', "$SLURM_NTASKS"))
     assert "SC2086" in _run(_tool("shellcheck"), broken)
 
@@ -115,16 +127,20 @@ def test_the_batch_script_starts_one_rank_per_task(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    expected = "-n 6 bnlayer train --transport mpi --data digits --summary summary-17.json --epochs 3"
+    expected = (
+        "-n 6 bnlayer train --transport mpi --data digits --save bnlayer-17.safetensors --resume "
+        "--summary summary-17.json --epochs 3"
+    )
     assert done.stdout.split() == expected.split()
 
 
-def test_the_batch_script_without_data_says_how_to_call_it() -> None:
+@pytest.mark.parametrize("script", _BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_a_batch_script_without_data_says_how_to_call_it(script: Path) -> None:
     """A forgotten argument is an error of its own, not mpiexec's."""
-    done = subprocess.run(["bash", _SBATCH], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "usage: sbatch train.sbatch DATA [more options of bnlayer train]\n",
+        f"usage: sbatch {script.name} DATA [more options of bnlayer train]\n",
     )
 
 
