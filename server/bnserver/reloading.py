@@ -34,7 +34,7 @@ def read_tokens(path: Path) -> Grants:
     except PrivateFileError as error:
         raise TokensError(f"--tokens: {error}") from error
     except (UnicodeDecodeError, TokensError) as error:
-        raise TokensError(f"--tokens {path}: {error}") from None
+        raise TokensError(f"--tokens {path}: {error}.") from None
 
 
 class Reloading:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bnserver.authorization import Role, entry
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 from support.authorities import Authority
+from support.service import daemon
 
 pytestmark = pytest.mark.rpc
 
@@ -59,17 +61,54 @@ def _refused(address: str, credentials: Credentials = NONE, job: str = "job") ->
     return told[0]
 
 
-def _tokens(path: Path, *listed: tuple[str, str, list[str], Role]) -> list[str]:
-    """A daemon's flags, with a file of tokens: name, token, jobs, role."""
+def _tokens(path: Path) -> list[str]:
+    """A daemon's flags, with a file of three tokens."""
     path.touch(0o600)
-    path.write_text("\n".join(entry(*one) for one in listed))
+    path.write_text(
+        entry("team", "team-secret", ["team-*", "job"], Role.WORKER)
+        + entry("eval", "eval-secret", ["*"], Role.READER)
+        + entry("ops", "ops-secret", ["*"], Role.ADMIN)
+    )
     return ["--tokens", str(path)]
 
 
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    """The CA of the service, and of ranks."""
-    return Authority(tmp_path / "authority")
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of the services, and of ranks."""
+    return Authority(tmp_path_factory.mktemp("tls") / "authority")
+
+
+@pytest.fixture(scope="module")
+def mutual(authority: Authority) -> Iterator[str]:
+    """The address of a daemon that asks for certificates."""
+    with daemon(*authority.flags("mutual"), "--tls-client-ca", str(authority.ca)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def guarded(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a daemon with a certificate and tokens, and its log."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with daemon(
+        *authority.flags("guarded"), *_tokens(folder / "tokens.toml"), "--log-file", str(folder / "log")
+    ) as address:
+        yield address, folder / "log"
+
+
+@contextmanager
+def _grpc_server(pair: tuple[Path, Path] | None) -> Iterator[str]:
+    """A server of gRPC's own, which uses any certificate; None: plain text. Yields its address."""
+    with ThreadPoolExecutor(1) as threads:
+        server = grpc.server(threads)
+        if pair is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            certificate, key = pair
+            terms = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+            port = server.add_secure_port("127.0.0.1:0", terms)
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(None).wait()
 
 
 def _exchanges(world: World) -> None:
@@ -83,42 +122,46 @@ def _exchanges(world: World) -> None:
 
 
 @pytest.mark.parametrize("local_socket", [True, False])
-def test_certificates_on_both_sides(serve: Callable[..., Any], authority: Authority, local_socket: bool) -> None:
+def test_certificates_on_both_sides(mutual: str, authority: Authority, local_socket: bool) -> None:
     """mTLS: both know who the other is, and exchange as ever, over the stream and over the local socket."""
-    service = serve(*authority.flags(), "--tls-client-ca", str(authority.ca))
     shown = authority.credentials(authority.issue("rank"))
-    transport = ServiceTransport(
-        service.address, "job", 0, 1, timeout=_LONG_S, local_socket=local_socket, credentials=shown
-    )
+    transport = ServiceTransport(mutual, "mutual", 0, 1, timeout=_LONG_S, local_socket=local_socket, credentials=shown)
     with World(transport, install=False) as world:
         _exchanges(world)
 
 
-def test_another_authority(serve: Callable[..., Any], authority: Authority, tmp_path: Path) -> None:
+def test_another_authority(mutual: str, tmp_path: Path) -> None:
     """Somebody else's service, or somebody in between."""
-    service = serve(*authority.flags())
     other = Authority(tmp_path / "other")
-    assert _refused(service.address, other.credentials()).startswith(
-        f"The certificate of the service at {service.address} is not signed by the CA in BNLAYER_TLS_CA ({other.ca}): "
+    assert _refused(mutual, other.credentials()).startswith(
+        f"The certificate of the service at {mutual} is not signed by the CA in BNLAYER_TLS_CA ({other.ca}): "
     )
 
 
-def test_a_certificate_for_another_host(serve: Callable[..., Any], authority: Authority) -> None:
+def test_a_certificate_for_another_host(authority: Authority) -> None:
     """It is another machine's."""
-    service = serve(*authority.flags("server", "trainer.example"))
-    assert _refused(service.address, authority.credentials()) == (
-        f"The certificate of the service at {service.address} is not for '127.0.0.1'. Reach it by a name that is in "
-        "the certificate (BNLAYER_ADDRESS); or whoever runs the service renews it with this one: bnlayer certs init "
-        "--renew --host 127.0.0.1"
-    )
+    with _grpc_server(authority.issue("elsewhere", "trainer.example")) as address:
+        assert _refused(address, authority.credentials()) == (
+            f"The certificate of the service at {address} is not for '127.0.0.1'. Reach it by a name that is in the "
+            "certificate (BNLAYER_ADDRESS); or whoever runs the service renews it with this one: bnlayer certs init "
+            "--renew --host 127.0.0.1"
+        )
 
 
-def test_no_client_certificate(serve: Callable[..., Any], authority: Authority) -> None:
+def test_an_expired_certificate(authority: Authority) -> None:
+    """The daemon would not start with one; it may end while it runs."""
+    with _grpc_server(authority.issue("ended", expired=True)) as address:
+        assert _refused(address, authority.credentials()) == (
+            f"The certificate of the service at {address} has expired. Whoever runs the service renews it: bnlayer "
+            "certs init --renew, then SIGHUP."
+        )
+
+
+def test_no_client_certificate(mutual: str, authority: Authority) -> None:
     """The service asks for one."""
-    service = serve(*authority.flags(), "--tls-client-ca", str(authority.ca))
-    assert _refused(service.address, authority.credentials()) == (
-        f"The service at {service.address} asks for a client certificate, and this process has none: set "
-        "BNLAYER_TLS_CERT and BNLAYER_TLS_KEY to one that is signed by its client CA."
+    assert _refused(mutual, authority.credentials()) == (
+        f"The service at {mutual} asks for a client certificate, and this process has none: set BNLAYER_TLS_CERT and "
+        "BNLAYER_TLS_KEY to one that is signed by its client CA."
     )
 
 
@@ -130,108 +173,43 @@ def test_no_client_certificate(serve: Callable[..., Any], authority: Authority) 
     ],
 )
 def test_a_client_certificate_that_is_refused(
-    serve: Callable[..., Any], authority: Authority, tmp_path: Path, expired: bool, why: str
+    mutual: str, authority: Authority, tmp_path: Path, expired: bool, why: str
 ) -> None:
     """Another CA's, or one that has ended."""
-    service = serve(*authority.flags(), "--tls-client-ca", str(authority.ca))
     client = (authority if expired else Authority(tmp_path / "other")).issue("rank", expired=expired)
-    assert _refused(service.address, authority.credentials(client)) == (
-        f"The service at {service.address} refuses the client certificate in BNLAYER_TLS_CERT ({client[0]}): {why}"
+    assert _refused(mutual, authority.credentials(client)) == (
+        f"The service at {mutual} refuses the client certificate in BNLAYER_TLS_CERT ({client[0]}): {why}"
     )
 
 
-def test_plain_text_to_a_service_that_speaks_tls(serve: Callable[..., Any], authority: Authority) -> None:
+def test_plain_text_to_a_service_that_speaks_tls(mutual: str) -> None:
     """The rank lacks the CA."""
-    service = serve(*authority.flags(), "--tls-client-ca", str(authority.ca))
-    assert _refused(service.address) == (
-        f"The service at {service.address} speaks TLS, and this process plain text: set BNLAYER_TLS_CA to the "
-        "certificate of the service's CA."
+    assert _refused(mutual) == (
+        f"The service at {mutual} speaks TLS, and this process plain text: set BNLAYER_TLS_CA to the certificate of "
+        "the service's CA."
     )
 
 
-def test_tls_to_a_service_that_speaks_plain_text(serve: Callable[..., Any], authority: Authority) -> None:
+def test_tls_to_a_service_that_speaks_plain_text(authority: Authority) -> None:
     """Nothing is sent in plain text because the other side has no certificate."""
-    service = serve()
-    assert _refused(service.address, authority.credentials()) == (
-        f"What listens at {service.address} speaks no TLS, which BNLAYER_TLS_CA asks for: start the service with "
-        "--tls-cert and --tls-key, or unset BNLAYER_TLS_CA if the network is your own."
-    )
-
-
-def test_an_expired_certificate(authority: Authority) -> None:
-    """The daemon would not use it, so the server here is gRPC's own."""
-    certificate, key = authority.issue("server", expired=True)
-    pair = key.read_bytes(), certificate.read_bytes()
-    threads = ThreadPoolExecutor(1)
-    server = grpc.server(threads)
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
-    server.start()
-    try:
-        assert _refused(f"127.0.0.1:{port}", authority.credentials()) == (
-            f"The certificate of the service at 127.0.0.1:{port} has expired. Whoever runs the service renews it: "
-            "bnlayer certs init --renew, then SIGHUP."
+    with _grpc_server(None) as address:
+        assert _refused(address, authority.credentials(token="secret")) == (
+            f"What listens at {address} speaks no TLS, which BNLAYER_TLS_CA asks for: start the service with "
+            "--tls-cert and --tls-key, or unset BNLAYER_TLS_CA if the network is your own."
         )
-    finally:
-        server.stop(None).wait()
-        threads.shutdown()
-
-
-def test_rotation_without_a_failed_exchange(serve: Callable[..., Any], authority: Authority, tmp_path: Path) -> None:
-    """SIGHUP: those who come find the new certificate, those who are there go on, and a bad one changes nothing."""
-    log = tmp_path / "log"
-    service = serve(*authority.flags(), "--log-file", str(log))
-    with _world(service.address, authority.credentials()) as world:
-        _exchanges(world)
-        other = Authority(tmp_path / "other")
-        other.issue("server")
-        for name in ("server.pem", "server-key.pem"):
-            (tmp_path / "authority" / name).write_bytes((tmp_path / "other" / name).read_bytes())
-            service.signal(signal.SIGHUP)
-            _until(log, "key values mismatch" if name == "server.pem" else "certificates: now")
-            world.barrier()
-        assert "What was read before stays in use." in log.read_text()
-        with _world(service.address, other.credentials(), "another") as late:
-            _exchanges(late)
-        assert "not signed by the CA" in _refused(service.address, authority.credentials())
-        world.barrier()
-
-
-def test_an_expired_certificate_is_not_used(start: Callable[..., Any], authority: Authority) -> None:
-    """The daemon tells its operator, before it tells its ranks."""
-    certificate, key = authority.issue("server", expired=True)
-    code, _, err = start(
-        "-m", "bnserver", "--listen", "127.0.0.1:0", "--tls-cert", str(certificate), "--tls-key", str(key)
-    ).end(within=150)
-    assert code == 1
-    assert err == (
-        f"bnserver: The certificate in {certificate} can't be used: certificate has expired. Make another one, e.g. "
-        "bnlayer certs init --renew.\n"
-    )
 
 
 # ---- tokens ----
 
 
-@pytest.fixture
-def guarded(serve: Callable[..., Any], authority: Authority, tmp_path: Path) -> Any:
-    """A daemon with TLS and three tokens."""
-    listed = _tokens(
-        tmp_path / "tokens.toml",
-        ("team", "team-secret", ["team-*", "job"], Role.WORKER),
-        ("eval", "eval-secret", ["*"], Role.READER),
-        ("ops", "ops-secret", ["*"], Role.ADMIN),
-    )
-    return serve(*authority.flags(), *listed, "--log-file", str(tmp_path / "log"))
-
-
 @pytest.mark.parametrize(("token", "job"), [("team-secret", "team-7"), ("ops-secret", "any")])
 @pytest.mark.parametrize("local_socket", [True, False])
-def test_a_token_of_the_job(guarded: Any, authority: Authority, token: str, job: str, local_socket: bool) -> None:
+def test_a_token_of_the_job(
+    guarded: tuple[str, Path], authority: Authority, token: str, job: str, local_socket: bool
+) -> None:
     """A worker's in its jobs, an administrator's in all; heartbeats show it, too."""
     shown = authority.credentials(token=token)
-    transport = ServiceTransport(
-        guarded.address, job, 0, 1, timeout=_LONG_S, local_socket=local_socket, credentials=shown
-    )
+    transport = ServiceTransport(guarded[0], job, 0, 1, timeout=_LONG_S, local_socket=local_socket, credentials=shown)
     with World(transport, install=False) as world:
         _exchanges(world)
 
@@ -242,44 +220,51 @@ def test_a_token_of_the_job(guarded: Any, authority: Authority, token: str, job:
         (
             None,
             "job",
-            "This service asks for a token, and received none. Ask whoever runs it for one, and give it by "
-            "BNLAYER_TOKEN_FILE, BNLAYER_TOKEN or join(token=).",
+            (
+                "This service asks for a token, and received none. Ask whoever runs it for one, and give it by "
+                "BNLAYER_TOKEN_FILE, BNLAYER_TOKEN or join(token=)."
+            ),
         ),
         (
             "guessed-secret",
             "job",
-            "The service does not know this token. It may have been replaced: ask whoever runs the service for the "
-            "present one.",
+            (
+                "The service does not know this token. It may have been replaced: ask whoever runs the service for the "
+                "present one."
+            ),
         ),
         (
             "eval-secret",
             "job",
-            "The token 'eval' has the role reader, and to join the role worker is needed. Use another token, or ask "
-            "whoever runs the service for that role.",
+            (
+                "The token 'eval' has the role reader, and to join the role worker is needed. Use another token, or "
+                "ask whoever runs the service for that role."
+            ),
         ),
         (
             "team-secret",
             "theirs",
-            "The token 'team' is not for job 'theirs', but for 'team-*, job'. Use the token of that job, or another "
-            "name: job= or BNLAYER_JOB.",
+            (
+                "The token 'team' is not for job 'theirs', but for 'team-*, job'. Use the token of that job, or "
+                "another name: job= or BNLAYER_JOB."
+            ),
         ),
     ],
     ids=["missing", "unknown", "reader that writes", "another job"],
 )
 def test_a_token_that_is_refused(
-    guarded: Any, authority: Authority, tmp_path: Path, token: str | None, job: str, text: str
+    guarded: tuple[str, Path], authority: Authority, token: str | None, job: str, text: str
 ) -> None:
     """Each for its own reason; no log and no error holds a token."""
-    assert _refused(guarded.address, authority.credentials(token=token), job) == text
-    log = (tmp_path / "log").read_text()
-    assert text in log
-    assert "secret" not in log
-    assert guarded.end(signal.SIGTERM)[0] == 0
+    address, log = guarded
+    assert _refused(address, authority.credentials(token=token), job) == text
+    assert "refused ipv4:127.0.0.1:" in log.read_text()
+    assert "secret" not in log.read_text()
 
 
-def test_heartbeats_of_another_job_are_refused(guarded: Any, authority: Authority) -> None:
+def test_heartbeats_of_another_job_are_refused(guarded: tuple[str, Path], authority: Authority) -> None:
     """They would keep a frozen rank of it alive."""
-    connector = Connector(guarded.address, authority.credentials(token="team-secret"))
+    connector = Connector(guarded[0], authority.credentials(token="team-secret"))
     with connector.channel() as channel:
         call = rpc.StatisticsServiceStub(channel).Heartbeat
         assert call(pb.HeartbeatRequest(job="team-7", rank=0, incarnation=1), timeout=_LONG_S).boot_id
@@ -289,41 +274,49 @@ def test_heartbeats_of_another_job_are_refused(guarded: Any, authority: Authorit
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
-def test_a_token_that_is_withdrawn_ends_its_streams(guarded: Any, authority: Authority, tmp_path: Path) -> None:
-    """After SIGHUP: the rank that has it is told why, the other's job goes on."""
-    ops = _world(guarded.address, authority.credentials(token="ops-secret"))
-    team = _world(guarded.address, authority.credentials(token="team-secret"), "team-7")
-    _exchanges(team)
-    path = tmp_path / "tokens.toml"
-    whole = path.read_text()
-    path.write_text("[[token]")
-    guarded.signal(signal.SIGHUP)
-    _until(tmp_path / "log", "What was read before stays in use.")
-    team.barrier()
-    path.write_text(whole[whole.index('[[token]]\nname = "eval"') :])
-    guarded.signal(signal.SIGHUP)
-    _until(tmp_path / "log", "1 streams ended")
-    with pytest.raises(ServiceError) as caught:
-        team.barrier()
-    assert str(caught.value) == (
-        "The token 'team' was withdrawn, or is not for this job any more. Ask whoever runs the service for another one, "
-        "and start the job again."
-    )
-    team.leave()
-    with ops as world:
+# ---- what changes while it runs ----
+
+
+def test_everything_can_be_replaced_while_it_runs(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """SIGHUP: nobody who may go on is interrupted, and what can't be used changes nothing."""
+    authority, other = Authority(tmp_path / "authority"), Authority(tmp_path / "other")
+    log, tokens = tmp_path / "log", tmp_path / "tokens.toml"
+    service = serve(*authority.flags(), *_tokens(tokens), "--log-file", str(log))
+    ops = _world(service.address, authority.credentials(token="ops-secret"))
+    team = _world(service.address, authority.credentials(token="team-secret"), "team-7")
+
+    def reloads(path: Path, content: bytes, said: str) -> None:
+        path.write_bytes(content)
+        service.signal(signal.SIGHUP)
+        _until(log, said)
+        ops.barrier()
+
+    # The certificate: first one that is not the key's, then the key.
+    for file, said in zip(
+        other.issue("server"),
+        ("key values mismatch. What was read before stays in use", "certificates: now"),
+        strict=True,
+    ):
+        reloads(tmp_path / "authority" / file.name, file.read_bytes(), said)
+    late = _world(service.address, other.credentials(token="team-secret"), "team-8")
+    assert "not signed by the CA" in _refused(service.address, authority.credentials(token="team-secret"))
+
+    # The tokens: a broken file, then one without the team's.
+    whole = tokens.read_bytes()
+    reloads(tokens, b"[[token]", "expected TOML")
+    for world in (team, late):
         _exchanges(world)
-
-
-def test_a_token_file_that_others_may_read(start: Callable[..., Any], tmp_path: Path) -> None:
-    """Whoever reads it has every job."""
-    flags = _tokens(tmp_path / "tokens.toml", ("a", "s", ["*"], Role.ADMIN))
-    Path(flags[1]).chmod(0o644)
-    code, _, err = start("-m", "bnserver", "--listen", "127.0.0.1:0", *flags).end(within=150)
-    assert code == 1
-    assert err == (
-        f"bnserver: --tokens: {flags[1]} holds a secret, and others on this machine may read or change it (mode 0644). "
-        f"Make it yours alone: chmod 600 {flags[1]}\n"
-    )
+    reloads(tokens, whole[whole.index(b'[[token]]\nname = "eval"') :], "2 streams ended")
+    for world in (team, late):
+        with pytest.raises(ServiceError) as caught:
+            world.barrier()
+        assert str(caught.value) == (
+            "The token 'team' was withdrawn, or is not for this job any more. Ask whoever runs the service for another "
+            "one, and start the job again."
+        )
+        world.leave()
+    _exchanges(ops)
+    ops.leave()
 
 
 def test_sighup_never_kills(serve: Callable[..., Any], tmp_path: Path) -> None:
