@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self
 
 import grpc
 
@@ -22,8 +22,6 @@ from bnproto.private_files import PrivateFileError, read_private, read_public
 from bnproto.tls import EXPIRED, NOT_YET_VALID, WRONG_NAME, attempt, load_authorities, load_pair, reason
 
 _FAULT_S = 2.0  # how long a handshake may take
-
-T = TypeVar("T")
 
 
 class Connector:
@@ -53,7 +51,7 @@ class Connector:
         else:
             trust = grpc.ssl_channel_credentials(secrets.ca, secrets.key, secrets.certificate)
             channel = grpc.secure_channel(self.address, trust, options)
-        return channel if secrets.token is None else grpc.intercept_channel(channel, _Bearer(secrets.token))
+        return channel if secrets.token is None else _TokenChannel(channel, secrets.token)
 
     def fault(self) -> str | None:
         """Why no connection can be made, where TLS is why: what is wrong, and what to do. None otherwise."""
@@ -199,35 +197,55 @@ def _context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
-class _Details(NamedTuple):
-    """gRPC's `ClientCallDetails`."""
+class _TokenChannel(grpc.Channel):
+    """A channel that shows a token with each call.
 
-    method: str
-    timeout: float | None
-    metadata: Sequence[tuple[str, str | bytes]] | None
-    credentials: grpc.CallCredentials | None
-    wait_for_ready: bool | None
-    compression: grpc.Compression | None
+    gRPC's interceptors would do it in fewer lines, but they look a method up for each call; where another thread has
+    closed the channel meanwhile, that is a segmentation fault (seen with grpcio 1.85). Here it is looked up once.
+    """
+
+    def __init__(self, channel: grpc.Channel, token: str) -> None:
+        self._channel = channel
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    def unary_unary(self, *method: Any, **terms: Any) -> Any:
+        """See `grpc.Channel`, as for the others."""
+        return _Shown(self._channel.unary_unary(*method, **terms), self._metadata)
+
+    def unary_stream(self, *method: Any, **terms: Any) -> Any:
+        return _Shown(self._channel.unary_stream(*method, **terms), self._metadata)
+
+    def stream_unary(self, *method: Any, **terms: Any) -> Any:
+        return _Shown(self._channel.stream_unary(*method, **terms), self._metadata)
+
+    def stream_stream(self, *method: Any, **terms: Any) -> Any:
+        return _Shown(self._channel.stream_stream(*method, **terms), self._metadata)
+
+    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
+        self._channel.subscribe(callback, try_to_connect)
+
+    def unsubscribe(self, callback: Any) -> None:
+        self._channel.unsubscribe(callback)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class _Bearer(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
-):
-    """Shows the token with each call."""
+class _Shown:
+    """A method of the service, called with the token."""
 
-    def __init__(self, token: str) -> None:
-        self._metadata = ("authorization", f"Bearer {token}")
+    def __init__(self, call: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._call = call
+        self._metadata = metadata
 
-    def _shown(self, proceed: Callable[[Any, Any], T], details: Any, request: Any) -> T:
-        metadata = (*(details.metadata or ()), self._metadata)
-        shown = _Details(
-            details.method, details.timeout, metadata, details.credentials, details.wait_for_ready, details.compression
-        )
-        return proceed(shown, request)
+    def __call__(self, request: Any, **terms: Any) -> Any:
+        return self._call(request, metadata=self._metadata, **terms)
 
-    # Its types repeat those of each method's messages, which are not looked at here.
-    intercept_unary_unary = _shown  # type: ignore[assignment]
-    intercept_unary_stream = _shown  # type: ignore[assignment]
-    intercept_stream_stream = _shown  # type: ignore[assignment]
+    def future(self, request: Any, **terms: Any) -> Any:
+        return self._call.future(request, metadata=self._metadata, **terms)
