@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from bnlayer.environment import variable
 from bnserver.configuration import CONFIG_VARIABLE, SETTINGS, ConfigurationError, resolve
 
 _ABOUT = """\
@@ -70,6 +69,8 @@ def run(flags: Mapping[str, str | None], environ: Mapping[str, str], config: str
     Returns:
         The exit code.
     """
+    from bnlayer.environment import variable  # here, since it imports NumPy, which `--help` needs not
+
     try:
         resolved = resolve(flags, environ, _file(config or variable(environ, CONFIG_VARIABLE)))
         if show:

@@ -204,9 +204,13 @@ def parse(text: str) -> Grants:
     if table or not isinstance(entries, list):
         raise TokensError(f"expected [[token]] tables alone, received {', '.join(map(repr, table)) or 'one [token]'}")
     grants = [_grant(entry, f"token {number}") for number, entry in enumerate(entries, 1)]
-    for kind, values in (("names", [grant.name for grant in grants]), ("tokens", [grant.digest for grant in grants])):
-        if len(set(values)) < len(values):
-            raise TokensError(f"expected different {kind}, received one twice")
+    for number, grant in enumerate(grants, 1):
+        for other in grants[: number - 1]:
+            if grant.name == other.name or grant.digest == other.digest:
+                what = "names" if grant.name == other.name else "tokens"
+                raise TokensError(
+                    f"token {number} ({grant.name!r}): expected different {what}, {other.name!r} has the same"
+                )
     return Grants(grants)
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bnlayer.environment import variable
 from bnproto.address import hint, is_loopback, split
 
 PREFIX = "BNSERVER_"  # of the variables
@@ -249,6 +248,8 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str], file: t
     Raises:
         ConfigurationError: somebody said something that can't be.
     """
+    from bnlayer.environment import variable  # here, since it imports NumPy, which `--help` needs not
+
     keys = _keys(*file) if file is not None else {}
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
