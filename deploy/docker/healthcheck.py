@@ -1,7 +1,7 @@
 """Ask a service for its health:  python healthcheck.py HOST:PORT.
 
-Over TLS where BNLAYER_TLS_CA names the CA's certificate (and BNLAYER_TLS_CERT and BNLAYER_TLS_KEY, where the service asks
-for one), else in plain text. Exit status 0: it serves. 1: it does not, and the reason stands on stderr.
+Over TLS where BNLAYER_TLS_CA names the CA's certificate (and BNLAYER_TLS_CERT and BNLAYER_TLS_KEY, where the service
+asks for one), else in plain text. Exit status 0: it serves. 1: it does not, and the reason stands on stderr.
 """
 
 import os
