@@ -5,7 +5,11 @@ Each refusal comes at once, on every rank that is refused, whatever its timeout;
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +20,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bnlayer import BatchNormalization, ServiceError
+from bnproto.channel import SERVICE_NAME
 from bnproto.connection import Connector
 from bnproto.credentials import NONE, Credentials
 from bnproto.v1 import statistics_pb2 as pb
@@ -26,11 +32,13 @@ from bnserver.authorization import Role, entry
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 from support.authorities import Authority
+from support.processes import arguments, script
 from support.service import daemon
 
 pytestmark = pytest.mark.rpc
 
 _X = np.arange(12, dtype=np.float32).reshape(6, 2)
+_ROOT = Path(__file__).parents[2]
 _LONG_S = 200.0  # nobody waits so long: what is refused is refused at once
 
 
@@ -90,7 +98,7 @@ def guarded(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> I
     """The address of a daemon with a certificate and tokens, and its log."""
     folder = tmp_path_factory.mktemp("tokens")
     with daemon(
-        *authority.flags("guarded"), *_tokens(folder / "tokens.toml"), "--log-file", str(folder / "log")
+        *authority.flags("guarded"), *_tokens(folder / "tokens.toml"), "--log-file", str(folder / "log"), "--reflection"
     ) as address:
         yield address, folder / "log"
 
@@ -260,6 +268,60 @@ def test_a_token_that_is_refused(
     assert _refused(address, authority.credentials(token=token), job) == text
     assert "refused ipv4:127.0.0.1:" in log.read_text()
     assert "secret" not in log.read_text()
+
+
+def test_ranks_that_are_told_by_their_environment(
+    guarded: tuple[str, Path], authority: Authority, tmp_path: Path
+) -> None:
+    """As users start them: the launcher passes on what it was given, and `join` uses it."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("team-secret\n")
+    command = script("import bnworker\nwith bnworker.join() as w: print(w.transport, *w.allreduce([rank]))")
+    done = subprocess.run(
+        arguments(2, *command, options=["--address", guarded[0], "--job", "team-9"]),
+        env={**os.environ, "BNLAYER_TLS_CA": str(authority.ca), "BNLAYER_TOKEN_FILE": str(token)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert sorted(done.stdout.splitlines()) == ["[0] service 1", "[1] service 1"], done.stderr
+
+
+def test_health_needs_no_token(guarded: tuple[str, Path], authority: Authority) -> None:
+    """An orchestrator asks; `bnlayer doctor` and the image's health check do, too, with the CA that ranks have."""
+    environ = {**os.environ, "BNLAYER_TLS_CA": str(authority.ca)}
+    for command in (
+        ["-m", "bnworker.cli", "doctor", "--json", "--address", guarded[0]],
+        [str(_ROOT / "deploy/docker/healthcheck.py"), guarded[0]],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], env=environ, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if done.stdout:
+            service = json.loads(done.stdout)["service"]
+            assert service == {"address": guarded[0], "serving": True, "text": f"{guarded[0]} answers: SERVING"}
+
+
+@pytest.mark.parametrize(("token", "code"), [("eval-secret", None), (None, grpc.StatusCode.UNAUTHENTICATED)])
+def test_reflection_where_it_was_asked_for(
+    guarded: tuple[str, Path], authority: Authority, token: str | None, code: grpc.StatusCode | None
+) -> None:
+    """Tools find the methods, with any token."""
+    connector = Connector(guarded[0], authority.credentials(token=token))
+    with connector.channel() as channel:
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]), timeout=_LONG_S)
+        if code is None:
+            names = {service.name for service in next(answers).list_services_response.service}
+            assert SERVICE_NAME in names
+            return
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+    assert isinstance(caught.value, grpc.Call)
+    assert caught.value.code() is code
 
 
 def test_heartbeats_of_another_job_are_refused(guarded: tuple[str, Path], authority: Authority) -> None:
