@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bnserver.configuration import resolve
+
 _ROOT = Path(__file__).parents[2]
 _DOCKERFILE = _ROOT / "deploy/docker/Dockerfile"
 _MPIJOB_DOCKERFILE = _ROOT / "deploy/docker/Dockerfile.mpijob"
@@ -97,6 +99,19 @@ def test_the_unit_stays_hardened(tmp_path: Path) -> None:
     unit = _installed(_UNIT.read_text().replace("DynamicUser=yes\n", ""), tmp_path)
     opened = subprocess.run([_tool("systemd-analyze"), *rate, unit], capture_output=True, check=False)
     assert opened.returncode != 0
+
+
+def test_the_daemon_encrypts_and_asks_for_tokens_by_default() -> None:
+    """In the image, whose variables say so, and in the unit, whose file does; and the service takes both."""
+    lines = _DOCKERFILE.read_text().replace("\\\n", " ").splitlines()
+    variables = dict(word.split("=", 1) for line in lines if line.startswith("ENV ") for word in line.split()[1:])
+    assert [line for line in lines if line.startswith("CMD ")] == ['CMD ["serve"]']
+    file = _UNIT.with_name("service.toml")
+    for found in (resolve({}, variables, None), resolve({}, {}, (file, file.read_text()))):
+        found.configuration.check()
+        assert found.configuration.listen.startswith("0.0.0.0:")
+        assert None not in (found.configuration.tls_cert, found.configuration.tls_key, found.configuration.tokens)
+        assert not found.configuration.insecure
 
 
 @pytest.mark.parametrize("script", _SHELL_SCRIPTS, ids=lambda path: path.name)

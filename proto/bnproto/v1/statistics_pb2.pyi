@@ -262,7 +262,7 @@ class Join(google.protobuf.message.Message):
     """Where the rank runs: errors name it."""
     pid: builtins.int
     token: builtins.str
-    """The job's token, where the service asks for one."""
+    """Not used, and refused: a token travels with every call, as metadata (authorization: Bearer TOKEN)."""
     join_timeout_ms: builtins.int
     """How long this rank waits for the others to join, and how long in one exchange."""
     timeout_ms: builtins.int

@@ -24,7 +24,9 @@ from threading import RLock, Thread
 from typing import Any
 from weakref import WeakSet
 
+from bnlayer.errors import ServiceError
 from bnproto.arrays import WireError
+from bnproto.connection import Connector
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service.actions import (
     Action,
@@ -95,7 +97,7 @@ class Client:
     """One rank's connection to the service, made anew as often as the session says.
 
     Args:
-        address: of the service, HOST:PORT.
+        connector: connects to the service.
         join: how this rank takes its place.
         timeout: seconds to wait for all ranks, and afterwards for each answer.
         local_socket: whether to exchange over a local socket where the service is on this machine.
@@ -108,9 +110,10 @@ class Client:
         session: what decides.
     """
 
-    def __init__(self, address: str, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
-        self.session = Session(address, join, timeout, time.monotonic())
-        self._address = address
+    def __init__(self, connector: Connector, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
+        self._address = connector.address
+        self.session = Session(self._address, join, timeout, time.monotonic())
+        self._connector = connector
         self._timeout = timeout
         self._wants_socket = local_socket
         self._connection: Connection | None = None
@@ -234,7 +237,7 @@ class Client:
             self._handle(ChannelLost(connection.number))
 
     def _open(self, action: Open) -> None:
-        stream = GrpcChannel(self._address, action.requests)
+        stream = GrpcChannel(self._address, action.requests, self._connector.channel())
         connection = self._connection = Connection(action.connection, stream, stream)
         self._heartbeat.start(stream.stub, connection.cut)
 
@@ -289,6 +292,10 @@ class Client:
             self._heartbeat.pause()
             connection.channel.close()
         if isinstance(ended, Broken):
+            # Once joined, it goes on trying: certificates may be in the middle of a renewal.
+            fault = self._connector.fault() if ended.code == "UNAVAILABLE" and not self.session.generation else None
+            if fault is not None:
+                return Refused(connection.number, ServiceError(fault))
             return Disconnected(connection.number, ended.code, ended.text, random.random())
         return Refused(connection.number, ended)
 

@@ -16,6 +16,8 @@ from bnlayer.errors import CollectiveError
 from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
 from bnproto.calls import contribution_of, with_state
+from bnproto.connection import Connector
+from bnproto.credentials import NONE, Credentials
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports import Seeded
 from bnworker.transports.service.channel import Answer
@@ -31,8 +33,10 @@ class ServiceTransport:
         rank, world_size: who this process is.
         timeout: seconds that joining, and each exchange, may take.
         local_socket: whether to exchange over a local socket where the service is on this machine.
+        credentials: what is used towards the service.
 
     Raises:
+        CredentialsError: they can't be read, or would cross a network in plain text.
         ServiceError: nothing listens there, or the service refuses.
         MismatchError: the ranks disagree about the world size, or the rank is taken.
         StallError: not all ranks joined in time.
@@ -50,6 +54,7 @@ class ServiceTransport:
         *,
         timeout: float = 300.0,
         local_socket: bool = True,
+        credentials: Credentials = NONE,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -64,7 +69,8 @@ class ServiceTransport:
             timeout_ms=max(1, round(timeout * 1000)),
             incarnation=secrets.randbits(63) + 1,
         )
-        self._client = Client(address, join, timeout, local_socket=local_socket)
+        connector = Connector(address, credentials)
+        self._client = Client(connector, join, timeout, local_socket=local_socket)
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Enroll a layer with all ranks; returns the owner's state, seeded by rank 0's."""
