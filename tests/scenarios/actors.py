@@ -81,9 +81,7 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
     while exchange.wants is not None:
         operations.append(str(exchange.wants))
         probe = exchange.wants is Operation.PROBE
-        limbs = (
-            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid)
-        )
+        limbs = reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid)
         signature = replace(
             mirror.signature, masked=masked, grid=exchange.fingerprint, update_moving="update" not in options
         )
