@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer import tiling
 from bnlayer.collective import (
     Call,
     Collective,
@@ -23,11 +22,12 @@ from bnlayer.collective import (
     claim,
     release,
 )
-from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.exchange import BackwardExchange, BackwardFinish, ForwardExchange, ForwardFinish
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.state import LayerState
+from bnlayer.tiling import passes
 from bnlayer.view import View
 
 _TINIEST = np.float32(2.0**-149)  # the smallest subnormal: a process that flushes them to zero would differ
@@ -135,21 +135,22 @@ class ExchangeDriver:
         changes: Changes | None = None,
         *,
         update_moving: bool = True,
+        finish: ForwardFinish | None = None,
     ) -> ForwardResult:
-        """Agree on the statistics of the union of all ranks' batches."""
+        """Agree on the statistics of the union of all ranks' batches; `finish` as in `ForwardExchange.reduced`."""
         step = self._steps[Direction.FORWARD]
         exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
         version = None
         while exchange.wants is not None:
             if exchange.wants is Operation.PROBE:
-                limbs = tiling.probe(view, exchange.grid)
+                limbs = passes().probe(view, exchange.grid)
             else:
-                limbs = tiling.moments(view, exchange.grid).limbs
+                limbs = passes().moments(view, exchange.grid)
             key = ExchangeKey(self._name, Direction.FORWARD, step)
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint, update_moving)
             total = self._exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs, changes)
             version = total.version
-            exchange = exchange.reduced(total.limbs)
+            exchange = exchange.reduced(total.limbs, finish)
         self._steps[Direction.FORWARD] += 1
         assert exchange.moments is not None
         assert exchange.statistics is not None
@@ -164,6 +165,8 @@ class ExchangeDriver:
         forward_step: int,
         grid: BackwardGrid,
         changes: Changes | None = None,
+        *,
+        finish: BackwardFinish | None = None,
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches, for the training call of a step."""
         key = ExchangeKey(self._name, Direction.BACKWARD, self._steps[Direction.BACKWARD])
@@ -174,13 +177,14 @@ class ExchangeDriver:
             assert exchange.wants is not None
             sums = None
             if exchange.wants is Operation.PROBE:
-                limbs = exchange.beyond_reach(tiling.gradient_probe(dy, view, pivot, exchange.call_grid))
+                limbs = exchange.beyond_reach(passes().gradient_probe(dy, view, pivot, exchange.call_grid))
             else:
-                sums = tiling.gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
+                limbs = passes().gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
+                sums = GradientSums(limbs, exchange.call_grid)
                 limbs = (sums if fits else sums.of_call(statistics.nonfinite)).limbs
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint)
             call = Call(exchange.wants, key, full_signature, exchange.attempt, forward_step)
-            exchange = exchange.reduced(self._exchange(call, limbs, changes).limbs)
+            exchange = exchange.reduced(self._exchange(call, limbs, changes).limbs, finish)
             if exchange.gradients is not None:
                 assert sums is not None
                 self._steps[Direction.BACKWARD] += 1
@@ -219,4 +223,4 @@ class ExchangeDriver:
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return result.local.check_window(statistics)[0]()
+    return result.local.check_window(statistics)[0]

@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer import tiling
 from bnlayer.dtypes import rounded
 from bnlayer.errors import CollectiveError
-from bnlayer.kernels.choice import quick_channels
+from bnlayer.grid import Grid
+from bnlayer.kernels.results import BatchStatistics, Trained, TrainingCall
 from bnlayer.membership import Member
-from bnlayer.moments import BatchStatistics, Moments
+from bnlayer.moments import MASKED_COUNT_EPSILON, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
+from bnlayer.tiling import passes
 from bnlayer.view import View
 
 
@@ -168,15 +169,29 @@ class BatchNormalization(Member):
         if driver is None:
             return self._infer(view)
         before, signature = self.state, self._signature()
-        changes = self._changes(before)
-        result = driver.forward(view, signature, before.forward, changes, update_moving=bool(update_moving))
+        changes, update_moving = self._changes(before), bool(update_moving)
+        trained: Trained | None = None
+
+        def finish(
+            limbs: NDArray[np.int64], grid: Grid, accepted: bool
+        ) -> tuple[BatchStatistics, NDArray[np.bool_] | None]:
+            nonlocal trained
+            trained = passes().finish_forward(view, limbs, grid, self._call(before.moving, view), accepted=accepted)
+            return trained.statistics, trained.refused
+
+        # The corrections of renorm come between the statistics and the rest.
+        arguments = view, signature, before.forward, changes
+        in_one = finish if self._renorm is None else None
+        result = driver.forward(*arguments, update_moving=update_moving, finish=in_one)
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
-        rule = None
+        rule, moving = None, None
         if update_moving:
             rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, view.mask is not None)
-        self._kept = after = before.after_forward(statistics, result.grid, rule)
+            if trained is not None:
+                moving = Moving(trained.mean, trained.variance)
+        self._kept = after = before.after_forward(statistics, result.grid, rule, moving)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
         self._changes_announced()
@@ -185,9 +200,12 @@ class BatchNormalization(Member):
             owned = driver.collective.pull(self.name)
             if owned is not None:
                 self.follow(owned)
-        r, d = self._correction(statistics, before.moving)
-        scale, shift = self._coefficients(statistics, r, d)
-        y = tiling.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
+        if trained is not None:
+            y, scale, r, d = trained.y, trained.scale, None, None
+        else:
+            r, d = self._correction(statistics, before.moving)
+            scale, shift = self._corrected(statistics, r, d)
+            y = passes().normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
         saved = SavedTraining(driver, signature, result.step, view, sample(view.x), statistics, scale, r, d)
         return view.restore(y), saved
 
@@ -196,7 +214,7 @@ class BatchNormalization(Member):
         scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
         mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
         none_nonfinite = np.zeros(mean.shape, bool)
-        y = tiling.normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype)
+        y = passes().normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype)
         return view.restore(y), SavedInference(view.shape, view.x.shape, scale)
 
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
@@ -279,29 +297,38 @@ class BatchNormalization(Member):
         )
         return pulled.dx, gamma, beta
 
+    def _call(self, moving: Moving, view: View) -> TrainingCall:
+        """What a training call's results follow from."""
+        e = MASKED_COUNT_EPSILON if view.mask is not None else 0.0
+        gamma, beta = self.gamma, self.beta
+        return TrainingCall(
+            self.epsilon,
+            e,
+            None if gamma is None else gamma.value,
+            None if beta is None else beta.value,
+            moving.mean,
+            moving.variance,
+            self.momentum,
+            self.synchronized,
+            self.compute_dtype,
+        )
+
     def _correction(
         self, statistics: BatchStatistics, moving: Moving
-    ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The corrections of renorm, against the statistics as they were before the call."""
-        if self._renorm is None or moving.renorm_mean is None or moving.renorm_stddev is None:
-            return None, None
+        assert self._renorm is not None
+        assert moving.renorm_mean is not None
+        assert moving.renorm_stddev is not None
         return self._renorm.correction(statistics, moving.renorm_mean, moving.renorm_stddev, self.epsilon)
 
-    def _coefficients(
-        self,
-        statistics: BatchStatistics,
-        r: NDArray[np.float64] | None,
-        d: NDArray[np.float64] | None,
+    def _corrected(
+        self, statistics: BatchStatistics, r: NDArray[np.float64], d: NDArray[np.float64]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """What the centered input is multiplied by, γs (with renorm γsr), and what is added, β − residual·γs (+ γd)."""
-        quick, dtype = quick_channels(), self.dtype_policy.arithmetic_dtype
-        if quick is not None and r is None and dtype == np.float32 == self.variable_dtype:
-            scale, shift = np.empty((2, self.moving_mean.shape[0]), np.float32)
-            gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))
-            quick.coefficients(gamma, beta, statistics.inverse_std, statistics.residual, scale, shift)
-            return scale, shift
-        factor = self._gamma() * statistics.inverse_std * (1.0 if r is None else r)
-        term = self._beta() - statistics.residual * factor + (0.0 if d is None else self._gamma() * d)
+        """With renorm: what the centered input is multiplied by, γsr, and what is added, β − residual·γsr + γd."""
+        dtype = self.dtype_policy.arithmetic_dtype
+        factor = self._gamma() * statistics.inverse_std * r
+        term = self._beta() - statistics.residual * factor + self._gamma() * d
         return factor.astype(dtype), term.astype(dtype)
 
     def _gamma(self) -> NDArray[np.float64]:

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer import tiling
 from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
+from bnlayer.gradients import Gradients
 from bnlayer.grid import BackwardGrid
 from bnlayer.moments import BatchStatistics
+from bnlayer.tiling import passes
 from bnlayer.view import View
 
 # Takes dy; returns dinputs, dgamma and dbeta.
@@ -100,16 +101,24 @@ class SavedTraining:
         """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
         view, statistics = self.view, self.statistics
         seen = view.alike(dy)
-        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid, changes)
+        dx = None
+
+        def finish(
+            limbs: NDArray[np.int64], grid: BackwardGrid, accepted: bool
+        ) -> tuple[Gradients, NDArray[np.bool_] | None]:
+            nonlocal dx
+            arguments = seen, view, limbs, grid, statistics, self.scale_C, dtype
+            gradients, refused, dx = passes().finish_backward(*arguments, accepted=accepted)
+            return gradients, refused
+
+        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid, changes, finish=finish)
         total = result.total
         summed = total if reduction == "global" else share(result, statistics)
         gamma = summed.gamma
         if self.r_C is not None and self.d_C is not None:
             # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
             gamma = gamma * self.r_C + summed.beta * self.d_C
-        mean = statistics.rounded_mean
-        offset, slope = total.offset.astype(mean.dtype), total.slope.astype(mean.dtype)
-        dx = tiling.input_gradient(seen, view, mean, offset, slope, self.scale_C, total.nonfinite, dtype)
+        assert dx is not None
         return Pulled(view.restore(dx), gamma, summed.beta, result.grid)
 
 
@@ -130,4 +139,4 @@ class SavedInference:
     def pull(self, dy: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         """The gradient of the inputs, rounded to `dtype`."""
         view = View(dy.reshape(self.flat), None, self.shape)
-        return view.restore(tiling.scaled(view, self.scale_C, dtype))
+        return view.restore(passes().scaled(view, self.scale_C, dtype))

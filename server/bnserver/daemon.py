@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.files import write_atomically
-from bnlayer.kernels import warm
+from bnlayer.kernels import kernels
 from bnproto.address import hint, split
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.credentials import refusal
@@ -86,7 +86,7 @@ def serve(
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
         with logged(log_level, log_file):
-            warm.owner()  # before it listens, so that no exchange waits for a compilation
+            kernels()  # before it listens: a variable that names none is known at once
             asyncio.run(_serve(listen, host, state_dir, ready_file, timeouts, Failpoints(os.environ)))
     except (ListenError, UnavailableError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out

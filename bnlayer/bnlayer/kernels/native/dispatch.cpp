@@ -1,10 +1,10 @@
-// Chooses, once, among the variants that were compiled (BNLAYER_HAS_…).
+// Which variants were compiled (BNLAYER_HAS_…), and which of them this processor runs.
 
 #include "dispatch.hpp"
 
 #define BNLAYER_DECLARE(name) \
   namespace name {            \
-  const char* variant();      \
+  extern const Table table;   \
   }
 
 namespace bnlayer {
@@ -22,23 +22,43 @@ BNLAYER_DECLARE(avx512)
 BNLAYER_DECLARE(neon)
 #endif
 
-const char* chosen_variant() {
+namespace {
+
+struct Found {
+  const Table* runnable[kVariants + 1] = {};
+  const char* names[kVariants + 1] = {};
+
+  Found() {
+    int compiled = 0, runs = 0;
+    const auto add = [&](const Table& table, bool supported) {
+      names[compiled++] = table.name;
+      if (supported) runnable[runs++] = &table;
+    };
 #if BNLAYER_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return avx512::variant();
-  }
+    add(avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("fma"));
 #endif
 #if BNLAYER_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::variant();
-  }
+    add(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif
 #if BNLAYER_HAS_NEON
-  return neon::variant();
-#else
-  return baseline::variant();
+    add(neon::table, true);
 #endif
+#if BNLAYER_HAS_BASELINE
+    add(baseline::table, true);
+#endif
+  }
+};
+
+const Found& found() {
+  static const Found once;
+  return once;
 }
+
+}  // namespace
+
+const Table* const* variants() { return found().runnable; }
+const char* const* compiled() { return found().names; }
 
 }  // namespace bnlayer
