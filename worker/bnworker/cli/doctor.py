@@ -18,7 +18,6 @@ _PACKAGES = (
     "grpcio",
     "protobuf",
     "safetensors",
-    "numba",
     "mpi4py",
     "scikit-learn",
     "cryptography",
