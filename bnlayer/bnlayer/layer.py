@@ -170,14 +170,14 @@ class BatchNormalization(Member):
             raise
         if driver is None:
             return self._infer(view)
-        y, saved = self._train(driver, view, update_moving)
+        y, saved = self._train(driver, view, bool(update_moving))
         saved.seen = sample(view.x)
         return view.restore(y), saved
 
     def _train(self, driver: ExchangeDriver, view: View, update_moving: bool) -> tuple[Any, SavedTraining]:
         """A training call; its output as (A, C, B)."""
         before, signature = self.state, self._signature()
-        changes, update_moving = self._changes(before), bool(update_moving)
+        changes = self._changes(before)
         trained: Trained | None = None
 
         def finish(
@@ -198,19 +198,17 @@ class BatchNormalization(Member):
         if update_moving:
             masked = view.mask is not None
             rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, masked, self.unbiased)
-            if trained is not None:
+            if trained is not None and trained.mean is not None and trained.variance is not None:
                 moving = Moving(trained.mean, trained.variance)
         self._kept = after = before.after_forward(statistics, result.grid, rule, moving)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
         self._changes_announced()
         if result.version is not None and result.version != after.version:
-            # The owner's state was replaced in between, by a push.
-            owned = driver.collective.pull(self.name)
-            if owned is not None:
-                self.follow(owned)
-        if trained is not None:
-            y, scale, r, d = trained.y, trained.scale, None, None
+            self._take_over(driver)
+        r = d = None
+        if trained is not None and trained.y is not None and trained.scale is not None:
+            y, scale = trained.y, trained.scale
         else:
             r, d = self._correction(statistics, before.moving)
             scale, shift = self._corrected(statistics, r, d)
@@ -312,6 +310,12 @@ class BatchNormalization(Member):
             for variable, vector in ((self.gamma, pulled.gamma), (self.beta, pulled.beta))
         )
         return pulled.dx, gamma, beta
+
+    def _take_over(self, driver: ExchangeDriver) -> None:
+        """Follow the owner, whose state was replaced in between, by a push."""
+        owned = driver.collective.pull(self.name)
+        if owned is not None:
+            self.follow(owned)
 
     def _call(self, moving: Moving, view: View) -> TrainingCall:
         """What a training call's results follow from."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bnlayer.dtypes import rounded
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import Kernels, kernels
+from bnlayer.kernels.choice import chosen
 from bnlayer.kernels.results import BatchStatistics, PulledBack, Trained, TrainingCall
 from bnlayer.limbs import carried
 from bnlayer.view import WHOLE, View
@@ -53,7 +54,7 @@ class Passes:
     def normalize(
         self, view: View, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, dtype: np.dtype[Any]
     ) -> Array:
-        """(x − mean)·scale + shift, computed in the coefficients' dtype, rounded once to `dtype`; NaN where nonfinite."""
+        """(x − mean)·scale + shift in the coefficients' dtype, rounded once to `dtype`; NaN where nonfinite."""
         coefficients = mean_C, scale_C, shift_C, nonfinite_C
 
         def write(x: Array, mask: Array | None, dy: Array | None, out: Array | None) -> Array:
@@ -228,7 +229,9 @@ _installed: Passes | None = None
 
 def passes() -> Passes:
     """The passes of this process's kernels."""
-    return _installed or _of(kernels())
+    if _installed is not None:
+        return _installed
+    return _of(chosen())
 
 
 def passes_of(view: View) -> Any:
@@ -236,15 +239,17 @@ def passes_of(view: View) -> Any:
     return passes() if view.passes is None else view.passes
 
 
-def install(passes: Passes | None) -> None:
-    """Have all layers of this process go by these passes; None: by those of its kernels."""
+def install(passes: Passes | None) -> Passes | None:
+    """Have all layers of this process go by these passes; returns those before. None: by those of its kernels."""
     global _installed
-    _installed = passes
+    before, _installed = _installed, passes
+    return before
 
 
 @cache
-def _of(kernels: Kernels) -> Passes:
-    return Passes(kernels)
+def _of(name: str) -> Passes:
+    del name
+    return Passes(kernels())
 
 
 def _largest(found: list[NDArray[np.int64]]) -> NDArray[np.int64]:
