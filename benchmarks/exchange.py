@@ -160,7 +160,7 @@ def by_service(
     x = np.random.default_rng(rank).normal(size=(8, limbs.shape[1])).astype(np.float32)
     layer(x, training=True)
     exchange = ForwardExchange.begin(layer.state.forward, layer.epsilon, False)
-    sums = kernels().moments(View.of(x, 1, None).x, None, exchange.grid).limbs
+    sums = kernels().moments(View.of(x, 1, None).x, None, exchange.grid)
     signature = LayerSignature(limbs.shape[1], "float32", layer.momentum, layer.epsilon, grid=exchange.fingerprint)
     step = iter(range(1, 2**40))
 

@@ -12,12 +12,10 @@ A pass is timed as the layer makes it: its second kernel right after its first, 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,8 +26,9 @@ from benchmarks.float_kernels import FloatKernels
 from benchmarks.processes import write
 from benchmarks.timing import Contender, keep_memory, timed
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moments import BatchStatistics
+from bnlayer.kernels import Kernels, reference
+from bnlayer.kernels.compiled import Compiled, variants
+from bnlayer.moments import BatchStatistics, Moments
 
 Array = NDArray[Any]
 Runs = dict[tuple[str, str], Callable[[], object]]  # by (pass, contender)
@@ -109,13 +108,13 @@ class Batch:
         everywhere = np.ones(flat[1], bool)
         grid = Grid.unknown("float32", flat[1])
         grid = grid.probed(reference.probe(x3, None, grid), everywhere)
-        statistics = reference.moments(x3, None, grid).statistics(peers.EPSILON, False)
+        statistics = Moments(reference.moments(x3, None, grid), grid).statistics(peers.EPSILON, False)
         backward = BackwardGrid.unknown("float32", flat[1]).reaching(statistics.reach)
         found = reference.gradient_probe(dy3, x3, statistics.pivot, backward)
         return cls(x, dy, axis, (x3, dy3, seen_mask), grid, backward.probed(found, everywhere), statistics)
 
 
-def ours(kernels: ModuleType, name: str, batch: Batch) -> Runs:
+def ours(kernels: Kernels, name: str, batch: Batch) -> Runs:
     """The runs of one of this project's kernel sets."""
     (x, dy, mask), grid, backward_grid = batch.seen, batch.grid, batch.backward_grid
     mean, pivot, nonfinite = batch.statistics.rounded_mean, batch.statistics.pivot, np.zeros(x.shape[1], bool)
@@ -159,13 +158,9 @@ def floats(batch: Batch) -> Runs:
         runs[FORWARD, f"float, {walk}"] = _in_turn(bound[0], bound[1])
         runs[BACKWARD, f"float, {walk}"] = _in_turn(bound[2], bound[3])
         runs |= {(part, f"float, {walk}"): run for part, run in zip(PARTS, bound, strict=True)}
-    compiled = kernel_sets().get("compiled")
-    if compiled is not None:
-        writing = ours(compiled, "compiled", batch)
-        for which, reading, written in ((FORWARD, *list(PARTS)[:2]), (BACKWARD, *list(PARTS)[2:])):
-            runs[which, "float, written as here"] = _in_turn(
-                runs[reading, "float, forwards"], writing[written, "compiled"]
-            )
+    writing = ours(kernel_sets()["compiled"], "compiled", batch)
+    for which, reading, written in ((FORWARD, *list(PARTS)[:2]), (BACKWARD, *list(PARTS)[2:])):
+        runs[which, "float, written as here"] = _in_turn(runs[reading, "float, forwards"], writing[written, "compiled"])
     return runs
 
 
@@ -173,9 +168,9 @@ def probes(batch: Batch) -> Runs:
     """The runs of the limit probes, in every variant."""
     x, dy, _ = batch.seen
     runs: Runs = {}
-    for which, variants in ((FORWARD, limits.forward(x)), (BACKWARD, limits.backward(dy, x))):
+    for which, found in ((FORWARD, limits.forward(x)), (BACKWARD, limits.backward(dy, x))):
         first, second = list(PARTS)[:2] if which == FORWARD else list(PARTS)[2:]
-        for variant, (read, written) in variants.items():
+        for variant, (read, written) in found.items():
             runs[which, f"limit, {variant}"] = _in_turn(read, written)
             reading, writing = variant.split(", ")
             runs[first, f"limit, {reading}"], runs[second, f"limit, {writing}"] = read, written
@@ -192,14 +187,9 @@ def frameworks(batch: Batch, available: Iterable[str]) -> Runs:
     return runs
 
 
-def kernel_sets() -> dict[str, ModuleType]:
-    """This project's kernel sets by name; the compiled one where it can be imported."""
-    sets: dict[str, ModuleType] = {"reference": reference}
-    if importlib.util.find_spec("numba") is not None:
-        from bnlayer.kernels.compiled import kernels as compiled
-
-        sets["compiled"] = compiled
-    return sets
+def kernel_sets() -> dict[str, Kernels]:
+    """This project's kernel sets by name: of the compiled one, the variant that the processor takes."""
+    return {"reference": reference, "compiled": Compiled(variants()[0])}
 
 
 def measure(shape: Shape, budget_s: float, available: Iterable[str]) -> dict[str, float]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from bnlayer.collective import Operation
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.moments import BatchStatistics, Moments
-
+from bnlayer.kernels.results import BatchStatistics
+from bnlayer.moments import Moments
 
 # Of the totals, their grid, and whether they are accepted whatever they show: what follows, and the refused channels.
 _Refused = NDArray[np.bool_] | None
@@ -160,9 +160,10 @@ class BackwardExchange:
             grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
         if finish is not None:
-            gradients, channels_to_probe = finish(limbs, self.call_grid, self.accepts)
+            judged: tuple[Gradients | None, _Refused] = finish(limbs, self.call_grid, self.accepts)
         else:
-            gradients, channels_to_probe = self._judged(limbs)
+            judged = self._judged(limbs)
+        gradients, channels_to_probe = judged
         if channels_to_probe is not None and not self.accepts:
             return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
         return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)

@@ -25,7 +25,8 @@ from bnlayer.collective import (
 from bnlayer.exchange import BackwardExchange, BackwardFinish, ForwardExchange, ForwardFinish
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.moments import BatchStatistics, Moments
+from bnlayer.kernels.results import BatchStatistics
+from bnlayer.moments import Moments
 from bnlayer.state import LayerState
 from bnlayer.tiling import passes
 from bnlayer.view import View

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.dtypes import rounded
 from bnlayer.errors import CollectiveError
+from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.grid import Grid
 from bnlayer.kernels.results import BatchStatistics, Trained, TrainingCall
 from bnlayer.membership import Member
@@ -168,8 +169,13 @@ class BatchNormalization(Member):
             raise
         if driver is None:
             return self._infer(view)
+        return self._train(view, driver, bool(update_moving))
+
+    def _train(
+        self, view: View, driver: ExchangeDriver, update_moving: bool
+    ) -> tuple[NDArray[Any], SavedTraining | SavedInference]:
         before, signature = self.state, self._signature()
-        changes, update_moving = self._changes(before), bool(update_moving)
+        changes = self._changes(before)
         trained: Trained | None = None
 
         def finish(
@@ -189,23 +195,23 @@ class BatchNormalization(Member):
         rule, moving = None, None
         if update_moving:
             rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, view.mask is not None)
-            if trained is not None:
+            if trained is not None and trained.mean is not None and trained.variance is not None:
                 moving = Moving(trained.mean, trained.variance)
         self._kept = after = before.after_forward(statistics, result.grid, rule, moving)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
         self._changes_announced()
         if result.version is not None and result.version != after.version:
-            # The owner's state was replaced in between, by a push.
-            owned = driver.collective.pull(self.name)
-            if owned is not None:
-                self.follow(owned)
-        if trained is not None:
-            y, scale, r, d = trained.y, trained.scale, None, None
+            self._take_over(driver)
+        r = d = None
+        if trained is not None and trained.y is not None and trained.scale is not None:
+            y, scale = trained.y, trained.scale
         else:
             r, d = self._correction(statistics, before.moving)
             scale, shift = self._corrected(statistics, r, d)
-            y = passes().normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype)
+            y = passes().normalize(
+                view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype
+            )
         saved = SavedTraining(driver, signature, result.step, view, sample(view.x), statistics, scale, r, d)
         return view.restore(y), saved
 
@@ -296,6 +302,12 @@ class BatchNormalization(Member):
             for variable, vector in ((self.gamma, pulled.gamma), (self.beta, pulled.beta))
         )
         return pulled.dx, gamma, beta
+
+    def _take_over(self, driver: ExchangeDriver) -> None:
+        """Follow the owner, whose state was replaced in between, by a push."""
+        owned = driver.collective.pull(self.name)
+        if owned is not None:
+            self.follow(owned)
 
     def _call(self, moving: Moving, view: View) -> TrainingCall:
         """What a training call's results follow from."""

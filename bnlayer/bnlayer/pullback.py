@@ -20,7 +20,7 @@ from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.gradients import Gradients
 from bnlayer.grid import BackwardGrid
-from bnlayer.moments import BatchStatistics
+from bnlayer.kernels.results import BatchStatistics
 from bnlayer.tiling import passes
 from bnlayer.view import View
 

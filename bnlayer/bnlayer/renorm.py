@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.arguments import number
-from bnlayer.moments import BatchStatistics
+from bnlayer.kernels.results import BatchStatistics
 
 _KEYS = ("rmax", "rmin", "dmax")
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bnlayer.dtypes import is_real
 from bnlayer.fingerprint import fingerprint
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.moments import BatchStatistics
+from bnlayer.kernels.results import BatchStatistics
 from bnlayer.moving import Moving, Rule, update
 
 _OF_RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bnlayer.dtypes import rounded
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import Kernels, kernels
+from bnlayer.kernels.choice import chosen
 from bnlayer.kernels.results import BatchStatistics, PulledBack, Trained, TrainingCall
 from bnlayer.limbs import carried
 from bnlayer.view import WHOLE, View
@@ -53,7 +54,7 @@ class Passes:
     def normalize(
         self, view: View, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, dtype: np.dtype[Any]
     ) -> Array:
-        """(x − mean)·scale + shift, computed in the coefficients' dtype, rounded once to `dtype`; NaN where nonfinite."""
+        """(x − mean)·scale + shift in the coefficients' dtype, rounded once to `dtype`; NaN where nonfinite."""
         coefficients = mean_C, scale_C, shift_C, nonfinite_C
 
         def write(x: Array, mask: Array | None, dy: Array | None, out: Array | None) -> Array:
@@ -162,18 +163,14 @@ class Passes:
         """
         kernels = self._kernels
         if view.x.dtype is dtype and self._takes(view, dy):
-            pulled = kernels.finish_backward(
-                dy.x, view.x, view.mask, limbs, grid, forward, scale_C, accepted=accepted
-            )
+            pulled = kernels.finish_backward(dy.x, view.x, view.mask, limbs, grid, forward, scale_C, accepted=accepted)
             if pulled is not None:
                 return pulled
         gradients, refused = kernels.gradients(limbs, grid, forward)
         if refused is not None and not accepted:
             return PulledBack(gradients, refused)
         coefficients = forward.rounded_mean, gradients.rounded_offset, gradients.rounded_slope, scale_C
-        return PulledBack(
-            gradients, refused, self.input_gradient(dy, view, *coefficients, gradients.nonfinite, dtype)
-        )
+        return PulledBack(gradients, refused, self.input_gradient(dy, view, *coefficients, gradients.nonfinite, dtype))
 
     def scaled(self, dy: View, scale_C: Array, dtype: np.dtype[Any]) -> Array:
         """dy·scale in the dtype of the scale, rounded once to `dtype`."""
@@ -232,18 +229,22 @@ _installed: Passes | None = None
 
 def passes() -> Passes:
     """The passes of this process's kernels."""
-    return _installed or _of(kernels())
+    if _installed is not None:
+        return _installed
+    return _of(chosen())
 
 
-def install(passes: Passes | None) -> None:
-    """Have all layers of this process go by these passes; None: by those of its kernels."""
+def install(passes: Passes | None) -> Passes | None:
+    """Have all layers of this process go by these passes; returns those before. None: by those of its kernels."""
     global _installed
-    _installed = passes
+    before, _installed = _installed, passes
+    return before
 
 
 @cache
-def _of(kernels: Kernels) -> Passes:
-    return Passes(kernels)
+def _of(name: str) -> Passes:
+    del name
+    return Passes(kernels())
 
 
 def _largest(found: list[NDArray[np.int64]]) -> NDArray[np.int64]:

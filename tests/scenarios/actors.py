@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.gradients import GradientSums
 from bnlayer.kernels import reference
 from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Rule

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,10 +152,10 @@ def test_arrays_that_a_kernel_does_not_take_are_refused() -> None:
         (7, limbs[:5], ValueError),
         (7, np.frombuffer(limbs.tobytes(), np.int64).reshape(6, 4), (ValueError, BufferError)),
     ):
-        arguments = [*sound]
+        arguments: list[Any] = [*sound]
         arguments[at] = wrong
         with pytest.raises(error):
-            _native.moments(*arguments)  # type: ignore[arg-type]  # on purpose
+            _native.moments(*arguments)
     with pytest.raises(TypeError, match="expected 8 arguments, received 1"):
         _native.moments(0)  # type: ignore[call-arg]  # on purpose
 

@@ -144,7 +144,7 @@ def sums(limbs: Array) -> list[list[int]]:
 
 def in_pieces(compiled: Compiled, x: Array, grid: Grid) -> list[list[int]]:
     """The same sums, row by row."""
-    return sums(sum(compiled.moments(x[i : i + 1], None, grid) for i in range(x.shape[0])))
+    return sums(np.add.reduce([compiled.moments(x[i : i + 1], None, grid) for i in range(x.shape[0])]))
 
 
 WIDE = 64  # channels: so many make a row

@@ -29,14 +29,14 @@ SHAPES = (((64, 9, 9, 24), -1), ((64, 24, 9, 9), 1), ((7_001, 3), -1), ((7_001,)
 
 
 @pytest.fixture
-def pieces() -> Iterator[Callable[[Passes], None]]:
+def pieces() -> Iterator[Callable[[Passes], object]]:
     """Has every batch of a layer passed over in a way."""
     yield tiling.install
     tiling.install(None)
 
 
 def ways() -> dict[str, Passes]:
-    """The reference in small pieces; each variant, of which one converts what it takes as it is otherwise; and threads."""
+    """The reference in small pieces; each variant with what it takes converted before it; and by three threads."""
     many = {f"pieces, {variant}": Passes(InPieces(variant, 1, 8), piece=1000) for variant in variants()}
     threads = {f"threads, {variant}": Passes(Compiled(variant, 3, 8)) for variant in variants()}
     return {"reference": Passes(reference, piece=1000)} | many | threads
@@ -72,12 +72,17 @@ def steps(policy: str, shape: tuple[int, ...], axis: int, *, masked: bool, bad: 
     return [*made, *bn.get_weights(), *bn.state.arrays().values()]
 
 
+def without_nan(array: Array) -> Array:
+    """The same with 7 for each NaN: one is as good as another."""
+    return np.where(np.isnan(array), array.dtype.type(7), array) if array.dtype.kind in "fV" else array
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("bad", [False, True], ids=["", "not finite"])
 def test_pieces_and_threads_leave_no_trace(
-    pieces: Callable[[Passes], None], shape: tuple[int, ...], axis: int, policy: str, masked: bool, bad: bool
+    pieces: Callable[[Passes], object], shape: tuple[int, ...], axis: int, policy: str, masked: bool, bad: bool
 ) -> None:
     """In one piece, in many, converted in the kernels or before them, and by three threads at once."""
     whole = steps(policy, shape, axis, masked=masked, bad=bad)
@@ -85,14 +90,10 @@ def test_pieces_and_threads_leave_no_trace(
         pieces(way)
         for got, wanted in zip(steps(policy, shape, axis, masked=masked, bad=bad), whole, strict=True):
             assert got.dtype == wanted.dtype
-            if got.dtype.kind in "fV" and bad:
-                nan = np.isnan(wanted)
-                assert (np.isnan(got) == nan).all(), name
-                got, wanted = np.where(nan, 0, got), np.where(nan, 0, wanted)
-            assert got.tobytes() == wanted.tobytes(), name
+            assert without_nan(got).tobytes() == without_nan(wanted).tobytes(), name
 
 
-def test_a_user_who_wants_errors_raised_gets_none(pieces: Callable[[Passes], None]) -> None:
+def test_a_user_who_wants_errors_raised_gets_none(pieces: Callable[[Passes], object]) -> None:
     """Infinity times a γ of zero is NaN, and no exception."""
     pieces(Passes(reference, piece=1000))
     bn = BatchNormalization(gamma_initializer="zeros", trainable=False)
@@ -112,7 +113,7 @@ def test_the_words_of_pieces_are_carried() -> None:
         assert way.moments(view, grid).tobytes() == whole.tobytes(), name
 
 
-def test_integers_in_a_half_layer_are_not_rounded_on_the_way(pieces: Callable[[Passes], None]) -> None:
+def test_integers_in_a_half_layer_are_not_rounded_on_the_way(pieces: Callable[[Passes], object]) -> None:
     """They go to float32 straight; what comes out is half as the rest."""
     x = np.random.default_rng(0).integers(-70_000, 70_000, (300, 5))
     made = []

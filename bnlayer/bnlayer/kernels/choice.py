@@ -16,7 +16,7 @@ VARIANTS = ("avx512", "avx2", "neon", "baseline")
 
 @cache
 def chosen() -> str:
-    """The name of the kernel set: `BNLAYER_KERNELS=reference`, or a variant of the compiled one; read at the first call.
+    """The name of the kernel set: `BNLAYER_KERNELS=reference`, or a compiled variant; read at the first call.
 
     Where the variable is not set, the widest variant that this processor runs; or the reference, with a warning, where
     the extension module can't be loaded.
@@ -45,8 +45,8 @@ def _variant(wanted: str | None) -> str:
                 "wheel for this machine, or build it: pip install --no-binary bnlayer bnlayer."
             ) from error
         _log.warning(
-            "the compiled kernels can't be loaded (%s): NumPy's serve, thirty times slower, with the same bits. Install "
-            "a wheel for this machine, or build them: pip install --no-binary bnlayer bnlayer. "
+            "the compiled kernels can't be loaded (%s): NumPy's serve, thirty times slower, with the same bits. "
+            "Install a wheel for this machine, or build them: pip install --no-binary bnlayer bnlayer. "
             "BNLAYER_KERNELS=reference says that they are wanted, without this warning",
             error,
         )

@@ -50,7 +50,7 @@ class Compiled:
 
     @staticmethod
     def takes(x: Array, mask: Mask) -> bool:
-        """Whether the passes take a batch as it is: of any dtype with a kernel, with a mask of a form that a view has."""
+        """Whether the passes take a batch as it is: any dtype with a kernel, and a mask of any form that a view has."""
         if x.dtype not in _TAKEN:
             return False
         return mask is None or mask.shape[2] == 0 or x.shape[2] % mask.shape[2] == 0
@@ -158,7 +158,7 @@ class Compiled:
         self, found: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
     ) -> tuple[Array, Array]:
         """γs and β − residual·γs; see `formulas.coefficients`."""
-        if not dtype == _FLOAT32 or any(v is not None and v.dtype != _FLOAT32 for v in (gamma, beta)):
+        if dtype != _FLOAT32 or any(v is not None and v.dtype != _FLOAT32 for v in (gamma, beta)):
             return formulas.coefficients(found, gamma, beta, dtype)
         made = np.empty((2, found.nonfinite.size), np.float32)
         native.coefficients(self._variant, found.rows, gamma, beta, made)

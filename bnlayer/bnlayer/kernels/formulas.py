@@ -1,7 +1,7 @@
 """What follows from the sums, in NumPy: the statistics of a batch, the moving update, the coefficients of the passes.
 
-The oracle of the compiled functions of the same names (`native/kernels/channels.cpp`), and what computes float64 layers.
-Part of the reference kernel set.
+Part of the reference kernel set: the oracle of the compiled functions of the same names
+(`native/kernels/channels.cpp`), and what computes float64 layers.
 
 Shape suffixes: C channels, W limbs (`bnlayer.limbs`).
 """
@@ -185,7 +185,7 @@ def gradients(
 
 
 def refused_gradients(limbs: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """The channels that need a new backward grid, (C,) bool; None if none does. A nonfinite one stays so on any grid."""
+    """The channels that need a new backward grid, (C,) bool; None if none does. A nonfinite one stays so."""
     out_of_range, not_finite = counted(limbs[-2])
     large, some = counted(limbs[-1])
     refused = (out_of_range | (some & ~large)) & ~not_finite
