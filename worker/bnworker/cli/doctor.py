@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-_PACKAGES = ("bnlayer", "numpy", "ml_dtypes", "grpcio", "protobuf", "safetensors", "numba", "mpi4py", "scikit-learn")
+_PACKAGES = ("bnlayer", "numpy", "ml_dtypes", "grpcio", "protobuf", "safetensors", "mpi4py", "scikit-learn")
 _REACH_S = 5.0  # a service on the other side of the world answers within a second
 
 
