@@ -29,6 +29,9 @@ struct Found {
   const char* names[kVariants + 1] = {};
 
   Found() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();  // may be called before the compiler's own initialization
+#endif
     int compiled = 0, runs = 0;
     const auto add = [&](const Table& table, bool supported) {
       names[compiled++] = table.name;
@@ -37,10 +40,11 @@ struct Found {
 #if BNLAYER_HAS_AVX512
     add(avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("fma"));
+                           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 #endif
 #if BNLAYER_HAS_AVX2
-    add(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+    add(avx2::table,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 #endif
 #if BNLAYER_HAS_NEON
     add(neon::table, true);
@@ -51,14 +55,13 @@ struct Found {
   }
 };
 
-const Found& found() {
-  static const Found once;
-  return once;
-}
+// When the module is loaded. A static variable of a function would need the C++ library for its guard, which the module
+// does without: that way it is linked on any system.
+const Found found;
 
 }  // namespace
 
-const Table* const* variants() { return found().runnable; }
-const char* const* compiled() { return found().names; }
+const Table* const* variants() { return found.runnable; }
+const char* const* compiled() { return found.names; }
 
 }  // namespace bnlayer

@@ -110,40 +110,31 @@ class Pool {
 };
 
 Pool* pool = nullptr;
+pthread_once_t made_once = PTHREAD_ONCE_INIT, keyed_once = PTHREAD_ONCE_INIT;
 
+void make_pool() {
+  pool = static_cast<Pool*>(std::malloc(sizeof(Pool)));
+  if (pool != nullptr) new (pool) Pool;
+}
+
+// Once by pthread: a static variable of a function would need the C++ library for its guard, and a thread's variable with a
+// destructor would need it too. The module does without that library.
 Pool* the_pool() {
-  static const int once = [] {
-    pool = static_cast<Pool*>(std::malloc(sizeof(Pool)));
-    if (pool != nullptr) new (pool) Pool;
+  pthread_once(&made_once, [] {
+    make_pool();
     // The parent's threads did not come along, and its locks may be held by them: the child begins anew.
-    pthread_atfork(nullptr, nullptr, [] {
-      pool = static_cast<Pool*>(std::malloc(sizeof(Pool)));
-      if (pool != nullptr) new (pool) Pool;
-    });
-    return 0;
-  }();
-  (void)once;
+    pthread_atfork(nullptr, nullptr, make_pool);
+  });
   return pool;
 }
 
-class Workspace {
- public:
-  ~Workspace() { std::free(memory_); }
-  void* of(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = 0;
-      const size_t rounded = (static_cast<size_t>(bytes) + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(64, rounded);
-      if (memory_ != nullptr) size_ = static_cast<int64_t>(rounded);
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
+// Each thread's own, until it ends.
+struct Workspace {
+  void* memory;
+  int64_t size;
 };
+thread_local Workspace mine = {nullptr, 0};
+pthread_key_t at_its_end;
 
 }  // namespace
 
@@ -172,8 +163,15 @@ void over(int count, void (*call)(void*, int), void* context) {
 }
 
 void* workspace(int64_t bytes) {
-  thread_local Workspace mine;
-  return mine.of(bytes < 64 ? 64 : bytes);
+  if (bytes > mine.size || mine.memory == nullptr) {
+    pthread_once(&keyed_once, [] { pthread_key_create(&at_its_end, std::free); });
+    std::free(mine.memory);
+    const size_t rounded = (static_cast<size_t>(bytes < 64 ? 64 : bytes) + 4095) / 4096 * 4096;
+    mine.memory = std::aligned_alloc(64, rounded);
+    mine.size = mine.memory != nullptr ? static_cast<int64_t>(rounded) : 0;
+    pthread_setspecific(at_its_end, mine.memory);
+  }
+  return mine.memory;
 }
 
 }  // namespace bnlayer
