@@ -29,6 +29,9 @@ from typing import Any
 from bnproto.channel import SERVICE_NAME
 from bnproto.credentials import CredentialsError, valid_token
 
+MOST = 1000  # all are compared with each that is shown, and the file is read while ranks are served
+_LONGEST = 1000  # characters of what may be a token
+
 
 class Role(IntEnum):
     """What a token allows in its jobs; each role may do all that the ones before may."""
@@ -161,7 +164,7 @@ def authenticate(grants: Grants, method: str, authorization: str | None) -> Gran
             "This service asks for a token, and received none. Ask whoever runs it for one, and give it by "
             "BNLAYER_TOKEN_FILE, BNLAYER_TOKEN or join(token=).",
         )
-    grant = grants.find(token)
+    grant = grants.find(token) if len(token) <= _LONGEST else None
     if grant is None:
         return Refusal(
             Blame.UNAUTHENTICATED,
@@ -203,14 +206,20 @@ def parse(text: str) -> Grants:
     entries = table.pop("token", [])
     if table or not isinstance(entries, list):
         raise TokensError(f"expected [[token]] tables alone, received {', '.join(map(repr, table)) or 'one [token]'}")
+    if len(entries) > MOST:
+        raise TokensError(f"expected at most {MOST} tokens, received {len(entries)}")
     grants = [_grant(entry, f"token {number}") for number, entry in enumerate(entries, 1)]
+    names: set[str] = set()
+    owners: dict[bytes, str] = {}
     for number, grant in enumerate(grants, 1):
-        for other in grants[: number - 1]:
-            if grant.name == other.name or grant.digest == other.digest:
-                what = "names" if grant.name == other.name else "tokens"
-                raise TokensError(
-                    f"token {number} ({grant.name!r}): expected different {what}, {other.name!r} has the same"
-                )
+        if grant.name in names:
+            raise TokensError(f"token {number} ({grant.name!r}): expected another name, a token before it has this one")
+        if grant.digest in owners:
+            raise TokensError(
+                f"token {number} ({grant.name!r}): expected another token, {owners[grant.digest]!r} has it"
+            )
+        names.add(grant.name)
+        owners[grant.digest] = grant.name
     return Grants(grants)
 
 

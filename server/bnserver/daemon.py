@@ -84,7 +84,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         (files, certificates) if files is not None and certificates is not None else None,
         (configuration.tokens, admission) if configuration.tokens is not None and admission is not None else None,
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.request)
     _say_who_may(configuration, certificates)
     store = Store(configuration.state_dir, failpoints) if configuration.state_dir is not None else None
     try:
@@ -110,7 +110,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             _reflect(server)
         port = _bind(server, configuration.listen, certificates)
         await server.start()
-        watching = asyncio.create_task(reloading.watch())
+        watching = asyncio.create_task(reloading.run())
         try:
             await exchanges.open(port)
             await _set_health(health_service, HealthCheckResponse.SERVING)

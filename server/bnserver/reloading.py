@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from bnproto.private_files import PrivateFileError, read_private
 from bnserver.admission import Admission
 from bnserver.authorization import Grants, TokensError, parse
-from bnserver.tls import CertificateError, Certificates, Files, load
+from bnserver.tls import CertificateError, Certificates, Files, Loaded, load
 
 _LOOK_EVERY_S = 5.0  # at the files; Kubernetes needs a minute to bring a changed secret to them
+
+_KEPT = "What was read before stays in use."
 
 _log = logging.getLogger("bnserver")
 
@@ -49,27 +50,26 @@ class Reloading:
         self._tls = tls
         self._tokens = tokens
         self._seen = self._stamps()
+        self._requested = asyncio.Event()
 
-    def reload(self) -> None:
-        """Read everything anew; says what has changed. Called for SIGHUP."""
-        self._seen = self._stamps()
-        if self._tls is None and self._tokens is None:
-            _log.info("SIGHUP: there are neither certificates nor tokens to read anew")
-        if self._tls is not None:
-            self._attempt(self._reload_certificates, *self._tls)
-        if self._tokens is not None:
-            self._attempt(self._reload_tokens, *self._tokens)
+    def request(self) -> None:
+        """Ask for everything to be read anew. Called for SIGHUP."""
+        self._requested.set()
 
-    async def watch(self) -> None:
-        """Read everything anew whenever a file has changed; until it is cancelled."""
-        if self._tls is None and self._tokens is None:
-            return
+    async def run(self) -> None:
+        """Read anew what is asked for, and what has changed, one after the other; until it is cancelled."""
         changing = False
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            changing = self.look(changing=changing)
+            try:
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self._requested.wait()
+            except TimeoutError:
+                changing = await self.look(changing=changing)
+            else:
+                self._requested.clear()
+                await self.reload()
 
-    def look(self, *, changing: bool) -> bool:
+    async def look(self, *, changing: bool) -> bool:
         """Look at the files once; read them when they have changed, and then stayed the same until the next look.
 
         Args:
@@ -83,25 +83,35 @@ class Reloading:
             self._seen = stamps
             return True
         if changing:
-            self.reload()
+            await self.reload()
         return False
 
-    def _attempt(self, reload: Callable[..., None], *arguments: object) -> None:
+    async def reload(self) -> None:
+        """Read everything anew; says what has changed. Files are read by another thread: ranks do not wait for them."""
+        self._seen = self._stamps()
+        if self._tls is None and self._tokens is None:
+            _log.info("SIGHUP: there are neither certificates nor tokens to read anew")
         try:
-            reload(*arguments)
-        except (CertificateError, TokensError) as error:
-            _log.error("%s What was read before stays in use.", error)
+            if self._tls is not None:
+                files, certificates = self._tls
+                self._use_certificates(await asyncio.to_thread(load, files), certificates)
+        except CertificateError as error:
+            _log.error("%s %s", error, _KEPT)
+        try:
+            if self._tokens is not None:
+                path, admission = self._tokens
+                self._use_tokens(await asyncio.to_thread(read_tokens, path), admission)
+        except TokensError as error:
+            _log.error("%s %s", error, _KEPT)
 
-    def _reload_certificates(self, files: Files, certificates: Certificates) -> None:
-        loaded = load(files)
+    def _use_certificates(self, loaded: Loaded, certificates: Certificates) -> None:
         if loaded.contents == certificates.loaded.contents:
             _log.info("certificates: unchanged, %s", loaded)
             return
         _log.info("certificates: now %s; before %s", loaded, certificates.loaded)
         certificates.replace(loaded)
 
-    def _reload_tokens(self, path: Path, admission: Admission) -> None:
-        grants = read_tokens(path)
+    def _use_tokens(self, grants: Grants, admission: Admission) -> None:
         before, after = set(admission.grants.grants), set(grants.grants)
         ended = admission.replace(grants)
         if before == after:

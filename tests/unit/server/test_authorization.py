@@ -71,6 +71,7 @@ def test_every_method_of_the_service_is_in_the_table() -> None:
         ("Bearer WORKER ", Blame.UNAUTHENTICATED),
         ("Bearer worker", Blame.UNAUTHENTICATED),
         ("Bearer \udcff", Blame.UNAUTHENTICATED),
+        ("Bearer " + "x" * 10**6, Blame.UNAUTHENTICATED),
         ("Bearer READER", Blame.PERMISSION),
         ("bearer WORKER", None),
     ],
@@ -132,6 +133,7 @@ _GOOD = 'name = "a"\ntoken = "t"\njobs = ["*"]\nrole = "worker"\n'
     ("text", "error"),
     [
         ("[[token]", "expected TOML: "),
+        ("[[token]]\n" * 1001, "expected at most 1000 tokens, received 1001"),
         ("x = 1", "expected [[token]] tables alone, received 'x'"),
         ("token = 1", "expected [[token]] tables alone, received one [token]"),
         ("token = [1]", "token 1: expected a table"),
@@ -158,11 +160,11 @@ _GOOD = 'name = "a"\ntoken = "t"\njobs = ["*"]\nrole = "worker"\n'
         ),
         (
             f"[[token]]\n{_GOOD}[[token]]\n{_GOOD}",
-            "token 2 ('a'): expected different names, 'a' has the same",
+            "token 2 ('a'): expected another name, a token before it has this one",
         ),
         (
             f"[[token]]\n{_GOOD}[[token]]\n" + _GOOD.replace('"a"', '"b"'),
-            "token 2 ('b'): expected different tokens, 'a' has the same",
+            "token 2 ('b'): expected another token, 'a' has it",
         ),
     ],
 )  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import ssl
 from pathlib import Path
 
 import pytest
@@ -100,13 +100,13 @@ def test_files_are_read_anew_once_they_stay_as_they_are(
     reloading = Reloading((files, certificates), (tokens, admission))
     before = certificates.loaded, admission.grants
 
-    assert not reloading.look(changing=False)
+    assert not asyncio.run(reloading.look(changing=False))
     assert caplog.messages == []
     authority.issue("server")
     tokens.write_text(entry("a", "t", ["*"], Role.READER) + entry("b", "u", ["*"], Role.ADMIN))
-    assert reloading.look(changing=False)
+    assert asyncio.run(reloading.look(changing=False))
     assert (certificates.loaded, admission.grants) == before
-    assert not reloading.look(changing=True)
+    assert not asyncio.run(reloading.look(changing=True))
     assert certificates.loaded.contents != before[0].contents
     assert [grant.name for grant in admission.grants.grants] == ["a", "b"]
     assert caplog.messages == [
@@ -117,8 +117,8 @@ def test_files_are_read_anew_once_they_stay_as_they_are(
     caplog.clear()
     tokens.unlink()
     certificate.write_text("none")
-    assert reloading.look(changing=False)
-    assert not reloading.look(changing=True)
+    assert asyncio.run(reloading.look(changing=False))
+    assert not asyncio.run(reloading.look(changing=True))
     assert [grant.name for grant in admission.grants.grants] == ["a", "b"]
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
     assert all(message.endswith("What was read before stays in use.") for message in caplog.messages)
@@ -144,4 +144,3 @@ def test_a_handshake_asks_for_certificates_once(authority: Authority) -> None:
     certificates.replace(load(files))
     assert certificates._fetch() is certificates.loaded.configuration
     assert certificates._fetch() is None
-    assert ssl.HAS_TLSv1_3

@@ -142,7 +142,7 @@ def test_tokens_are_drawn_and_listed(bnlayer: Command, tmp_path: Path) -> None:
         assert token.strip() not in content
     code, out, err = bnlayer("tokens", "add", path, "--name", "a", "--job", "c")
     assert (code, out) == (2, "")
-    assert err == f"bnlayer: tokens add: {path}: token 3 ('a'): expected different names, 'a' has the same\n"
+    assert err == f"bnlayer: tokens add: {path}: token 3 ('a'): expected another name, a token before it has this one\n"
     assert path.read_text() == content
     path.chmod(0o644)
     assert (
