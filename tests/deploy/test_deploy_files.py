@@ -17,7 +17,12 @@ _MPIJOB_DOCKERFILE = _ROOT / "deploy/docker/Dockerfile.mpijob"
 _UNIT = _ROOT / "deploy/systemd/bnlayer.service"
 _SBATCH = _ROOT / "deploy/slurm/mpiexec.sbatch"
 _BATCH_SCRIPTS = sorted((_ROOT / "deploy/slurm").glob("*.sbatch"))
-_SHELL_SCRIPTS = (*_BATCH_SCRIPTS, _ROOT / ".ci/run", _ROOT / ".ci/system-tools")
+_SHELL_SCRIPTS = (
+    *_BATCH_SCRIPTS,
+    _ROOT / ".ci/run",
+    _ROOT / ".ci/system-tools",
+    _ROOT / "tests/deploy/image.sh",
+)
 
 # systemd-analyze rates from 0 (sealed) to 10 (open), here in tenths. Sockets alone make up most of our 1.3.
 _EXPOSURE_TENTHS = 15
