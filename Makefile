@@ -41,7 +41,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 .DELETE_ON_ERROR:
 .PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-adapters test-long \
 	test-pythons test-sanitized test-arm soak bench bench-full bench-docs coverage format lint lint-native types contracts stubs \
-	stubs-check docs package-test deploy-test wheels lock clean ci
+	stubs-check docs package-test deploy-test image-test wheels lock clean ci
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -242,6 +242,9 @@ package-test: setup  ## build the wheel and install it in a fresh environment
 
 deploy-test: setup  ## check the files in deploy/ with the validators of their fields
 	$(BIN)/pytest tests/deploy
+
+image-test: setup  ## build the images and train inside them: as root, with buildah and mmdebstrap; some minutes
+	bash tests/deploy/image.sh
 
 # ---- the other gates ----
 

@@ -21,7 +21,10 @@ _SBATCH = _ROOT / "deploy/slurm/mpiexec.sbatch"
 _BATCH_SCRIPTS = sorted((_ROOT / "deploy/slurm").glob("*.sbatch"))
 _SHELL_SCRIPTS = (
     *_BATCH_SCRIPTS,
-    *(_ROOT / name for name in (".ci/run", ".ci/system-tools", "wheels/build", "wheels/arm-python")),
+    *(
+        _ROOT / name
+        for name in (".ci/run", ".ci/system-tools", "wheels/build", "wheels/arm-python", "tests/deploy/image.sh")
+    ),
 )
 
 # systemd-analyze rates from 0 (sealed) to 10 (open), here in tenths. Sockets alone make up most of our 1.3.

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from bnworker.cli import app
 from bnworker.cli.interruption import Interruption
+from bnworker.cli.rank import Files, _end_stopped
 from bnworker.launcher import Job
 from bnworker.train.data import load
 from bnworker.train.forecast import forecast
@@ -337,6 +338,29 @@ def test_the_first_signal_is_noted_and_a_second_ctrl_c_is_not(first: signal.Sign
         for number in numbers:
             signal.raise_signal(number)
         assert received == [signal.SIGINT, *numbers]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("by", "saved", "code"),
+    [
+        (signal.SIGTERM, Path("run.safetensors"), 75),
+        (signal.SIGUSR1, Path("run.safetensors"), 75),
+        (signal.SIGINT, Path("run.safetensors"), 130),
+        (signal.SIGTERM, None, 143),
+        (signal.SIGUSR1, None, 138),
+    ],
+)
+def test_the_exit_code_of_a_run_that_was_stopped(by: signal.Signals, saved: Path | None, code: int) -> None:
+    """One that can be resumed is not replaced by the signal with which `srun --kill-on-bad-exit` ends the others."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        world = World(AloneTransport(), install=False)
+        assert _end_stopped(by, 3, "digits", Settings(), world, Files(saved=saved), None).code == code
+        for number, handler in before.items():
+            assert signal.getsignal(number) == (signal.SIG_IGN if code == 75 else handler)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
