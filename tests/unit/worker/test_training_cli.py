@@ -14,8 +14,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from bnworker.cli import app
+from bnworker.cli.files import Files
 from bnworker.cli.interruption import Interruption
-from bnworker.cli.rank import Files, _end_stopped
+from bnworker.cli.rank import _end_stopped
 from bnworker.launcher import Job
 from bnworker.train.data import load
 from bnworker.train.forecast import forecast
@@ -358,7 +359,7 @@ def test_the_exit_code_of_a_run_that_was_stopped(by: signal.Signals, saved: Path
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         world = World(AloneTransport(), install=False)
-        assert _end_stopped(by, 3, "digits", Settings(), world, Files(saved=saved), None).code == code
+        assert _end_stopped(by, 3, "digits", Settings(), world, Files(save=saved), None).code == code
         for number, handler in before.items():
             assert signal.getsignal(number) == (signal.SIG_IGN if code == 75 else handler)
     finally:
