@@ -60,7 +60,11 @@ def the_layer_alone(rows: slice) -> Any:
                     pulled = _pulled(layer, x, dy)
                     if last and x.numel():
                         assert all(t.is_contiguous(memory_format=formats[len(shape)]) for t in pulled)
-                    seen[f"{kind} {shape} {last} {step}"] = [*pulled, layer.running_mean.clone(), layer.running_var.clone()]
+                    seen[f"{kind} {shape} {last} {step}"] = [
+                        *pulled,
+                        layer.running_mean.clone(),
+                        layer.running_var.clone(),
+                    ]
     return seen
 
 
