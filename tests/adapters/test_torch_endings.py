@@ -6,11 +6,12 @@ The error comes out of the forward pass, or through the autograd engine out of `
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from support.adapters import torchrun
+from support.adapters import run
 
 _WITHIN_S = 1.0
 _FIRST, _SECOND = (r"layer '" + name + r"' \({}, step 1\)" for name in ("first", "second"))
@@ -35,14 +36,21 @@ _ENDINGS = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of all jobs."""
+    folder = tmp_path_factory.mktemp("endings-")
+    ended = run([sys.executable, Path(__file__).with_name("torch_ending_rank.py"), folder, *_ENDINGS])
+    assert ended.code == 0, ended.out + ended.err
+    return folder
+
+
 @pytest.mark.parametrize("ending", _ENDINGS)
-def test_the_others_are_told(tmp_path: Path, ending: str) -> None:
+def test_the_others_are_told(folder: Path, ending: str) -> None:
     """By the same text on each of them."""
-    ended = torchrun(3, Path(__file__).with_name("torch_ending_rank.py"), tmp_path, ending)
-    records = [(tmp_path / str(rank)).read_text(encoding="utf-8").split(" ", 1) for rank in range(3)]
+    records = [(folder / ending / str(rank)).read_text(encoding="utf-8").split(" ", 1) for rank in range(3)]
     told = [(float(at), text) for at, text in records if text != "odd"]
-    assert len(told) == (3 if ending.startswith("skips") else 2), ended.out + ended.err
+    assert len(told) == (3 if ending.startswith("skips") else 2), records
     texts = {text for _, text in told}
     assert len(texts) == 1, texts
     assert re.match(_ENDINGS[ending], texts.pop()), told
