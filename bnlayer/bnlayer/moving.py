@@ -77,9 +77,10 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
 
     With renorm, the standard deviation moves, and variance = max(stddev² − ε, 0).
 
-    A channel without a value is left alone, and so is one with a single value where the variance is to be unbiased; but
-    a local, masked layer follows Keras, whose statistics of nothing are 0. Where a value was not finite, or a result would not be, a synchronized layer leaves the channel alone
-    too (one rank's NaN would destroy the statistics of all); a local one follows Keras and takes it.
+    A channel without a value is left alone, and so is one of a single value where the variance is to be unbiased; but
+    a local, masked layer follows Keras, whose statistics of nothing are 0. Where a value was not finite, or a result
+    would not be, a synchronized layer leaves the channel alone too (one rank's NaN would destroy the statistics of
+    all); a local one follows Keras and takes it.
 
     Args:
         moving: the old values.

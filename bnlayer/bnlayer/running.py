@@ -1,4 +1,4 @@
-"""Exact mean and variance of any data over all ranks: of one array (`moments`), or of all that ever came (`RunningMoments`).
+"""Exact mean and variance of any data over all ranks: of one array, or of all that ever came.
 
 Sums are kept as integers, Σx in units of 2^-1074 and Σx² in units of 2^-2148, in which every float64 is a whole number.
 Nothing is rounded before the result is, once. So neither the order of the rows, nor how they were split over batches,
@@ -9,11 +9,12 @@ Shape suffixes: R rows, C channels (whatever remains of a shape, flattened).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from math import prod
-from typing import Any, Literal, NamedTuple, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,8 +33,11 @@ _ROWS = 2**14  # at a time: their temporaries fit a cache
 Array = NDArray[Any]
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Statistics:
     """Count, mean and biased variance, of the shape that remains when the reduced axes are taken out.
+
+        count, mean, variance = bnlayer.moments(x, axis=0)
 
     Attributes:
         count: int64.
@@ -43,6 +47,10 @@ class Statistics(NamedTuple):
     count: NDArray[np.int64]
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        """The three, in this order."""
+        return iter((self.count, self.mean, self.variance))
 
 
 class _Reducing(Protocol):
@@ -159,7 +167,8 @@ class RunningMoments:
         totals = _Totals.from_arrays(state)
         if len(totals.count) != prod(self.shape):
             raise ValueError(
-                f"load_state_dict: expected the history of rows of {prod(self.shape)} values, received {len(totals.count)}."
+                f"load_state_dict: expected the history of rows of {prod(self.shape)} values, received "
+                f"{len(totals.count)}."
             )
         self._totals = totals
 
@@ -185,7 +194,8 @@ class RunningMoments:
         return f"RunningMoments(shape={self.shape}, rows={max(self._totals.count, default=0)})"
 
 
-class _Totals(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Totals:
     """Exact totals, one entry a channel.
 
     Attributes:
@@ -213,19 +223,18 @@ class _Totals(NamedTuple):
             total = total + _block(x_RC[at], None if live_RC is None else live_RC[at])
         return total
 
-    def __add__(self, other: _Totals) -> _Totals:  # type: ignore[override]  # not of tuples
+    def __add__(self, other: _Totals) -> _Totals:
         return _Totals(
-            *(
-                [a + b for a, b in zip(mine, theirs, strict=True)]
-                for mine, theirs in zip(self[:3], other[:3], strict=True)
-            ),
+            _added(self.count, other.count),
+            _added(self.sums, other.sums),
+            _added(self.squares, other.squares),
             [a or b for a, b in zip(self.nonfinite, other.nonfinite, strict=True)],
         )
 
     def statistics(self, shape: tuple[int, ...]) -> Statistics:
         """mean = S/N, variance = (N·Q − S²)/N², each rounded once: Python's quotient of integers is."""
         mean, variance = np.full((2, len(self.count)), np.nan)
-        for c, (n, s, q, bad) in enumerate(zip(*self, strict=True)):
+        for c, (n, s, q, bad) in enumerate(zip(self.count, self.sums, self.squares, self.nonfinite, strict=True)):
             if n and not bad:
                 mean[c] = s / (n << _UNIT)
                 variance[c] = _quotient(n * q - s * s, n * n << 2 * _UNIT)
@@ -234,7 +243,12 @@ class _Totals(NamedTuple):
     @property
     def fingerprint(self) -> int:
         """A name of the totals, of 62 bits."""
-        return int.from_bytes(blake2b(repr(self[:3]).encode(), digest_size=8).digest(), "little") >> 2
+        return (
+            int.from_bytes(
+                blake2b(repr((self.count, self.sums, self.squares)).encode(), digest_size=8).digest(), "little"
+            )
+            >> 2
+        )
 
     def arrays(self) -> dict[str, Array]:
         """Integers as digits: int64, the lowest first, of 32 bits each, the last with a sign; and where they begin."""
@@ -261,8 +275,12 @@ class _Totals(NamedTuple):
                     f"load_state_dict: expected {name!r} of int64 and shape (digits, {count.size}), received "
                     f"{read[name].dtype} of shape {read[name].shape}."
                 )
-        values = (_integers(read[name], int(read[f"{name}_begins"])) for name in ("sum", "squares"))
-        return cls(count.tolist(), *values, [False] * count.size)
+        sums, squares = (_integers(read[name], int(read[f"{name}_begins"])) for name in ("sum", "squares"))
+        return cls(count.tolist(), sums, squares, [False] * count.size)
+
+
+def _added(mine: list[int], theirs: list[int]) -> list[int]:
+    return [a + b for a, b in zip(mine, theirs, strict=True)]
 
 
 # ---- over the ranks ----
@@ -384,11 +402,9 @@ def _block(x_RC: Array, live_RC: NDArray[np.bool_] | None) -> _Totals:
         nonfinite.tolist(),
     )
     for c in np.flatnonzero(too_far).tolist():
-        column = x_RC[live[:, c] & finite[:, c], c]
-        numbers = [
-            Fraction(v)
-            for v in (column.tolist() if column.dtype.kind in "iu" else wide[live[:, c] & finite[:, c], c].tolist())
-        ]
+        counted = live[:, c] & finite[:, c]
+        column = x_RC[counted, c] if x_RC.dtype.kind in "iu" else wide[counted, c]
+        numbers = [Fraction(value) for value in column.tolist()]
         totals.sums[c] = int(sum(numbers) * 2**_UNIT)
         totals.squares[c] = int(sum(v * v for v in numbers) * 4**_UNIT)
     return totals

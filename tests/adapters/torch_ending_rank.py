@@ -50,7 +50,7 @@ def _as_a_process(folder: Path, ending: str, rank: int, port: int) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
         _train(folder, ending)
     except BaseException:  # noqa: BLE001 - as the interpreter does
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     atexit._run_exitfuncs()
     os._exit(code)

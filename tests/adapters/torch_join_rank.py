@@ -22,6 +22,7 @@ def main(folder: Path) -> None:
     except ValueError as error:
         seen["too early"] = str(error)
     dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for transport in ("torch", None, "service"):
         with bnworker.join(transport=transport) as world:
             layer = SyncBatchNorm(2, name=f"over {transport}")
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
             (total,) = world.allreduce([world.rank + 1.0])
             seen[str(transport)] = [world.transport, repr(world), float(total), layer.running_mean.tolist()]
     dist.destroy_process_group()
-    (folder / f"{sys.argv[2] if len(sys.argv) > 2 else world.rank}.json").write_text(json.dumps(seen), encoding="utf-8")
+    (folder / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
 
 
 if __name__ == "__main__":

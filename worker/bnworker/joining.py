@@ -36,8 +36,9 @@ def join(
     Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
     `BNLAYER_JOB`, `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
     then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; an
-    initialized torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`. A service on this machine is
-    reached over a local socket as well; `BNLAYER_LOCAL_SOCKET=0` does without.
+    initialized torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is
+    logged by the logger `bnworker`. A service on this machine is reached over a local socket as well;
+    `BNLAYER_LOCAL_SOCKET=0` does without.
 
     Under torchrun `transport="service"` needs no address: rank 0 starts a service, and torchrun tells the others.
 

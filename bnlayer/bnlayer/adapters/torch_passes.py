@@ -34,9 +34,11 @@ class DeviceView(View):
     __slots__ = ()
 
     passes = sys.modules[__name__]
+    x: Any
+    mask: Any
 
 
-def probe(view: View, grid: Grid) -> NDArray[np.int64]:
+def probe(view: DeviceView, grid: Grid) -> NDArray[np.int64]:
     """As `bnlayer.tiling.probe`."""
     precision = grid.precision
     best = np.full((2, view.x.shape[1]), precision.no_key, np.int64)
@@ -49,7 +51,7 @@ def probe(view: View, grid: Grid) -> NDArray[np.int64]:
     return best
 
 
-def moments(view: View, grid: Grid) -> Moments:
+def moments(view: DeviceView, grid: Grid) -> Moments:
     """As `bnlayer.tiling.moments`."""
     precision, device = grid.precision, view.x.device
     deviations = _Sum(_signed(grid.exponent_C + precision.slack, precision.folds), device)
@@ -73,7 +75,7 @@ def moments(view: View, grid: Grid) -> Moments:
 
 
 def normalize(
-    view: View,
+    view: DeviceView,
     mean_C: NDArray[Any],
     scale_C: NDArray[Any],
     shift_C: NDArray[Any],
@@ -89,7 +91,7 @@ def normalize(
     return _poisoned(y, nonfinite_C)
 
 
-def gradient_probe(dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGrid) -> NDArray[np.int64]:
+def gradient_probe(dy: DeviceView, view: DeviceView, pivot_C: NDArray[Any], grid: BackwardGrid) -> NDArray[np.int64]:
     """As `bnlayer.tiling.gradient_probe`."""
     precision = grid.precision
     best = np.full((2, view.x.shape[1]), precision.lowest, np.int64)
@@ -103,7 +105,7 @@ def gradient_probe(dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGr
 
 
 def gradient_sums(
-    dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGrid, *, fits: bool = False
+    dy: DeviceView, view: DeviceView, pivot_C: NDArray[Any], grid: BackwardGrid, *, fits: bool = False
 ) -> GradientSums:
     """As `bnlayer.tiling.gradient_sums`."""
     del fits
@@ -129,8 +131,8 @@ def gradient_sums(
 
 
 def input_gradient(
-    dy: View,
-    view: View,
+    dy: DeviceView,
+    view: DeviceView,
     mean_C: NDArray[Any],
     offset_C: NDArray[Any],
     slope_C: NDArray[Any],
@@ -220,18 +222,18 @@ def _poisoned(y: Any, nonfinite_C: NDArray[np.bool_]) -> Any:
     return y
 
 
-def _pieces(view: View) -> Iterator[slice]:
+def _pieces(view: DeviceView) -> Iterator[slice]:
     """The pieces of a batch, along A; none of an empty one."""
     rows, size = view.x.shape[0], view.x.numel()
     step = max(1, _AT_ONCE * rows // max(1, size))
     return (slice(at, at + step) for at in range(0, rows if size else 0, step))
 
 
-def _values(view: View, at: slice, precision: Precision) -> Any:
+def _values(view: DeviceView, at: slice, precision: Precision) -> Any:
     return view.x[at].to(_DTYPES[precision.name])
 
 
-def _truths(view: View, at: slice) -> Any:
+def _truths(view: DeviceView, at: slice) -> Any:
     return None if view.mask is None else view.mask[at]
 
 

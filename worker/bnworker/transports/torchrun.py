@@ -69,8 +69,8 @@ def service(environ: Mapping[str, str], timeout: float) -> tuple[str, str]:
         return store.get("address").decode(), job
     except RuntimeError as error:
         raise ServiceError(
-            f"rank {environ['RANK']} found no service in torchrun's store within {timeout:g} s: rank 0 starts it when it "
-            "calls bnworker.join(). Every rank must call it.",
+            f"rank {environ['RANK']} found no service in torchrun's store within {timeout:g} s: rank 0 starts it when "
+            "it calls bnworker.join(). Every rank must call it.",
             ranks=(0,),
         ) from error
 
