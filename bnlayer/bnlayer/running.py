@@ -243,12 +243,8 @@ class _Totals:
     @property
     def fingerprint(self) -> int:
         """A name of the totals, of 62 bits."""
-        return (
-            int.from_bytes(
-                blake2b(repr((self.count, self.sums, self.squares)).encode(), digest_size=8).digest(), "little"
-            )
-            >> 2
-        )
+        text = repr((self.count, self.sums, self.squares)).encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 2
 
     def arrays(self) -> dict[str, Array]:
         """Integers as digits: int64, the lowest first, of 32 bits each, the last with a sign; and where they begin."""
@@ -399,7 +395,7 @@ def _block(x_RC: Array, live_RC: NDArray[np.bool_] | None) -> _Totals:
         live.sum(0).tolist(),
         [_shifted(s, k + _UNIT) for s, k in zip(sums, e, strict=True)],
         [_shifted(q, 2 * (k + _UNIT)) for q, k in zip(squares, e, strict=True)],
-        nonfinite.tolist(),
+        list(map(bool, nonfinite)),
     )
     for c in np.flatnonzero(too_far).tolist():
         counted = live[:, c] & finite[:, c]

@@ -247,7 +247,7 @@ class _Core(BatchNormalization):
 
 
 class _Normalize(torch.autograd.Function):
-    """A training call, and its backward pass; the input is saved as autograd saves tensors, nothing else is as large."""
+    """A training call, and its backward pass; the input is saved as autograd saves tensors, nothing else is large."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, mask: Any, module: SyncBatchNorm) -> Any:  # noqa: ARG004 - autograd gives them gradients

@@ -116,7 +116,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment is the process's own."""
     monkeypatch.setenv("BNLAYER_TRANSPORT", "nccl")
-    with pytest.raises(ValueError, match="BNLAYER_TRANSPORT: expected 'alone', 'mpi' or 'service'"):
+    with pytest.raises(ValueError, match="BNLAYER_TRANSPORT: expected 'alone', 'mpi', 'service' or 'torch'"):
         bnworker.join()
 
 

@@ -97,11 +97,11 @@ def test_ipv6_addresses_stand_in_brackets() -> None:
                 "itself."
             ),
         ),
-        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi' or 'service', received 'nccl'."),
+        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi', 'service' or 'torch', received 'nccl'."),
         (
             {"BNLAYER_TRANSPORT": "grpc"},
             {},
-            "BNLAYER_TRANSPORT: expected 'alone', 'mpi' or 'service', received 'grpc'.",
+            "BNLAYER_TRANSPORT: expected 'alone', 'mpi', 'service' or 'torch', received 'grpc'.",
         ),
         (
             OURS,
@@ -153,6 +153,16 @@ def test_what_is_refused(environ: dict[str, str], arguments: dict[str, Any], tex
     with pytest.raises(ValueError) as caught:
         plan(environ, **arguments)
     assert str(caught.value) == text
+
+
+def test_an_initialized_process_group_is_taken_where_nothing_else_says_how_ranks_meet() -> None:
+    """torch.distributed beats the variables of torchrun; an address, and MPI's variables, beat it."""
+    assert plan(TORCHRUN, process_group=True) == Plan(
+        "torch", 2, 4, "torch.distributed is initialized; RANK says the rank"
+    )
+    assert plan({}, process_group=True).transport == "torch"
+    assert plan(SERVICE | TORCHRUN, process_group=True).transport == "service"
+    assert plan(MPICH, process_group=True).transport == "mpi"
 
 
 def test_explicit_rank_settles_a_conflict() -> None:
