@@ -395,7 +395,7 @@ def _block(x_RC: Array, live_RC: NDArray[np.bool_] | None) -> _Totals:
         live.sum(0).tolist(),
         [_shifted(s, k + _UNIT) for s, k in zip(sums, e, strict=True)],
         [_shifted(q, 2 * (k + _UNIT)) for q, k in zip(squares, e, strict=True)],
-        list(map(bool, nonfinite)),
+        np.asarray(nonfinite).tolist(),
     )
     for c in np.flatnonzero(too_far).tolist():
         counted = live[:, c] & finite[:, c]
