@@ -267,11 +267,13 @@ class _Normalize(torch.autograd.Function):
         saved: SavedTraining = ctx.saved
         saved.view = _view(x, mask, ctx.layout)
         try:
-            dx, dgamma, dbeta = core.pull(saved, _flat(dy.to(x.dtype), ctx.layout))
+            dx, dgamma, dbeta = core.pull(saved, _flat(dy, ctx.layout))
         finally:
             saved.view = None  # type: ignore[assignment]
-        grads = (None if g is None else _tensor(g).to(x.device) for g in (dgamma, dbeta))
-        return _restored(dx, x, ctx.layout), *grads, None, None
+        weight, bias = (None if g is None else _tensor(g) for g in (dgamma, dbeta))
+        if weight is not None and bias is not None and weight.device != x.device:
+            weight, bias = weight.to(x.device), bias.to(x.device)
+        return _restored(dx, x, ctx.layout), weight, bias, None, None
 
 
 @torch.compiler.disable(reason="bnlayer: an exchange with other ranks is no part of a graph")
@@ -384,12 +386,17 @@ def _layout(x: Any) -> Any:
 
 def _flat(x: Any, layout: Any) -> Any:
     """A tensor as (A, C, B), without a copy where it has the memory format: an array, or on a device a tensor."""
-    x = x.detach().contiguous(memory_format=layout)
+    if not x.is_contiguous(memory_format=layout):
+        x = x.contiguous(memory_format=layout)
+    flat, channels = _array(x) if _on_host(x) else x.detach(), x.shape[1]
     if layout is torch.contiguous_format:
-        flat = x.view(x.shape[0], x.shape[1], x.shape[2:].numel())
-    else:
-        flat = x.movedim(1, -1).view(-1, x.shape[1], 1)
-    return _array(flat) if _on_host(x) else flat
+        return flat.reshape(x.shape[0], channels, x.shape[2:].numel())
+    return _last(flat).reshape(-1, channels, 1)
+
+
+def _last(x: Any) -> Any:
+    """With the channels' axis behind the others."""
+    return np.moveaxis(x, 1, -1) if isinstance(x, np.ndarray) else x.movedim(1, -1)
 
 
 def _on_host(x: Any) -> bool:
@@ -416,11 +423,12 @@ def _view(x: Any, mask: Any, layout: Any) -> View:
 
 
 def _restored(flat: Any, x: Any, layout: Any) -> Any:
-    """The way back from `_flat`, to a batch's shape and memory format."""
-    flat = _tensor(flat).to(x.device)
+    """The way back from `_flat`, to a batch's shape, memory format and device."""
     if layout is torch.contiguous_format:
-        return flat.view(x.shape)
-    return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        y = _tensor(flat.reshape(x.shape))
+    else:
+        y = _tensor(flat.reshape(x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
+    return y if y.device == x.device else y.to(x.device)
 
 
 def _array(tensor: Any) -> NDArray[Any]:
