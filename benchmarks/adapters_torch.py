@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -63,13 +64,14 @@ def layers() -> None:
         x.requires_grad_()
         dy = torch.randn_like(x)
 
-        def step(layer: Any, x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
-            x.grad = None
-            layer(x).backward(dy)
-
         repeats = 5 if len(shape) == 4 else 300
-        a, b, r = ratio(lambda step=step, m=ours: step(m), lambda step=step, m=theirs: step(m), repeats)
+        a, b, r = ratio(partial(_step, ours, x, dy), partial(_step, theirs, x, dy), repeats)
         print(f"| {name} | {a * 1e3:.3g} ms | {b * 1e3:.3g} ms | {r:.2f} | {'' if bar is None else f'≤ {bar}'} |")
+
+
+def _step(layer: Any, x: Any, dy: Any) -> None:
+    x.grad = None
+    layer(x).backward(dy)
 
 
 def exchanges() -> None:
@@ -90,7 +92,7 @@ def exchanges() -> None:
             key = ExchangeKey("a layer", Direction.FORWARD, next(steps))
             transport.exchange(Call(Operation.SUMS, key, signature), limbs)
 
-        a, b, r = ratio(exchange, lambda tensor=tensor: dist.all_reduce(tensor), 200)
+        a, b, r = ratio(exchange, partial(dist.all_reduce, tensor), 200)
         if dist.get_rank() == 0:
             print(f"| {channels} channels | {a * 1e6:.0f} µs | {b * 1e6:.0f} µs | {r:.2f} | ≤ 2.3 |", flush=True)
     transport.leave("")

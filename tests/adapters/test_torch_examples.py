@@ -41,3 +41,13 @@ def test_observations_are_normalized_as_by_one_process(ranks: int) -> None:
     ended = torchrun(ranks, _EXAMPLES / "normalize_observations.py")
     assert ended.code == 0, ended.out + ended.err
     assert ended.out.count("the same bits as in one process: True") == ranks
+
+
+def test_the_readmes_script_runs(tmp_path: Path) -> None:
+    """As it stands there."""
+    readme = (_EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"## In torch.*?```python\n(.*?)```", readme, re.DOTALL)
+    assert code is not None
+    (tmp_path / "train.py").write_text(code[1], encoding="utf-8")
+    ended = torchrun(2, tmp_path / "train.py")
+    assert ended.code == 0, ended.out + ended.err
