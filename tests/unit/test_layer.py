@@ -257,7 +257,7 @@ def test_a_nan_gradient_poisons_its_channel() -> None:
     assert np.isfinite(dx[:, 1:]).all()
 
 
-def test_float32_data_too_wide_for_any_window_is_poisoned_not_wrong() -> None:
+def test_float32_data_too_wide_for_any_window_gives_nan_not_a_wrong_result() -> None:
     """Near float32's limits a squared deviation has no room on the grid."""
     bn = BatchNormalization(synchronized=True, collective=Alone())
     y = bn(np.array([[3e38], [-3e38], [1e38]], np.float32), training=True)

@@ -44,7 +44,7 @@ def join(
 
     Args:
         transport: "alone", "mpi", "service" or "torch", whose process group must have been initialized.
-        address: of the service, "HOST:PORT".
+        address: of the service, "HOST:PORT"; with another transport, an error.
         job: the job's name at the service.
         token: is refused: authentication is not available yet. `BNLAYER_TOKEN`, `BNLAYER_TOKEN_FILE` and
             `BNLAYER_TLS_*` are, too.

@@ -9,8 +9,10 @@ the same ones. What a call saves for its gradient stays in JAX's arrays. See `do
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +81,7 @@ def sync_batch_norm(
         return _infer(x, gamma, beta, *moving, axis, epsilon), *moving
     layer = _layer_named(name, x, moving[0], axis, momentum, epsilon, gamma is not None, beta is not None)
     weights = tuple(jnp.asarray(weight) for weight in (gamma, beta) if weight is not None)
-    y, (mean, variance) = call(layer, x, weights, moving, mask)
+    y, (mean, variance) = call(ref(layer), x, weights, moving, mask)
     return y, mean, variance
 
 
@@ -103,46 +105,60 @@ def allreduce(tree: Any, op: Reduction = "mean") -> Any:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    return jax.tree.unflatten(structure, io_callback(partial(_allreduced, op), shapes, *leaves, ordered=True))
 
-    def reduce(*arrays: Any) -> list[Any]:
-        return host.allreduce([np.asarray(array) for array in arrays], op)
 
-    return jax.tree.unflatten(structure, io_callback(reduce, shapes, *leaves, ordered=True))
+def _allreduced(op: Reduction, *arrays: Any) -> list[Any]:
+    return host.allreduce([np.asarray(array) for array in arrays], op)
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A pass of a layer as JAX calls it on the host.
+
+    Equal ones share a compiled program, and JAX keeps programs for good: it must not keep the layer and its name too.
+
+    Attributes:
+        layer: whose.
+        backward: which pass.
+    """
+
+    layer: ref[HostLayer]
+    backward: bool = False
+
+    def __call__(self, *tree: Any) -> Any:
+        """JAX's arrays in and NumPy's out; `saved` as halves, since JAX has no float64 unless it was asked for it."""
+        layer, arrays = self.layer(), jax.tree.map(np.asarray, tree)
+        if layer is None:
+            raise RuntimeError("The layer of this program was deleted: hold on to the model that it belongs to.")
+        if self.backward:
+            *batch, saved = arrays
+            return layer.pull_back(*batch, saved.view(np.float64))
+        y, moved, saved = layer.forward(*arrays)
+        return y, moved, saved.view(np.uint32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def call(
-    layer: HostLayer, x: jax.Array, weights: tuple[jax.Array, ...], moving: tuple[jax.Array, ...], mask: Any
+    layer: ref[HostLayer], x: jax.Array, weights: tuple[jax.Array, ...], moving: tuple[jax.Array, ...], mask: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A training call of a layer; y, and the moving statistics after it. For the adapters of JAX's libraries."""
     (y, moved), _ = _forward(layer, x, weights, moving, mask)
     return y, moved
 
 
-def _forward(layer: HostLayer, x: Any, weights: Any, moving: Any, mask: Any) -> tuple[Any, Any]:
-    layer.expect(x.shape)
-    # JAX has no float64 unless it was asked for it: two halves hold the same bits.
+def _forward(layer: ref[HostLayer], x: Any, weights: Any, moving: Any, mask: Any) -> tuple[Any, Any]:
     saved_shape = jax.ShapeDtypeStruct((host.SAVED_ROWS, 2 * moving[0].shape[0]), jnp.uint32)
     shapes = (_like(x), tuple(_like(vector) for vector in moving), saved_shape)
-
-    def exchange(x: Any, weights: Any, moving: Any, mask: Any) -> Any:
-        y, moved, saved = layer.forward(*jax.tree.map(np.asarray, (x, weights, moving, mask)))
-        return y, moved, saved.view(np.uint32)
-
-    y, moved, saved = io_callback(exchange, shapes, x, weights, moving, mask, ordered=True)
+    y, moved, saved = io_callback(Callback(layer), shapes, x, weights, moving, mask, ordered=True)
     return (y, moved), (x, weights, mask, saved)
 
 
-def _backward(layer: HostLayer, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _backward(layer: ref[HostLayer], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     x, weights, mask, saved = residuals
     dy, _ = cotangents  # the moving statistics are not differentiated
-
-    def exchange(x: Any, mask: Any, dy: Any, saved: Any) -> Any:
-        x, mask, dy, saved = jax.tree.map(np.asarray, (x, mask, dy, saved))
-        return layer.pull_back(x, mask, dy, saved.view(np.float64))
-
     shapes = (_like(x), tuple(_like(weight) for weight in weights))
-    dx, gradients = io_callback(exchange, shapes, x, mask, dy, saved, ordered=True)
+    dx, gradients = io_callback(Callback(layer, backward=True), shapes, x, mask, dy, saved, ordered=True)
     return dx, gradients, None, None
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any, TypeVar
-from weakref import proxy
+from weakref import proxy, ref
 
 import keras
 import ml_dtypes
@@ -222,7 +222,7 @@ def _jax(
 ) -> tuple[Any, Sequence[Any]]:
     from bnlayer.adapters.jax import call
 
-    y, moved = call(layer, x, tuple(weights), tuple(moving), mask)
+    y, moved = call(ref(layer), x, tuple(weights), tuple(moving), mask)
     return y, moved
 
 
@@ -237,6 +237,8 @@ def _tensorflow(
 ) -> tuple[Any, Sequence[Any]]:
     import tensorflow as tf
 
+    x, *tensors = map(tf.convert_to_tensor, [x, *weights, *moving])  # a variable's value is a variable
+    weights, moving = tensors[: len(weights)], tensors[len(weights) :]
     masks = [] if mask is None else [mask]
     channels = len(weights)
     host_layer = proxy(layer)  # TensorFlow keeps functions of graphs that nobody holds any more, and their layer's name

@@ -165,6 +165,20 @@ def test_an_initialized_process_group_is_taken_where_nothing_else_says_how_ranks
     assert plan(MPICH, process_group=True).transport == "mpi"
 
 
+@pytest.mark.parametrize("transport", ["alone", "mpi"])
+def test_an_address_needs_the_service(transport: str) -> None:
+    """As an argument it was silently ignored; that of the environment may be there for other jobs, and is a note."""
+    with pytest.raises(ValueError) as caught:
+        plan(MPICH, transport=transport, address="h:1")
+    assert str(caught.value) == (
+        f"address= is of a statistics service, and transport={transport!r} uses none: give transport='service' to use "
+        "the one at h:1, or leave out address=."
+    )
+    for chosen in (plan(SERVICE, transport=transport), plan(SERVICE | {"BNLAYER_TRANSPORT": transport})):
+        assert (chosen.transport, chosen.address) == (transport, None)
+        assert " says so, so BNLAYER_ADDRESS=127.0.0.1:7000 is not used" in chosen.reason
+
+
 def test_explicit_rank_settles_a_conflict() -> None:
     """rank= and world_size= beat launchers that disagree."""
     chosen = plan(SERVICE | OURS | TORCHRUN, rank=3, world_size=4)
