@@ -2,7 +2,7 @@
 
     .venv-adapters/bin/python -m benchmarks.adapters_torch
 
-Each ratio is the median of rounds that measure both sides in turn, so that a busy machine is busy for both.
+Both sides are called in turn, so that a busy machine is busy for both.
 """
 
 from __future__ import annotations
@@ -33,22 +33,19 @@ LAYERS = (
 CHANNELS = (16, 64, 256, 512)
 
 
-def timed(step: Callable[[], object], repeats: int) -> float:
-    """The median of some calls, in seconds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return median(times)
-
-
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """Both times, and the ratio: medians over rounds."""
-    for step in (ours, theirs, ours, theirs):
-        step()
-    rounds = [(timed(ours, repeats), timed(theirs, repeats)) for _ in range(7)]
-    return median(a for a, _ in rounds), median(b for _, b in rounds), median(a / b for a, b in rounds)
+    """Both times in seconds, and their ratio: medians of calls that alternate."""
+    times = []
+    for repeat in range(repeats + 5):
+        pair = []
+        for step in (ours, theirs):
+            start = time.perf_counter()
+            step()
+            pair.append(time.perf_counter() - start)
+        if repeat >= 5:  # the first ones find the grid, and what the machine does first
+            times.append(pair)
+    a, b = (median(side) for side in zip(*times, strict=True))
+    return a, b, a / b
 
 
 def layers() -> None:
@@ -64,7 +61,7 @@ def layers() -> None:
         x.requires_grad_()
         dy = torch.randn_like(x)
 
-        repeats = 5 if len(shape) == 4 else 300
+        repeats = 25 if len(shape) == 4 else 2000
         a, b, r = ratio(partial(_step, ours, x, dy), partial(_step, theirs, x, dy), repeats)
         print(f"| {name} | {a * 1e3:.3g} ms | {b * 1e3:.3g} ms | {r:.2f} | {'' if bar is None else f'≤ {bar}'} |")
 
@@ -92,7 +89,7 @@ def exchanges() -> None:
             key = ExchangeKey("a layer", Direction.FORWARD, next(steps))
             transport.exchange(Call(Operation.SUMS, key, signature), limbs)
 
-        a, b, r = ratio(exchange, partial(dist.all_reduce, tensor), 200)
+        a, b, r = ratio(exchange, partial(dist.all_reduce, tensor), 1500)
         if dist.get_rank() == 0:
             print(f"| {channels} channels | {a * 1e6:.0f} µs | {b * 1e6:.0f} µs | {r:.2f} | ≤ 2.3 |", flush=True)
     transport.leave("")
