@@ -117,6 +117,9 @@ def _unbiased(statistics: BatchStatistics) -> BatchStatistics:
     count, variance = statistics.count, statistics.variance
     several = count > 1
     rows = statistics.rows.copy()
+    if several.all():  # nearly always; with the same roundings as below
+        rows[3] = variance * (count / (count - 1.0))
+        return statistics._replace(rows=rows)
     rows[0] = np.where(several, count, 0.0)
     rows[3] = variance * (rows[0] / np.where(several, count - 1.0, 1.0))
     return statistics._replace(rows=rows)

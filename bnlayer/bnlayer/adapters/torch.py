@@ -200,9 +200,7 @@ class _Core(BatchNormalization):
         self.dtype_policy, self.epsilon = policy, module.eps
         if module.process_group is not None:
             self.collective = _collective_of(module.process_group)
-        if module.affine:
-            assert self.gamma is not None
-            assert self.beta is not None
+        if self.gamma is not None and self.beta is not None:
             self.gamma.take(_array(module.weight))
             self.beta.take(_array(module.bias))
         if updates:
@@ -224,9 +222,8 @@ class _Core(BatchNormalization):
     def write_back(self, module: SyncBatchNorm) -> None:
         """The updated statistics, written into the module's buffers."""
         arrays = [variable.value for variable in self._moving]
-        with torch.no_grad():
-            for buffer, array in zip((module.running_mean, module.running_var), arrays, strict=True):
-                buffer.copy_(_tensor(array))
+        for buffer, array in zip((module.running_mean, module.running_var), arrays, strict=True):
+            buffer.copy_(_tensor(array))
         self._known = [array.tobytes() for array in arrays]
 
     @np.errstate(all="ignore")
@@ -367,6 +364,7 @@ def _with_contents(new: Any, old: Any) -> Any:
 # ---- tensors as the layer sees them ----
 
 _HALF = (torch.float16, torch.bfloat16)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def _collective_of(group: Any) -> Collective:
@@ -401,7 +399,7 @@ def _last(x: Any) -> Any:
 
 def _on_host(x: Any) -> bool:
     """Whether a batch is computed on by the host's kernels: also where its device has no float64."""
-    return x.device.type in ("cpu", "mps")
+    return bool(x.is_cpu or x.is_mps)
 
 
 def _view(x: Any, mask: Any, layout: Any) -> View:
@@ -434,12 +432,12 @@ def _restored(flat: Any, x: Any, layout: Any) -> Any:
 def _array(tensor: Any) -> NDArray[Any]:
     """A tensor's own memory as an array; a copy of one on another device."""
     tensor = tensor.detach()
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         tensor = tensor.cpu()
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.int16)
         bits: NDArray[Any] = tensor.numpy()
-        return bits.view(ml_dtypes.bfloat16)
+        return bits.view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()
     return array
 
@@ -448,6 +446,6 @@ def _tensor(array: Any) -> Any:
     """An array's own memory as a tensor; a tensor as it is."""
     if not isinstance(array, np.ndarray):
         return array
-    if array.dtype == ml_dtypes.bfloat16:
+    if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
