@@ -107,5 +107,3 @@ def test_a_skipped_layer_is_named(jobs: Jobs) -> None:
         assert "StallError: The ranks wait for each other: rank 0 (" in text
         assert "waits in the enrolment of layer 'skips_two'" in text
         assert "waits in layer 'skips_one' (backward, step 0)" in text
-
-

@@ -156,6 +156,9 @@ def test_a_converted_model_is_the_same_model() -> None:
     reverted = revert_sync_batchnorm(model)
     assert not any(isinstance(m, SyncBatchNorm) for m in reverted.modules())
     assert torch.equal(reverted(x), evaluated)
+    shared = torch.nn.BatchNorm1d(3)
+    twice = convert_sync_batchnorm(torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared), "c": shared}))
+    assert twice["a"] is twice["b"][0] is twice["c"], "a module that stands in two places is still one"
     single = torch.nn.BatchNorm2d(3, eps=0.5, momentum=None, affine=False)
     one = convert_sync_batchnorm(single)
     assert (one.eps, one.momentum, one.affine, one.track_running_stats) == (0.5, None, False, True)

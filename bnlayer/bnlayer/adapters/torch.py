@@ -321,15 +321,20 @@ class BatchNorm(_BatchNorm):
             raise ValueError(f"Expected an input of 2 to 5 dimensions, received {input.dim()}.")
 
 
-def _replaced(module: Any, path: str, replace: Any) -> Any:
-    new = replace(module, path)
-    if new is not module:
-        return new
-    for name, child in list(module.named_children()):
-        changed = _replaced(child, f"{path}.{name}" if path else name, replace)
-        if changed is not child:
-            module.add_module(name, changed)
-    return module
+def _replaced(module: Any, path: str, replace: Any, done: dict[int, Any] | None = None) -> Any:
+    """A model with some of its modules replaced; one that stands in several places by the same new one in each."""
+    done = {} if done is None else done
+    if id(module) in done:
+        return done[id(module)]
+    new = done[id(module)] = replace(module, path)
+    if new is module:
+        for name, child in list(module._modules.items()):  # noqa: SLF001 - named_children() passes a module once
+            if child is None:
+                continue
+            changed = _replaced(child, f"{path}.{name}" if path else name, replace, done)
+            if changed is not child:
+                module.add_module(name, changed)
+    return new
 
 
 def _converted(old: Any, process_group: Any, name: str) -> Any:
