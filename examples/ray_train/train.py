@@ -19,11 +19,12 @@ from ray.cluster_utils import Cluster
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "torch_ddp"))
+NETWORK = Path(__file__).resolve().parents[1] / "torch_ddp"
 
 
 def worker(config: dict[str, Any]) -> None:
-    """One rank."""
+    """One rank, in a process of its own, which knows this script but not its neighbours."""
+    sys.path.insert(0, config["network"])
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -68,7 +69,7 @@ if __name__ == "__main__":
     ray.init(address=cluster.address)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"epochs": options.epochs},
+        train_loop_config={"epochs": options.epochs, "network": str(NETWORK)},
         scaling_config=ScalingConfig(num_workers=2, placement_strategy="STRICT_SPREAD"),
         torch_config=TorchConfig(backend="gloo"),
     )

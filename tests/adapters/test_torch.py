@@ -67,6 +67,13 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
+def test_without_an_exchange_it_would_show(outcomes: Outcomes) -> None:
+    """What a rank computes from its own rows alone is something else."""
+    rows = shard(0, 2)
+    y = SyncBatchNorm(3)(batch((12, 3), torch.float32, 0)[rows])
+    assert not torch.equal(y.detach(), outcomes[2][0]["the_layer_alone"]["float32 (12, 3) False 0"][0])
+
+
 def test_outputs_and_gradients_are_torchs(outcomes: Outcomes) -> None:
     """Those of torch's own layer on the union, float32 and float64, of 2 to 5 dimensions and both memory formats."""
     checked = 0
