@@ -170,6 +170,60 @@ coverage: setup  ## branch coverage of the pure code by its own tests
 		--ignore=tests/unit/test_kernels.py --ignore=tests/unit/test_tiling.py --ignore=tests/unit/test_kernel_choice.py
 	$(BIN)/coverage report
 
+# ---- the kernels' suite, where they are built in another way ----
+
+# $(1) An environment that sees the packages of .venv, and a bnlayer of its own: the
+# editable one of .venv is found by a hook, which a .pth file in a path added by a .pth file does not install.
+define make-beside
+	$(BIN)/python -m venv --without-pip $(1)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(1)/lib/python3*/site-packages)/beside.pth
+endef
+
+# The sanitizers' libraries must be there before anything else, so they are preloaded; what Python itself leaves behind at
+# its end is not looked for.
+.venv-sanitized/.ready: .venv/.ready pyproject.toml $(NATIVE)
+	$(call make-beside,.venv-sanitized)
+	$(BIN)/uv pip install --quiet --no-config --python .venv-sanitized/bin/python --no-deps --no-build-isolation --reinstall \
+		--config-settings=build-dir=build/sanitized --config-settings=cmake.define.BNLAYER_SANITIZE=ON \
+		--config-settings=cmake.define.BNLAYER_WERROR=$(WERROR) .
+	@touch $@
+
+test-sanitized: .venv-sanitized/.ready  ## the kernels' suite with AddressSanitizer and UndefinedBehaviorSanitizer
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		.venv-sanitized/bin/python -m pytest $(KERNEL_TESTS)
+
+build/arm/.ready: wheels/arm-python locks/arm.lock .venv/.ready
+	wheels/arm-python build/arm
+	$(BIN)/uv pip install --quiet --no-config --target build/arm/site --python-platform aarch64-manylinux_2_28 --only-binary=:all: \
+		--python-version $$(build/arm/python -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
+		--require-hashes -r locks/arm.lock
+	@touch $@
+
+test-arm: build/arm/.ready .venv-wheels/.ready  ## the kernels' suite with the Arm wheel, in an emulated Arm Python
+	wheels/build .venv-wheels aarch64
+	rm -rf build/arm/bnlayer && $(BIN)/python -m zipfile -e dist/bnlayer-*_aarch64.whl build/arm/bnlayer
+	PYTHONPATH=build/arm/bnlayer:build/arm/site build/arm/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
+
+# The suite without wire or MPI on every Python that is named: make test-pythons PYTHONS="3.12 3.14"
+PYTHONS ?= 3.12 3.13
+
+test-pythons: $(PYTHONS:%=test-python-%)  ## the fast tests on other Pythons (PYTHONS="3.12 3.13")
+
+.venv-3.%/.packages: locks/installer.lock locks/pythons.lock
+	python3.$* -m venv $(@D)
+	$(call install-lock,$(@D),locks/pythons.lock)
+	@touch $@
+
+.venv-3.%/.ready: .venv-3.%/.packages pyproject.toml $(NATIVE)
+	$(call install-editable,$(@D))
+	@touch $@
+
+test-python-3.%: .venv-3.%/.ready
+	.venv-3.$*/bin/pytest $(PURE)
+
+.PRECIOUS: .venv-3.%/.packages .venv-3.%/.ready
+
 # ---- benchmarks: tables on the screen, every figure in out/bench.json ----
 
 # BENCH_FLAGS="--judge always" holds the bars against a busy machine too; "--tensorflow-python PATH" adds TensorFlow.
@@ -233,7 +287,7 @@ wheels: .venv-wheels/.ready  ## manylinux wheels for x86-64 and Arm, in dist/
 
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
-	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard \
+	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard --extra tls --extra reflection \
 		--group test --group lint --group docs --group deploy --group build --group lock \
 		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra digits --extra report --group build \
@@ -244,7 +298,7 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--constraints requirements.lock --output-file locks/adapters.lock
 	$(LOCK) pyproject.toml --extra mpich --extra report --group bench --group build \
 		--constraints requirements.lock --output-file locks/bench.lock
-	$(LOCK) pyproject.toml --extra mpich \
+	$(LOCK) pyproject.toml --extra mpich --extra tls --extra reflection \
 		--constraints requirements.lock --output-file locks/runtime.lock
 	$(LOCK) pyproject.toml --extra digits --extra report --extra tensorboard --group test --group build \
 		--constraints requirements.lock --output-file locks/pythons.lock
@@ -259,6 +313,7 @@ ci:  ## every gate, as the continuous integration runs them
 	bash .ci/run
 
 clean:  ## remove what was built, the environments included
-	rm -rf .venv .venv-openmpi .venv-adapters .venv-bench .venv-stubs .venv-wheels out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+	rm -rf .venv .venv-openmpi .venv-adapters .venv-bench .venv-stubs .venv-wheels .venv-sanitized .venv-3.* out site build dist \
+		.coverage .coverage.* .hypothesis .mypy_cache \
 		.pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ Laws:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,11 @@ from bnlayer.collective import Operation
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics, Moments
+
+# Of the totals, their grid, and whether they are accepted whatever they show: what follows, and the refused channels.
+_Refused = NDArray[np.bool_] | None
+ForwardFinish = Callable[[NDArray[np.int64], Grid, bool], tuple[BatchStatistics, _Refused]]
+BackwardFinish = Callable[[NDArray[np.int64], BackwardGrid, bool], tuple[Gradients, _Refused]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +66,27 @@ class ForwardExchange:
         """`LayerSignature.grid` of the next contribution: the grid's fingerprint for sums, 0 otherwise."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    def reduced(self, limbs: NDArray[np.int64]) -> ForwardExchange:
-        """The exchange after the limbs of all ranks were reduced."""
+    @property
+    def accepts(self) -> bool:
+        """Whether sums are accepted whatever they show: a probe has just been made."""
+        return self.attempt > 0
+
+    def reduced(self, limbs: NDArray[np.int64], finish: ForwardFinish | None = None) -> ForwardExchange:
+        """The exchange after the limbs of all ranks were reduced.
+
+        Args:
+            limbs: the totals.
+            finish: computes the statistics from sums, and whatever else follows from them in the same pass.
+        """
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(limbs, self.need_C)
             return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
         moments = Moments(limbs, self.grid)
-        statistics, channels_to_probe = moments.check_window(self.epsilon, self.masked)
-        if channels_to_probe is not None and not self.need_C.any():
+        if finish is not None:
+            statistics, channels_to_probe = finish(limbs, self.grid, self.accepts)
+        else:
+            statistics, channels_to_probe = moments.check_window(self.epsilon, self.masked)
+        if channels_to_probe is not None and not self.accepts:
             return ForwardExchange(
                 self.grid, self.epsilon, self.masked, channels_to_probe, Operation.PROBE, self.attempt + 1
             )
@@ -129,13 +148,21 @@ class BackwardExchange:
         """`LayerSignature.grid` of the next contribution: the grid's fingerprint for sums, 0 otherwise."""
         return self.grid.fingerprint if self.wants is Operation.SUMS else 0
 
-    def reduced(self, limbs: NDArray[np.int64]) -> BackwardExchange:
-        """The exchange after the limbs of all ranks were reduced."""
+    @property
+    def accepts(self) -> bool:
+        """Whether sums are accepted whatever they show: a probe has just been made."""
+        return self.attempt > 0
+
+    def reduced(self, limbs: NDArray[np.int64], finish: BackwardFinish | None = None) -> BackwardExchange:
+        """The exchange after the limbs of all ranks were reduced; `finish` as in `ForwardExchange.reduced`."""
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        gradients, channels_to_probe = self._check(limbs)
-        if channels_to_probe is not None and not self.need_C.any():
+        if finish is not None:
+            gradients, channels_to_probe = finish(limbs, self.call_grid, self.accepts)
+        else:
+            gradients, channels_to_probe = self._check(limbs)
+        if channels_to_probe is not None and not self.accepts:
             return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
         return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)
 

@@ -22,7 +22,7 @@ from bnlayer.collective import (
     claim,
     release,
 )
-from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.exchange import BackwardExchange, BackwardFinish, ForwardExchange, ForwardFinish
 from bnlayer.gradients import Gradients, GradientSums
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import BatchStatistics, Moments
@@ -135,8 +135,9 @@ class ExchangeDriver:
         changes: Changes | None = None,
         *,
         update_moving: bool = True,
+        finish: ForwardFinish | None = None,
     ) -> ForwardResult:
-        """Agree on the statistics of the union of all ranks' batches."""
+        """Agree on the statistics of the union of all ranks' batches; `finish` as in `ForwardExchange.reduced`."""
         step = self._steps[Direction.FORWARD]
         exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
         version, passes = None, passes_of(view)
@@ -149,7 +150,7 @@ class ExchangeDriver:
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint, update_moving)
             total = self._exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs, changes)
             version = total.version
-            exchange = exchange.reduced(total.limbs)
+            exchange = exchange.reduced(total.limbs, finish)
         self._steps[Direction.FORWARD] += 1
         assert exchange.moments is not None
         assert exchange.statistics is not None
@@ -164,6 +165,8 @@ class ExchangeDriver:
         forward_step: int,
         grid: BackwardGrid,
         changes: Changes | None = None,
+        *,
+        finish: BackwardFinish | None = None,
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches, for the training call of a step."""
         key = ExchangeKey(self._name, Direction.BACKWARD, self._steps[Direction.BACKWARD])
@@ -181,7 +184,7 @@ class ExchangeDriver:
                 limbs = (sums if fits else sums.of_call(statistics.nonfinite)).limbs
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint)
             call = Call(exchange.wants, key, full_signature, exchange.attempt, forward_step)
-            exchange = exchange.reduced(self._exchange(call, limbs, changes).limbs)
+            exchange = exchange.reduced(self._exchange(call, limbs, changes).limbs, finish)
             if exchange.gradients is not None:
                 assert sums is not None
                 self._steps[Direction.BACKWARD] += 1

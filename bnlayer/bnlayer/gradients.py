@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bnlayer.grid import BackwardGrid
 from bnlayer.kernels import formulas, kernels
 from bnlayer.kernels.results import BatchStatistics, Gradients
-from bnlayer.limbs import limbs_of_sum, counted, flags
+from bnlayer.limbs import counted, flags, limbs_of_sum
 
 __all__ = ["GradientSums", "Gradients"]
 

@@ -29,9 +29,11 @@ from numpy.typing import ArrayLike, NDArray
 from bnlayer.dtypes import rounded
 from bnlayer.errors import CollectiveError
 from bnlayer.exchange_driver import ExchangeDriver
+from bnlayer.grid import Grid
 from bnlayer.kernels import kernels
+from bnlayer.kernels.results import BatchStatistics, Trained, TrainingCall
 from bnlayer.membership import Member
-from bnlayer.moments import BatchStatistics, Moments
+from bnlayer.moments import MASKED_COUNT_EPSILON, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
 from bnlayer.tiling import passes, passes_of
@@ -176,16 +178,30 @@ class BatchNormalization(Member):
     def _train(self, driver: ExchangeDriver, view: View, update_moving: bool) -> tuple[Any, SavedTraining]:
         """A training call; its output as (A, C, B)."""
         before, signature = self.state, self._signature()
-        changes = self._changes(before)
-        result = driver.forward(view, signature, before.forward, changes, update_moving=bool(update_moving))
+        changes, update_moving = self._changes(before), bool(update_moving)
+        trained: Trained | None = None
+
+        def finish(
+            limbs: NDArray[np.int64], grid: Grid, accepted: bool
+        ) -> tuple[BatchStatistics, NDArray[np.bool_] | None]:
+            nonlocal trained
+            trained = passes().finish_forward(view, limbs, grid, self._call(before.moving, view), accepted=accepted)
+            return trained.statistics, trained.refused
+
+        # The corrections of renorm come between the statistics and the rest.
+        arguments = view, signature, before.forward, changes
+        in_one = finish if view.passes is None and self._renorm is None else None
+        result = driver.forward(*arguments, update_moving=update_moving, finish=in_one)
         statistics = result.statistics
         if self._observer is not None:
             self._observer(result.moments)
-        rule = None
+        rule, moving = None, None
         if update_moving:
             masked = view.mask is not None
             rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, masked, self.unbiased)
-        self._kept = after = before.after_forward(statistics, result.grid, rule)
+            if trained is not None and not self.unbiased:
+                moving = Moving(trained.mean, trained.variance)
+        self._kept = after = before.after_forward(statistics, result.grid, rule, moving)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
             variable.take(vector)
         self._changes_announced()
@@ -194,11 +210,13 @@ class BatchNormalization(Member):
             owned = driver.collective.pull(self.name)
             if owned is not None:
                 self.follow(owned)
-        r, d = self._correction(statistics, before.moving)
-        scale, shift = self._coefficients(statistics, r, d)
-        y = passes_of(view).normalize(
-            view, statistics.rounded_mean, scale, shift, statistics.nonfinite, self.compute_dtype
-        )
+        if trained is not None:
+            y, scale, r, d = trained.y, trained.scale, None, None
+        else:
+            r, d = (None, None) if self._renorm is None else self._correction(statistics, before.moving)
+            scale, shift = self._corrected(statistics, r, d)
+            coefficients = statistics.rounded_mean, scale, shift, statistics.nonfinite
+            y = passes_of(view).normalize(view, *coefficients, self.compute_dtype)
         return y, SavedTraining(driver, signature, result.step, view, b"", statistics, scale, r, d)
 
     def _infer(self, view: View) -> tuple[NDArray[Any], SavedInference]:
@@ -296,21 +314,35 @@ class BatchNormalization(Member):
         )
         return pulled.dx, gamma, beta
 
+    def _call(self, moving: Moving, view: View) -> TrainingCall:
+        """What a training call's results follow from."""
+        e = MASKED_COUNT_EPSILON if view.mask is not None else 0.0
+        gamma, beta = self.gamma, self.beta
+        return TrainingCall(
+            self.epsilon,
+            e,
+            None if gamma is None else gamma.value,
+            None if beta is None else beta.value,
+            moving.mean,
+            moving.variance,
+            self.momentum,
+            self.synchronized,
+            self.compute_dtype,
+        )
+
     def _correction(
         self, statistics: BatchStatistics, moving: Moving
-    ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The corrections of renorm, against the statistics as they were before the call."""
-        if self._renorm is None or moving.renorm_mean is None or moving.renorm_stddev is None:
-            return None, None
+        assert self._renorm is not None
+        assert moving.renorm_mean is not None
+        assert moving.renorm_stddev is not None
         return self._renorm.correction(statistics, moving.renorm_mean, moving.renorm_stddev, self.epsilon)
 
-    def _coefficients(
-        self,
-        statistics: BatchStatistics,
-        r: NDArray[np.float64] | None,
-        d: NDArray[np.float64] | None,
+    def _corrected(
+        self, statistics: BatchStatistics, r: NDArray[np.float64] | None, d: NDArray[np.float64] | None
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """What the centered input is multiplied by, γs (with renorm γsr), and what is added, β − residual·γs (+ γd)."""
+        """What the centered input is multiplied by, γs, and what is added, β − residual·γs; γsr and + γd with renorm."""
         dtype = self.dtype_policy.arithmetic_dtype
         if r is None or d is None:
             gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))

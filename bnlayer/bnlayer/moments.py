@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bnlayer.grid import Grid
 from bnlayer.kernels import formulas, kernels
 from bnlayer.kernels.results import BatchStatistics
-from bnlayer.limbs import limbs_of_sum, as_ints, counted, two_folds
+from bnlayer.limbs import as_ints, counted, limbs_of_sum, two_folds
 
 __all__ = ["MASKED_COUNT_EPSILON", "BatchStatistics", "Moments"]
 

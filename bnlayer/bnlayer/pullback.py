@@ -18,9 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
+from bnlayer.gradients import Gradients
 from bnlayer.grid import BackwardGrid
 from bnlayer.moments import BatchStatistics
-from bnlayer.tiling import passes_of
+from bnlayer.tiling import passes, passes_of
 from bnlayer.view import View
 
 # Takes dy; returns dinputs, dgamma and dbeta.
@@ -100,16 +101,27 @@ class SavedTraining:
         """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
         view, statistics = self.view, self.statistics
         seen = view.alike(dy)
-        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid, changes)
+        dx = None
+
+        def finish(
+            limbs: NDArray[np.int64], grid: BackwardGrid, accepted: bool
+        ) -> tuple[Gradients, NDArray[np.bool_] | None]:
+            nonlocal dx
+            arguments = seen, view, limbs, grid, statistics, self.scale_C, dtype
+            gradients, refused, dx = passes().finish_backward(*arguments, accepted=accepted)
+            return gradients, refused
+
+        in_one = finish if view.passes is None else None
+        result = self.driver.backward(seen, view, self.signature, statistics, self.step, grid, changes, finish=in_one)
         total = result.total
         summed = total if reduction == "global" else share(result, statistics)
         gamma = summed.gamma
         if self.r_C is not None and self.d_C is not None:
             # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
             gamma = gamma * self.r_C + summed.beta * self.d_C
-        mean = statistics.rounded_mean
-        coefficients = mean, total.rounded_offset, total.rounded_slope, self.scale_C, total.nonfinite
-        dx = passes_of(view).input_gradient(seen, view, *coefficients, dtype)
+        if dx is None:
+            coefficients = statistics.rounded_mean, total.rounded_offset, total.rounded_slope, self.scale_C
+            dx = passes_of(view).input_gradient(seen, view, *coefficients, total.nonfinite, dtype)
         return Pulled(view.restore(dx), gamma, summed.beta, result.grid)
 
 

@@ -70,7 +70,9 @@ class LayerState:
                     f"{bad[0]}: in a synchronized layer they would stay so. Set finite ones, or reset them."
                 )
 
-    def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | None) -> LayerState:
+    def after_forward(
+        self, statistics: BatchStatistics, grid: Grid, rule: Rule | None, moving: Moving | None = None
+    ) -> LayerState:
         """The state after one completed forward exchange: updated once, its grid committed.
 
         Args:
@@ -78,6 +80,7 @@ class LayerState:
             grid: the one that its sums were accepted on.
             rule: how the moving statistics follow; None: the call updates nothing, as if it had not been made, but a
                 layer without a grid still takes this one: otherwise it would probe at each such call.
+            moving: what `update` gives, where it is known already.
         """
         if rule is None and self.forward.known:
             return self
@@ -88,7 +91,7 @@ class LayerState:
             backward = self.backward.renewed(changed)
         if rule is None:
             return LayerState(self.moving, grid, backward, self.version)
-        return LayerState(update(self.moving, statistics, rule), grid, backward, self.version + 1)
+        return LayerState(moving or update(self.moving, statistics, rule), grid, backward, self.version + 1)
 
     def after_backward(self, grid: BackwardGrid) -> LayerState:
         """The state after one completed backward exchange: only the grid can have changed."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bnlayer.dtypes import rounded
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import Kernels, kernels
+from bnlayer.kernels.results import BatchStatistics, PulledBack, Trained, TrainingCall
 from bnlayer.limbs import carried
 from bnlayer.view import WHOLE, View
 
@@ -104,11 +105,77 @@ class Passes:
 
         return self._written(view, dy, mean_C.dtype, dtype, write)
 
+    def finish_forward(
+        self, view: View, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool
+    ) -> Trained:
+        """All that follows from a training call's totals.
+
+        Args:
+            view: the batch.
+            limbs: (W, C), reduced.
+            grid: what they are in units of.
+            call: what else the results follow from.
+            accepted: whether channels that are refused are taken all the same.
+        """
+        kernels = self._kernels
+        if kernels.takes(view.x, None):
+            trained = kernels.finish_forward(view.x, limbs, grid, call, accepted=accepted)
+            if trained is not None:
+                return trained
+        statistics, refused = kernels.statistics(limbs, grid, call.epsilon, call.e)
+        if refused is not None and not accepted:
+            return Trained(statistics, refused)
+        mean, variance = kernels.moved(
+            statistics,
+            call.moving_mean,
+            call.moving_variance,
+            call.momentum,
+            synchronized=call.synchronized,
+            masked=call.e != 0,
+        )
+        scale, shift = kernels.coefficients(statistics, call.gamma, call.beta, grid.precision.dtype)
+        y = self.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, call.dtype)
+        return Trained(statistics, refused, mean, variance, scale, y)
+
+    def finish_backward(
+        self,
+        dy: View,
+        view: View,
+        limbs: NDArray[np.int64],
+        grid: BackwardGrid,
+        forward: BatchStatistics,
+        scale_C: Array,
+        dtype: np.dtype[Any],
+        *,
+        accepted: bool,
+    ) -> PulledBack:
+        """All that follows from a backward pass's totals.
+
+        Args:
+            dy, view: the gradient of the output, and the batch.
+            limbs: (W, C), reduced.
+            grid: what they are in units of.
+            forward: the statistics of the training call.
+            scale_C: γs.
+            dtype: of dx.
+            accepted: whether channels that are refused are taken all the same.
+        """
+        kernels = self._kernels
+        if view.x.dtype is dtype and self._takes(view, dy):
+            pulled = kernels.finish_backward(dy.x, view.x, view.mask, limbs, grid, forward, scale_C, accepted=accepted)
+            if pulled is not None:
+                return pulled
+        gradients, refused = kernels.gradients(limbs, grid, forward)
+        if refused is not None and not accepted:
+            return PulledBack(gradients, refused)
+        coefficients = forward.rounded_mean, gradients.rounded_offset, gradients.rounded_slope, scale_C
+        return PulledBack(gradients, refused, self.input_gradient(dy, view, *coefficients, gradients.nonfinite, dtype))
+
     def scaled(self, dy: View, scale_C: Array, dtype: np.dtype[Any]) -> Array:
         """dy·scale in the dtype of the scale, rounded once to `dtype`."""
         kind = scale_C.dtype
         if dy.x.dtype == kind == dtype:
-            return np.multiply(dy.x, scale_C[:, None])
+            return np.asarray(np.multiply(dy.x, scale_C[:, None]))
         written = np.empty(dy.x.shape, dtype)
         for at in self._pieces(dy):
             written[at] = rounded(np.multiply(dy.values(at, kind), scale_C[:, None]), dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 
 def split(address: str) -> tuple[str, int] | None:
     """The host, without brackets, and the port; None if it is no address.
@@ -22,3 +24,11 @@ def hint(address: str) -> str:
     if ":" not in host or split(f"[{host}]:{port}") is None:
         return ""
     return f" An IPv6 host stands in brackets: [{host}]:{port}."
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as `split` returns it, is this machine and can't be reached from another one."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

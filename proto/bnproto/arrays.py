@@ -66,11 +66,12 @@ def whole(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Paylo
         WireError: a dtype doesn't travel.
     """
     arrays = list(arrays)
-    headers = [
-        pb.Array(name=name, dtype=_name_of(array), shape=array.shape)
-        for name, array in zip(names or [""] * len(arrays), arrays, strict=True)
-    ]
-    data = b"".join(_little_endian(array).tobytes() for array in arrays)
+    headers, parts = [], []
+    for name, array in zip(names or [""] * len(arrays), arrays, strict=True):
+        dtype = _NAMES.get(array.dtype) or _name_of(array)
+        headers.append(pb.Array(name=name, dtype=dtype, shape=array.shape))
+        parts.append(array.astype(_ON_THE_WIRE[dtype], copy=False).tobytes())
+    data = b"".join(parts)
     return pb.Payload(arrays=headers, data=data, size=len(data))
 
 
@@ -144,11 +145,8 @@ class PayloadAssembler:
 
 
 def _name_of(array: NDArray[Any]) -> str:
-    name = _NAMES.get(array.dtype) or array.dtype.name
+    """NumPy's name of a dtype that is not one of ours in native byte order."""
+    name = array.dtype.name
     if name not in _KINDS:
         raise WireError(f"expected arrays of {', '.join(_KINDS)}; received {name!r}")
     return name
-
-
-def _little_endian(array: NDArray[Any]) -> NDArray[Any]:
-    return array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -102,7 +102,7 @@ def without_state(arrays: Mapping[str, NDArray[Any]], dtype: str) -> tuple[NDArr
         ValueError: the state is invalid.
     """
     if "" not in arrays:
-        raise WireError(f"expected words beside the state that was set, received {', '.join(arrays) or 'nothing'}")
+        raise WireError(f"expected limbs beside the state that was set, received {', '.join(arrays) or 'nothing'}")
     return arrays[""], LayerState.from_arrays(arrays, dtype)
 
 

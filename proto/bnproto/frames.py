@@ -46,9 +46,11 @@ class Frames:
             WireError: a message is announced that is larger than any.
         """
         held = self._stop - self._start
-        needed = max(_LENGTH.size, self._announced() or 0)
+        needed = _LENGTH.size
         if held == 0:
             self._start = self._stop = 0
+        elif held >= _LENGTH.size:
+            needed = self._announced()
         if self._start + needed > len(self._bytes) or self._stop == len(self._bytes):
             moved = bytearray(max(_FIRST_ROOM, needed))
             moved[:held] = memoryview(self._bytes)[self._start : self._stop]
@@ -65,17 +67,15 @@ class Frames:
         Raises:
             WireError: it is larger than any.
         """
-        whole = self._announced()
-        if whole is None or self._stop - self._start < whole:
+        held = self._stop - self._start
+        if held < _LENGTH.size or held < (whole := self._announced()):
             return None
         begin = self._start + _LENGTH.size
         self._start += whole
         return bytes(memoryview(self._bytes)[begin : self._start])
 
-    def _announced(self) -> int | None:
-        """The size of the message that is coming, with its length; None if that has not come."""
-        if self._stop - self._start < _LENGTH.size:
-            return None
+    def _announced(self) -> int:
+        """The size of the message that is coming, with its length, which must be there."""
         (size,) = _LENGTH.unpack_from(self._bytes, self._start)
         if size > self.largest:
             raise WireError(f"expected a message of at most {self.largest} bytes, received one of {size}")

@@ -1,13 +1,13 @@
-"""The daemon: from the command line to a listening service, and to its orderly end.
+"""The daemon: from its configuration to a listening service, and to its orderly end.
 
-In this order: lock the state directory, bind the port, load what was saved, report that it is ready; on SIGTERM or
-SIGINT notify every rank, save every job, exit 0.
+In this order: read certificates and tokens, lock the state directory, bind the port, load what was saved, report
+that it is ready; on SIGTERM or SIGINT notify every rank, save every job, exit 0. SIGHUP reads certificates and
+tokens anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import secrets
@@ -21,97 +21,72 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.files import write_atomically
 from bnlayer.kernels import kernels
-from bnproto.address import hint, split
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
-from bnproto.credentials import refusal
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.admission import Admission
+from bnserver.authorization import TokensError
+from bnserver.configuration import Configuration, ConfigurationError
 from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
+from bnserver.job_file import StoreError
 from bnserver.logs import LogError, logged
+from bnserver.reloading import Reloading, read_tokens
 from bnserver.servicer import Servicer
-from bnserver.store import Store, StoreError
+from bnserver.store import Store
+from bnserver.tls import CertificateError, Certificates, Files, load
 
 _GRACE_S = 2.0  # for ranks to be notified that the service stops; the whole drain has 5 s
+_SOON_DAYS = 14  # a certificate that ends within so many is a warning at the start
 
 OK, FAILED, USAGE = 0, 1, 2
 
 _log = logging.getLogger("bnserver")
 
 
-class ListenError(ValueError):
-    """The address to listen on is invalid or not allowed; the text says why, and what to do."""
-
-
-class UnavailableError(ValueError):
-    """This version lacks a requested feature; the text names it, and says what to do."""
-
-
 class StartError(RuntimeError):
     """The service can't start; the text says why, and what to do."""
 
 
-def serve(
-    listen: str,
-    state_dir: Path | None = None,
-    *,
-    insecure: bool = False,
-    ready_file: Path | None = None,
-    timeouts: LivenessTimeouts | None = None,
-    log_level: str = "info",
-    log_file: Path | None = None,
-) -> int:
+def serve(configuration: Configuration) -> int:
     """Run the service until SIGTERM or SIGINT.
 
-    Args:
-        listen: HOST:PORT; port 0 takes a free one.
-        state_dir: where jobs are kept; None keeps them in memory alone.
-        insecure: allow plain text beyond this machine.
-        ready_file: receives the address, HOST:PORT, once ranks can join.
-        timeouts: how long it waits for signs of life of a rank.
-        log_level: what stderr gets: debug, info, warning or error.
-        log_file: gets the log from info on, whatever stderr gets; None: there is none.
-
     Returns:
-        The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 for a wrong address, or for
-        credentials in the environment, which are not supported.
+        The exit code: 0 after an orderly end, 1 if the service could not start or save, 2 if the configuration can't be
+        used.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read anew
     try:
-        unavailable = refusal(os.environ)
-        if unavailable is not None:
-            raise UnavailableError(unavailable)
-        host = _host(listen)
-        if not insecure and not _loopback(host):
-            raise ListenError(
-                f"{listen} is reachable from other machines, and this service speaks plain text without a check of "
-                "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
-            )
-        with logged(log_level, log_file):
+        configuration.check()
+        failpoints = Failpoints(os.environ)
+        with logged(configuration.log_level, configuration.log_file):
             kernels()  # before it listens: a variable that names none is known at once
-            asyncio.run(_serve(listen, host, state_dir, ready_file, timeouts, Failpoints(os.environ)))
-    except (ListenError, UnavailableError, FailpointError) as error:
+            asyncio.run(_serve(configuration, failpoints))
+    except (ConfigurationError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE
-    except (LogError, StartError, StoreError) as error:
+    except (CertificateError, LogError, StartError, StoreError, TokensError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return FAILED
     return OK
 
 
-async def _serve(
-    listen: str,
-    host: str,
-    state_dir: Path | None,
-    ready_file: Path | None,
-    timeouts: LivenessTimeouts | None,
-    failpoints: Failpoints,
-) -> None:
+async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    store = Store(state_dir, failpoints) if state_dir is not None else None
+    files = _tls_files(configuration)
+    certificates = Certificates(load(files)) if files is not None else None
+    admission = Admission(read_tokens(configuration.tokens)) if configuration.tokens is not None else None
+    reloading = Reloading(
+        (files, certificates) if files is not None and certificates is not None else None,
+        (configuration.tokens, admission) if configuration.tokens is not None and admission is not None else None,
+    )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload)
+    _say_who_may(configuration, certificates)
+    store = Store(configuration.state_dir, failpoints) if configuration.state_dir is not None else None
     try:
         health_service = health.aio.HealthServicer()
         await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
@@ -122,43 +97,66 @@ async def _serve(
 
         await say_whether_saving(store is not None)
         exchanges = Servicer(
-            secrets.randbits(63), store, timeouts=timeouts, failpoints=failpoints, saving=say_whether_saving
+            secrets.randbits(63),
+            store,
+            timeouts=LivenessTimeouts(configuration.lease, configuration.away),
+            failpoints=failpoints,
+            saving=say_whether_saving,
         )
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-        port = _bind(server, listen)
+        if configuration.reflection:
+            _reflect(server)
+        port = _bind(server, configuration.listen, certificates)
         await server.start()
+        watching = asyncio.create_task(reloading.watch())
         try:
             await exchanges.open(port)
             await _set_health(health_service, HealthCheckResponse.SERVING)
-            _announce(f"{host}:{port}", ready_file)
+            _announce(f"{configuration.listen.rpartition(':')[0]}:{port}", configuration.ready_file)
             await stop.wait()
             _log.info("stopping: telling every rank, saving every job")
             await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
             await exchanges.close()
         finally:
+            watching.cancel()
             await server.stop(_GRACE_S)
     finally:
         if store is not None:
             store.close()
 
 
-def _host(listen: str) -> str:
-    if split(listen) is None:
-        raise ListenError(f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}.{hint(listen)}")
-    return listen.rpartition(":")[0]
+def _tls_files(configuration: Configuration) -> Files | None:
+    if configuration.tls_cert is None or configuration.tls_key is None:
+        return None
+    return Files(configuration.tls_cert, configuration.tls_key, configuration.tls_client_ca)
 
 
-def _loopback(host: str) -> bool:
+def _say_who_may(configuration: Configuration, certificates: Certificates | None) -> None:
+    if certificates is None:
+        if configuration.tokens is not None and configuration.insecure:
+            _log.warning("--insecure: tokens cross the network in plain text, and whoever listens there can use them")
+        return
+    _log.info("TLS with a certificate %s", certificates.loaded)
+    left = certificates.loaded.days_left()
+    if left < _SOON_DAYS:
+        _log.warning("the certificate ends in %d days: bnlayer certs init --renew, then SIGHUP", left)
+
+
+def _reflect(server: grpc.aio.Server) -> None:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+        from grpc_reflection.v1alpha import reflection
+    except ImportError as error:
+        raise StartError("--reflection needs grpcio-reflection: pip install 'bnlayer[reflection]'.") from error
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> int:
+def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> int:
     try:
+        if certificates is not None:
+            return server.add_secure_port(listen, certificates.credentials())
         return server.add_insecure_port(listen)
     except RuntimeError as error:
         raise StartError(

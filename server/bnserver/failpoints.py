@@ -52,6 +52,9 @@ class Failpoints:
     Args:
         environ: where to look; without the variable nothing ever happens.
 
+    Attributes:
+        active: whether any point is named.
+
     Raises:
         FailpointError: a point or an action is unknown.
     """
@@ -68,6 +71,7 @@ class Failpoints:
                     f"actions {', '.join(Action)}; received {word!r}."
                 )
             self._asked.setdefault(name, []).append((Action(action), int(hit or "1")))
+        self.active = bool(self._asked)
 
     def armed(self, name: str) -> bool:
         """Whether a fault is set for a point."""

@@ -1,17 +1,15 @@
 """Persistence of jobs between two runs of the service: a directory with one file per job.
 
-A file is a snapshot, followed by the journal of what came after it: both are journal records, in the same frames.
+What is in a file, and how it is read back, is said in `job_file`.
 
 Laws:
 1. A record is in the kernel's page cache when `append` returns: it survives the end of the process, however it ends.
    It is not synced: a power cut may lose it.
 2. A snapshot replaces the file as a whole or not at all: written aside, synced, renamed, the directory synced. It
    survives a power cut. What was appended meanwhile is appended to it before it replaces the file.
-3. What is loaded is what was written: checksums cover every byte. A torn last record is cut off, because no answer
-   that depends on it was sent. Anything else that is wrong is reported, never skipped.
-4. One daemon at a time: the directory is locked for as long as the daemon lives.
-5. After a record could not be written, nothing is appended to that job until a whole snapshot of it is on disk.
-6. A job that is over and saved exists only as its file: nothing of it is kept in memory, and its file is not written
+3. One daemon at a time: the directory is locked for as long as the daemon lives.
+4. After a record could not be written, nothing is appended to that job until a whole snapshot of it is on disk.
+5. A job that is over and saved exists only as its file: nothing of it is kept in memory, and its file is not written
    again. When the service starts, the checksums of such a file are verified, and its arrays are not loaded.
 """
 
@@ -22,75 +20,24 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
-from bnproto.v1 import journal_pb2 as pb
 from bnserver.core.journal_records import JournalRecord
 from bnserver.failpoints import Failpoints
-from bnserver.journal_encoding import (
-    FrameError,
-    RecordError,
-    Torn,
-    decode,
-    encode,
-    encode_header,
-    framed,
-    frames,
-    is_over,
-)
+from bnserver.job_file import JobFile, StoreError, decoded, header, loaded, scanned, write_all
+from bnserver.journal_encoding import encode, framed, is_over
 
-_FORMAT = 1
 _SUFFIX = ".job"
 _ASIDE = ".part"
 # A journal of so many records, or bytes, is replaced by a snapshot: reading it back takes about a second.
 _LONG_ENTRIES, _LONG_BYTES = 2**12, 2**26
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _log = logging.getLogger("bnserver")
-
-
-class StoreError(RuntimeError):
-    """The state directory can't be used; the text gives the reason, and what to do."""
-
-
-@dataclass(slots=True)
-class _File:
-    """A job's file.
-
-    Attributes:
-        handle: its descriptor, open for appending; None: nothing was appended lately.
-        frames: in it so far.
-        size: its bytes so far.
-        records: appended since the snapshot.
-        snapshot: bytes of it.
-        broken: whether it lacks a record, so that it must be replaced.
-        meanwhile: what was appended while a snapshot is being written; None while none is.
-    """
-
-    handle: int | None = None
-    frames: int = 0
-    size: int = 0
-    records: int = 0
-    snapshot: int = 0
-    broken: bool = False
-    meanwhile: list[bytes] | None = None
-
-    @property
-    def is_snapshot(self) -> bool:
-        """Whether it holds a snapshot and nothing else."""
-        return self.snapshot > 0 and not self.records
-
-    def close(self) -> None:
-        """Close the descriptor; it is opened again when it is needed."""
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
 
 
 class Store:
@@ -116,7 +63,7 @@ class Store:
         self._directory = directory
         self._failpoints = failpoints or Failpoints()
         self._long_entries, self._long_bytes = long_entries, long_bytes
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, JobFile] = {}
         self._writing = asyncio.Lock()
         self._lock = _locked(directory)
 
@@ -131,9 +78,9 @@ class Store:
         """
         journals = {}
         for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            job, bodies, file = _scanned(path)
+            job, bodies, file = scanned(path)
             if finished or not (file.is_snapshot and is_over(bodies)):
-                journals[job], self._files[job] = _entries(path, bodies), file
+                journals[job], self._files[job] = decoded(path, bodies), file
         return journals
 
     def holds(self, job: str) -> bool:
@@ -146,7 +93,7 @@ class Store:
         Raises:
             StoreError: its file is corrupt.
         """
-        _, records, self._files[job] = _loaded(self.path(job))
+        _, records, self._files[job] = loaded(self.path(job))
         return records
 
     def is_saved(self, job: str) -> bool:
@@ -172,7 +119,7 @@ class Store:
             StoreError: it could not be written; the job must be saved as a whole.
         """
         self._failpoints.reached("before-journal")
-        file = self._files.setdefault(job, _File())
+        file = self._files.setdefault(job, JobFile())
         body = encode(record)
         if file.meanwhile is not None:
             file.meanwhile.append(body)
@@ -205,7 +152,7 @@ class Store:
         Raises:
             StoreError: it could not be written. The file is as it was before.
         """
-        file = self._files.setdefault(job, _File())
+        file = self._files.setdefault(job, JobFile())
         async with self._writing:
             file.meanwhile, taken = [], tuple(records())
             path = self.path(job)
@@ -225,36 +172,36 @@ class Store:
             file.close()
         self._lock.close()
 
-    def _open(self, job: str, file: _File) -> None:
+    def _open(self, job: str, file: JobFile) -> None:
         """Open the file for appending. A new file is created with its header in it."""
         if file.handle is not None:
             return
         path = self.path(job)
         if not file.frames:
-            header = framed(0, _header(job, synced=0))
+            first = framed(0, header(job, synced=0))
             aside = path.with_suffix(_ASIDE)
-            aside.write_bytes(header)
+            aside.write_bytes(first)
             aside.replace(path)
-            file.frames, file.size = 1, len(header)
+            file.frames, file.size = 1, len(first)
         file.handle = os.open(path, os.O_WRONLY | os.O_APPEND)
 
-    def _write(self, file: _File, body: bytes) -> None:
+    def _write(self, file: JobFile, body: bytes) -> None:
         assert file.handle is not None
         frame = framed(file.frames, body)
         if self._failpoints.armed("in-journal"):
             half = len(frame) // 2
             os.write(file.handle, frame[:half])
             self._failpoints.reached("in-journal")
-            _write_all(file.handle, frame[half:])
+            write_all(file.handle, frame[half:])
         else:
-            _write_all(file.handle, frame)
+            write_all(file.handle, frame)
         file.frames += 1
         file.records += 1
         file.size += len(frame)
 
     def _write_aside(self, job: str, aside: Path, records: tuple[JournalRecord, ...]) -> tuple[int, int]:
         """Write a snapshot beside the file, and sync it; returns its frames and bytes."""
-        bodies = [_header(job, synced=len(records) + 1), *map(encode, records)]
+        bodies = [header(job, synced=len(records) + 1), *map(encode, records)]
         data = b"".join(framed(number, body) for number, body in enumerate(bodies))
         half = len(data) // 2
         with aside.open("wb") as target:
@@ -268,9 +215,9 @@ class Store:
         self._failpoints.reached("before-rename")
         return len(bodies), len(data)
 
-    def _take_place(self, file: _File, aside: Path, path: Path, count: int, size: int) -> None:
+    def _take_place(self, file: JobFile, aside: Path, path: Path, count: int, size: int) -> None:
         """Append what came meanwhile, and rename the snapshot to the job's file, with no other append in between."""
-        fresh = _File(os.open(aside, os.O_WRONLY | os.O_APPEND), count, size, snapshot=size)
+        fresh = JobFile(os.open(aside, os.O_WRONLY | os.O_APPEND), count, size, snapshot=size)
         try:
             for body in file.meanwhile or ():
                 self._write(fresh, body)
@@ -312,115 +259,9 @@ def _locked(directory: Path) -> IO[str]:
     return lock
 
 
-def _header(job: str, *, synced: int) -> bytes:
-    return encode_header(pb.Header(format=_FORMAT, job=job, machine=_machine(), synced=synced))
-
-
-def _machine() -> str:
-    """The machine's boot id; "" where the kernel gives none."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-
-
 def _sync(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _loaded(path: Path) -> tuple[str, list[JournalRecord], _File]:
-    """A file's job and records, and its `_File`; a torn end is cut off.
-
-    Raises:
-        StoreError: it is corrupt.
-    """
-    job, bodies, file = _scanned(path)
-    return job, _entries(path, bodies), file
-
-
-def _entries(path: Path, bodies: Iterable[bytes]) -> list[JournalRecord]:
-    with _naming(path):
-        return [_entry(body) for body in bodies]
-
-
-def _scanned(path: Path) -> tuple[str, list[bytes], _File]:
-    """Like `_loaded`, with the records still encoded."""
-    header: pb.Header | None = None
-    bodies: list[bytes] = []
-    file = _File()
-    with _naming(path):
-        data = path.read_bytes()
-        try:
-            for frame in frames(data):
-                if isinstance(frame, Torn):
-                    _check_torn(path, header, file, frame)
-                    break
-                end, body = frame
-                if header is None:
-                    header = _header_of(body)
-                else:
-                    bodies.append(body)
-                file.frames, file.size = file.frames + 1, end
-                if file.frames == header.synced:
-                    file.snapshot = end
-        except FrameError as error:
-            # After a power cut the unsynced end of a journal may hold anything; what was synced must be sound.
-            if header is None or file.frames < header.synced or header.machine == _machine():
-                raise
-            _log.warning("%s ends at byte %d: the machine was down meanwhile, and %s.", path, file.size, error)
-        if header is None:
-            raise RecordError("it is empty")
-        if file.frames < header.synced:
-            raise RecordError(f"it has {file.frames} of the {header.synced} records of its snapshot")
-        file.records = file.frames - max(header.synced, 1)
-        if file.size < len(data):
-            os.truncate(path, file.size)
-    return header.job, bodies, file
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add to an error which file is corrupt, and what to do."""
-    try:
-        yield
-    except (FrameError, RecordError, OSError) as error:
-        raise StoreError(
-            f"The snapshot {path} is corrupt: {error}. Put a good copy in its place; or move it away, and its job "
-            "begins anew, without its moving statistics."
-        ) from error
-
-
-def _header_of(body: bytes) -> pb.Header:
-    header = decode(body)
-    if not isinstance(header, pb.Header):
-        raise RecordError("it does not begin with a header")
-    if header.format != _FORMAT:
-        raise RecordError(f"expected the format {_FORMAT}, found {header.format}")
-    return header
-
-
-def _entry(body: bytes) -> JournalRecord:
-    record = decode(body)
-    if isinstance(record, pb.Header):
-        raise RecordError("a second header stands in its middle")
-    return record
-
-
-def _check_torn(path: Path, header: pb.Header | None, file: _File, torn: Torn) -> None:
-    if header is None or file.frames < header.synced:
-        raise FrameError(f"its record {file.frames}, at byte {torn.start}, lacks its end")
-    _log.warning(
-        "%s ends in %d bytes of an entry that was being written when the service was killed: cut off, nobody was told.",
-        path,
-        torn.length,
-    )

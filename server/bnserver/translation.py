@@ -1,20 +1,23 @@
-"""Translates the wire's messages into the core's events, and its effects into messages. No decisions."""
+"""Translates the wire's messages into the core's events, and its effects into messages. No decisions.
+
+What comes out of `Reader` is valid by itself: `core.validation` looks at it on the way.
+"""
 
 from __future__ import annotations
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import LayerSignature, Operation
 from bnlayer.state import LayerState
-from bnproto.arrays import PayloadAssembler, WireError, named, pack, unpack
+from bnproto.arrays import WireError, named, pack, unpack
 from bnproto.calls import call_of, without_state
 from bnproto.v1 import statistics_pb2 as pb
+from bnserver.channel import Outgoing
 from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Released, Totals
 from bnserver.core.events import (
     Arrays,
     Body,
     Contribute,
     Event,
-    Heartbeat,
     Join,
     Leave,
     Malformed,
@@ -25,8 +28,9 @@ from bnserver.core.events import (
 )
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
+from bnserver.core.validation import validated
 
-Messages = list[pb.ExchangeResponse]
+Messages = list[Outgoing]
 
 _REASONS = {
     Reason.MISMATCH: pb.ERROR_REASON_MISMATCH,
@@ -42,54 +46,49 @@ _REASONS = {
 
 
 class Reader:
-    """Turns one stream's requests into events; a request whose payload has parts becomes one with its last part."""
+    """Turns one connection's requests into valid events.
+
+    Args:
+        stream: the connection's number.
+    """
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
-        self._alive: Heartbeat | None = None
-        self._waiting: tuple[pb.ExchangeRequest, PayloadAssembler] | None = None
+        self._joined: Join | None = None
 
-    def read(self, request: pb.ExchangeRequest) -> Event | None:
-        """The event of a request; None while parts are missing."""
+    def read(self, request: pb.ExchangeRequest, data: bytes | bytearray) -> Event:
+        """The event of a request; `Malformed` if it is invalid.
+
+        Args:
+            request: its first message.
+            data: all bytes of its payload.
+        """
+        kind = request.WhichOneof("message")
         try:
-            return self._event(request)
+            if (kind == "join") is (self._joined is not None):
+                raise WireError("expected one join, as the first request of a stream")
+            match kind:
+                case "contribution":
+                    return self._contribution(request.contribution, data)
+                case "join":
+                    self._joined = self._join(request.join)
+                    return validated(self._joined)
+                case "push":
+                    push = request.push
+                    state = LayerState.from_arrays(named(push.payload, data), push.dtype)
+                    return validated(Push(self._stream, push.layer, state, push.number))
+                case "pull":
+                    return Pull(self._stream, request.pull.layer)
+                case "leave":
+                    return Leave(self._stream, request.leave.reason)
+                case _:
+                    raise WireError(f"expected a request, received {kind or 'an empty message'}")
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
-    def beside(self) -> Reader:
-        """A reader for what the same rank sends on its local socket."""
-        other = Reader(self._stream)
-        other._alive = self._alive
-        return other
-
-    def _event(self, request: pb.ExchangeRequest) -> Event | None:
-        kind = request.WhichOneof("message")
-        if (kind == "join") is (self._alive is not None):
-            raise WireError("expected one join, as the first request of a stream")
-        if (kind == "part") is not (self._waiting is not None):
-            raise WireError(f"expected {'a part' if self._waiting else 'no part'} here, received {kind}")
-        match kind:
-            case "join":
-                return self._join(request.join)
-            case "part":
-                return self._part(request.part)
-            case "contribution":
-                return self._whole(request, request.contribution.payload)
-            case "push":
-                return self._whole(request, request.push.payload)
-            case "pull":
-                return Pull(self._stream, request.pull.layer)
-            case "leave":
-                return Leave(self._stream, request.leave.reason)
-            case "heartbeat":
-                return self._alive
-            case _:
-                raise WireError("expected a request, received an empty message")
-
-    def _join(self, join: pb.Join) -> Event:
+    def _join(self, join: pb.Join) -> Join:
         if join.token:
             raise WireError("expected no token, which this version of the service would not check, received one")
-        self._alive = Heartbeat(join.job, join.rank, join.incarnation)
         resume = None
         if join.HasField("resume"):
             known = join.resume
@@ -98,41 +97,25 @@ class Reader:
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
         return Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
 
-    def _part(self, part: pb.Part) -> Event | None:
-        assert self._waiting is not None
-        request, joining = self._waiting
-        joining.add(part)
-        return self._taken(request, joining) if joining.complete else None
-
-    def _whole(self, request: pb.ExchangeRequest, payload: pb.Payload) -> Event | None:
-        joining = PayloadAssembler(payload)
-        if joining.complete:
-            return self._taken(request, joining)
-        self._waiting = (request, joining)
-        return None
-
-    def _taken(self, request: pb.ExchangeRequest, joining: PayloadAssembler) -> Event:
-        self._waiting = None
-        if request.WhichOneof("message") == "push":
-            state = LayerState.from_arrays(named(joining.payload, joining.data), request.push.dtype)
-            return Push(self._stream, request.push.layer, state, request.push.number)
-        message = request.contribution
+    def _contribution(self, message: pb.Contribution, data: bytes | bytearray) -> Event:
+        assert self._joined is not None
         call = call_of(message)
         body: Body
         if call.operation is Operation.ENROLL and isinstance(call.signature, LayerSignature):
-            body = LayerState.from_arrays(named(joining.payload, joining.data), call.signature.dtype)
+            body = LayerState.from_arrays(named(message.payload, data), call.signature.dtype)
         elif isinstance(call.signature, LayerSignature) and call.signature.state:
-            body = Replacing(*without_state(named(joining.payload, joining.data), call.signature.dtype))
+            body = Replacing(*without_state(named(message.payload, data), call.signature.dtype))
         elif call.operation in (Operation.PROBE, Operation.SUMS):
-            arrays = unpack(joining.payload, joining.data)
+            arrays = unpack(message.payload, data)
             if len(arrays) != 1:
-                raise WireError(f"expected one array of words, received {len(arrays)}")
+                raise WireError(f"expected one array of limbs, received {len(arrays)}")
             body = arrays[0]
         elif message.HasField("payload"):
-            body = tuple(unpack(joining.payload, joining.data))
+            body = tuple(unpack(message.payload, data))
         else:
             body = None
-        return Contribute(self._stream, message.generation, message.sequence, call, body)
+        contribution = Contribute(self._stream, message.generation, message.sequence, call, body)
+        return validated(contribution, self._joined.world_size)
 
 
 class Writer:
@@ -154,7 +137,7 @@ class Writer:
         message = pb.Joined(
             world_size=world_size, lease_ms=self._lease_ms, durable=self._durable, local_socket=local_socket
         )
-        return [pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, joined=message)]
+        return [Outgoing(pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, joined=message))]
 
     def heartbeat(self) -> pb.HeartbeatResponse:
         """The answer to a sign of life."""
@@ -176,19 +159,19 @@ class Writer:
             case Broadcast():
                 arrays = effect.arrays
             case Released():
-                return self._result(generation, pb.Result(sequence=effect.sequence), [])
+                return self._messages(generation, pb.Result(sequence=effect.sequence), [])
         payload, parts = pack(arrays, names)
         result = pb.Result(sequence=effect.sequence, version=version, payload=payload, known=known)
-        return self._result(generation, result, parts)
+        return self._messages(generation, result, parts)
 
     def reduced(self, sequence: int, generation: int, arrays: Arrays) -> Messages:
         """The answer to a plain reduction."""
         payload, parts = pack(arrays)
-        return self._result(generation, pb.Result(sequence=sequence, payload=payload), parts)
+        return self._messages(generation, pb.Result(sequence=sequence, payload=payload), parts)
 
     def overflowed(self, sequence: int, generation: int, text: str) -> Messages:
         """The answer to an integer sum that does not fit its dtype."""
-        return self._result(generation, pb.Result(sequence=sequence, overflow=text), [])
+        return self._messages(generation, pb.Result(sequence=sequence, overflow=text), [])
 
     def owned(self, effect: Owned, generation: int) -> Messages:
         """The answer to a pull or a push."""
@@ -197,15 +180,15 @@ class Writer:
             state = effect.state.arrays()
             payload, parts = pack(state.values(), tuple(state))
             message = pb.Owned(known=True, dtype=effect.state.forward.dtype, payload=payload)
-        first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, owned=message)
-        return [first, *self._rest(generation, parts)]
+        return self._messages(generation, message, parts)
 
-    def _result(self, generation: int, result: pb.Result, parts: list[pb.Part]) -> Messages:
-        first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, result=result)
-        return [first, *self._rest(generation, parts)]
-
-    def _rest(self, generation: int, parts: list[pb.Part]) -> Messages:
-        return [pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, part=part) for part in parts]
+    def _messages(self, generation: int, answer: pb.Result | pb.Owned, parts: list[pb.Part]) -> Messages:
+        if isinstance(answer, pb.Result):
+            first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, result=answer)
+        else:
+            first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, owned=answer)
+        rest = (pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, part=part) for part in parts)
+        return [Outgoing(message) for message in (first, *rest)]
 
 
 def failure_of(effect: Failed) -> pb.Failure:

@@ -11,19 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from bnserver.configuration import resolve
+
 _ROOT = Path(__file__).parents[2]
 _DOCKERFILE = _ROOT / "deploy/docker/Dockerfile"
+_MPIJOB_DOCKERFILE = _ROOT / "deploy/docker/Dockerfile.mpijob"
 _UNIT = _ROOT / "deploy/systemd/bnlayer.service"
-_SBATCH = _ROOT / "deploy/slurm/train.sbatch"
-_SHELL_SCRIPTS = (_SBATCH, _ROOT / ".ci/run", _ROOT / ".ci/system-tools")
+_SBATCH = _ROOT / "deploy/slurm/mpiexec.sbatch"
+_BATCH_SCRIPTS = sorted((_ROOT / "deploy/slurm").glob("*.sbatch"))
+_SHELL_SCRIPTS = (
+    *_BATCH_SCRIPTS,
+    *(_ROOT / name for name in (".ci/run", ".ci/system-tools", "wheels/build", "wheels/arm-python")),
+)
 
 # systemd-analyze rates from 0 (sealed) to 10 (open), here in tenths. Sockets alone make up most of our 1.3.
 _EXPOSURE_TENTHS = 15
 
 
-def test_the_dockerfile_passes_hadolint() -> None:
-    """Unpinned bases, shell mistakes and late user switches do not enter the image."""
-    assert _run(_tool("hadolint"), _DOCKERFILE) == ""
+@pytest.mark.parametrize("path", [_DOCKERFILE, _MPIJOB_DOCKERFILE], ids=lambda path: path.name)
+def test_the_dockerfiles_pass_hadolint(path: Path) -> None:
+    """Unpinned bases, shell mistakes and late user switches do not enter the images."""
+    assert _run(_tool("hadolint"), path) == ""
 
 
 def test_hadolint_notices_a_mistake(tmp_path: Path) -> None:
@@ -47,11 +55,22 @@ def test_the_image_gets_only_files_that_exist() -> None:
     assert [name for name in sorted(copied) if not (_ROOT / name).exists()] == []
 
 
+def test_the_mpijob_image_gets_only_files_that_exist() -> None:
+    """Its context is the folder of the Dockerfiles; the worker's command names the configuration that is copied."""
+    lines = [line.split() for line in _MPIJOB_DOCKERFILE.read_text().splitlines()]
+    copied = {words[1]: words[2] for words in lines if words[:1] == ["COPY"]}
+    assert [name for name in copied if not (_MPIJOB_DOCKERFILE.parent / name).exists()] == []
+    worker = (_ROOT / "deploy/kubernetes/mpijob/mpijob.yaml").read_text()
+    assert f"{copied['sshd_bnlayer.conf']}sshd_bnlayer.conf" in worker
+
+
 def test_the_image_installs_with_hashes_as_a_user_without_rights() -> None:
     """Nothing unverified is installed, and the daemon does not run as root."""
     lines = [line.strip() for line in _DOCKERFILE.read_text().splitlines()]
-    installs = [line for line in lines if "pip install" in line]
-    assert all("--require-hashes" in line or "--no-deps --no-build-isolation" in line for line in installs)
+    installs = [line for line in lines if "pip install" in line or "pip wheel" in line]
+    built_here = ("--no-deps --no-build-isolation", "--no-deps /wheels/")
+    assert all("--require-hashes" in line or any(ours in line for ours in built_here) for line in installs)
+    assert len(installs) == 4
     assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
 
 
@@ -64,6 +83,7 @@ def test_the_unit_passes_systemd_analyze(tmp_path: Path) -> None:
     ("right", "wrong"),
     [
         ("ProtectSystem=strict", "ProtectSystm=strict"),
+        ("MemoryDenyWriteExecute=yes", "MemoryDenyWriteExecute=maybe"),
         ("TimeoutStopSec=15", "TimeoutStopSec=soon"),
         ("[Install]", "[Instal]"),
     ],
@@ -87,6 +107,19 @@ def test_the_unit_stays_hardened(tmp_path: Path) -> None:
     assert opened.returncode != 0
 
 
+def test_the_daemon_encrypts_and_asks_for_tokens_by_default() -> None:
+    """In the image, whose variables say so, and in the unit, whose file does; and the service takes both."""
+    lines = _DOCKERFILE.read_text().replace("\\\n", " ").splitlines()
+    variables = dict(word.split("=", 1) for line in lines if line.startswith("ENV ") for word in line.split()[1:])
+    assert [line for line in lines if line.startswith("CMD ")] == ['CMD ["serve"]']
+    file = _UNIT.with_name("service.toml")
+    for found in (resolve({}, variables, None), resolve({}, {}, (file, file.read_text()))):
+        found.configuration.check()
+        assert found.configuration.listen.startswith("0.0.0.0:")
+        assert None not in (found.configuration.tls_cert, found.configuration.tls_key, found.configuration.tokens)
+        assert not found.configuration.insecure
+
+
 @pytest.mark.parametrize("script", _SHELL_SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_pass_bash_and_shellcheck(script: Path) -> None:
     """A batch script fails at once in review, not after an hour in the queue."""
@@ -96,7 +129,7 @@ def test_shell_scripts_pass_bash_and_shellcheck(script: Path) -> None:
 
 def test_shellcheck_notices_a_mistake(tmp_path: Path) -> None:
     """The check above can fail."""
-    broken = tmp_path / "train.sbatch"
+    broken = tmp_path / _SBATCH.name
     broken.write_text(_SBATCH.read_text().replace('"$SLURM_NTASKS"', "$SLURM_NTASKS"))
     assert "SC2086" in _run(_tool("shellcheck"), broken)
 
@@ -115,16 +148,20 @@ def test_the_batch_script_starts_one_rank_per_task(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    expected = "-n 6 bnlayer train --transport mpi --data digits --summary summary-17.json --epochs 3"
+    expected = (
+        "-n 6 bnlayer train --transport mpi --data digits --save bnlayer-17.safetensors --resume "
+        "--summary summary-17.json --epochs 3"
+    )
     assert done.stdout.split() == expected.split()
 
 
-def test_the_batch_script_without_data_says_how_to_call_it() -> None:
+@pytest.mark.parametrize("script", _BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_a_batch_script_without_data_says_how_to_call_it(script: Path) -> None:
     """A forgotten argument is an error of its own, not mpiexec's."""
-    done = subprocess.run(["bash", _SBATCH], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "usage: sbatch train.sbatch DATA [more options of bnlayer train]\n",
+        f"usage: sbatch {script.name} DATA [more options of bnlayer train]\n",
     )
 
 

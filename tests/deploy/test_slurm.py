@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,51 @@ def test_a_stopped_job_is_resumed(script: str, stop: tuple[str, ...], slurm: Clu
         check=True,
     )
     assert saved.read_bytes() == whole.read_bytes()
+
+
+_WHO = """
+import os, sys
+from bnlayer.environment import announced, batch_script
+ranks = [f"{found.rank} of {found.world_size}" for found in announced(os.environ)]
+print(sys.argv[1], *(ranks or ["is no rank"]), "warned" if batch_script(os.environ) else "not warned", flush=True)
+"""
+# Two components: one task on the first node, two on the second.
+_HETEROGENEOUS = """\
+#!/bin/sh
+#SBATCH --ntasks=1 --nodelist=n1
+#SBATCH hetjob
+#SBATCH --ntasks=2 --nodelist=n2
+{python} who.py batch
+srun --het-group=0,1 {python} who.py step
+srun --het-group=1 {python} who.py second-component
+"""
+
+
+def test_who_is_a_rank(slurm: Cluster, tmp_path: Path) -> None:
+    """Tasks of a step are, heterogeneous ones numbered through; what runs beside the steps is not."""
+    (tmp_path / "who.py").write_text(_WHO, encoding="ascii")
+    for tasks in (("--ntasks=2",), ("--ntasks=1", ":", "--ntasks=2")):
+        done = slurm.run("salloc", "-Q", *tasks, sys.executable, "who.py", "salloc", cwd=tmp_path)
+        assert done.stdout == "salloc is no rank not warned\n", done.stderr
+
+    script, log = tmp_path / "het.sbatch", tmp_path / "het.log"
+    script.write_text(_HETEROGENEOUS.format(python=sys.executable), encoding="utf-8")
+    job = slurm.submit(script, options=[f"--output={log}"], cwd=tmp_path)
+    slurm.wait(job, "COMPLETED", log)
+    assert sorted(log.read_text(encoding="utf-8").splitlines()) == [
+        "batch is no rank not warned",
+        "second-component 0 of 2 not warned",
+        "second-component 1 of 2 not warned",
+        "step 0 of 3 not warned",
+        "step 1 of 3 not warned",
+        "step 2 of 3 not warned",
+    ]
+
+    # It has the variables of rank 0 of 2.
+    script.write_text(f"#!/bin/sh\n{sys.executable} who.py batch\n", encoding="utf-8")
+    job = slurm.submit(script, options=["--ntasks=2", f"--output={log}", "--open-mode=truncate"], cwd=tmp_path)
+    slurm.wait(job, "COMPLETED", log)
+    assert log.read_text(encoding="utf-8") == "batch is no rank warned\n"
 
 
 def _await_file(path: Path, log: Path) -> None:

@@ -6,9 +6,11 @@ the top-level names are counted.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +108,40 @@ def test_the_command_line_is_installed(site: Path, installed: Installed) -> None
 
 def test_the_metadata_names_license_and_python(installed: Installed) -> None:
     """What an installer and a lawyer read first."""
-    assert (installed.license, installed.python) == ("Apache-2.0", "<3.14,>=3.11")
+    assert (installed.license, installed.python) == ("Apache-2.0", ">=3.11")
     assert any(name.endswith("licenses/LICENSE") for name in installed.files)
+
+
+def test_one_wheel_for_every_python(wheel: Path, installed: Installed) -> None:
+    """The stable ABI: the one binary is named after it, and no source of it is installed."""
+    assert "-cp311-abi3-" in wheel.name
+    assert [name for name in installed.files if name.endswith(".so")] == ["bnlayer/kernels/_native.abi3.so"]
+    assert not [name for name in installed.files if name.endswith((".cpp", ".hpp", "CMakeLists.txt"))]
+
+
+def test_the_source_distribution_builds(tmp_path: Path) -> None:
+    """What is published as source holds all that building takes: the same files come out of it."""
+    code = f"import scikit_build_core.build as b; b.build_sdist({str(tmp_path)!r})"
+    _run(sys.executable, "-c", code, cwd=_ROOT)
+    (source,) = tmp_path.glob("*.tar.gz")
+    _pip(Path(sys.executable), "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source)
+    (built,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(built).namelist()
+    assert "bnlayer/kernels/_native.abi3.so" in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == _PACKAGES
+
+
+def test_the_variants_share_no_function() -> None:
+    """A function that the linker merges between variants may run AVX-512 on a processor that has none."""
+    objects = sorted((_ROOT / "build/native/CMakeFiles").glob("kernels_*.dir/**/*.o"))
+    assert objects, "make setup builds them"
+    for object_file in objects:
+        variant = next(part for part in object_file.parts if part.startswith("kernels_"))[8:-4]
+        symbols = _run("nm", "--demangle", "--defined-only", object_file).splitlines()
+        shared = [
+            symbol for symbol in symbols if re.match(r"\S+ [WVu] ", symbol) and f"bnlayer::{variant}::" not in symbol
+        ]
+        assert shared == [], object_file
 
 
 def test_it_runs_on_the_locked_dependencies_alone(wheel: Path) -> None:
@@ -125,10 +159,10 @@ def _pip(python: Path, *arguments: str | Path) -> None:
     _run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
 
 
-def _run(*command: str | Path) -> str:
+def _run(*command: str | Path, cwd: str | Path = "/") -> str:
     """A command's stdout; its whole output if it fails."""
     # The checkout must not be found through the working directory or PYTHONPATH.
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -74,7 +74,7 @@ def test_an_address_has_a_host_and_a_port(start: Callable[..., Any], listen: str
     """A typing error is told as one."""
     code, err = _refused(start, "--listen", listen)
     assert code == 2
-    assert f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
+    assert f"--listen: expected HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
 
 
 def test_an_ipv6_host_is_in_brackets(start: Callable[..., Any]) -> None:
@@ -82,7 +82,7 @@ def test_an_ipv6_host_is_in_brackets(start: Callable[..., Any]) -> None:
     code, err = _refused(start, "--listen", "::1:0")
     assert code == 2
     assert err == (
-        "bnserver: expected --listen HOST:PORT, such as 127.0.0.1:50051, received '::1:0'. An IPv6 host stands in "
+        "bnserver: --listen: expected HOST:PORT, such as 127.0.0.1:50051, received '::1:0'. An IPv6 host stands in "
         "brackets: [::1]:0.\n"
     )
 
@@ -93,7 +93,7 @@ def test_timeouts_are_numbers_of_seconds(start: Callable[..., Any], flag: str, s
     """A lease that is none would find everybody dead, or nobody."""
     code, err = _refused(start, "--listen", "127.0.0.1:0", f"{flag}={seconds}")
     assert code == 2
-    assert f"argument {flag}: expected a number of seconds, 0 or more, received '{seconds}'" in err
+    assert f"bnserver: {flag}: expected a number of seconds, 0 or more, received '{seconds}'" in err
 
 
 def test_insecure_listens_everywhere(start: Callable[..., Any]) -> None:

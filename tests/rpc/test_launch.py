@@ -30,12 +30,13 @@ def test_ranks_reach_each_other_through_a_service_of_their_own() -> None:
 
 
 def test_the_environment_of_a_rank() -> None:
-    """Every variable that `join` reads; nothing of an outer launcher; an empty standard input."""
+    """Every variable that `join` reads; nothing of an outer launcher or another service; an empty standard input."""
     text = (
         "import json; print(json.dumps({k: v for k, v in os.environ.items() "
         "if k.startswith(('BNLAYER_', 'PMI_RANK'))} | {'input': sys.stdin.read()}))"
     )
     environ = {**os.environ, "PMI_RANK": "0", "PMI_SIZE": "1", "BNLAYER_JOB": "named"}
+    environ |= {"BNLAYER_TLS_CA": "none", "BNLAYER_TOKEN_FILE": "none", "BNSERVER_TLS_CERT": "none"}
     done = subprocess.run(
         arguments(2, *script(text)), capture_output=True, text=True, timeout=200, check=True, env=environ, input="x"
     )

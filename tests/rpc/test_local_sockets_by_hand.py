@@ -19,7 +19,7 @@ from bnproto.channel import CLIENT_OPTIONS
 from bnproto.frames import Frames, framed
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
-from bnserver.local import _ATTACH_WITHIN_S
+from bnserver.local_channel import _ATTACH_WITHIN_S
 
 pytestmark = pytest.mark.rpc
 
@@ -159,16 +159,6 @@ def test_the_stream_ends_with_its_socket(hand: _Hand, plug: _Plug) -> None:
     assert list(hand.responses) == []
 
 
-def test_nothing_comes_between_the_parts_of_a_request(hand: _Hand, plug: _Plug) -> None:
-    """On the socket as on the stream; how it ends is said there, and the socket ends with it."""
-    plug.attach(hand.invitation.ticket)
-    plug.send(*_large(1)[:-1], pb.ExchangeRequest(pull=pb.Pull()))
-    code, text = hand.status()
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "expected a part here, received pull" in text
-    assert plug.hear() is None
-
-
 @pytest.mark.parametrize("ticket", [b"", b"0123456789abcdef"])
 def test_a_wrong_ticket_is_shown_out(hand: _Hand, plug: _Plug, ticket: bytes) -> None:
     """And the stream's own rank still gets in."""
@@ -184,16 +174,6 @@ def test_a_ticket_is_good_once(hand: _Hand, plug: _Plug) -> None:
         assert other.attach(hand.invitation.ticket) is None
     plug.send(_barrier(1))
     assert plug.hear() is not None
-
-
-def test_a_ticket_ends_with_its_stream(serve: Callable[..., Any]) -> None:
-    """There is nothing to attach to any more."""
-    with closing(_Hand(serve().address, "goes")) as gone:
-        invitation = gone.invitation
-        gone.requests.put(pb.ExchangeRequest(leave=pb.Leave()))
-        assert list(gone.responses) == []
-        with closing(_Plug(invitation)) as late:
-            assert late.attach(invitation.ticket) is None
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x41\0\0\0", b"\x02\0\0\0\xff\xff"])
@@ -219,14 +199,6 @@ def test_nonsense_costs_its_own_stream(hand: _Hand, plug: _Plug, data: bytes, wh
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert why in text
     assert plug.hear() is None
-
-
-def test_a_socket_is_not_attached_on_a_stream(hand: _Hand) -> None:
-    """The request has a meaning on local sockets alone."""
-    hand.requests.put(pb.ExchangeRequest(attach=pb.Attach(ticket=hand.invitation.ticket)))
-    code, text = hand.status()
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "expected a request" in text
 
 
 @pytest.mark.fault

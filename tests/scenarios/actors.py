@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnlayer.exchange import BackwardExchange, ForwardExchange
+from bnlayer.gradients import GradientSums
 from bnlayer.kernels import reference
 from bnlayer.moments import BatchStatistics
 from bnlayer.moving import Rule
@@ -81,9 +82,7 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
     while exchange.wants is not None:
         operations.append(str(exchange.wants))
         probe = exchange.wants is Operation.PROBE
-        limbs = (
-            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid)
-        )
+        limbs = reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid)
         signature = replace(
             mirror.signature, masked=masked, grid=exchange.fingerprint, update_moving="update" not in options
         )

@@ -30,7 +30,6 @@ from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.failures import error_of
 from bnserver.core.effects import (
-    ApplyUpdate,
     Broadcast,
     Closed,
     Effect,
@@ -62,6 +61,7 @@ from bnserver.core.events import (
 )
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
+from bnserver.core.validation import validated
 from bnserver.translation import failure_of
 from scenarios.actors import Exchange, Mirror, Options, Rank, backward, described, forward, listed, numbers
 from scenarios.transcript import Block, orders
@@ -275,6 +275,9 @@ class Scene:
         self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
 
     def _handle(self, event: Event) -> None:
+        if isinstance(event, Contribute | Join | Push):
+            rank = self._by_stream[event.stream]
+            event = validated(event, rank.join.world_size)
         effects = self._service.handle(event, self._now)
         written = [number for number, effect in enumerate(effects) if isinstance(effect, Record)]
         reported = [number for number, effect in enumerate(effects) if isinstance(effect, Totals | Enrolled | Owned)]
@@ -284,8 +287,6 @@ class Scene:
             self._contribute(rank, call, limbs)
 
     def _replies(self, effect: Effect) -> Iterator[tuple[Rank, Call, Body]]:
-        if isinstance(effect, ApplyUpdate):
-            return
         if isinstance(effect, Persist | Record | Straggling):
             self._note(effect)
             return

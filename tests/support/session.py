@@ -9,26 +9,17 @@ the other. What was sent on a connection that broke may still arrive, after the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
-from bnlayer.exchange import ForwardExchange
-from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moving import Moving, Rule
 from bnlayer.reduction import reduce_in_rank_order
-from bnlayer.state import LayerState
-from bnproto.arrays import named, unpack, whole
-from bnproto.calls import contribution_of
-from bnproto.failures import error_of
+from bnproto.failures import StatusParts, error_of
 from bnproto.v1 import statistics_pb2 as pb
+from bnserver.channel import Outgoing, RequestAssembler
+from bnserver.connection import Connection
 from bnserver.core.effects import Broadcast, Closed, Effect, Enrolled, Failed, Owned, Record, Reduce, Released, Totals
 from bnserver.core.effects import Joined as AllJoined
 from bnserver.core.events import Event as ServiceEvent
@@ -36,17 +27,33 @@ from bnserver.core.events import Lost
 from bnserver.core.journal_records import Ended, JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.service import Service
-from bnserver.translation import Reader, Writer, failure_of
+from bnserver.translation import Messages, Writer, failure_of
 from bnworker.transports.service import actions as do
 from bnworker.transports.service import events as happened
 from bnworker.transports.service.channel import Answer, AnswerAssembler
 from bnworker.transports.service.session import Session, State
+from support.session_program import Asked, Program, bits
 
 TIMEOUT_S = 300.0
 _PATIENCE = LivenessTimeouts(lease=0.0, away=1e9)  # nobody is lost here: what is tested is that everything completes
 _PART_BYTES = 40  # small, so that contributions travel in parts
 
-Program = Generator[tuple[pb.ExchangeRequest, pb.Payload | None], Answer, list[bytes]]
+
+Down = dict[str, deque[bytes | Failed | None]]
+
+
+class Wire:
+    """The service's channel of a connection: what it sends is on its way."""
+
+    def __init__(self, queue: deque[bytes | Failed | None]) -> None:
+        self._queue = queue
+
+    def send(self, messages: Iterable[Outgoing]) -> None:
+        """It may yet be lost."""
+        self._queue.extend(message.message.SerializeToString() for message in messages)
+
+    def close(self, status: StatusParts | None) -> None:
+        """The plays end connections themselves."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,14 +70,16 @@ class Link:
     rank: int
     number: int
     stream: int
-    readers: dict[str, Reader]
+    connection: Connection
+    gathered: dict[str, RequestAssembler]
     up: dict[str, deque[bytes]]
-    down: dict[str, deque[bytes | Failed | None]]
+    down: Down
     assemblers: dict[str, AnswerAssembler]
     broken: bool = False
     left: bool = False
     closed: bool = False
     joined: bool = False
+    is_join_read: bool = False
 
     @property
     def is_answer_next(self) -> bool:
@@ -161,7 +170,7 @@ class Rank:
             self.results = end.value
             self.asks = happened.Leave("")
 
-    def _asking(self, asked: tuple[pb.ExchangeRequest, pb.Payload | None]) -> happened.Ask:
+    def _asking(self, asked: Asked) -> happened.Ask:
         request, payload = asked
         if request.HasField("contribution"):
             request.contribution.sequence = self.session.answered + 1
@@ -204,7 +213,7 @@ class Rank:
             response = answer.response
             if response.HasField("joined"):
                 link.joined = True
-                self.handle(happened.Joined(link.number, response.boot_id, response.generation, durable=True))
+                self.handle(happened.Joined(link.number, response.generation, durable=True))
             else:
                 self.in_hand = happened.Received(link.number, answer)
 
@@ -238,9 +247,9 @@ class Play:
         return all(rank.session.state is State.CLOSED for rank in self.ranks)
 
     @property
-    def is_generation_over(self) -> bool:
-        """Whether the service knows that all have left."""
-        return isinstance(self.written[-1], Ended)
+    def has_ended_well(self) -> bool:
+        """Whether the service knows that all have left, cleanly."""
+        return self.written[-1] == Ended(1)
 
     def owned(self) -> dict[str, bytes]:
         """The bits of what the service owns."""
@@ -248,14 +257,20 @@ class Play:
 
     def connect(self, rank: int, number: int) -> Link:
         """A new connection."""
+        for old in self.links:
+            # The service takes the join that arrives last as the rank's: here none is overtaken.
+            if old.rank == rank and not old.is_join_read:
+                old.up["stream"].clear()
         stream = next(self._streams)
+        down: Down = {"stream": deque(), "socket": deque()}
         link = Link(
             rank,
             number,
             stream,
-            {"stream": Reader(stream)},
+            Connection(stream, Wire(down["stream"]), self._dispatch),
+            {"stream": RequestAssembler(), "socket": RequestAssembler()},
             {"stream": deque(), "socket": deque()},
-            {"stream": deque(), "socket": deque()},
+            down,
             {"stream": AnswerAssembler(), "socket": AnswerAssembler()},
         )
         self.links.append(link)
@@ -348,11 +363,10 @@ class Play:
 
     def _deliver(self, link: Link, way: str) -> None:
         request = pb.ExchangeRequest.FromString(link.up[way].popleft())
-        if way not in link.readers:
-            link.readers[way] = link.readers["stream"].beside()
-        event = link.readers[way].read(request)
-        if event is not None:
-            self._dispatch(event)
+        link.is_join_read = True
+        whole = link.gathered[way].add(request)
+        if whole is not None:
+            link.connection.receive(*whole)
 
     def _dispatch(self, event: ServiceEvent) -> None:
         self.now += 0.001
@@ -364,7 +378,8 @@ class Play:
             case Record():
                 self.written.append(effect.record)
             case AllJoined():
-                self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size, None), "stream")
+                self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size, None))
+                self._attach(effect.streams)
             case Totals() | Enrolled() | Broadcast() | Released():
                 self._send(effect.streams, self._writer.result(effect, 1))
             case Reduce():
@@ -377,11 +392,16 @@ class Play:
             case Closed():
                 self._end(effect.stream, None)
 
-    def _send(self, streams: tuple[int, ...], messages: list[pb.ExchangeResponse], way: str = "") -> None:
+    def _send(self, streams: tuple[int, ...], messages: Messages) -> None:
         for link in self.links:
             if link.stream in streams and not link.broken:
-                queue = link.down[way or self.ranks[link.rank].way]
-                queue.extend(message.SerializeToString() for message in messages)
+                link.connection.channel.send(messages)
+
+    def _attach(self, streams: tuple[int, ...]) -> None:
+        """Ranks that have a local socket attach it as soon as they have joined."""
+        for link in self.links:
+            if link.stream in streams and self.ranks[link.rank].local:
+                link.connection.channel = Wire(link.down["socket"])
 
     def _end(self, stream: int, status: Failed | None) -> None:
         for link in self.links:
@@ -389,71 +409,3 @@ class Play:
                 link.closed = True
                 if not link.broken:
                     link.down["stream"].append(status)
-
-
-# ---- a program of the ranks ----
-
-_SIGNATURE = LayerSignature(2, "float32", 0.9, 0.001)
-_RULE = Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon)
-
-
-def bits(state: LayerState) -> bytes:
-    """All that a state holds."""
-    return b"".join(array.tobytes() for array in state.arrays().values())
-
-
-def train(rank: int, steps: int) -> Program:
-    """Enrol a layer, then train it with plain operations in between; returns the bits of all that was received."""
-    moving = Moving(np.zeros(2, np.float32), np.ones(2, np.float32))
-    state = LayerState(moving, Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2))
-    key = ExchangeKey("a", None, 0)
-    state = _state((yield _contribution(Call(Operation.ENROLL, key, _SIGNATURE), state.arrays())).response.result)
-    got: list[bytes] = [bits(state)]
-    for step in range(steps):
-        version, exchange = 0, ForwardExchange.begin(state.forward, _SIGNATURE.epsilon, False)
-        x = np.full((rank + 1, 2, 1), 0.5 * step - rank, np.float32) * np.float32(10.0**step)
-        while exchange.wants is not None:
-            signature = LayerSignature(2, "float32", 0.9, 0.001, grid=exchange.fingerprint)
-            call = Call(exchange.wants, ExchangeKey("a", Direction.FORWARD, step), signature, exchange.attempt)
-            answer = yield _contribution(call, {"": _limbs(exchange, x)})
-            (total,) = unpack(answer.response.result.payload, answer.data)
-            version, exchange = answer.response.result.version, exchange.reduced(total)
-            got.append(total.tobytes())
-        assert exchange.statistics is not None
-        state = state.after_forward(exchange.statistics, exchange.grid, _RULE)
-        assert version == state.version
-        call = Call(Operation.REDUCE, ExchangeKey(None, None, 3 * step), PlainSignature("sum", ("float64[30]",)))
-        got.append(bytes((yield _contribution(call, {"": np.full(30, 0.1 * (rank + step))})).data))
-        root = step % 2
-        call = Call(Operation.BROADCAST, ExchangeKey(None, None, 3 * step + 1), PlainSignature(root=root))
-        answer = yield _contribution(call, {"": np.array([step])} if rank == root else None)
-        got.append(np.array([step]).tobytes() if rank == root else bytes(answer.data))
-        if rank == 0:  # the owner's version goes up; everybody fetches it
-            request = pb.ExchangeRequest(push=pb.Push(layer="a", dtype="float32", number=step + 1))
-            yield request, _payload(state.arrays())
-        yield _contribution(Call(Operation.BARRIER, ExchangeKey(None, None, 3 * step + 2), PlainSignature()), None)
-        answer = yield pb.ExchangeRequest(pull=pb.Pull(layer="a")), None
-        state = _state(answer.response.owned)
-        got.append(bits(state))
-        answer = yield pb.ExchangeRequest(pull=pb.Pull(layer="another")), None
-        assert not answer.response.owned.known  # answers to pulls have no number
-    return got
-
-
-def _contribution(call: Call, arrays: dict[str, NDArray[Any]] | None) -> tuple[pb.ExchangeRequest, pb.Payload | None]:
-    payload = None if arrays is None else _payload(arrays)
-    return pb.ExchangeRequest(contribution=contribution_of(call, None, 0, 0)), payload
-
-
-def _payload(arrays: dict[str, NDArray[Any]]) -> pb.Payload:
-    return whole(arrays.values(), tuple(arrays))
-
-
-def _state(message: pb.Result | pb.Owned) -> LayerState:
-    return LayerState.from_arrays(named(message.payload, message.payload.data), "float32")
-
-
-def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
-    if exchange.wants is Operation.PROBE:
-        return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid)

@@ -47,8 +47,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
-SchedulerType=sched/builtin
-SchedulerParameters=batch_sched_delay=0,sched_interval=1
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,bf_window=60
 SlurmdParameters=config_overrides
 ReturnToService=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
@@ -157,7 +157,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         "BNLAYER_VENV": sys.prefix,
         "BNLAYER_KERNELS": "reference",  # the same bits, and no compiler to be loaded by every process
         "BNLAYER_SERVICE_HOST": "127.0.0.1",  # both nodes are this machine
-        "UCX_TLS": "tcp,self,sm",
+        "UCX_TLS": "self,tcp",  # the addresses of all its transports are at times too long for Slurm's pmi2
     }
     running = Cluster(folder, environ)
     with ExitStack() as stack:

@@ -7,9 +7,9 @@ from typing import cast
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from bnlayer.exchange import BackwardExchange
 from bnlayer.gradients import GradientSums

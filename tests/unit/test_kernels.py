@@ -182,7 +182,9 @@ def test_values_that_have_grown(compiled: Compiled, shape: tuple[int, int, int])
 
 @pytest.mark.parametrize("shape", [(5000, WIDE, 1), (2, 3, 9000), (9000, 1, 1)], ids=str)
 @pytest.mark.parametrize("reach", [0.01, 0.0441, 0.0443, 0.088, 0.25])
-def test_the_deviations_of_a_long_chain_have_room(compiled: Compiled, shape: tuple[int, int, int], reach: float) -> None:
+def test_the_deviations_of_a_long_chain_have_room(
+    compiled: Compiled, shape: tuple[int, int, int], reach: float
+) -> None:
     """All of one sign, and as large as the squares of 512 allow: their sum is 22 windows long, and still exact.
 
     Of 5000 smaller ones, whose squares would hold, the sum would be 46 windows long.

@@ -5,19 +5,22 @@ the service is killed and started again. The ranks' results and the owner's stat
 for bit, and every rank leaves.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.session import Play, train
+from support.session import Play
+from support.session_program import train
 
 _STEPS = 2
+_CHOICES = 500
 _ENOUGH = 20_000  # moves, where a run without faults needs a few hundred
-_FAULTS = 56  # of 256 choices
+_FAULTS = 14  # of 256 choices: with many more, nothing gets far enough to go wrong
 
 
-def _play(choices: bytes, local: tuple[bool, ...]) -> Play:
+def _play(choices: Sequence[int], local: tuple[bool, ...]) -> Play:
     """Do what the choices say, then whatever is left to do without a fault."""
     play = Play(lambda rank: train(rank, _STEPS), local)
     given = iter(choices)
@@ -28,7 +31,7 @@ def _play(choices: bytes, local: tuple[bool, ...]) -> Play:
                 moves[choice % len(moves)]()
             continue
         rank, kept = choice % play.world_size, next(given, 0)
-        match (choice - (256 - _FAULTS)) // 4 % 7:
+        match choice % 7:
             case 0:
                 play.restart(shortened=kept % 2 == 1)
             case 1 | 2:
@@ -46,17 +49,15 @@ def _play(choices: bytes, local: tuple[bool, ...]) -> Play:
 
 @cache
 def _undisturbed(world_size: int) -> Play:
-    return _play(b"", (False,) * world_size)
+    return _play((), (False,) * world_size)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.binary(min_size=100, max_size=600), st.lists(st.booleans(), min_size=2, max_size=3))
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.binary(min_size=_CHOICES, max_size=_CHOICES), st.lists(st.booleans(), min_size=2, max_size=3))
 def test_whatever_breaks_everything_counts_once(choices: bytes, local: list[bool]) -> None:
     """Over streams, local sockets, and both in one job."""
     play, expected = _play(choices, tuple(local)), _undisturbed(len(local))
     assert play.owned() == expected.owned()
-    assert play.is_generation_over
+    assert play.has_ended_well
     for rank, as_expected in zip(play.ranks, expected.ranks, strict=True):
-        assert rank.results is not None
         assert rank.results == as_expected.results
-        assert str(rank.session.error) == "This rank has left its job: join anew."

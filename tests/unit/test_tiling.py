@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization, tiling
 from bnlayer.grid import Grid
+from bnlayer.kernels import reference
+from bnlayer.kernels.choice import threads
+from bnlayer.kernels.compiled import Compiled, variants
+from bnlayer.tiling import Passes
 from bnlayer.view import View
 
 Array = NDArray[Any]
@@ -25,18 +29,26 @@ SHAPES = (((64, 9, 9, 24), -1), ((64, 24, 9, 9), 1), ((7_001, 3), -1), ((7_001,)
 
 
 @pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads, and has every batch cut into pieces."""
+def pieces() -> Iterator[Callable[[Passes], None]]:
+    """Has every batch of a layer passed over in a way."""
+    yield tiling.install
+    tiling.install(None)
 
-    def cut(count: int) -> None:
-        tiling.threads.cache_clear()
-        monkeypatch.setenv("BNLAYER_THREADS", str(count))
-        monkeypatch.setattr(tiling, "_PIECE", 1000)
-        monkeypatch.setattr(tiling, "_WORTH_A_THREAD", 1000)
 
-    yield cut
-    monkeypatch.undo()
-    tiling.threads.cache_clear()
+def ways() -> dict[str, Passes]:
+    """The reference in small pieces; each variant, of which one converts what it takes as it is otherwise; and threads."""
+    many = {f"pieces, {variant}": Passes(InPieces(variant, 1, 8), piece=1000) for variant in variants()}
+    threads = {f"threads, {variant}": Passes(Compiled(variant, 3, 8)) for variant in variants()}
+    return {"reference": Passes(reference, piece=1000)} | many | threads
+
+
+class InPieces(Compiled):
+    """Takes what the reference takes, and has the rest converted in pieces."""
+
+    @staticmethod
+    def takes(x: Array, mask: NDArray[np.bool_] | None) -> bool:
+        """Whether the reference takes it."""
+        return reference.takes(x, mask)
 
 
 def steps(policy: str, shape: tuple[int, ...], axis: int, *, masked: bool, bad: bool) -> list[Array]:
@@ -65,20 +77,24 @@ def steps(policy: str, shape: tuple[int, ...], axis: int, *, masked: bool, bad: 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("bad", [False, True], ids=["", "not finite"])
 def test_pieces_and_threads_leave_no_trace(
-    pieces: Callable[[int], None], shape: tuple[int, ...], axis: int, policy: str, masked: bool, bad: bool
+    pieces: Callable[[Passes], None], shape: tuple[int, ...], axis: int, policy: str, masked: bool, bad: bool
 ) -> None:
-    """In one piece, in many, and by three threads at once."""
+    """In one piece, in many, converted in the kernels or before them, and by three threads at once."""
     whole = steps(policy, shape, axis, masked=masked, bad=bad)
-    for count in (1, 3):
-        pieces(count)
+    for name, way in ways().items():
+        pieces(way)
         for got, wanted in zip(steps(policy, shape, axis, masked=masked, bad=bad), whole, strict=True):
             assert got.dtype == wanted.dtype
-            assert got.tobytes() == wanted.tobytes()
+            if got.dtype.kind in "fV" and bad:
+                nan = np.isnan(wanted)
+                assert (np.isnan(got) == nan).all(), name
+                got, wanted = np.where(nan, 0, got), np.where(nan, 0, wanted)
+            assert got.tobytes() == wanted.tobytes(), name
 
 
-def test_a_user_who_wants_errors_raised_gets_none_from_a_thread(pieces: Callable[[int], None]) -> None:
-    """Infinity times a γ of zero is NaN, in the caller's thread and in every other."""
-    pieces(3)
+def test_a_user_who_wants_errors_raised_gets_none(pieces: Callable[[Passes], None]) -> None:
+    """Infinity times a γ of zero is NaN, and no exception."""
+    pieces(Passes(reference, piece=1000))
     bn = BatchNormalization(gamma_initializer="zeros", trainable=False)
     dy = np.full((5000, 8), np.inf, np.float32)
     with np.errstate(all="raise"):
@@ -86,14 +102,27 @@ def test_a_user_who_wants_errors_raised_gets_none_from_a_thread(pieces: Callable
         assert np.isnan(bn.backward(dy)).all()
 
 
-def test_the_limbs_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
+def test_the_limbs_of_pieces_are_carried() -> None:
     """Words travel as they are: those of many pieces are those of one, low halves below 2^32 included."""
     view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
     unknown = Grid.unknown("float32", 8)
-    grid = unknown.probed(tiling.probe(view, unknown), np.ones(8, bool))
-    whole = tiling.moments(view, grid).limbs
-    pieces(1)
-    assert tiling.moments(view, grid).limbs.tobytes() == whole.tobytes()
+    grid = unknown.probed(Passes(reference).probe(view, unknown), np.ones(8, bool))
+    whole = Passes(Compiled(variants()[0])).moments(view, grid)
+    for name, way in ways().items():
+        assert way.moments(view, grid).tobytes() == whole.tobytes(), name
+
+
+def test_integers_in_a_half_layer_are_not_rounded_on_the_way(pieces: Callable[[Passes], None]) -> None:
+    """They go to float32 straight; what comes out is half as the rest."""
+    x = np.random.default_rng(0).integers(-70_000, 70_000, (300, 5))
+    made = []
+    for way in (Passes(reference, piece=100), *ways().values()):
+        pieces(way)
+        bn = BatchNormalization(dtype="mixed_bfloat16")
+        made.append((bn(x, training=True), bn.backward(x.astype(np.float32))))
+    for y, dx in made:
+        assert y.dtype == dx.dtype == ml_dtypes.bfloat16
+        assert (y.tobytes(), dx.tobytes()) == (made[0][0].tobytes(), made[0][1].tobytes())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -122,13 +151,13 @@ def test_no_needless_temporaries(shape: tuple[int, ...], axis: int, policy: str,
 @pytest.mark.parametrize("wanted", ["0", "-1", "two"])
 def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """It is said what was expected."""
-    tiling.threads.cache_clear()
+    threads.cache_clear()
     monkeypatch.setenv("BNLAYER_THREADS", wanted)
     try:
         with pytest.raises(ValueError, match=f"BNLAYER_THREADS: expected a number .* received {wanted!r}"):
-            tiling.threads()
+            threads()
     finally:
-        tiling.threads.cache_clear()
+        threads.cache_clear()
 
 
 FORKED = """

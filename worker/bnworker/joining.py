@@ -34,11 +34,12 @@ def join(
     """Make this process a rank of its job: over MPI, a process group of torch, a statistics service, or alone.
 
     Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
-    `BNLAYER_JOB`, `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
-    then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; an
-    initialized torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is
-    logged by the logger `bnworker`. A service on this machine is reached over a local socket as well;
-    `BNLAYER_LOCAL_SOCKET=0` does without.
+    `BNLAYER_JOB`, `BNLAYER_TOKEN` (or `BNLAYER_TOKEN_FILE`), `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks then in the
+    variables of mpiexec, torchrun and srun, in this order. An address means the service; an initialized
+    torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is logged by
+    the logger `bnworker`. A service on this machine is reached over a local socket as well; `BNLAYER_LOCAL_SOCKET=0`
+    does without. `BNLAYER_TLS_CA` makes the connection encrypted; `BNLAYER_TLS_CERT` and `BNLAYER_TLS_KEY` are this
+    process's own certificate, where the service asks for one.
 
     Under torchrun `transport="service"` needs no address: rank 0 starts a service, and torchrun tells the others.
 
@@ -46,8 +47,8 @@ def join(
         transport: "alone", "mpi", "service" or "torch", whose process group must have been initialized.
         address: of the service, "HOST:PORT"; with another transport, an error.
         job: the job's name at the service.
-        token: is refused: authentication is not available yet. `BNLAYER_TOKEN`, `BNLAYER_TOKEN_FILE` and
-            `BNLAYER_TLS_*` are, too.
+        token: for a service that asks for one. It is not sent in plain text to another machine, unless
+            `BNLAYER_INSECURE=1`.
         rank: who this process is, from 0.
         world_size: the number of ranks.
         timeout: seconds that joining, and each exchange, may take, outages of the service included.
@@ -57,7 +58,7 @@ def join(
         The world, which is the process's current collective until it is left.
 
     Raises:
-        ValueError: what is given or announced is incomplete, contradicts itself, or is not available yet.
+        ValueError: what is given or announced is incomplete or contradicts itself, or credentials can't be read.
         ImportError: transport "mpi" without mpi4py or without an MPI.
         RuntimeError: the process has joined already, or mpiexec belongs to another MPI than mpi4py.
         CollectiveError: the service refuses, or not all ranks came in time.
@@ -105,6 +106,7 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
         chosen.world_size,
         timeout=timeout,
         local_socket=chosen.local_socket,
+        credentials=chosen.credentials,
     )
 
 

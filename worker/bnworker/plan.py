@@ -15,7 +15,7 @@ from typing import Literal, cast, get_args
 
 from bnlayer.environment import Announcement, announced, batch_script, variable
 from bnproto.address import hint, split
-from bnproto.credentials import refusal
+from bnproto.credentials import NONE, Credentials, credentials
 
 TransportName = Literal["alone", "mpi", "service", "torch"]
 
@@ -34,6 +34,7 @@ class Plan:
         local_socket: whether to use a local socket instead of gRPC where the service is on this machine.
         reason: why this transport and this rank, in words, for the log.
         warning: what the user should know of it; "" if nothing.
+        credentials: what is used towards the service.
     """
 
     transport: TransportName
@@ -44,6 +45,7 @@ class Plan:
     job: str | None = None
     local_socket: bool = True
     warning: str = ""
+    credentials: Credentials = NONE
 
 
 def plan(
@@ -65,11 +67,8 @@ def plan(
         process_group: whether this process has initialized torch.distributed.
 
     Raises:
-        ValueError: something is missing, contradicts something else, is out of range, or is not available yet.
+        ValueError: something is missing, contradicts something else, or is out of range.
     """
-    unavailable = refusal(environ, token)
-    if unavailable is not None:
-        raise ValueError(unavailable)
     launchers = announced(environ)
     chosen, why, address = _way(environ, transport, address, launchers, process_group)
     if chosen == "alone":
@@ -99,7 +98,10 @@ def plan(
     local = variable(environ, "BNLAYER_LOCAL_SOCKET") or "1"
     if local not in ("0", "1"):
         raise ValueError(f"BNLAYER_LOCAL_SOCKET: expected 0 or 1, received {local!r}.")
-    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, local == "1")
+    shown = credentials(environ, token)
+    shown.check(str(address))
+    reason = f"{why}; {whence}"
+    return Plan("service", rank, world_size, reason, address, job, local == "1", credentials=shown)
 
 
 def _way(

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -34,6 +35,8 @@ from bnworker.synchronizing import checked, contents, described, taken, warn_of_
 from bnworker.transports import Transport
 
 T = TypeVar("T")
+
+_limbs_size: Callable[[Total], int] = operator.attrgetter("limbs.nbytes")
 
 
 class Layer(Protocol):
@@ -196,11 +199,14 @@ class World:
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Enroll a layer with all ranks; a layer calls it. Returns the owner's state."""
-        seeded, known = self._through(
-            call,
-            size(state.arrays().values()),
-            lambda: self._transport.enroll(call, state),
-            lambda answer: size(answer.state.arrays().values()),
+        seeded, known = self._latched(
+            partial(
+                self._counted,
+                call,
+                size(state.arrays().values()),
+                partial(self._transport.enroll, call, state),
+                lambda answer: size(answer.state.arrays().values()),
+            )
         )
         if seeded.fingerprint != state.fingerprint:
             warn_of_replacement(str(call.key.layer), seeded, known=known)
@@ -208,14 +214,9 @@ class World:
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """Reduce exact limbs over all ranks; a layer calls it, with the state that it set since the last time."""
-        if state is None:
-            return self._through(
-                call, limbs.nbytes, lambda: self._transport.exchange(call, limbs), lambda total: total.limbs.nbytes
-            )
-        sent = limbs.nbytes + size(state.arrays().values())
-        return self._through(
-            call, sent, lambda: self._transport.exchange(call, limbs, state), lambda total: total.limbs.nbytes
-        )
+        sent = limbs.nbytes if state is None else limbs.nbytes + size(state.arrays().values())
+        action = partial(self._transport.exchange, call, limbs, state)
+        return self._latched(partial(self._counted, call, sent, action, _limbs_size))
 
     def pull(self, layer: Layer | str) -> LayerState | None:
         """Fetch the owner's moving statistics of a layer, and put them into it.
@@ -334,10 +335,6 @@ class World:
 
         return self._latched(numbered)
 
-    def _through(self, call: Call, sent: int, action: Callable[[], T], received: Callable[[T], int]) -> T:
-        """Make one exchange of a layer."""
-        return self._latched(lambda: self._counted(call, sent, action, received))
-
     def _counted(self, call: Call, sent: int, action: Callable[[], T], received: Callable[[T], int]) -> T:
         self.statistics.bytes_sent += sent
         start = time.perf_counter()
@@ -353,7 +350,7 @@ class World:
         return os.getpid() != self._process and self.transport != "alone"
 
     def _alive(self) -> None:
-        if self._is_forked():
+        if os.getpid() != self._process and self._is_forked():
             raise CollectiveError(
                 f"Process {os.getpid()} was forked from rank {self.rank} (pid {self._process}), which has joined its "
                 "job: a rank is one process. Make exchanges there, or start processes before joining.",
@@ -374,23 +371,20 @@ class World:
             )
         try:
             self._alive()
-            return self._completed(action)
+            try:
+                return action()
+            except CollectiveError as error:
+                self._error = error
+                failure_marker.mark()
+                raise
+            except OverflowError:  # every rank gets this error: they stay in step
+                raise
+            except BaseException as error:
+                self._error = CollectiveError(
+                    f"An exchange of rank {self.rank} was cut off by {type(error).__name__} before it was complete: "
+                    "the ranks are out of step, and this world is over. Leave it, and join anew.",
+                    ranks=(self.rank,),
+                )
+                raise
         finally:
             self._free.release()
-
-    def _completed(self, action: Callable[[], T]) -> T:
-        try:
-            return action()
-        except CollectiveError as error:
-            self._error = error
-            failure_marker.mark()
-            raise
-        except OverflowError:  # every rank gets this error: they stay in step
-            raise
-        except BaseException as error:
-            self._error = CollectiveError(
-                f"An exchange of rank {self.rank} was cut off by {type(error).__name__} before it was complete: "
-                "the ranks are out of step, and this world is over. Leave it, and join anew.",
-                ranks=(self.rank,),
-            )
-            raise

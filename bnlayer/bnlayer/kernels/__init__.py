@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import REFERENCE, chosen, threads
-from bnlayer.kernels.results import BatchStatistics, Gradients
+from bnlayer.kernels.results import BatchStatistics, Gradients, PulledBack, Trained, TrainingCall
 
 _Array = NDArray[Any]
 _Limbs = NDArray[np.int64]
@@ -38,7 +38,13 @@ class Kernels(Protocol):
         """See `reference.moments`."""
 
     def normalize(
-        self, x: _Array, mean_C: _Array, scale_C: _Array, shift_C: _Array, nonfinite_C: _Array, out: _Array | None = None
+        self,
+        x: _Array,
+        mean_C: _Array,
+        scale_C: _Array,
+        shift_C: _Array,
+        nonfinite_C: _Array,
+        out: _Array | None = None,
     ) -> _Array:
         """See `reference.normalize`."""
 
@@ -76,6 +82,17 @@ class Kernels(Protocol):
         self, limbs: _Limbs, grid: BackwardGrid, forward: BatchStatistics
     ) -> tuple[Gradients, NDArray[np.bool_] | None]:
         """See `formulas.gradients`."""
+
+    def finish_forward(
+        self, x: _Array, limbs: _Limbs, grid: Grid, call: TrainingCall, *, accepted: bool
+    ) -> Trained | None:
+        """`statistics`, `moved`, `coefficients` and `normalize` in one; None: not for this call."""
+
+    def finish_backward(
+        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs, grid: BackwardGrid, forward: BatchStatistics,
+        scale_C: _Array, *, accepted: bool,
+    ) -> PulledBack | None:  # fmt: skip
+        """`gradients` and `input_gradient` in one; None: not for this call."""
 
 
 @cache

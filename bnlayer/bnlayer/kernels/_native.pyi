@@ -51,3 +51,13 @@ def gradients(
     variant: int, limbs: _Long, gradient: _Long, deviation: _Long, forward: _Double, forward_nonfinite: _Truths,
     rows: _Double, singles: _Single, flags: _Truths, /,
 ) -> bool: ...  # fmt: skip
+def finish_forward(
+    variant: int, threads: int, worth: int, x: _Array, limbs: _Long, pivot: _Double, exponent: _Long, epsilon: float,
+    e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single, old_variance: _Single,
+    momentum: float, synchronized: bool, rows: _Double, singles: _Single, reach: _Long, flags: _Truths, y: _Array, /,
+) -> bool: ...  # fmt: skip
+def finish_backward(
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long, gradient: _Long,
+    deviation: _Long, accepted: bool, forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single,
+    rows: _Double, singles: _Single, flags: _Truths, dx: _Array, /,
+) -> bool: ...  # fmt: skip

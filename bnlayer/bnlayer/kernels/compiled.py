@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import _native as native
 from bnlayer.kernels import formulas
-from bnlayer.kernels.results import BatchStatistics, Gradients
+from bnlayer.kernels.results import BatchStatistics, Gradients, PulledBack, Trained, TrainingCall
 from bnlayer.limbs import limbs_of_sum
 
 Array = NDArray[Any]
@@ -179,11 +179,75 @@ class Compiled:
         )  # fmt: skip
         return Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if any_refused else None
 
+    def finish_forward(
+        self, x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool
+    ) -> Trained | None:
+        """All that follows from a training call's totals, in one; None: not for this call.
+
+        Args:
+            x: (A, C, B), the batch; `takes` it.
+            limbs: (W, C), reduced.
+            grid: what they are in units of.
+            call: what else the results follow from.
+            accepted: whether channels that are refused are taken all the same.
+        """
+        mean, gamma, beta = call.moving_mean, call.gamma, call.beta
+        kind = _FLOAT32
+        if x.dtype is not call.dtype or grid.precision.folds == 2 or mean.dtype is not kind:
+            return None
+        if (gamma is not None and gamma.dtype is not kind) or (beta is not None and beta.dtype is not kind):
+            return None
+        channels = x.shape[1]
+        rows, singles = np.empty((8, channels)), np.empty((6, channels), np.float32)
+        reach, flags, y = np.empty(channels, np.int64), np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
+        refused = native.finish_forward(
+            self._variant, self._threads, self._worth, _plain(x), _plain(limbs), grid.pivot_C, grid.exponent_C,
+            call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance, call.momentum, call.synchronized,
+            rows, singles, reach, flags, _plain(y),
+        )  # fmt: skip
+        rounded, pivot, mean, variance, scale, _ = singles
+        statistics = BatchStatistics(rows, rounded, pivot, reach, flags[0])
+        return Trained(statistics, flags[1] if refused else None, mean, variance, scale, y)
+
+    def finish_backward(
+        self,
+        dy: Array,
+        x: Array,
+        mask: Mask,
+        limbs: NDArray[np.int64],
+        grid: BackwardGrid,
+        forward: BatchStatistics,
+        scale_C: Array,
+        *,
+        accepted: bool,
+    ) -> PulledBack | None:
+        """All that follows from a backward pass's totals, in one; None: not for this call.
+
+        Args:
+            dy, x, mask: the batch; `takes` it.
+            limbs: (W, C), reduced.
+            grid: what they are in units of.
+            forward: the statistics of the training call.
+            scale_C: γs.
+            accepted: whether channels that are refused are taken all the same.
+        """
+        if grid.precision.folds == 2:
+            return None
+        channels = x.shape[1]
+        rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
+        flags, dx = np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
+        refused = native.finish_backward(
+            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), _plain(limbs),
+            grid.gradient_C, grid.deviation_C, accepted, forward.rows, forward.nonfinite, forward.rounded_mean, scale_C,
+            rows, singles, flags, _plain(dx),
+        )  # fmt: skip
+        return PulledBack(Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if refused else None, dx)
+
 
 def _plain(x: Array) -> Array:
     """A batch as the module takes it: in one piece, and of a dtype that has a buffer."""
     if not (x.flags.c_contiguous and x.flags.aligned):
-        x = np.require(x, requirements="CA")
+        x = np.require(x, requirements=["C", "A"])
     return x.view(np.uint16) if x.dtype == _BFLOAT16 else x
 
 

@@ -136,7 +136,9 @@ def unrounded(old: Array, batch: Doubles, momentum: float) -> Doubles:
 
 
 @np.errstate(all="ignore")
-def coefficients(found: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+def coefficients(
+    found: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
+) -> tuple[Array, Array]:
     """γs and β − residual·γs, in a dtype; None: there is no γ, or no β."""
     scale = found.inverse_std if gamma is None else gamma.astype(np.float64) * found.inverse_std
     shift = (0.0 if beta is None else beta.astype(np.float64)) - found.residual * scale

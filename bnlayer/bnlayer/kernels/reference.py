@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.formulas import coefficients, gradients, moved, statistics
+from bnlayer.kernels.results import BatchStatistics, TrainingCall
 from bnlayer.limbs import (
     LOW,
     carried,
@@ -32,8 +33,8 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
 __all__ = [
-    "coefficients", "gradient_probe", "gradient_sums", "gradients", "input_gradient", "moments", "moved", "normalize",
-    "probe", "statistics", "takes",
+    "coefficients", "finish_backward", "finish_forward", "gradient_probe", "gradient_sums", "gradients",
+    "input_gradient", "moments", "moved", "name", "normalize", "probe", "statistics", "takes",
 ]  # fmt: skip
 
 name = "reference (NumPy)"
@@ -318,3 +319,23 @@ def _factors(dy: Array, x: Array, pivot_C: Array) -> tuple[NDArray[np.float64], 
 def _shape(x: Array) -> tuple[int, int, int]:
     a, c, b = x.shape
     return a, c, b
+
+
+def finish_forward(x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool) -> None:
+    """None: one after the other."""
+    del x, limbs, grid, call, accepted
+
+
+def finish_backward(
+    dy: Array,
+    x: Array,
+    mask: Mask,
+    limbs: NDArray[np.int64],
+    grid: BackwardGrid,
+    forward: BatchStatistics,
+    scale_C: Array,
+    *,
+    accepted: bool,
+) -> None:
+    """None: one after the other."""
+    del dy, x, mask, limbs, grid, forward, scale_C, accepted

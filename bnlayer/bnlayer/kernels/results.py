@@ -5,7 +5,7 @@ Shape suffixes: C channels.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,42 +34,85 @@ class BatchStatistics(NamedTuple):
     @property
     def count(self) -> Doubles:  # type: ignore[override]  # of the batch, not of a tuple's items
         """N, the unmasked values of the channel over all ranks."""
-        return self.rows[0]
+        return cast("Doubles", self.rows[0])
 
     @property
     def divisor(self) -> Doubles:
         """D = N + e, where e = 1e-7 with a mask and 0 without; 1 where that is 0."""
-        return self.rows[1]
+        return cast("Doubles", self.rows[1])
 
     @property
     def mean(self) -> Doubles:
         """μ = Σx / D."""
-        return self.rows[2]
+        return cast("Doubles", self.rows[2])
 
     @property
     def variance(self) -> Doubles:
         """v = Σ(x − μ)² / D, biased."""
-        return self.rows[3]
+        return cast("Doubles", self.rows[3])
 
     @property
     def inverse_std(self) -> Doubles:
         """1 / √(v + ε)."""
-        return self.rows[4]
+        return cast("Doubles", self.rows[4])
 
     @property
     def residual(self) -> Doubles:
         """r = μ − rounded_mean, computed without cancellation."""
-        return self.rows[5]
+        return cast("Doubles", self.rows[5])
 
     @property
     def mean_share(self) -> Doubles:
         """μ·e/D, 0 without a mask."""
-        return self.rows[6]
+        return cast("Doubles", self.rows[6])
 
     @property
     def pivot_residual(self) -> Doubles:
         """μ − p."""
-        return self.rows[7]
+        return cast("Doubles", self.rows[7])
+
+
+class TrainingCall(NamedTuple):
+    """What the results of a training call follow from, beside its batch and the totals.
+
+    Attributes:
+        epsilon: the layer's.
+        e: 1e-7 with a mask, else 0.
+        gamma, beta: (C,); None: there is none.
+        moving_mean, moving_variance: (C,), as they were before.
+        momentum: weight of the old values.
+        synchronized: whether one rank's bad values must not destroy the statistics of all.
+        dtype: of the output.
+    """
+
+    epsilon: float
+    e: float
+    gamma: NDArray[Any] | None
+    beta: NDArray[Any] | None
+    moving_mean: NDArray[Any]
+    moving_variance: NDArray[Any]
+    momentum: float
+    synchronized: bool
+    dtype: np.dtype[Any]
+
+
+class Trained(NamedTuple):
+    """The results of a training call; where a channel is refused, and that counts, the statistics alone.
+
+    Attributes:
+        statistics: of the batch.
+        refused: (C,) bool, the channels that need a new grid; None: none does.
+        mean, variance: (C,), the moving statistics after it.
+        scale: (C,), γs, in the precision of the arithmetic.
+        y: the output.
+    """
+
+    statistics: BatchStatistics
+    refused: NDArray[np.bool_] | None
+    mean: NDArray[Any] | None = None
+    variance: NDArray[Any] | None = None
+    scale: NDArray[Any] | None = None
+    y: NDArray[Any] | None = None
 
 
 class Gradients(NamedTuple):
@@ -89,19 +132,33 @@ class Gradients(NamedTuple):
     @property
     def beta(self) -> Doubles:
         """dβ = Σ dy; NaN where nonfinite."""
-        return self.rows[0]
+        return cast("Doubles", self.rows[0])
 
     @property
     def gamma(self) -> Doubles:
         """dγ = s·Σ dy·(x − μ); NaN where nonfinite."""
-        return self.rows[1]
+        return cast("Doubles", self.rows[1])
 
     @property
     def offset(self) -> Doubles:
         """c1 of dx = ((dy − c1) − (x − rounded_mean)·slope)·γs."""
-        return self.rows[2]
+        return cast("Doubles", self.rows[2])
 
     @property
     def slope(self) -> Doubles:
         """k = s²·B/D."""
-        return self.rows[3]
+        return cast("Doubles", self.rows[3])
+
+
+class PulledBack(NamedTuple):
+    """The results of a backward pass; where a channel is refused, and that counts, the gradients alone.
+
+    Attributes:
+        gradients: of gamma and beta, and the coefficients of dx.
+        refused: (C,) bool, the channels that need a new grid; None: none does.
+        dx: the gradient of the inputs.
+    """
+
+    gradients: Gradients
+    refused: NDArray[np.bool_] | None
+    dx: NDArray[Any] | None = None

@@ -16,8 +16,8 @@ Laws:
 6. Whatever a rank repeats counts once: contributions and pushes carry numbers.
 7. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
 8. A rank on the service's machine may attach a local socket to its stream. From then on it sends its requests there,
-   and hears the answers there; a Leave may come on either. How a stream ends is said on the stream alone. Where one
-   of the two ends, so does the other.
+   and receives the answers there; a Leave may come on either. How a stream ends is said on the stream alone. Where
+   one of the two ends, so does the other.
 """
 
 import builtins
@@ -157,7 +157,6 @@ class ExchangeRequest(google.protobuf.message.Message):
     PULL_FIELD_NUMBER: builtins.int
     PUSH_FIELD_NUMBER: builtins.int
     LEAVE_FIELD_NUMBER: builtins.int
-    HEARTBEAT_FIELD_NUMBER: builtins.int
     ATTACH_FIELD_NUMBER: builtins.int
     @property
     def join(self) -> Global___Join: ...
@@ -172,8 +171,6 @@ class ExchangeRequest(google.protobuf.message.Message):
     @property
     def leave(self) -> Global___Leave: ...
     @property
-    def heartbeat(self) -> Global___Heartbeat: ...
-    @property
     def attach(self) -> Global___Attach: ...
     def __init__(
         self,
@@ -184,14 +181,13 @@ class ExchangeRequest(google.protobuf.message.Message):
         pull: Global___Pull | None = ...,
         push: Global___Push | None = ...,
         leave: Global___Leave | None = ...,
-        heartbeat: Global___Heartbeat | None = ...,
         attach: Global___Attach | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["attach", b"attach", "contribution", b"contribution", "heartbeat", b"heartbeat", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["attach", b"attach", "contribution", b"contribution", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attach", b"attach", "contribution", b"contribution", "heartbeat", b"heartbeat", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attach", b"attach", "contribution", b"contribution", "join", b"join", "leave", b"leave", "message", b"message", "part", b"part", "pull", b"pull", "push", b"push"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["join", "contribution", "part", "pull", "push", "leave", "heartbeat", "attach"]
+    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["join", "contribution", "part", "pull", "push", "leave", "attach"]
     _WhichOneofArgType_message: typing_extensions.TypeAlias = typing.Literal["message", b"message"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -266,7 +262,7 @@ class Join(google.protobuf.message.Message):
     """Where the rank runs: errors name it."""
     pid: builtins.int
     token: builtins.str
-    """The job's token, where the service asks for one."""
+    """Not used, and refused: a token travels with every call, as metadata (authorization: Bearer TOKEN)."""
     join_timeout_ms: builtins.int
     """How long this rank waits for the others to join, and how long in one exchange."""
     timeout_ms: builtins.int
@@ -322,12 +318,10 @@ class Resume(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-    BOOT_ID_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     VERSIONS_FIELD_NUMBER: builtins.int
     LAYER_SEQUENCE_FIELD_NUMBER: builtins.int
-    boot_id: builtins.int
     generation: builtins.int
     sequence: builtins.int
     """The last contribution that was answered."""
@@ -340,13 +334,12 @@ class Resume(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        boot_id: builtins.int = ...,
         generation: builtins.int = ...,
         sequence: builtins.int = ...,
         versions: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         layer_sequence: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["boot_id", b"boot_id", "generation", b"generation", "layer_sequence", b"layer_sequence", "sequence", b"sequence", "versions", b"versions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["generation", b"generation", "layer_sequence", b"layer_sequence", "sequence", b"sequence", "versions", b"versions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Resume: typing_extensions.TypeAlias = Resume
@@ -798,25 +791,6 @@ class Leave(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Leave: typing_extensions.TypeAlias = Leave
-
-@typing.final
-class Heartbeat(google.protobuf.message.Message):
-    """Says on the stream that the rank is alive; not answered."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    SEQUENCE_FIELD_NUMBER: builtins.int
-    sequence: builtins.int
-    """Where the rank is, for reports of stragglers: contributions that it has made."""
-    def __init__(
-        self,
-        *,
-        sequence: builtins.int = ...,
-    ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["sequence", b"sequence"]
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-
-Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
 
 @typing.final
 class HeartbeatRequest(google.protobuf.message.Message):

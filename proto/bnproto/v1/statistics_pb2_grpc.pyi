@@ -16,8 +16,8 @@ Laws:
 6. Whatever a rank repeats counts once: contributions and pushes carry numbers.
 7. Unknown operations, terms and arrays are refused by name: nobody adds what it doesn't understand.
 8. A rank on the service's machine may attach a local socket to its stream. From then on it sends its requests there,
-   and hears the answers there; a Leave may come on either. How a stream ends is said on the stream alone. Where one
-   of the two ends, so does the other.
+   and receives the answers there; a Leave may come on either. How a stream ends is said on the stream alone. Where
+   one of the two ends, so does the other.
 """
 
 import abc

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from bnlayer.collective import Call, Operation, PlainSignature
 from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released, Totals
 from bnserver.core.events import Arrays, Body
-from bnserver.core.layers import DisagreementError
 
 _NOBODY = ()  # an answer is made before its recipients are known
+
+
+class DisagreementError(Exception):
+    """The ranks agree with each other, but not with the owner or with what they announced; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -122,14 +122,6 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class ApplyUpdate:
-    """The owner's statistics of a layer are to be updated, once the ranks have their answer."""
-
-    job: str
-    layer: str
-
-
-@dataclass(frozen=True, slots=True)
 class Persist:
     """The job is to be saved as a snapshot, which survives a power cut."""
 
@@ -137,17 +129,5 @@ class Persist:
 
 
 Effect = (
-    Joined
-    | Totals
-    | Enrolled
-    | Reduce
-    | Broadcast
-    | Released
-    | Owned
-    | Failed
-    | Closed
-    | Straggling
-    | Record
-    | ApplyUpdate
-    | Persist
+    Joined | Totals | Enrolled | Reduce | Broadcast | Released | Owned | Failed | Closed | Straggling | Record | Persist
 )

@@ -145,10 +145,17 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A connection sent an invalid message."""
+    """A connection sent an invalid message.
+
+    Attributes:
+        stream: its connection.
+        text: what was expected, and what was received.
+        call: the contribution that it would have been, as far as it could be read.
+    """
 
     stream: int
     text: str
+    call: Call | None = None
 
 
 @dataclass(frozen=True, slots=True)

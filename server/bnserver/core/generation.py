@@ -1,342 +1,379 @@
-"""One generation of a job: its ranks, from rendezvous to the end, and their one pending operation.
+"""One generation of a job: its ranks from rendezvous to the end, and one operation after the other.
+
+An event of a rank comes down here once, and its effects go back once. Who is here is kept in `members`, what is being
+gathered in `gathering`, and what is owned in `layers`; none of the three knows of the others.
 
 Laws:
-1. A rank has at most one contribution outstanding; a contribution counts once, however often it arrives.
-2. Integer limbs are added on arrival: the total does not depend on the order.
-3. The operation completes when every rank has sent the same call. When that can't happen any more (calls differ, or a
-   rank has left or is lost), every rank gets the error: at once if all have called or left, otherwise after a short
-   grace, in which the others may still call, so that the text can name where each of them is.
-4. A generation that failed is over: no rank can go on in it.
-5. Only the latest answer is kept, for a rank that did not get it and asks again. No rank can be further behind,
+1. Its phase changes as `PHASES` says, and in no other way. One that failed is over: no rank can go on in it.
+2. A rank has at most one contribution outstanding; a contribution counts once, however often it arrives.
+3. Only the latest answer is kept, for a rank that did not get it and asks again. No rank can be further behind,
    because the next operation completes only with all of them.
-6. After a restart of the service nothing is decided before all ranks are back. The last answers that they received
+4. After a restart of the service nothing is decided before all ranks are back. The last answers that they received
    show how far the generation was: plain operations are not journaled.
+5. After a failure every rank gets the error once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from enum import Enum, auto
 
-import numpy as np
-
-from bnlayer.agreement import Peer, Verdict, judge
-from bnlayer.collective import Call, Operation
-from bnlayer.errors import PeerLostError
+from bnlayer.agreement import Verdict, judge
+from bnlayer.collective import Call, PlainSignature
+from bnlayer.errors import MismatchError, ServiceError
 from bnlayer.state import LayerState
-from bnserver.core.answers import Answer
-from bnserver.core.events import Body, Contribute, Limbs, Replacing
-from bnserver.core.members import Member
-from bnserver.core.validation import RefusedError
+from bnserver.core import explanations
+from bnserver.core.answers import Answer, DisagreementError, plain
+from bnserver.core.effects import Closed, Effect, Failed, Joined, Owned, Persist, Record, Straggling
+from bnserver.core.events import Contribute, Join, Pull, Push, Replacing
+from bnserver.core.gathering import Gathering, State
+from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberRecord
+from bnserver.core.layers import Layers
+from bnserver.core.members import LOST, LivenessTimeouts, Member, Membership, Sign
+from bnserver.core.reasons import REASON_OF, Reason
 
-_GRACE_S = 0.4  # ranks get an error within 1 s: this, one tick, and the network
-_RANKS_SHOWN = 20  # of those that never joined, which may be all of a large job
 _SLOW_S = 2.0  # after which the log names the ranks that keep the others waiting; again whenever the wait has doubled
 
 
-class Decision(Enum):
-    """Whether an operation completes, aborts or goes on waiting."""
+class Phase(Enum):
+    """Where a generation is."""
 
-    WAIT = auto()
-    COMPLETE = auto()
-    ABORT_SOON = auto()
-    ABORT = auto()
+    JOINING = auto()  # not all ranks have joined
+    RUNNING = auto()
+    RECOVERING = auto()  # the service was restarted, and not all ranks are back
+    OVER = auto()
 
 
-# (all calls so far are equal and no rank has left, every rank has called or left)
-_DECISIONS = {
-    (True, True): Decision.COMPLETE,
-    (True, False): Decision.WAIT,
-    (False, True): Decision.ABORT,
-    (False, False): Decision.ABORT_SOON,
+class Turn(Enum):
+    """What takes a generation on."""
+
+    ALL_JOINED = auto()
+    ALL_BACK = auto()
+    ENDS = auto()  # it failed, or all ranks have left
+
+
+PHASES = {
+    (Phase.JOINING, Turn.ALL_JOINED): Phase.RUNNING,
+    (Phase.RECOVERING, Turn.ALL_BACK): Phase.RUNNING,
+    (Phase.JOINING, Turn.ENDS): Phase.OVER,
+    (Phase.RUNNING, Turn.ENDS): Phase.OVER,
+    (Phase.RECOVERING, Turn.ENDS): Phase.OVER,
 }
-
-
-class Receipt(Enum):
-    """How a contribution relates to the pending operation."""
-
-    NEW = auto()
-    REPEATED = auto()  # the rank waits for it already
-    ANSWERED = auto()  # answered before: the answer is sent again
-    HELD = auto()  # too early: other ranks have not reconnected, or lack an answer that this one has
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A decision.
-
-    Attributes:
-        decision: what to do.
-        verdict: why, if the operation is aborted.
-        overdue: whether that is because a rank has waited for too long.
-    """
-
-    decision: Decision
-    verdict: Verdict | None = None
-    overdue: bool = False
-
-
-@dataclass(slots=True)
-class PendingOperation:
-    """The operation that the ranks are in: each one's call, and since when it waits."""
-
-    calls: dict[int, Call] = field(default_factory=dict)
-    bodies: dict[int, Body] = field(default_factory=dict)
-    deadlines: dict[int, float] = field(default_factory=dict)
-    limbs: Limbs | None = None
-    state: LayerState | None = None
-    agreed: bool = True
-    doomed_since: float | None = None
-    since: float = 0.0
-    straggling_logged_s: float = 0.0
-
-    @property
-    def call(self) -> Call:
-        """The call of all ranks."""
-        return next(iter(self.calls.values()))
-
-    def add(self, rank: int, call: Call, body: Body, deadline: float) -> None:
-        """Take a rank's contribution."""
-        self.agreed = self.agreed and (not self.calls or call == self.call)
-        self.calls[rank] = call
-        self.deadlines[rank] = deadline
-        if isinstance(body, Replacing):
-            if rank == min(self.calls):  # they differ only in their versions
-                self.state = body.state
-            body = body.limbs
-        if not isinstance(body, np.ndarray):
-            self.bodies[rank] = body
-        elif self.limbs is None:
-            self.limbs = body.copy()
-        elif self.agreed and call.operation is Operation.PROBE:
-            np.maximum(self.limbs, body, out=self.limbs)
-        elif self.agreed:
-            self.limbs += body
 
 
 class Generation:
     """The ranks of a job from one rendezvous to the end.
 
-    Attributes:
+    Args:
+        job: the job's name.
         number: from 1.
         world_size: how many ranks it has.
-        members: ranks that have joined and not left, by rank.
-        left: ranks that have left or are lost, with the reason of their failure ("" for a clean end).
-        running: whether all ranks have joined.
-        recovering: whether the service was restarted, and not all ranks are back.
-        over: whether it failed, or all have left.
+        layers: what the job owns.
+        timeouts: how long it waits for signs of life.
+        recovering: whether it was running before the service was restarted.
+
+    Attributes:
+        phase: where it is.
+        members: who is here.
+        gathering: the operation that the ranks are in.
         completed: operations so far.
         answer: of the last one.
         layer_answer: of the last one on a layer.
+        ended: how it ended; None while it is not over.
     """
 
-    def __init__(self, number: int, world_size: int, *, recovering: bool = False) -> None:
+    def __init__(
+        self,
+        job: str,
+        number: int,
+        world_size: int,
+        layers: Layers,
+        timeouts: LivenessTimeouts,
+        *,
+        recovering: bool = False,
+    ) -> None:
         self.number = number
         self.world_size = world_size
-        self.members: dict[int, Member] = {}
-        self.left: dict[int, str] = {}
-        self.running = self.recovering = recovering
-        self.over = False
+        self.phase = Phase.RECOVERING if recovering else Phase.JOINING
+        self.members = Membership(world_size)
+        self.gathering = Gathering(world_size)
         self.completed = 0
         self.answer: Answer | None = None
         self.layer_answer: Answer | None = None
-        self.pending = PendingOperation()
-        self._peers: dict[int, Peer] = {}
-        self._seen: dict[int, Call] = {}
-        self._held: list[tuple[int, Contribute]] = []
+        self.ended: Ended | None = None
+        self._job = job
+        self._layers = layers
+        self._timeouts = timeouts
+        self._held: list[tuple[int, Contribute]] = []  # too early: other ranks are away, or lack an answer
 
-    # ---- ranks join and leave ----
+    @property
+    def is_running(self) -> bool:
+        """Whether all ranks have joined, and it is not over."""
+        return self.phase in (Phase.RUNNING, Phase.RECOVERING)
 
-    def joined(self, member: Member) -> None:
-        """Add a rank: one that joins, or one that a recovered journal names."""
-        self.members[member.peer.rank] = member
-        self._peers[member.peer.rank] = member.peer
-        self.running = self.running or len(self.members) == self.world_size
+    # ---- ranks join and come back ----
 
-    def remove(self, rank: int, reason: str, since: float, *, silent: bool = False) -> None:
-        """A rank has left, or is lost; the reason is empty for a clean end.
+    def joined(self, member: Member, now: float) -> list[Effect]:
+        """Add a rank that joins."""
+        self.members.add(member)
+        if len(self.members.here) < self.world_size:
+            return []
+        self.phase = PHASES[self.phase, Turn.ALL_JOINED]
+        self._layers.forget_unfinished()
+        for each in self.members.here.values():
+            each.last_seen = now  # no lease was in force while the ranks were joining
+        streams = tuple(self.members.streams.values())
+        return [Record(self._job, self.began()), Joined(streams, self._job, self.number, self.world_size)]
 
-        Args:
-            rank: which.
-            reason: why it failed.
-            since: when it was last seen: the others' grace began then.
-            silent: whether it sent no leave itself: then the error says where it was last seen.
-        """
-        if reason:
-            seen = self._last_seen(rank) if silent else ""
-            reason += f" ({seen})" if seen else ""
-            doomed = self.pending.doomed_since
-            self.pending.doomed_since = since if doomed is None else min(doomed, since)
-        del self.members[rank]
-        self.left[rank] = reason
-        self.pending.calls.pop(rank, None)
-        self.pending.deadlines.pop(rank, None)
+    def returned(self, event: Join, now: float) -> list[Effect]:
+        """A rank has reconnected on another stream; the end of the one before may not have been noticed yet."""
+        member, known = self.members.here[event.peer.rank], event.resume
+        effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
+        member.connect(event.stream, known.answered if known is not None and self.is_running else 0, now)
+        if not self.is_running:
+            return effects
+        if known is not None and self._is_behind(known.layer_answered, known.versions):
+            completed = self.layer_answer.sequence if self.layer_answer is not None else 0
+            text = (
+                f"The service lost what the ranks of job {self._job!r} were told: {event.peer} knows of contribution "
+                f"{known.layer_answered}, the service's state directory of {completed}. The machine "
+                "lost its power, its disk was full, or the directory is an old copy. Start the job again, from its "
+                "checkpoint."
+            )
+            return effects + self._abort(Verdict(ServiceError, text, ()), Reason.DATA_LOSS)
+        effects.append(Joined((event.stream,), self._job, self.number, self.world_size))
+        return effects + self._take_held(now)
 
-    def due(self) -> list[tuple[int, Contribute]]:
-        """The contributions that came too early and can be taken now; checks whether all ranks are back."""
-        if self.recovering:
-            if any(member.stream is None for member in self.members.values()):
-                return []
-            self.recovering = False
-            self.completed = max(self.completed, min((m.answered for m in self.members.values()), default=0))
-        held, self._held = self._held, []
-        self._held = [(rank, contribution) for rank, contribution in held if contribution.sequence > self.completed + 1]
-        return [
-            (rank, contribution)
-            for rank, contribution in held
-            if contribution.sequence <= self.completed + 1 and rank in self.members
+    # ---- requests of ranks ----
+
+    def contribute(self, rank: int, event: Contribute, now: float) -> list[Effect]:
+        """A rank takes part in an operation, or repeats that it does."""
+        member, sequence = self.members.here[rank], event.sequence
+        if event.generation != self.number or self.phase is Phase.JOINING:
+            state = "running" if self.is_running else "not complete yet"
+            text = f"expected contributions to generation {self.number}, which is {state}; received one to "
+            return self.refuse(rank, f"{text}{event.generation}", event.call, now)
+        if self.phase is Phase.RECOVERING or self.completed + 1 < sequence <= member.answered + 1:
+            self._held.append((rank, event))
+            return []
+        if sequence != self.completed + 1 or rank in self.gathering.calls:
+            return self._repeated(rank, event, now)
+        member.seen, member.answered = event.call, max(member.answered, self.completed)
+        self.gathering.add(rank, event.call, event.body, now, now + member.timeout)
+        return self._go_on(now) if self.gathering.state is not State.GATHERING else []
+
+    def pull(self, rank: int, event: Pull, now: float) -> list[Effect]:
+        """A rank asks for the owner's state of a layer."""
+        del rank, now
+        return [Owned(event.stream, self._layers.pulled(event.layer))]
+
+    def push(self, rank: int, event: Push, now: float) -> list[Effect]:
+        """A rank replaces the owner's state of a layer."""
+        member = self.members.here[rank]
+        if event.number and event.number <= member.pushes:
+            return [Owned(event.stream, self._layers.pulled(event.layer))]
+        try:
+            pushed = self._layers.pushed(rank, event.number, event.layer, event.state)
+        except DisagreementError as error:
+            failed = Failed(event.stream, Reason.MISMATCH, str(error), (rank,), event.layer)
+            reason = f"pushed what its owner refused: {str(error).rstrip('.')}"
+            return [failed, *self.lose({rank: reason}, now)]
+        self._layers.replace(pushed)
+        member.pushes = event.number
+        return [Record(self._job, pushed), Owned(event.stream, pushed.state)]
+
+    def leave(self, rank: int, reason: str, now: float) -> list[Effect]:
+        """A rank leaves."""
+        if not self.is_running:
+            reason = reason or "left before every rank had joined"
+        stream = self.members.here[rank].stream
+        closed = [Closed(stream)] if stream is not None else []
+        # Saved before the leave is answered: when the last rank has its answer, the job is on disk.
+        return [*self.lose({rank: reason}, now), *closed]
+
+    def refuse(self, rank: int, text: str, call: Call | None, now: float) -> list[Effect]:
+        """A rank sent something invalid: remove it, and notify the others."""
+        member = self.members.here[rank]
+        failed: list[Effect] = []
+        if member.stream is not None:
+            layer, step = (call.key.layer, call.key.step) if call is not None else (None, None)
+            said = f"The service refused what {member.peer} sent: {text}."
+            failed.append(Failed(member.stream, Reason.INVALID, said, (rank,), layer, step))
+        return [*failed, *self.lose({rank: f"sent what the service refused: {text}"}, now)]
+
+    # ---- ranks are lost, and time passes ----
+
+    def away(self, rank: int, now: float) -> list[Effect]:
+        """A rank's connection broke: wait for it to reconnect, if it can."""
+        member = self.members.here[rank]
+        if not member.incarnation:
+            return self.lose({rank: LOST}, now, silent=True)
+        if self.phase is Phase.RECOVERING:  # other ranks are away as well: waiting longer for this one delays nobody
+            member.disconnect(self._timeouts.return_s(member.incarnation, member.timeout), now, Sign.RESTARTS)
+        else:
+            member.disconnect(self._timeouts.away, now)
+        return []
+
+    def lose(self, reasons: Mapping[int, str], now: float, *, silent: bool = False) -> list[Effect]:
+        """Remove ranks, each with a reason; "" for a clean end. Silent ones sent no leave themselves."""
+        effects: list[Effect] = []
+        for rank, reason in reasons.items():
+            if silent and self.is_running:
+                reason = f"{reason} ({self._seen(rank)})"  # noqa: PLW2901 - where it was last seen belongs to it
+            # The others' grace began with its last sign of life: when it went away, or fell silent.
+            self.gathering.depart(rank, self.members.here[rank].last_seen, now, failed=bool(reason))
+            self.members.remove(rank, reason)
+            if self.is_running:
+                effects.append(Record(self._job, Left(self.number, rank, reason)))
+        effects += self._go_on(now)
+        if not self.members.here and self.phase is not Phase.OVER:
+            effects += self._end(Ended(self.number))
+        return effects
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed: decide which ranks are dead, and whether the others have waited for long enough."""
+        lost = self.members.lost(now, self._timeouts.lease if self.is_running else 0.0)
+        frozen = [
+            (self.members.here[rank].peer, stream) for rank, stream in self.members.streams.items() if rank in lost
         ]
+        effects = self.lose(lost, now, silent=True) if lost else self._wait(now)
+        for peer, stream in frozen:
+            text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
+            effects.append(Failed(stream, Reason.PEER_LOST, text, (peer.rank,)))
+        waited = now - self.gathering.since
+        is_slow = waited >= max(_SLOW_S, 2 * self.gathering.straggling_logged_s)
+        if self.phase is Phase.RUNNING and self.gathering.calls and is_slow:
+            self.gathering.straggling_logged_s = waited
+            text = explanations.straggling(self.members, self.gathering, self._latest, waited)
+            effects.append(Straggling(self._job, text))
+        return effects
 
-    @property
-    def departed(self) -> dict[int, Peer]:
-        """The ranks that have left or are lost, by rank."""
-        return {rank: self._peers[rank] for rank in self.left}
+    def stop(self, text: str) -> list[Effect]:
+        """The service shuts down: every rank gets an error."""
+        return self._abort(Verdict(ServiceError, text, ()), Reason.STOPPING)
 
-    @property
-    def layer_completed(self) -> int:
-        """The number of the last operation on a layer."""
-        return self.layer_answer.sequence if self.layer_answer is not None else 0
+    # ---- for recovery ----
 
-    @property
-    def streams(self) -> dict[int, int]:
-        """The streams of the connected ranks, by rank."""
-        return {rank: m.stream for rank, m in sorted(self.members.items()) if m.stream is not None}
-
-    # ---- the operation ----
-
-    def contribute(self, rank: int, contribution: Contribute, now: float) -> Receipt:
-        """A rank contributes.
-
-        Raises:
-            RefusedError: it is in another generation, skips an operation, or repeats one with another content.
-        """
-        if contribution.generation != self.number or not self.running:
-            state = "running" if self.running else "not complete yet"
-            raise RefusedError(
-                f"expected contributions to generation {self.number}, which is {state}; received one to "
-                f"{contribution.generation}"
-            )
-        if self.recovering or self.completed + 1 < contribution.sequence <= self.members[rank].answered + 1:
-            self._held.append((rank, contribution))
-            return Receipt.HELD
-        if contribution.sequence <= self.completed:
-            return self._answered(rank, contribution)
-        if contribution.sequence != self.completed + 1:
-            raise RefusedError(
-                f"expected contribution {self.completed + 1}, received contribution {contribution.sequence}"
-            )
-        if rank in self.pending.calls:
-            if contribution.call == self.pending.calls[rank]:
-                return Receipt.REPEATED
-            raise RefusedError(
-                f"expected nothing while contribution {contribution.sequence} waits for its answer, received another"
-            )
-        if not self.pending.calls:
-            self.pending.since = now
-        self._seen[rank] = contribution.call
-        member = self.members[rank]
-        member.answered = max(member.answered, self.completed)
-        self.pending.add(rank, contribution.call, contribution.body, now + member.timeout)
-        return Receipt.NEW
-
-    def decide(self, now: float) -> Outcome:
-        """Whether the operation completes, aborts or goes on waiting."""
-        failed = any(self.left.values())
-        verdict = None if failed or self.recovering else self._overdue(now)
-        if verdict is not None:
-            return Outcome(Decision.ABORT, verdict, overdue=True)
-        calls = self.pending.calls
-        if not calls and not failed:
-            return Outcome(Decision.WAIT)
-        everybody = len(calls) + len(self.left) == self.world_size
-        decision = _DECISIONS[self.pending.agreed and not self.left, everybody or not self.running]
-        if decision is Decision.ABORT_SOON:
-            since = self.pending.doomed_since
-            self.pending.doomed_since = since = now if since is None else since
-            decision = Decision.ABORT if now >= since + _GRACE_S else decision
-        return Outcome(decision, self._verdict() if decision is Decision.ABORT else None)
+    def began(self) -> Began:
+        """The record of its begin, with its ranks."""
+        members = tuple(
+            MemberRecord(m.peer, m.incarnation, m.timeout, m.pushes) for _, m in sorted(self.members.here.items())
+        )
+        return Began(self.number, self.world_size, members)
 
     def finished(self, answer: Answer) -> None:
-        """The operation is complete, and the next begins."""
-        self.completed, self.answer, self.pending = answer.sequence, answer, PendingOperation()
+        """An operation is complete."""
+        self.completed, self.answer = answer.sequence, answer
         if answer.call.key.layer is not None:
             self.layer_answer = answer
 
-    def straggling(self, now: float) -> str:
-        """Who keeps the others waiting, and for how long; "" while that is not worth a line in the log."""
-        waited = now - self.pending.since
-        if not self.pending.calls or self.recovering or waited < max(_SLOW_S, 2 * self.pending.straggling_logged_s):
-            return ""
-        self.pending.straggling_logged_s = waited
-        missing = self._missing(set(self.pending.calls) | set(self.left))
-        names = "; ".join(f"{self._peers[rank]}, {self._last_seen(rank)}" for rank in missing[:_RANKS_SHOWN])
-        more = f" and {len(missing) - _RANKS_SHOWN} more" if len(missing) > _RANKS_SHOWN else ""
-        verb = "keeps" if len(missing) == 1 else "keep"
-        others = len(self.pending.calls)
-        return f"{names}{more}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"
+    # ---- what follows ----
 
-    # ---- errors and log lines ----
+    @property
+    def _latest(self) -> Call | None:
+        return self.answer.call if self.answer is not None else None
 
-    def _answered(self, rank: int, contribution: Contribute) -> Receipt:
-        answer = self.answer
-        if contribution.sequence <= self.members[rank].answered:
-            return Receipt.REPEATED
-        if answer is not None and contribution.sequence == answer.sequence:
-            if contribution.call != answer.call:
-                raise RefusedError(
-                    f"expected contribution {contribution.sequence} as it was before, received another of this number"
-                )
-            return Receipt.ANSWERED
-        raise RefusedError(
-            f"expected contribution {self.completed + 1}, received contribution {contribution.sequence}, whose answer "
-            "is not kept any more"
-        )
+    def _seen(self, rank: int) -> str:
+        return explanations.seen(rank, self.members, self.gathering, self._latest)
 
-    def _verdict(self) -> Verdict | None:
-        return judge(self.pending.calls, self.left, self._peers)
+    def _repeated(self, rank: int, event: Contribute, now: float) -> list[Effect]:
+        """A contribution with a number that is not the next one's, or of a rank that waits already."""
+        sequence, answer = event.sequence, self.answer
+        if sequence == self.completed + 1:
+            if event.call == self.gathering.calls[rank]:
+                return []
+            text = f"expected nothing while contribution {sequence} waits for its answer, received another"
+        elif sequence <= min(self.members.here[rank].answered, self.completed):
+            return []
+        elif answer is not None and sequence == answer.sequence:
+            if event.call == answer.call:
+                streams = self.members.streams
+                return answer.to({rank: streams[rank]} if rank in streams else {})
+            text = f"expected contribution {sequence} as it was before, received another of this number"
+        else:
+            kept = ", whose answer is not kept any more" if sequence <= self.completed else ""
+            text = f"expected contribution {self.completed + 1}, received contribution {sequence}{kept}"
+        return self.refuse(rank, text, event.call, now)
 
-    def _overdue(self, now: float) -> Verdict | None:
-        """The verdict if some rank has waited for longer than its timeout."""
-        if not self.running:
-            late = [member for member in self.members.values() if now >= member.join_deadline]
-            if not late:
-                return None
-            missing = self._missing(set(self.members))
-            return Verdict(
-                PeerLostError,
-                f"{_ranks(missing)} of {self.world_size} did not join in time; {self._here()} waited. Start every "
-                f"rank with the same job name and world size ({self.world_size}), or wait longer: timeout=.",
-                missing,
-            )
-        if not any(now >= deadline for deadline in self.pending.deadlines.values()):
-            return None
-        missing = self._missing(set(self.pending.calls) | set(self.left))
-        timeout = min(self.members[rank].timeout for rank in self.pending.calls)
-        names = "; ".join(
-            f"{self._peers[rank]} did not take part within {timeout:g} s, {self._last_seen(rank)}" for rank in missing
-        )
-        waits = "; ".join(f"{self._peers[rank]} waits in {call.where}" for rank, call in self.pending.calls.items())
-        return Verdict(
-            PeerLostError,
-            f"{names}; {waits}. Look at what it is doing; if it is only slow, wait longer: timeout=.",
-            missing,
-        )
+    def _wait(self, now: float) -> list[Effect]:
+        if self.phase is Phase.JOINING:
+            if any(now >= member.join_deadline for member in self.members.here.values()):
+                return self._abort(explanations.not_joined(self.members, self.world_size), Reason.DEADLINE)
+            return []
+        self.gathering.wait(now)
+        return self._go_on(now)
 
-    def _last_seen(self, rank: int) -> str:
-        if not self.running:
-            return ""
-        seen = self._seen.get(rank) or (self.answer.call if self.answer is not None else None)
-        how = "waiting in" if rank in self.pending.calls else "completing"
-        return f"last seen {how} {seen.where}" if seen is not None else "last seen joining"
+    def _go_on(self, now: float) -> list[Effect]:
+        """Complete or abort the operation, if it is time."""
+        if self.gathering.state is State.COMPLETE:
+            return self._complete(now)
+        if self.gathering.is_overdue:
+            return self._abort(explanations.overdue(self.members, self.gathering, self._latest), Reason.DEADLINE)
+        if self.gathering.state is State.ABORTED or (self.phase is Phase.JOINING and self.members.left):
+            verdict = judge(self.gathering.calls, self.members.left, self.members.peers)
+            assert verdict is not None
+            return self._abort(verdict, REASON_OF[verdict.kind])
+        return []
 
-    def _missing(self, there: set[int]) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.world_size) if rank not in there)
+    def _complete(self, now: float) -> list[Effect]:
+        """Every rank has contributed: compute the answer, record it, and let the next operation begin."""
+        done, sequence, record = self.gathering, self.completed + 1, None
+        call = done.call
+        try:
+            if isinstance(call.signature, PlainSignature):
+                answer = plain(sequence, call, done.bodies)
+            elif done.limbs is not None:
+                body = done.limbs if done.replacing is None else Replacing(done.limbs, done.replacing)
+                record = Completed(sequence, call, body)
+                answer = self._layers.completed(record)
+            else:
+                seeds = {rank: body for rank, body in done.bodies.items() if isinstance(body, LayerState)}
+                record = Completed(sequence, call, *self._layers.seeded(call, seeds))
+                answer = self._layers.completed(record)
+        except DisagreementError as error:
+            return self._abort(Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
+        self.finished(answer)
+        self.gathering = Gathering(self.world_size)
+        effects = answer.to(self.members.streams)
+        if record is not None:
+            effects.insert(0, Record(self._job, record))
+        return effects + self._take_held(now) if self._held else effects
 
-    def _here(self) -> str:
-        return ", ".join(str(member.peer) for _, member in sorted(self.members.items()))
+    def _take_held(self, now: float) -> list[Effect]:
+        """Take the contributions that came too early, if all ranks are back."""
+        if self.phase is Phase.RECOVERING:
+            if not self.members.all_connected:
+                return []
+            self.phase = PHASES[self.phase, Turn.ALL_BACK]
+            answered = min((member.answered for member in self.members.here.values()), default=0)
+            self.completed = max(self.completed, answered)
+        held, latest = self._held, self.completed + 1
+        self._held = [(rank, event) for rank, event in held if event.sequence > latest]
+        effects: list[Effect] = []
+        for rank, event in held:
+            if event.sequence <= latest and rank in self.members.here and self.phase is not Phase.OVER:
+                effects += self.contribute(rank, event, now)
+        return effects
 
+    def _is_behind(self, layer_answered: int, versions: Mapping[str, int]) -> bool:
+        """Whether the owner lacks something that was answered to a rank."""
+        completed = self.layer_answer.sequence if self.layer_answer is not None else 0
+        if layer_answered != completed:
+            # A rank that lacks an answer may know of a higher version, as ranks can set an earlier state. The owner
+            # can't lack a push that this rank knows of: it came before the rank's contribution to that answer.
+            return layer_answered > completed
+        states = self._layers.states
+        return any(name not in states or states[name].version < version for name, version in versions.items())
 
-def _ranks(ranks: tuple[int, ...]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:_RANKS_SHOWN])
-    more = f" and {len(ranks) - _RANKS_SHOWN} more" if len(ranks) > _RANKS_SHOWN else ""
-    return f"Rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+    def _abort(self, verdict: Verdict, reason: Reason) -> list[Effect]:
+        """Send the error to every connected rank, and end the generation."""
+        effects: list[Effect] = []
+        for rank, stream in self.members.streams.items():
+            call = self.gathering.calls.get(rank)
+            layer, step = (call.key.layer, call.key.step) if call is not None else (None, None)
+            effects.append(Failed(stream, reason, verdict.text, verdict.ranks, layer, step))
+        return effects + self._end(Ended(self.number, reason, verdict.text, verdict.ranks))
+
+    def _end(self, ended: Ended) -> list[Effect]:
+        self.phase, self.ended = PHASES[self.phase, Turn.ENDS], ended
+        return [Record(self._job, ended), Persist(self._job)]

@@ -8,79 +8,49 @@ Laws:
 4. What all ranks set by hand is taken over with the exchange that carries it: once, and only when it completes.
 5. A layer keeps its state before the latest training call, and what was reduced since: `records` writes both. Of
    training calls whose gradients are still to come it keeps nothing: see `BackwardExchange`.
-6. That an exchange is complete is known at once; the update may wait until the ranks have their answer. This can't be
-   observed: reading the state makes the pending update first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from bnlayer.collective import Call, Direction, LayerSignature
 from bnlayer.exchange import BackwardExchange, ForwardExchange
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
+from bnserver.core.answers import Answer, DisagreementError
+from bnserver.core.effects import Enrolled, Totals
 from bnserver.core.events import Limbs, Replacing
 from bnserver.core.journal_records import Completed, LayerSnapshot, Pushed
 
 
-class DisagreementError(Exception):
-    """The ranks agree with each other, but not with the owner; the text says in what, and what to do."""
-
-
+@dataclass(slots=True, eq=False)
 class _Layer:
     """One layer.
 
     Attributes:
-        version: the owner's; that of the state, once a pending update is made.
+        state: the authoritative one.
+        base: the state before the latest training call.
+        since: the records since then.
         forward, backward: the exchange in progress.
         set: the state that all ranks have set, and from which the exchange in progress begins; None if it begins from
             the owner's.
-        base: the state before the latest training call.
-        since: the records since then.
         calls: training calls that the ranks have made in this generation.
     """
 
-    def __init__(self, state: LayerState) -> None:
-        self.version = state.version
-        self.forward: ForwardExchange | None = None
-        self.backward: BackwardExchange | None = None
-        self.set: LayerState | None = None
-        self.base = state
-        self.since: list[Completed | Pushed] = []
-        self.calls = 0
-        self._state = state
-        self._pending_update: tuple[ForwardExchange, Rule | None] | None = None
+    state: LayerState
+    base: LayerState
+    since: list[Completed | Pushed] = field(default_factory=list)
+    forward: ForwardExchange | None = None
+    backward: BackwardExchange | None = None
+    set: LayerState | None = None
+    calls: int = 0
 
-    @property
-    def state(self) -> LayerState:
-        """The authoritative state, with a pending update made."""
-        self.apply_update()
-        return self._state
-
-    @property
-    def begins_from(self) -> LayerState:
-        """The state before the exchange in progress."""
-        return self.set if self.set is not None else self.state
-
-    def replace(self, state: LayerState) -> None:
-        """Take another state."""
-        self.apply_update()
-        self._state, self.version = state, state.version
-
-    def complete(self, exchange: ForwardExchange, rule: Rule | None) -> None:
-        """An exchange is complete: its update is pending. Without a rule it updates nothing."""
-        self.replace(self.begins_from)
-        self._pending_update, self.version, self.set = (exchange, rule), self.version + (rule is not None), None
-
-    def apply_update(self) -> None:
-        """Make the pending update."""
-        if self._pending_update is None:
-            return
-        (exchange, rule), self._pending_update = self._pending_update, None
-        assert exchange.statistics is not None
-        self._state = self._state.after_forward(exchange.statistics, exchange.grid, rule)
+    @classmethod
+    def of(cls, state: LayerState) -> _Layer:
+        """A layer that has nothing but a state."""
+        return cls(state, state)
 
 
 class Layers:
@@ -104,17 +74,11 @@ class Layers:
 
     def keep(self, record: LayerSnapshot) -> None:
         """Restore a layer from a snapshot."""
-        self._layers[record.layer] = _Layer(record.state)
+        self._layers[record.layer] = _Layer.of(record.state)
 
     def forget_unfinished(self) -> None:
         """Drop exchanges that were cut short: a new generation's ranks don't continue them."""
-        self._layers = {name: _Layer(layer.state) for name, layer in self._layers.items()}
-
-    def apply_update(self, name: str) -> None:
-        """Make the pending update of a layer's latest exchange."""
-        layer = self._layers.get(name)
-        if layer is not None:
-            layer.apply_update()
+        self._layers = {name: _Layer.of(layer.state) for name, layer in self._layers.items()}
 
     def pulled(self, name: str) -> LayerState | None:
         """The state of a layer; None if there is no such layer."""
@@ -137,110 +101,131 @@ class Layers:
         """Apply a push."""
         layer = self._layers.get(record.layer)
         if layer is None or not layer.since:
-            self._layers[record.layer] = _Layer(record.state)
+            self._layers[record.layer] = _Layer.of(record.state)
             return
         if isinstance(layer.since[-1], Pushed):
             layer.since.pop()  # replaced by this one, and not needed any more
         layer.since.append(record)
-        layer.replace(record.state)
+        layer.state = record.state
 
-    def seeded(self, name: str, seeds: Mapping[int, LayerState], *, anew: bool) -> tuple[LayerState, bool]:
+    def seeded(self, call: Call, seeds: Mapping[int, LayerState]) -> tuple[LayerState, bool]:
         """The state of a layer that all ranks enroll, and whether the owner had it; rank 0's seeds a new one.
 
         Args:
-            name: the layer's.
+            call: the enrolment; it may say that rank 0's state replaces the one that the owner has.
             seeds: every rank's own state.
-            anew: rank 0's replaces the one that the owner has.
 
         Raises:
             DisagreementError: a rank's state has other channels or dtypes than the owner's, or than rank 0's.
         """
+        assert isinstance(call.signature, LayerSignature)
+        name = call.key.layer or ""
         layer = self._layers.get(name)
-        known = layer is not None and not anew
+        known = layer is not None and not call.signature.anew
         state = layer.state if layer is not None and known else seeds[min(seeds)]
         for seed in seeds.values():
             _check_kind(name, state, seed)
         return state, known
 
-    def enroll(self, record: Completed, state: LayerState, *, anew: bool) -> None:
-        """Apply an enrolment."""
+    def completed(self, record: Completed) -> Answer:
+        """Apply the record of an operation on a layer that all ranks have completed; returns the answer.
+
+        Raises:
+            DisagreementError: it is not the operation that must come next for this layer.
+        """
+        call, body = record.call, record.body
+        assert isinstance(call.signature, LayerSignature)
+        if isinstance(body, LayerState):
+            self._enroll(record, body, anew=call.signature.anew)
+            return Answer(record.sequence, call, Enrolled((), record.sequence, body, record.known))
+        version = self._reduced(record, call.signature, body)
+        limbs = body.limbs if isinstance(body, Replacing) else body
+        return Answer(record.sequence, call, Totals((), record.sequence, limbs, version))
+
+    def _enroll(self, record: Completed, state: LayerState, *, anew: bool) -> None:
         name = record.call.key.layer or ""
         layer = self._layers.get(name)
         if layer is not None and not anew:
             return
         if layer is None or not layer.since or layer.state.kind != state.kind:
-            self._layers[name] = _Layer(state)
+            self._layers[name] = _Layer.of(state)
             return
         layer.since.append(record)  # a backward pass may still come
-        layer.replace(state)
+        layer.state = state
 
-    def reduced(self, sequence: int, call: Call, signature: LayerSignature, body: Limbs | Replacing) -> int:
-        """Apply the reduced limbs, and the state that the ranks set before; returns the layer's version after them.
-
-        Raises:
-            DisagreementError: it is not the operation that must come next for this layer.
-        """
+    def _reduced(self, record: Completed, signature: LayerSignature, body: Limbs | Replacing) -> int:
+        """Apply the reduced limbs, and the state that the ranks set before; returns the layer's version after them."""
+        call = record.call
         name = call.key.layer
         layer = self._layers.get(name) if name is not None else None
         if layer is None:
             raise DisagreementError(f"The owner knows no layer {name!r}: enroll it first, on every rank.")
         renorm = signature.renorm is not None
-        if (signature.channels, signature.dtype, renorm) != _shape(layer.state):
+        before = layer.state
+        if (signature.channels, signature.dtype, renorm) != _shape(before):
             raise DisagreementError(
                 f"{call.key}: the ranks have {signature.channels} channels in {signature.dtype} "
-                f"{_with_renorm(renorm)}, the owner has {layer.state.kind}. Enroll the layer anew, on every rank."
+                f"{_with_renorm(renorm)}, the owner has {before.kind}. Enroll the layer anew, on every rank."
             )
         if isinstance(body, Replacing):
-            _check_kind(call.key.layer or "", layer.state, body.state)
+            _check_kind(call.key.layer or "", before, body.state)
             limbs, layer.set = body.limbs, body.state
         else:
             limbs = body
+        begins = layer.forward is None
         if call.key.direction is Direction.BACKWARD:
-            version = _backward(layer, call, signature, limbs)
+            _backward(layer, call, signature, limbs)
         else:
-            base, begins = layer.state, layer.forward is None
-            version = _forward(layer, call, signature, limbs)
+            _forward(layer, call, signature, limbs)
             if begins:
-                layer.base, layer.since = base, []
-        layer.since.append(Completed(sequence, call, body))
-        return version
+                layer.base, layer.since = before, []
+        layer.since.append(record)
+        return layer.state.version
 
 
-def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
-    exchange = layer.forward
+def _forward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> None:
+    """Go on with a forward exchange; its last operation makes the moving update."""
+    exchange, begins_from = layer.forward, layer.set or layer.state
     layer.backward = None  # an unfinished one is dropped: the layer's records begin here
     if exchange is None:
-        exchange = ForwardExchange.begin(layer.begins_from.forward, signature.epsilon, signature.masked)
+        exchange = ForwardExchange.begin(begins_from.forward, signature.epsilon, signature.masked)
     elif (exchange.epsilon, exchange.masked) != (signature.epsilon, signature.masked):
         raise DisagreementError(f"{call.key}: epsilon or the mask changed in the middle of an exchange.")
     _check_next(exchange, layer.state.version, call, signature)
     exchange = exchange.reduced(limbs)
     if exchange.wants is not None:
         layer.forward = exchange
-        return layer.version
-    layer.forward, layer.calls = None, call.key.step + 1
-    layer.complete(exchange, _rule(signature) if signature.update_moving else None)
-    return layer.version
+        return
+    assert exchange.statistics is not None
+    rule = None
+    if signature.update_moving:
+        renorm_momentum = signature.renorm.momentum if signature.renorm is not None else 0.0  # unused
+        rule = Rule(
+            signature.momentum,
+            signature.epsilon,
+            renorm_momentum,
+            synchronized=True,
+            masked=signature.masked,
+            unbiased=signature.unbiased,
+        )
+    layer.state = begins_from.after_forward(exchange.statistics, exchange.grid, rule)
+    layer.forward, layer.set, layer.calls = None, None, call.key.step + 1
 
 
-def _backward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> int:
+def _backward(layer: _Layer, call: Call, signature: LayerSignature, limbs: Limbs) -> None:
     if call.forward_step is None or call.forward_step >= layer.calls:
         raise DisagreementError(
             f"{call.key}: the owner saw no training call, since the ranks joined, to which these gradients belong. "
             "Call the layer in training mode first, on every rank."
         )
-    exchange = layer.backward
+    exchange, begins_from = layer.backward, layer.set or layer.state
     if exchange is None:
-        exchange = BackwardExchange.begin(layer.begins_from.backward, None)
+        exchange = BackwardExchange.begin(begins_from.backward, None)
     _check_next(exchange, layer.state.version, call, signature)
     exchange = exchange.reduced(limbs)
-    if exchange.wants is not None:
-        layer.backward = exchange
-        return layer.version
-    layer.backward = None
-    layer.replace(layer.begins_from.after_backward(exchange.grid))
-    layer.set = None
-    return layer.version
+    layer.backward = exchange
+    if exchange.wants is None:
+        layer.state, layer.backward, layer.set = begins_from.after_backward(exchange.grid), None, None
 
 
 def _check_next(
@@ -272,15 +257,3 @@ def _shape(state: LayerState) -> tuple[int, str, bool]:
 
 def _with_renorm(renorm: bool) -> str:
     return "with renorm" if renorm else "without renorm"
-
-
-def _rule(signature: LayerSignature) -> Rule:
-    renorm_momentum = signature.renorm.momentum if signature.renorm is not None else 0.0  # unused
-    return Rule(
-        signature.momentum,
-        signature.epsilon,
-        renorm_momentum,
-        synchronized=True,
-        masked=signature.masked,
-        unbiased=signature.unbiased,
-    )

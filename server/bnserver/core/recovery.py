@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import assert_never
 
-from bnserver.core.answers import Answer
+from bnserver.core.answers import Answer, DisagreementError
 from bnserver.core.effects import Enrolled
 from bnserver.core.generation import Generation
-from bnserver.core.job import Job, began
+from bnserver.core.job import Job
 from bnserver.core.journal_records import (
     Began,
     Completed,
@@ -25,8 +25,7 @@ from bnserver.core.journal_records import (
     MemberRecord,
     Pushed,
 )
-from bnserver.core.layers import DisagreementError
-from bnserver.core.members import LivenessTimeouts, Member
+from bnserver.core.members import LivenessTimeouts, Member, Sign
 
 
 class RecoveryError(ValueError):
@@ -36,12 +35,12 @@ class RecoveryError(ValueError):
 def records(job: Job) -> list[JournalRecord]:
     """The shortest journal that restores this job."""
     records: list[JournalRecord] = [job.ended]
-    running = next((generation for generation in job.generations if generation.running), None)
+    running = next((generation for generation in job.generations if generation.is_running), None)
     if running is not None:
-        begin = began(running)
-        departed = tuple(MemberRecord(peer, 0, 0.0) for peer in running.departed.values())
+        begin = running.began()
+        departed = tuple(MemberRecord(peer, 0, 0.0) for peer in running.members.departed.values())
         records.append(Began(begin.generation, begin.world_size, begin.members + departed))
-        records += [Left(running.number, rank, reason) for rank, reason in running.left.items()]
+        records += [Left(running.number, rank, reason) for rank, reason in running.members.left.items()]
         answer = running.layer_answer
         if answer is not None and isinstance(answer.result, Enrolled):
             # For ranks that lack this answer. Later changes of the layer are in the records that follow.
@@ -67,20 +66,20 @@ def recovered(name: str, records: Iterable[JournalRecord], timeouts: LivenessTim
     job = Job(name, timeouts)
     for record in records:
         try:
-            _take(job, record, timeouts, now)
+            _take(job, record, now)
         except (DisagreementError, KeyError, IndexError, AssertionError, ValueError) as error:
             raise RecoveryError(f"{type(record).__name__} can't follow what is before it ({error!r})") from error
     return job
 
 
-def _take(job: Job, record: JournalRecord, timeouts: LivenessTimeouts, now: float) -> None:
+def _take(job: Job, record: JournalRecord, now: float) -> None:
     match record:
         case LayerSnapshot():
             job.layers.keep(record)
         case Began():
             job.number = record.generation
             job.layers.forget_unfinished()
-            job.generations = [_generation(record, timeouts, now)]
+            job.generations = [_generation(job, record, now)]
         case Ended():
             job.number = max(job.number, record.generation)
             job.ended = record
@@ -88,12 +87,12 @@ def _take(job: Job, record: JournalRecord, timeouts: LivenessTimeouts, now: floa
             if not job.generations:
                 job.layers.forget_unfinished()
         case Completed():
-            _answer(job, job.operated(record))
+            _answer(job, job.layers.completed(record))
         case Pushed():
             job.layers.replace(record)
             for generation in job.generations:
-                if record.rank in generation.members:
-                    generation.members[record.rank].pushes = record.number
+                if record.rank in generation.members.here:
+                    generation.members.here[record.rank].pushes = record.number
         case Left():
             _leave(job, record, now)
         case _:
@@ -109,15 +108,16 @@ def _answer(job: Job, answer: Answer) -> None:
 
 def _leave(job: Job, record: Left, now: float) -> None:
     for generation in job.generations:
-        if generation.number == record.generation and record.rank in generation.members:
-            generation.remove(record.rank, "", now)
-            generation.left[record.rank] = record.reason  # the text as it was recorded
+        if generation.number == record.generation and record.rank in generation.members.here:
+            generation.gathering.depart(record.rank, now, now, failed=bool(record.reason))
+            generation.members.remove(record.rank, record.reason)
 
 
-def _generation(record: Began, timeouts: LivenessTimeouts, now: float) -> Generation:
-    generation = Generation(record.generation, record.world_size, recovering=True)
+def _generation(job: Job, record: Began, now: float) -> Generation:
+    timeouts = job.timeouts
+    generation = Generation(job.name, record.generation, record.world_size, job.layers, timeouts, recovering=True)
     for enlisted in record.members:
         member = Member(enlisted.peer, enlisted.timeout, 0.0, enlisted.incarnation, pushes=enlisted.pushes)
-        member.disconnect(now + timeouts.return_s(enlisted.incarnation, enlisted.timeout), now, restarted=True)
-        generation.joined(member)
+        member.disconnect(timeouts.return_s(enlisted.incarnation, enlisted.timeout), now, Sign.RESTARTS)
+        generation.members.add(member)
     return generation

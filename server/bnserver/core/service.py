@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from bnlayer.state import LayerState
-from bnserver.core.effects import Closed, Effect, Failed, Owned
+from bnserver.core.effects import Closed, Effect, Failed
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import Generation
 from bnserver.core.job import Job
@@ -98,46 +98,64 @@ class Service:
         """The owner's states of a job, by layer."""
         return self._jobs[job].layers.states
 
-    def apply_update(self, job: str, layer: str) -> None:
-        """Make a layer's pending update."""
-        self._jobs[job].layers.apply_update(layer)
-
     def handle(self, event: Event, now: float) -> list[Effect]:
         """The effects of an event.
 
         Args:
-            event: what happened.
+            event: what happened; a request of a rank is valid by itself (`validation.validated`).
             now: seconds, on a clock that never goes back.
         """
-        effects = self._decide(event, now)
-        if isinstance(event, Lost):
-            self._seats.pop(event.stream, None)
-        for effect in effects:
-            if isinstance(effect, Failed | Closed):
-                self._seats.pop(effect.stream, None)
-        return effects
-
-    def _decide(self, event: Event, now: float) -> list[Effect]:
         match event:
-            case Join():
-                return self._join(event, now)
-            case Tick():
-                return self._all_active(lambda job: job.tick(now))
+            case Contribute() | Pull() | Push() | Leave() | Lost() | Malformed():
+                effects = self._seated(event, now)
             case Heartbeat():
                 member = self._member(event)
                 if member is not None and member.stream is not None:
                     member.last_seen = now
                 return []
+            case Join():
+                effects = self._join(event, now)
+            case Tick():
+                effects = self._all_active(lambda job: job.tick(now))
             case Stop():
                 self._stopping = True
-                return self._all_active(lambda job: job.stop(_STOPPING))
+                effects = self._all_active(lambda job: job.stop(_STOPPING))
             case _:
-                seat = self._seats.get(event.stream)
-                if seat is None:
-                    return _unseated(event)
-                effects = _seated(seat, event, now)
-                self._note(seat.job)
-                return effects
+                assert_never(event)
+        for effect in effects:
+            if isinstance(effect, Failed | Closed):
+                self._seats.pop(effect.stream, None)
+        return effects
+
+    def _seated(self, event: Contribute | Pull | Push | Leave | Lost | Malformed, now: float) -> list[Effect]:
+        """An event of a stream: it goes to the generation of which its rank is a member."""
+        seat = self._seats.get(event.stream)
+        if seat is None:
+            if isinstance(event, Malformed):
+                return [Failed(event.stream, Reason.INVALID, f"The service refused what you sent: {event.text}.")]
+            return []
+        generation, rank = seat.generation, seat.rank
+        generation.members.here[rank].last_seen = now
+        match event:
+            case Contribute():
+                effects = generation.contribute(rank, event, now)
+            case Pull():
+                effects = generation.pull(rank, event, now)
+            case Push():
+                effects = generation.push(rank, event, now)
+            case Leave():
+                effects = generation.leave(rank, event.reason, now)
+            case Lost():
+                del self._seats[event.stream]
+                effects = generation.away(rank, now)
+            case Malformed():
+                effects = generation.refuse(rank, event.text, event.call, now)
+            case _:
+                assert_never(event)
+        if generation.ended is not None:
+            seat.job.drop_ended()
+            self._note(seat.job)
+        return effects
 
     def _all_active(self, action: Callable[[Job], list[Effect]]) -> list[Effect]:
         effects: list[Effect] = []
@@ -156,7 +174,7 @@ class Service:
     def _member(self, beat: Heartbeat) -> Member | None:
         job = self._jobs.get(beat.job)
         for generation in job.generations if job is not None else ():
-            member = generation.members.get(beat.rank)
+            member = generation.members.here.get(beat.rank)
             if member is not None and member.incarnation == beat.incarnation:
                 return member
         return None
@@ -172,29 +190,3 @@ class Service:
             self._jobs[event.job] = job
             self._seats[event.stream] = _Seat(job, generation, event.peer.rank)
         return effects
-
-
-def _unseated(event: Contribute | Pull | Push | Leave | Lost | Malformed) -> list[Effect]:
-    if isinstance(event, Malformed):
-        return [Failed(event.stream, Reason.INVALID, f"The service could not read what you sent: {event.text}.")]
-    return []
-
-
-def _seated(seat: _Seat, event: Contribute | Pull | Push | Leave | Lost | Malformed, now: float) -> list[Effect]:
-    job, generation, rank = seat.job, seat.generation, seat.rank
-    generation.members[rank].last_seen = now
-    match event:
-        case Contribute():
-            return job.contribute(generation, rank, event, now)
-        case Pull():
-            return [Owned(event.stream, job.layers.pulled(event.layer))]
-        case Push():
-            return job.push(generation, rank, event, now)
-        case Leave():
-            return job.leave(generation, rank, event.reason, now)
-        case Lost():
-            return job.away(generation, rank, now)
-        case Malformed():
-            return job.refuse(generation, rank, event.text, None, now)
-        case _:
-            assert_never(event)

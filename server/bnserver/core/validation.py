@@ -1,7 +1,8 @@
-"""Validation of requests: an invalid contribution is refused before it changes anything.
+"""Validation of requests: an invalid one is refused before it changes anything.
 
-These are the checks of one contribution by itself. Whether the ranks agree with each other is checked in
-`bnlayer.agreement`, whether they agree with the owner in `layers`.
+These are all checks of one request by itself, and `validated` is where they are made: at the edge, by the connection on
+which it arrived. Whether it is the rank's turn is checked in `generation`, whether the ranks agree with each other in
+`bnlayer.agreement`, and whether they agree with the owner in `layers`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join, Limbs, Replacing
+from bnserver.core.events import Body, Contribute, Join, Limbs, Malformed, Push, Replacing
 
 _NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
@@ -24,17 +25,46 @@ _MOST_TERMS = 2**40  # a channel of more would overflow its limbs
 _MOST_RANKS = 2**20  # the limbs have no room for more
 _OPS = ("sum", "max", "min")
 
+# Rows of limbs, by (dtype, is a probe, direction).
+_ROWS: dict[tuple[str, bool, Direction | None], int] = {
+    (name, probe, direction): 2 if probe else kind.rows(precision.folds)
+    for name, precision in _PRECISIONS.items()
+    for probe in (True, False)
+    for direction, kind in ((Direction.FORWARD, Moments), (Direction.BACKWARD, GradientSums))
+}
+Request = Join | Contribute | Push
+
 
 class RefusedError(ValueError):
-    """A request is invalid; the text says what was expected and what was received."""
+    """Raised by every check below; the text says what was expected and what was received."""
 
 
-def check_join(join: Join) -> None:
-    """Refuse a join with an impossible name, rank, world size or timeout.
+def validated(event: Request, world_size: int = 0) -> Request | Malformed:
+    """The event; or, if it is invalid, what takes its place.
 
-    Raises:
-        RefusedError: with the reason.
+    Args:
+        event: a request.
+        world_size: of the job that its rank has joined.
     """
+    try:
+        match event:
+            case Contribute() if isinstance(event.call.signature, LayerSignature):
+                _check_layer(event.call, event.call.signature, event.body)
+            case Contribute() if isinstance(event.call.signature, PlainSignature):
+                _check_plain(event.call, event.call.signature, event.body, world_size)
+            case Join():
+                _check_join(event)
+            case Push():
+                _check_state(event.state)
+    except RefusedError as error:
+        return Malformed(event.stream, str(error), event.call if isinstance(event, Contribute) else None)
+    return event
+
+
+# ---- one check for each kind of request ----
+
+
+def _check_join(join: Join) -> None:
     if not 1 <= len(join.job) <= _NAME_CHARACTERS:
         raise RefusedError(f"expected a job name of 1 to {_NAME_CHARACTERS} characters, received {len(join.job)}")
     if not 0 <= join.peer.rank < join.world_size <= _MOST_RANKS:
@@ -46,25 +76,7 @@ def check_join(join: Join) -> None:
         raise RefusedError(f"expected a timeout above 0 s, received {min(join.timeout, join.join_timeout)}")
 
 
-def check(contribution: Contribute, world_size: int) -> None:
-    """Refuse an invalid contribution.
-
-    Raises:
-        RefusedError: with the reason.
-    """
-    call, body = contribution.call, contribution.body
-    if isinstance(call.signature, LayerSignature):
-        _check_layer(call, call.signature, body)
-    else:
-        _check_plain(call, call.signature, body, world_size)
-
-
-def check_state(state: LayerState) -> None:
-    """Refuse a state that no layer can have.
-
-    Raises:
-        RefusedError: with the reason.
-    """
+def _check_state(state: LayerState) -> None:
     if state.channels < 1:
         raise RefusedError("expected a state of 1 channel or more, received none")
     if state.version < 0:
@@ -125,7 +137,7 @@ def _check_state_of(layer: str, signature: LayerSignature, state: LayerState) ->
     if (signature.renorm is None) != (state.moving.stddev is None):
         wanted, got = ("no ", "some") if signature.renorm is None else ("", "none")
         raise RefusedError(f"expected {wanted}statistics of renorm in the state of layer {layer!r}, received {got}")
-    check_state(state)
+    _check_state(state)
 
 
 def _check_signature(layer: str, signature: LayerSignature) -> None:
@@ -146,7 +158,7 @@ def _check_signature(layer: str, signature: LayerSignature) -> None:
 
 
 def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
-    shape = (_rows(call, signature), signature.channels)
+    shape = (_ROWS[signature.dtype, call.operation is Operation.PROBE, call.key.direction], signature.channels)
     if not isinstance(body, np.ndarray):
         raise RefusedError(f"expected one array of int64 limbs for the {call.operation} of {call.key}")
     limbs: Limbs = body
@@ -171,13 +183,6 @@ def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
         raise RefusedError(
             f"expected flags of 0 or more for the {call.operation} of {call.key}, received {limbs[-1].min()}"
         )
-
-
-def _rows(call: Call, signature: LayerSignature) -> int:
-    if call.operation is Operation.PROBE:
-        return 2
-    folds = _PRECISIONS[signature.dtype].folds
-    return Moments.rows(folds) if call.key.direction is Direction.FORWARD else GradientSums.rows(folds)
 
 
 def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: int) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from bnserver.core.service import Service
-from bnserver.store import Store, StoreError
+from bnserver.job_file import StoreError
+from bnserver.store import Store
 from support.fault.daemons import daemon
 from support.fault.history import Record, statistics
 from support.fault.jobs import Job

@@ -8,64 +8,27 @@ is killed and started again. A model that only counts says what must be true.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
-from functools import cache
 
-import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
-from bnlayer.exchange import ForwardExchange
-from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moving import Moving, Rule
-from bnlayer.state import LayerState
+from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature
+from bnlayer.moving import Rule
 from bnserver.core.effects import Closed, Effect, Enrolled, Failed, Joined, Record, Released, Totals
-from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Replacing, Resume, Tick
+from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Resume, Tick
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
+from support.history import SIGNATURE, Process, bits, next_of, truth
 
 _WORLD = 4
 _TIMEOUT_S = 5.0
 _PATIENCE = LivenessTimeouts(lease=1.0, away=0.5)
-_SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
-_X = [np.full((rows, 1, 1), value, np.float32) for rows, value in ((1, 0.5), (2, -3.0), (0, 0.0), (3, 7.25))]
 _RANKS = st.integers(0, _WORLD - 1)
 _ORDERS = st.permutations(range(_WORLD))
-
-Said = tuple[int, Call, object]
-
-
-@dataclass(slots=True)
-class Process:
-    """A rank's process: what it knows, and has said.
-
-    Attributes:
-        stream: its connection; None while it has none.
-        hears: whether what the service says arrives.
-        alive: whether it gives signs of life.
-    """
-
-    rank: int
-    incarnation: int
-    stream: int | None
-    hears: bool = True
-    alive: bool = True
-    generation: int = 0
-    answered: int = 0
-    layer_answered: int = 0
-    asked: Said | None = None
-    before: Said | None = None
-    since: float = 0.0
-    state: LayerState | None = None
-    exchange: ForwardExchange | None = None
-    steps: int = 0
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -125,7 +88,7 @@ class AnyHistory(RuleBasedStateMachine):
         """A rank takes part in what comes next; if it has no connection, it will once it is back."""
         process = self.ranks.get(rank)
         if process is not None and process.generation and process.asked is None and process.alive:
-            self.asks(process, *_next(process))
+            self.asks(process, *next_of(process))
 
     @rule(rank=_RANKS)
     def repeats_itself(self, rank: int) -> None:
@@ -223,9 +186,9 @@ class AnyHistory(RuleBasedStateMachine):
         if "j" not in self.service.jobs:
             return
         records = self.service.records("j") if shortened else self.written
-        before = {name: _bits(state) for name, state in self.service.states("j").items()}
+        before = {name: bits(state) for name, state in self.service.states("j").items()}
         self.service = Service({"j": records}, _PATIENCE, self.now)
-        assert {name: _bits(state) for name, state in self.service.states("j").items()} == before
+        assert {name: bits(state) for name, state in self.service.states("j").items()} == before
         for process in self.ranks.values():
             process.stream = None
             if not process.generation:
@@ -239,12 +202,12 @@ class AnyHistory(RuleBasedStateMachine):
         if not self.service.is_over("j"):
             return
         records = self.service.records("j")
-        before = {name: _bits(state) for name, state in self.service.states("j").items()}
+        before = {name: bits(state) for name, state in self.service.states("j").items()}
         self.service.forget("j")
         assert self.service.jobs == ()
         self.service.recall("j", records, self.now)
         assert self.service.is_over("j")
-        assert {name: _bits(state) for name, state in self.service.states("j").items()} == before
+        assert {name: bits(state) for name, state in self.service.states("j").items()} == before
 
     @rule(seconds=st.sampled_from((0.1, 0.6, 6.0)))
     def time_passes(self, seconds: float) -> None:
@@ -270,7 +233,7 @@ class AnyHistory(RuleBasedStateMachine):
             return
         state = self.service.states("j").get("a")
         if state is not None:
-            assert _bits(state) == _truth(state.version)
+            assert bits(state) == truth(state.version)
 
     def teardown(self) -> None:
         """Whatever happened: once everybody is back or lost, nobody waits."""
@@ -352,76 +315,11 @@ class AnyHistory(RuleBasedStateMachine):
         exchange = process.exchange.reduced(totals.limbs)
         process.exchange = exchange
         if exchange.statistics is not None:
-            rule = Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon)
+            rule = Rule(SIGNATURE.momentum, SIGNATURE.epsilon)
             process.state = process.state.after_forward(exchange.statistics, exchange.grid, rule)
             process.steps, process.exchange = process.steps + 1, None
-            assert _bits(process.state) == _truth(totals.version)
+            assert bits(process.state) == truth(totals.version)
         assert totals.version == process.state.version
-
-
-@cache
-def _after(version: int) -> LayerState:
-    """The owner's state after so many exchanges, as one rank with all rows would have it."""
-    if version == 0:
-        return _fresh()
-    state = _set_by_hand(_after(version - 1))
-    exchange = ForwardExchange.begin(state.forward, _SIGNATURE.epsilon, False)
-    while exchange.wants is not None:
-        exchange = exchange.reduced(_limbs(exchange, np.concatenate(_X)))
-    assert exchange.statistics is not None
-    return state.after_forward(exchange.statistics, exchange.grid, Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon))
-
-
-def _set_by_hand(state: LayerState) -> LayerState:
-    """What the ranks make their next exchange from: now and then they set it before, with and without a grid."""
-    moving = replace(state.moving, mean=state.moving.mean + np.float32(100))
-    match state.version % 3:
-        case 1:
-            return replace(_fresh(), moving=moving, version=state.version)
-        case 2:
-            return replace(state, moving=moving)
-        case _:
-            return state
-
-
-def _truth(version: int) -> bytes:
-    return _bits(_after(version))
-
-
-def _next(process: Process) -> tuple[Call, object]:
-    """What a well-behaved rank says now."""
-    if process.state is None:
-        return Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE), _fresh()
-    if process.exchange is None and process.answered % 2:
-        return Call(Operation.BARRIER, ExchangeKey(None, None, process.answered), PlainSignature()), None
-    begins, before = process.exchange is None, process.state
-    if process.exchange is None:
-        process.state = _set_by_hand(before)
-        process.exchange = ForwardExchange.begin(process.state.forward, _SIGNATURE.epsilon, False)
-    exchange = process.exchange
-    assert exchange.wants is not None
-    signature = LayerSignature(1, "float32", 0.9, 0.001, grid=exchange.fingerprint)
-    key = ExchangeKey("a", Direction.FORWARD, process.steps)
-    limbs = _limbs(exchange, _X[process.rank])
-    if begins and process.state is not before:
-        signature = replace(signature, state=process.state.fingerprint)
-        return Call(exchange.wants, key, signature, exchange.attempt), Replacing(limbs, process.state)
-    return Call(exchange.wants, key, signature, exchange.attempt), limbs
-
-
-def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
-    if exchange.wants is Operation.PROBE:
-        return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid)
-
-
-def _fresh() -> LayerState:
-    moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
-    return LayerState(moving, Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1))
-
-
-def _bits(state: LayerState) -> bytes:
-    return b"".join(array.tobytes() for array in state.arrays().values())
 
 
 TestAnyHistory = AnyHistory.TestCase

@@ -11,8 +11,8 @@ from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Ope
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
+from bnserver.core.answers import DisagreementError
 from bnserver.core.effects import (
-    ApplyUpdate,
     Effect,
     Enrolled,
     Failed,
@@ -24,12 +24,13 @@ from bnserver.core.effects import (
     Totals,
 )
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
-from bnserver.core.generation import _GRACE_S
+from bnserver.core.gathering import GRACE_S
 from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
-from bnserver.core.layers import DisagreementError, Layers
+from bnserver.core.layers import Layers
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
+from bnserver.core.validation import validated
 
 _SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
 _STATE = LayerState(
@@ -52,7 +53,7 @@ def _enroll(service: Service, stream: int, generation: int = 1) -> list[Effect]:
 
 def _effects_of(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
     """What the ranks are told, and what is saved; not what the service does for itself."""
-    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record | ApplyUpdate)]
+    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record)]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,8 @@ def test_what_becomes_of_an_operation(root: int, speakers: int, reported: list[t
     ]
     if (root, speakers) == (0, 2):
         assert effects == []
-        assert _effects_of(service, Tick(), _GRACE_S / 2) == []
-        effects = _effects_of(service, Tick(), _GRACE_S)
+        assert _effects_of(service, Tick(), GRACE_S / 2) == []
+        effects = _effects_of(service, Tick(), GRACE_S)
     assert [type(effect) for effect in effects] == reported
 
 
@@ -97,7 +98,7 @@ def test_nonsense_without_a_seat_is_answered() -> None:
     (failed,) = Service().handle(Malformed(7, "expected a join"), 0.0)
     assert isinstance(failed, Failed)
     assert (failed.reason, failed.ranks) == (Reason.INVALID, ())
-    assert failed.text == "The service could not read what you sent: expected a join."
+    assert failed.text == "The service refused what you sent: expected a join."
 
 
 def test_a_stream_loses_its_seat_with_its_connection() -> None:
@@ -111,7 +112,7 @@ def test_a_stream_loses_its_seat_with_its_connection() -> None:
 def test_a_refused_join_makes_no_job() -> None:
     """Wrong joins leave nothing behind, however many there are."""
     service = Service()
-    service.handle(Join(1, "j", Peer(5), 2, 9.0, 9.0), 0.0)
+    service.handle(validated(Join(1, "j", Peer(5), 2, 9.0, 9.0)), 0.0)
     assert service.jobs == ()
 
 
@@ -188,7 +189,7 @@ def test_a_bad_push_ends_the_connection() -> None:
     service = Service()
     _join(service, 1)
     bad = replace(_STATE, moving=replace(_STATE.moving, mean=np.array([np.nan], np.float32)))
-    failed, saved = _effects_of(service, Push(1, "a", bad))
+    failed, saved = _effects_of(service, validated(Push(1, "a", bad)))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID
     assert "expected finite numbers in moving_mean" in failed.text
@@ -257,19 +258,20 @@ def _layers() -> Layers:
 def test_limbs_for_another_layer_are_refused(key: ExchangeKey, signature: LayerSignature, text: str) -> None:
     """All ranks may agree on a layer that their owner does not have."""
     layers = _layers()
+    record = Completed(1, Call(Operation.PROBE, key, signature), np.zeros((2, signature.channels), np.int64))
     with pytest.raises(DisagreementError, match=text):
-        layers.reduced(1, Call(Operation.PROBE, key, signature), signature, np.zeros((2, signature.channels), np.int64))
+        layers.completed(record)
 
 
 def test_a_mask_can_not_change_within_an_exchange() -> None:
     """After the probe the ranks must send the sums of the same call."""
     layers = _layers()
     call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
-    layers.reduced(1, call, _SIGNATURE, np.zeros((2, 1), np.int64))
+    layers.completed(Completed(1, call, np.zeros((2, 1), np.int64)))
     masked = replace(_SIGNATURE, masked=True)
     call = Call(Operation.SUMS, ExchangeKey("a", Direction.FORWARD, 0), masked, 1)
     with pytest.raises(DisagreementError, match="epsilon or the mask changed in the middle of an exchange"):
-        layers.reduced(1, call, masked, np.zeros((6, 1), np.int64))
+        layers.completed(Completed(1, call, np.zeros((6, 1), np.int64)))
 
 
 def test_what_is_over_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,29 +10,40 @@ import pytest
 
 from bnproto.frames import framed
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.local import _STRANGERS, Callbacks, Frame, LocalSockets
+from bnserver.channel import Outgoing
+from bnserver.connection import Connection
+from bnserver.core.events import Event, Lost, Pull
+from bnserver.grpc_channel import GrpcChannel
+from bnserver.local_channel import _STRANGERS, LocalListener
 
 _LIMIT_S = 60.0
 
 
-def _ignore(*_: object) -> None:
-    pass
+class _Scene:
+    """A listener, connections, and the events of what arrives on them."""
+
+    def __init__(self, attach_within_s: float) -> None:
+        self.listener = LocalListener(7, attach_within_s=attach_within_s)
+        self.events = asyncio.Queue[Event]()
+
+    def connection(self, number: int) -> Connection:
+        """One that has joined over gRPC."""
+        connection = Connection(number, GrpcChannel(), self.events.put_nowait)
+        connection.receive(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1)), b"")
+        self.events.get_nowait()
+        return connection
 
 
-def _played(
-    scene: Callable[[LocalSockets, asyncio.Queue[int]], Coroutine[Any, Any, None]], attach_within_s: float = _LIMIT_S
-) -> None:
-    """Run a scene with open sockets, and the streams that asked there."""
+def _played(scene: Callable[[_Scene], Coroutine[Any, Any, None]], attach_within_s: float = _LIMIT_S) -> None:
+    """Run a scene with an open listener."""
 
     async def whole() -> None:
-        asked = asyncio.Queue[int]()
-        callbacks = Callbacks(lambda stream, request: asked.put_nowait(stream), _ignore, _ignore)
-        sockets = LocalSockets(7, callbacks, attach_within_s)
-        await sockets.open(50051)
+        it = _Scene(attach_within_s)
+        await it.listener.open(50051)
         try:
-            await asyncio.wait_for(scene(sockets, asked), _LIMIT_S)
+            await asyncio.wait_for(scene(it), _LIMIT_S)
         finally:
-            await sockets.close()
+            await it.listener.close()
             for _ in range(3):  # both ends hear of it
                 await asyncio.sleep(0)
 
@@ -42,8 +53,9 @@ def _played(
 def test_who_says_nothing_is_shown_out_and_who_has_a_ticket_is_not() -> None:
     """A socket that is held open costs the service something."""
 
-    async def scene(sockets: LocalSockets, asked: asyncio.Queue[int]) -> None:
-        invitation = sockets.invitation(3)
+    async def scene(it: _Scene) -> None:
+        connection = it.connection(3)
+        invitation = it.listener.invitation(connection)
         assert invitation is not None
         assert invitation.port == 50051
         path = f"\0{invitation.name}"
@@ -53,12 +65,11 @@ def test_who_says_nothing_is_shown_out_and_who_has_a_ticket_is_not() -> None:
         stranger, silent = await asyncio.open_unix_connection(path)  # later: its time is over last
         assert await stranger.read() == b""
         silent.close()
-        ours.write(framed(pb.ExchangeRequest(pull=pb.Pull())))
-        assert await asked.get() == 3
-        assert sockets.is_active(3)
-        sockets.end(3)
-        assert not sockets.is_active(3)
+        ours.write(framed(pb.ExchangeRequest(pull=pb.Pull(layer="a"))))
+        assert await it.events.get() == Pull(3, "a")
+        connection.end(None)
         await theirs.read()  # until its end
+        assert it.events.empty()  # it was the service that ended it
         ours.close()
 
     _played(scene, attach_within_s=0.5)
@@ -69,9 +80,8 @@ def test_where_there_are_no_such_sockets_nobody_is_invited(
 ) -> None:
     """The log says why, and the service goes on without."""
 
-    async def scene(sockets: LocalSockets, asked: asyncio.Queue[int]) -> None:
-        assert sockets.invitation(1) is None
-        assert asked.empty()
+    async def scene(it: _Scene) -> None:
+        assert it.listener.invitation(it.connection(1)) is None
 
     async def refused(*_: object, **__: object) -> None:
         raise OSError("not on this machine")
@@ -81,8 +91,8 @@ def test_where_there_are_no_such_sockets_nobody_is_invited(
     assert caplog.messages == ["no local sockets (not on this machine): ranks on this machine exchange over gRPC"]
 
 
-async def _attached(sockets: LocalSockets, stream: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    invitation = sockets.invitation(stream)
+async def _attached(it: _Scene, connection: Connection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    invitation = it.listener.invitation(connection)
     assert invitation is not None
     theirs, ours = await asyncio.open_unix_connection(f"\0{invitation.name}")
     ours.write(framed(pb.ExchangeRequest(attach=pb.Attach(ticket=invitation.ticket))))
@@ -94,16 +104,17 @@ async def _attached(sockets: LocalSockets, stream: int) -> tuple[asyncio.StreamR
 def test_a_large_answer_waits_for_its_reader_message_by_message() -> None:
     """Copied for each rank at once, it held up all jobs, and took its size again for each rank."""
 
-    async def scene(sockets: LocalSockets, asked: asyncio.Queue[int]) -> None:
-        theirs, ours = await _attached(sockets, 1)
-        frames = [Frame(pb.ExchangeResponse(generation=n, part=pb.Part(data=bytes(2**20)))) for n in range(1, 33)]
-        sockets.send(1, frames)
-        assert (
-            sum(frame._data != b"" for frame in frames) <= 3
-        )  # what the kernel holds, and the one that it takes in part
-        for frame in frames:
-            assert await theirs.readexactly(len(frame.data)) == frame.data
+    async def scene(it: _Scene) -> None:
+        connection = it.connection(1)
+        theirs, ours = await _attached(it, connection)
+        messages = [Outgoing(pb.ExchangeResponse(generation=n, part=pb.Part(data=bytes(2**20)))) for n in range(1, 33)]
+        connection.channel.send(messages)
+        # What the kernel holds, and the one that it takes in part.
+        assert sum(message.data != b"" for message in messages) <= 3
+        for message in messages:
+            assert await theirs.readexactly(len(message.frame())) == message.data
         ours.close()
+        assert await it.events.get() == Lost(1)
 
     _played(scene)
 
@@ -111,8 +122,8 @@ def test_a_large_answer_waits_for_its_reader_message_by_message() -> None:
 def test_the_first_of_too_many_strangers_is_shown_out() -> None:
     """They would use up the files that ranks need."""
 
-    async def scene(sockets: LocalSockets, asked: asyncio.Queue[int]) -> None:
-        invitation = sockets.invitation(1)
+    async def scene(it: _Scene) -> None:
+        invitation = it.listener.invitation(it.connection(1))
         assert invitation is not None
         path = f"\0{invitation.name}"
         ends = [await asyncio.open_unix_connection(path) for _ in range(_STRANGERS + 1)]
@@ -130,8 +141,8 @@ def test_the_first_of_too_many_strangers_is_shown_out() -> None:
 def test_a_whole_job_may_come_at_once() -> None:
     """More ranks than asyncio lets wait by itself: some stayed on gRPC, for good, without a word."""
 
-    async def scene(sockets: LocalSockets, asked: asyncio.Queue[int]) -> None:
-        invitation = sockets.invitation(1)
+    async def scene(it: _Scene) -> None:
+        invitation = it.listener.invitation(it.connection(1))
         assert invitation is not None
         ends = [socket.socket(socket.AF_UNIX) for _ in range(300)]
         for end in ends:
@@ -139,5 +150,22 @@ def test_a_whole_job_may_come_at_once() -> None:
             end.connect(f"\0{invitation.name}")  # the loop, which would take them in, does not run meanwhile
         for end in ends:
             end.close()
+
+    _played(scene)
+
+
+def test_an_invitation_ends_with_its_connection() -> None:
+    """A ticket that is presented too late opens nothing: the rank joins anew, and gets another."""
+
+    async def scene(it: _Scene) -> None:
+        for end in (it.listener.revoke, lambda connection: connection.end(None)):
+            connection = it.connection(1)
+            invitation = it.listener.invitation(connection)
+            assert invitation is not None
+            end(connection)
+            theirs, ours = await asyncio.open_unix_connection(f"\0{invitation.name}")
+            ours.write(framed(pb.ExchangeRequest(attach=pb.Attach(ticket=invitation.ticket))))
+            assert await theirs.read() == b""
+            ours.close()
 
     _played(scene)

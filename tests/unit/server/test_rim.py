@@ -16,9 +16,9 @@ from bnserver.core.events import Event, Join, Tick
 from bnserver.core.journal_records import Ended, JournalRecord
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
-from bnserver.servicer import Servicer, _Outbox
+from bnserver.grpc_channel import GrpcChannel
+from bnserver.servicer import Servicer
 from bnserver.store import Store
-from bnserver.translation import Reader
 
 
 class _SlowStore(Store):
@@ -39,14 +39,15 @@ def test_a_goodbye_is_answered_after_earlier_records_are_saved(tmp_path: Path) -
         store = _SlowStore(tmp_path)
         exchanges = Servicer(1, store)
         exchanges._service.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
-        outbox = exchanges._outboxes[1] = _Outbox(Reader(1))
-        exchanges._perform(Persist("j"))
-        exchanges._perform(Closed(1))
+        stream = GrpcChannel()
+        exchanges._connect(stream)
+        for effect in (Persist("j"), Closed(1)):
+            exchanges._perform[type(effect)](effect)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert outbox.queue.empty()
+        assert stream.outgoing.empty()
         store.disk.set()
-        assert await outbox.queue.get() is None
+        assert await stream.outgoing.get() is None
         store.close()
 
     asyncio.run(scene())
@@ -114,12 +115,13 @@ def test_jobs_that_are_over_are_neither_kept_in_memory_nor_written_again(tmp_pat
         exchanges = Servicer(1, store)
         await exchanges.open(1)
         assert list(exchanges._service.jobs) == ["unsaved"]
-        await asyncio.gather(*exchanges._saves)
+        assert exchanges._saving is not None
+        await asyncio.gather(*exchanges._saving.tasks)
         assert not exchanges._service.jobs
         assert store._files == {}
-        stream = exchanges._outboxes[1] = _Outbox(Reader(1))
-        await exchanges._read(1, _requests(_join("running", incarnation=7)))
-        assert stream.generation == 1
+        connection = exchanges._connect(GrpcChannel())
+        await exchanges._read(connection, _requests(_join("running", incarnation=7)))
+        assert connection.generation == 1
         await exchanges.close()
         assert (store.reads, store.saves) == ([], ["unsaved", "running"])
         after = _inodes(tmp_path)
@@ -141,21 +143,22 @@ def test_a_job_that_is_over_is_read_back_once_for_all_ranks_that_join_it(tmp_pat
         store = _Counting(tmp_path)
         exchanges = Servicer(1, store)
         exchanges._ready.set()
-        for stream in (1, 2, 3):
-            exchanges._outboxes[stream] = _Outbox(Reader(stream))
-        await exchanges._read(3, _requests(_join("j", rank=2, world_size=2)))
+        streams = [GrpcChannel() for _ in range(3)]
+        connections = [exchanges._connect(stream) for stream in streams]
+        await exchanges._read(connections[2], _requests(_join("j", rank=2, world_size=2)))
         assert (store.reads, exchanges._service.jobs) == (["j"], ())
         end = asyncio.Event()
         requests = [_requests(_join("j", rank, 2), hangs_up=end) for rank in (0, 1)]
-        reading = [asyncio.create_task(exchanges._read(rank + 1, requests[rank])) for rank in (0, 1)]
-        for stream in (1, 2):
-            joined = await exchanges._outboxes[stream].queue.get()
+        reading = [asyncio.create_task(exchanges._read(connections[rank], requests[rank])) for rank in (0, 1)]
+        for stream in streams[:2]:
+            joined = await stream.outgoing.get()
             assert isinstance(joined, pb.ExchangeResponse)
             assert joined.generation == 5
         assert store.reads == ["j", "j"]
         end.set()
         await asyncio.gather(*reading)
-        await asyncio.gather(*exchanges._saves)
+        assert exchanges._saving is not None
+        await asyncio.gather(*exchanges._saving.tasks)
         assert not exchanges._service.jobs
         (ended, *_) = store.read("j")
         assert isinstance(ended, Ended)
@@ -173,10 +176,11 @@ def test_who_comes_too_late_hears_why_from_a_job_that_left_memory(tmp_path: Path
         store = Store(tmp_path)
         exchanges = Servicer(1, store)
         exchanges._ready.set()
-        exchanges._outboxes[1] = _Outbox(Reader(1))
-        await exchanges._read(1, _requests(_join("j", 0, 2, incarnation=7, resume=pb.Resume(generation=4))))
+        stream = GrpcChannel()
+        connection = exchanges._connect(stream)
+        await exchanges._read(connection, _requests(_join("j", 0, 2, incarnation=7, resume=pb.Resume(generation=4))))
         store.close()
-        return await exchanges._outboxes[1].queue.get()
+        return await stream.outgoing.get()
 
     status = asyncio.run(scene())
     assert isinstance(status, StatusParts)
@@ -191,11 +195,12 @@ def test_a_file_that_broke_meanwhile_is_named_to_who_joins_its_job(tmp_path: Pat
         store = Store(tmp_path)
         exchanges = Servicer(1, store)
         exchanges._ready.set()
-        exchanges._outboxes[1] = _Outbox(Reader(1))
+        stream = GrpcChannel()
+        connection = exchanges._connect(stream)
         store.path("j").write_bytes(b"not a snapshot at all")
-        await exchanges._read(1, _requests(_join("j")))
+        await exchanges._read(connection, _requests(_join("j")))
         store.close()
-        return await exchanges._outboxes[1].queue.get(), store.path("j")
+        return await stream.outgoing.get(), store.path("j")
 
     with caplog.at_level(logging.ERROR, "bnserver"):
         status, path = asyncio.run(scene())
@@ -219,10 +224,11 @@ def test_a_fault_of_the_service_costs_one_stream(caplog: pytest.LogCaptureFixtur
     async def scene() -> StatusParts:
         exchanges = Servicer(1, None)
         exchanges._service = _BrokenService()
-        outbox = exchanges._outboxes[1] = _Outbox(Reader(1))
-        exchanges._dispatch(Tick())
-        exchanges._dispatch(Join(1, "j", Peer(0), 1, 9.0, 9.0))
-        status = await outbox.queue.get()
+        stream = GrpcChannel()
+        exchanges._connect(stream)
+        exchanges.dispatch(Tick())
+        exchanges.dispatch(Join(1, "j", Peer(0), 1, 9.0, 9.0))
+        status = await stream.outgoing.get()
         assert isinstance(status, StatusParts)
         return status
 

@@ -22,9 +22,12 @@ from bnproto.calls import call_of, contribution_of, with_state
 from bnproto.channel import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.failures import error_of, failure_in, status_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.core.events import Contribute, Heartbeat, Join, Malformed, Push, Replacing, Resume
+from bnserver.channel import RequestAssembler
+from bnserver.connection import Connection
+from bnserver.core.events import Contribute, Event, Join, Malformed, Push, Replacing, Resume
 from bnserver.core.reasons import Reason
-from bnserver.translation import _REASONS, Reader
+from bnserver.grpc_channel import GrpcChannel
+from bnserver.translation import _REASONS
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
 _SIGNATURE = LayerSignature(
@@ -224,10 +227,24 @@ def _request(call: Call, arrays: dict[str, NDArray[Any]] | None) -> tuple[pb.Exc
 _UNSET = _CALLS[2]._replace(signature=replace(_SIGNATURE, state=0))
 
 
-def _reader() -> Reader:
-    reader = Reader(7)
-    reader.read(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1)))
-    return reader
+class _End:
+    """The service's end of a connection: what the core gets of what arrives on it."""
+
+    def __init__(self, *, joined: bool = True) -> None:
+        self._events: list[Event] = []
+        self._connection = Connection(7, GrpcChannel(), self._events.append)
+        self._assembler = RequestAssembler()
+        if joined:
+            join = pb.Join(job="j", world_size=1, timeout_ms=1, join_timeout_ms=1)
+            assert isinstance(self.read(pb.ExchangeRequest(join=join)), Join)
+
+    def read(self, message: pb.ExchangeRequest) -> Event | None:
+        """The event that a message brings about; None while parts are missing."""
+        whole = self._assembler.add(message)
+        if whole is None:
+            return None
+        self._connection.receive(*whole)
+        return self._events.pop()
 
 
 def test_a_large_enrolment_travels_in_parts() -> None:
@@ -239,10 +256,11 @@ def test_a_large_enrolment_travels_in_parts() -> None:
         BackwardGrid.unknown("float32", channels),
         3,
     )
-    request, parts = _request(_CALLS[0], state.arrays())
-    reader = _reader()
+    call = _CALLS[0]._replace(signature=LayerSignature(channels, "float32", 0.9, 0.001))
+    request, parts = _request(call, state.arrays())
+    end = _End()
     assert len(parts) == 3
-    *early, event = [reader.read(one) for one in (request, *(pb.ExchangeRequest(part=part) for part in parts))]
+    *early, event = [end.read(one) for one in (request, *(pb.ExchangeRequest(part=part) for part in parts))]
     assert early == [None] * 3
     assert isinstance(event, Contribute)
     assert isinstance(event.body, LayerState)
@@ -256,7 +274,9 @@ def test_a_state_that_was_set_is_read() -> None:
         Moving(np.zeros(1), np.ones(1)), Grid.unknown("float64", 1), BackwardGrid.unknown("float64", 1), 3
     )
     limbs = np.arange(10).reshape(10, 1)
-    event = _reader().read(_request(_CALLS[2], with_state(limbs, state))[0])
+    signature = LayerSignature(1, "float64", 0.9, 0.001, state=state.fingerprint)
+    call = Call(Operation.SUMS, ExchangeKey("a", Direction.FORWARD, 1), signature)
+    event = _End().read(_request(call, with_state(limbs, state))[0])
     assert isinstance(event, Contribute)
     assert isinstance(event.body, Replacing)
     assert event.body.limbs.tolist() == limbs.tolist()
@@ -270,16 +290,42 @@ def test_a_push_is_read() -> None:
     )
     arrays = state.arrays()
     payload, _ = pack(arrays.values(), tuple(arrays))
-    event = _reader().read(pb.ExchangeRequest(push=pb.Push(layer="a", dtype="float64", payload=payload)))
+    event = _End().read(pb.ExchangeRequest(push=pb.Push(layer="a", dtype="float64", payload=payload)))
     assert isinstance(event, Push)
     assert (event.layer, event.state.forward.dtype, event.state.version) == ("a", "float64", 3)
 
 
 @pytest.mark.parametrize(
-    ("requests", "text"),
+    ("request_", "text"),
     [
-        ([pb.ExchangeRequest()], "expected a request, received an empty message"),
-        ([pb.ExchangeRequest(join=pb.Join())], "expected one join, as the first request of a stream"),
+        (pb.ExchangeRequest(), "expected a request, received an empty message"),
+        (pb.ExchangeRequest(attach=pb.Attach()), "expected a request, received attach"),  # it is for local sockets
+        (pb.ExchangeRequest(join=pb.Join()), "expected one join, as the first request of a stream"),
+        (pb.ExchangeRequest(push=pb.Push(layer="a")), "The state of a layer lacks 'moving_mean'; it has nothing."),
+        (_request(_UNSET, {})[0], "expected one array of limbs, received 0"),
+        (_request(_CALLS[2], {})[0], "expected limbs beside the state that was set, received nothing"),
+        (
+            _request(_CALLS[2], {"": np.zeros((6, 1), np.int64)})[0],
+            "The state of a layer lacks 'moving_mean'; it has nothing.",
+        ),
+    ],
+)
+def test_requests_without_a_meaning_are_malformed(request_: pb.ExchangeRequest, text: str) -> None:
+    """Each is an event of its own, so that the core decides what it costs."""
+    assert _End().read(request_) == Malformed(7, text)
+
+
+def test_an_invalid_contribution_is_malformed_and_says_where() -> None:
+    """Its error names the layer and the step: validation is part of the connection, not of the core."""
+    (event,) = [_End().read(_request(_UNSET._replace(attempt=0), {"": np.zeros((6, 1), np.int64)})[0])]
+    assert isinstance(event, Malformed)
+    assert event.call == _UNSET._replace(attempt=0)
+    assert "expected int64 limbs of shape (10, 256) for the sums of layer 'ü' (backward, step 1)" in event.text
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
         ([pb.ExchangeRequest(part=pb.Part())], "expected no part here, received part"),
         (
             [pb.ExchangeRequest(push=pb.Push(payload=pb.Payload(size=9))), pb.ExchangeRequest(leave=pb.Leave())],
@@ -292,37 +338,32 @@ def test_a_push_is_read() -> None:
             ],
             "expected a payload of 1 bytes, received 2",
         ),
-        ([pb.ExchangeRequest(push=pb.Push(layer="a"))], "The state of a layer lacks 'moving_mean'; it has nothing."),
-        ([_request(_UNSET, {})[0]], "expected one array of words, received 0"),
-        ([_request(_CALLS[2], {})[0]], "expected words beside the state that was set, received nothing"),
-        (
-            [_request(_CALLS[2], {"": np.zeros((6, 1), np.int64)})[0]],
-            "The state of a layer lacks 'moving_mean'; it has nothing.",
-        ),
     ],
 )
-def test_requests_without_a_meaning_are_malformed(requests: list[pb.ExchangeRequest], text: str) -> None:
-    """Each is an event of its own, so that the core decides what it costs."""
-    reader = _reader()
-    *_, event = [reader.read(request) for request in requests]
-    assert event == Malformed(7, text)
+def test_messages_that_make_no_request_are_refused(messages: list[pb.ExchangeRequest], text: str) -> None:
+    """By the channel on which they arrive: each has its own parts."""
+    *before, last = messages
+    end = _End()
+    assert [end.read(message) for message in before] == [None] * len(before)
+    with pytest.raises(WireError, match=text):
+        end.read(last)
 
 
 def test_a_stream_begins_with_a_join() -> None:
     """Nothing else is understood before it."""
-    event = Reader(7).read(pb.ExchangeRequest(leave=pb.Leave()))
+    event = _End(joined=False).read(pb.ExchangeRequest(leave=pb.Leave()))
     assert event == Malformed(7, "expected one join, as the first request of a stream")
 
 
 def test_a_token_is_refused() -> None:
     """Nothing checks it, and a rank that sends one believes otherwise."""
-    event = Reader(7).read(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1, token="s3cret")))
+    event = _End(joined=False).read(pb.ExchangeRequest(join=pb.Join(job="j", world_size=1, token="s3cret")))
     assert event == Malformed(7, "expected no token, which this version of the service would not check, received one")
 
 
 def test_a_rank_that_comes_back_says_what_it_knows() -> None:
     """Every field of a join has its place in the event."""
-    resume = pb.Resume(boot_id=9, generation=3, sequence=8, layer_sequence=7, versions={"a": 5})
+    resume = pb.Resume(generation=3, sequence=8, layer_sequence=7, versions={"a": 5})
     join = pb.Join(
         job="j",
         rank=1,
@@ -334,8 +375,6 @@ def test_a_rank_that_comes_back_says_what_it_knows() -> None:
         incarnation=6,
         resume=resume,
     )
-    reader = Reader(7)
-    assert reader.read(pb.ExchangeRequest(join=join)) == Join(
+    assert _End(joined=False).read(pb.ExchangeRequest(join=join)) == Join(
         7, "j", Peer(1, "h", 4), 2, 0.5, 0.25, 6, Resume(3, 8, 7, {"a": 5})
     )
-    assert reader.read(pb.ExchangeRequest(heartbeat=pb.Heartbeat())) == Heartbeat("j", 1, 6)

@@ -148,13 +148,20 @@ def test_no_mpiexec_inside_mpiexec() -> None:
     check(Job(("true",), 2, "service"), environ)
 
 
-@pytest.mark.parametrize("transport", ["service", "mpi", "alone"])
-def test_credentials_are_refused_before_anything_is_started(transport: str) -> None:
-    """Nothing looks at them yet: each rank would say so, after a service was started for them."""
-    for variable in ("BNLAYER_TOKEN", "BNLAYER_TOKEN_FILE", "BNLAYER_TLS_CA", "BNLAYER_TLS_CERT", "BNLAYER_TLS_KEY"):
-        with pytest.raises(LaunchError) as raised:
-            check(Job(("true",), 1, transport), {"PATH": "/bin:/usr/bin", variable: "s3cret"})
-        assert str(raised.value).startswith(f"{variable} is set, but ")
-        assert "is not available yet in this version" in str(raised.value)
-        assert raised.value.code == 2
-    check(Job(("true",), 1, transport), {"PATH": "/bin:/usr/bin", "BNLAYER_TOKEN": ""})
+def test_credentials_are_checked_before_anything_is_started() -> None:
+    """Each rank would say so, after others were started."""
+    environ = {"PATH": "/bin:/usr/bin", "BNLAYER_TOKEN": "t"}
+    check(Job(("true",), 1, address="127.0.0.1:1"), environ)
+    check(Job(("true",), 1), environ)
+    with pytest.raises(LaunchError) as raised:
+        check(Job(("true",), 1, address="trainer:1"), environ)
+    assert str(raised.value).startswith("The token would cross the network to trainer:1 in plain text.")
+    assert raised.value.code == 2
+
+
+def test_an_embedded_service_is_shown_no_credentials(tmp_path: Path) -> None:
+    """They are another service's; this one listens on loopback, in plain text."""
+    given = {"BNLAYER_TOKEN_FILE": "token", "BNLAYER_TLS_CA": "ca.pem", "BNLAYER_INSECURE": "1"}
+    kept = environment(Job(("true",), 1, address="127.0.0.1:1"), tmp_path, "127.0.0.1:1", given)
+    assert given.items() <= kept.items()
+    assert not given.keys() & environment(Job(("true",), 1), tmp_path, "127.0.0.1:1", given).keys()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bnproto.credentials import NONE, Credentials
 from bnworker.plan import Plan, plan
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
@@ -196,32 +198,17 @@ def test_the_reason_names_winner_and_losers() -> None:
     assert plan(SLURM, transport="alone").reason == ("transport= says so, although Slurm's srun announces 8 ranks")
 
 
-CREDENTIALS = {
-    "BNLAYER_TOKEN": "authentication",
-    "BNLAYER_TOKEN_FILE": "authentication",
-    "BNLAYER_TLS_CA": "encryption (TLS)",
-    "BNLAYER_TLS_CERT": "encryption (TLS)",
-    "BNLAYER_TLS_KEY": "encryption (TLS)",
-}
-
-
-@pytest.mark.parametrize("environ", [{}, SERVICE | OURS, MPICH], ids=["alone", "service", "mpi"])
-def test_credentials_are_refused_on_every_transport(environ: dict[str, str]) -> None:
-    """A token was taken, sent in plain text, and never looked at."""
-    with pytest.raises(ValueError) as caught:
-        plan(environ, token="s3cret")
-    assert str(caught.value) == (
-        "token= was given, but authentication is not available yet in this version. Remove token=, and don't send "
-        "secrets over plain text: keep the service on loopback, or on a network of your own."
-    )
-    for variable, what in CREDENTIALS.items():
-        with pytest.raises(ValueError) as caught:
-            plan(environ | {variable: "s3cret"})
-        assert str(caught.value) == (
-            f"{variable} is set, but {what} is not available yet in this version. Unset {variable}, and don't send "
-            "secrets over plain text: keep the service on loopback, or on a network of your own."
-        )
-    assert plan(environ | dict.fromkeys(CREDENTIALS, ""), token="") == plan(environ)
+def test_credentials_are_for_the_service() -> None:
+    """Elsewhere nobody would look at them; a token does not leave this machine in plain text."""
+    shown = {"BNLAYER_TOKEN_FILE": "token", "BNLAYER_TLS_CA": "ca.pem"}
+    assert plan(SERVICE | OURS | shown).credentials == Credentials(token_file=Path("token"), ca=Path("ca.pem"))
+    assert plan(SERVICE | OURS, token="t").credentials == Credentials("t")
+    for environ in ({}, MPICH):
+        assert plan(environ | shown, token="t").credentials == NONE
+    with pytest.raises(ValueError, match="The token would cross the network to trainer:1 in plain text"):
+        plan(SERVICE | OURS, address="trainer:1", token="t")
+    with pytest.raises(ValueError, match="BNLAYER_TLS_KEY is set, but BNLAYER_TLS_CERT is not"):
+        plan(SERVICE | OURS | {"BNLAYER_TLS_KEY": "key.pem"})
 
 
 def test_a_plan_for_the_service_holds_all_of_it() -> None:

@@ -21,7 +21,7 @@ _KINDS: tuple[type[Event], ...] = get_args(Event)
 _EXAMPLES: dict[type[Event], Event] = {
     happened.Begin: happened.Begin(),
     happened.Ask: happened.Ask([pb.ExchangeRequest(pull=pb.Pull(layer="a"))]),
-    happened.Joined: happened.Joined(1, 5, 3, durable=True),
+    happened.Joined: happened.Joined(1, 3, durable=True),
     happened.Repeated: happened.Repeated(1),
     happened.Received: happened.Received(1, Answer(pb.ExchangeResponse(owned=pb.Owned()), b"")),
     happened.OwnerVersion: happened.OwnerVersion("a", 4),
@@ -82,7 +82,7 @@ def _active(timeout: float = 300.0, *, durable: bool = True) -> Session:
     """In generation 3, on connection 1."""
     session = _fresh(timeout)
     session.handle(happened.Begin(), 0.0)
-    assert session.handle(happened.Joined(1, 5, 3, durable=durable), 0.0) == [do.Wake()]
+    assert session.handle(happened.Joined(1, 3, durable=durable), 0.0) == [do.Wake()]
     return session
 
 
@@ -148,7 +148,7 @@ def _return(session: Session, connection: int) -> tuple[pb.Join, list[pb.Exchang
     (opened,) = session.handle(happened.PauseOver(), 0.0)
     assert isinstance(opened, do.Open)
     assert opened.connection == connection
-    warning, *rest = session.handle(happened.Joined(connection, 6, 3, durable=True), 0.0)
+    warning, *rest = session.handle(happened.Joined(connection, 3, durable=True), 0.0)
     assert warning == do.Warn("rank 1 is back at the service at h:1")
     repeated = [request for action in rest if isinstance(action, do.Repeat) for request in action.requests]
     return opened.requests[0].join, repeated
@@ -207,7 +207,7 @@ def test_it_repeats_what_waits_and_what_was_answered_last() -> None:
     _disconnect(session, 0.0)
     expected = pb.Join()
     expected.CopyFrom(_JOIN)
-    known = pb.Resume(boot_id=5, generation=3, sequence=2, layer_sequence=1, versions={"a": 4, "b": 9})
+    known = pb.Resume(generation=3, sequence=2, layer_sequence=1, versions={"a": 4, "b": 9})
     expected.resume.CopyFrom(known)
     assert _return(session, 2) == (expected, _contribution(2) + _contribution(3))
     assert not _JOIN.HasField("resume")
@@ -290,7 +290,7 @@ def test_pauses_grow_and_differ_between_ranks() -> None:
         now += pause.seconds
         session.handle(happened.PauseOver(), now)
     assert pauses == [0.02, 0.02, 0.08, 0.08, 0.32, 0.25, 0.5, 0.25]
-    session.handle(happened.Joined(9, 6, 3, durable=True), now)
+    session.handle(happened.Joined(9, 3, durable=True), now)
     assert _disconnect(session, now, 9)[-1] == do.Pause(0.02)
 
 
@@ -323,7 +323,7 @@ def test_it_gives_up_after_its_timeout(joined: bool, text: str) -> None:
     session = _fresh(5.0)
     session.handle(happened.Begin(), 0.0)
     if joined:
-        session.handle(happened.Joined(1, 5, 3, durable=True), 0.0)
+        session.handle(happened.Joined(1, 3, durable=True), 0.0)
     _disconnect(session, 0.0)
     session.handle(happened.PauseOver(), 0.0)
     assert _disconnect(session, 4.99, 2)[-1] == do.Pause(5.0 - 4.99)
@@ -393,9 +393,7 @@ def test_a_goodbye_in_an_outage_comes_with_what_others_may_lack() -> None:
     assert _disconnect(session, 0.0, 2)[-1] == do.Pause(0.04)
     (opened,) = session.handle(happened.PauseOver(), 0.0)
     assert isinstance(opened, do.Open)
-    assert session.handle(happened.Joined(3, 6, 3, durable=True), 0.0) == [
-        do.Warn("rank 1 is back at the service at h:1")
-    ]
+    assert session.handle(happened.Joined(3, 3, durable=True), 0.0) == [do.Warn("rank 1 is back at the service at h:1")]
     assert _disconnect(session, 0.0, 3, "OK") == [do.HangUp()]
 
 

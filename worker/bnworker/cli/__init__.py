@@ -1,4 +1,4 @@
-"""The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, `doctor`.
+"""The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, `certs`, `tokens`, `doctor`.
 
 Exit codes: 0 it worked; 1 training, or the service, failed; 2 it was asked for something wrong; of `launch` and
 `train` otherwise that of the first rank that failed, 128 + signal where a signal ended it.
@@ -17,12 +17,14 @@ from typing import Annotated
 import typer
 
 from bnworker.cli.calibrate import calibrate
+from bnworker.cli.certs import certs
 from bnworker.cli.doctor import doctor
 from bnworker.cli.errors import CommandError
 from bnworker.cli.evaluate import evaluate
 from bnworker.cli.export import export
 from bnworker.cli.launch import launch
 from bnworker.cli.serve import serve
+from bnworker.cli.tokens import tokens
 from bnworker.cli.train import train
 
 app = typer.Typer(
@@ -63,6 +65,8 @@ app.command()(export)
 app.command()(calibrate)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(serve)
+app.add_typer(certs, name="certs")
+app.add_typer(tokens, name="tokens")
 app.command()(doctor)
 
 

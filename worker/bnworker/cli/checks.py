@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from bnproto.credentials import refusal
 from bnworker.cli.errors import CommandError
 from bnworker.cli.files import Files
 from bnworker.train import data, report, weight_files
@@ -34,9 +32,6 @@ def refuse_what_cannot_work(
     Raises:
         CommandError: something cannot work; the text says what, and what to do.
     """
-    unavailable = refusal(os.environ)
-    if unavailable is not None:
-        raise CommandError(f"train: {unavailable}")
     _refuse_options_without_meaning(files, replicas)
     try:
         data.check(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -10,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-_PACKAGES = ("bnlayer", "numpy", "ml_dtypes", "grpcio", "protobuf", "safetensors", "numba", "mpi4py", "scikit-learn")
+_PACKAGES = (
+    "bnlayer",
+    "numpy",
+    "ml_dtypes",
+    "grpcio",
+    "protobuf",
+    "safetensors",
+    "mpi4py",
+    "scikit-learn",
+    "cryptography",
+)
 _REACH_S = 5.0  # a service on the other side of the world answers within a second
 
 
@@ -19,13 +30,37 @@ def doctor(
         str | None,
         typer.Option(metavar="HOST:PORT", envvar="BNLAYER_ADDRESS", help="A service to try to reach."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object, for programs.")] = False,
 ) -> None:
     """Say what is installed, which MPI and kernels are in use, and whether a service can be reached.
 
     `bnlayer doctor --address 127.0.0.1:7431`
 
-    Exit code 1 if the address was given and nothing answers there.
+    The service is reached as a rank would reach it, with what BNLAYER_TLS_CA, BNLAYER_TLS_CERT, BNLAYER_TLS_KEY and
+    BNLAYER_TOKEN_FILE name; whether the token is good is only known when a rank joins.
+
+    Exit code 1 if the address was given and nothing answers there. `--json` prints the same as one object: names and
+    texts, and for the service `address`, `serving` and `text`, or null.
     """
+    found = {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.platform()}, {len(os.sched_getaffinity(0))} usable cores",
+        **{package: _installed(package) for package in _PACKAGES},
+        "kernels": _kernels(),
+        "MPI library": _mpi_library(),
+        "mpiexec": _mpiexec(),
+        "ranks announced": _ranks(),
+    }
+    serving, text = _reach(address) if address else (None, "no address given (--address)")
+    if as_json:
+        service = None if serving is None else {"address": address, "serving": serving, "text": text}
+        typer.echo(json.dumps({**found, "service": service}, indent=2))
+    else:
+        _print_table({**found, "service": text})
+    raise typer.Exit(1 if serving is False else 0)
+
+
+def _print_table(rows: dict[str, str]) -> None:
     from rich.table import Table
 
     from bnworker.cli.console import console
@@ -33,18 +68,9 @@ def doctor(
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("python", f"{platform.python_version()} ({sys.executable})")
-    table.add_row("system", f"{platform.platform()}, {len(os.sched_getaffinity(0))} usable cores")
-    for package in _PACKAGES:
-        table.add_row(package, _installed(package))
-    table.add_row("kernels", _kernels())
-    table.add_row("MPI library", _mpi_library())
-    table.add_row("mpiexec", _mpiexec())
-    table.add_row("ranks announced", _ranks())
-    reached = _reach(address) if address else None
-    table.add_row("service", "no address given (--address)" if reached is None else reached[1])
+    for name, text in rows.items():
+        table.add_row(name, text)
     console().print(table)
-    raise typer.Exit(1 if reached is not None and not reached[0] else 0)
 
 
 def _installed(package: str) -> str:
@@ -100,11 +126,19 @@ def _reach(address: str) -> tuple[bool, str]:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    from bnproto.connection import Connector
+    from bnproto.credentials import CredentialsError, credentials
+
+    try:
+        connector = Connector(address, credentials(os.environ))
+    except CredentialsError as error:
+        return False, str(error)
+    with connector.channel() as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # its types lack the methods
             answer = check(health_pb2.HealthCheckRequest(), timeout=_REACH_S)
         except grpc.RpcError as error:
-            return False, f"{address} does not answer: {error.code().name}: {error.details()}"
+            why = connector.fault() if error.code() is grpc.StatusCode.UNAVAILABLE else None
+            return False, why or f"{address} does not answer: {error.code().name}: {error.details()}"
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     return status == "SERVING", f"{address} answers: {status}"

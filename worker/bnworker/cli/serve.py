@@ -1,58 +1,66 @@
-"""`bnlayer serve`: the statistics service as a daemon."""
+"""`bnlayer serve`: the statistics service as a daemon.
+
+Its options are the service's own settings: what can be said, and how it is read, stands in `bnserver.configuration`.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated
+import inspect
+import os
+from typing import Annotated, Any
 
 import typer
 
-
-class LogLevel(StrEnum):
-    """What the service says on stderr."""
-
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
+from bnserver.configuration import SETTINGS
 
 
-def serve(
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0: any free one.")
-    ] = "127.0.0.1:50051",
-    state_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the moving statistics are kept; without it, in memory alone."),
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback without encryption: for trusted networks.")
-    ] = False,
-    ready_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Gets the address once the service listens.")
-    ] = None,
-    lease: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="A rank silent for so long is taken for frozen; 0: never.")
-    ] = 5.0,
-    away: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="How long a rank whose connection broke may stay away.")
-    ] = 0.5,
-    log_level: Annotated[LogLevel, typer.Option(help="What is said on stderr.")] = LogLevel.info,
-) -> None:
+def _run(**given: Any) -> None:
+    from bnserver.__main__ import run
+
+    config, show = given.pop("config"), given.pop("print_config")
+    flags = {name: None if said is None else str(said) for name, said in given.items()}
+    raise typer.Exit(run(flags, os.environ, config, show=show))
+
+
+def serve(**given: Any) -> None:
     """Run the statistics service until SIGTERM.
 
     On one host: `bnlayer serve --listen 127.0.0.1:50051 --state-dir /var/lib/bnlayer`
 
     Then, for each job: `bnlayer launch -n 4 --address 127.0.0.1:50051 --job mine -- python my_training.py`
 
-    It prints `bnserver listening on HOST:PORT` when it is ready. SIGTERM and SIGINT drain it: exit code 0 within 5 s.
-    """
-    from bnserver.core.members import LivenessTimeouts
-    from bnserver.daemon import serve as run
+    For other hosts, with certificates (`bnlayer certs init`) and tokens (`bnlayer tokens add`):
+    `bnlayer serve --listen 0.0.0.0:50051 --state-dir state --tls-cert server.pem --tls-key server-key.pem
+    --tokens tokens.toml`
 
-    timeouts = LivenessTimeouts(lease, away)
-    code = run(
-        listen, state_dir, insecure=insecure, ready_file=ready_file, timeouts=timeouts, log_level=log_level.value
-    )
-    raise typer.Exit(code)
+    Each option is a variable (BNSERVER_STATE_DIR for --state-dir) and a key of the file (state-dir), too. It prints
+    `bnserver listening on HOST:PORT` when it is ready. SIGTERM and SIGINT drain it: exit code 0 within 5 s. SIGHUP
+    reads certificates and tokens anew.
+    """
+    _run(**given)
+
+
+def _options() -> list[inspect.Parameter]:
+    """The settings, as typer reads the parameters of a function."""
+    found: list[tuple[str, Any, Any]] = []
+    for setting in SETTINGS:
+        shown = str(setting.default) if setting.default not in (None, False) else False
+        option = typer.Option(
+            f"{setting.flag}/--no-{setting.key}" if setting.is_switch else setting.flag,
+            metavar=setting.metavar or None,
+            help=f"{setting.help[0].upper()}{setting.help[1:]}.",
+            show_default=shown,
+        )
+        found.append((setting.name, Annotated[bool | None if setting.is_switch else str | None, option], None))
+    config = typer.Option("--config", metavar="FILE", help="Settings in TOML, e.g. state-dir = 'state'.")
+    show = typer.Option("--print-config", help="Print each setting and who said it, and do nothing else.")
+    found += [("config", Annotated[str | None, config], None), ("print_config", Annotated[bool, show], False)]
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, annotation, default in found
+    ]
+
+
+_PARAMETERS = _options()
+serve.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]  # a function takes any attribute
+serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS}

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import IO
 
 from bnlayer.environment import announced
-from bnproto import credentials
+from bnproto.credentials import VARIABLES, CredentialsError, credentials
 from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
 from bnworker.launcher.command import NOT_EXECUTABLE, refusal
 from bnworker.launcher.supervision import GRACE_S
 
 _HERE = Path(__file__).parent
+_DAEMON, _FAILPOINTS = "BNSERVER_", "BNSERVER_FAILPOINTS"
 
 
 class LaunchError(Exception):
@@ -96,9 +97,12 @@ class Job:
 def environment(job: Job, folder: Path, address: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a job's processes; `rank_environment` adds the rank.
 
-    Ranks that an outer launcher announced are taken out: these processes have others.
+    Ranks that an outer launcher announced are taken out: these processes have others. So are credentials where the
+    service is this job's own: it listens on loopback, in plain text, and would be shown what is another service's.
     """
     outer = {found.variable for found in announced(environ)} | {"BNLAYER_ADDRESS"}
+    if job.embeds_service:
+        outer |= set(VARIABLES)
     inner = {name: value for name, value in environ.items() if name not in outer}
     inner |= {
         FOLDER: str(folder),
@@ -116,11 +120,13 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
 
     Raises:
         LaunchError: the command was not found (127), or may not be executed (126): a shell's codes; or this process
-            is an MPI rank itself; or the environment holds credentials, which are not supported.
+            is an MPI rank itself; or credentials for the service at `address` can't be used there.
     """
-    unavailable = credentials.refusal(environ)
-    if unavailable is not None:
-        raise LaunchError(unavailable)
+    if job.address is not None:
+        try:
+            credentials(environ).check(job.address)
+        except CredentialsError as error:
+            raise LaunchError(str(error)) from None
     outer = next((found for found in announced(environ) if "mpiexec" in found.source), None)
     if job.transport == "mpi" and outer is not None:
         raise LaunchError(
@@ -148,10 +154,12 @@ def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen
 def start_service(environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     """Start a statistics service for this job alone: a free loopback port, nothing kept.
 
-    It prints warnings and errors only; the rest goes to its log, if there is one.
+    It prints warnings and errors only; the rest goes to its log, if there is one. What the environment says of another
+    daemon, such as its certificates, is not for this one.
     """
+    own = {name: text for name, text in environ.items() if not name.startswith(_DAEMON) or name == _FAILPOINTS}
     command = [sys.executable, "-P", "-m", "bnserver", "--listen", "127.0.0.1:0", "--log-level", "warning"]
-    return _start([*command, "--log-file", str(log)] if log is not None else command, environ, subprocess.PIPE)
+    return _start([*command, "--log-file", str(log)] if log is not None else command, own, subprocess.PIPE)
 
 
 def start_rank(job: Job, rank: int, environ: Mapping[str, str], *, foreground: bool) -> subprocess.Popen[bytes]:

@@ -63,18 +63,26 @@ PyObject* reduced(
 }
 
 template <class Pass>
-PyObject* written(
+bool wrote(
     const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
     void (*write)(const Pass&, const Part&, void*)) {
-  if (pass.batch.layout.images == 0 || pass.batch.layout.channels == 0) Py_RETURN_NONE;
+  if (pass.batch.layout.images == 0 || pass.batch.layout.channels == 0) return true;
   const Parts parts = split(pass.batch.layout, sharing.threads, sharing.worth);
   const int64_t bytes = workspace_of(pass);
   auto* memory = static_cast<char*>(workspace(parts.count * bytes));
-  if (memory == nullptr) return PyErr_NoMemory();
+  if (memory == nullptr) return false;
   Work<Pass> work{pass, parts, memory, bytes, nullptr, 0, nullptr, write};
   Py_BEGIN_ALLOW_THREADS;
   over(parts.count, do_part<Pass>, &work);
   Py_END_ALLOW_THREADS;
+  return true;
+}
+
+template <class Pass>
+PyObject* written(
+    const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
+    void (*write)(const Pass&, const Part&, void*)) {
+  if (!wrote(pass, sharing, workspace_of, write)) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 
@@ -331,6 +339,111 @@ PyObject* py_gradients(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return PyBool_FromLong(table->gradients(pass));
 }
 
+// All that follows from the totals of a training call, in one: what `statistics`, `moved`, `coefficients` and `normalize`
+// do one after the other. Where a channel is refused, and that is not to be overlooked, the rest is left.
+PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "finish_forward", 21);
+  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, rows, singles, reach, flags, y;
+  NormalizePass pass{};
+  StatisticsPass found{};
+  MovedPass moving{};
+  CoefficientsPass of{};
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  arguments.batch(x, pass.batch);
+  const int64_t channels = pass.batch.layout.channels;
+  found.channels = moving.channels = of.channels = channels;
+  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
+  found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
+  found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
+  found.epsilon = arguments.real("epsilon");
+  found.e = arguments.real("e");
+  const bool accepted = arguments.truth("accepted");
+  of.gamma = arguments.elements<float>(gamma, "gamma", Kind::kFloat32, channels, true);
+  of.beta = arguments.elements<float>(beta, "beta", Kind::kFloat32, channels, true);
+  moving.old_mean = arguments.elements<float>(old_mean, "old_mean", Kind::kFloat32, channels);
+  moving.old_variance = arguments.elements<float>(old_variance, "old_variance", Kind::kFloat32, channels);
+  moving.momentum = arguments.real("momentum");
+  moving.synchronized = arguments.truth("synchronized");
+  moving.masked = found.e != 0.0;
+  found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 8 * channels);
+  found.rounded = arguments.output<float>(singles, "singles", Kind::kFloat32, 6 * channels);
+  found.reach = arguments.output<int64_t>(reach, "reach", Kind::kInt64, channels);
+  found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
+  pass.y = arguments.alike(y, "y", pass.batch, true);
+  if (arguments.sound() && pass.batch.storage == Storage::kFloat64) {
+    arguments.fail(PyExc_TypeError, "finish_forward: float64 batches have two folds.");
+  }
+  if (!arguments.sound()) return nullptr;
+  found.about = found.rounded + channels;
+  found.refused = found.nonfinite + channels;
+  const bool refused = table->statistics(found);
+  if (refused && !accepted) Py_RETURN_TRUE;
+  moving.count = found.rows;
+  moving.mean = found.rows + 2 * channels;
+  moving.variance = found.rows + 3 * channels;
+  moving.nonfinite = pass.nonfinite = found.nonfinite;
+  moving.new_mean = found.rounded + 2 * channels;
+  moving.new_variance = found.rounded + 3 * channels;
+  table->moved(moving);
+  of.inverse_std = found.rows + 4 * channels;
+  of.residual = found.rows + 5 * channels;
+  of.scale = found.rounded + 4 * channels;
+  of.shift = found.rounded + 5 * channels;
+  table->coefficients(of);
+  pass.mean = found.rounded;
+  pass.scale = of.scale;
+  pass.shift = of.shift;
+  if (!wrote(pass, shared, table->normalize_workspace, table->normalize)) return PyErr_NoMemory();
+  return PyBool_FromLong(refused);
+}
+
+// The same of a backward pass: `gradients`, then `input_gradient`.
+PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "finish_backward", 18);
+  Array x, dy, mask, limbs, gradient, deviation, forward, forward_nonfinite, mean, scale, rows, singles, flags, dx;
+  InputGradientPass pass{};
+  GradientsPass found{};
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  arguments.batch(x, pass.batch);
+  pass.dy = arguments.alike(dy, "dy", pass.batch, false);
+  arguments.mask(mask, x, pass.batch);
+  const Storage storage = pass.batch.storage;
+  const int64_t channels = pass.batch.layout.channels;
+  found.channels = channels;
+  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
+  found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
+  found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  const bool accepted = arguments.truth("accepted");
+  const double* of_forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
+  found.forward_nonfinite = arguments.elements<uint8_t>(forward_nonfinite, "forward_nonfinite", Kind::kTruths, channels);
+  pass.mean = arguments.coefficients(mean, "mean", storage, channels);
+  pass.scale = arguments.coefficients(scale, "scale", storage, channels);
+  found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 4 * channels);
+  found.offset = arguments.output<float>(singles, "singles", Kind::kFloat32, 2 * channels);
+  found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
+  pass.dx = arguments.alike(dx, "dx", pass.batch, true);
+  if (arguments.sound() && storage == Storage::kFloat64) {
+    arguments.fail(PyExc_TypeError, "finish_backward: float64 batches have two folds.");
+  }
+  if (!arguments.sound()) return nullptr;
+  found.divisor = of_forward + channels;
+  found.inverse_std = of_forward + 4 * channels;
+  found.residual = of_forward + 5 * channels;
+  found.mean_share = of_forward + 6 * channels;
+  found.pivot_residual = of_forward + 7 * channels;
+  found.slope = found.offset + channels;
+  found.refused = found.nonfinite + channels;
+  const bool refused = table->gradients(found);
+  if (refused && !accepted) Py_RETURN_TRUE;
+  pass.offset = found.offset;
+  pass.slope = found.slope;
+  pass.nonfinite = found.nonfinite;
+  if (!wrote(pass, shared, table->input_gradient_workspace, table->input_gradient)) return PyErr_NoMemory();
+  return PyBool_FromLong(refused);
+}
+
 #define BNLAYER_METHOD(name, function) \
   {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr}
 
@@ -347,6 +460,8 @@ PyMethodDef methods[] = {
     BNLAYER_METHOD("moved", py_moved),
     BNLAYER_METHOD("coefficients", py_coefficients),
     BNLAYER_METHOD("gradients", py_gradients),
+    BNLAYER_METHOD("finish_forward", py_finish_forward),
+    BNLAYER_METHOD("finish_backward", py_finish_backward),
     {nullptr, nullptr, 0, nullptr},
 };
 

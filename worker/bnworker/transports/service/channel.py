@@ -68,6 +68,10 @@ class AnswerAssembler:
             first = response
             if kind not in ("result", "owned"):
                 return Answer(response, b"")
-            joining = PayloadAssembler(response.result.payload if kind == "result" else response.owned.payload)
+            payload = response.result.payload if kind == "result" else response.owned.payload
+            data = payload.data
+            if len(data) == payload.size:
+                return Answer(response, data)
+            joining = PayloadAssembler(payload)
         self._begun = None if joining.complete else (first, joining)
         return Answer(first, joining.data) if joining.complete else None

@@ -15,7 +15,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -24,7 +24,9 @@ from threading import RLock, Thread
 from typing import Any
 from weakref import WeakSet
 
+from bnlayer.errors import ServiceError
 from bnproto.arrays import WireError
+from bnproto.connection import Connector
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service.actions import (
     Action,
@@ -57,7 +59,6 @@ from bnworker.transports.service.events import (
     Received,
     Refused,
     Repeated,
-    Requests,
     TimedOut,
 )
 from bnworker.transports.service.grpc_channel import Broken, GrpcChannel
@@ -78,7 +79,7 @@ class Connection:
 
     Attributes:
         number: the session's.
-        stream: how the rank joins and leaves, and hears why the connection ends.
+        stream: how the rank joins and leaves, and learns why the connection ends.
         channel: what carries requests and answers once all have joined: the stream, or a way beside it.
     """
 
@@ -96,7 +97,7 @@ class Client:
     """One rank's connection to the service, made anew as often as the session says.
 
     Args:
-        address: of the service, HOST:PORT.
+        connector: connects to the service.
         join: how this rank takes its place.
         timeout: seconds to wait for all ranks, and afterwards for each answer.
         local_socket: whether to exchange over a local socket where the service is on this machine.
@@ -109,9 +110,10 @@ class Client:
         session: what decides.
     """
 
-    def __init__(self, address: str, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
-        self.session = Session(address, join, timeout, time.monotonic())
-        self._address = address
+    def __init__(self, connector: Connector, join: pb.Join, timeout: float, *, local_socket: bool = True) -> None:
+        self._address = connector.address
+        self.session = Session(self._address, join, timeout, time.monotonic())
+        self._connector = connector
         self._timeout = timeout
         self._wants_socket = local_socket
         self._connection: Connection | None = None
@@ -134,28 +136,34 @@ class Client:
         try:
             deadline = time.monotonic() + self.session.answer_within
             while not self.session.generation:
-                self._raise_error()
+                if self.session.error is not None:
+                    raise self.session.error.again() from self.session.error.__cause__
                 self._take_turn(deadline)
         except BaseException:
             self.close(None)
             raise
 
-    def request(self, requests: Requests) -> Answer:
+    def request(self, request: pb.ExchangeRequest, parts: Sequence[pb.Part]) -> Answer:
         """Ask for something, and wait for the answer.
 
         Args:
-            requests: a request that is answered, and the parts of its payload.
+            request: one that is answered.
+            parts: of its payload, beyond what it holds itself.
 
         Raises:
             CollectiveError: what the service said of a failure, or that it is gone, or late.
         """
+        requests = [request]
+        if parts:
+            requests += [pb.ExchangeRequest(part=part) for part in parts]
         for action in self._handle(Ask(requests)):
             if isinstance(action, Send):
                 self._send(action)
         deadline = time.monotonic() + self.session.answer_within
         answer = None
         while answer is None:
-            self._raise_error()
+            if self.session.error is not None:
+                raise self.session.error.again() from self.session.error.__cause__
             answer = self._take_turn(deadline)
         return answer
 
@@ -178,11 +186,6 @@ class Client:
         self._woken.put(None)
 
     # ---- what the caller's thread does ----
-
-    def _raise_error(self) -> None:
-        error = self.session.error
-        if error is not None:
-            raise error.again() from error.__cause__
 
     def _take_turn(self, deadline: float) -> Answer | None:
         """Wait for the next answer, or for a change of the session's; None after a while, or if there is none."""
@@ -234,7 +237,7 @@ class Client:
             self._handle(ChannelLost(connection.number))
 
     def _open(self, action: Open) -> None:
-        stream = GrpcChannel(self._address, action.requests)
+        stream = GrpcChannel(self._address, action.requests, self._connector.channel())
         connection = self._connection = Connection(action.connection, stream, stream)
         self._heartbeat.start(stream.stub, connection.cut)
 
@@ -289,6 +292,10 @@ class Client:
             self._heartbeat.pause()
             connection.channel.close()
         if isinstance(ended, Broken):
+            # Once joined, it goes on trying: certificates may be in the middle of a renewal.
+            fault = self._connector.fault() if ended.code == "UNAVAILABLE" and not self.session.generation else None
+            if fault is not None:
+                return Refused(connection.number, ServiceError(fault))
             return Disconnected(connection.number, ended.code, ended.text, random.random())
         return Refused(connection.number, ended)
 
@@ -299,9 +306,7 @@ class Client:
             local = attached(response, self._address, self._timeout)
             connection.channel = local or connection.stream
             self._wants_socket = local is not None  # once is enough: each attempt may cost a connection
-        event: Event | None = Joined(
-            connection.number, response.boot_id, response.generation, durable=response.joined.durable
-        )
+        event: Event | None = Joined(connection.number, response.generation, durable=response.joined.durable)
         while event is not None:
             actions, event = self._handle(event), None
             for action in actions:

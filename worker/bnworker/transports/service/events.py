@@ -33,7 +33,6 @@ class Joined:
     """
 
     connection: int
-    boot_id: int
     generation: int
     durable: bool
 
@@ -63,7 +62,7 @@ class OwnerVersion:
 
 @dataclass(frozen=True, slots=True)
 class ChannelLost:
-    """Requests and answers can't travel on a connection any more; why it ends is yet to be heard."""
+    """Requests and answers can't travel on a connection any more; why it ends is not known yet."""
 
     connection: int
 

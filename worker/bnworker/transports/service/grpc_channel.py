@@ -1,6 +1,6 @@
 """A connection's gRPC stream: the channel of ranks on other machines.
 
-Every connection has one, for it is also the way on which a rank joins and leaves, and hears why a connection ends. A
+Every connection has one, for it is also the way on which a rank joins and leaves, and learns why a connection ends. A
 thread of the client's listens to it; gRPC's own threads send.
 """
 
@@ -14,7 +14,6 @@ import grpc
 
 from bnlayer.errors import CollectiveError, ServiceError
 from bnproto.arrays import WireError
-from bnproto.channel import CLIENT_OPTIONS
 from bnproto.failures import DETAILS_KEY, error_of, failure_in
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
@@ -36,14 +35,15 @@ class GrpcChannel:
     Args:
         address: of the service, HOST:PORT.
         requests: what is sent first.
+        channel: to that address; it is closed when the stream ends.
 
     Attributes:
         stub: the service, on the same connection.
     """
 
-    def __init__(self, address: str, requests: Requests) -> None:
+    def __init__(self, address: str, requests: Requests, channel: grpc.Channel) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, CLIENT_OPTIONS)
+        self._channel = channel
         self.stub = rpc.StatisticsServiceStub(self._channel)
         # A request and its parts are one entry: a signal handler that says goodbye does not come between them.
         self._requests: SimpleQueue[Requests | None] = SimpleQueue()
@@ -106,7 +106,7 @@ class GrpcChannel:
             yield from requests
 
     def _explained(self, error: grpc.RpcError) -> CollectiveError | Broken:
-        """What the service told us; or what is known where it could not."""
+        """The reason that the service gave; or what is known where it could not."""
         for key, value in self._call.trailing_metadata() or ():
             failure = failure_in(value) if key == DETAILS_KEY and isinstance(value, bytes) else None
             if failure is not None:

@@ -73,8 +73,9 @@ class LocalChannel:
         """
         try:
             with self._sending:
-                for request in requests:
+                if self._waits.get(socket.SO_SNDTIMEO) != self._timeout:
                     self._wait_at_most(socket.SO_SNDTIMEO, self._timeout)
+                for request in requests:
                     self._socket.sendall(framed(request))
         finally:
             if self._closed:
@@ -94,7 +95,8 @@ class LocalChannel:
                         answer = self._assembler.add(_response(data))
                         if answer is not None:
                             return answer
-                    self._wait_at_most(socket.SO_RCVTIMEO, timeout)
+                    if self._waits.get(socket.SO_RCVTIMEO) != timeout:
+                        self._wait_at_most(socket.SO_RCVTIMEO, timeout)
                     count = self._socket.recv_into(self._frames.room())
                     if not count:
                         raise ConnectionResetError("the service ended the local socket")
@@ -126,10 +128,9 @@ class LocalChannel:
 
     def _wait_at_most(self, option: int, seconds: float) -> None:
         """How long the kernel waits, in one direction: what sends must not change what receives."""
-        if self._waits.get(option) != seconds:
-            self._waits[option] = seconds
-            whole, part = divmod(round(1e6 * max(seconds, _MOMENT_S)), 1_000_000)  # 0 would mean for ever
-            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, part))
+        self._waits[option] = seconds
+        whole, part = divmod(round(1e6 * max(seconds, _MOMENT_S)), 1_000_000)  # 0 would mean for ever
+        self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, part))
 
 
 def _response(data: bytes) -> pb.ExchangeResponse:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Any, ClassVar
 
-from bnlayer.errors import CollectiveError, ServiceError
+from bnlayer.errors import CollectiveError
 from bnproto.v1 import statistics_pb2 as pb
+from bnworker.transports.service import explanations
 from bnworker.transports.service.actions import (
     Action,
     CloseChannel,
@@ -34,7 +35,6 @@ from bnworker.transports.service.actions import (
     Wake,
     Warn,
 )
-from bnworker.transports.service.channel import Answer
 from bnworker.transports.service.events import (
     Abandon,
     Ask,
@@ -74,11 +74,13 @@ class State(Enum):
     """Where a session is."""
 
     CONNECTING = auto()  # not all ranks have joined yet, and there is no connection
-    JOINING = auto()  # a connection was opened with a join; the service has not answered, or is told what it may lack
+    JOINING = auto()  # a connection was opened with a join: waits for the others, or sends what the service may lack
     ACTIVE = auto()  # requests are sent and answered
     AWAY = auto()  # the connection can't be used any more, and is made anew
     LEAVING = auto()  # the rank has said goodbye, or will on the next connection
     CLOSED = auto()  # over: `error` says why
+
+    __hash__ = object.__hash__  # each is one object; Enum's own hashes the name, in Python, for every event
 
 
 class ImpossibleEventError(AssertionError):
@@ -113,7 +115,6 @@ class Session:
         self._address = address
         self._join = join
         self._timeout = timeout
-        self._boot_id = 0
         self._durable = True
         # What to repeat.
         self._versions: dict[str, int] = {}
@@ -123,7 +124,7 @@ class Session:
         # The connection.
         self._connection = 0
         self._joined = False  # on this connection
-        self._repeated: Requests = ()  # that was asked, when this connection was told what to repeat
+        self._repeated: Requests = ()  # that was asked, when what is repeated on this connection was put together
         self._goodbye_on = 0  # the connection that carried it
         self._goodbye_waits_longer = False
         # The attempts to make one.
@@ -169,32 +170,21 @@ class Session:
         if event.connection != self._connection or not self._asked:
             return []
         response, asked = event.answer.response, self._asked[0]
-        match response.WhichOneof("message"):
-            case "result" if asked.HasField("contribution"):
-                return self._receive_result(response.result, asked.contribution, event.answer)
-            case "owned" if asked.HasField("pull") or asked.HasField("push"):
-                self._asked = ()
-                return [Deliver(event.answer)]
-            case _:
-                return []
-
-    def _receive_result(self, result: pb.Result, contribution: pb.Contribution, answer: Answer) -> list[Action]:
-        sequence = result.sequence
-        if sequence <= self.answered:
-            return []  # to what was repeated
-        if sequence != contribution.sequence:
-            return self._close(
-                ServiceError(
-                    f"The service at {self._address} answered contribution {sequence}, expected an answer to "
-                    f"{contribution.sequence}. An exchange of this rank was interrupted: leave, and join anew."
-                )
-            )
-        self.answered = sequence
-        if contribution.HasField("layer"):
-            self._layer_answered = sequence
-            self._versions[contribution.layer] = result.version
-        self._contributed, self._asked = self._asked, ()
-        return [Deliver(answer)]
+        if response.HasField("result") and asked.HasField("contribution"):
+            contribution, sequence = asked.contribution, response.result.sequence
+            if sequence <= self.answered:
+                return []  # to what was repeated
+            if sequence != contribution.sequence:
+                return self._close(explanations.out_of_step(self._address, sequence, contribution.sequence))
+            self.answered = sequence
+            if contribution.HasField("layer"):
+                self._layer_answered = sequence
+                self._versions[contribution.layer] = response.result.version
+            self._contributed = self._asked
+        elif not response.HasField("owned") or not (asked.HasField("pull") or asked.HasField("push")):
+            return []
+        self._asked = ()
+        return [Deliver(event.answer)]
 
     def _note_version(self, event: OwnerVersion, now: float) -> list[Action]:
         del now
@@ -209,7 +199,6 @@ class Session:
         join = pb.Join()
         join.CopyFrom(self._join)
         if self.generation:
-            join.resume.boot_id = self._boot_id
             join.resume.generation = self.generation
             join.resume.sequence = self.answered
             join.resume.layer_sequence = self._layer_answered
@@ -223,13 +212,13 @@ class Session:
         return [Open(self._connection, requests)]
 
     def _enter(self, event: Joined, now: float) -> list[Action]:
-        """The service takes part: it is told what it may lack, then the rank goes on."""
+        """The service takes part: it gets what it may lack, then the rank goes on."""
         del now
         actions: list[Action] = []
         if self.generation:
             actions.append(Warn(f"rank {self._join.rank} is back at the service at {self._address}"))
         self.generation = self.generation or event.generation
-        self._boot_id, self._durable, self._joined = event.boot_id, event.durable, True
+        self._durable, self._joined = event.durable, True
         if self.state is State.LEAVING:  # its goodbye came with the join
             return actions
         self._repeated = self._asked
@@ -255,7 +244,7 @@ class Session:
 
     def _disconnect(self, event: Disconnected, now: float) -> list[Action]:
         if self.state is State.LEAVING and event.code == "OK" and self._goodbye_on == event.connection:
-            return self._close(_left())
+            return self._close(explanations.left())
         if self._joined or self.state is State.AWAY:  # it was of use
             self._since, self._pause, self._warned = now, _FIRST_PAUSE_S, False
         self._joined, self._ended = False, event
@@ -275,11 +264,17 @@ class Session:
         """Connect once more after a pause, or give up."""
         away = now - self._since
         if away >= self._outage_s:
-            return self._close(self._unreachable(ended))
+            if not self.generation:
+                return self._close(explanations.never_reached(self._address, self._timeout))
+            return self._close(explanations.not_made_anew(self._address, self._outage_s, ended))
         actions: list[Action] = []
         if not self._warned and (self.generation or away >= min(_WARN_AFTER_S, self._timeout)):
             self._warned = True
-            actions.append(Warn(self._what_it_waits_for(ended)))
+            if self.generation:
+                text = explanations.broken(self._join.rank, self._address, self._outage_s, ended)
+            else:
+                text = explanations.not_reached_yet(self._address, self._timeout)
+            actions.append(Warn(text))
         pause = min(self._pause * (0.5 + 0.5 * ended.jitter), self._outage_s - away)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
         return [*actions, Pause(pause)]
@@ -302,33 +297,25 @@ class Session:
 
     def _time_out(self, event: TimedOut, now: float) -> list[Action]:
         del event, now
-        return self._close(
-            ServiceError(
-                f"The service at {self._address} did not answer within {self._timeout:g} s. It may be frozen or cut "
-                "off; if it is only slow, wait longer: timeout=."
-            )
-        )
+        return self._close(explanations.late(self._address, self._timeout))
 
     def _time_out_leaving(self, event: TimedOut, now: float) -> list[Action]:
         del event, now
         longer = min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S) - _GOODBYE_S
         if self._goodbye_waits_longer or self._joined or not self._durable or longer <= 0:
-            return self._close(_left())
+            return self._close(explanations.left())
         self._goodbye_waits_longer = True
         self.leave_by += longer
         return []
 
     def _abandon(self, event: Abandon, now: float) -> list[Action]:
         del event, now
-        return self._close(_left())
+        return self._close(explanations.left())
 
     def _fork(self, event: Forked, now: float) -> list[Action]:
         """Nothing is done: the connection is the parent's."""
         del now
-        self.error = ServiceError(
-            f"Process {event.pid} was forked from rank {self._join.rank}, which has joined its job: a rank is one "
-            "process. Make exchanges there, or start processes before joining."
-        )
+        self.error = explanations.forked(event.pid, self._join.rank)
         return []
 
     def _ignore(self, event: Event, now: float) -> list[Action]:
@@ -340,31 +327,9 @@ class Session:
         self.error = self.error or error
         return [HangUp()]
 
-    # ---- what is said ----
-
     def _repetition(self) -> list[pb.ExchangeRequest]:
         """What the service may lack, in order."""
         return [*self._contributed, *self._asked]
-
-    def _unreachable(self, ended: Disconnected) -> ServiceError:
-        if not self.generation:
-            return ServiceError(
-                f"No statistics service could be reached at {self._address} within {self._timeout:g} s. Check the "
-                "address, and that the service runs there (bnlayer serve --listen HOST:PORT)."
-            )
-        return ServiceError(
-            f"The connection to the service at {self._address} broke, and could not be made anew within "
-            f"{self._outage_s:g} s ({ended.code}: {ended.text}). Look at the service's log; once it is back, start the "
-            "job again."
-        )
-
-    def _what_it_waits_for(self, ended: Disconnected) -> str:
-        if not self.generation:
-            return f"nobody listens at {self._address} yet; trying until {self._timeout:g} s have passed (timeout=)"
-        return (
-            f"rank {self._join.rank}: the connection to the service at {self._address} broke ({ended.code}: "
-            f"{ended.text}); trying for {self._outage_s:g} s to come back"
-        )
 
     # What can happen in which state, and what decides about it then. What is not in the table can't happen.
     TABLE: ClassVar[Mapping[State, Mapping[type[Event], _Decide]]] = {
@@ -452,7 +417,3 @@ class Session:
             Forked: _ignore,
         },
     }
-
-
-def _left() -> ServiceError:
-    return ServiceError("This rank has left its job: join anew.")

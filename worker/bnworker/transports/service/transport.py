@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,12 @@ from bnlayer.errors import CollectiveError
 from bnlayer.state import LayerState
 from bnproto.arrays import named, pack, unpack
 from bnproto.calls import contribution_of, with_state
+from bnproto.connection import Connector
+from bnproto.credentials import NONE, Credentials
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports import Seeded
 from bnworker.transports.service.channel import Answer
 from bnworker.transports.service.client import Client
-
-T = TypeVar("T")
 
 
 class ServiceTransport:
@@ -33,8 +33,10 @@ class ServiceTransport:
         rank, world_size: who this process is.
         timeout: seconds that joining, and each exchange, may take.
         local_socket: whether to exchange over a local socket where the service is on this machine.
+        credentials: what is used towards the service.
 
     Raises:
+        CredentialsError: they can't be read, or would cross a network in plain text.
         ServiceError: nothing listens there, or the service refuses.
         MismatchError: the ranks disagree about the world size, or the rank is taken.
         StallError: not all ranks joined in time.
@@ -52,6 +54,7 @@ class ServiceTransport:
         *,
         timeout: float = 300.0,
         local_socket: bool = True,
+        credentials: Credentials = NONE,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -66,30 +69,22 @@ class ServiceTransport:
             timeout_ms=max(1, round(timeout * 1000)),
             incarnation=secrets.randbits(63) + 1,
         )
-        self._client = Client(address, join, timeout, local_socket=local_socket)
+        connector = Connector(address, credentials)
+        self._client = Client(connector, join, timeout, local_socket=local_socket)
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Enroll a layer with all ranks; returns the owner's state, seeded by rank 0's."""
         arrays = state.arrays()
-        dtype = state.forward.dtype
-
-        def ask() -> Seeded:
-            answer = self._exchanged(call, arrays.values(), tuple(arrays))
-            result = answer.response.result
-            return Seeded(_state(result.payload, answer.data, dtype), result.known)
-
-        return self._at(call, ask)
+        answer = self._exchanged(call, arrays.values(), tuple(arrays))
+        result = answer.response.result
+        return Seeded(_state(result.payload, answer.data, state.forward.dtype), result.known)
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """Reduce limbs over the ranks: MAX for a probe, SUM for sums. The owner takes over the state that they set."""
         arrays = {"": limbs} if state is None else with_state(limbs, state)
-
-        def ask() -> Total:
-            result = self._exchanged(call, arrays.values(), tuple(arrays))
-            (total,) = _arrays(result)
-            return Total(total, result.response.result.version)
-
-        return self._at(call, ask)
+        answer = self._exchanged(call, arrays.values(), tuple(arrays))
+        (total,) = unpack(answer.response.result.payload, answer.data)
+        return Total(total.copy(), answer.response.result.version)
 
     def pull(self, layer: str) -> LayerState | None:
         """The owner's state of a layer; None if it has none of this name yet."""
@@ -109,64 +104,47 @@ class ServiceTransport:
         Raises:
             OverflowError: an integer sum does not fit its dtype; on every rank.
         """
-
-        def ask() -> list[NDArray[Any]]:
-            result = self._exchanged(call, arrays)
-            overflow = result.response.result.overflow
-            if overflow:
-                raise OverflowError(overflow)
-            return _arrays(result)
-
-        return self._at(call, ask)
+        result = self._exchanged(call, arrays)
+        overflow = result.response.result.overflow
+        if overflow:
+            raise OverflowError(overflow)
+        return _arrays(result)
 
     def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
         """The arrays of the rank that `call.signature` names; None on every other rank."""
         assert isinstance(call.signature, PlainSignature)
         mine = arrays if call.signature.root == self.rank else None
-
-        def ask() -> list[NDArray[Any]]:
-            result = self._exchanged(call, mine)
-            return _arrays(result) if mine is None else [array.copy() for array in mine]
-
-        return self._at(call, ask)
+        result = self._exchanged(call, mine)
+        return _arrays(result) if mine is None else [array.copy() for array in mine]
 
     def barrier(self, call: Call) -> None:
         """Return when every rank has called it."""
-        self._at(call, lambda: self._exchanged(call, None))
+        self._exchanged(call, None)
 
     def leave(self, reason: str) -> None:
         """Leave the job: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
         self._client.close(reason)
 
     def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> Answer:
-        """Contribute, and wait for the answer."""
+        """Contribute, and wait for the answer; errors say in which exchange this rank was."""
         session = self._client.session
         payload, parts = pack(arrays, names) if arrays is not None else (None, [])
         contribution = contribution_of(call, payload, session.answered + 1, session.generation)
-        return self._client.request(_with_parts(pb.ExchangeRequest(contribution=contribution), parts))
+        try:
+            return self._client.request(pb.ExchangeRequest(contribution=contribution), parts)
+        except CollectiveError as error:
+            if error.layer is None and error.step is None:
+                error.layer, error.step = call.key.layer, call.key.step
+            raise
 
     def _owned(self, layer: str, request: pb.ExchangeRequest, parts: list[pb.Part]) -> LayerState | None:
-        answer = self._client.request(_with_parts(request, parts))
+        answer = self._client.request(request, parts)
         owned = answer.response.owned
         if not owned.known:
             return None
         state = _state(owned.payload, answer.data, owned.dtype)
         self._client.note_version(layer, state.version)
         return state
-
-    def _at(self, call: Call, ask: Callable[[], T]) -> T:
-        """Run `ask`, and add to its errors the exchange in which this rank was."""
-        try:
-            return ask()
-        except CollectiveError as error:
-            if error.layer is None and error.step is None:
-                error.layer, error.step = call.key.layer, call.key.step
-            raise
-
-
-def _with_parts(request: pb.ExchangeRequest, parts: list[pb.Part]) -> list[pb.ExchangeRequest]:
-    """A request, and the parts of its payload."""
-    return [request, *(pb.ExchangeRequest(part=part) for part in parts)]
 
 
 def _state(payload: pb.Payload, data: bytes | bytearray, dtype: str) -> LayerState:

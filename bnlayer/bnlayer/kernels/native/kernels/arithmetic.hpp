@@ -58,7 +58,7 @@ BNLAYER_INLINE Longs load_truths(const uint8_t* from) {
   for (int i = 0; i < made.kCount; ++i) {
     Register<uint8_t, kWide> narrow;
     __builtin_memcpy(&narrow, from + i * kWide, sizeof(narrow));
-    made.reg[i] = __builtin_convertvector(narrow, Register<int64_t, kWide>);
+    made.reg[i] = converted_register<int64_t, uint8_t, kWide>(narrow);
   }
   return made > zeros<int64_t, kLanes, kWide>();
 }

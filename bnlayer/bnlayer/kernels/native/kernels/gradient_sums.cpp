@@ -168,10 +168,10 @@ class Pass {
 
   // Adds `kSteps` times eight elements, `stride` apart, in one place.
   template <int kSteps, bool kPartial>
-  BNLAYER_INLINE void add(int64_t from, int64_t stride, int64_t i, const Tail& tail) {
-    Place<N>& place = place_[i];
+  BNLAYER_INLINE void add(
+      const S* dy, const S* x, int64_t stride, Place<N>& place, I* tops_h, const Tail& tail) {
     const Numbers pivot = Numbers::load(place.pivot);
-    Ints top_g = Ints::load(place.top_g), top_h = kCheck ? Ints::load(top_h_ + i * kLanes) : Ints{};
+    Ints top_g = Ints::load(place.top_g), top_h = kCheck ? Ints::load(tops_h) : Ints{};
     Doubles a, b;
     if constexpr (kFolds == 1) {
       a = Doubles::load(place.a);
@@ -180,9 +180,8 @@ class Pass {
     const Doubles shrink = Doubles::all(kShrink);
 #pragma GCC unroll 8
     for (int j = 0; j < kSteps; ++j) {
-      const int64_t at = from + j * stride;
-      const Numbers gradient = eight<kPartial>(dy_ + at, dy_end_, tail);
-      Numbers deviation = eight<kPartial>(x_ + at, x_end_, tail);
+      const Numbers gradient = eight<kPartial>(dy + j * stride, dy_end_, tail);
+      Numbers deviation = eight<kPartial>(x + j * stride, x_end_, tail);
       if constexpr (!kCentred) deviation = deviation - pivot;
       if constexpr (kPartial) deviation = where(converted<I>(tail.live), deviation);
       const Ints size = magnitude(gradient);
@@ -205,7 +204,7 @@ class Pass {
       b.store(place.b);
     }
     top_g.store(place.top_g);
-    if constexpr (kCheck) top_h.store(top_h_ + i * kLanes);
+    if constexpr (kCheck) top_h.store(tops_h);
   }
 
   static BNLAYER_INLINE void add_by_itself(const Doubles& g, const Doubles& h, Place<double>& place) {
@@ -224,15 +223,19 @@ class Pass {
   BNLAYER_INLINE void add_rows_at_once(int64_t from, int64_t width) {
     const int64_t whole = width / kLanes;
     const Tail tail{width % kLanes, live_lanes(width % kLanes)};
+    Place<N>* const place = place_;
+    I* const tops_h = top_h_;
+    const S *const x = x_ + from, *const dy = dy_ + from;
+    const int64_t stride = width_;
     for (int64_t i = 0; i < whole; ++i) {
       if constexpr (kSteps == kRows) {
         constexpr int64_t kStep = kRows * kLanes * static_cast<int64_t>(sizeof(S));
         for (int64_t line = 0; line < kStep; line += kLine) {
-          prefetch(x_ + from, kAhead + i * kStep + line);
-          prefetch(dy_ + from, kAhead + i * kStep + line);
+          prefetch(x, kAhead + i * kStep + line);
+          prefetch(dy, kAhead + i * kStep + line);
         }
       }
-      add<kSteps, false>(from + i * kLanes, width_, i, tail);
+      add<kSteps, false>(dy + i * kLanes, x + i * kLanes, stride, place[i], tops_h + i * kLanes, tail);
     }
     if (tail.count != 0) add_rest(from + whole * kLanes, kSteps, whole, tail);
   }
@@ -240,7 +243,10 @@ class Pass {
 
   // The elements of some rows, or of a run, that are fewer than eight.
   __attribute__((noinline)) void add_rest(int64_t from, int rows, int64_t i, const Tail& tail) {
-    for (int j = 0; j < rows; ++j) add<1, true>(from + j * width_, 0, i, tail);
+    for (int j = 0; j < rows; ++j) {
+      const int64_t at = from + j * width_;
+      add<1, true>(dy_ + at, x_ + at, 0, place_[i], top_h_ + i * kLanes, tail);
+    }
   }
 
   void add_rows() {
@@ -281,7 +287,10 @@ class Pass {
     if constexpr (kFolds == 1) {
       add_two_chains(from, whole, channel);
     } else {
-      for (int64_t k = 0; k < whole; ++k) add<1, false>(from + k * kLanes, 0, channel, tail);
+      for (int64_t k = 0; k < whole; ++k) {
+        const int64_t at = from + k * kLanes;
+        add<1, false>(dy_ + at, x_ + at, 0, place_[channel], top_h_ + channel * kLanes, tail);
+      }
     }
     if (tail.count != 0) add_rest(from + whole * kLanes, 1, channel, tail);
   }
@@ -293,10 +302,11 @@ class Pass {
     const Numbers pivot = Numbers::load(place.pivot);
     const Doubles ma = Doubles::load(place.ma), mb = Doubles::load(place.mb), shrink = Doubles::all(kShrink);
     Ints top_g = Ints::load(place.top_g), top_h = kCheck ? Ints::load(top_h_ + i * kLanes) : Ints{};
+    const S *const x = x_, *const dy = dy_;
     Doubles a[kChains] = {Doubles::load(place.a), ma}, b[kChains] = {Doubles::load(place.b), mb};
     const auto one = [&](int64_t at, int chain) __attribute__((always_inline)) {
-      const Numbers gradient = load_numbers<kLanes, kWide>(dy_ + at);
-      Numbers deviation = load_numbers<kLanes, kWide>(x_ + at);
+      const Numbers gradient = load_numbers<kLanes, kWide>(dy + at);
+      Numbers deviation = load_numbers<kLanes, kWide>(x + at);
       if constexpr (!kCentred) deviation = deviation - pivot;
       const Ints size = magnitude(gradient);
       top_g = greater(top_g, size);
@@ -404,13 +414,13 @@ template <class S>
 void sums_of(const GradientSumsPass& given, const Part& part, void* workspace, int64_t* limbs) {
   using N = Number<S>;
   const N* pivot = static_cast<const N*>(given.pivot);
-  bool centred = !std::is_same_v<S, double>;
-  for (int64_t c = 0; c < given.batch.layout.channels; ++c) centred &= pivot[c] == 0;
+  bool centred = std::is_same_v<S, float>;
+  for (int64_t c = 0; centred && c < given.batch.layout.channels; ++c) centred = pivot[c] == 0;
   bool fits;
   if (!given.fits || given.batch.mask.truths != nullptr) {
     fits = Pass<S, true, false>(given, part, workspace).run(limbs);
   } else if (centred) {
-    fits = Pass<S, false, true>(given, part, workspace).run(limbs);
+    fits = Pass<S, false, std::is_same_v<S, float>>(given, part, workspace).run(limbs);
   } else {
     fits = Pass<S, false, false>(given, part, workspace).run(limbs);
   }

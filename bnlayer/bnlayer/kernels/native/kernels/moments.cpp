@@ -213,10 +213,10 @@ class Pass {
   // Adds `kSteps` times eight elements in one place.
   template <int kSteps, bool kPartial>
   BNLAYER_INLINE void add(
-      const S* const* from, const uint8_t* const* truths, int64_t at, int64_t i, const Tail& tail) {
-    Place<N>& place = place_[i];
+      const S* const* from, const uint8_t* const* truths, int64_t at, Place<N>& place, int64_t* pending,
+      const Tail& tail) {
     const Doubles pivot = Doubles::load(place.pivot);
-    Longs count = kMasked ? Longs::load(pending_ + i * kLanes) : Longs{};
+    Longs count = kMasked ? Longs::load(pending) : Longs{};
     if constexpr (kFolds == 1) {
       const Doubles shrink = Doubles::all(kShrink);
       Doubles s = Doubles::load(place.s), t = Doubles::load(place.t);
@@ -234,7 +234,7 @@ class Pass {
         add_by_itself(d, place);
       }
     }
-    if constexpr (kMasked) count.store(pending_ + i * kLanes);
+    if constexpr (kMasked) count.store(pending);
   }
 
   // float64 data: adds the bits of eight rounded terms, and of what the rounding took.
@@ -263,12 +263,14 @@ class Pass {
       true_from[j] = kMasked ? truths[j] : nullptr;
     }
     const Tail tail{width % kLanes, live_lanes(width % kLanes)};
+    Place<N>* const place = place_;
+    int64_t* const pending = pending_;
     for (int64_t i = 0; i < whole; ++i) {
       if constexpr (kSteps == kRows) {
         constexpr int64_t kStep = kRows * kLanes * static_cast<int64_t>(sizeof(S));
         for (int64_t line = 0; line < kStep; line += kLine) prefetch(from[0], kAhead + i * kStep + line);
       }
-      add<kSteps, false>(from, true_from, i * kLanes, i, tail);
+      add<kSteps, false>(from, true_from, i * kLanes, place[i], pending + i * kLanes, tail);
     }
     if (tail.count != 0) add_rest(from, true_from, kSteps, whole * kLanes, whole, tail);
   }
@@ -280,7 +282,7 @@ class Pass {
   // The elements of some rows, or of a run, that are fewer than eight.
   __attribute__((noinline)) void add_rest(
       const S* const* from, const uint8_t* const* truths, int rows, int64_t at, int64_t i, const Tail& tail) {
-    for (int j = 0; j < rows; ++j) add<1, true>(from + j, truths + j, at, i, tail);
+    for (int j = 0; j < rows; ++j) add<1, true>(from + j, truths + j, at, place_[i], pending_ + i * kLanes, tail);
   }
 
   // Adds rows that count, from `row` on, until there were as many as `longest`; the row after them.
@@ -361,7 +363,7 @@ class Pass {
       for (int64_t k = 0; k < whole; ++k) {
         const S* at = from + k * kLanes;
         const uint8_t* true_at = kMasked ? truths + k * kLanes : nullptr;
-        add<1, false>(&at, &true_at, 0, channel, tail);
+        add<1, false>(&at, &true_at, 0, place_[channel], pending_ + channel * kLanes, tail);
       }
     }
     if (tail.count != 0) {
@@ -481,19 +483,16 @@ void classify(const MomentsPass& given, const Part& part, int64_t* limbs) {
 
 template <class S>
 void moments_of(const MomentsPass& given, const Part& part, void* workspace, int64_t* limbs) {
-  bool centred = true;  // values are their own deviations: a subtraction less for each
-  for (int64_t c = 0; c < given.batch.layout.channels; ++c) centred &= given.pivot[c] == 0.0;
-  const bool masked = given.batch.mask.truths != nullptr && !given.batch.mask.rows;
+  // Values that are their own deviations need a subtraction less each. It is worth code of its own where it shows.
+  bool centred = std::is_same_v<S, float>;
+  for (int64_t c = 0; centred && c < given.batch.layout.channels; ++c) centred = given.pivot[c] == 0.0;
   bool fits;
-  if constexpr (std::is_same_v<S, double>) {
-    fits = masked ? Pass<S, false, true>(given, part, workspace).run(limbs)
-                  : Pass<S, false, false>(given, part, workspace).run(limbs);
+  if (given.batch.mask.truths != nullptr && !given.batch.mask.rows) {
+    fits = Pass<S, false, true>(given, part, workspace).run(limbs);
   } else if (centred) {
-    fits = masked ? Pass<S, true, true>(given, part, workspace).run(limbs)
-                  : Pass<S, true, false>(given, part, workspace).run(limbs);
+    fits = Pass<S, std::is_same_v<S, float>, false>(given, part, workspace).run(limbs);
   } else {
-    fits = masked ? Pass<S, false, true>(given, part, workspace).run(limbs)
-                  : Pass<S, false, false>(given, part, workspace).run(limbs);
+    fits = Pass<S, false, false>(given, part, workspace).run(limbs);
   }
   if (!fits) classify<S>(given, part, limbs);
 }

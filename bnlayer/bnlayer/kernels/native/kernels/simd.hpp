@@ -8,10 +8,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 of its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #elif defined(__aarch64__)
@@ -69,10 +71,12 @@ struct Pack {
   }
   static BNLAYER_INLINE Pack load(const T* from) {
     Pack made;
-    __builtin_memcpy(&made, from, sizeof(made));
+    for (int i = 0; i < kCount; ++i) __builtin_memcpy(&made.reg[i], from + i * L, sizeof(Reg));
     return made;
   }
-  BNLAYER_INLINE void store(T* to) const { __builtin_memcpy(to, this, sizeof(*this)); }
+  BNLAYER_INLINE void store(T* to) const {
+    for (int i = 0; i < kCount; ++i) __builtin_memcpy(to + i * L, &reg[i], sizeof(Reg));
+  }
 };
 
 template <class T, int N, int L>
@@ -99,12 +103,9 @@ BNLAYER_OPERATOR(^)
 #define BNLAYER_COMPARISON(op)                                                             \
   template <class T, int N, int L>                                                         \
   BNLAYER_INLINE auto operator op(const Pack<T, N, L>& a, const Pack<T, N, L>& b) {        \
-    using Truth = decltype(a.reg[0] op b.reg[0]);                                          \
-    Pack<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, N, L> made;                 \
-    for (int i = 0; i < a.kCount; ++i) {                                                   \
-      const Truth truth = a.reg[i] op b.reg[i];                                            \
-      __builtin_memcpy(&made.reg[i], &truth, sizeof(truth));                               \
-    }                                                                                      \
+    using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;                        \
+    Pack<I, N, L> made;                                                                    \
+    for (int i = 0; i < a.kCount; ++i) made.reg[i] = (Register<I, L>)(a.reg[i] op b.reg[i]); \
     return made;                                                                           \
   }
 BNLAYER_COMPARISON(<)
@@ -119,7 +120,7 @@ template <class To, class T, int N, int L>
 BNLAYER_INLINE Pack<To, N, L> as(const Pack<T, N, L>& a) {
   static_assert(sizeof(To) == sizeof(T));
   Pack<To, N, L> made;
-  __builtin_memcpy(&made, &a, sizeof(a));
+  for (int i = 0; i < a.kCount; ++i) made.reg[i] = (Register<To, L>)a.reg[i];
   return made;
 }
 template <class T, int N, int L>
@@ -127,11 +128,28 @@ BNLAYER_INLINE auto bits(const Pack<T, N, L>& a) {
   return as<Bits<T>>(a);
 }
 
-// The same values as another type.
+// The same values as another type. GCC 12 takes apart what one instruction does: those that matter are named.
+template <class To, class T, int L>
+BNLAYER_INLINE Register<To, L> converted_register(const Register<T, L>& a) {
+  [[maybe_unused]] constexpr bool kWidened = std::is_same_v<T, float> && std::is_same_v<To, double>;
+  [[maybe_unused]] constexpr bool kTruths = std::is_same_v<T, uint8_t> && std::is_same_v<To, int64_t>;
+  [[maybe_unused]] constexpr bool kPatterns = std::is_same_v<T, uint16_t> && std::is_same_v<To, uint32_t>;
+#if defined(__AVX512F__)
+  if constexpr (kWidened && L == 8) return (Register<To, L>)_mm512_cvtps_pd((__m256)a);
+  if constexpr (kTruths && L == 8) return (Register<To, L>)_mm512_cvtepu8_epi64(_mm_cvtsi64_si128((long long)a));
+  if constexpr (kPatterns && L == 16) return (Register<To, L>)_mm512_cvtepu16_epi32((__m256i)a);
+#endif
+#if defined(__AVX2__)
+  if constexpr (kWidened && L == 4) return (Register<To, L>)_mm256_cvtps_pd((__m128)a);
+  if constexpr (kTruths && L == 4) return (Register<To, L>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int)a));
+  if constexpr (kPatterns && L == 8) return (Register<To, L>)_mm256_cvtepu16_epi32((__m128i)a);
+#endif
+  return __builtin_convertvector(a, Register<To, L>);
+}
 template <class To, class T, int N, int L>
 BNLAYER_INLINE Pack<To, N, L> converted(const Pack<T, N, L>& a) {
   Pack<To, N, L> made;
-  for (int i = 0; i < a.kCount; ++i) made.reg[i] = __builtin_convertvector(a.reg[i], Register<To, L>);
+  for (int i = 0; i < a.kCount; ++i) made.reg[i] = converted_register<To, T, L>(a.reg[i]);
   return made;
 }
 

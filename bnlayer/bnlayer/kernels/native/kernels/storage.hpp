@@ -26,7 +26,7 @@ BNLAYER_INLINE Pack<uint32_t, N, L> load_patterns(const S* from) {
   for (int i = 0; i < made.kCount; ++i) {
     Register<uint16_t, L> narrow;
     __builtin_memcpy(&narrow, from + i * L, sizeof(narrow));
-    made.reg[i] = __builtin_convertvector(narrow, Register<uint32_t, L>);
+    made.reg[i] = converted_register<uint32_t, uint16_t, L>(narrow);
   }
   return made;
 }

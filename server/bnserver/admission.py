@@ -1,0 +1,185 @@
+"""Admission: asks `authorization` at the place where a call enters, before a request reaches the servicer.
+
+A stream is admitted with its first request, the join, which names the job. When the tokens are read anew, the streams
+of those that are not there any more, or not for that job, are ended. What a rank sends on its local socket needs no
+check of its own: its ticket came on the stream, is good for that stream alone, and ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from bnproto.failures import DETAILS_KEY, status_of
+from bnproto.v1 import statistics_pb2 as pb
+from bnserver.authorization import Blame, Grant, Grants, Refusal, authenticate, authorize, need_of
+
+_REASONS = {
+    Blame.UNAUTHENTICATED: pb.ERROR_REASON_UNAUTHENTICATED,
+    Blame.PERMISSION: pb.ERROR_REASON_PERMISSION,
+}
+_LOG_EVERY_S = 1.0  # whoever tries tokens shall not fill the disk with what is said about it
+
+_log = logging.getLogger("bnserver")
+
+# A method's implementation. Any: its types are those of its messages.
+_Method = Callable[[Any, Any], Awaitable[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A stream that was admitted.
+
+    Attributes:
+        grant: its token.
+        job: the job that it joined.
+        task: serves it.
+        refusal: why it is ended; None: it is not.
+    """
+
+    grant: Grant
+    job: str
+    task: asyncio.Task[Any]
+    refusal: Refusal | None = None
+
+
+class Admission(grpc.aio.ServerInterceptor):
+    """Lets calls through that show a token which allows them.
+
+    Args:
+        grants: all tokens.
+
+    Attributes:
+        grants: those that are in force.
+    """
+
+    def __init__(self, grants: Grants) -> None:
+        self.grants = grants
+        self._seats: set[_Seat] = set()
+        self._unsaid = 0
+        self._said = float("-inf")
+
+    def replace(self, grants: Grants) -> int:
+        """Take other tokens, and end the streams that they do not allow; returns how many those are."""
+        self.grants = grants
+        kept = {grant.digest: grant for grant in grants.grants}
+        ended = 0
+        for seat in tuple(self._seats):
+            grant = kept.get(seat.grant.digest)
+            if grant is not None and grant.covers(seat.job) and grant.role >= seat.grant.role:
+                continue
+            seat.refusal = Refusal(
+                Blame.PERMISSION,
+                f"The token {seat.grant.name!r} was withdrawn, or is not for this job any more. Ask whoever runs the "
+                "service for another one, and start the job again.",
+                seat.grant.name,
+            )
+            seat.task.cancel()
+            ended += 1
+        return ended
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Called by gRPC for each call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = str(handler_call_details.method)
+        shown = [value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"]
+        outcome = authenticate(self.grants, method, str(shown[0]) if len(shown) == 1 else None)
+        if isinstance(outcome, Refusal):
+            return _with(handler, self._refusing(outcome))
+        if outcome is None or not need_of(method).of_job:
+            return handler
+        admitting = self._admitting_stream if handler.request_streaming else self._admitting_call
+        return _with(handler, admitting(outcome, _method_of(handler)))
+
+    def _refusing(self, refusal: Refusal) -> _Method:
+        async def refuse(_: Any, context: Any) -> None:
+            await self._refuse(context, refusal)
+
+        return refuse
+
+    def _admitting_call(self, grant: Grant, proceed: _Method) -> _Method:
+        async def call(request: Any, context: Any) -> Any:
+            refusal = authorize(grant, request.job)
+            if refusal is not None:
+                await self._refuse(context, refusal)
+            return await proceed(request, context)
+
+        return call
+
+    def _admitting_stream(self, grant: Grant, proceed: _Method) -> _Method:
+        async def stream(requests: AsyncIterator[pb.ExchangeRequest], context: Any) -> None:
+            coming = aiter(requests)
+            first = await anext(coming, None)
+            if first is None:
+                return
+            # Whoever begins with anything else is refused by the servicer, for that.
+            refusal = authorize(grant, first.join.job) if first.HasField("join") else None
+            if refusal is not None:
+                await self._refuse(context, refusal)
+            task = asyncio.current_task()
+            assert task is not None
+            seat = _Seat(grant, first.join.job, task)
+            self._seats.add(seat)
+            try:
+                await proceed(_all(first, coming), context)
+            except asyncio.CancelledError:
+                if seat.refusal is None:  # gRPC did it: the rank is gone
+                    raise
+                task.uncancel()
+                await self._refuse(context, seat.refusal)
+            finally:
+                self._seats.discard(seat)
+
+        return stream
+
+    async def _refuse(self, context: Any, refusal: Refusal) -> None:
+        """End a call; never returns."""
+        self._say(f"refused {context.peer()}: {refusal.text}")
+        status = status_of(pb.Failure(reason=_REASONS[refusal.blame], text=refusal.text))
+        await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))
+
+    def _say(self, text: str) -> None:
+        now = time.monotonic()
+        if now < self._said + _LOG_EVERY_S:
+            self._unsaid += 1
+            return
+        unsaid, self._unsaid, self._said = self._unsaid, 0, now
+        _log.warning("%s%s", text, f" ({unsaid} more refusals were not logged)" if unsaid else "")
+
+
+async def _all(
+    first: pb.ExchangeRequest, coming: AsyncIterator[pb.ExchangeRequest]
+) -> AsyncIterator[pb.ExchangeRequest]:
+    yield first
+    async for request in coming:
+        yield request
+
+
+def _method_of(handler: Any) -> _Method:
+    methods = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    found: _Method = next(method for method in methods if method is not None)
+    return found
+
+
+def _with(handler: Any, method: _Method) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same shape, with another implementation."""
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    made: grpc.RpcMethodHandler[Any, Any] = make(method, handler.request_deserializer, handler.response_serializer)
+    return made

@@ -1,0 +1,69 @@
+"""What errors and the log say of ranks that wait, and of those that they wait for."""
+
+from __future__ import annotations
+
+from bnlayer.agreement import Verdict
+from bnlayer.collective import Call
+from bnlayer.errors import PeerLostError
+from bnserver.core.gathering import Gathering
+from bnserver.core.members import Membership
+
+_RANKS_SHOWN = 20  # of those that never joined, which may be all of a large job
+
+
+def seen(rank: int, members: Membership, gathering: Gathering, latest: Call | None) -> str:
+    """Where a rank was last seen.
+
+    Args:
+        rank: one that is here.
+        members: the ranks.
+        gathering: the operation that they are in.
+        latest: the last one that is complete.
+    """
+    member = members.here.get(rank)
+    call = (member.seen if member is not None else None) or latest
+    how = "waiting in" if rank in gathering.calls else "completing"
+    return f"last seen {how} {call.where}" if call is not None else "last seen joining"
+
+
+def not_joined(members: Membership, world_size: int) -> Verdict:
+    """The error of ranks whose time to wait for the others to join is over."""
+    missing = members.others(set(members.here))
+    here = ", ".join(str(member.peer) for _, member in sorted(members.here.items()))
+    return Verdict(
+        PeerLostError,
+        f"{_ranks(missing)} of {world_size} did not join in time; {here} waited. Start every rank with the same job "
+        f"name and world size ({world_size}), or wait longer: timeout=.",
+        missing,
+    )
+
+
+def overdue(members: Membership, gathering: Gathering, latest: Call | None) -> Verdict:
+    """The error of ranks whose time to wait in an operation is over."""
+    missing = members.others(set(gathering.calls) | set(members.left))
+    timeout = min(members.here[rank].timeout for rank in gathering.calls)
+    names = "; ".join(
+        f"{members.peers[rank]} did not take part within {timeout:g} s, {seen(rank, members, gathering, latest)}"
+        for rank in missing
+    )
+    waits = "; ".join(f"{members.peers[rank]} waits in {call.where}" for rank, call in gathering.calls.items())
+    text = f"{names}; {waits}. Look at what it is doing; if it is only slow, wait longer: timeout=."
+    return Verdict(PeerLostError, text, missing)
+
+
+def straggling(members: Membership, gathering: Gathering, latest: Call | None, waited: float) -> str:
+    """Who keeps the others waiting, and for how long."""
+    missing = members.others(set(gathering.calls) | set(members.left))
+    names = "; ".join(
+        f"{members.peers[rank]}, {seen(rank, members, gathering, latest)}" for rank in missing[:_RANKS_SHOWN]
+    )
+    more = f" and {len(missing) - _RANKS_SHOWN} more" if len(missing) > _RANKS_SHOWN else ""
+    verb = "keeps" if len(missing) == 1 else "keep"
+    others = len(gathering.calls)
+    return f"{names}{more}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:_RANKS_SHOWN])
+    more = f" and {len(ranks) - _RANKS_SHOWN} more" if len(ranks) > _RANKS_SHOWN else ""
+    return f"Rank{'s' if len(ranks) > 1 else ''} {shown}{more}"

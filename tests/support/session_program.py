@@ -1,0 +1,101 @@
+"""What ranks do in the plays of `support.session`: a program yields what it asks for, and is sent the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
+from bnlayer.exchange import ForwardExchange
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import reference
+from bnlayer.moving import Moving, Rule
+from bnlayer.state import LayerState
+from bnproto.arrays import named, unpack, whole
+from bnproto.calls import contribution_of
+from bnproto.v1 import statistics_pb2 as pb
+from bnworker.transports.service.channel import Answer
+
+T = TypeVar("T")
+Asked = tuple[pb.ExchangeRequest, pb.Payload | None]
+"""A request without its numbers, and its payload."""
+Asking = Generator[Asked, Answer, T]
+Program = Asking[list[bytes]]
+
+_SIGNATURE = LayerSignature(2, "float32", 0.9, 0.001)
+_RULE = Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon)
+
+
+def bits(state: LayerState) -> bytes:
+    """All that a state holds."""
+    return b"".join(array.tobytes() for array in state.arrays().values())
+
+
+def train(rank: int, steps: int) -> Program:
+    """Enrol a layer, then train it with plain operations in between; returns the bits of all that was received."""
+    moving = Moving(np.zeros(2, np.float32), np.ones(2, np.float32))
+    state = LayerState(moving, Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2))
+    key = ExchangeKey("a", None, 0)
+    state = _state((yield _contribution(Call(Operation.ENROLL, key, _SIGNATURE), state.arrays())).response.result)
+    got: list[bytes] = [bits(state)]
+    for step in range(steps):
+        state = yield from _forward(rank, step, state, got)
+        call = Call(Operation.REDUCE, ExchangeKey(None, None, 3 * step), PlainSignature("sum", ("float64[30]",)))
+        got.append(bytes((yield _contribution(call, {"": np.full(30, 0.1 * (rank + step))})).data))
+        root = step % 2
+        call = Call(Operation.BROADCAST, ExchangeKey(None, None, 3 * step + 1), PlainSignature(root=root))
+        answer = yield _contribution(call, {"": np.array([step])} if rank == root else None)
+        got.append(np.array([step]).tobytes() if rank == root else bytes(answer.data))
+        if rank == 0:  # the owner's version goes up; everybody fetches it
+            request = pb.ExchangeRequest(push=pb.Push(layer="a", dtype="float32", number=step + 1))
+            yield request, _payload(state.arrays())
+        yield _contribution(Call(Operation.BARRIER, ExchangeKey(None, None, 3 * step + 2), PlainSignature()), None)
+        answer = yield pb.ExchangeRequest(pull=pb.Pull(layer="a")), None
+        state = _state(answer.response.owned)
+        got.append(bits(state))
+        answer = yield pb.ExchangeRequest(pull=pb.Pull(layer="another")), None
+        assert not answer.response.owned.known  # answers to pulls have no number
+    # A plain operation leaves no trace on disk: if it came last, its answer would be lost with a rank that has it and
+    # leaves just before the service is killed.
+    yield from _forward(rank, steps, state, got)
+    return got
+
+
+def _forward(rank: int, step: int, state: LayerState, got: list[bytes]) -> Asking[LayerState]:
+    """A training call; returns the mirror after it."""
+    version, exchange = 0, ForwardExchange.begin(state.forward, _SIGNATURE.epsilon, False)
+    x = np.full((rank + 1, 2, 1), 0.5 * step - rank, np.float32) * np.float32(10.0**step)
+    while exchange.wants is not None:
+        signature = replace(_SIGNATURE, grid=exchange.fingerprint)
+        call = Call(exchange.wants, ExchangeKey("a", Direction.FORWARD, step), signature, exchange.attempt)
+        answer = yield _contribution(call, {"": _limbs(exchange, x)})
+        (total,) = unpack(answer.response.result.payload, answer.data)
+        version, exchange = answer.response.result.version, exchange.reduced(total)
+        got.append(total.tobytes())
+    assert exchange.statistics is not None
+    state = state.after_forward(exchange.statistics, exchange.grid, _RULE)
+    assert version == state.version
+    return state
+
+
+def _contribution(call: Call, arrays: dict[str, NDArray[Any]] | None) -> Asked:
+    payload = None if arrays is None else _payload(arrays)
+    return pb.ExchangeRequest(contribution=contribution_of(call, None, 0, 0)), payload
+
+
+def _payload(arrays: dict[str, NDArray[Any]]) -> pb.Payload:
+    return whole(arrays.values(), tuple(arrays))
+
+
+def _state(message: pb.Result | pb.Owned) -> LayerState:
+    return LayerState.from_arrays(named(message.payload, message.payload.data), "float32")
+
+
+def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
+    if exchange.wants is Operation.PROBE:
+        return reference.probe(x, None, exchange.grid)
+    return reference.moments(x, None, exchange.grid)
