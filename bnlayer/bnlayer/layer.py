@@ -342,7 +342,7 @@ class BatchNormalization(Member):
     def _corrected(
         self, statistics: BatchStatistics, r: NDArray[np.float64] | None, d: NDArray[np.float64] | None
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """What the centered input is multiplied by, γs, and what is added, β − residual·γs; γsr and + γd with renorm."""
+        """What the centered input is multiplied by, γs (with renorm γsr), and added, β − residual·γs (+ γd)."""
         dtype = self.dtype_policy.arithmetic_dtype
         if r is None or d is None:
             gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))
