@@ -58,7 +58,10 @@ def _torch(model: Any, loss: Callable[[Any, Any], Any], optimizer: Any) -> Step:
 def _tensorflow(model: Any, loss: Callable[[Any, Any], Any], optimizer: Any) -> Step:
     import tensorflow as tf
 
-    @tf.function(reduce_retracing=True)
+    # Of any number of rows: Keras takes an addend of no rows for a bias, where it sees the number.
+    rows = [tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype) for tensor in (*model.inputs, model.outputs[0])]
+
+    @tf.function(input_signature=[rows[:-1], rows[-1]])
     def traced(inputs: list[Any], target: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(inputs[0])
