@@ -1,23 +1,21 @@
 """One job whose ranks are NumPy, torch, JAX and Keras at once: the bits of one process on the union."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from support.adapters import run
+from support.framework_jobs import Arrays, launch
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(480)]
 
 SCRIPT = Path(__file__).with_name("mixed_rank.py")
 
 
-def job(folder: Path, *frameworks: str) -> list[dict[str, np.ndarray]]:
+def job(folder: Path, *frameworks: str) -> list[Arrays]:
     """Run a job with one rank of each framework; what the ranks saw."""
     folder.mkdir()
-    launch = [sys.executable, "-m", "bnworker.cli", "launch", "-n", str(len(frameworks)), "--", sys.executable]
-    ended = run([*launch, SCRIPT, folder, *frameworks], environ={"TF_CPP_MIN_LOG_LEVEL": "3"}, limit_s=400)
+    ended = launch(len(frameworks), SCRIPT, folder, *frameworks, environ={})
     assert ended.code == 0, ended.err
     return [dict(np.load(folder / f"{rank}.npz")) for rank in range(len(frameworks))]
 
