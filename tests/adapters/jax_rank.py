@@ -45,7 +45,9 @@ def trained(world: Any, normalization: Any = synchronized) -> Results:
     results: Results = {}
     for dtype in ("float32", "float64"):
         rng = np.random.default_rng(0)
-        weights: Any = {name: rng.standard_normal(shape).astype(dtype) for name, shape in (("in", (6, 5)), ("out", (5, 2)))}
+        weights: Any = {
+            name: rng.standard_normal(shape).astype(dtype) for name, shape in (("in", (6, 5)), ("out", (5, 2)))
+        }
         weights |= {name: (np.ones(5, dtype), np.zeros(5, dtype)) for name in ("one", "two", "twice")}
         moving: Any = {name: (np.zeros(5, dtype), np.ones(5, dtype)) for name in ("one", "two", "twice")}
         step = compiled(normalization, dtype)
@@ -53,9 +55,9 @@ def trained(world: Any, normalization: Any = synchronized) -> Results:
             x = np.random.default_rng([1, number]).standard_normal((ROWS, 6)).astype(dtype)
             mine = x[shard(world.rank, world.world_size)]
             y, dx, weights, moving = step(weights, moving, mine, np.tanh(mine[:, :2]))
+            results |= {f"{dtype}_y": np.asarray(y), f"{dtype}_dx": np.asarray(dx)}
         for number, leaf in enumerate(jax.tree.leaves((weights, moving))):
             results[f"{dtype}_leaf{number:02}"] = np.asarray(leaf)
-        results |= {f"{dtype}_y": np.asarray(y), f"{dtype}_dx": np.asarray(dx)}
     return results
 
 
@@ -113,7 +115,11 @@ def bits(world: Any) -> Results:
             x, dy = (jnp.asarray(rng.standard_normal((ROWS, 3, 4)) * 10.0 ** (number % 5), dtype) for _ in range(2))
             mask = rng.random((ROWS, 3)) < 0.7
             y, dx, moving = step(x[mine], mask[mine], dy[mine], moving)
-            results |= {f"{dtype}_y{number}": y, f"{dtype}_dx{number}": dx, f"{dtype}_moving{number}": jnp.stack(moving)}
+            results |= {
+                f"{dtype}_y{number}": y,
+                f"{dtype}_dx{number}": dx,
+                f"{dtype}_moving{number}": jnp.stack(moving),
+            }
     return {name: np.asarray(array.astype(jnp.float64)) for name, array in results.items()}
 
 

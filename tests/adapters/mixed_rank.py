@@ -71,7 +71,7 @@ def with_jax() -> Step:
     from bnlayer.adapters.jax import sync_batch_norm
 
     zeros, ones = jnp.zeros(CHANNELS), jnp.ones(CHANNELS)
-    moving = {name: (zeros, ones) for name in NAMES}
+    moving: dict[str, Any] = dict.fromkeys(NAMES, (zeros, ones))
 
     def network(x: Any, moving: Any) -> Any:
         moving = dict(moving)

@@ -45,7 +45,7 @@ def test_bits_of_the_layer(scale: float, compiled: bool) -> None:
         wants = [y, *pullback(dy), *layer.state.moving.values]
         *got, moving = run(x, ONES, ZEROS, moving, dy)
         for array, want in zip([*got, *moving], wants, strict=True):
-            assert np.asarray(array).tobytes() == want.tobytes()
+            assert np.asarray(array).tobytes() == np.asarray(want).tobytes()
 
 
 def test_a_call_may_be_pulled_back_twice_or_never() -> None:
@@ -102,8 +102,8 @@ def test_what_is_refused_when_traced() -> None:
 def test_compiled_programs_keep_no_layer_alive() -> None:
     """A layer that is gone gives its name back; its program says so."""
     layer = HostLayer(name="gone", axis=-1)
-    program = jax.jit(lambda x: call(ref_to_layer, x, (ONES, ZEROS), (ZEROS, ONES), None)[0])
     ref_to_layer = ref(layer)
+    program = jax.jit(lambda x: call(ref_to_layer, x, (ONES, ZEROS), (ZEROS, ONES), None)[0])
     program(batch(0))
     call(ref_to_layer, jnp.asarray(batch(0)), (ONES, ZEROS), (ZEROS, ONES), None)
     del layer

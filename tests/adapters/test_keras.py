@@ -24,7 +24,9 @@ def batch(seed: int) -> Any:
 def network(name: str, normalization: Any = layers.BatchNormalization, **arguments: Any) -> Any:
     """A layer in the model, and one in a model in it."""
     x = keras.Input((4,))
-    inner = keras.Sequential([keras.Input((3,)), normalization(name=f"{name}_inner", **arguments)], name=f"{name}_nested")
+    inner = keras.Sequential(
+        [keras.Input((3,)), normalization(name=f"{name}_inner", **arguments)], name=f"{name}_nested"
+    )
     h = normalization(name=f"{name}_outer", **arguments)(layers.Dense(3, name=f"{name}_dense")(x))
     return keras.Model(x, inner(h))
 

@@ -13,7 +13,7 @@ from support.adapters import run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
 TESTS = "layers/normalization/batch_normalization_test.py"
-CONFTEST = '''
+CONFTEST = """
 import pytest
 from keras.src import layers
 from bnlayer.adapters import keras
@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"synchronized calls: {len(CALLS)}")
-'''
+"""
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -45,7 +45,17 @@ def test_keras_own_tests_pass(backend: str, tmp_path: Path) -> None:
     assert spec.origin is not None
     shutil.copy(Path(spec.origin).parent / "src" / TESTS, tmp_path / "test_of_keras.py")
     (tmp_path / "conftest.py").write_text(CONFTEST, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+        tmp_path,
+    ]
     ended = run(command, environ={"KERAS_BACKEND": backend}, limit_s=400)
     assert re.search(r"^33 passed(?!.*(skipped|failed|xfailed|deselected))", ended.out, re.MULTILINE), ended.out
     calls = re.search(r"synchronized calls: (\d+)", ended.out)

@@ -12,8 +12,8 @@ framework may pull a call back twice, or never, and nothing is left behind here.
 Where the moving statistics that come differ from those of the call before, they were set by hand, and all ranks must
 have set them alike, as with `BatchNormalization.restore`.
 
-Frameworks set the floating-point modes of their threads: TensorFlow and XLA round subnormal numbers to zero. Here they are
-IEEE's for the length of a pass, or a rank's bits would depend on its framework.
+Frameworks set the floating-point modes of their threads: TensorFlow and XLA round subnormal numbers to zero. Here they
+are IEEE's for the length of a pass, or a rank's bits would depend on its framework.
 
 No framework is imported here. Shape suffixes: C channels.
 """
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -164,7 +164,7 @@ class HostLayer(BatchNormalization):
         arithmetic = self.dtype_policy.arithmetic_dtype
         kinds = {"rounded_mean": arithmetic, "pivot": arithmetic, "reach": np.dtype(np.int64), "nonfinite": np.bool_}
         rows = iter(saved)
-        statistics = {name: next(rows).astype(kinds.get(name, _WIDE)) for name in _STATISTICS}
+        statistics: dict[str, Any] = {name: next(rows).astype(kinds.get(name, _WIDE)) for name in _STATISTICS}
         scale, r, d, step = rows
         correction = (None, None) if self._renorm is None else (r, d)
         return SavedTraining(
@@ -173,7 +173,7 @@ class HostLayer(BatchNormalization):
             int(step[0]),
             view,
             sample(view.x),
-            BatchStatistics(**cast(Any, statistics)),
+            BatchStatistics(**statistics),
             scale.astype(arithmetic),
             *correction,
         )

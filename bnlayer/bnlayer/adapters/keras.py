@@ -5,9 +5,10 @@
     model = convert(model)                                      # or: BatchNormalization(synchronized=True) in a new one
     model.compile(reduce_gradients(keras.optimizers.Adam()), ...)
 
-Unsynchronized, and in inference, it is Keras's layer. A synchronized training call exchanges with the other ranks, forward
-and backward, in the order of the program: on JAX by ordered callbacks, in a `tf.function` as a stateful operation. Each
-backend's part is a function below, which imports the backend when it is first called. See `docs/adapters-keras.md`.
+Unsynchronized, and in inference, it is Keras's layer. A synchronized training call exchanges with the other ranks,
+forward and backward, in the order of the program: on JAX by ordered callbacks, in a `tf.function` as a stateful
+operation. Each backend's part is a function below, which imports the backend when it is first called. See
+`docs/adapters-keras.md`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ Normalize = Callable[[HostLayer, Any, Sequence[Any], Sequence[Any], Any], tuple[
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras's layer, with its arguments, weights and configuration; `synchronized=True` on every backend.
 
-    Ranks know a layer by its name. Gradients are those of the SUM over ranks of the local losses; for gamma and beta, as
-    for every other weight, this rank's share: see `reduce_gradients`.
+    Ranks know a layer by its name. Gradients are those of the SUM over ranks of the local losses; for gamma and beta,
+    as for every other weight, this rank's share: see `reduce_gradients`.
 
     Args:
         *args, **kwargs: Keras's.
@@ -133,7 +134,7 @@ def revert(model: T) -> T:
     for layer in _layers(model):
         if type(layer) is BatchNormalization:
             _set_synchronized(layer, False)
-            layer._host = None
+            layer.__dict__.pop("_host", None)
             layer.__class__ = keras.layers.BatchNormalization
     return _recompiled(model)
 
@@ -253,7 +254,7 @@ def _tensorflow(
         dx, gradients = host_layer.pull_back(x, masks[0] if masks else None, dy, saved)
         return [dx, *gradients]
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def normalize(x: Any, link: Any, *weights: Any) -> Any:
         kinds = [x.dtype, *(vector.dtype for vector in moving), tf.float64]
         y, *moved, saved = tf.numpy_function(forward, [x, *weights, *rest], kinds)
@@ -266,8 +267,8 @@ def _tensorflow(
 
         return (*_shaped([y], [x]), tf.identity(link), *_shaped(moved, moving)), gradient
 
-    # A tape goes back through parallel branches in an order of its own. Each call takes a number from the call before and
-    # hands it on, so that they are pulled back in the reverse order of the program, as in every other framework.
+    # A tape goes back through parallel branches in an order of its own. Each call takes a number from the call before
+    # and hands it on, so that they are pulled back in the reverse order of the program, as in every other framework.
     y, _links[graph], *moved = normalize(x, link, *tensors[: len(weights)])
     return y, moved
 
@@ -283,7 +284,7 @@ def _tensorflow_reduce(gradients: list[Any], op: Reduction) -> list[Any]:
     import tensorflow as tf
 
     def reduce(*arrays: Any) -> list[Any]:
-        return host.allreduce(arrays, op)
+        return list(host.allreduce(arrays, op))
 
     dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
     return _shaped(tf.numpy_function(reduce, dense, [gradient.dtype for gradient in dense]), dense)
@@ -330,7 +331,7 @@ def _torch_function() -> Any:
             return _to_torch(y, x), *statistics
 
         @staticmethod
-        @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, dy: Any, *_: Any) -> Any:
             x, mask = ctx.saved_tensors
             truth = None if mask is None else _from_torch(mask)
