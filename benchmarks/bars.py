@@ -123,8 +123,8 @@ BARS = (
     Bar("output error at mean 1e4", ("accuracy/output",), 2e-6, unit=""),
     Bar("import and first calls, warm cache", ("starting/warm/seconds",), 1.5, 0.7, unit="s"),
     Bar(
-        "MPI: the door above a bare Iallreduce",
-        _mpi("door − bare"),
+        "MPI: the exchange above a bare Iallreduce",
+        _mpi("exchange − bare"),
         10e-6,
         4e-6,
         peer="mpi4py",
@@ -172,10 +172,10 @@ def judge(
         ran: the sections that ran.
         missing: the peers that are not installed.
     """
-    return [_judged(bar, figures, ran, missing) for bar in bars]
+    return [_verdict(bar, figures, ran, missing) for bar in bars]
 
 
-def _judged(bar: Bar, figures: Mapping[str, float], ran: Collection[str], missing: Collection[str]) -> Judgement:
+def _verdict(bar: Bar, figures: Mapping[str, float], ran: Collection[str], missing: Collection[str]) -> Judgement:
     if bar.section not in ran:
         return Judgement(bar, Verdict.NOT_RUN, math.nan, "")
     if bar.peer in missing:

@@ -1,13 +1,13 @@
-"""An exchange over MPI through the layer's door, beside a bare Iallreduce of the same bytes.
+"""An exchange of a layer over MPI, beside a bare Iallreduce of the same bytes.
 
     mpiexec -n 2 python -m benchmarks.exchange_mpi RESULT.json ROUNDS
 
-The door is what a layer calls: it says where the rank is and what it believes, hears whether all agree, and sums the
-words. Bare is one Iallreduce of the same words on a communicator of its own, and a loop of Test. Both take turns in
+An exchange is what a layer calls: it compares key and signature with the other ranks', and sums the limbs.
+Bare is one Iallreduce of the same limbs on a communicator of its own, and a loop of Test. Both take turns in
 blocks of 50; the median of each block is taken on rank 0, and the first quartile over blocks. Figures, with R ranks:
 
-    mpi/R ranks/C=…/door, mpi/R ranks/C=…/bare, mpi/R ranks/C=…/door − bare    seconds
-    mpi/R ranks/C=…/door, p99                                                  seconds
+    mpi/R ranks/C=…/exchange, mpi/R ranks/C=…/bare, mpi/R ranks/C=…/exchange − bare    seconds
+    mpi/R ranks/C=…/exchange, p99                                                      seconds
 
 With more ranks than cores, a bare loop of Test keeps the core from the rank that it waits for; it yields then, as
 the transport does.
@@ -52,7 +52,7 @@ def rank(result: str, repetitions: int) -> None:
             signature = LayerSignature(channels, "float32", 0.99, 1e-3, grid=1234567890123456789)
             step = 0
 
-            def door(
+            def exchange(
                 limbs: NDArray[np.int64] = limbs, channels: int = channels, signature: LayerSignature = signature
             ) -> None:
                 nonlocal step
@@ -69,15 +69,15 @@ def rank(result: str, repetitions: int) -> None:
                     while not request.Test():
                         pass
 
-            times = _in_turn({"door": door, "bare": bare}, repetitions, bare_comm.Barrier)
+            times = _in_turn({"exchange": exchange, "bare": bare}, repetitions, bare_comm.Barrier)
             at = f"mpi/{world.world_size} ranks/C={channels}"
             medians = {
                 name: float(np.quantile(np.median(np.reshape(seconds, (-1, _BLOCK)), 1), 0.25))
                 for name, seconds in times.items()
             }
             figures |= {f"{at}/{name}": seconds for name, seconds in medians.items()}
-            figures[f"{at}/door − bare"] = medians["door"] - medians["bare"]
-            figures[f"{at}/door, p99"] = float(np.quantile(times["door"], 0.99))
+            figures[f"{at}/exchange − bare"] = medians["exchange"] - medians["bare"]
+            figures[f"{at}/exchange, p99"] = float(np.quantile(times["exchange"], 0.99))
         if world.rank == 0:
             write(result, figures)
 

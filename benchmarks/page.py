@@ -90,9 +90,9 @@ def exchanges(document: Document) -> str:
     """Seconds of an exchange, by ranks and channels."""
     figures = document["figures"]
     kinds = {
-        "MPI, the layer's door": "mpi/{} ranks/C={}/door",
+        "MPI, the layer's exchange": "mpi/{} ranks/C={}/exchange",
         "MPI, a bare Iallreduce": "mpi/{} ranks/C={}/bare",
-        "service, the layer's door": "service/{} ranks/C={}/exchange",
+        "service, the layer's exchange": "service/{} ranks/C={}/exchange",
         "service over gRPC alone": "service/{} ranks/C={}/stream",
         "raw Python sockets": "service/{} ranks/C={}/socket",
         "gloo all_reduce": "gloo/{} ranks/C={}/all_reduce",

@@ -87,7 +87,7 @@ def starting(settings: Settings) -> Figures:
 
 
 def mpi(settings: Settings) -> Figures:
-    """An exchange through the layer's door over MPI, beside a bare one."""
+    """An exchange of a layer over MPI, beside a bare one."""
     from benchmarks.exchange_mpi import measure
 
     # Two ranks take microseconds: a thousand rounds would be over within one disturbance.
@@ -104,7 +104,7 @@ def gloo(settings: Settings) -> Figures:
 
 
 def service(settings: Settings) -> Figures:
-    """An exchange through the layer's door over the service, beside raw sockets."""
+    """An exchange of a layer over the service, beside raw sockets."""
     from benchmarks.exchange import figures
 
     return _by_ranks("service", "", figures, settings)

@@ -4,12 +4,10 @@ Laws:
 1. The next step is a pure function of the limbs reduced so far: ranks and owner take the same one without a message.
 2. At most one probe per exchange: a channel just probed is accepted.
 3. Nothing is committed before the sums are accepted.
-4. Whether they are is known before the statistics are computed from them, so an owner can answer first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,7 +32,7 @@ class ForwardExchange:
         wants: the next operation; None once the moments are accepted.
         attempt: operations so far.
         moments: the accepted ones, of all ranks.
-        result: computes the statistics from them.
+        statistics: computed from them; None before.
     """
 
     grid: Grid
@@ -44,7 +42,7 @@ class ForwardExchange:
     wants: Operation | None
     attempt: int = 0
     moments: Moments | None = None
-    result: Callable[[], BatchStatistics] | None = None
+    statistics: BatchStatistics | None = None
 
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
@@ -68,19 +66,14 @@ class ForwardExchange:
             grid = self.grid.probed(limbs, self.need_C)
             return ForwardExchange(grid, self.epsilon, self.masked, self.need_C, Operation.SUMS, self.attempt + 1)
         moments = Moments(limbs, self.grid)
-        result, channels_to_probe = moments.check_window(self.epsilon, self.masked)
+        statistics, channels_to_probe = moments.check_window(self.epsilon, self.masked)
         if channels_to_probe is not None and not self.need_C.any():
             return ForwardExchange(
                 self.grid, self.epsilon, self.masked, channels_to_probe, Operation.PROBE, self.attempt + 1
             )
         return ForwardExchange(
-            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, result
+            self.grid, self.epsilon, self.masked, self.need_C, None, self.attempt + 1, moments, statistics
         )
-
-    @cached_property
-    def statistics(self) -> BatchStatistics | None:
-        """The statistics of the accepted moments."""
-        return self.result() if self.result is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +90,7 @@ class BackwardExchange:
         need_C: the channels that the next probe regrids, or the last one did.
         wants: the next operation; None once the sums are accepted.
         attempt: operations so far.
-        result: computes the gradients from the accepted sums.
+        gradients: from the accepted sums; None before, and at the owner, which has no statistics of the call.
     """
 
     grid: BackwardGrid
@@ -105,7 +98,7 @@ class BackwardExchange:
     need_C: NDArray[np.bool_]
     wants: Operation | None
     attempt: int = 0
-    result: Callable[[], Gradients] | None = None
+    gradients: Gradients | None = None
 
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics | None) -> BackwardExchange:
@@ -141,19 +134,11 @@ class BackwardExchange:
         if self.wants is Operation.PROBE:
             grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
-        result, channels_to_probe = self._judged(limbs)
+        gradients, channels_to_probe = self._check(limbs)
         if channels_to_probe is not None and not self.need_C.any():
             return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
-        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, result)
+        return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)
 
-    def _judged(self, limbs: NDArray[np.int64]) -> tuple[Callable[[], Gradients] | None, NDArray[np.bool_] | None]:
+    def _check(self, limbs: NDArray[np.int64]) -> tuple[Gradients | None, NDArray[np.bool_] | None]:
         sums = GradientSums(limbs, self.call_grid)
-        if self.statistics is not None:
-            return sums.check_window(self.statistics)
-        refused = sums.refused()
-        return None, refused if refused.any() else None
-
-    @cached_property
-    def gradients(self) -> Gradients | None:
-        """The gradients from the accepted sums. Not for the owner, which has no statistics of the call."""
-        return self.result() if self.result is not None else None
+        return sums.check_window(self.statistics) if self.statistics is not None else (None, sums.refused())

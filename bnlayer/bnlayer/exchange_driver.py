@@ -144,7 +144,7 @@ class ExchangeDriver:
             if exchange.wants is Operation.PROBE:
                 limbs = passes.probe(view, exchange.grid)
             else:
-                limbs = passes.moments(view, exchange.grid).limbs
+                limbs = passes.moments(view, exchange.grid)
             key = ExchangeKey(self._name, Direction.FORWARD, step)
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint, update_moving)
             total = self._exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs, changes)
@@ -176,7 +176,8 @@ class ExchangeDriver:
             if exchange.wants is Operation.PROBE:
                 limbs = exchange.beyond_reach(passes.gradient_probe(dy, view, pivot, exchange.call_grid))
             else:
-                sums = passes.gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
+                limbs = passes.gradient_sums(dy, view, pivot, exchange.call_grid, fits=fits)
+                sums = GradientSums(limbs, exchange.call_grid)
                 limbs = (sums if fits else sums.of_call(statistics.nonfinite)).limbs
             full_signature = self._full_signature(key, view, signature, exchange.fingerprint)
             call = Call(exchange.wants, key, full_signature, exchange.attempt, forward_step)
@@ -219,4 +220,4 @@ class ExchangeDriver:
 
 def share(result: BackwardResult, statistics: BatchStatistics) -> Gradients:
     """The gradients of gamma and beta from this rank's rows alone; they add up to the total's."""
-    return result.local.check_window(statistics)[0]()
+    return result.local.check_window(statistics)[0]

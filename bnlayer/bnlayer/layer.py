@@ -26,16 +26,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer import tiling
 from bnlayer.dtypes import rounded
 from bnlayer.errors import CollectiveError
 from bnlayer.exchange_driver import ExchangeDriver
-from bnlayer.kernels.choice import quick_channels
+from bnlayer.kernels import kernels
 from bnlayer.membership import Member
 from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
-from bnlayer.tiling import passes_of
+from bnlayer.tiling import passes, passes_of
 from bnlayer.view import View
 
 
@@ -113,7 +112,8 @@ class BatchNormalization(Member):
             A new array of the inputs' shape and the compute dtype.
 
         Raises:
-            ValueError: the inputs' shape contradicts the one the layer was built for, or the mask's the inputs'.
+            ValueError: the inputs' shape contradicts the one the layer was built for, or the mask's the inputs'; or
+                synchronized, and moving statistics were set to NaN or infinity.
             TypeError: the inputs are not real numbers, or an array of a kind whose meaning would be lost.
             RuntimeError: synchronized, and several ranks are announced, but no world was joined.
             CollectiveError: a synchronized exchange could not complete.
@@ -206,7 +206,7 @@ class BatchNormalization(Member):
         scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
         mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
         none_nonfinite = np.zeros(mean.shape, bool)
-        y = tiling.normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype)
+        y = passes().normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype)
         return view.restore(y), SavedInference(view.shape, view.x.shape, scale)
 
     def backward(self, dy: ArrayLike) -> NDArray[Any]:
@@ -311,14 +311,12 @@ class BatchNormalization(Member):
         d: NDArray[np.float64] | None,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """What the centered input is multiplied by, γs (with renorm γsr), and what is added, β − residual·γs (+ γd)."""
-        quick, dtype = quick_channels(), self.dtype_policy.arithmetic_dtype
-        if quick is not None and r is None and dtype == np.float32 == self.variable_dtype:
-            scale, shift = np.empty((2, self.moving_mean.shape[0]), np.float32)
+        dtype = self.dtype_policy.arithmetic_dtype
+        if r is None or d is None:
             gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))
-            quick.coefficients(gamma, beta, statistics.inverse_std, statistics.residual, scale, shift)
-            return scale, shift
-        factor = self._gamma() * statistics.inverse_std * (1.0 if r is None else r)
-        term = self._beta() - statistics.residual * factor + (0.0 if d is None else self._gamma() * d)
+            return kernels().coefficients(statistics, gamma, beta, dtype)
+        factor = self._gamma() * statistics.inverse_std * r
+        term = self._beta() - statistics.residual * factor + self._gamma() * d
         return factor.astype(dtype), term.astype(dtype)
 
     def _gamma(self) -> NDArray[np.float64]:

@@ -33,6 +33,11 @@ LOW = 0xFFFF_FFFF
 _SPLITTER = 134_217_729.0  # 2^27 + 1: Veltkamp's constant, which halves a float64's 53 bits
 
 
+def limbs_of_sum(folds: int) -> int:
+    """W, the limbs per channel of a batch's sums: two of each fold of the first sum, of the second, and two more."""
+    return 4 * folds + 2
+
+
 def integers(v: NDArray[np.float64], magic: NDArray[np.float64]) -> NDArray[np.int64]:
     """v in units of the magic number's last place, rounded to nearest even."""
     return (v + magic).view(np.int64) - magic.view(np.int64)
@@ -89,6 +94,12 @@ def as_float(hi: NDArray[np.int64], lo: NDArray[np.int64]) -> NDArray[np.float64
 def as_ints(hi: NDArray[np.int64], lo: NDArray[np.int64]) -> list[int]:
     """The value of a pair, exactly."""
     return [(h << 32) + low for h, low in zip(hi.tolist(), lo.tolist(), strict=True)]
+
+
+def two_folds(limbs: NDArray[np.int64], shift: int) -> list[int]:
+    """One integer per channel from the limbs of two folds, the second in units 2^shift finer."""
+    coarse, fine = as_ints(*limbs[0:2]), as_ints(*limbs[2:4])
+    return [(c << shift) + f for c, f in zip(coarse, fine, strict=True)]
 
 
 def flags(high: NDArray[np.bool_], low: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """`Member`: the part of a layer that other ranks share: its state, its enrolment, and what was set by hand.
 
 Setting moving statistics (`assign`, `set_weights`, `restore`) must be done alike on all ranks, as a call must. A layer
-records what was set since its last exchange, and sends it with the next one: see `exchange_driver.Changes`.
+records what was set since its last exchange, and sends it with the next one: see `exchange_driver.Changes`. What is not
+finite is refused then, before anything is sent and whatever the ranks exchange through: no batch could mend it.
 """
 
 from __future__ import annotations
@@ -89,9 +90,15 @@ class Member(Definition):
         self._enroll(driver, anew=True)
 
     def _changes(self, state: LayerState) -> Changes | None:
-        """What was set by hand since the last exchange, up to this state; None, as at almost every step, if nothing."""
+        """What was set by hand since the last exchange, up to this state; None, as at almost every step, if nothing.
+
+        Raises:
+            ValueError: moving statistics that all ranks share were set to NaN or infinity.
+        """
         if not (self._state_set or self._weights_set):
             return None
+        if self._state_set and self.synchronized:
+            state.refuse_nonfinite(self.name)
         return Changes(state if self._state_set else None, self._weights() if self._weights_set else 0)
 
     def _changes_announced(self) -> None:
@@ -128,7 +135,9 @@ class Member(Definition):
         return self.collective if self.collective is not None else current()
 
     def _enroll(self, driver: ExchangeDriver, *, anew: bool = False) -> ExchangeDriver:
-        self.follow(driver.enroll(self, self._signature(), self.state, self._weights(), anew=anew))
+        state = self.state
+        state.refuse_nonfinite(self.name)
+        self.follow(driver.enroll(self, self._signature(), state, self._weights(), anew=anew))
         self._weights_set = False
         self._driver = driver
         return driver

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.dtypes import rounded
-from bnlayer.kernels.choice import quick_channels
-from bnlayer.moments import BatchStatistics
+from bnlayer.kernels import kernels
+from bnlayer.kernels.formulas import towards, unrounded
+from bnlayer.kernels.results import BatchStatistics
 
 Vector = NDArray[Any]
 
@@ -77,9 +78,10 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
 
     With renorm, the standard deviation moves, and variance = max(stddev² − ε, 0).
 
-    A channel without a value is left alone, and so is one with a single value where the variance is to be unbiased; but
-    a local, masked layer follows Keras, whose statistics of nothing are 0. Where a value was not finite, or a result would not be, a synchronized layer leaves the channel alone
-    too (one rank's NaN would destroy the statistics of all); a local one follows Keras and takes it.
+    A channel without a value is left alone, and so is one of a single value where the variance is to be unbiased; but
+    a local, masked layer follows Keras, whose statistics of nothing are 0. Where a value was not finite, or a result
+    would not be, a synchronized layer leaves the channel alone too (one rank's NaN would destroy the statistics of
+    all); a local one follows Keras and takes it.
 
     Args:
         moving: the old values.
@@ -89,25 +91,19 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
     Returns:
         New arrays of the dtypes of the old ones.
     """
-    mean, variance, count = statistics.mean, statistics.variance, statistics.count
     if rule.unbiased:
-        count = np.where(count > 1, count, 0.0)
-        variance = variance * (count / np.where(count > 1, count - 1.0, 1.0))
-    quick = quick_channels()
-    if quick is not None and moving.stddev is None and moving.mean.dtype == np.float32:
-        to_mean, to_variance = np.empty((2, mean.shape[0]), np.float32)
-        quick.moved(
-            mean, variance, count, statistics.nonfinite, moving.mean, moving.variance,
-            rule.momentum, rule.synchronized, rule.masked, to_mean, to_variance,
-        )  # fmt: skip
-        return Moving(to_mean, to_variance)
-    apply = count > 0
+        statistics = _unbiased(statistics)
+    if moving.stddev is None:
+        arguments = moving.mean, moving.variance, rule.momentum
+        mean, variance = kernels().moved(statistics, *arguments, synchronized=rule.synchronized, masked=rule.masked)
+        return Moving(mean, variance)
+    mean, variance, apply = statistics.mean, statistics.variance, statistics.count > 0
     if not rule.synchronized:
         apply = apply | rule.masked
         mean = np.where(statistics.nonfinite, np.nan, mean)
         variance = np.where(statistics.nonfinite, np.nan, variance)
     with np.errstate(over="ignore", invalid="ignore"):
-        new = _moved(moving, mean, variance, rule)
+        new = _moved_with_renorm(moving, mean, variance, rule)
         if rule.synchronized:
             finite = [np.isfinite(vector) for vector in new.vectors.values()]
             apply = apply & ~statistics.nonfinite & np.logical_and.reduce(finite)
@@ -116,22 +112,26 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
     return Moving(*kept.values())
 
 
-def _moved(moving: Moving, mean: NDArray[np.float64], variance: NDArray[np.float64], rule: Rule) -> Moving:
-    if moving.stddev is None or moving.renorm_mean is None or moving.renorm_stddev is None:
-        return Moving(
-            rounded(_towards(moving.mean, mean, rule.momentum), moving.mean.dtype),
-            rounded(_towards(moving.variance, variance, rule.momentum), moving.variance.dtype),
-        )
+def _unbiased(statistics: BatchStatistics) -> BatchStatistics:
+    """The statistics with the unbiased variance, v·N/(N − 1); a channel of one value counts as one without a value."""
+    count, variance = statistics.count, statistics.variance
+    several = count > 1
+    rows = statistics.rows.copy()
+    rows[0] = np.where(several, count, 0.0)
+    rows[3] = variance * (rows[0] / np.where(several, count - 1.0, 1.0))
+    return statistics._replace(rows=rows)
+
+
+def _moved_with_renorm(moving: Moving, mean: NDArray[np.float64], variance: NDArray[np.float64], rule: Rule) -> Moving:
+    assert moving.stddev is not None
+    assert moving.renorm_mean is not None
+    assert moving.renorm_stddev is not None
     stddev = np.sqrt(variance + rule.epsilon)
-    moved = _towards(moving.stddev, stddev, rule.momentum)
+    moved = unrounded(moving.stddev, stddev, rule.momentum)
     return Moving(
-        rounded(_towards(moving.mean, mean, rule.momentum), moving.mean.dtype),
+        towards(moving.mean, mean, rule.momentum),
         rounded(np.maximum(moved * moved - rule.epsilon, 0.0), moving.variance.dtype),
         rounded(moved, moving.stddev.dtype),
-        rounded(_towards(moving.renorm_mean, mean, rule.renorm_momentum), moving.renorm_mean.dtype),
-        rounded(_towards(moving.renorm_stddev, stddev, rule.renorm_momentum), moving.renorm_stddev.dtype),
+        towards(moving.renorm_mean, mean, rule.renorm_momentum),
+        towards(moving.renorm_stddev, stddev, rule.renorm_momentum),
     )
-
-
-def _towards(old: Vector, batch: NDArray[np.float64], momentum: float) -> NDArray[np.float64]:
-    return np.asarray(old.astype(np.float64) * momentum + batch * (1.0 - momentum))

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer import tiling
 from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.grid import BackwardGrid
@@ -109,8 +108,8 @@ class SavedTraining:
             # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
             gamma = gamma * self.r_C + summed.beta * self.d_C
         mean = statistics.rounded_mean
-        offset, slope = total.offset.astype(mean.dtype), total.slope.astype(mean.dtype)
-        dx = passes_of(view).input_gradient(seen, view, mean, offset, slope, self.scale_C, total.nonfinite, dtype)
+        coefficients = mean, total.rounded_offset, total.rounded_slope, self.scale_C, total.nonfinite
+        dx = passes_of(view).input_gradient(seen, view, *coefficients, dtype)
         return Pulled(view.restore(dx), gamma, summed.beta, result.grid)
 
 
@@ -131,4 +130,4 @@ class SavedInference:
     def pull(self, dy: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         """The gradient of the inputs, rounded to `dtype`."""
         view = View(dy.reshape(self.flat), None, self.shape)
-        return view.restore(tiling.scaled(view, self.scale_C, dtype))
+        return view.restore(passes().scaled(view, self.scale_C, dtype))

@@ -53,6 +53,23 @@ class LayerState:
         """Hash of everything but the version, never 0: states with equal fingerprints are interchangeable."""
         return fingerprint(replace(self, version=0).arrays())
 
+    def refuse_nonfinite(self, layer: str) -> None:
+        """Refuse moving statistics that a synchronized layer, which leaves such a channel alone, would keep for good.
+
+        Args:
+            layer: its name, for the error.
+
+        Raises:
+            ValueError: one is NaN or infinite.
+        """
+        for name, vector in self.moving.vectors.items():
+            bad = np.flatnonzero(~np.isfinite(vector))
+            if bad.size:
+                raise ValueError(
+                    f"Layer {layer!r}: expected finite numbers in {name}, received {vector[bad[0]]} in channel "
+                    f"{bad[0]}: in a synchronized layer they would stay so. Set finite ones, or reset them."
+                )
+
     def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | None) -> LayerState:
         """The state after one completed forward exchange: updated once, its grid committed.
 

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.files import write_atomically
-from bnlayer.kernels import warm
+from bnlayer.kernels import kernels
 from bnproto.address import hint, split
 from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.credentials import refusal
@@ -86,7 +86,7 @@ def serve(
                 "who joins. Listen on 127.0.0.1, or say --insecure if the network is your own."
             )
         with logged(log_level, log_file):
-            warm.owner()  # before it listens, so that no exchange waits for a compilation
+            kernels()  # before it listens: a variable that names none is known at once
             asyncio.run(_serve(listen, host, state_dir, ready_file, timeouts, Failpoints(os.environ)))
     except (ListenError, UnavailableError, FailpointError) as error:
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
@@ -108,6 +108,9 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     store = Store(state_dir, failpoints) if state_dir is not None else None
     try:
         health_service = health.aio.HealthServicer()

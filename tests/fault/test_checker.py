@@ -117,7 +117,7 @@ def _stale_total(histories: Histories) -> None:
     _change(histories, 3, got=_TOTAL)
 
 
-def _told_differently(histories: Histories) -> None:
+def _answers_differ(histories: Histories) -> None:
     _change(histories, 4, rank=1, got=_SENT[1])
 
 
@@ -180,7 +180,7 @@ def _wrong_seed(histories: Histories) -> None:
         (_lost_contribution, "sums a forward step 1 round 0: what came out on rank 0: expected"),
         (_doubled_contribution, "sums a forward step 1 round 0: what came out on rank 0: expected"),
         (_stale_total, "sums a backward step 0 round 0: what came out on rank 0: expected"),
-        (_told_differently, "sums a forward step 1 round 0: what came out on rank 1: expected"),
+        (_answers_differ, "sums a forward step 1 round 0: what came out on rank 1: expected"),
         (_doubled_update, "the version told to rank 0: expected 2, found 3"),
         (_lost_update, "the version told to rank 0: expected 2, found 1"),
         (

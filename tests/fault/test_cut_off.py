@@ -84,7 +84,7 @@ def test_a_connection_that_falls_silent_while_ranks_gather(service: Daemon, team
 
 
 @ways
-def test_a_rank_that_stays_cut_off_is_told_to_the_others(
+def test_a_rank_that_stays_cut_off_is_reported_to_the_others(
     way: str, service: Daemon, team: list[Rank], tmp_path: Path
 ) -> None:
     """By name, within its lease and a second; and it hears of it itself, by its own clock."""

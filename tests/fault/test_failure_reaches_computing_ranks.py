@@ -47,7 +47,9 @@ def _one_leaves(world: World) -> None:
 @pytest.mark.parametrize(
     ("say", "kind"), [(_other_layers, StallError), (_other_momenta, MismatchError), (_one_leaves, StallError)]
 )
-def test_told_while_one_computes(say: Callable[[World], None], kind: type[CollectiveError], address: str) -> None:
+def test_a_failure_reaches_a_rank_that_computes(
+    say: Callable[[World], None], kind: type[CollectiveError], address: str
+) -> None:
     """Counted from the last of the two; the third, which comes later, hears the same text."""
     go_on = threading.Event()
     watches = [Watch()] * 3

@@ -137,7 +137,7 @@ def test_a_lost_reply_is_one_to_a_request_that_arrived() -> None:
         assert echo.got == b"request"
 
 
-def test_a_service_that_is_not_there_is_told_as_one() -> None:
+def test_a_missing_service_is_reported_as_such() -> None:
     """The rank's connection ends, and the next one is tried anew."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"127.0.0.1:{closed.getsockname()[1]}"

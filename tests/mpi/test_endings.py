@@ -42,7 +42,7 @@ def until_gone(pid: int) -> None:
         (3, "returns", "StallError", "left the job"),
     ],
 )
-def test_leaving_is_told_at_once(world_size: int, way: str, kind: str, what: str, tmp_path: Path) -> None:
+def test_leaving_is_reported_at_once(world_size: int, way: str, kind: str, what: str, tmp_path: Path) -> None:
     """An exception, a failing exit and an early return reach the others within a second; the job fails."""
     ended, events = end(world_size, way, tmp_path)
     assert ended.code != 0
@@ -74,7 +74,7 @@ def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_p
     assert "ends the whole MPI job" in ended.err
 
 
-def test_who_came_late_is_not_blamed(tmp_path: Path) -> None:
+def test_a_late_rank_is_not_blamed(tmp_path: Path) -> None:
     """Rank 2 computes for longer than rank 0 waits. Rank 1 came late as well, but it came: it is told at once."""
     ended, events = end(3, "is-slow", tmp_path)
     assert ended.code != 0

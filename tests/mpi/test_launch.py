@@ -58,7 +58,7 @@ def test_an_exit_code_that_could_be_a_signal() -> None:
 
 
 @pytest.mark.fault
-def test_the_cause_may_end_after_those_that_are_told(tmp_path: Path) -> None:
+def test_the_first_cause_may_end_after_its_consequences(tmp_path: Path) -> None:
     """mpiexec ends a job with the first failure it hears of; of one that is no cause it must not hear first."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)

@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*BNLAYER, *arguments], capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_serve_until_it_is_told_to_stop() -> None:
+def test_serve_runs_until_a_signal() -> None:
     """It says where it listens; SIGTERM is an orderly end."""
     with subprocess.Popen(
         [*BNLAYER, "serve", "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -77,7 +77,7 @@ def test_an_address_has_a_host_and_a_port(start: Callable[..., Any], listen: str
     assert f"expected --listen HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
 
 
-def test_an_ipv6_host_stands_in_brackets(start: Callable[..., Any]) -> None:
+def test_an_ipv6_host_is_in_brackets(start: Callable[..., Any]) -> None:
     """It listened somewhere that nobody could name."""
     code, err = _refused(start, "--listen", "::1:0")
     assert code == 2
@@ -89,7 +89,7 @@ def test_an_ipv6_host_stands_in_brackets(start: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("flag", ["--lease", "--away"])
 @pytest.mark.parametrize("seconds", ["-1", "inf", "nan", "soon"])
-def test_patience_is_a_number_of_seconds(start: Callable[..., Any], flag: str, seconds: str) -> None:
+def test_timeouts_are_numbers_of_seconds(start: Callable[..., Any], flag: str, seconds: str) -> None:
     """A lease that is none would find everybody dead, or nobody."""
     code, err = _refused(start, "--listen", "127.0.0.1:0", f"{flag}={seconds}")
     assert code == 2
@@ -104,7 +104,7 @@ def test_insecure_listens_everywhere(start: Callable[..., Any]) -> None:
         world.barrier()
 
 
-def test_a_taken_port_is_told(serve: Callable[..., Any], start: Callable[..., Any]) -> None:
+def test_a_port_in_use_is_reported(serve: Callable[..., Any], start: Callable[..., Any]) -> None:
     """By default gRPC would share the port between two daemons, silently."""
     address = serve().address
     code, err = _refused(start, "--listen", address)
@@ -245,7 +245,7 @@ def test_without_a_state_directory_nothing_stays(serve: Callable[..., Any]) -> N
     assert _trained(serve().address, 1)[1] == 1
 
 
-def test_a_disk_that_is_full_is_told(serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(serve: Callable[..., Any], tmp_path: Path) -> None:
     """A job that can't be saved is no orderly end; what was saved before is still there."""
     service = serve("--state-dir", str(tmp_path))
     _trained(service.address, 1)

@@ -104,7 +104,7 @@ def test_a_killed_rank() -> None:
     assert "SIGTERM" not in done.stderr  # they ended by themselves
 
 
-def test_ranks_that_were_told_come_second() -> None:
+def test_ranks_that_fail_as_a_consequence_come_second() -> None:
     """A rank that leaves with an exit code may end after those that are told of it."""
     text = (
         "import bnworker, select\n"

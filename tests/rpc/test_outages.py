@@ -282,7 +282,7 @@ def test_a_service_that_slept_counts_it_against_nobody(serve: Callable[..., Any]
 
 
 @pytest.mark.parametrize("parked", [True, False])
-def test_a_frozen_rank_is_told_within_its_lease(
+def test_a_frozen_rank_is_reported_within_its_lease(
     serve: Callable[..., Any], run_rank: Callable[..., Any], parked: bool
 ) -> None:
     """SIGSTOP keeps the connection: only the silence tells. Everybody hears who, and where it was last seen.

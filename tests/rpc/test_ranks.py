@@ -40,7 +40,7 @@ def _free_port() -> int:
 @pytest.mark.parametrize(
     "body", ["world.barrier(); world.barrier(); time.sleep(60)", "world.barrier(); time.sleep(60)"]
 )
-def test_kill_9_is_told_within_a_second(serve: Callable[..., Any], run_rank: Callable[..., Any], body: str) -> None:
+def test_kill_9_is_reported_within_a_second(serve: Callable[..., Any], run_rank: Callable[..., Any], body: str) -> None:
     """A rank that is killed while it waits, or while it computes: the others hear who it was and where they are."""
     service = serve()
     lost = run_rank(service.address, 2, 3, body)
@@ -195,7 +195,7 @@ def test_a_frozen_service_is_noticed_by_the_deadline(serve: Callable[..., Any]) 
 
 
 @pytest.mark.fault
-def test_a_service_that_dies_is_told_at_once(serve: Callable[..., Any]) -> None:
+def test_a_service_that_dies_is_reported_at_once(serve: Callable[..., Any]) -> None:
     """kill -9 of the service, while a rank waits and while it doesn't."""
     service = serve()
     world = _world(service.address, 0, 1)

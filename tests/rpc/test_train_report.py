@@ -47,8 +47,11 @@ def test_a_run_that_failed_is_reported_too(tmp_path: Path) -> None:
         (signal.SIGINT, None, ["--workers=2"]),
         (signal.SIGINT, 1, ["--workers=3"]),
         (signal.SIGTERM, None, ["--transport=none"]),
+        (signal.SIGTERM, None, ["--workers=2"]),
+        (signal.SIGUSR1, None, ["--workers=2"]),
+        (signal.SIGUSR1, 1, ["--workers=2"]),
     ],
-    ids=["ctrl-c", "one rank alone", "a single process"],
+    ids=["ctrl-c", "one rank alone", "a single process", "pre-empted", "SIGUSR1", "SIGUSR1, one rank alone"],
 )
 def test_a_run_that_was_stopped_is_reported_too(
     number: signal.Signals, rank: int | None, options: list[str], tmp_path: Path

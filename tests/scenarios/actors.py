@@ -82,7 +82,7 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
         operations.append(str(exchange.wants))
         probe = exchange.wants is Operation.PROBE
         limbs = (
-            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid).limbs
+            reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid)
         )
         signature = replace(
             mirror.signature, masked=masked, grid=exchange.fingerprint, update_moving="update" not in options
@@ -119,7 +119,7 @@ def backward(mirror: Mirror, options: Options) -> Exchange:
             limbs = exchange.beyond_reach(reference.gradient_probe(dy_view, view, pivot, exchange.call_grid))
         else:
             sums = reference.gradient_sums(dy_view, view, None, pivot, exchange.call_grid)
-            limbs = sums.of_call(statistics.nonfinite).limbs
+            limbs = GradientSums(sums, exchange.call_grid).of_call(statistics.nonfinite).limbs
         signature = replace(mirror.signature, grid=exchange.fingerprint)
         key = ExchangeKey(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
         signature, body = mirror.contribution(signature, limbs)

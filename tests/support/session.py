@@ -456,4 +456,4 @@ def _state(message: pb.Result | pb.Owned) -> LayerState:
 def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
     if exchange.wants is Operation.PROBE:
         return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid).limbs
+    return reference.moments(x, None, exchange.grid)

@@ -69,7 +69,7 @@ def stopped(folder: Path, number: signal.Signals, *options: str, rank: int | Non
 
     Args:
         folder: for its files: report, checkpoint and summary.
-        number: the signal; the exit code must say it.
+        number: the signal; the exit code must be that of Ctrl-C, or say that the run can be resumed.
         options: of the command.
         rank: who gets the signal; None: the process that was started.
     """
@@ -90,7 +90,7 @@ def stopped(folder: Path, number: signal.Signals, *options: str, rank: int | Non
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 128 + number, seen[0] + out + err
+    assert process.returncode == (130 if number == signal.SIGINT else 75), seen[0] + out + err
     return Trained({}, load_file(folder / "saved.safetensors"), out, err)
 
 

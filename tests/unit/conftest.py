@@ -12,7 +12,7 @@ from bnlayer.kernels import choice, kernels
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets a test choose the kernels anew; afterwards they are what they were."""
-    caches = kernels, choice.chosen, choice.quick_channels
+    caches = kernels, choice.chosen, choice.threads
     for cached in caches:
         cached.cache_clear()
     yield monkeypatch

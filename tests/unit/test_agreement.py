@@ -85,7 +85,7 @@ def test_plain_operations_are_compared_too() -> None:
     assert len(verdict.text) < 700
 
 
-def test_different_places_are_a_stall_and_name_the_minority() -> None:
+def test_different_keys_are_a_stall_and_name_the_minority() -> None:
     """Who waits where."""
     calls = {0: sums("a"), 1: sums("b"), 2: sums("a")}
     verdict = judge(calls, {}, {})

@@ -57,7 +57,7 @@ def test_a_peer_that_is_not_installed_fails_nothing() -> None:
     assert enforced(ABOVE).verdict is Verdict.MISSED
 
 
-def test_a_section_that_did_not_run_is_not_judged() -> None:
+def test_a_section_that_did_not_run_has_no_verdict() -> None:
     """`--only` judges what it ran."""
     assert enforced(BELOW, ran=("step",)).verdict is Verdict.NOT_RUN
 

@@ -214,7 +214,7 @@ def test_any_number_of_ranks_gives_one_process_bits(policy: str) -> None:
         ("float32", "float64", "dtype: rank 1 sent float64, ranks 0, 2 sent float32; policy: rank 1 sent float64, "),
     ],
 )
-def test_ranks_of_unlike_policies_are_told(mine: str, others: str, text: str) -> None:
+def test_different_dtype_policies_are_a_mismatch(mine: str, others: str, text: str) -> None:
     """Their words may be of one arithmetic, but their moving statistics round differently."""
 
     def body(rank: SimulatedRank) -> None:

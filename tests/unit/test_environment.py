@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from bnlayer import tiling
 from bnlayer.environment import announced, batch_script
 from bnlayer.kernels import choice
 from bnserver.failpoints import VARIABLE, Failpoints
@@ -31,8 +30,8 @@ def _planned(environ: Mapping[str, str]) -> object:
 
 
 def _threads(environ: Mapping[str, str]) -> object:
-    tiling.threads.cache_clear()
-    return tiling.threads()
+    choice.threads.cache_clear()
+    return choice.threads()
 
 
 def _kernels(environ: Mapping[str, str]) -> object:
@@ -92,7 +91,7 @@ def test_empty_is_unset(
         monkeypatch.setenv(name, "")
         assert read(without | {name: ""}) == expected
     monkeypatch.undo()
-    tiling.threads.cache_clear()
+    choice.threads.cache_clear()
     choice.chosen.cache_clear()
 
 

@@ -279,7 +279,7 @@ def test_a_synchronized_model_would_not_load_as_a_plain_one(renorm: bool) -> Non
     assert [v.name for v in back.weights] == [v.name for v in plain.weights]
 
 
-def test_a_poisoned_rank_destroyed_what_all_share() -> None:
+def test_a_nonfinite_rank_destroyed_the_shared_statistics() -> None:
     """One rank's NaN makes that channel's outputs NaN everywhere, this step; the moving statistics survive it."""
 
     def body(rank: SimulatedRank) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,11 @@ from bnlayer.moments import BatchStatistics, Moments
 from bnlayer.moving import Moving
 from bnlayer.precision import DOUBLE, SINGLE, exponent_above, precision_of
 from bnlayer.state import LayerState
+
+
+def moments_of(x: NDArray[np.float32], grid: Grid) -> Moments:
+    """A shard's moments."""
+    return Moments(reference.moments(x, None, grid), grid)
 
 
 def probed(values: list[float], dtype: str = "float32") -> Grid:
@@ -86,8 +92,8 @@ def test_fingerprints_tell_grids_apart() -> None:
     assert 0 <= one.fingerprint < 2**63
     x = np.zeros((1, 1, 1), np.float32)
     with pytest.raises(ValueError, match="Moments of different grids can't be added"):
-        _ = reference.moments(x, None, one) + reference.moments(x, None, other)
-    two = reference.moments(x, None, one) + reference.moments(x, None, one)
+        _ = moments_of(x, one) + moments_of(x, other)
+    two = moments_of(x, one) + moments_of(x, one)
     assert two.count_C.tolist() == [2]
     back, need = BackwardGrid.unknown("float32", 1), np.array([True])
     assert back.probed(np.array([[0], [3]]), need).fingerprint != back.probed(np.array([[0], [4]]), need).fingerprint
@@ -124,7 +130,7 @@ def test_unknown_dtypes_have_no_arithmetic() -> None:
 def test_moments_read_back_what_was_packed() -> None:
     """Mean and variance of a few numbers, by hand."""
     grid = probed([1.0, 2.0, 6.0])
-    moments = reference.moments(np.array([1.0, 2.0, 6.0], np.float32).reshape(3, 1, 1), None, grid)
+    moments = moments_of(np.array([1.0, 2.0, 6.0], np.float32).reshape(3, 1, 1), grid)
     assert moments.limbs.shape == (Moments.rows(1), 1) == (6, 1)
     a, variance = moments.mean_variance
     assert grid.pivot_C + a == pytest.approx([3.0])

@@ -100,7 +100,7 @@ def test_product_error_is_what_the_product_lacks(a: float, b: float) -> None:
 
 
 @given(st.lists(st.integers(-(2**51), 2**51), min_size=1, max_size=50), st.randoms(use_true_random=False))
-def test_carried_words_do_not_depend_on_the_order(terms: list[int], random: object) -> None:
+def test_carried_limbs_do_not_depend_on_the_order(terms: list[int], random: object) -> None:
     """Any grouping gives the same canonical pair, and the exact sum."""
     q = np.array(terms, np.int64)
     pair = carried(np.array([(q >> 32).sum()]), np.array([(q & 0xFFFFFFFF).sum()]))

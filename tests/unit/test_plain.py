@@ -129,7 +129,7 @@ def test_what_means_more_than_its_numbers_is_refused(value: Any, text: str) -> N
         plain_array(value, "inputs")
 
 
-DOORS: dict[str, Callable[[BatchNormalization, World], object]] = {
+WAYS: dict[str, Callable[[BatchNormalization, World], object]] = {
     "inputs": lambda bn, world: bn(MASKED, training=True),
     "inputs in inference": lambda bn, world: bn(MASKED),
     "dy": lambda bn, world: bn.backward(MASKED),
@@ -148,13 +148,11 @@ DOORS: dict[str, Callable[[BatchNormalization, World], object]] = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_way_in(layer: BatchNormalization, world: World, door: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_in(layer: BatchNormalization, world: World, way: str) -> None:
     """Nothing is changed by what was refused, and what was waiting still waits."""
     before = [value.tobytes() for value in layer.get_weights()]
-    with pytest.raises(
-        TypeError, match=rf"^Expected {door.removesuffix(' in inference')}.* as a plain array, received"
-    ):
-        DOORS[door](layer, world)
+    with pytest.raises(TypeError, match=rf"^Expected {way.removesuffix(' in inference')}.* as a plain array, received"):
+        WAYS[way](layer, world)
     assert [value.tobytes() for value in layer.get_weights()] == before
     assert layer.backward(np.zeros_like(X)).shape == X.shape

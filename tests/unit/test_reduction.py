@@ -124,7 +124,7 @@ def test_one_rank_gets_new_arrays() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_words_have_no_order(op: str) -> None:
+def test_limbs_have_no_order(op: str) -> None:
     """Integer sums, and all maxima and minima, may be combined in any grouping: what an MPI library does."""
     rng = np.random.default_rng(1)
     ranks: Ranks = [[rng.integers(-9, 9, 5), rng.integers(0, 9, 4).astype(np.uint64)] for _ in range(4)]

@@ -230,7 +230,7 @@ def test_any_number_of_ranks_gives_one_process_bits(masked: bool, policy: str) -
         assert world(cuts) == one
 
 
-def test_ranks_whose_renorm_differs_are_told() -> None:
+def test_different_renorm_settings_are_a_mismatch() -> None:
     """Clipping is part of what every rank must believe."""
 
     def body(rank: SimulatedRank) -> None:

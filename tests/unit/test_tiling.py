@@ -86,7 +86,7 @@ def test_a_user_who_wants_errors_raised_gets_none_from_a_thread(pieces: Callable
         assert np.isnan(bn.backward(dy)).all()
 
 
-def test_the_words_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
+def test_the_limbs_of_pieces_are_carried(pieces: Callable[[int], None]) -> None:
     """Words travel as they are: those of many pieces are those of one, low halves below 2^32 included."""
     view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
     unknown = Grid.unknown("float32", 8)

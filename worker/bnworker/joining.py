@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bnworker import process_groups
 from bnworker.plan import Plan, plan
 from bnworker.presence import Presence
-from bnworker.transports import Transport
+from bnworker.transports import Transport, torchrun
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 
@@ -36,12 +36,15 @@ def join(
     Each argument that is None is looked up in the environment: `BNLAYER_TRANSPORT`, `BNLAYER_ADDRESS`,
     `BNLAYER_JOB`, `BNLAYER_RANK` and `BNLAYER_WORLD_SIZE`; ranks
     then in the variables of mpiexec, torchrun and srun, in this order. An address means the service; an
-    initialized torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is logged by the logger `bnworker`. A service on this machine is
-    reached over a local socket as well; `BNLAYER_LOCAL_SOCKET=0` does without.
+    initialized torch.distributed means its process group; MPI's variables mean MPI; nothing means alone. The choice is
+    logged by the logger `bnworker`. A service on this machine is reached over a local socket as well;
+    `BNLAYER_LOCAL_SOCKET=0` does without.
+
+    Under torchrun `transport="service"` needs no address: rank 0 starts a service, and torchrun tells the others.
 
     Args:
         transport: "alone", "mpi", "service" or "torch", whose process group must have been initialized.
-        address: of the service, "HOST:PORT".
+        address: of the service, "HOST:PORT"; with another transport, an error.
         job: the job's name at the service.
         token: is refused: authentication is not available yet. `BNLAYER_TOKEN`, `BNLAYER_TOKEN_FILE` and
             `BNLAYER_TLS_*` are, too.
@@ -62,6 +65,9 @@ def join(
     if isinstance(timeout, bool) or not (timeout > 0 and math.isfinite(timeout)):
         raise ValueError(f"join(timeout=): expected a number of seconds above 0, received {timeout!r}.")
     Presence.refuse_second()
+    if torchrun.lacks_address(os.environ, transport, address):
+        address, named = torchrun.service(os.environ, float(timeout))
+        job = job or named
     chosen = plan(
         os.environ,
         transport=transport,

@@ -71,11 +71,7 @@ def plan(
     if unavailable is not None:
         raise ValueError(unavailable)
     launchers = announced(environ)
-    if address and transport is None:  # an argument beats BNLAYER_TRANSPORT
-        chosen, why = _at(address)
-    else:
-        address = address or variable(environ, "BNLAYER_ADDRESS")
-        chosen, why = _transport(environ, transport, address, launchers, process_group)
+    chosen, why, address = _way(environ, transport, address, launchers, process_group)
     if chosen == "alone":
         if transport is None and variable(environ, "BNLAYER_TRANSPORT") is None:
             _refuse_half(environ)
@@ -106,6 +102,28 @@ def plan(
     return Plan("service", rank, world_size, f"{why}; {whence}", address, job, local == "1")
 
 
+def _way(
+    environ: Mapping[str, str],
+    transport: str | None,
+    given: str | None,
+    launchers: list[Announcement],
+    process_group: bool,
+) -> tuple[TransportName, str, str | None]:
+    """The transport, why, and the service's address."""
+    if given and transport is None:  # an argument beats BNLAYER_TRANSPORT
+        return *_at(given), given
+    address = given or variable(environ, "BNLAYER_ADDRESS")
+    chosen, why = _transport(environ, transport, address, launchers, process_group)
+    if chosen == "service" or not address:
+        return chosen, why, address
+    if given:
+        raise ValueError(
+            f"address= is of a statistics service, and transport={chosen!r} uses none: give transport='service' to "
+            f"use the one at {given}, or leave out address=."
+        )
+    return chosen, f"{why}, so BNLAYER_ADDRESS={address} is not used", None
+
+
 def _transport(
     environ: Mapping[str, str], given: str | None, address: str | None, launchers: list[Announcement], group: bool
 ) -> tuple[TransportName, str]:
@@ -117,11 +135,11 @@ def _transport(
             return cast("TransportName", value), f"{source} says so"
     if address is not None:
         return _at(address)
-    if group:
-        return "torch", "torch.distributed is initialized"
     mpi = next((launcher for launcher in launchers if launcher.variable in _MPI), None)
     if mpi is not None:
         return "mpi", f"{mpi.source} started this process"
+    if group:
+        return "torch", "torch.distributed is initialized"
     many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
     if many is not None:
         raise ValueError(

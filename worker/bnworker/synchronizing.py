@@ -1,7 +1,8 @@
-"""The values of a layer that are sent when all ranks take over rank 0's: `World.synchronize`."""
+"""The values of a layer that ranks take over from rank 0 or the owner: in `World.synchronize`, and on enrolment."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from bnlayer import BatchNormalization
 from bnlayer.collective import Collective, current
 from bnlayer.state import LayerState
+
+logger = logging.getLogger("bnworker")
 
 
 def checked(layers: object, world: Collective) -> list[BatchNormalization]:
@@ -58,3 +61,26 @@ def taken(layer: BatchNormalization, values: list[NDArray[Any]]) -> list[NDArray
     state = dict(zip(names, values[weights:end], strict=True))
     layer.restore(LayerState.from_arrays(state, layer.dtype_policy.arithmetic))
     return values[end:]
+
+
+def warn_of_replacement(layer: str, seeded: LayerState, *, known: bool) -> None:
+    """Say that a layer's own statistics were replaced when it was enrolled.
+
+    Args:
+        layer: its name.
+        seeded: what it got.
+        known: whether the owner held them before; otherwise they are rank 0's.
+    """
+    if known:
+        logger.warning(
+            "layer %r goes on from the statistics that the service holds (version %d): an earlier run of this job "
+            "left them, or a rank pushed them; for a fresh start give the job another name, or the layer: name=",
+            layer,
+            seeded.version,
+        )
+    else:
+        logger.warning(
+            "layer %r: this rank's moving statistics or grids were replaced by those of rank 0, which differ; all "
+            "ranks begin from rank 0's",
+            layer,
+        )

@@ -10,7 +10,6 @@ Laws:
 
 from __future__ import annotations
 
-import logging
 import operator
 import os
 import threading
@@ -25,18 +24,16 @@ from numpy.typing import ArrayLike, NDArray
 from bnlayer import BatchNormalization
 from bnlayer.collective import SYNCHRONIZE, Call, ExchangeKey, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError
-from bnlayer.plain import plain_array
-from bnlayer.reduction import OPS, refusal
+from bnlayer.reduction import OPS
 from bnlayer.state import LayerState
 from bnworker import failure_marker
+from bnworker.arrays import reducible, size
 from bnworker.presence import Presence, failure
 from bnworker.statistics import Statistics
-from bnworker.synchronizing import checked, contents, described, taken
+from bnworker.synchronizing import checked, contents, described, taken, warn_of_replacement
 from bnworker.transports import Transport
 
 T = TypeVar("T")
-
-logger = logging.getLogger("bnworker")
 
 
 class Layer(Protocol):
@@ -154,11 +151,11 @@ class World:
         """
         if op not in OPS:
             raise ValueError(f"allreduce(op=): expected one of {', '.join(OPS)}, received {op!r}.")
-        checked = _checked("allreduce", arrays, op)
+        checked = reducible("allreduce", arrays, op)
         described = tuple(f"{array.dtype.name}{list(array.shape)}" for array in checked)
         signature = PlainSignature(op, described)
         return self._plain(
-            Operation.REDUCE, signature, _size(checked), lambda call: self._transport.reduce(call, checked), _size
+            Operation.REDUCE, signature, size(checked), lambda call: self._transport.reduce(call, checked), size
         )
 
     def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
@@ -181,10 +178,10 @@ class World:
             raise ValueError(f"broadcast(root=): expected 0 <= root < {self.world_size}, received {root}.")
         mine = None
         if root == self.rank:
-            mine = [array.copy() for array in _checked("broadcast", () if arrays is None else arrays, "max")]
+            mine = [array.copy() for array in reducible("broadcast", () if arrays is None else arrays, "max")]
         signature = PlainSignature(root=root)
         return self._plain(
-            Operation.BROADCAST, signature, _size(mine or ()), lambda call: self._transport.broadcast(call, mine), _size
+            Operation.BROADCAST, signature, size(mine or ()), lambda call: self._transport.broadcast(call, mine), size
         )
 
     def barrier(self) -> None:
@@ -201,25 +198,12 @@ class World:
         """Enroll a layer with all ranks; a layer calls it. Returns the owner's state."""
         seeded, known = self._through(
             call,
-            _size(state.arrays().values()),
+            size(state.arrays().values()),
             lambda: self._transport.enroll(call, state),
-            lambda answer: _size(answer.state.arrays().values()),
+            lambda answer: size(answer.state.arrays().values()),
         )
-        if seeded.fingerprint == state.fingerprint:
-            return seeded
-        if known:
-            logger.warning(
-                "layer %r goes on from the statistics that the service holds (version %d): an earlier run of this job "
-                "left them, or a rank pushed them; for a fresh start give the job another name, or the layer: name=",
-                call.key.layer,
-                seeded.version,
-            )
-        else:
-            logger.warning(
-                "layer %r: this rank's moving statistics or grids were replaced by those of rank 0, which differ; all "
-                "ranks begin from rank 0's",
-                call.key.layer,
-            )
+        if seeded.fingerprint != state.fingerprint:
+            warn_of_replacement(str(call.key.layer), seeded, known=known)
         return seeded
 
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
@@ -228,9 +212,9 @@ class World:
             return self._through(
                 call, limbs.nbytes, lambda: self._transport.exchange(call, limbs), lambda total: total.limbs.nbytes
             )
-        size = limbs.nbytes + _size(state.arrays().values())
+        sent = limbs.nbytes + size(state.arrays().values())
         return self._through(
-            call, size, lambda: self._transport.exchange(call, limbs, state), lambda total: total.limbs.nbytes
+            call, sent, lambda: self._transport.exchange(call, limbs, state), lambda total: total.limbs.nbytes
         )
 
     def pull(self, layer: Layer | str) -> LayerState | None:
@@ -263,11 +247,12 @@ class World:
         owns its own: all must push the same, or the next exchange is a `MismatchError`.
 
         Raises:
-            ValueError: the layer is not built.
+            ValueError: the layer is not built, or its statistics are not finite.
             CollectiveError: the service refuses, or can't be reached.
         """
         self._alive()
         state = layer.state
+        state.refuse_nonfinite(layer.name)
         taken = self._latched(lambda: self._transport.push(layer.name, state))
         if taken is not None:
             layer.follow(taken)
@@ -292,7 +277,7 @@ class World:
         signature = PlainSignature(SYNCHRONIZE, tuple(map(described, chosen)), root=0)
         mine = [array for layer in chosen for array in contents(layer)] if self.rank == 0 else None
         values = self._plain(
-            Operation.BROADCAST, signature, _size(mine or ()), lambda call: self._transport.broadcast(call, mine), _size
+            Operation.BROADCAST, signature, size(mine or ()), lambda call: self._transport.broadcast(call, mine), size
         )
         for layer in chosen:
             values = taken(layer, values)
@@ -409,26 +394,3 @@ class World:
                 ranks=(self.rank,),
             )
             raise
-
-
-def _size(arrays: Iterable[NDArray[Any]]) -> int:
-    return sum(array.nbytes for array in arrays)
-
-
-def _checked(function: str, arrays: Iterable[ArrayLike], op: str) -> list[NDArray[Any]]:
-    """The arrays, contiguous and in native byte order.
-
-    Raises:
-        TypeError: an array's dtype is refused, or there is one array instead of a list.
-    """
-    if isinstance(arrays, np.ndarray | str | bytes) or not isinstance(arrays, Iterable):
-        received = f"one of dtype {arrays.dtype}" if isinstance(arrays, np.ndarray) else type(arrays).__name__
-        raise TypeError(f"{function}(arrays): expected a list of arrays, received {received}; write [x].")
-    checked = []
-    for index, given in enumerate(arrays):
-        array = plain_array(given, f"array {index} of {function}(arrays)")
-        why = refusal(op, array.dtype)
-        if why is not None:
-            raise TypeError(f"{function}(arrays): array {index}: {why}.")
-        checked.append(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
-    return checked

@@ -24,7 +24,6 @@ import ctypes
 import ctypes.util
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -33,16 +32,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.collective import current
 from bnlayer.dtypes import is_real
+from bnlayer.kernels.results import BatchStatistics
 from bnlayer.layer import BatchNormalization
-from bnlayer.moments import BatchStatistics
 from bnlayer.pullback import SavedTraining, sample
 from bnlayer.view import View
 
-_STATISTICS = tuple(field.name for field in fields(BatchStatistics))
-_WIDE = np.dtype(np.float64)
-
-# Rows of `saved`: the statistics, what the centered input is multiplied by, the two corrections of renorm, the step.
-SAVED_ROWS = len(_STATISTICS) + 4
+# Rows of `saved`: those of the statistics and their other vectors, what the centered input is multiplied by, the two
+# corrections of renorm, the step.
+_ROWS = 8
+SAVED_ROWS = _ROWS + 4 + 4
 
 _FENV_BYTES = 256  # more than any C library's fenv_t takes
 _FE_DFL_ENV = ctypes.c_void_p(-1)  # in glibc and musl, on every processor
@@ -162,10 +160,9 @@ class HostLayer(BatchNormalization):
 
     def _unpacked(self, view: View, saved: NDArray[np.float64]) -> SavedTraining:
         arithmetic = self.dtype_policy.arithmetic_dtype
-        kinds = {"rounded_mean": arithmetic, "pivot": arithmetic, "reach": np.dtype(np.int64), "nonfinite": np.bool_}
-        rows = iter(saved)
-        statistics: dict[str, Any] = {name: next(rows).astype(kinds.get(name, _WIDE)) for name in _STATISTICS}
-        scale, r, d, step = rows
+        mean, pivot, reach, nonfinite, scale, r, d, step = saved[_ROWS:]
+        kinds = arithmetic, arithmetic, np.dtype(np.int64), np.dtype(np.bool_)
+        vectors = [v.astype(kind) for v, kind in zip((mean, pivot, reach, nonfinite), kinds, strict=True)]
         correction = (None, None) if self._renorm is None else (r, d)
         return SavedTraining(
             self._joined(),
@@ -173,7 +170,7 @@ class HostLayer(BatchNormalization):
             int(step[0]),
             view,
             sample(view.x),
-            BatchStatistics(**statistics),
+            BatchStatistics(np.ascontiguousarray(saved[:_ROWS]), *vectors),
             scale.astype(arithmetic),
             *correction,
         )
@@ -198,8 +195,8 @@ def _libm() -> ctypes.CDLL:
 
 def _packed(saved: SavedTraining) -> NDArray[np.float64]:
     packed = np.zeros((SAVED_ROWS, saved.scale_C.shape[0]))
-    rows = [getattr(saved.statistics, name) for name in _STATISTICS]
-    for row, vector in zip(packed, [*rows, saved.scale_C, saved.r_C, saved.d_C, saved.step], strict=True):
+    rows, *vectors = saved.statistics
+    for row, vector in zip(packed, [*rows, *vectors, saved.scale_C, saved.r_C, saved.d_C, saved.step], strict=True):
         row[:] = 0.0 if vector is None else vector
     return packed
 

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.limbs import LOW, carried
-from bnlayer.moments import Moments
+from bnlayer.limbs import LOW, carried, flags
 from bnlayer.precision import Precision, exponent_above, power_of_two
 from bnlayer.view import View
 
@@ -34,10 +32,12 @@ class DeviceView(View):
     __slots__ = ()
 
     passes = sys.modules[__name__]
+    x: Any
+    mask: Any
 
 
-def probe(view: View, grid: Grid) -> NDArray[np.int64]:
-    """As `bnlayer.tiling.probe`."""
+def probe(view: DeviceView, grid: Grid) -> NDArray[np.int64]:
+    """As `bnlayer.tiling.Passes.probe`."""
     precision = grid.precision
     best = np.full((2, view.x.shape[1]), precision.no_key, np.int64)
     for at in _pieces(view):
@@ -49,8 +49,8 @@ def probe(view: View, grid: Grid) -> NDArray[np.int64]:
     return best
 
 
-def moments(view: View, grid: Grid) -> Moments:
-    """As `bnlayer.tiling.moments`."""
+def moments(view: DeviceView, grid: Grid) -> NDArray[np.int64]:
+    """As `bnlayer.tiling.Passes.moments`."""
     precision, device = grid.precision, view.x.device
     deviations = _Sum(_signed(grid.exponent_C + precision.slack, precision.folds), device)
     squares = _Sum(_positive(grid.exponent_C, precision.folds), device)
@@ -68,29 +68,29 @@ def moments(view: View, grid: Grid) -> Moments:
         d = torch.where(counted & finite & fits, d, 0.0)
         deviations.add_values(d)
         squares.add_squares(d)
-    seen = (count, out_of_range, not_finite)
-    return Moments.pack(grid, deviations.limbs, squares.limbs, *(flags.cpu().numpy() for flags in seen))
+    raised = flags(out_of_range.cpu().numpy(), not_finite.cpu().numpy())
+    return np.stack([*deviations.limbs, *squares.limbs, count.cpu().numpy(), raised])
 
 
 def normalize(
-    view: View,
+    view: DeviceView,
     mean_C: NDArray[Any],
     scale_C: NDArray[Any],
     shift_C: NDArray[Any],
     nonfinite_C: NDArray[np.bool_],
     dtype: np.dtype[Any],
 ) -> Any:
-    """As `bnlayer.tiling.normalize`."""
+    """As `bnlayer.tiling.Passes.normalize`."""
     device, kind = view.x.device, _DTYPES[mean_C.dtype.name]
     mean, scale, shift = (_channels(vector, device) for vector in (mean_C, scale_C, shift_C))
     y = torch.empty_like(view.x, dtype=_DTYPES[dtype.name])
     for at in _pieces(view):
         y[at] = (view.x[at].to(kind) - mean) * scale + shift
-    return _poisoned(y, nonfinite_C)
+    return _with_nan(y, nonfinite_C)
 
 
-def gradient_probe(dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGrid) -> NDArray[np.int64]:
-    """As `bnlayer.tiling.gradient_probe`."""
+def gradient_probe(dy: DeviceView, view: DeviceView, pivot_C: NDArray[Any], grid: BackwardGrid) -> NDArray[np.int64]:
+    """As `bnlayer.tiling.Passes.gradient_probe`."""
     precision = grid.precision
     best = np.full((2, view.x.shape[1]), precision.lowest, np.int64)
     pivot = _channels(pivot_C, view.x.device)
@@ -103,9 +103,9 @@ def gradient_probe(dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGr
 
 
 def gradient_sums(
-    dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGrid, *, fits: bool = False
-) -> GradientSums:
-    """As `bnlayer.tiling.gradient_sums`."""
+    dy: DeviceView, view: DeviceView, pivot_C: NDArray[Any], grid: BackwardGrid, *, fits: bool = False
+) -> NDArray[np.int64]:
+    """As `bnlayer.tiling.Passes.gradient_sums`."""
     del fits
     precision, device = grid.precision, view.x.device
     wide = grid.gradient_C + precision.gradient_slack
@@ -125,12 +125,13 @@ def gradient_sums(
         g, h = torch.where(outside, 0.0, g), torch.where(outside, 0.0, h)
         gradients.add_values(g)
         products.add_values(g * h)
-    return GradientSums.pack(grid, gradients.limbs, products.limbs, *seen.cpu().numpy())
+    outside, bad, large, some = seen.cpu().numpy()
+    return np.stack([*gradients.limbs, *products.limbs, flags(outside, bad), flags(large, some)])
 
 
 def input_gradient(
-    dy: View,
-    view: View,
+    dy: DeviceView,
+    view: DeviceView,
     mean_C: NDArray[Any],
     offset_C: NDArray[Any],
     slope_C: NDArray[Any],
@@ -138,7 +139,7 @@ def input_gradient(
     nonfinite_C: NDArray[np.bool_],
     dtype: np.dtype[Any],
 ) -> Any:
-    """As `bnlayer.tiling.input_gradient`."""
+    """As `bnlayer.tiling.Passes.input_gradient`."""
     device, kind = view.x.device, _DTYPES[mean_C.dtype.name]
     mean, offset, slope, scale = (_channels(vector, device) for vector in (mean_C, offset_C, slope_C, scale_C))
     dx = torch.empty_like(view.x, dtype=_DTYPES[dtype.name])
@@ -146,7 +147,7 @@ def input_gradient(
         g, mask = dy.x[at].to(kind), _truths(view, at)
         unmasked = (g - offset) - (view.x[at].to(kind) - mean) * slope
         dx[at] = (unmasked if mask is None else torch.where(mask, unmasked, g)) * scale
-    return _poisoned(dx, nonfinite_C)
+    return _with_nan(dx, nonfinite_C)
 
 
 class _Sum:
@@ -214,24 +215,24 @@ def _keys(x: Any, precision: Precision) -> Any:
     return bits ^ ((bits >> 63) & precision.sign)
 
 
-def _poisoned(y: Any, nonfinite_C: NDArray[np.bool_]) -> Any:
+def _with_nan(y: Any, nonfinite_C: NDArray[np.bool_]) -> Any:
     if nonfinite_C.any():
         y[:, torch.from_numpy(np.flatnonzero(nonfinite_C)).to(y.device)] = torch.nan
     return y
 
 
-def _pieces(view: View) -> Iterator[slice]:
+def _pieces(view: DeviceView) -> Iterator[slice]:
     """The pieces of a batch, along A; none of an empty one."""
     rows, size = view.x.shape[0], view.x.numel()
     step = max(1, _AT_ONCE * rows // max(1, size))
     return (slice(at, at + step) for at in range(0, rows if size else 0, step))
 
 
-def _values(view: View, at: slice, precision: Precision) -> Any:
+def _values(view: DeviceView, at: slice, precision: Precision) -> Any:
     return view.x[at].to(_DTYPES[precision.name])
 
 
-def _truths(view: View, at: slice) -> Any:
+def _truths(view: DeviceView, at: slice) -> Any:
     return None if view.mask is None else view.mask[at]
 
 

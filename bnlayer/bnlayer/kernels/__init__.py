@@ -1,24 +1,91 @@
 """The passes over the data, chosen once: everything that touches every element is here.
 
-A kernel set is a module with the functions of `reference`. Arrays come as (A, C, B): the axes before the channel
-axis, the channels, the axes after it. Masks broadcast to that. All sets give the same bits.
+A kernel set has the functions of `reference`. Arrays come as (A, C, B): the axes before the channel axis, the channels,
+the axes after it. Masks broadcast to that. Sums leave as plain int64 limbs. All sets give the same bits.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
+from typing import Any, Protocol
 
-from bnlayer.kernels.choice import REFERENCE, chosen
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels.choice import REFERENCE, chosen, threads
+from bnlayer.kernels.results import BatchStatistics, Gradients
+
+_Array = NDArray[Any]
+_Limbs = NDArray[np.int64]
+_Mask = NDArray[np.bool_] | None
+
+
+class Kernels(Protocol):
+    """A kernel set: what `reference` has."""
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+
+    def takes(self, x: _Array, mask: _Mask) -> bool:
+        """Whether the passes take a batch as it is."""
+
+    def probe(self, x: _Array, mask: _Mask, grid: Grid) -> _Limbs:
+        """See `reference.probe`."""
+
+    def moments(self, x: _Array, mask: _Mask, grid: Grid) -> _Limbs:
+        """See `reference.moments`."""
+
+    def normalize(
+        self, x: _Array, mean_C: _Array, scale_C: _Array, shift_C: _Array, nonfinite_C: _Array, out: _Array | None = None
+    ) -> _Array:
+        """See `reference.normalize`."""
+
+    def gradient_probe(self, dy: _Array, x: _Array, pivot_C: _Array, grid: BackwardGrid) -> _Limbs:
+        """See `reference.gradient_probe`."""
+
+    def gradient_sums(
+        self, dy: _Array, x: _Array, mask: _Mask, pivot_C: _Array, grid: BackwardGrid, *, fits: bool = False
+    ) -> _Limbs:
+        """See `reference.gradient_sums`."""
+
+    def input_gradient(
+        self, dy: _Array, x: _Array, mask: _Mask, mean_C: _Array, offset_C: _Array, slope_C: _Array, scale_C: _Array,
+        nonfinite_C: _Array, out: _Array | None = None,
+    ) -> _Array:  # fmt: skip
+        """See `reference.input_gradient`."""
+
+    def statistics(
+        self, limbs: _Limbs, grid: Grid, epsilon: float, e: float
+    ) -> tuple[BatchStatistics, NDArray[np.bool_] | None]:
+        """See `formulas.statistics`."""
+
+    def moved(
+        self, found: BatchStatistics, old_mean: _Array, old_variance: _Array, momentum: float, *, synchronized: bool,
+        masked: bool,
+    ) -> tuple[_Array, _Array]:  # fmt: skip
+        """See `formulas.moved`."""
+
+    def coefficients(
+        self, found: BatchStatistics, gamma: _Array | None, beta: _Array | None, dtype: np.dtype[Any]
+    ) -> tuple[_Array, _Array]:
+        """See `formulas.coefficients`."""
+
+    def gradients(
+        self, limbs: _Limbs, grid: BackwardGrid, forward: BatchStatistics
+    ) -> tuple[Gradients, NDArray[np.bool_] | None]:
+        """See `formulas.gradients`."""
 
 
 @cache
-def kernels() -> ModuleType:
+def kernels() -> Kernels:
     """The kernel set of this process: see `choice.chosen`."""
-    if chosen() == REFERENCE:
+    name = chosen()
+    if name == REFERENCE:
         from bnlayer.kernels import reference
 
         return reference
-    from bnlayer.kernels.compiled import kernels as compiled
+    from bnlayer.kernels.compiled import Compiled
 
-    return compiled
+    return Compiled(name, threads())

@@ -14,25 +14,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.gradients import GradientSums
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels.formulas import coefficients, gradients, moved, statistics
 from bnlayer.limbs import (
     LOW,
     carried,
+    flags,
     integers,
     integers_without_ties,
     product_error,
     remainder,
     square_integers,
 )
-from bnlayer.moments import Moments
 from bnlayer.precision import exponent_above, power_of_two
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
+__all__ = [
+    "coefficients", "gradient_probe", "gradient_sums", "gradients", "input_gradient", "moments", "moved", "normalize",
+    "probe", "statistics", "takes",
+]  # fmt: skip
+
 name = "reference (NumPy)"
 
+
+def takes(x: Array, mask: Mask) -> bool:
+    """Whether the passes take a batch as it is: float32 or float64, with a mask that broadcasts to it."""
+    return x.dtype in _TAKEN and (mask is None or mask.shape[2] in (0, 1, x.shape[2]))
+
+
+_TAKEN = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 _BLOCK = 2**16  # elements: half a megabyte per float64 temporary, a handful of which fit a second-level cache
 
 
@@ -133,13 +145,16 @@ def probe(x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
     return best
 
 
-def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
+def moments(x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
     """The exact moments of a shard: Σ(x − pivot), Σ(x − pivot)², count, and what did not fit.
 
     Args:
         x: (A, C, B), float32 or float64.
         mask: (A, 1, 1), (A, C, B), or what `View` makes between them; True where a value counts.
         grid: what to count in.
+
+    Returns:
+        (4·folds + 2, C) int64: per fold S_hi, S_lo; per fold T_hi, T_lo; count; flags (out of range, not finite).
     """
     folds, channels = grid.precision.folds, x.shape[1]
     deviations = _Sum(channels, _signed(grid.exponent_C + grid.precision.slack, folds))
@@ -167,7 +182,7 @@ def moments(x: Array, mask: Mask, grid: Grid) -> Moments:
             d = np.where(counted & fits, d, 0.0)
         deviations.add_values(d)
         squares.add_squares(d)
-    return Moments.pack(grid, deviations.limbs, squares.limbs, count, out_of_range, not_finite)
+    return np.stack([*deviations.limbs, *squares.limbs, count, flags(out_of_range, not_finite)])
 
 
 def normalize(
@@ -212,7 +227,7 @@ def gradient_probe(dy: Array, x: Array, pivot_C: Array, grid: BackwardGrid) -> N
 
 def gradient_sums(
     dy: Array, x: Array, mask: Mask, pivot_C: Array, grid: BackwardGrid, *, fits: bool = False
-) -> GradientSums:
+) -> NDArray[np.int64]:
     """The exact sums of a shard's output gradients: Σ dy and Σ dy·(x − pivot) over all positions.
 
     Args:
@@ -222,11 +237,15 @@ def gradient_sums(
         grid: what to count in.
         fits: whether the forward pass has shown that every x is finite, and x − pivot within its window: a kernel
             need not look again.
+
+    Returns:
+        (4·folds + 2, C) int64: per fold A_hi, A_lo; per fold B_hi, B_lo; flags (out of range, not finite); flags (some
+        |dy| lies in the upper part of its window, some is not 0).
     """
     del fits
     folds, channels = grid.precision.folds, x.shape[1]
     wide = grid.gradient_C + grid.precision.gradient_slack
-    gradients = _Sum(channels, _signed(wide, folds))
+    sums = _Sum(channels, _signed(wide, folds))
     products = _Sum(channels, _signed(wide + grid.deviation_C, folds))
     seen = {name: np.zeros(channels, bool) for name in ("out_of_range", "not_finite", "large", "any")}
     window, reach = power_of_two(grid.gradient_C)[:, None], power_of_two(grid.deviation_C)[:, None]
@@ -243,11 +262,10 @@ def gradient_sums(
         if outside.any():
             seen["out_of_range"] |= outside.any((0, 2))
             g, h = np.where(outside, 0.0, g), np.where(outside, 0.0, h)
-        gradients.add_values(g)
+        sums.add_values(g)
         products.add_products(g, h)
-    return GradientSums.pack(
-        grid, gradients.limbs, products.limbs, seen["out_of_range"], seen["not_finite"], seen["large"], seen["any"]
-    )
+    unfit, sizes = flags(seen["out_of_range"], seen["not_finite"]), flags(seen["large"], seen["any"])
+    return np.stack([*sums.limbs, *products.limbs, unfit, sizes])
 
 
 def input_gradient(

@@ -35,18 +35,16 @@ class Disagreement:
         kind: the error.
         text: by the number of ranks, the error's text, without hosts and process ids.
         blames_all: whether of two ranks both are blamed.
-        ranks.layer, step: that the error holds on the ranks that don't differ.
-        odd_layer, odd_step: that it holds on the one that does; it raises nothing if `odd_leaves`.
+        at: layer and step that the error holds on the ranks that don't differ.
+        odd_at: those that it holds on the one that does, where they are others; it raises nothing if `odd_leaves`.
     """
 
     act: Callable[[World, bool], object]
     kind: type[CollectiveError]
     text: dict[int, str]
     blames_all: bool = True
-    layer: str | None = None
-    step: int = 0
-    odd_layer: str | None = None
-    odd_step: int = 0
+    at: tuple[str | None, int] = (None, 0)
+    odd_at: tuple[str | None, int] | None = None
     odd_leaves: bool = False
 
     def run(self, world: World) -> object:
@@ -60,7 +58,7 @@ class Disagreement:
         error = caught.value
         assert type(error) is self.kind
         blamed = (0, 1) if world.world_size == 2 and self.blames_all else (world.world_size - 1,)
-        expected = (self.odd_layer, self.odd_step) if odd else (self.layer, self.step)
+        expected = self.odd_at if odd and self.odd_at is not None else self.at
         self.check_text(without_hosts(str(error)), world)
         assert str(error) != without_hosts(str(error)), "the text names hosts and process ids"
         assert (error.ranks, error.layer, error.step) == (blamed, *expected)
@@ -98,7 +96,7 @@ def stall(common: str, odd: str) -> dict[int, str]:
 
 
 def mismatch(key: str, *described: tuple[str, str, str]) -> dict[int, str]:
-    """The text for ranks that believe different things: (what, common value, odd value) each."""
+    """The text for ranks whose signatures differ: (what, common value, odd value) each."""
     two = "; ".join(f"{name}: rank 0 sent {common}, rank 1 sent {odd}" for name, common, odd in described)
     three = "; ".join(f"{name}: rank 2 sent {odd}, rank 0, rank 1 sent {common}" for name, common, odd in described)
     return {
@@ -109,6 +107,11 @@ def mismatch(key: str, *described: tuple[str, str, str]) -> dict[int, str]:
 
 _SYNCHRONIZE = "give every rank rank 0's: world.synchronize([layer])"
 _PUSH = "over a service, world.push(layer) on one rank, and then world.pull(layer) on the others"
+_SET_ALIKE = ("Set them alike on every rank", _SYNCHRONIZE, _PUSH)
+_SET_ON_ONE = (
+    "moving statistics or grids were set on rank 1, but not on rank 0",
+    "moving statistics or grids were set on rank 2, but not on rank 0, rank 1",
+)
 _OWN = "if each rank is to have its own gamma and beta: BatchNormalization(..., own_weights=True)"
 
 
@@ -141,94 +144,80 @@ DISAGREEMENTS = {
         ranks.different_layers,
         StallError,
         stall("the enrolment of layer 'a'", "the enrolment of layer 'b'"),
-        layer="a",
-        odd_layer="b",
+        at=("a", 0),
+        odd_at=("b", 0),
     ),
     "order": Disagreement(
         ranks.different_order,
         StallError,
         stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
-        layer="a",
-        step=1,
-        odd_layer="b",
-        odd_step=1,
+        at=("a", 1),
+        odd_at=("b", 1),
     ),
     "direction": Disagreement(
         ranks.skipped_backward,
         StallError,
         stall("layer 'bn' (backward, step 0)", "layer 'bn' (forward, step 1)"),
-        layer="bn",
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 0),
+        odd_at=("bn", 1),
     ),
     "step": Disagreement(
         ranks.extra_step,
         StallError,
         stall("barrier (number 0)", "layer 'bn' (forward, step 1)"),
-        odd_layer="bn",
-        odd_step=1,
+        odd_at=("bn", 1),
     ),
     "mode": Disagreement(
         ranks.evaluating,
         StallError,
         stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
-        layer="a",
-        step=1,
-        odd_layer="b",
-        odd_step=1,
+        at=("a", 1),
+        odd_at=("b", 1),
     ),
     "frozen": Disagreement(
         ranks.frozen,
         StallError,
         stall("layer 'a' (forward, step 1)", "layer 'b' (forward, step 1)"),
-        layer="a",
-        step=1,
-        odd_layer="b",
-        odd_step=1,
+        at=("a", 1),
+        odd_at=("b", 1),
     ),
     "skipped-layer": Disagreement(
         ranks.skipped_layer,
         StallError,
         stall("layer 'b' (forward, step 1)", "layer 'c' (forward, step 1)"),
-        layer="b",
-        step=1,
-        odd_layer="c",
-        odd_step=1,
+        at=("b", 1),
+        odd_at=("c", 1),
     ),
     "extra-layer": Disagreement(
         ranks.extra_layer,
         StallError,
         stall("the enrolment of layer 'b'", "the enrolment of layer 'extra'"),
-        layer="b",
-        odd_layer="extra",
+        at=("b", 0),
+        odd_at=("extra", 0),
     ),
     "channels": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world), world, channels=3 if odd else 4),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("channels", "4", "3")),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "dtype": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world, dtype="float64" if odd else "float32"), world),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", *((name, "float32", "float64") for name in ("dtype", "policy"))),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "momentum": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world, momentum=0.9 if odd else 0.99), world),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("momentum", "0.99", "0.9")),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "epsilon": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world, epsilon=1e-5 if odd else 1e-3), world),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("epsilon", "0.001", "1e-05")),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "renorm": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world, renorm=odd), world),
@@ -237,47 +226,32 @@ DISAGREEMENTS = {
             "the enrolment of layer 'bn'",
             ("renorm", "None", "Renorm(momentum=0.99, rmax=None, rmin=None, dmax=None)"),
         ),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "masked": Disagreement(
         ranks.different_masks,
         MismatchError,
         mismatch("layer 'bn' (forward, step 1)", ("masked", "False", "True")),
-        layer="bn",
-        step=1,
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 1),
     ),
     "update": Disagreement(
         ranks.one_does_not_update,
         MismatchError,
         mismatch("layer 'bn' (forward, step 1)", ("update_moving", "True", "False")),
-        layer="bn",
-        step=1,
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 1),
     ),
     "set-on-one": Disagreement(
         ranks.set_on_one,
         MismatchError,
-        set_apart(
-            "moving statistics or grids were set on rank 1, but not on rank 0",
-            "moving statistics or grids were set on rank 2, but not on rank 0, rank 1",
-            *("Set them alike on every rank", _SYNCHRONIZE, _PUSH),
-        ),
+        set_apart(*_SET_ON_ONE, *_SET_ALIKE),
         blames_all=False,
-        layer="bn",
-        step=1,
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 1),
     ),
     "pulled-back-call": Disagreement(
         ranks.different_calls,
         MismatchError,
         mismatch("layer 'bn' (backward, step 0)", ("training call (forward step)", "0", "1")),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "set-differently": Disagreement(
         ranks.set_differently,
@@ -285,39 +259,23 @@ DISAGREEMENTS = {
         set_apart(
             "moving statistics or grids were set differently on rank 0 and on rank 1",
             "moving statistics or grids were set differently on rank 2 and on rank 0, rank 1",
-            *("Set them alike on every rank", _SYNCHRONIZE, _PUSH),
+            *_SET_ALIKE,
         ),
-        layer="bn",
-        step=1,
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 1),
     ),
     "set-before-backward": Disagreement(
         ranks.set_before_backward,
         MismatchError,
-        set_apart(
-            "moving statistics or grids were set on rank 1, but not on rank 0",
-            "moving statistics or grids were set on rank 2, but not on rank 0, rank 1",
-            *("Set them alike on every rank", _SYNCHRONIZE, _PUSH),
-            key="layer 'bn' (backward, step 0)",
-        ),
+        set_apart(*_SET_ON_ONE, *_SET_ALIKE, key="layer 'bn' (backward, step 0)"),
         blames_all=False,
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "grid": Disagreement(
         ranks.one_restores,
         MismatchError,
-        set_apart(
-            "moving statistics or grids were set on rank 1, but not on rank 0",
-            "moving statistics or grids were set on rank 2, but not on rank 0, rank 1",
-            *("Set them alike on every rank", _SYNCHRONIZE, _PUSH),
-        ),
+        set_apart(*_SET_ON_ONE, *_SET_ALIKE),
         blames_all=False,
-        layer="bn",
-        step=1,
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 1),
     ),
     "weights-on-one": Disagreement(
         ranks.weights_on_one,
@@ -327,13 +285,11 @@ DISAGREEMENTS = {
             "gamma or beta were set on rank 1, but not on rank 0",
             "moving statistics or grids were set on rank 2, but not on rank 0, rank 1; "
             "gamma or beta were set on rank 2, but not on rank 0, rank 1",
-            *("Set them alike on every rank", _SYNCHRONIZE, _PUSH, _OWN),
+            *_SET_ALIKE,
+            _OWN,
         ),
         blames_all=False,
-        layer="bn",
-        step=1,
-        odd_layer="bn",
-        odd_step=1,
+        at=("bn", 1),
     ),
     "other-weights": Disagreement(
         ranks.other_weights,
@@ -344,15 +300,13 @@ DISAGREEMENTS = {
             *("Load the same ones on every rank", _SYNCHRONIZE, _OWN),
             key="the enrolment of layer 'bn'",
         ),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "own-weights": Disagreement(
         lambda world, odd: ranks.train(ranks.layer(world, own_weights=odd), world),
         MismatchError,
         mismatch("the enrolment of layer 'bn'", ("own_weights", "False", "True")),
-        layer="bn",
-        odd_layer="bn",
+        at=("bn", 0),
     ),
     "synchronized-layers": Disagreement(
         ranks.synchronize_others,
@@ -371,18 +325,16 @@ DISAGREEMENTS = {
         StallError,
         left("layer 'bn' (forward, step 1)"),
         blames_all=False,
-        layer="bn",
-        step=1,
         odd_leaves=True,
+        at=("bn", 1),
     ),
     "failure": Disagreement(
         ranks.failure,
         PeerLostError,
         lost("failed with ValueError: no such file", "layer 'bn' (forward, step 1)"),
         blames_all=False,
-        layer="bn",
-        step=1,
         odd_leaves=True,
+        at=("bn", 1),
     ),
     "failing-exit": Disagreement(
         ranks.failing_exit,

@@ -126,7 +126,7 @@ def any_memory_layout_is_taken(world: World) -> object:
 
 
 @body()
-def overflow_is_told_to_every_rank(world: World) -> object:
+def overflow_is_reported_to_every_rank(world: World) -> object:
     """A sum that its dtype can't hold raises everywhere with the same text; the world goes on."""
     seen = []
     for name in INTEGERS:

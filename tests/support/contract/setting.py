@@ -294,3 +294,39 @@ def ranks_may_have_weights_of_their_own(world: World) -> object:
     assert [w.tolist() for w in bn.get_weights()[:2]] == [[world.rank + 1.0] * 3, [-float(world.rank)] * 3]
     assert "own_weights" not in bn.get_config()
     return _told(bn)[2:]
+
+
+@body()
+def statistics_that_are_not_finite_are_refused_at_once(world: World) -> object:
+    """On every transport, before anything is sent: no batch could ever mend them. Once they are finite, it goes on."""
+    rows = world.shard(_ROWS)
+    mine, one = Trainer(world, rows, name="bn"), Trainer(Alone(), slice(None), name="bn")
+    for trainer in (mine, one):
+        trainer.call(0)
+    kept = mine.bn.moving_variance.numpy()
+    mine.bn.moving_variance.assign([1, np.nan, np.inf])
+    refused = (
+        "^Layer 'bn': expected finite numbers in moving_variance, received nan in channel 1: in a synchronized layer "
+        r"they would stay so\. Set finite ones, or reset them\.$"
+    )
+    for attempt in (mine.backward, lambda: mine.call(1), lambda: world.push(mine.bn)):
+        with pytest.raises(ValueError, match=refused):
+            attempt()
+    mine.call(1, training=False)
+    assert np.isnan(mine.seen.pop()[:, 1]).all()
+    mine.bn.moving_variance.assign(kept)
+    one.bn.moving_variance.assign(kept)
+    for trainer in (mine, one):
+        trainer.call(1)
+        trainer.backward()
+    assert [y.tobytes() for y in mine.seen] == [y[rows].tobytes() for y in one.seen]
+    assert _told(mine.bn) == _told(one.bn)
+    begun = Trainer(
+        world, rows, name="begun", moving_mean_initializer=lambda shape, dtype: np.full(shape, np.inf, dtype)
+    )
+    with pytest.raises(
+        ValueError, match=r"^Layer 'begun': expected finite numbers in moving_mean, received inf in chan"
+    ):
+        begun.call(0)
+    world.barrier()
+    return _told(mine.bn)

@@ -29,7 +29,7 @@ from support.fault.wire import AWAY
 RESUMED_S = 2.0  # the promise: so long after the service listens again, every rank has completed an exchange
 WORLD = 3
 _STEPS_PER_BLOW = 5
-_STEPS_BESIDE = 30  # for what the ranks do until a busy machine lets us strike
+_STEPS_MEANWHILE = 30  # for what the ranks do until a busy machine lets us strike
 _MOST_EXCHANGES = 50  # between two blows: 4 steps, so that none comes after the last step
 _LONGEST_DELAY_S = 0.012
 _JOINING_S = 0.15
@@ -79,7 +79,7 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
     report = Report(f"kill -9 of the service, seed {seed}")
     resumed = Times("every rank has resumed after the service listens again", RESUMED_S)
     report.times.append(resumed)
-    steps = _STEPS_BESIDE + _STEPS_PER_BLOW * kills
+    steps = _STEPS_MEANWHILE + _STEPS_PER_BLOW * kills
     with daemon(folder / "service") as service, ranks(WORLD, folder / "ranks") as team:
         try:
             job = Job("parts", team, [service.address], folder, seed=seed, until=steps)
@@ -103,7 +103,7 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
 def storm(folder: Path, seed: int, blows: int, progress: Progress) -> Report:
     """Kill and stop the service in turns, so many times, while every connection breaks as the seed says."""
     report = Report(f"storm, seed {seed}")
-    steps = _STEPS_BESIDE + _STEPS_PER_BLOW * blows
+    steps = _STEPS_MEANWHILE + _STEPS_PER_BLOW * blows
     with ExitStack() as stack:
         service = stack.enter_context(daemon(folder / "service", AWAY))
         team = stack.enter_context(ranks(WORLD, folder / "ranks"))

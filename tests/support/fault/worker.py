@@ -108,7 +108,7 @@ def _play(part: Part) -> None:
         if exchanges in part.pauses:
             report(at="paused", exchange=exchanges)
             if part.how == "compute":
-                _compute_until_told()
+                _compute_until_failure()
             next_line()
 
     with world:
@@ -126,7 +126,7 @@ def _play(part: Part) -> None:
     report(at="left")
 
 
-def _compute_until_told() -> None:
+def _compute_until_failure() -> None:
     x = np.ones((64, 64))
     while not select.select([0], [], [], 0)[0]:
         x = np.tanh(x @ x)

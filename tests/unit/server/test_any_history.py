@@ -412,7 +412,7 @@ def _next(process: Process) -> tuple[Call, object]:
 def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
     if exchange.wants is Operation.PROBE:
         return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid).limbs
+    return reference.moments(x, None, exchange.grid)
 
 
 def _fresh() -> LayerState:

@@ -170,7 +170,7 @@ def test_another_call_while_one_waits_is_refused() -> None:
     assert "expected nothing while contribution 1 waits for its answer, received another" in failed.text
 
 
-def test_a_leave_while_its_own_call_waits_counts_as_gone() -> None:
+def test_a_leave_while_its_own_call_waits_counts() -> None:
     """An interrupted rank says goodbye in the middle of an exchange: the others don't complete without it."""
     service = Service()
     _join(service, 1, 2)
@@ -183,7 +183,7 @@ def test_a_leave_while_its_own_call_waits_counts_as_gone() -> None:
     assert saved == Persist("j")
 
 
-def test_a_bad_push_costs_the_place() -> None:
+def test_a_bad_push_ends_the_connection() -> None:
     """Numbers that are not finite never become the owner's."""
     service = Service()
     _join(service, 1)
@@ -218,7 +218,7 @@ def test_a_reduction_is_in_rank_order() -> None:
     assert reduce.streams == (1, 2)
 
 
-def test_words_are_the_callers_own() -> None:
+def test_the_limbs_of_a_rank_are_not_written_to() -> None:
     """Adding on arrival must not write into what a rank sent: it is the message's memory."""
     service = Service()
     _join(service, 1, 2)

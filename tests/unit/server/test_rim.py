@@ -32,7 +32,7 @@ class _SlowStore(Store):
         await self.disk.wait()
 
 
-def test_a_goodbye_is_answered_after_what_came_before_it_is_saved(tmp_path: Path) -> None:
+def test_a_goodbye_is_answered_after_earlier_records_are_saved(tmp_path: Path) -> None:
     """When `leave` returns on the last rank, its job is on disk."""
 
     async def scene() -> None:

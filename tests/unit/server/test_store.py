@@ -329,7 +329,7 @@ def _failing(directory: Path, failpoint: str) -> Store:
     return store
 
 
-def test_an_entry_that_does_not_fit_is_told_and_leaves_no_half(tmp_path: Path) -> None:
+def test_a_record_that_does_not_fit_is_reported_and_leaves_no_part(tmp_path: Path) -> None:
     """What was before is still sound, what comes later waits for a snapshot, and then the journal goes on."""
     store = _failing(tmp_path, "in-journal=full:2")
     store.append("j", _JOURNAL[0])
@@ -409,7 +409,7 @@ def test_a_write_that_broke_off_is_in_nobodys_way(tmp_path: Path) -> None:
     assert _same(_loaded(tmp_path)["j"], _SNAPSHOT + _JOURNAL)
 
 
-def test_a_directory_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_can_not_be_made_is_reported(tmp_path: Path) -> None:
     """A file stands where the directory should be."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"The state directory .*file can't be used: "):

@@ -149,7 +149,7 @@ def test_every_term_travels() -> None:
         ),
     ],
 )
-def test_unknown_words_are_refused(message: pb.Contribution, text: str) -> None:
+def test_unknown_enum_values_are_refused(message: pb.Contribution, text: str) -> None:
     """What a newer client may say is named, not guessed."""
     with pytest.raises(WireError, match=text):
         call_of(message)

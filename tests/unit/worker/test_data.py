@@ -266,7 +266,7 @@ def test_the_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     assert len(set(found)) == len(found) - 2
 
 
-def test_wide_rows_are_judged_in_smaller_blocks(tmp_path: Path) -> None:
+def test_wide_rows_are_checked_in_smaller_blocks(tmp_path: Path) -> None:
     """Memory is bounded by bytes, not by rows alone."""
     x = np.zeros((50, 2**19), "uint8")
     np.savez(tmp_path / "wide.npz", x=x, y=np.zeros(50, int), x_test=x, y_test=np.zeros(50, int))

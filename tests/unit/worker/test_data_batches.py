@@ -7,12 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnworker.train.data import DataError
+from bnworker.train.data import LAST_BATCHES, DataError, LastBatch
 from bnworker.train.data.batches import (
-    LAST_BATCHES,
     ROWS_AT_MOST,
     EpochSteps,
-    LastBatch,
     shares,
     shuffled,
     split,

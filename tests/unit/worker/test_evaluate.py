@@ -14,8 +14,7 @@ from bnlayer.collective import installed
 from bnworker.train.checkpoint import Checkpoint, read
 from bnworker.train.data import load
 from bnworker.train.evaluation import evaluate, evaluate_splits
-from bnworker.train.loop import perceptron
-from bnworker.train.model import cross_entropy
+from bnworker.train.model import cross_entropy, perceptron
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
@@ -71,7 +70,7 @@ def test_the_figures_of_training_are_found_again(command: Command, trained: Chec
     assert counts == {"train": 144, "validation": 16, "test": 40, "all": 200}
 
 
-def test_other_data_are_judged_whole_and_class_by_class(command: Command, trained: Checkpoint) -> None:
+def test_other_data_are_evaluated_in_all_and_class_by_class(command: Command, trained: Checkpoint) -> None:
     """Of rows that the model has never seen none is held back; each figure is what its definition says."""
     x, y = rows(57, 2)
     x, y = x[y != 4], y[y != 4]  # one of the three classes does not occur

@@ -69,9 +69,7 @@ def test_a_second_join_is_refused_and_a_later_one_is_not() -> None:
     bnworker.join().leave()
 
 
-def test_a_batch_script_is_told_that_it_is_no_step(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_batch_script_is_no_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """It trained alone in silence, whoever had forgotten srun."""
     line = (
         "SLURM_PROCID=0 and SLURM_NTASKS=4 are set, but SLURM_STEP_ID is not: this process is a batch script or a "
@@ -116,7 +114,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment is the process's own."""
     monkeypatch.setenv("BNLAYER_TRANSPORT", "nccl")
-    with pytest.raises(ValueError, match="BNLAYER_TRANSPORT: expected 'alone', 'mpi' or 'service'"):
+    with pytest.raises(ValueError, match="BNLAYER_TRANSPORT: expected 'alone', 'mpi', 'service' or 'torch'"):
         bnworker.join()
 
 
@@ -142,7 +140,7 @@ def test_mpi_without_mpi4py_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
         (ValueError("x" * 500), "failed with ValueError: " + "x" * 175 + "…"),
     ],
 )
-def test_an_exception_is_told_in_one_line(error: BaseException | None, reason: str) -> None:
+def test_an_exception_is_described_in_one_line(error: BaseException | None, reason: str) -> None:
     """The first line, and no more than fits into the others' errors."""
     assert failure(error) == reason
 

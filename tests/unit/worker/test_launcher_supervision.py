@@ -98,6 +98,23 @@ def test_a_signal_is_passed_on_and_sets_the_code(number: int, code: int) -> None
     assert job.exit_code() == code
 
 
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ([75, 75], 75),
+        ([75, -KILL], 143),  # one was too slow: it may be the one that writes the checkpoint
+        ([75, 0], 143),
+        ([143, 143], 143),
+    ],
+)
+def test_ranks_that_were_stopped_and_can_be_resumed(ends: list[int], code: int) -> None:
+    """All of them say so, or the code is that of the signal."""
+    job = Supervision(frozenset({0, 1, MPIEXEC}), resumable=75)
+    for event in (Interrupted(TERM), Ended(0, ends[0]), Ended(1, ends[1]), Ended(MPIEXEC, 75)):
+        job, _ = job.handle(event)
+    assert (job.done, job.exit_code()) == (True, code)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGPIPE, 141)])
 def test_a_lost_terminal_or_reader_ends_the_job_with_sigterm(number: int, code: int) -> None:
     """The ranks may not notice a SIGPIPE, nor a SIGHUP; the code says what came."""

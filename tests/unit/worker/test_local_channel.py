@@ -16,12 +16,12 @@ from bnworker.transports.service.local_channel import LocalChannel, attached
 def _listener(answer: bytes, backlog: int = 1) -> Iterator[tuple[socket.socket, pb.LocalSocket]]:
     """Somebody who answers one caller with some bytes, and hangs up after the caller."""
     name = f"test-{threading.get_native_id()}"
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(f"\0{name}")
-        door.listen(backlog)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen(backlog)
 
         def serve() -> None:
-            end, _ = door.accept()
+            end, _ = listener.accept()
             with end:
                 end.recv(100)
                 end.sendall(answer)
@@ -29,7 +29,7 @@ def _listener(answer: bytes, backlog: int = 1) -> Iterator[tuple[socket.socket, 
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield door, pb.LocalSocket(name=name, ticket=b"t", port=7)
+        yield listener, pb.LocalSocket(name=name, ticket=b"t", port=7)
         thread.join()
 
 
@@ -54,11 +54,11 @@ def test_a_rank_does_without_it(answer: bytes, caplog: pytest.LogCaptureFixture)
 
 
 def test_a_rank_waits_at_a_crowded_door() -> None:
-    """All ranks of a job come at once: a full queue is not a closed door."""
+    """All ranks of a job come at once: a full queue is not a closed socket."""
     name = f"crowded-{threading.get_native_id()}"
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(f"\0{name}")
-        door.listen(0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen(0)
         waiting = socket.socket(socket.AF_UNIX)
         waiting.connect(f"\0{name}")  # the one that fits
         with socket.socket(socket.AF_UNIX) as refused:
@@ -67,9 +67,9 @@ def test_a_rank_waits_at_a_crowded_door() -> None:
                 refused.connect(f"\0{name}")
 
         def serve() -> None:
-            with waiting, door.accept()[0]:
+            with waiting, listener.accept()[0]:
                 pass
-            end, _ = door.accept()
+            end, _ = listener.accept()
             with end:
                 frames = Frames()
                 while frames.next() is None:

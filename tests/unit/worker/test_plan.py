@@ -97,11 +97,11 @@ def test_ipv6_addresses_stand_in_brackets() -> None:
                 "itself."
             ),
         ),
-        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi' or 'service', received 'nccl'."),
+        ({}, {"transport": "nccl"}, "transport=: expected 'alone', 'mpi', 'service' or 'torch', received 'nccl'."),
         (
             {"BNLAYER_TRANSPORT": "grpc"},
             {},
-            "BNLAYER_TRANSPORT: expected 'alone', 'mpi' or 'service', received 'grpc'.",
+            "BNLAYER_TRANSPORT: expected 'alone', 'mpi', 'service' or 'torch', received 'grpc'.",
         ),
         (
             OURS,
@@ -153,6 +153,30 @@ def test_what_is_refused(environ: dict[str, str], arguments: dict[str, Any], tex
     with pytest.raises(ValueError) as caught:
         plan(environ, **arguments)
     assert str(caught.value) == text
+
+
+def test_an_initialized_process_group_is_taken_where_nothing_else_says_how_ranks_meet() -> None:
+    """torch.distributed beats the variables of torchrun; an address, and MPI's variables, beat it."""
+    assert plan(TORCHRUN, process_group=True) == Plan(
+        "torch", 2, 4, "torch.distributed is initialized; RANK says the rank"
+    )
+    assert plan({}, process_group=True).transport == "torch"
+    assert plan(SERVICE | TORCHRUN, process_group=True).transport == "service"
+    assert plan(MPICH, process_group=True).transport == "mpi"
+
+
+@pytest.mark.parametrize("transport", ["alone", "mpi"])
+def test_an_address_needs_the_service(transport: str) -> None:
+    """As an argument it was silently ignored; that of the environment may be there for other jobs, and is a note."""
+    with pytest.raises(ValueError) as caught:
+        plan(MPICH, transport=transport, address="h:1")
+    assert str(caught.value) == (
+        f"address= is of a statistics service, and transport={transport!r} uses none: give transport='service' to use "
+        "the one at h:1, or leave out address=."
+    )
+    for chosen in (plan(SERVICE, transport=transport), plan(SERVICE | {"BNLAYER_TRANSPORT": transport})):
+        assert (chosen.transport, chosen.address) == (transport, None)
+        assert " says so, so BNLAYER_ADDRESS=127.0.0.1:7000 is not used" in chosen.reason
 
 
 def test_explicit_rank_settles_a_conflict() -> None:

@@ -75,7 +75,7 @@ def test_layers_over_time() -> None:
     assert np.array_equal(layers["bn_2"][2][1].moving_mean, [0.0, 3.0, 6.0, 9.0])
 
 
-def test_nothing_told() -> None:
+def test_an_empty_history() -> None:
     """A run that failed at once has an empty history."""
     history = History(10, 5)
     assert (history.points, history.epochs, history.layers(), history.reading_share) == ([], [], {}, 0.0)

@@ -100,7 +100,7 @@ def test_the_pictures_are_files_too(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
-def test_it_says_what_was_told(folder: Path) -> None:
+def test_the_page_holds_what_was_recorded(folder: Path) -> None:
     """The figures of the summary, one row an epoch, settings, exchanges; names of files are text, not markup."""
     page = read(folder)
     assert "bnlayer train: rows <of> my/own.npz" in page.text

@@ -370,7 +370,7 @@ def _leave(reason: str = "") -> list[pb.ExchangeRequest]:
     return [pb.ExchangeRequest(leave=pb.Leave(reason=reason))]
 
 
-def test_a_goodbye_takes_the_place_of_what_was_interrupted() -> None:
+def test_a_goodbye_replaces_an_interrupted_request() -> None:
     """On the stream, which nothing holds up; an answer that still comes is not taken for the goodbye's."""
     session = _active()
     session.handle(happened.Ask(_contribution(1)), 0.0)

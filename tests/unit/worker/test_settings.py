@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from bnlayer.constraints import MaxNorm, NonNeg, UnitNorm
 from bnlayer.regularizers import L1, L1L2, L2
+from bnworker.cli import configuration
+from bnworker.cli.options import given, with_options
 from bnworker.train import penalties
+from bnworker.train.declaration import Setting, at_least, one_of, refuse
 from bnworker.train.settings import Settings, SettingsError
 
 
@@ -45,6 +51,50 @@ def test_what_is_refused(changed: dict[str, Any], text: str) -> None:
     with pytest.raises(SettingsError) as raised:
         replace(Settings(), **changed)
     assert str(raised.value) == text
+
+
+@dataclass(frozen=True)
+class Baking:
+    """A declaration."""
+
+    loaves: Annotated[int, Setting("How many.", accepted=at_least(1, shown=False))] = 2
+    oven_shape: Annotated[str | None, Setting("Its form.", "Oven", one_of("round", "square"))] = None
+    sizes: Annotated[
+        tuple[int, ...], Setting("Of each.", written=str, read=lambda text: tuple(map(int, text.split(","))))
+    ] = (3, 4)
+    steam: Annotated[bool, Setting("Whether.")] = False
+
+    def __post_init__(self) -> None:
+        refuse(self)
+
+
+def test_a_field_is_an_option_a_key_and_a_check(
+    tmp_path: Path,
+) -> None:
+    """One declaration: what is written, in a file or on the command line, arrives as the field, or is refused."""
+    baked: list[Baking] = []
+
+    def bake(
+        context: typer.Context,
+        config: Annotated[Path | None, typer.Option(is_eager=True, callback=configuration.read)] = None,
+    ) -> None:
+        del config
+        baked.append(given(context, Baking))
+
+    app = typer.Typer()
+    app.command()(with_options(Baking)(bake))
+    (tmp_path / "bread.toml").write_text("oven-shape = 'square'\nsizes = [5, 6]\nsteam = true\n", encoding="utf-8")
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+    assert run().exit_code == 0
+    assert run("--config", str(tmp_path / "bread.toml"), "--loaves=7", "--no-steam").exit_code == 0
+    assert baked == [Baking(), Baking(7, "square", (5, 6), steam=False)]
+    assert str(run("--loaves=0").exception) == "bake: --loaves: expected >= 1, received 0."
+    assert "'oval' is not one of 'round', 'square'" in run("--oven-shape=oval").output
+    with pytest.raises(SettingsError, match=r"^--oven-shape: expected one of round, square, received 'oval'\.$"):
+        Baking(oven_shape="oval")
 
 
 def rates(settings: Settings, steps: int, per_epoch: int) -> list[float]:
@@ -86,8 +136,8 @@ def test_differences_name_the_option() -> None:
     saved = json.loads(json.dumps(Settings().as_json()))
     assert replace(Settings(), epochs=30, steps=7).differences(saved) == []
     assert replace(Settings(), hidden=(8,), batch_size=32, early_stop=2, validation_split=0.1).differences(saved) == [
-        "--batch-size was 64, now 32",
         "--hidden was 128,64, now 8",
+        "--batch-size was 64, now 32",
         "--validation-split was 0.0, now 0.1",
         "--early-stop was not given, now 2",
     ]

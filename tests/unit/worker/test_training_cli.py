@@ -320,24 +320,26 @@ def test_every_flag_can_be_turned_off() -> None:
     assert all(option.secondary_opts == [f"--no-{option.opts[0][2:]}"] for option in flags)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_second_is_not(number: signal.Signals) -> None:
-    """What a signal did before it does again after the first one, and when the block is left."""
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_is_noted_and_a_second_ctrl_c_is_not(first: signal.Signals) -> None:
+    """What SIGINT did before it does again after the first signal; the others do when the block is left."""
     received: list[int] = []
-    before = signal.signal(number, lambda number, _: received.append(number))
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         with Interruption() as interruption:
             assert not interruption.asked()
+            signal.raise_signal(first)
+            for number in numbers:
+                assert received == []
+                signal.raise_signal(number)
+            assert (interruption.asked(), interruption.signal, received) == (True, first, [signal.SIGINT])
+        for number in numbers:
             signal.raise_signal(number)
-            assert (interruption.asked(), interruption.signal, received) == (True, number, [])
-            signal.raise_signal(number)
-            assert received == [number]
-        with Interruption():
-            pass
-        signal.raise_signal(number)
-        assert received == [number, number]
+        assert received == [signal.SIGINT, *numbers]
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
@@ -377,3 +379,28 @@ def test_the_forecast_is_what_is_sent(dtype: str) -> None:
     again = statistics.bytes_sent - exact - plan.probe_bytes
     assert probes >= 4
     assert 0 <= again <= (probes - 4) * max(exchange.bytes for exchange in plan.exchanges) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", ["--transport=none", "--dry-run"]),
+        ("train", ["--transport=mpi", "--dry-run"]),
+        ("evaluate", ["--transport=mpi", "--workers=2", "none.safetensors"]),
+        ("calibrate", ["--transport=mpi", "--workers=2", "none.safetensors", "out.safetensors"]),
+        ("launch", ["--transport=mpi", "-n0", "--", "true"]),
+    ],
+)
+def test_an_address_needs_the_service(
+    name: str, arguments: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was silently ignored; as a variable, which may be there for other jobs, it still is."""
+    transport = arguments[0].partition("=")[2]
+    line = (
+        f"bnlayer: {name}: --address is of a statistics service, and --transport {transport} uses none: leave out one "
+        "of them.\n"
+    )
+    assert command(name, "--address=h:1", *arguments) == (2, "", line)
+    without = command(name, *arguments)
+    monkeypatch.setenv("BNLAYER_ADDRESS", "h:1")
+    assert command(name, *arguments) == without

@@ -176,7 +176,7 @@ def test_what_is_saved_when() -> None:
     assert [one.steps for one in events if isinstance(one, Saved)] == [4, 5, 8]
 
 
-def test_to_go_further_is_to_have_gone_further() -> None:
+def test_going_on_equals_longer_training() -> None:
     """--steps and --epochs end a run; a resumed one with more of them is the one that had them from the start."""
     whole = run(PLAIN)[1]
     for short in (replace(PLAIN, steps=7), replace(PLAIN, epochs=2)):

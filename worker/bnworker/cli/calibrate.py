@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bnworker.cli.errors import CommandError
+from bnworker.cli.options import address_of_service, given, with_options
+from bnworker.cli.ranks import RanksOfOnePass
 from bnworker.cli.several import joined, launch, ranks_to_launch
-from bnworker.cli.train import TrainTransport
 
 
+@with_options(RanksOfOnePass)
 def calibrate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Written by `bnlayer train --save`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="What to write; may be the same file.")],
     data: Annotated[
         str | None, typer.Option(help="What to estimate over; what the model was trained on, if not given.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step, of all workers together.")] = 256,
-    workers: Annotated[int | None, typer.Option(min=1, help="How many processes; 1 if not given.")] = None,
-    transport: Annotated[TrainTransport, typer.Option(help="As of `bnlayer train`.")] = TrainTransport.service,
-    address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", envvar="BNLAYER_ADDRESS", help="Of a running service; else one is started."),
-    ] = None,
 ) -> None:
     """Estimate a trained model's moving statistics anew: exactly, over all training rows, in one pass.
 
@@ -41,11 +39,13 @@ def calibrate(
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
     if out.suffix != ".safetensors":
         raise CommandError(f"calibrate: {out}: expected a name that ends in .safetensors.")
-    many = ranks_to_launch("calibrate", workers, transport)
+    ranks = given(context, RanksOfOnePass)
+    ranks = replace(ranks, address=address_of_service(context, ranks.address, ranks.transport))
+    many = ranks_to_launch("calibrate", ranks)
     if many:
         arguments = [str(checkpoint), str(out), f"--batch-size={batch_size}"]
         arguments += [f"--data={data}"] if data is not None else []
-        raise typer.Exit(launch("calibrate", checkpoint, arguments, many, transport, address))
+        raise typer.Exit(launch("calibrate", checkpoint, arguments, many, ranks))
     _run(checkpoint, out, data, batch_size)
 
 

@@ -7,19 +7,12 @@ from pathlib import Path
 
 from bnproto.credentials import refusal
 from bnworker.cli.errors import CommandError
-from bnworker.cli.rank import Files
-from bnworker.train import data, penalties, report, weight_files
+from bnworker.cli.files import Files
+from bnworker.train import data, report, weight_files
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, labels_of, read
 from bnworker.train.files import prepare
-from bnworker.train.settings import Settings, option
+from bnworker.train.settings import Settings
 from bnworker.train.weight_files import WeightFileError
-
-_NAMED = {
-    "gamma_regularizer": penalties.regularizer,
-    "beta_regularizer": penalties.regularizer,
-    "gamma_constraint": penalties.constraint,
-    "beta_constraint": penalties.constraint,
-}
 
 
 def refuse_what_cannot_work(
@@ -45,17 +38,12 @@ def refuse_what_cannot_work(
     if unavailable is not None:
         raise CommandError(f"train: {unavailable}")
     _refuse_options_without_meaning(files, replicas)
-    for setting, known in _NAMED.items():
-        try:
-            known(getattr(settings, setting))
-        except ValueError as error:
-            raise CommandError(f"train: {option(setting)}: {error}.") from None
     try:
         data.check(name)
-        for path in filter(None, (files.summary, files.saved)):
+        for path in filter(None, (files.summary, files.save)):
             prepare(path)
         report.check(files.report, files.tensorboard)
-        start = read(files.saved) if files.resume and files.saved is not None else None
+        start = read(files.save) if files.resume and files.save is not None else None
         if start is not None:
             start.refuse_other_settings(settings)
         if start is None and settings.init_from is not None:
@@ -80,7 +68,7 @@ def _examine(name: str, settings: Settings, start: Checkpoint | None) -> None:
 
 def _refuse_options_without_meaning(files: Files, replicas: int) -> None:
     for given, name in ((files.save_every is not None, "--save-every"), (files.resume, "--resume")):
-        if given and files.saved is None:
+        if given and files.save is None:
             raise CommandError(f"train: {name} needs --save FILE.safetensors, the file that it is about.")
     if files.resume and replicas > 1:
         raise CommandError(

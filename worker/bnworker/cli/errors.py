@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+# A run was stopped by SIGTERM or SIGUSR1, and its checkpoint is complete: the same command with --resume goes on.
+# `EX_TEMPFAIL` of sysexits.h, "the user is invited to retry"; no shell, launcher or signal uses it for anything else.
+RESUMABLE = 75
+
 # Exit code of a command's own ranks after they printed the reason: a line of `CommandError`, or a traceback.
-EXPLAINED = frozenset({1, 2})
+EXPLAINED = frozenset({1, 2, RESUMABLE})
 
 
 class CommandError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bnworker.cli.errors import CommandError
+from bnworker.cli.options import address_of_service, given, with_options
+from bnworker.cli.ranks import RanksOfOnePass
 from bnworker.cli.several import joined, launch, ranks_to_launch
-from bnworker.cli.train import TrainTransport
 
 if TYPE_CHECKING:
     from bnworker.train.checkpoint import Checkpoint
@@ -30,7 +32,9 @@ class Split(StrEnum):
     all = "all"
 
 
+@with_options(RanksOfOnePass)
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Written by `bnlayer train --save`.")],
     data: Annotated[
         str | None, typer.Option(help="What to judge it by; what it was trained on, if not given.", show_default=False)
@@ -45,14 +49,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     summary: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the same JSON to a file.", show_default=False)
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="How many processes; 1 if not given.", show_default=False)
-    ] = None,
-    transport: Annotated[TrainTransport, typer.Option(help="As of `bnlayer train`.")] = TrainTransport.service,
-    address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", envvar="BNLAYER_ADDRESS", help="Of a running service; else one is started."),
     ] = None,
 ) -> None:
     """Judge a trained model: accuracy and loss, over all rows and class by class.
@@ -69,14 +65,16 @@ def evaluate(
     Exit code 2: the file is no checkpoint, or does not fit the data; 1: it failed, or FILE.json cannot be written.
     """
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
-    many = ranks_to_launch("evaluate", workers, transport)
+    ranks = given(context, RanksOfOnePass)
+    ranks = replace(ranks, address=address_of_service(context, ranks.address, ranks.transport))
+    many = ranks_to_launch("evaluate", ranks)
     if summary is not None:
         _prepare(summary)
     if many:
         options = {"data": data, "split": split, "summary": summary}
         arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
         arguments += ["--json"] if as_json else []
-        raise typer.Exit(launch("evaluate", checkpoint, [*arguments, "--", str(checkpoint)], many, transport, address))
+        raise typer.Exit(launch("evaluate", checkpoint, [*arguments, "--", str(checkpoint)], many, ranks))
     _run(checkpoint, data, split, summary, as_json=as_json)
 
 
@@ -140,7 +138,7 @@ def _evaluated(world: World, start: Checkpoint, name: str | None, split: Split |
     from bnworker.train.checkpoint import CheckpointError
     from bnworker.train.data import load
     from bnworker.train.evaluation import evaluate_splits
-    from bnworker.train.loop import perceptron
+    from bnworker.train.model import perceptron
 
     settings = settings_of(start)
     data = load(

@@ -1,4 +1,9 @@
-"""SIGINT (Ctrl-C) and SIGTERM ask a run to end after its step; a second one ends it as it would have at first."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to end after its step.
+
+Batch systems announce the end of a job by SIGTERM, or by a signal of the user's choice, which by custom is SIGUSR1.
+They may send one after the other, and then SIGKILL, so a second SIGTERM must not keep the checkpoint from being
+written. A person who presses Ctrl-C twice means it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BATCH_SYSTEMS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, *_BATCH_SYSTEMS)
 
 
 class Interruption:
-    """Takes note of the first signal while its `with` block lasts.
+    """Takes note of the first signal while its `with` block lasts; then SIGINT does again what it did before.
 
     A signal reaches the ranks at different moments, and an exchange that one of them leaves fails on all others. So it
     only sets a flag, which the ranks compare in the exchange that ends a step.
@@ -28,10 +34,12 @@ class Interruption:
         """Whether this process was asked to end."""
         return self.signal is not None
 
-    def _came(self, number: int, frame: FrameType | None) -> None:
+    def _received(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            if signal.SIGINT in self._before:
+                signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
 
     def _restore(self) -> None:
         while self._before:
@@ -42,8 +50,18 @@ class Interruption:
             for number in _SIGNALS:
                 # What is ignored stays so: a shell's background job, a program under nohup.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._came)
+                    self._before[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+
+def ignore_batch_systems() -> None:
+    """Until the process ends: what has been saved is reported by its exit code, which a signal would replace.
+
+    `srun --kill-on-bad-exit` sends SIGTERM to the other ranks as soon as one has ended with such a code.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in _BATCH_SYSTEMS:
+            signal.signal(number, signal.SIG_IGN)

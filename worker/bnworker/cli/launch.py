@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bnworker.cli.errors import CommandError
+from bnworker.cli.options import address_of_service
 
 
 class LaunchTransport(StrEnum):
@@ -19,6 +20,7 @@ class LaunchTransport(StrEnum):
 
 
 def launch(
+    context: typer.Context,
     command: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- COMMAND [ARGUMENT]...", help="The program of every rank.", show_default=False),
@@ -81,12 +83,9 @@ def launch(
     from bnworker.launcher import Job, LaunchError, Output
     from bnworker.launcher import launch as run
 
-    # A service's address may be set in the environment of a user who runs an MPI job.
-    used = address if transport is LaunchTransport.service else None
+    used = address_of_service(context, address, transport)
     try:
-        described = Job(
-            tuple(command or ()), ranks, transport.value, used or None, job or None, wait_s=wait, grace_s=grace
-        )
+        described = Job(tuple(command or ()), ranks, transport.value, used, job or None, wait_s=wait, grace_s=grace)
         code = run(described, Output(timestamps, log_dir))
     except LaunchError as error:
         raise CommandError(f"launch: {error}", error.code) from None

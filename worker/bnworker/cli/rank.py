@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from bnlayer import CollectiveError
 from bnworker.cli.display import Display
-from bnworker.cli.errors import CommandError
-from bnworker.cli.interruption import Interruption
+from bnworker.cli.errors import RESUMABLE, CommandError
+from bnworker.cli.files import Files
+from bnworker.cli.interruption import Interruption, ignore_batch_systems
 from bnworker.joining import join
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
 from bnworker.train.data import DataError, Dataset, listed, load
@@ -31,30 +33,17 @@ from bnworker.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
-    """What the first rank writes.
-
-    Attributes:
-        summary: JSON; None: not asked for.
-        saved: checkpoints; None: not asked for.
-        save_every: steps between two of them; None: at the ends of epochs alone.
-        report, tensorboard: folders for a page and for event files; None: not asked for.
-        resume: whether to go on from `saved`, if it is there.
-    """
-
-    summary: Path | None = None
-    saved: Path | None = None
-    save_every: int | None = None
-    report: Path | None = None
-    tensorboard: Path | None = None
-    resume: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class _Stopped:
-    """A signal ended the run before it was over."""
+    """A signal ended the run before it was over; the same on every rank, whichever of them received it."""
 
     signal: signal.Signals
+    saved: bool
+
+    @property
+    def code(self) -> int:
+        """What the rank exits with: Ctrl-C was a person, who knows; others must tell whether it can be resumed."""
+        resumable = self.saved and self.signal != signal.SIGINT
+        return RESUMABLE if resumable else 128 + self.signal
 
 
 def run(
@@ -84,7 +73,7 @@ def run(
     with world:
         problem = _train(data, settings, world, replica, files, first=first)
     if isinstance(problem, _Stopped):
-        raise typer.Exit(128 + problem.signal)
+        raise typer.Exit(problem.code)
     if problem is not None:
         # The same on every rank, so no notification was needed: one prints it.
         if first:
@@ -99,7 +88,7 @@ def _train(
     recorder: Recorder | None = None
     interruption = Interruption()
     try:
-        start = read_by_first(world, files.saved) if files.resume and files.saved is not None else None
+        start = read_by_first(world, files.save) if files.resume and files.save is not None else None
         loaded = load(
             data,
             settings.dtype,
@@ -122,26 +111,25 @@ def _train(
                 recorder.watch(event)
 
         saving = _saving(files) if first else None
+        outcome: Outcome | StoppedError
         with display, interruption:
-            stop = interruption.asked
-            outcome = train(
-                settings,
-                loaded,
-                world,
-                replica,
-                watch,
-                start=start,
-                initial=initial,
-                saving=saving,
-                stop=stop,
-            )
-    except StoppedError as stopped:
-        by = interruption.signal or signal.SIGINT
-        if first:
-            kept = f"; {files.saved} goes on from there with --resume" if files.saved is not None else ""
-            typer.echo(f"bnlayer: train: {by.name}: stopped after step {stopped.steps:,}{kept}", err=True)
-        _report_failure(recorder, data, settings, world, f"{by.name} after step {stopped.steps:,}.", stopped=True)
-        return _Stopped(by)
+            try:
+                outcome = train(
+                    settings,
+                    loaded,
+                    world,
+                    replica,
+                    watch,
+                    start=start,
+                    initial=initial,
+                    saving=saving,
+                    stop=interruption.asked,
+                )
+            except StoppedError as error:
+                outcome = error
+        if isinstance(outcome, StoppedError):
+            by = _agreed(world, interruption.signal)
+            return _end_stopped(by, outcome.steps, data, settings, world, files, recorder)
     except (DataError, CheckpointError, WeightFileError) as error:
         _report_failure(recorder, data, settings, world, str(error))
         return error
@@ -157,6 +145,28 @@ def _train(
     return None
 
 
+def _agreed(world: World, received: signal.Signals | None) -> signal.Signals:
+    """The signal that stopped the run, where ranks received different ones or none; a batch system's before Ctrl-C."""
+    (number,) = world.allreduce([np.array([received or 0])], op="max")
+    return signal.Signals(int(number[0]) or signal.SIGINT)
+
+
+def _end_stopped(
+    by: signal.Signals, steps: int, data: str, settings: Settings, world: World, files: Files, recorder: Recorder | None
+) -> _Stopped:
+    """Say that the run was stopped, and let no rank end before everything is written."""
+    ended = _Stopped(by, files.save is not None)
+    if ended.code == RESUMABLE:
+        ignore_batch_systems()
+    if recorder is not None:
+        kept = f"; {files.save} goes on from there with --resume" if files.save is not None else ""
+        typer.echo(f"bnlayer: train: {by.name}: stopped after step {steps:,}{kept}", err=True)
+        _report_failure(recorder, data, settings, world, f"{by.name} after step {steps:,}.", stopped=True)
+    # An exit code other than 0 makes mpiexec, and srun --kill-on-bad-exit, kill the ranks that still run.
+    world.barrier()
+    return ended
+
+
 def _initial(
     world: World, settings: Settings, data: Dataset, start: Checkpoint | None, *, first: bool
 ) -> dict[str, NDArray[Any]] | None:
@@ -170,7 +180,7 @@ def _initial(
 
 
 def _saving(files: Files) -> Saving | None:
-    path = files.saved
+    path = files.save
     if path is None:
         return None
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnworker.cli.errors import EXPLAINED, CommandError
-from bnworker.cli.train import TrainTransport
+from bnworker.cli.ranks import RanksOfOnePass, TrainTransport
 
 if TYPE_CHECKING:
     from bnworker.world import World
 
 
-def ranks_to_launch(command: str, workers: int | None, transport: TrainTransport) -> int:
+def ranks_to_launch(command: str, ranks: RanksOfOnePass) -> int:
     """How many ranks this process must start; 0: it is one of them, or the only one.
 
     Raises:
@@ -27,6 +27,7 @@ def ranks_to_launch(command: str, workers: int | None, transport: TrainTransport
         rank = next(iter(announced(os.environ)), None)
     except ValueError as error:
         raise CommandError(f"{command}: {error}") from None
+    workers = ranks.workers
     if rank is not None:
         if workers not in (None, rank.world_size):
             raise CommandError(
@@ -35,7 +36,7 @@ def ranks_to_launch(command: str, workers: int | None, transport: TrainTransport
         return 0
     if workers in (None, 1):
         return 0
-    if transport is TrainTransport.none:
+    if ranks.transport is TrainTransport.none:
         raise CommandError(
             f"{command}: --transport none is for one worker: what a part of the rows gives is of no use."
         )
@@ -47,8 +48,7 @@ def launch(
     checkpoint: Path,
     arguments: Sequence[str],
     workers: int,
-    transport: TrainTransport,
-    address: str | None,
+    ranks: RanksOfOnePass,
 ) -> int:
     """Run a command again as each of several ranks, once it is clear that its checkpoint can be read.
 
@@ -65,10 +65,17 @@ def launch(
     except CheckpointError as error:
         raise CommandError(f"{command}: {error}") from None
     line = (sys.executable, "-P", "-m", "bnworker.cli", command, *arguments)
-    used = address if transport is TrainTransport.service else None
     try:
         return launched(
-            Job(line, workers, transport.value, used or None, foreground=True, program=command, explained=EXPLAINED)
+            Job(
+                line,
+                workers,
+                ranks.transport.value,
+                ranks.address,
+                foreground=True,
+                program=command,
+                explained=EXPLAINED,
+            )
         )
     except LaunchError as error:
         raise CommandError(f"{command}: {error}", error.code) from None

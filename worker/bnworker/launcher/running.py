@@ -103,7 +103,7 @@ class _Run:
     def __init__(self, job: Job, output: Output, environ: Mapping[str, str]) -> None:
         self._advice = foreign_python(job.command, environ)
         self.reactor = Reactor()
-        self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s)
+        self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s, resumable=job.resumable)
         self._job = job
         self._log_dir = output.log_dir
         self._outputs = Outputs(self.reactor, job, output, environ, self._unread)

@@ -58,6 +58,7 @@ class Job:
         stop_s: seconds that the ranks have after a signal from outside, before SIGKILL; None: `grace_s`.
         program: the command that the user typed, `bnlayer PROGRAM`; it stands in front of the launcher's own lines.
         explained: exit codes whose reason the ranks print themselves: the launcher prints no line for them.
+        resumable: the exit code of ranks that a signal stopped, and that can be resumed; None: they have none.
     """
 
     command: tuple[str, ...]
@@ -71,6 +72,7 @@ class Job:
     stop_s: float | None = None
     program: str = "launch"
     explained: frozenset[int] = frozenset()
+    resumable: int | None = None
 
     def __post_init__(self) -> None:
         if not self.command:

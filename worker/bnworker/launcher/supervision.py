@@ -6,6 +6,7 @@ Laws:
 3. The exit code is that of the first cause: the first rank that failed on its own, or the signal from outside.
    A rank killed by a signal outranks ranks that exited; a rank that failed because of another's failure (a
    `CollectiveError`) comes last; ranks that the launcher itself ended never count.
+   Ranks that the signal made end with the code for "stopped, can be resumed", all of them, speak for the job.
 4. It is 0 only if every rank has reported its own end, with 0 and nothing left open.
 5. What is not in the table cannot happen.
 
@@ -146,6 +147,8 @@ class Supervision:
         unreported: ranks whose mpiexec ended before they had reported their own end.
         grace_s: seconds that the others have after a failure, and once more after SIGTERM.
         stop_s: seconds that all have after a signal from outside; None: `grace_s`.
+        resumable: the exit code of a rank that was stopped and can be resumed; None: there is none.
+        stopped: how ranks ended that were asked to.
     """
 
     running: frozenset[int]
@@ -155,6 +158,8 @@ class Supervision:
     unreported: frozenset[int] = frozenset()
     grace_s: float = GRACE_S
     stop_s: float | None = None
+    resumable: int | None = None
+    stopped: frozenset[int] = frozenset()
 
     @property
     def seconds_to_kill(self) -> float:
@@ -179,6 +184,7 @@ class Supervision:
                 running=self.running - unreported - {event.who},
                 ended=(*self.ended, event) if counts else self.ended,
                 unreported=unreported if counts else self.unreported,
+                stopped=self.stopped if counts or event.who < 0 else self.stopped | {event.code},
             )
         elif isinstance(event, Interrupted) and self.phase is Phase.RUNNING:
             after = replace(after, interrupted=event.signal)
@@ -189,6 +195,8 @@ class Supervision:
     def exit_code(self) -> int:
         """The launcher's exit code, by law 3."""
         if self.interrupted is not None:
+            if self.resumable is not None and self.stopped == {self.resumable}:
+                return self.resumable
             return 128 + self.interrupted
         failures = [end for end in self.ended if end.failed]
         mpiexec = next((end for end in failures if end.who == MPIEXEC), None)

@@ -16,7 +16,7 @@ from bnlayer import calibrating
 from bnworker.train.checkpoint import BEST, Checkpoint, CheckpointError
 from bnworker.train.data import Dataset, raise_on_every_rank, spelled
 from bnworker.train.evaluation import Scores, evaluate
-from bnworker.train.loop import perceptron
+from bnworker.train.model import perceptron
 from bnworker.train.settings import Settings, SettingsError
 from bnworker.world import World
 

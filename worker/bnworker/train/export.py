@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bnlayer import BatchNormalization
 from bnworker.train.calibration import settings_of
 from bnworker.train.checkpoint import Checkpoint
-from bnworker.train.loop import perceptron
+from bnworker.train.model import perceptron
 
 _STATISTICS = ("moving_mean", "moving_variance")
 _TORCH = {

@@ -17,7 +17,7 @@ from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import precision_of
 from bnworker.train.data import Dataset, EpochSteps
-from bnworker.train.loop import perceptron
+from bnworker.train.model import perceptron
 from bnworker.train.settings import Settings
 
 _WORD = 8  # bytes

@@ -148,7 +148,7 @@ def _in_order(
     if received != list(shapes):
         if sorted(received) == sorted(shapes) and len(set(shapes)) == len(shapes):
             return [layers[received.index(shape)] for shape in shapes]
-        raise WeightFileError(_misfit(found, layers, shapes, kind, sizes))
+        raise WeightFileError(_mismatch(found, layers, shapes, kind, sizes))
     if not (found.ordered or numbered(layers)) and len(set(shapes)) < len(shapes):
         raise WeightFileError(
             f"{found.file}: nobody can tell the order of its {kind} {', '.join(layer.name for layer in layers)}: some "
@@ -158,7 +158,7 @@ def _in_order(
     return layers
 
 
-def _misfit(
+def _mismatch(
     found: Weights, layers: Sequence[Dense | Norm], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
 ) -> str:
     if len(layers) == len(shapes):

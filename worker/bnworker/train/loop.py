@@ -18,12 +18,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bnworker.train import penalties
 from bnworker.train.checkpoint import BEST, VELOCITY, Checkpoint, Origin, Progress
 from bnworker.train.data import Batch, Dataset
 from bnworker.train.evaluation import Scores, evaluate
 from bnworker.train.events import Epoch, Event, LayerStatistics, Resumed, Saved, Step
-from bnworker.train.model import Normalization, Perceptron
+from bnworker.train.model import Perceptron, perceptron
 from bnworker.train.optimizer import SGD
 from bnworker.train.settings import Settings
 from bnworker.train.steps import step
@@ -147,25 +146,6 @@ def train(
     while not run.over:
         run.epoch()
     return run.outcome()
-
-
-def perceptron(settings: Settings, features: int, classes: int) -> Perceptron:
-    """The model that the settings describe.
-
-    Raises:
-        ValueError: a regularizer's or constraint's name is unknown.
-    """
-    normalization = Normalization(
-        momentum=settings.bn_momentum,
-        epsilon=settings.epsilon,
-        gamma_regularizer=penalties.regularizer(settings.gamma_regularizer),
-        beta_regularizer=penalties.regularizer(settings.beta_regularizer),
-        gamma_constraint=penalties.constraint(settings.gamma_constraint),
-        beta_constraint=penalties.constraint(settings.beta_constraint),
-    )
-    return Perceptron(
-        features, settings.hidden, classes, dtype=settings.dtype, seed=settings.seed, normalization=normalization
-    )
 
 
 class _Run:

@@ -22,6 +22,8 @@ from bnlayer.constraints import Constraint
 from bnlayer.regularizers import Regularizer
 from bnlayer.state import LayerState
 from bnlayer.variable import Variable
+from bnworker.train import penalties
+from bnworker.train.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,3 +227,22 @@ def cross_entropy(logits_BK: NDArray[Any], labels_B: NDArray[np.int64]) -> tuple
     gradient_BK = exp_BK / total_B[:, None]
     gradient_BK[rows, labels_B] -= 1
     return float(loss_B.sum(dtype=np.float64)), gradient_BK
+
+
+def perceptron(settings: Settings, features: int, classes: int) -> Perceptron:
+    """The model that the settings describe.
+
+    Raises:
+        ValueError: a regularizer's or constraint's name is unknown.
+    """
+    normalization = Normalization(
+        momentum=settings.bn_momentum,
+        epsilon=settings.epsilon,
+        gamma_regularizer=penalties.regularizer(settings.gamma_regularizer),
+        beta_regularizer=penalties.regularizer(settings.beta_regularizer),
+        gamma_constraint=penalties.constraint(settings.gamma_constraint),
+        beta_constraint=penalties.constraint(settings.beta_constraint),
+    )
+    return Perceptron(
+        features, settings.hidden, classes, dtype=settings.dtype, seed=settings.seed, normalization=normalization
+    )

@@ -10,102 +10,193 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from bnworker.train.data import LAST_BATCHES, LastBatch
+from bnworker.train.declaration import (
+    Accepted,
+    Setting,
+    SettingsError,
+    at_least,
+    expected,
+    finite,
+    fraction,
+    one_of,
+    option,
+    refuse,
+    spelled,
+)
 
-SCHEDULES = ("constant", "cosine", "step")
-DTYPES = ("float32", "float64")
+__all__ = ["LAST_BATCHES", "NAMES", "LastBatch", "Settings", "SettingsError", "option"]
+
+LastBatch = Literal["spread", "keep", "drop"]
+LAST_BATCHES: tuple[LastBatch, ...] = get_args(LastBatch)
 
 _EXTENDS = ("epochs", "steps")  # more of the same steps: a resumed run may ask for another number of them
 _WITHOUT_LAST_BATCH: LastBatch = "keep"  # what runs did whose checkpoints do not name it
 
+_MODEL, _TRAINING = "Model", "Training"
 
-class SettingsError(ValueError):
-    """A setting is out of range, or contradicts another one."""
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"expected positive integers with commas, e.g. 128,64; received {text!r}")
+    return tuple(map(int, parts))
+
+
+def _penalty(kind: str) -> Accepted:
+    """Names that `penalties` knows."""
+
+    def problem(text: str) -> str | None:
+        from bnworker.train import penalties
+
+        known: Callable[[str | None], object] = getattr(penalties, kind)
+        try:
+            known(text)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return Accepted(problem)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The options of a run.
+    """The options of a run. Each is declared here alone: see `declaration`.
 
     Attributes:
-        epochs: passes over the training rows.
-        batch_size: rows of a step, of all ranks together.
-        learning_rate, momentum: of gradient descent; see `learning_rate_of` and `SGD`.
         hidden: outputs of each hidden layer.
-        seed: of the initial weights and the order of the rows.
+        init_from: the file of the weights that it begins with; None: they are drawn by the seed.
+        classes: how many: labels are 0 to classes − 1, whether all of them occur or not. None: those that occur.
         dtype: "float32" or "float64".
+        bn_momentum, epsilon: of the normalizations.
+        gamma_regularizer, beta_regularizer, gamma_constraint, beta_constraint: of the normalizations, e.g. "l2=1e-4".
+        epochs: passes over the training rows.
         steps: stop after so many steps, if that is sooner.
+        batch_size: rows of a step, of all ranks together.
+        last_batch: what becomes of the rows of an epoch that do not fill a batch, "spread", "keep" or "drop": see
+            `EpochSteps`. None: not asked for; `completed` decides.
+        learning_rate, momentum: of gradient descent; see `learning_rate_of` and `SGD`.
         schedule: "constant", "cosine" or "step".
         warmup_steps: over which the rate rises to `learning_rate`.
         decay, decay_epochs: schedule "step" multiplies the rate by `decay` after every `decay_epochs` epochs.
         weight_decay: of the kernels, decoupled from the gradient.
-        gamma_regularizer, beta_regularizer, gamma_constraint, beta_constraint: of the normalizations, e.g. "l2=1e-4".
-        bn_momentum, epsilon: of the normalizations.
         validation_split: share of the training rows that is kept for validation.
         early_stop: end after so many epochs without a lower validation loss.
-        classes: how many: labels are 0 to classes − 1, whether all of them occur or not. None: those that occur.
-        last_batch: what becomes of the rows of an epoch that do not fill a batch, "spread", "keep" or "drop": see
-            `EpochSteps`. None: not asked for; `completed` decides.
-        init_from: the file of the weights that it begins with; None: they are drawn by the seed.
+        seed: of the initial weights and the order of the rows.
 
     Raises:
         SettingsError: one is out of range.
     """
 
-    epochs: int = 20
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    hidden: tuple[int, ...] = (128, 64)
-    seed: int = 0
-    dtype: str = "float32"
-    steps: int | None = None
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    decay: float = 0.1
-    decay_epochs: int = 10
-    weight_decay: float = 0.0
-    gamma_regularizer: str | None = None
-    beta_regularizer: str | None = None
-    gamma_constraint: str | None = None
-    beta_constraint: str | None = None
-    bn_momentum: float = 0.99
-    epsilon: float = 1e-3
-    validation_split: float = 0.0
-    early_stop: int | None = None
-    classes: int | None = None
-    last_batch: LastBatch | None = None
-    init_from: str | None = None
+    hidden: Annotated[
+        tuple[int, ...],
+        Setting(
+            "Outputs of each hidden layer.",
+            _MODEL,
+            expected("positive integers", lambda sizes: all(size > 0 for size in sizes)),
+            "N,N,...",
+            written=str,
+            read=_sizes,
+        ),
+    ] = (128, 64)
+    init_from: Annotated[
+        str | None,
+        Setting(
+            "Begin with the weights of a Keras or torch model, an export or a checkpoint.",
+            _MODEL,
+            metavar="FILE",
+            written=Path,
+            read=str,
+        ),
+    ] = None
+    classes: Annotated[
+        int | None,
+        Setting(
+            "How many: labels from 0 to one less, whether all occur or not; those that occur if not given.",
+            _MODEL,
+            at_least(1),
+        ),
+    ] = None
+    dtype: Annotated[str, Setting("Of weights and arithmetic.", _MODEL, one_of("float32", "float64"))] = "float32"
+    bn_momentum: Annotated[float, Setting("Weight of the old moving statistics.", _MODEL, fraction())] = 0.99
+    epsilon: Annotated[
+        float,
+        Setting("Added to the variance.", _MODEL, expected("a finite number > 0", lambda value: 0 < value < math.inf)),
+    ] = 1e-3
+    gamma_regularizer: Annotated[
+        str | None, Setting("`l1`, `l2`, `l1_l2`; e.g. `l2=1e-4`.", _MODEL, _penalty("regularizer"), "NAME")
+    ] = None
+    beta_regularizer: Annotated[str | None, Setting("Likewise.", _MODEL, _penalty("regularizer"), "NAME")] = None
+    gamma_constraint: Annotated[
+        str | None,
+        Setting("`non_neg`, `max_norm`, `unit_norm`; e.g. `max_norm=2`.", _MODEL, _penalty("constraint"), "NAME"),
+    ] = None
+    beta_constraint: Annotated[str | None, Setting("Likewise.", _MODEL, _penalty("constraint"), "NAME")] = None
+    epochs: Annotated[int, Setting("Passes over the training rows.", _TRAINING, at_least(1))] = 20
+    steps: Annotated[int | None, Setting("Stop after so many steps, if that is sooner.", _TRAINING, at_least(1))] = None
+    batch_size: Annotated[int, Setting("Rows of a step, of all workers together.", _TRAINING, at_least(1))] = 64
+    last_batch: Annotated[
+        LastBatch | None,
+        Setting(
+            "Rows that do not fill a batch: `spread` over the steps of the epoch (the default), "
+            "`keep` as a smaller last step, or `drop`. A resumed run goes on as it began.",
+            _TRAINING,
+            one_of(*LAST_BATCHES),
+        ),
+    ] = None
+    learning_rate: Annotated[float, Setting("Of gradient descent.", _TRAINING, finite(shown=True))] = 0.1
+    schedule: Annotated[
+        str,
+        Setting(
+            "Of the learning rate; `cosine` falls to 0 over --epochs.", _TRAINING, one_of("constant", "cosine", "step")
+        ),
+    ] = "constant"
+    warmup_steps: Annotated[
+        int, Setting("Steps over which the learning rate rises.", _TRAINING, at_least(0, shown=False))
+    ] = 0
+    decay: Annotated[float, Setting("`--schedule step`: the factor.", _TRAINING, fraction())] = 0.1
+    decay_epochs: Annotated[
+        int, Setting("`--schedule step`: epochs between two decays.", _TRAINING, at_least(1, shown=False))
+    ] = 10
+    momentum: Annotated[float, Setting("Of gradient descent.", _TRAINING, fraction(shown=True))] = 0.9
+    weight_decay: Annotated[
+        float,
+        Setting(
+            "Decoupled (no L2 penalty): kernels shrink by this times the learning rate in each step.",
+            _TRAINING,
+            finite(),
+        ),
+    ] = 0.0
+    validation_split: Annotated[
+        float,
+        Setting(
+            "Share of the training rows to validate on instead.",
+            _TRAINING,
+            expected(">= 0 and below 1", lambda value: 0 <= value < 1),
+        ),
+    ] = 0.0
+    early_stop: Annotated[
+        int | None,
+        Setting(
+            "End after so many epochs without a lower validation loss; the result is the best epoch's model.",
+            _TRAINING,
+            at_least(1, shown=False),
+            "PATIENCE",
+        ),
+    ] = None
+    seed: Annotated[int, Setting("Of the initial weights and the order of the rows.", _TRAINING, at_least(0))] = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "decay_epochs", "steps", "early_stop", "classes"):
-            self._refuse_unless(name, ">= 1", getattr(self, name) is None or getattr(self, name) >= 1)
-        for name in ("seed", "warmup_steps"):
-            self._refuse_unless(name, ">= 0", getattr(self, name) >= 0)
-        for name in ("learning_rate", "weight_decay"):
-            self._refuse_unless(name, "a finite number >= 0", 0 <= getattr(self, name) < math.inf)
-        for name in ("momentum", "bn_momentum", "decay"):
-            self._refuse_unless(name, "from 0 to 1", 0 <= getattr(self, name) <= 1)
-        self._refuse_unless("epsilon", "a finite number > 0", 0 < self.epsilon < math.inf)
-        self._refuse_unless("validation_split", ">= 0 and below 1", 0 <= self.validation_split < 1)
-        self._refuse_unless("hidden", "positive integers", all(size > 0 for size in self.hidden))
-        self._refuse_unless("schedule", f"one of {', '.join(SCHEDULES)}", self.schedule in SCHEDULES)
-        self._refuse_unless("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
-        accepted = (None, *LAST_BATCHES)
-        self._refuse_unless("last_batch", f"one of {', '.join(LAST_BATCHES)}", self.last_batch in accepted)
+        refuse(self)
         if self.early_stop is not None and not self.validation_split:
             raise SettingsError(
                 "--early-stop watches the validation loss, and there are no validation rows: "
                 "give --validation-split too, e.g. 0.1."
             )
-
-    def _refuse_unless(self, name: str, wanted: str, holds: bool) -> None:
-        if not holds:
-            raise SettingsError(f"{option(name)}: expected {wanted}, received {getattr(self, name)!r}.")
 
     def completed(self, saved: Mapping[str, Any] | None) -> Settings:
         """The same, with a value for what was not asked for: as it was in a run that goes on.
@@ -174,12 +265,5 @@ class Settings:
 NAMES = tuple(field.name for field in fields(Settings))
 
 
-def option(name: str) -> str:
-    """A setting's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "not given" if value is None else str(value)
+    return "not given" if value is None else spelled(value)

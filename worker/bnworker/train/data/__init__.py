@@ -8,12 +8,13 @@ Read in this order: `loading`, `dataset`, `labels`, `batches`, `ownership`; then
 `arrays`, `files`.
 """
 
-from bnworker.train.data.batches import LAST_BATCHES, EpochSteps, LastBatch
+from bnworker.train.data.batches import EpochSteps
 from bnworker.train.data.dataset import Batch, Dataset
 from bnworker.train.data.labels import are_numbers, spelled
 from bnworker.train.data.loading import ACCEPTED, check, examine, from_arrays, load
 from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
 from bnworker.train.data.sources import listed
+from bnworker.train.settings import LAST_BATCHES, LastBatch
 
 __all__ = [
     "ACCEPTED",

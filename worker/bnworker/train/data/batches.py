@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnworker.train.data.problem import DataError
-
-LastBatch = Literal["spread", "keep", "drop"]
-LAST_BATCHES: tuple[LastBatch, ...] = get_args(LastBatch)
+from bnworker.train.settings import LastBatch
 
 TEST_SHARE = 0.2  # of the rows, where no test rows are given
 ROWS_AT_MOST = math.isqrt(2**63 - 1) - 1  # products of two numbers of rows, and a phase, are int64

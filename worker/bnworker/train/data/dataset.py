@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnworker.train.data.batches import EpochSteps, Indices, LastBatch, shuffled, taken
+from bnworker.train.data.batches import EpochSteps, Indices, shuffled, taken
 from bnworker.train.data.ownership import Piece, pieces
 from bnworker.train.data.problem import DataError
 from bnworker.train.data.shards import Rows
+from bnworker.train.settings import LastBatch
 
 # Which rows to read, of each shard.
 Chosen = Sequence[tuple[Rows, Indices]]
 
 # Rows judged at once: far above what fills a matrix multiplication, and bounded in memory for wide rows.
-_JUDGED_ROWS = 4096
-_JUDGED_BYTES = 2**25
+_CHECKED_ROWS = 4096
+_CHECKED_BYTES = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +187,7 @@ class Dataset:
 
     def _evaluated(self, chosen: Chosen) -> Iterator[Batch]:
         width = self.features * np.dtype(self.dtype).itemsize
-        at_once = max(1, min(_JUDGED_ROWS, _JUDGED_BYTES // width))
+        at_once = max(1, min(_CHECKED_ROWS, _CHECKED_BYTES // width))
         blocks = (
             [(rows, indices[start : start + at_once])]
             for rows, indices in chosen

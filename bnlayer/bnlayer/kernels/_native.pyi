@@ -1,0 +1,53 @@
+"""The extension module: see `native/module.cpp`. Arrays are in one piece, and of the shapes that `reference` says.
+
+Shape suffixes: A axes before the channels, C channels, B axes after them, W limbs.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Array = NDArray[Any]
+_Truths = NDArray[np.bool_]
+_Long = NDArray[np.int64]
+_Double = NDArray[np.float64]
+_Single = NDArray[np.float32]
+
+def variants() -> list[str]: ...
+def compiled() -> list[str]: ...
+def probe(variant: int, threads: int, worth: int, x: _Array, mask: _Truths | None, best: _Long, /) -> None: ...
+def moments(
+    variant: int, threads: int, worth: int, x: _Array, mask: _Truths | None, pivot: _Double, exponent: _Long,
+    limbs: _Long, /,
+) -> None: ...  # fmt: skip
+def normalize(
+    variant: int, threads: int, worth: int, x: _Array, mean: _Array, scale: _Array, shift: _Array, nonfinite: _Truths,
+    y: _Array, /,
+) -> None: ...  # fmt: skip
+def gradient_probe(
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, pivot: _Array, best: _Long, /
+) -> None: ...
+def gradient_sums(
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, pivot: _Array, gradient: _Long,
+    deviation: _Long, fits: bool, limbs: _Long, /,
+) -> None: ...  # fmt: skip
+def input_gradient(
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, mean: _Array, offset: _Array,
+    slope: _Array, scale: _Array, nonfinite: _Truths, dx: _Array, /,
+) -> None: ...  # fmt: skip
+def statistics(
+    variant: int, limbs: _Long, pivot: _Double, exponent: _Long, epsilon: float, e: float, rows: _Double,
+    singles: _Single, reach: _Long, flags: _Truths, /,
+) -> bool: ...  # fmt: skip
+def moved(
+    variant: int, rows: _Double, nonfinite: _Truths, old_mean: _Single, old_variance: _Single, momentum: float,
+    synchronized: bool, masked: bool, new: _Single, /,
+) -> None: ...  # fmt: skip
+def coefficients(
+    variant: int, rows: _Double, gamma: _Single | None, beta: _Single | None, made: _Single, /
+) -> None: ...
+def gradients(
+    variant: int, limbs: _Long, gradient: _Long, deviation: _Long, forward: _Double, forward_nonfinite: _Truths,
+    rows: _Double, singles: _Single, flags: _Truths, /,
+) -> bool: ...  # fmt: skip

@@ -1,0 +1,197 @@
+"""The compiled kernel set: the functions of `reference`, and the same bits, by the extension module.
+
+Shape suffixes: A axes before the channels, C channels, B axes after them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.kernels import _native as native
+from bnlayer.kernels import formulas
+from bnlayer.kernels.results import BatchStatistics, Gradients
+from bnlayer.limbs import limbs_of_sum
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_] | None
+
+_FLOAT32, _BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+_TAKEN = frozenset((_FLOAT32, np.dtype(np.float64), np.dtype(np.float16), _BFLOAT16))
+WORTH_A_THREAD = 2**16  # elements: a thread's part of fewer is done sooner than it is handed over
+
+
+def variants() -> list[str]:
+    """The variants that this processor runs, the widest first."""
+    return native.variants()
+
+
+def all_variants() -> list[str]:
+    """The variants that were compiled for this kind of processor."""
+    return native.compiled()
+
+
+class Compiled:
+    """One variant of the compiled kernels.
+
+    Args:
+        variant: one of `variants()`.
+        threads: how many may share a pass.
+        worth: elements: a part of fewer is not worth a thread.
+    """
+
+    def __init__(self, variant: str, threads: int = 1, worth: int = WORTH_A_THREAD) -> None:
+        self.name = f"compiled ({variant})"
+        self._variant, self._threads, self._worth = native.variants().index(variant), threads, worth
+
+    @staticmethod
+    def takes(x: Array, mask: Mask) -> bool:
+        """Whether the passes take a batch as it is: of any dtype with a kernel, with a mask of a form that a view has."""
+        if x.dtype not in _TAKEN:
+            return False
+        return mask is None or mask.shape[2] == 0 or x.shape[2] % mask.shape[2] == 0
+
+    def probe(self, x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
+        """The largest keys of x and of −x over all finite unmasked values; see `reference.probe`."""
+        del grid
+        best = np.empty((2, x.shape[1]), np.int64)
+        native.probe(self._variant, self._threads, self._worth, _plain(x), _fitting(mask, x), best)
+        return best
+
+    def moments(self, x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
+        """The exact moments of a shard; see `reference.moments`."""
+        limbs = np.empty((limbs_of_sum(grid.precision.folds), x.shape[1]), np.int64)
+        native.moments(
+            self._variant, self._threads, self._worth, _plain(x), _fitting(mask, x), grid.pivot_C, grid.exponent_C,
+            limbs,
+        )  # fmt: skip
+        return limbs
+
+    def normalize(
+        self, x: Array, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, out: Array | None = None
+    ) -> Array:
+        """(x − mean)·scale + shift; see `reference.normalize`."""
+        y = np.empty(x.shape, x.dtype) if out is None else out
+        native.normalize(
+            self._variant, self._threads, self._worth, _plain(x), mean_C, scale_C, shift_C, nonfinite_C, _plain(y)
+        )
+        return y
+
+    def gradient_probe(self, dy: Array, x: Array, pivot_C: Array, grid: BackwardGrid) -> NDArray[np.int64]:
+        """The exponents of the largest finite |dy| and |x − pivot|; see `reference.gradient_probe`."""
+        del grid
+        best = np.empty((2, x.shape[1]), np.int64)
+        native.gradient_probe(self._variant, self._threads, self._worth, _plain(x), _plain(dy), pivot_C, best)
+        return best
+
+    def gradient_sums(
+        self, dy: Array, x: Array, mask: Mask, pivot_C: Array, grid: BackwardGrid, *, fits: bool = False
+    ) -> NDArray[np.int64]:
+        """The exact sums of a shard's output gradients; see `reference.gradient_sums`."""
+        limbs = np.empty((limbs_of_sum(grid.precision.folds), x.shape[1]), np.int64)
+        native.gradient_sums(
+            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), pivot_C,
+            grid.gradient_C, grid.deviation_C, fits, limbs,
+        )  # fmt: skip
+        return limbs
+
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array,
+        mask: Mask,
+        mean_C: Array,
+        offset_C: Array,
+        slope_C: Array,
+        scale_C: Array,
+        nonfinite_C: Array,
+        out: Array | None = None,
+    ) -> Array:
+        """((dy − offset) − (x − mean)·slope)·scale, or dy·scale where masked; see `reference.input_gradient`."""
+        dx = np.empty(x.shape, x.dtype) if out is None else out
+        native.input_gradient(
+            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), mean_C, offset_C,
+            slope_C, scale_C, nonfinite_C, _plain(dx),
+        )  # fmt: skip
+        return dx
+
+    def statistics(
+        self, limbs: NDArray[np.int64], grid: Grid, epsilon: float, e: float
+    ) -> tuple[BatchStatistics, NDArray[np.bool_] | None]:
+        """The batch's statistics, and the channels that need a new grid; see `formulas.statistics`."""
+        if grid.precision.folds == 2:
+            return formulas.statistics(limbs, grid, epsilon, e)
+        channels = limbs.shape[1]
+        rows, singles = np.empty((8, channels)), np.empty((2, channels), np.float32)
+        reach, flags = np.empty(channels, np.int64), np.empty((2, channels), np.bool_)
+        any_refused = native.statistics(
+            self._variant, np.ascontiguousarray(limbs), grid.pivot_C, grid.exponent_C, epsilon, e, rows, singles, reach,
+            flags,
+        )  # fmt: skip
+        found = BatchStatistics(rows, singles[0], singles[1], reach, flags[0])
+        return found, flags[1] if any_refused else None
+
+    def moved(
+        self,
+        found: BatchStatistics,
+        old_mean: Array,
+        old_variance: Array,
+        momentum: float,
+        *,
+        synchronized: bool,
+        masked: bool,
+    ) -> tuple[Array, Array]:
+        """The moving mean and variance after a batch; see `formulas.moved`."""
+        if old_mean.dtype != _FLOAT32:
+            return formulas.moved(found, old_mean, old_variance, momentum, synchronized=synchronized, masked=masked)
+        new = np.empty((2, old_mean.size), np.float32)
+        native.moved(
+            self._variant, found.rows, found.nonfinite, old_mean, old_variance, momentum, synchronized, masked, new
+        )
+        return new[0], new[1]
+
+    def coefficients(
+        self, found: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
+    ) -> tuple[Array, Array]:
+        """γs and β − residual·γs; see `formulas.coefficients`."""
+        if not dtype == _FLOAT32 or any(v is not None and v.dtype != _FLOAT32 for v in (gamma, beta)):
+            return formulas.coefficients(found, gamma, beta, dtype)
+        made = np.empty((2, found.nonfinite.size), np.float32)
+        native.coefficients(self._variant, found.rows, gamma, beta, made)
+        return made[0], made[1]
+
+    def gradients(
+        self, limbs: NDArray[np.int64], grid: BackwardGrid, forward: BatchStatistics
+    ) -> tuple[Gradients, NDArray[np.bool_] | None]:
+        """The gradients, and the channels that need a new grid; see `formulas.gradients`."""
+        if grid.precision.folds == 2:
+            return formulas.gradients(limbs, grid, forward)
+        channels = limbs.shape[1]
+        rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
+        flags = np.empty((2, channels), np.bool_)
+        any_refused = native.gradients(
+            self._variant, np.ascontiguousarray(limbs), grid.gradient_C, grid.deviation_C, forward.rows,
+            forward.nonfinite, rows, singles, flags,
+        )  # fmt: skip
+        return Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if any_refused else None
+
+
+def _plain(x: Array) -> Array:
+    """A batch as the module takes it: in one piece, and of a dtype that has a buffer."""
+    if not (x.flags.c_contiguous and x.flags.aligned):
+        x = np.require(x, requirements="CA")
+    return x.view(np.uint16) if x.dtype == _BFLOAT16 else x
+
+
+def _fitting(mask: Mask, x: Array) -> Mask:
+    """A mask of a form that the module takes: (A, 1, 1) for channels in the last axis, or (A, C, M)."""
+    if mask is None:
+        return None
+    a, c, b = x.shape
+    rows = mask.shape == (a, 1, 1) and b == 1
+    elements = mask.shape[:2] == (a, c) and (mask.shape[2] == b or (mask.shape[2] > 0 and b % mask.shape[2] == 0))
+    return np.ascontiguousarray(mask if rows or elements else np.broadcast_to(mask, x.shape))

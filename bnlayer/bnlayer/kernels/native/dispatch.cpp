@@ -1,0 +1,64 @@
+// Which variants were compiled (BNLAYER_HAS_…), and which of them this processor runs.
+
+#include "dispatch.hpp"
+
+#define BNLAYER_DECLARE(name) \
+  namespace name {            \
+  extern const Table table;   \
+  }
+
+namespace bnlayer {
+
+#if BNLAYER_HAS_BASELINE
+BNLAYER_DECLARE(baseline)
+#endif
+#if BNLAYER_HAS_AVX2
+BNLAYER_DECLARE(avx2)
+#endif
+#if BNLAYER_HAS_AVX512
+BNLAYER_DECLARE(avx512)
+#endif
+#if BNLAYER_HAS_NEON
+BNLAYER_DECLARE(neon)
+#endif
+
+namespace {
+
+struct Found {
+  const Table* runnable[kVariants + 1] = {};
+  const char* names[kVariants + 1] = {};
+
+  Found() {
+    int compiled = 0, runs = 0;
+    const auto add = [&](const Table& table, bool supported) {
+      names[compiled++] = table.name;
+      if (supported) runnable[runs++] = &table;
+    };
+#if BNLAYER_HAS_AVX512
+    add(avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("fma"));
+#endif
+#if BNLAYER_HAS_AVX2
+    add(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+#endif
+#if BNLAYER_HAS_NEON
+    add(neon::table, true);
+#endif
+#if BNLAYER_HAS_BASELINE
+    add(baseline::table, true);
+#endif
+  }
+};
+
+const Found& found() {
+  static const Found once;
+  return once;
+}
+
+}  // namespace
+
+const Table* const* variants() { return found().runnable; }
+const char* const* compiled() { return found().names; }
+
+}  // namespace bnlayer

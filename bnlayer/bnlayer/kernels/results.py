@@ -1,0 +1,107 @@
+"""What the kernels say of a batch, as arrays of its channels.
+
+Shape suffixes: C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
+
+
+class BatchStatistics(NamedTuple):
+    """The statistics of one global batch.
+
+    Attributes:
+        rows: (8, C) float64, those of the properties below.
+        rounded_mean: (C,), μ rounded to the data's dtype: what the passes that write subtract.
+        pivot: (C,), p, what gradients are multiplied about, in the data's dtype: 0 where float32 data lie about the
+            grid's pivot 0, else rounded_mean.
+        reach: (C,) int64, |x − p| < 2^reach for every unmasked x.
+        nonfinite: (C,) bool, an unmasked value was not finite, or lies outside every window.
+    """
+
+    rows: Doubles
+    rounded_mean: NDArray[Any]
+    pivot: NDArray[Any]
+    reach: NDArray[np.int64]
+    nonfinite: NDArray[np.bool_]
+
+    @property
+    def count(self) -> Doubles:  # type: ignore[override]  # of the batch, not of a tuple's items
+        """N, the unmasked values of the channel over all ranks."""
+        return self.rows[0]
+
+    @property
+    def divisor(self) -> Doubles:
+        """D = N + e, where e = 1e-7 with a mask and 0 without; 1 where that is 0."""
+        return self.rows[1]
+
+    @property
+    def mean(self) -> Doubles:
+        """μ = Σx / D."""
+        return self.rows[2]
+
+    @property
+    def variance(self) -> Doubles:
+        """v = Σ(x − μ)² / D, biased."""
+        return self.rows[3]
+
+    @property
+    def inverse_std(self) -> Doubles:
+        """1 / √(v + ε)."""
+        return self.rows[4]
+
+    @property
+    def residual(self) -> Doubles:
+        """r = μ − rounded_mean, computed without cancellation."""
+        return self.rows[5]
+
+    @property
+    def mean_share(self) -> Doubles:
+        """μ·e/D, 0 without a mask."""
+        return self.rows[6]
+
+    @property
+    def pivot_residual(self) -> Doubles:
+        """μ − p."""
+        return self.rows[7]
+
+
+class Gradients(NamedTuple):
+    """What follows from the sums of a batch's output gradients.
+
+    Attributes:
+        rows: (4, C) float64, those of the properties below.
+        rounded_offset, rounded_slope: (C,), in the data's dtype: what the pass that writes takes.
+        nonfinite: (C,) bool, some value was not finite or lies outside every window.
+    """
+
+    rows: Doubles
+    rounded_offset: NDArray[Any]
+    rounded_slope: NDArray[Any]
+    nonfinite: NDArray[np.bool_]
+
+    @property
+    def beta(self) -> Doubles:
+        """dβ = Σ dy; NaN where nonfinite."""
+        return self.rows[0]
+
+    @property
+    def gamma(self) -> Doubles:
+        """dγ = s·Σ dy·(x − μ); NaN where nonfinite."""
+        return self.rows[1]
+
+    @property
+    def offset(self) -> Doubles:
+        """c1 of dx = ((dy − c1) − (x − rounded_mean)·slope)·γs."""
+        return self.rows[2]
+
+    @property
+    def slope(self) -> Doubles:
+        """k = s²·B/D."""
+        return self.rows[3]
