@@ -11,6 +11,7 @@ from bnlayer.calibration import calibrating
 from bnlayer.collective import Alone, Collective
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
 from bnlayer.layer import BatchNormalization
+from bnlayer.running import RunningMoments, moments
 
 __all__ = [
     "Alone",
@@ -19,9 +20,11 @@ __all__ = [
     "CollectiveError",
     "MismatchError",
     "PeerLostError",
+    "RunningMoments",
     "ServiceError",
     "StallError",
     "calibrating",
+    "moments",
 ]
 
 

@@ -1,8 +1,8 @@
 """Worlds that a library of this process has brought together itself: nobody has to join them.
 
-An entry point of the group `bnlayer.collectives` is named for a module, and loads a function that returns the collective
-over what this module has initialized: of a group of its ranks, or of all of them; None where it has initialized nothing.
-It is looked at only once the module has been imported, so a process without that module pays nothing.
+An entry point of the group `bnlayer.collectives` is named for a module, and loads a function that returns the
+collective over what this module has initialized: of a group of its ranks, or of all of them; None where it has
+initialized nothing. It is looked at only once the module has been imported: a process without it pays nothing.
 
     [project.entry-points."bnlayer.collectives"]
     "torch.distributed" = "bnworker.process_groups:world_over"

@@ -30,6 +30,7 @@ from bnlayer.dtypes import rounded
 from bnlayer.errors import CollectiveError
 from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.grid import Grid
+from bnlayer.kernels import kernels
 from bnlayer.kernels.results import BatchStatistics, Trained, TrainingCall
 from bnlayer.membership import Member
 from bnlayer.moments import MASKED_COUNT_EPSILON, Moments
@@ -187,9 +188,9 @@ class BatchNormalization(Member):
             trained = passes().finish_forward(view, limbs, grid, self._call(before.moving, view), accepted=accepted)
             return trained.statistics, trained.refused
 
-        # The corrections of renorm come between the statistics and the rest, and so does an unbiased variance.
+        # The corrections of renorm come between the statistics and the rest.
         arguments = view, signature, before.forward, changes
-        in_one = finish if view.passes is None and self._renorm is None and not self.unbiased else None
+        in_one = finish if view.passes is None and self._renorm is None else None
         result = driver.forward(*arguments, update_moving=update_moving, finish=in_one)
         statistics = result.statistics
         if self._observer is not None:
@@ -198,7 +199,7 @@ class BatchNormalization(Member):
         if update_moving:
             masked = view.mask is not None
             rule = Rule(self.momentum, self.epsilon, self.renorm_momentum, self.synchronized, masked, self.unbiased)
-            if trained is not None and trained.mean is not None and trained.variance is not None:
+            if trained is not None and not self.unbiased and trained.mean is not None and trained.variance is not None:
                 moving = Moving(trained.mean, trained.variance)
         self._kept = after = before.after_forward(statistics, result.grid, rule, moving)
         for variable, vector in zip(self._moving, after.moving.values, strict=True):
@@ -210,7 +211,7 @@ class BatchNormalization(Member):
         if trained is not None and trained.y is not None and trained.scale is not None:
             y, scale = trained.y, trained.scale
         else:
-            r, d = self._correction(statistics, before.moving)
+            r, d = (None, None) if self._renorm is None else self._correction(statistics, before.moving)
             scale, shift = self._corrected(statistics, r, d)
             coefficients = statistics.rounded_mean, scale, shift, statistics.nonfinite
             y = passes_of(view).normalize(view, *coefficients, self.compute_dtype)
@@ -343,10 +344,13 @@ class BatchNormalization(Member):
         return self._renorm.correction(statistics, moving.renorm_mean, moving.renorm_stddev, self.epsilon)
 
     def _corrected(
-        self, statistics: BatchStatistics, r: NDArray[np.float64], d: NDArray[np.float64]
+        self, statistics: BatchStatistics, r: NDArray[np.float64] | None, d: NDArray[np.float64] | None
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """With renorm: what the centered input is multiplied by, γsr, and what is added, β − residual·γsr + γd."""
+        """What the centered input is multiplied by, γs (with renorm γsr), and added, β − residual·γs (+ γd)."""
         dtype = self.dtype_policy.arithmetic_dtype
+        if r is None or d is None:
+            gamma, beta = (None if variable is None else variable.value for variable in (self.gamma, self.beta))
+            return kernels().coefficients(statistics, gamma, beta, dtype)
         factor = self._gamma() * statistics.inverse_std * r
         term = self._beta() - statistics.residual * factor + self._gamma() * d
         return factor.astype(dtype), term.astype(dtype)

@@ -78,7 +78,7 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
 
     With renorm, the standard deviation moves, and variance = max(stddev² − ε, 0).
 
-    A channel without a value is left alone, and so is one with a single value where the variance is to be unbiased; but
+    A channel without a value is left alone, and so is one of a single value where the variance is to be unbiased; but
     a local, masked layer follows Keras, whose statistics of nothing are 0. Where a value was not finite, or a result
     would not be, a synchronized layer leaves the channel alone too (one rank's NaN would destroy the statistics of
     all); a local one follows Keras and takes it.
@@ -117,6 +117,9 @@ def _unbiased(statistics: BatchStatistics) -> BatchStatistics:
     count, variance = statistics.count, statistics.variance
     several = count > 1
     rows = statistics.rows.copy()
+    if several.all():  # nearly always; with the same roundings as below
+        rows[3] = variance * (count / (count - 1.0))
+        return statistics._replace(rows=rows)
     rows[0] = np.where(several, count, 0.0)
     rows[3] = variance * (rows[0] / np.where(several, count - 1.0, 1.0))
     return statistics._replace(rows=rows)

@@ -58,7 +58,10 @@ def _torch(model: Any, loss: Callable[[Any, Any], Any], optimizer: Any) -> Step:
 def _tensorflow(model: Any, loss: Callable[[Any, Any], Any], optimizer: Any) -> Step:
     import tensorflow as tf
 
-    @tf.function(reduce_retracing=True)
+    # Of any number of rows: Keras takes an addend of no rows for a bias, where it sees the number.
+    rows = [tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype) for tensor in (*model.inputs, model.outputs[0])]
+
+    @tf.function(input_signature=[rows[:-1], rows[-1]])
     def traced(inputs: list[Any], target: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(inputs[0])
@@ -129,7 +132,7 @@ def squares(y: Any, target: Any) -> Any:
 
 def trained(world: Any, normalization: Any = None) -> Results:
     """Twenty steps of the network on this rank's rows: last output and input gradient, and all weights."""
-    results = {}
+    results: Results = {}
     mine = shard(world.rank, world.world_size)
     for dtype in ("float32", "float64"):
         build = normalization or (lambda **arguments: BatchNormalization(synchronized=True, **arguments))
@@ -170,7 +173,7 @@ def bits(world: Any) -> Results:
 
 
 def fitted(world: Any) -> Results:
-    """`fit()` of a converted model on equal shards, with a mask from a Masking layer; alone, of one with Keras's own."""
+    """`fit()` of a converted model on equal shards, with a Masking layer's mask; alone, of one with Keras's own."""
     keras.utils.set_random_seed(0)
     x = keras.Input((3, 4))
     h = layers.BatchNormalization(name="fit_one")(layers.Masking()(x))

@@ -357,3 +357,17 @@ def test_synchronized_alone_uses_the_installed_collective() -> None:
     with installed(collective):
         bn(batch(4, 2), training=True)
     assert bn.state.version == 2
+
+
+def test_the_unbiased_moving_variance_is_torchs() -> None:
+    """N/(N − 1) times the batch's, once; a single value has none, and leaves both statistics alone."""
+    x = np.random.default_rng(0).normal(2, 3, (5, 3)).astype(np.float32)
+    for compiled in (np.float32, np.float64):
+        bn = BatchNormalization(momentum=0.9, dtype=np.dtype(compiled).name)
+        bn.unbiased = True
+        bn(x, training=True)
+        np.testing.assert_allclose(bn.moving_variance.value, 0.9 + 0.1 * x.astype(np.float64).var(0, ddof=1), rtol=1e-6)
+        before = [w.tobytes() for w in bn.get_weights()]
+        bn(x[:1], training=True)
+        bn(x[:0], training=True)
+        assert [w.tobytes() for w in bn.get_weights()] == before

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bnworker import process_groups
 from bnworker.plan import Plan, plan
 from bnworker.presence import Presence
-from bnworker.transports import Transport
+from bnworker.transports import Transport, torchrun
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 
@@ -41,6 +41,8 @@ def join(
     does without. `BNLAYER_TLS_CA` makes the connection encrypted; `BNLAYER_TLS_CERT` and `BNLAYER_TLS_KEY` are this
     process's own certificate, where the service asks for one.
 
+    Under torchrun `transport="service"` needs no address: rank 0 starts a service, and torchrun tells the others.
+
     Args:
         transport: "alone", "mpi", "service" or "torch", whose process group must have been initialized.
         address: of the service, "HOST:PORT"; with another transport, an error.
@@ -64,6 +66,9 @@ def join(
     if isinstance(timeout, bool) or not (timeout > 0 and math.isfinite(timeout)):
         raise ValueError(f"join(timeout=): expected a number of seconds above 0, received {timeout!r}.")
     Presence.refuse_second()
+    if torchrun.lacks_address(os.environ, transport, address):
+        address, named = torchrun.service(os.environ, float(timeout))
+        job = job or named
     chosen = plan(
         os.environ,
         transport=transport,

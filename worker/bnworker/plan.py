@@ -137,11 +137,11 @@ def _transport(
             return cast("TransportName", value), f"{source} says so"
     if address is not None:
         return _at(address)
-    if group:
-        return "torch", "torch.distributed is initialized"
     mpi = next((launcher for launcher in launchers if launcher.variable in _MPI), None)
     if mpi is not None:
         return "mpi", f"{mpi.source} started this process"
+    if group:
+        return "torch", "torch.distributed is initialized"
     many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
     if many is not None:
         raise ValueError(

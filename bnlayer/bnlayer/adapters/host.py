@@ -12,12 +12,19 @@ framework may pull a call back twice, or never, and nothing is left behind here.
 Where the moving statistics that come differ from those of the call before, they were set by hand, and all ranks must
 have set them alike, as with `BatchNormalization.restore`.
 
+Frameworks set the floating-point modes of their threads: TensorFlow and XLA round subnormal numbers to zero. Here they
+are IEEE's for the length of a pass, or a rank's bits would depend on its framework.
+
 No framework is imported here. Shape suffixes: C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+import ctypes.util
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,6 +41,9 @@ from bnlayer.view import View
 # corrections of renorm, the step.
 _ROWS = 8
 SAVED_ROWS = _ROWS + 4 + 4
+
+_FENV_BYTES = 256  # more than any C library's fenv_t takes
+_FE_DFL_ENV = ctypes.c_void_p(-1)  # in glibc and musl, on every processor
 
 
 @runtime_checkable
@@ -110,6 +120,12 @@ class HostLayer(BatchNormalization):
             ValueError, TypeError, RuntimeError, CollectiveError: as a call does.
         """
         self.expect(x.shape)
+        with ieee_arithmetic():
+            return self._forward(x, weights, moving, mask)
+
+    def _forward(
+        self, x: NDArray[Any], weights: Sequence[NDArray[Any]], moving: Sequence[NDArray[Any]], mask: Any
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...], NDArray[np.float64]]:
         for variable, value in zip((v for v in self._variables if v.trainable), weights, strict=True):
             variable.assign(value)
         for variable, value in zip(self._moving, moving, strict=True):
@@ -138,7 +154,8 @@ class HostLayer(BatchNormalization):
         """
         batch = self.dtype_policy.received(x, "inputs")
         view = View.of(batch, self._pinned_axis(batch.shape), mask)
-        dx, *gradients = self._pull(self._unpacked(view, saved), dy)
+        with ieee_arithmetic():
+            dx, *gradients = self._pull(self._unpacked(view, saved), dy)
         return dx, tuple(gradient for gradient in gradients if gradient is not None)
 
     def _unpacked(self, view: View, saved: NDArray[np.float64]) -> SavedTraining:
@@ -157,6 +174,23 @@ class HostLayer(BatchNormalization):
             scale.astype(arithmetic),
             *correction,
         )
+
+
+@contextmanager
+def ieee_arithmetic() -> Iterator[None]:
+    """The C library's default floating-point environment in this thread: to nearest, with subnormal numbers."""
+    library, before = _libm(), ctypes.create_string_buffer(_FENV_BYTES)
+    library.fegetenv(before)
+    library.fesetenv(_FE_DFL_ENV)
+    try:
+        yield
+    finally:
+        library.fesetenv(before)
+
+
+@cache
+def _libm() -> ctypes.CDLL:
+    return ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
 
 
 def _packed(saved: SavedTraining) -> NDArray[np.float64]:

@@ -132,8 +132,8 @@ class Callback:
         if layer is None:
             raise RuntimeError("The layer of this program was deleted: hold on to the model that it belongs to.")
         if self.backward:
-            *batch, saved = arrays
-            return layer.pull_back(*batch, saved.view(np.float64))
+            x, mask, dy, saved = arrays
+            return layer.pull_back(x, mask, dy, saved.view(np.float64))
         y, moved, saved = layer.forward(*arrays)
         return y, moved, saved.view(np.uint32)
 

@@ -5,9 +5,10 @@
     model = convert(model)                                      # or: BatchNormalization(synchronized=True) in a new one
     model.compile(reduce_gradients(keras.optimizers.Adam()), ...)
 
-Unsynchronized, and in inference, it is Keras's layer. A synchronized training call exchanges with the other ranks, forward
-and backward, in the order of the program: on JAX by ordered callbacks, in a `tf.function` as a stateful operation. Each
-backend's part is a function below, which imports the backend when it is first called. See `docs/adapters-keras.md`.
+Unsynchronized, and in inference, it is Keras's layer. A synchronized training call exchanges with the other ranks,
+forward and backward, in the order of the program: on JAX by ordered callbacks, in a `tf.function` as a stateful
+operation. Each backend's part is a function below, which imports the backend when it is first called. See
+`docs/adapters-keras.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any, TypeVar
-from weakref import proxy, ref
+from weakref import WeakKeyDictionary, proxy, ref
 
 import keras
 import ml_dtypes
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 _MOVING = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
+_links: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by graph of TensorFlow: see `_tensorflow`
+
 # Takes the layer, the batch, its weights and moving statistics, and a mask or None; returns y and the new statistics.
 Normalize = Callable[[HostLayer, Any, Sequence[Any], Sequence[Any], Any], tuple[Any, Sequence[Any]]]
 
@@ -38,8 +41,8 @@ Normalize = Callable[[HostLayer, Any, Sequence[Any], Sequence[Any], Any], tuple[
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras's layer, with its arguments, weights and configuration; `synchronized=True` on every backend.
 
-    Ranks know a layer by its name. Gradients are those of the SUM over ranks of the local losses; for gamma and beta, as
-    for every other weight, this rank's share: see `reduce_gradients`.
+    Ranks know a layer by its name. Gradients are those of the SUM over ranks of the local losses; for gamma and beta,
+    as for every other weight, this rank's share: see `reduce_gradients`.
 
     Args:
         *args, **kwargs: Keras's.
@@ -131,7 +134,7 @@ def revert(model: T) -> T:
     for layer in _layers(model):
         if type(layer) is BatchNormalization:
             _set_synchronized(layer, False)
-            layer._host = None
+            layer.__dict__.pop("_host", None)
             layer.__class__ = keras.layers.BatchNormalization
     return _recompiled(model)
 
@@ -237,41 +240,51 @@ def _tensorflow(
 ) -> tuple[Any, Sequence[Any]]:
     import tensorflow as tf
 
-    x, *tensors = map(tf.convert_to_tensor, [x, *weights, *moving])  # a variable's value is a variable
-    weights, moving = tensors[: len(weights)], tensors[len(weights) :]
-    masks = [] if mask is None else [mask]
-    channels = len(weights)
+    graph = _graph_of_tensorflow()
+    x, link, *tensors = map(tf.convert_to_tensor, [x, _links.get(graph, 0.0), *weights, *moving])
+    rest = [*tensors[len(weights) :], *([] if mask is None else [mask])]  # a variable's value is a variable: not these
     host_layer = proxy(layer)  # TensorFlow keeps functions of graphs that nobody holds any more, and their layer's name
 
-    def forward(x: Any, *rest: Any) -> list[Any]:
-        mask = rest[channels + len(moving)] if masks else None
-        y, moved, saved = host_layer.forward(x, rest[:channels], rest[channels : channels + len(moving)], mask)
+    def forward(x: Any, *arrays: Any) -> list[Any]:
+        gammas, others = arrays[: len(weights)], arrays[len(weights) :]
+        y, moved, saved = host_layer.forward(x, gammas, others[: len(moving)], *others[len(moving) :])
         return [y, *moved, saved]
 
     def backward(x: Any, dy: Any, saved: Any, *masks: Any) -> list[Any]:
         dx, gradients = host_layer.pull_back(x, masks[0] if masks else None, dy, saved)
         return [dx, *gradients]
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def normalize(x: Any, *weights: Any) -> Any:
+    @tf.custom_gradient
+    def normalize(x: Any, link: Any, *weights: Any) -> Any:
         kinds = [x.dtype, *(vector.dtype for vector in moving), tf.float64]
-        y, *moved, saved = tf.numpy_function(forward, [x, *weights, *moving, *masks], kinds)
+        y, *moved, saved = tf.numpy_function(forward, [x, *weights, *rest], kinds)
 
-        def gradient(dy: Any, *_: Any) -> Any:
+        def gradient(dy: Any, dlink: Any, *_: Any) -> Any:
             kinds = [x.dtype, *(weight.dtype for weight in weights)]
-            return _shaped(tf.numpy_function(backward, [x, dy, saved, *masks], kinds), [x, *weights])
+            results = tf.numpy_function(backward, [x, dy, saved, *rest[len(moving) :]], kinds)
+            dx, *gradients = _shaped(results, [x, *weights])
+            return (dx, dlink, *gradients)
 
-        return (*_shaped([y, *moved], [x, *moving]),), gradient
+        return (*_shaped([y], [x]), tf.identity(link), *_shaped(moved, moving)), gradient
 
-    y, *moved = normalize(x, *weights)
+    # A tape goes back through parallel branches in an order of its own. Each call takes a number from the call before
+    # and hands it on, so that they are pulled back in the reverse order of the program, as in every other framework.
+    y, _links[graph], *moved = normalize(x, link, *tensors[: len(weights)])
     return y, moved
+
+
+def _graph_of_tensorflow() -> Any:
+    """What is being traced; TensorFlow's context when nothing is."""
+    import tensorflow as tf
+
+    return tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else tf
 
 
 def _tensorflow_reduce(gradients: list[Any], op: Reduction) -> list[Any]:
     import tensorflow as tf
 
     def reduce(*arrays: Any) -> list[Any]:
-        return host.allreduce(arrays, op)
+        return list(host.allreduce(arrays, op))
 
     dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
     return _shaped(tf.numpy_function(reduce, dense, [gradient.dtype for gradient in dense]), dense)
@@ -318,7 +331,7 @@ def _torch_function() -> Any:
             return _to_torch(y, x), *statistics
 
         @staticmethod
-        @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, dy: Any, *_: Any) -> Any:
             x, mask = ctx.saved_tensors
             truth = None if mask is None else _from_torch(mask)

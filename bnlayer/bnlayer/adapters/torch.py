@@ -49,7 +49,7 @@ _POLICIES = {
 }
 
 
-class SyncBatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]  # torch is not installed where types are checked
+class SyncBatchNorm(_BatchNorm):
     """Batch normalization over (N, C, …) whose statistics are those of all ranks' batches.
 
         training    y = weight·(x − μ)/√(v + eps) + bias
@@ -103,7 +103,7 @@ class SyncBatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]  # torch i
         self.process_group = process_group
         self.unbiased = unbiased
         self.name = automatic_name("sync_batch_norm") if name is None else name
-        self._core: _Core | None = None
+        self.core: _Core | None = None
 
     def forward(self, input: Any, mask: Any = None) -> Any:  # noqa: A002 - torch's name
         """Normalize a batch.
@@ -137,7 +137,7 @@ class SyncBatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]  # torch i
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the ranks: a copy enrolls anew."""
-        return {**self.__dict__, "_core": None, "process_group": None}
+        return {**self.__dict__, "core": None, "process_group": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         """A copy, with a name of its own: layers are known by name."""
@@ -149,7 +149,7 @@ class SyncBatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]  # torch i
 
     # ---- the running statistics ----
 
-    def _normalize(self, view: View, dtype: Any) -> tuple[Any, SavedTraining]:
+    def normalize(self, view: View, dtype: Any) -> tuple[Any, SavedTraining]:
         """A training call of a batch: exchange, update the running statistics, and normalize."""
         weights = self.weight.dtype if self.affine else torch.float32 if dtype in _HALF else dtype
         policy = _POLICIES.get((dtype, weights))
@@ -158,11 +158,11 @@ class SyncBatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]  # torch i
                 f"Layer {self.name!r}: expected an input of the weights' dtype {weights}, or of float16 or bfloat16 "
                 f"beside float32 weights; received {dtype}."
             )
-        core = self._core
+        core = self.core
         if core is None or not core.suits(policy):
-            self._core = None  # the old one lets go of the name first
-            core = self._core = _Core(self, policy)
-        updates = self.training and self.track_running_stats and torch._C._current_graph_task_id() == -1
+            self.core = None  # the old one lets go of the name first
+            core = self.core = _Core(self, policy)
+        updates = self.training and self.track_running_stats and not _within_backward()
         core.prepare(self, policy, updates)
         y, saved = core.train(view, updates, synchronized=self.training)
         if saved.statistics.count.size and saved.statistics.count[0] == 1.0 and view.mask is None:
@@ -200,9 +200,7 @@ class _Core(BatchNormalization):
         self.dtype_policy, self.epsilon = policy, module.eps
         if module.process_group is not None:
             self.collective = _collective_of(module.process_group)
-        if module.affine:
-            assert self.gamma is not None
-            assert self.beta is not None
+        if self.gamma is not None and self.beta is not None:
             self.gamma.take(_array(module.weight))
             self.beta.take(_array(module.bias))
         if updates:
@@ -222,16 +220,15 @@ class _Core(BatchNormalization):
             self._known = found
 
     def write_back(self, module: SyncBatchNorm) -> None:
-        """The updated statistics into the module's buffers."""
+        """The updated statistics, written into the module's buffers."""
         arrays = [variable.value for variable in self._moving]
-        with torch.no_grad():
-            for buffer, array in zip((module.running_mean, module.running_var), arrays, strict=True):
-                buffer.copy_(_tensor(array))
+        for buffer, array in zip((module.running_mean, module.running_var), arrays, strict=True):
+            buffer.copy_(_tensor(array))
         self._known = [array.tobytes() for array in arrays]
 
     @np.errstate(all="ignore")
     def train(self, view: View, updates: bool, *, synchronized: bool) -> tuple[Any, SavedTraining]:
-        """A training call; without running statistics, eval too normalizes with those of its batch, and exchanges none."""
+        """A training call; in eval, without running statistics, by those of this rank's batch, and without exchange."""
         if synchronized:
             return self._train(self._joined(), view, updates)
         driver, self._driver, self.synchronized = self._driver, None, False
@@ -246,17 +243,17 @@ class _Core(BatchNormalization):
         return self._pull_training(saved, dy)
 
 
-class _Normalize(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
-    """A training call, and its backward pass. It holds the input as autograd holds tensors, and nothing else as large."""
+class _Normalize(torch.autograd.Function):
+    """A training call, and its backward pass; the input is saved as autograd saves tensors, nothing else is large."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, mask: Any, module: SyncBatchNorm) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, mask: Any, module: SyncBatchNorm) -> Any:  # noqa: ARG004 - autograd gives them gradients
         layout = _layout(x)
         view = _view(x, mask, layout)
-        y, saved = module._normalize(view, x.dtype)
+        y, saved = module.normalize(view, x.dtype)
         saved.view = None  # type: ignore[assignment]  # until it is pulled back
         ctx.save_for_backward(x, mask)
-        ctx.core, ctx.saved, ctx.layout = module._core, saved, layout
+        ctx.core, ctx.saved, ctx.layout = module.core, saved, layout
         return _restored(y, x, layout)
 
     @staticmethod
@@ -267,16 +264,23 @@ class _Normalize(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         saved: SavedTraining = ctx.saved
         saved.view = _view(x, mask, ctx.layout)
         try:
-            dx, dgamma, dbeta = core.pull(saved, _flat(dy.to(x.dtype), ctx.layout))
+            dx, dgamma, dbeta = core.pull(saved, _flat(dy, ctx.layout))
         finally:
             saved.view = None  # type: ignore[assignment]
-        grads = (None if g is None else _tensor(g).to(x.device) for g in (dgamma, dbeta))
-        return _restored(dx, x, ctx.layout), *grads, None, None
+        weight, bias = (None if g is None else _tensor(g) for g in (dgamma, dbeta))
+        if weight is not None and bias is not None and weight.device != x.device:
+            weight, bias = weight.to(x.device), bias.to(x.device)
+        return _restored(dx, x, ctx.layout), weight, bias, None, None
 
 
-@torch.compiler.disable(reason="bnlayer: an exchange with other ranks is no part of a graph")  # type: ignore[untyped-decorator, unused-ignore]
+@torch.compiler.disable(reason="bnlayer: an exchange with other ranks is no part of a graph")
 def _outside_graphs(module: SyncBatchNorm, x: Any, mask: Any) -> Any:
     return _Normalize.apply(x, module.weight, module.bias, mask, module)
+
+
+def _within_backward() -> bool:
+    """Whether the autograd engine runs in this thread: a forward pass there is a checkpoint's repetition."""
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - as torch.utils.checkpoint asks it
 
 
 # ---- whole models ----
@@ -309,7 +313,7 @@ def revert_sync_batchnorm(module: Any) -> Any:
     return _replaced(module, "", lambda old, _: _reverted(old))
 
 
-class BatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]
+class BatchNorm(_BatchNorm):
     """torch's local batch normalization, for inputs of 2 to 5 dimensions: what a `SyncBatchNorm` is reverted to."""
 
     def _check_input_dim(self, input: Any) -> None:  # noqa: A002
@@ -317,15 +321,20 @@ class BatchNorm(_BatchNorm):  # type: ignore[misc, unused-ignore]
             raise ValueError(f"Expected an input of 2 to 5 dimensions, received {input.dim()}.")
 
 
-def _replaced(module: Any, path: str, replace: Any) -> Any:
-    new = replace(module, path)
-    if new is not module:
-        return new
-    for name, child in list(module.named_children()):
-        changed = _replaced(child, f"{path}.{name}" if path else name, replace)
-        if changed is not child:
-            module.add_module(name, changed)
-    return module
+def _replaced(module: Any, path: str, replace: Any, done: dict[int, Any] | None = None) -> Any:
+    """A model with some of its modules replaced; one that stands in several places by the same new one in each."""
+    done = {} if done is None else done
+    if id(module) in done:
+        return done[id(module)]
+    new = done[id(module)] = replace(module, path)
+    if new is module:
+        for name, child in list(module._modules.items()):  # noqa: SLF001 - named_children() passes a module once
+            if child is None:
+                continue
+            changed = _replaced(child, f"{path}.{name}" if path else name, replace, done)
+            if changed is not child:
+                module.add_module(name, changed)
+    return new
 
 
 def _converted(old: Any, process_group: Any, name: str) -> Any:
@@ -360,6 +369,7 @@ def _with_contents(new: Any, old: Any) -> Any:
 # ---- tensors as the layer sees them ----
 
 _HALF = (torch.float16, torch.bfloat16)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def _collective_of(group: Any) -> Collective:
@@ -379,17 +389,22 @@ def _layout(x: Any) -> Any:
 
 def _flat(x: Any, layout: Any) -> Any:
     """A tensor as (A, C, B), without a copy where it has the memory format: an array, or on a device a tensor."""
-    x = x.detach().contiguous(memory_format=layout)
+    if not x.is_contiguous(memory_format=layout):
+        x = x.contiguous(memory_format=layout)
+    flat, channels = _array(x) if _on_host(x) else x.detach(), x.shape[1]
     if layout is torch.contiguous_format:
-        flat = x.view(x.shape[0], x.shape[1], x.shape[2:].numel())
-    else:
-        flat = x.movedim(1, -1).view(-1, x.shape[1], 1)
-    return _array(flat) if _on_host(x) else flat
+        return flat.reshape(x.shape[0], channels, x.shape[2:].numel())
+    return _last(flat).reshape(-1, channels, 1)
+
+
+def _last(x: Any) -> Any:
+    """With the channels' axis behind the others."""
+    return np.moveaxis(x, 1, -1) if isinstance(x, np.ndarray) else x.movedim(1, -1)
 
 
 def _on_host(x: Any) -> bool:
     """Whether a batch is computed on by the host's kernels: also where its device has no float64."""
-    return x.device.type in ("cpu", "mps")
+    return bool(x.is_cpu or x.is_mps)
 
 
 def _view(x: Any, mask: Any, layout: Any) -> View:
@@ -411,22 +426,24 @@ def _view(x: Any, mask: Any, layout: Any) -> View:
 
 
 def _restored(flat: Any, x: Any, layout: Any) -> Any:
-    """The way back from `_flat`, to a batch's shape and memory format."""
-    flat = _tensor(flat).to(x.device)
+    """The way back from `_flat`, to a batch's shape, memory format and device."""
     if layout is torch.contiguous_format:
-        return flat.view(x.shape)
-    return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        y = _tensor(flat.reshape(x.shape))
+    else:
+        y = _tensor(flat.reshape(x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
+    return y if y.device == x.device else y.to(x.device)
 
 
 def _array(tensor: Any) -> NDArray[Any]:
     """A tensor's own memory as an array; a copy of one on another device."""
     tensor = tensor.detach()
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         tensor = tensor.cpu()
     if tensor.dtype is torch.bfloat16:
-        array: NDArray[Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return array
-    array = tensor.numpy()
+        tensor = tensor.view(torch.int16)
+        bits: NDArray[Any] = tensor.numpy()
+        return bits.view(_BFLOAT16)
+    array: NDArray[Any] = tensor.numpy()
     return array
 
 
@@ -434,6 +451,6 @@ def _tensor(array: Any) -> Any:
     """An array's own memory as a tensor; a tensor as it is."""
     if not isinstance(array, np.ndarray):
         return array
-    if array.dtype == ml_dtypes.bfloat16:
+    if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

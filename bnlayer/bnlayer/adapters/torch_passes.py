@@ -32,9 +32,11 @@ class DeviceView(View):
     __slots__ = ()
 
     passes = sys.modules[__name__]
+    x: Any
+    mask: Any
 
 
-def probe(view: View, grid: Grid) -> NDArray[np.int64]:
+def probe(view: DeviceView, grid: Grid) -> NDArray[np.int64]:
     """As `bnlayer.tiling.Passes.probe`."""
     precision = grid.precision
     best = np.full((2, view.x.shape[1]), precision.no_key, np.int64)
@@ -47,7 +49,7 @@ def probe(view: View, grid: Grid) -> NDArray[np.int64]:
     return best
 
 
-def moments(view: View, grid: Grid) -> NDArray[np.int64]:
+def moments(view: DeviceView, grid: Grid) -> NDArray[np.int64]:
     """As `bnlayer.tiling.Passes.moments`."""
     precision, device = grid.precision, view.x.device
     deviations = _Sum(_signed(grid.exponent_C + precision.slack, precision.folds), device)
@@ -71,7 +73,7 @@ def moments(view: View, grid: Grid) -> NDArray[np.int64]:
 
 
 def normalize(
-    view: View,
+    view: DeviceView,
     mean_C: NDArray[Any],
     scale_C: NDArray[Any],
     shift_C: NDArray[Any],
@@ -87,7 +89,7 @@ def normalize(
     return _with_nan(y, nonfinite_C)
 
 
-def gradient_probe(dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGrid) -> NDArray[np.int64]:
+def gradient_probe(dy: DeviceView, view: DeviceView, pivot_C: NDArray[Any], grid: BackwardGrid) -> NDArray[np.int64]:
     """As `bnlayer.tiling.Passes.gradient_probe`."""
     precision = grid.precision
     best = np.full((2, view.x.shape[1]), precision.lowest, np.int64)
@@ -101,7 +103,7 @@ def gradient_probe(dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGr
 
 
 def gradient_sums(
-    dy: View, view: View, pivot_C: NDArray[Any], grid: BackwardGrid, *, fits: bool = False
+    dy: DeviceView, view: DeviceView, pivot_C: NDArray[Any], grid: BackwardGrid, *, fits: bool = False
 ) -> NDArray[np.int64]:
     """As `bnlayer.tiling.Passes.gradient_sums`."""
     del fits
@@ -128,8 +130,8 @@ def gradient_sums(
 
 
 def input_gradient(
-    dy: View,
-    view: View,
+    dy: DeviceView,
+    view: DeviceView,
     mean_C: NDArray[Any],
     offset_C: NDArray[Any],
     slope_C: NDArray[Any],
@@ -219,18 +221,18 @@ def _with_nan(y: Any, nonfinite_C: NDArray[np.bool_]) -> Any:
     return y
 
 
-def _pieces(view: View) -> Iterator[slice]:
+def _pieces(view: DeviceView) -> Iterator[slice]:
     """The pieces of a batch, along A; none of an empty one."""
     rows, size = view.x.shape[0], view.x.numel()
     step = max(1, _AT_ONCE * rows // max(1, size))
     return (slice(at, at + step) for at in range(0, rows if size else 0, step))
 
 
-def _values(view: View, at: slice, precision: Precision) -> Any:
+def _values(view: DeviceView, at: slice, precision: Precision) -> Any:
     return view.x[at].to(_DTYPES[precision.name])
 
 
-def _truths(view: View, at: slice) -> Any:
+def _truths(view: DeviceView, at: slice) -> Any:
     return None if view.mask is None else view.mask[at]
 
 

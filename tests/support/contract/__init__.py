@@ -4,7 +4,18 @@ A body gets this rank's world and asserts on what this rank sees. What it return
 runner compares it, so that "the same bits" and "the same text" are checked across ranks too.
 """
 
-from support.contract import disagreements, layers, plain, pullbacks, reductions, refusals, setting
+from support.contract import disagreements, layers, plain, pullbacks, reductions, refusals, running, setting
 from support.contract.registry import BODIES, names
 
-__all__ = ["BODIES", "disagreements", "layers", "names", "plain", "pullbacks", "reductions", "refusals", "setting"]
+__all__ = [
+    "BODIES",
+    "disagreements",
+    "layers",
+    "names",
+    "plain",
+    "pullbacks",
+    "reductions",
+    "refusals",
+    "running",
+    "setting",
+]

@@ -157,6 +157,16 @@ def test_what_is_refused(environ: dict[str, str], arguments: dict[str, Any], tex
     assert str(caught.value) == text
 
 
+def test_an_initialized_process_group_is_taken_where_nothing_else_says_how_ranks_meet() -> None:
+    """torch.distributed beats the variables of torchrun; an address, and MPI's variables, beat it."""
+    assert plan(TORCHRUN, process_group=True) == Plan(
+        "torch", 2, 4, "torch.distributed is initialized; RANK says the rank"
+    )
+    assert plan({}, process_group=True).transport == "torch"
+    assert plan(SERVICE | TORCHRUN, process_group=True).transport == "service"
+    assert plan(MPICH, process_group=True).transport == "mpi"
+
+
 @pytest.mark.parametrize("transport", ["alone", "mpi"])
 def test_an_address_needs_the_service(transport: str) -> None:
     """As an argument it was silently ignored; that of the environment may be there for other jobs, and is a note."""

@@ -1,8 +1,8 @@
 """Waiting for a process group: until a deadline, and with an eye on the log in its store (`torch_events.py`).
 
-Where an exchange can't complete, each rank that waits in it writes its call into the log. One that has seen all of them,
-or has waited long enough for the rest, decides and writes a verdict; whoever reads it raises it. The first verdict in
-the log counts, so all ranks raise the same error.
+Where an exchange can't complete, each rank that waits in it writes its call into the log. One that has seen all of
+them, or has waited long enough for the rest, decides and writes a verdict; whoever reads it raises it. The first
+verdict in the log counts, so all ranks raise the same error.
 
 Laws:
 1. A wait ends by its deadline, whatever the other ranks do.

@@ -1,0 +1,203 @@
+"""The torch adapter under torchrun on one to three ranks, uneven and with an empty shard, beside torch's own layers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bnlayer.adapters import torch as adapter
+from bnlayer.adapters.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from support.adapters import SIZES, batch, network, one_training, shard, torchrun
+
+Outcomes = dict[int, list[dict[str, Any]]]
+
+_ROWS = 12
+_BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
+_NORMS = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What every rank saw in every scenario, by the number of ranks; one start of torchrun for each number."""
+    seen = {}
+    for world_size in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"ranks-{world_size}-")
+        ended = torchrun(world_size, Path(__file__).with_name("torch_rank.py"), folder)
+        assert ended.code == 0, ended.out + ended.err
+        seen[world_size] = [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+    return seen
+
+
+SCENARIOS = (
+    "the_layer_alone", "momentum_none", "used_twice_and_accumulated", "interleaved", "no_grad_and_eval",
+    "frozen_parameters", "no_running_statistics", "checkpointed", "autocast", "masked", "copied", "set_by_hand",
+    "compiled", "of_one_value", "beside_numpy",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [*SCENARIOS, "a_smaller_group", "twenty_steps"])
+def test_scenario(outcomes: Outcomes, name: str) -> None:
+    """Each passes on every rank; and what has rows, or is everybody's, has the same bits as on one rank."""
+    for world_size, ranks in outcomes.items():
+        for rank, seen in enumerate(ranks):
+            assert not isinstance(seen[name], str), f"rank {rank} of {world_size}: {seen[name]}"
+    if name == "twenty_steps":
+        return
+    one = outcomes[1][0][name]
+    if name == "a_smaller_group":
+        assert all(_same(one, outcomes[world_size][0][name]) for world_size in SIZES)
+        return
+    for world_size, ranks in outcomes.items():
+        for rank, seen in enumerate(ranks):
+            mine = seen[name]
+            for key in one if isinstance(one, dict) else ("",):
+                whole, part = (one[key], mine[key]) if key else (one, mine)
+                rows = shard(rank, world_size)
+                assert _same([t[rows] if t.shape[:1] == (_ROWS,) else t for t in whole], part), (rank, world_size, key)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_without_an_exchange_it_would_show(outcomes: Outcomes) -> None:
+    """What a rank computes from its own rows alone is something else."""
+    rows = shard(0, 2)
+    y = SyncBatchNorm(3)(batch((12, 3), torch.float32, 0)[rows])
+    assert not torch.equal(y.detach(), outcomes[2][0]["the_layer_alone"]["float32 (12, 3) False 0"][0])
+
+
+def test_outputs_and_gradients_are_torchs(outcomes: Outcomes) -> None:
+    """Those of torch's own layer on the union, float32 and float64, of 2 to 5 dimensions and both memory formats."""
+    checked = 0
+    for key, seen in outcomes[1][0]["the_layer_alone"].items():
+        kind, rest = key.split(" ", 1)
+        shape = ast.literal_eval(rest.partition(")")[0] + ")")
+        dtype, step = getattr(torch, kind), int(key[-1])
+        if dtype not in _BOUNDS:
+            continue
+        theirs = _NORMS[len(shape)](3, dtype=dtype)
+        y = dx = None
+        for before in range(step + 1):
+            x = batch(shape, dtype, before).requires_grad_()
+            y = theirs(x)
+            y.backward(batch(shape, dtype, 10 + before))
+            dx = x.grad
+        bound = _BOUNDS[dtype]
+        for got, want in zip(seen, (y, dx, theirs.running_mean, theirs.running_var), strict=True):
+            torch.testing.assert_close(got, want.detach(), rtol=bound, atol=bound)
+        checked += 1
+    assert checked == 2 * 6 * 3
+
+
+def test_training_is_torchs_on_the_union(outcomes: Outcomes) -> None:
+    """Twenty steps under DDP: all weights, running statistics and the input's gradient, on one to three ranks."""
+    for dtype, bound in _BOUNDS.items():
+        want = one_training(dtype, slice(0, _ROWS), lambda model: model)
+        for world_size, ranks in outcomes.items():
+            for rank, seen in enumerate(ranks):
+                for name, got in seen["twenty_steps"][str(dtype)].items():
+                    expected = want[name][shard(rank, world_size)] if name == "input gradient" else want[name]
+                    torch.testing.assert_close(got, expected, rtol=bound, atol=bound)
+
+
+def test_momentum_none_is_torchs(outcomes: Outcomes) -> None:
+    """The cumulative average."""
+    theirs = torch.nn.BatchNorm1d(3, momentum=None)
+    for step in range(3):
+        theirs(batch((12, 3, 4), torch.float32, step))
+    torch.testing.assert_close(outcomes[3][1]["momentum_none"], list(theirs.buffers()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_passes_of_other_devices_have_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool
+) -> None:
+    """They are tensor operations, here on CPU tensors: values, far means, tiny gradients, NaN, an empty batch."""
+
+    def run(on_host: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(adapter, "_on_host", lambda x: on_host)
+        seen = []
+        for shape in ((8, 3, 4, 4), (8, 3), (0, 3, 2), (70, 3, 30)):
+            for scale, mean in ((1.0, 0.0), (1e-3, 1000.0)):
+                layer = SyncBatchNorm(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+                for step in range(3):
+                    x = (batch(shape, torch.float64, step) * scale + mean).to(dtype)
+                    if step == 2 and x.numel():
+                        x[0, 1] = torch.nan
+                    x.requires_grad_()
+                    mask = batch((shape[0], *shape[2:]), torch.float32, 5) > 2 if masked else None
+                    y = layer(x, mask)
+                    y.backward(batch(shape, dtype, 7) * 10.0 ** (-3 * step))
+                    seen += [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+                    seen += [buffer.clone() for buffer in layer.buffers()]
+        return [torch.nan_to_num(tensor, nan=12345.0) for tensor in seen]
+
+    assert _same(run(True), run(False))
+
+
+def test_a_converted_model_is_the_same_model() -> None:
+    """Names, tensors, modes and the way back; the checkpoint loads into the plain model."""
+    model = network(torch.float32).train()
+    before = dict(model.named_parameters())
+    converted = convert_sync_batchnorm(model)
+    assert converted is model
+    assert [type(m) for m in (model.first, model.second, model.twice)] == [SyncBatchNorm] * 3
+    assert dict(model.named_parameters()) == before
+    assert model.first.name.startswith("first")
+    again = convert_sync_batchnorm(network(torch.float32))
+    assert again.first.name != model.first.name, "two models' layers have names of their own"
+    model(batch((4, 2, 6, 6), torch.float32, 0))
+    network(torch.float32).load_state_dict(model.state_dict())
+    model.eval()
+    x = batch((4, 2, 6, 6), torch.float32, 1)
+    evaluated = model(x)
+    reverted = revert_sync_batchnorm(model)
+    assert not any(isinstance(m, SyncBatchNorm) for m in reverted.modules())
+    assert torch.equal(reverted(x), evaluated)
+    shared = torch.nn.BatchNorm1d(3)
+    twice = convert_sync_batchnorm(torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared), "c": shared}))
+    assert twice["a"] is twice["b"][0] is twice["c"], "a module that stands in two places is still one"
+    single = torch.nn.BatchNorm2d(3, eps=0.5, momentum=None, affine=False)
+    one = convert_sync_batchnorm(single)
+    assert (one.eps, one.momentum, one.affine, one.track_running_stats) == (0.5, None, False, True)
+    assert convert_sync_batchnorm(torch.nn.SyncBatchNorm(3)).weight is not None
+
+
+def test_what_is_refused_says_why() -> None:
+    """Shapes, dtypes and masks that do not fit."""
+    layer = SyncBatchNorm(3)
+    with pytest.raises(ValueError, match=r"Expected an input of 2 to 5 dimensions, \(N, 3, …\), received \(2, 4\)"):
+        layer(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"an input of the weights' dtype torch.float32, .* received torch.float64"):
+        layer(torch.zeros(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"mask.shape=\(2, 3\), input.shape=\(2, 3, 4\)"):
+        layer(torch.zeros(2, 3, 4), torch.ones(2, 3))
+
+
+def test_an_input_that_was_written_to_is_found() -> None:
+    """By autograd itself, as for torch's own layers."""
+    layer = SyncBatchNorm(3)
+    x = batch((4, 3), torch.float32, 0).requires_grad_()
+    z = x * 1
+    y = layer(z)
+    z.mul_(2)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """As by torch's own SyncBatchNorm."""
+    layer = SyncBatchNorm(3)
+    x = batch((4, 3), torch.float32, 0).requires_grad_()
+    (dx,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
