@@ -104,7 +104,8 @@ def test_who_is_a_rank(slurm: Cluster, tmp_path: Path) -> None:
 
     script, log = tmp_path / "het.sbatch", tmp_path / "het.log"
     script.write_text(_HETEROGENEOUS.format(python=sys.executable), encoding="utf-8")
-    job = slurm.submit(script, options=[f"--output={log}"], cwd=tmp_path)
+    # srun says there when it waits for a processor.
+    job = slurm.submit(script, options=[f"--output={log}", "--error=/dev/null"], cwd=tmp_path)
     slurm.wait(job, "COMPLETED", log)
     assert sorted(log.read_text(encoding="utf-8").splitlines()) == [
         "batch is no rank not warned",
