@@ -290,6 +290,7 @@ class Pass {
     const Mask& mask = given_.batch.mask;
     const S* base = x_ + part_.first * layout_.channels;
     const uint8_t* counts = mask.truths != nullptr && mask.rows ? mask.truths + part_.first : nullptr;
+    // NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm): kMasked says that there is a mask
     const uint8_t* truths = kMasked ? mask.truths + part_.first * layout_.channels : nullptr;
     const S* from[kRows];
     const uint8_t* true_from[kRows];
