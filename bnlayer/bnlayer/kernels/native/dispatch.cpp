@@ -40,10 +40,11 @@ struct Found {
 #if BNLAYER_HAS_AVX512
     add(avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("fma"));
+                           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 #endif
 #if BNLAYER_HAS_AVX2
-    add(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+    add(avx2::table,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 #endif
 #if BNLAYER_HAS_NEON
     add(neon::table, true);
