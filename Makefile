@@ -251,7 +251,7 @@ lint: setup  ## style: ruff format --check, ruff check
 	$(BIN)/ruff check
 
 # The variants differ in what the compiler makes of one source: one of them is looked at.
-CPP := $(filter %pp,$(NATIVE))
+CPP := $(filter %pp,$(NATIVE)) benchmarks/native.cpp
 CPP_FLAGS = -std=gnu++20 -fno-exceptions -fno-rtti -Ibnlayer/bnlayer/kernels/native -DBNLAYER_HAS_BASELINE=1 -DBNLAYER_HAS_AVX2=1 \
 	-DPy_LIMITED_API=0x030B0000 -isystem$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
 	-DBNLAYER_VARIANT=avx2 --target=x86_64-linux-gnu -mavx2 -mfma

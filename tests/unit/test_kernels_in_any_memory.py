@@ -141,7 +141,9 @@ def _bits(found: Array) -> bytes:
 @given(batch=batches())
 def test_the_same_bits_from_any_memory(batch: Batch) -> None:
     """Every variant, and the reference on the same values side by side in memory."""
-    plain = Batch(batch.x.copy(), batch.dy.copy(), None if batch.mask is None else batch.mask.copy(), batch.axis, batch.dtype, 1)
+    plain = Batch(
+        batch.x.copy(), batch.dy.copy(), None if batch.mask is None else batch.mask.copy(), batch.axis, batch.dtype, 1
+    )
     with np.errstate(all="ignore"):
         wanted = _results(plain, "reference")
         for name in variants():
