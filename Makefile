@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(wildcard bnlayer/bnlayer/kernels/native/*.[ch]pp bnla
 WERROR ?= $(if $(CI),ON,OFF)
 
 # The suite that every build of the kernels passes: with sanitizers, and on Arm.
-KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py
+KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py
 
 # The tests beside real Keras run in its environment, `make test-keras`, and can't be collected without it.
 NO_KERAS := --ignore=tests/conformance

@@ -120,10 +120,11 @@ def _kernels(name: str, threads: int) -> Iterator[None]:
 
 
 def _results(batch: Batch, name: str) -> list[Array]:
-    """Two training calls, the backward of the second, and an inference."""
+    """Two training calls with their backwards, the first of which looks for the grids, and an inference."""
     with _kernels(name, batch.threads if name != "reference" else 1):
         layer = BatchNormalization(axis=batch.axis, dtype=batch.dtype)
         layer(batch.x, training=True, mask=batch.mask)
+        layer.backward(batch.dy)
         y = layer(batch.x, training=True, mask=batch.mask)
         dx = layer.backward(batch.dy)
         assert layer.gamma is not None and layer.beta is not None
