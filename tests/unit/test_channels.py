@@ -113,3 +113,15 @@ def test_coefficients(compiled: Compiled, center: bool, scale: bool) -> None:
         arguments = found, gamma if scale else None, beta if center else None, single
         for a, b in zip(compiled.coefficients(*arguments), formulas.coefficients(*arguments), strict=True):
             same(a, b)
+
+
+def test_limbs_as_they_come_from_a_message(compiled: Compiled) -> None:
+    """Of a dtype that names its order of bytes, read-only, and wherever they lie in it."""
+    limbs, grid = some_moments(0)
+    backward = BackwardGrid("float32", np.full(C, 3), np.full(C, 3), True)
+    message = np.frombuffer(b"." + limbs.astype("<i8").tobytes(), np.uint8)[1:].view("<i8").reshape(limbs.shape)
+    assert not message.flags.aligned
+    wanted = compiled.statistics(limbs, grid, 1e-3, 0.0)
+    named = Grid("float32", grid.pivot_C.astype("<f8"), grid.exponent_C.astype("<i8"), True)
+    all_same(compiled.statistics(message, named, 1e-3, 0.0), wanted)
+    all_same(compiled.gradients(message, backward, wanted[0]), compiled.gradients(limbs, backward, wanted[0]))
