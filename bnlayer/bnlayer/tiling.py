@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from bnlayer.dtypes import rounded
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import Kernels, kernels
-from bnlayer.kernels.choice import chosen
 from bnlayer.kernels.results import BatchStatistics, PulledBack, Trained, TrainingCall
 from bnlayer.limbs import carried
 from bnlayer.view import WHOLE, View
@@ -231,7 +230,8 @@ def passes() -> Passes:
     """The passes of this process's kernels."""
     if _installed is not None:
         return _installed
-    return _of(chosen())
+    found: Any = kernels()
+    return _of(found)
 
 
 def passes_of(view: View) -> Any:
@@ -247,9 +247,8 @@ def install(passes: Passes | None) -> Passes | None:
 
 
 @cache
-def _of(name: str) -> Passes:
-    del name
-    return Passes(kernels())
+def _of(kernels: Any) -> Passes:
+    return Passes(kernels)
 
 
 def _largest(found: list[NDArray[np.int64]]) -> NDArray[np.int64]:

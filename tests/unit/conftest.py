@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from bnlayer import tiling
 from bnlayer.kernels import choice, kernels
 
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets a test choose the kernels anew; afterwards they are what they were."""
-    caches = kernels, choice.chosen, choice.threads, tiling._of
+    caches = kernels, choice.chosen, choice.threads
     for cached in caches:
         cached.cache_clear()
     yield monkeypatch

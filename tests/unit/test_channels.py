@@ -113,3 +113,33 @@ def test_coefficients(compiled: Compiled, center: bool, scale: bool) -> None:
         arguments = found, gamma if scale else None, beta if center else None, single
         for a, b in zip(compiled.coefficients(*arguments), formulas.coefficients(*arguments), strict=True):
             same(a, b)
+
+
+def test_limbs_as_they_come_from_a_message(compiled: Compiled) -> None:
+    """Of a dtype that names its order of bytes, read-only, and wherever they lie in it."""
+    limbs, grid = some_moments(0)
+    backward = BackwardGrid("float32", np.full(C, 3), np.full(C, 3), True)
+    message = np.frombuffer(b"." + limbs.astype("<i8").tobytes(), np.uint8)[1:].view("<i8").reshape(limbs.shape)
+    assert not message.flags.aligned
+    wanted = compiled.statistics(limbs, grid, 1e-3, 0.0)
+    named = Grid("float32", grid.pivot_C.astype("<f8"), grid.exponent_C.astype("<i8"), True)
+    all_same(compiled.statistics(message, named, 1e-3, 0.0), wanted)
+    all_same(compiled.gradients(message, backward, wanted[0]), compiled.gradients(limbs, backward, wanted[0]))
+
+
+def test_the_spread_that_a_window_is_too_coarse_for(compiled: Compiled) -> None:
+    """V = 2^k units of squares, on both sides of 2^22 and of 2^42/N; the mean on the pivot, and far from it."""
+    both = set()
+    for count in (1, 1000, 2**20, 2**21, 2**30):
+        for mean in (0, 2**40):
+            k = np.arange(C) % 32
+            t = [int(count) * ((1 << int(power)) + mean * mean * 2**12 // 2**52) for power in k]
+            s = np.full(C, count * mean)
+            limbs = np.array(
+                [s >> 32, s & LOW, [v >> 32 for v in t], [v & LOW for v in t], np.full(C, count), np.zeros(C)]
+            ).astype(np.int64)
+            grid = Grid("float32", np.zeros(C), np.full(C, 7), True)
+            got, wanted = (one.statistics(limbs, grid, 0.0, 0.0) for one in (compiled, formulas))
+            all_same(got, wanted)
+            both |= set([] if wanted[1] is None else wanted[1].tolist())
+    assert both == {True, False}

@@ -338,3 +338,21 @@ def test_the_gradients_of_a_long_chain_have_room(compiled: Compiled, shape: tupl
     wanted = reference.gradient_sums(dy, x, None, pivot, grid)
     assert not wanted[-2].any()
     same(compiled.gradient_sums(dy, x, None, pivot, grid, fits=True), wanted)
+
+
+@pytest.mark.parametrize("shape", [(9, 64, 1), (2, 3, 21)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_where_windows_of_gradients_begin_and_end(compiled: Compiled, shape: tuple[int, int, int], dtype: str) -> None:
+    """At a power of two a gradient is outside, or large; the number before it is not."""
+    precision, channels = precision_of(dtype), shape[1]
+    grid = BackwardGrid(dtype, np.full(channels, 5), np.full(channels, 3), True)
+    pivot, one = np.zeros(channels, dtype), np.dtype(dtype).type(1)
+    seen = set()
+    for exponent in (5, 5 - precision.gradient_span):
+        for largest in (np.ldexp(one, exponent), np.nextafter(np.ldexp(one, exponent), -one)):
+            for reach in (np.ldexp(one, 3), np.nextafter(np.ldexp(one, 3), -one)):
+                dy, x = np.full(shape, -largest, dtype), np.full(shape, reach, dtype)
+                wanted = reference.gradient_sums(dy, x, None, pivot, grid)
+                same(compiled.gradient_sums(dy, x, None, pivot, grid), wanted)
+                seen.add(tuple(wanted[-2:, 0].tolist()))
+    assert len(seen) == 4, "in and outside, large and small"

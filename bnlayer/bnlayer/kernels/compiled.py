@@ -129,7 +129,7 @@ class Compiled:
         rows, singles = np.empty((8, channels)), np.empty((2, channels), np.float32)
         reach, flags = np.empty(channels, np.int64), np.empty((2, channels), np.bool_)
         any_refused = native.statistics(
-            self._variant, np.ascontiguousarray(limbs), grid.pivot_C, grid.exponent_C, epsilon, e, rows, singles, reach,
+            self._variant, _plain(limbs), grid.pivot_C, grid.exponent_C, epsilon, e, rows, singles, reach,
             flags,
         )  # fmt: skip
         found = BatchStatistics(rows, singles[0], singles[1], reach, flags[0])
@@ -174,7 +174,7 @@ class Compiled:
         rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
         flags = np.empty((2, channels), np.bool_)
         any_refused = native.gradients(
-            self._variant, np.ascontiguousarray(limbs), grid.gradient_C, grid.deviation_C, forward.rows,
+            self._variant, _plain(limbs), grid.gradient_C, grid.deviation_C, forward.rows,
             forward.nonfinite, rows, singles, flags,
         )  # fmt: skip
         return Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if any_refused else None

@@ -8,6 +8,12 @@
 namespace bnlayer {
 namespace {
 
+// A dtype that names the machine's own order of bytes is the same as one that does not.
+const char* in_native_order(const char* format) {
+  constexpr char kOrder = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';
+  return format != nullptr && (format[0] == kOrder || format[0] == '=' || format[0] == '@') ? format + 1 : format;
+}
+
 bool is_one_of(const char* format, const char* kinds) {
   return format != nullptr && format[0] != '\0' && format[1] == '\0' && std::strchr(kinds, format[0]) != nullptr;
 }
@@ -18,7 +24,7 @@ bool Array::take(PyObject* from, const char* name, Kind kind, bool written) {
   const int flags = PyBUF_ND | PyBUF_FORMAT | (written ? PyBUF_WRITABLE : 0);
   if (PyObject_GetBuffer(from, &buffer_, flags) != 0) return false;
   held_ = true;
-  const char* format = buffer_.format;
+  const char* format = in_native_order(buffer_.format);
   const Py_ssize_t item = buffer_.itemsize;
   bool fits = false;
   switch (kind) {
