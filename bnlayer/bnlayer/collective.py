@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.environment import announced, batch_script
+from bnlayer.environment import announced, batch_script, prte
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 
@@ -234,11 +234,12 @@ def current() -> Collective:
     if _current is not None:
         return _current
     found = next((a for a in announced(os.environ) if a.world_size > 1), None)
-    if found is not None:
+    started = prte(os.environ) if found is None else f"{found.source} announces {found.world_size} ranks"
+    if started is not None:
+        which = f"{started} (this is rank {found.rank})" if found is not None else f"{started} started this process"
         raise RuntimeError(
-            f"synchronized=True, but no world was joined, and {found.source} announces {found.world_size} ranks "
-            f"(this is rank {found.rank}). Call bnworker.join() before the first training call; "
-            "or set synchronized=False to train on local statistics."
+            f"synchronized=True, but no world was joined, and {which}. Call bnworker.join() before the first training "
+            "call; or set synchronized=False to train on local statistics."
         )
     _say_why_alone()
     return _alone

@@ -1,9 +1,11 @@
 """Which transport, and which rank? A pure decision over an environment and the arguments of `join`.
 
 Laws:
-1. An argument beats `BNLAYER_*`, which beat MPI's variables, which beat torchrun's, which beat Slurm's.
+1. An argument beats `BNLAYER_*`, which beat MPI's variables, which beat torchrun's, which beat those of a Kubernetes
+   Job, which beat Slurm's.
 2. Two sources that name different ranks are an error where guessing would train wrongly: `BNLAYER_RANK` against
-   MPI or torchrun. Slurm's variables are inherited by a batch script's children, so they only lose.
+   MPI or torchrun. Slurm's variables are inherited by a batch script's children, and a pod's by everything in it, so
+   these only lose.
 3. Nothing is read here but the mapping: no file, no socket, no MPI.
 """
 
@@ -13,13 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from bnlayer.environment import Announcement, announced, batch_script, variable
+from bnlayer.environment import Announcement, announced, batch_script, prte, variable
 from bnproto.address import hint, split
 from bnproto.credentials import refusal
 
 TransportName = Literal["alone", "mpi", "service"]
-
-_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # Open MPI's and MPICH's mpiexec
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def plan(
     rank, world_size, whence = _rank(environ, rank, world_size, launchers)
     if chosen == "mpi":
         return Plan("mpi", rank, world_size, f"{why}; {whence}")
-    job = job or variable(environ, "BNLAYER_JOB")
+    job, named = _job(environ, job, launchers)
     missing = [
         f"{what} ({argument}= or {name})"
         for what, argument, name, value in (
@@ -97,7 +97,7 @@ def plan(
     local = variable(environ, "BNLAYER_LOCAL_SOCKET") or "1"
     if local not in ("0", "1"):
         raise ValueError(f"BNLAYER_LOCAL_SOCKET: expected 0 or 1, received {local!r}.")
-    return Plan("service", rank, world_size, f"{why}; {whence}", address, job, local == "1")
+    return Plan("service", rank, world_size, f"{why}; {whence}{named}", address, job, local == "1")
 
 
 def _way(
@@ -105,17 +105,37 @@ def _way(
 ) -> tuple[TransportName, str, str | None]:
     """The transport, why, and the service's address."""
     if given and transport is None:  # an argument beats BNLAYER_TRANSPORT
-        return *_at(given), given
+        chosen, why = _at(given)
+        return chosen, why + _beaten(environ, BNLAYER_TRANSPORT="service", BNLAYER_ADDRESS=given), given
     address = given or variable(environ, "BNLAYER_ADDRESS")
     chosen, why = _transport(environ, transport, address, launchers)
     if chosen == "service" or not address:
-        return chosen, why, address
+        beaten = _beaten(environ, BNLAYER_ADDRESS=given) if given else ""
+        return chosen, why + beaten, address
     if given:
         raise ValueError(
             f"address= is of a statistics service, and transport={chosen!r} uses none: give transport='service' to "
             f"use the one at {given}, or leave out address=."
         )
     return chosen, f"{why}, so BNLAYER_ADDRESS={address} is not used", None
+
+
+def _beaten(environ: Mapping[str, str], **given: str) -> str:
+    """Which variables say something else than what was given, as text."""
+    others = [
+        f"{name}={variable(environ, name)}" for name in given if variable(environ, name) not in (None, given[name])
+    ]
+    return f", which beats {' and '.join(others)}" if others else ""
+
+
+def _job(environ: Mapping[str, str], given: str | None, launchers: list[Announcement]) -> tuple[str | None, str]:
+    """The job's name, and whence, if that is not plain."""
+    if given:
+        return given, _beaten(environ, BNLAYER_JOB=given) and f"; job= is given{_beaten(environ, BNLAYER_JOB=given)}"
+    if (named := variable(environ, "BNLAYER_JOB")) is not None:
+        return named, ""
+    engine = next((launcher for launcher in launchers if launcher.job is not None), None)
+    return (None, "") if engine is None else (engine.job, f"; {engine.source} names the job {engine.job}")
 
 
 def _transport(
@@ -129,9 +149,9 @@ def _transport(
             return cast("TransportName", value), f"{source} says so"
     if address is not None:
         return _at(address)
-    mpi = next((launcher for launcher in launchers if launcher.variable in _MPI), None)
+    mpi = next((launcher.source for launcher in launchers if launcher.mpi), prte(environ))
     if mpi is not None:
-        return "mpi", f"{mpi.source} started this process"
+        return "mpi", f"{mpi} started this process"
     many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
     if many is not None:
         raise ValueError(
@@ -178,11 +198,11 @@ def _rank(
         whence = f"{best.variable} says the rank" if rank is None else "rank= is given"
         rank = best.rank if rank is None else rank
         world_size = best.world_size if world_size is None else world_size
-        losers = [f"{a.variable}={a.rank}" for a in launchers[1:] if (a.rank, a.world_size) != (rank, world_size)]
-        if losers:
-            whence += f", which beats {' and '.join(losers)}"
     else:
         whence = "rank= and world_size= are given"
+    losers = [f"{a.variable}={a.rank}" for a in launchers if (a.rank, a.world_size) != (rank, world_size)]
+    if losers:
+        whence += f", which beats {' and '.join(losers)}"
     if not 0 <= rank < world_size:
         raise ValueError(f"Expected 0 <= rank < world_size, received rank {rank} of {world_size}.")
     return rank, world_size, whence
@@ -197,6 +217,8 @@ def _refuse_address(address: str) -> None:
 
 
 def _refuse_half(environ: Mapping[str, str]) -> None:
+    if variable(environ, "JOB_COMPLETION_INDEX") and not variable(environ, "BNLAYER_RANK"):
+        return  # a pod's rank; its Job's manifest says how many there are
     for one, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if variable(environ, f"BNLAYER_{one}") and not variable(environ, f"BNLAYER_{other}"):
             raise ValueError(f"BNLAYER_{one} is set, but BNLAYER_{other} is not: set both, or neither.")
@@ -207,7 +229,10 @@ def _refuse_conflict(launchers: list[Announcement]) -> None:
     if ours is None:
         return
     for other in launchers:
-        if other.variable == "SLURM_PROCID" or (other.rank, other.world_size) == (ours.rank, ours.world_size):
+        if other.variable in ("SLURM_PROCID", "JOB_COMPLETION_INDEX") or (other.rank, other.world_size) == (
+            ours.rank,
+            ours.world_size,
+        ):
             continue
         raise ValueError(
             f"Two launchers disagree: BNLAYER_RANK={ours.rank} of {ours.world_size}, but "

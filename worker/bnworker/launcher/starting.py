@@ -96,7 +96,7 @@ def environment(job: Job, folder: Path, address: str | None, environ: Mapping[st
 
     Ranks that an outer launcher announced are taken out: these processes have others.
     """
-    outer = {found.variable for found in announced(environ)} | {"BNLAYER_ADDRESS"}
+    outer = {found.variable for found in announced(environ)} | {"PMIX_RANK", "BNLAYER_ADDRESS"}
     inner = {name: value for name, value in environ.items() if name not in outer}
     inner |= {
         FOLDER: str(folder),
@@ -119,7 +119,7 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
     unavailable = credentials.refusal(environ)
     if unavailable is not None:
         raise LaunchError(unavailable)
-    outer = next((found for found in announced(environ) if "mpiexec" in found.source), None)
+    outer = next((found for found in announced(environ) if found.mpi), None)
     if job.transport == "mpi" and outer is not None:
         raise LaunchError(
             f"{outer.source} started this process as rank {outer.rank}; mpiexec cannot run inside mpiexec. "
