@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from bnworker.cli.errors import CommandError
-from bnworker.cli.options import address_of_service
+from bnworker.cli.hosts import Hosts
+from bnworker.cli.options import address_of_service, given, with_options
 
 
 class LaunchTransport(StrEnum):
@@ -19,13 +20,14 @@ class LaunchTransport(StrEnum):
     mpi = "mpi"
 
 
+@with_options(Hosts)
 def launch(
     context: typer.Context,
     command: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- COMMAND [ARGUMENT]...", help="The program of every rank.", show_default=False),
     ] = None,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", help="How many ranks.")] = 1,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", help="How many ranks, on each host.")] = 1,
     transport: Annotated[
         LaunchTransport, typer.Option(help="Through the statistics service, or as MPI ranks under mpiexec.")
     ] = LaunchTransport.service,
@@ -41,7 +43,11 @@ def launch(
         str | None, typer.Option(envvar="BNLAYER_JOB", help="The job's name; a fresh one if not given.")
     ] = None,
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Wait so long for the service at --address to listen.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="For the service at --address to listen, or for the other hosts: 300 s if 0.",
+        ),
     ] = 0.0,
     grace: Annotated[
         float,
@@ -60,7 +66,7 @@ def launch(
         typer.Option(metavar="DIR", help="Keep each rank's output in files there as well.", show_default=False),
     ] = None,
 ) -> None:
-    """Run a program as N ranks on this machine.
+    """Run a program as N ranks on this machine, or on each of several.
 
     Four ranks of your own program, which calls `bnworker.join()`:
 
@@ -68,9 +74,13 @@ def launch(
 
     The same under MPI: `bnlayer launch -n 4 --transport mpi -- python my_training.py --epochs 3`
 
-    Every line of output carries its rank: `[2] epoch 1`; on a terminal also the time, and a colour (not with
-    NO_COLOR). `--log-dir logs` keeps what each rank wrote in logs/rank-2.out and .err. The ranks' standard input is
-    empty.
+    Eight on two hosts, started on each of them with its own --node-rank:
+
+    `bnlayer launch --nnodes 2 --node-rank 0 --rendezvous one:7431 --insecure -n 4 -- python my_training.py`
+
+    Every line of output carries its rank: `[2] epoch 1`, with several hosts `[two:5] epoch 1`; on a terminal also the
+    time, and a colour (not with NO_COLOR). `--log-dir logs` keeps what each rank wrote in logs/rank-2.out and .err. The
+    ranks' standard input is empty.
 
     When a rank fails, the others get 5 s (`--grace`), then SIGTERM, then SIGKILL, and the exit code is that of the
     first that failed (128 + signal if one ended it; 127 if there is no such command). Ctrl-C asks the ranks to end,
@@ -84,8 +94,11 @@ def launch(
     from bnworker.launcher import launch as run
 
     used = address_of_service(context, address, transport)
+    several = given(context, Hosts).several("launch", ranks, wait)
     try:
-        described = Job(tuple(command or ()), ranks, transport.value, used, job or None, wait_s=wait, grace_s=grace)
+        described = Job(
+            tuple(command or ()), ranks, transport.value, used, job or None, wait_s=wait, grace_s=grace, several=several
+        )
         code = run(described, Output(timestamps, log_dir))
     except LaunchError as error:
         raise CommandError(f"launch: {error}", error.code) from None

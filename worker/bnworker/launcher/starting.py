@@ -42,12 +42,41 @@ class LaunchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Several:
+    """One of several hosts that run a job together.
+
+    Attributes:
+        nodes: how many there are.
+        node: which this one is, from 0; node 0's launcher keeps the service, and supervises the job.
+        rendezvous: HOST:PORT of the service, on node 0; the launchers meet at the port after it.
+        first_rank: the first of the ranks here.
+        world_size: the number of ranks on all of them.
+        insecure: whether plain text may leave this machine.
+        wait_s: seconds until all must have come.
+    """
+
+    nodes: int
+    node: int
+    rendezvous: str
+    first_rank: int
+    world_size: int
+    insecure: bool = False
+    wait_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.node < self.nodes:
+            raise LaunchError(
+                f"--node-rank: expected 0 to {self.nodes - 1} of --nnodes {self.nodes}, received {self.node}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What to run.
 
     Attributes:
         command: the program of every rank, and its arguments.
-        ranks: how many.
+        ranks: how many, on this host.
         transport: "service", "mpi" or "alone".
         address: of a service that runs already, "HOST:PORT"; None: one is started for this job.
         name: the job's; None: a fresh one.
@@ -58,6 +87,7 @@ class Job:
         stop_s: seconds that the ranks have after a signal from outside, before SIGKILL; None: `grace_s`.
         program: the command that the user typed, `bnlayer PROGRAM`; it stands in front of the launcher's own lines.
         explained: exit codes whose reason the ranks print themselves: the launcher prints no line for them.
+        several: where this host stands among several; None: it is the only one.
     """
 
     command: tuple[str, ...]
@@ -71,6 +101,7 @@ class Job:
     stop_s: float | None = None
     program: str = "launch"
     explained: frozenset[int] = frozenset()
+    several: Several | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -81,14 +112,30 @@ class Job:
             raise LaunchError(f"expected transport service, mpi or alone, received {self.transport!r}.")
         if self.address is not None and self.transport != "service":
             raise LaunchError(f"an address is for transport service, received transport {self.transport}.")
+        if self.several is not None and self.transport != "service":
+            raise LaunchError(
+                f"several hosts are for transport service, received transport {self.transport}: mpiexec and srun start "
+                "MPI ranks on several hosts themselves."
+            )
         for name, seconds in (("wait", self.wait_s), ("grace", self.grace_s)):
             if not 0 <= seconds < math.inf:
                 raise LaunchError(f"--{name}: expected a number of seconds, 0 or more, received {seconds:g}.")
 
     @property
     def embeds_service(self) -> bool:
-        """Whether a service must be started."""
-        return self.transport == "service" and self.address is None
+        """Whether a service must be started here."""
+        return self.transport == "service" and self.address is None and not (self.several and self.several.node)
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks on this host."""
+        first = self.several.first_rank if self.several is not None else 0
+        return range(first, first + self.ranks)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, on all hosts."""
+        return self.several.world_size if self.several is not None else self.ranks
 
 
 def environment(job: Job, folder: Path, address: str | None, environ: Mapping[str, str]) -> dict[str, str]:
@@ -101,12 +148,17 @@ def environment(job: Job, folder: Path, address: str | None, environ: Mapping[st
     inner |= {
         FOLDER: str(folder),
         "BNLAYER_TRANSPORT": job.transport,
-        "BNLAYER_WORLD_SIZE": str(job.ranks),
-        "BNLAYER_JOB": job.name or f"job-{secrets.token_hex(6)}",
+        "BNLAYER_WORLD_SIZE": str(job.world_size),
+        "BNLAYER_JOB": job.name or fresh_name(),
     }
     if address is not None:
         inner["BNLAYER_ADDRESS"] = address
     return inner
+
+
+def fresh_name() -> str:
+    """A name that no job has had."""
+    return f"job-{secrets.token_hex(6)}"
 
 
 def check(job: Job, environ: Mapping[str, str]) -> None:
@@ -143,12 +195,14 @@ def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen
     )
 
 
-def start_service(environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    """Start a statistics service for this job alone: a free loopback port, nothing kept.
+def start_service(job: Job, environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    """Start a statistics service for this job alone: a free loopback port or the rendezvous, nothing kept.
 
     It prints warnings and errors only; the rest goes to its log, if there is one.
     """
-    command = [sys.executable, "-P", "-m", "bnserver", "--listen", "127.0.0.1:0", "--log-level", "warning"]
+    listen = job.several.rendezvous if job.several is not None else "127.0.0.1:0"
+    command = [sys.executable, "-P", "-m", "bnserver", "--listen", listen, "--log-level", "warning"]
+    command += ["--insecure"] if job.several is not None and job.several.insecure else []
     return _start([*command, "--log-file", str(log)] if log is not None else command, environ, subprocess.PIPE)
 
 
