@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,21 +14,11 @@ import pytest
 from support.hosts import Host, hosts, needs_root
 from support.processes import PYTHON, launch, script
 from support.running import Running
+from support.several import COMPUTES, ENDINGS, GONE, JOINED, PORT, Ending, Job
 
 pytestmark = [pytest.mark.rpc, needs_root]
 
 _LEFT_S = 5.0  # the promise: so long after whatever died, nothing of the job runs anywhere
-_PORT = 7431
-
-_JOINED = """\
-import bnworker
-def ready():
-    print('ready', os.getpid(), os.environ['BNLAYER_LAUNCH_DIR'], flush=True)
-with bnworker.join() as w:
-    w.barrier()
-"""
-_EXCHANGES = "ready()\n    while True: w.barrier(); time.sleep(0.01)"
-_COMPUTES = "ready()\n    while True: time.sleep(0.05)"
 _TRAINS = """\
     import hashlib, numpy as np
     from bnlayer import BatchNormalization
@@ -51,29 +38,6 @@ def pair() -> Iterator[list[Host]]:
         yield made
 
 
-class Job:
-    """A launch on each of several hosts."""
-
-    def __init__(self, on: Sequence[Host], program: Sequence[str], folder: Path, *, ranks: int = 2) -> None:
-        where = ["--insecure", f"--rendezvous={on[0].address}:{_PORT}", f"--nnodes={len(on)}", "--grace=5"]
-        self.nodes = [
-            Running(ranks, program, [*where, f"--node-rank={node}"], folder / host.name, prefix=host.prefix)
-            for node, host in enumerate(on)
-        ]
-
-    def end(self) -> list[int]:
-        """The exit codes."""
-        return [node.end() for node in self.nodes]
-
-    def carriers(self) -> list[str]:
-        """Everything that still runs, anywhere."""
-        return [line for node in self.nodes for line in node.carriers()]
-
-    def said(self) -> list[tuple[str, str]]:
-        """stdout and stderr of each."""
-        return [(node.out.all(), node.err.all()) for node in self.nodes]
-
-
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Starts jobs, and leaves nothing of them."""
@@ -90,7 +54,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 def test_the_bits_of_one_host_over_the_wire(started: Callable[..., Job]) -> None:
     """On one host and on three, with lines that carry host and rank; what was exchanged has left through eth0."""
-    program = script(_JOINED + _TRAINS)
+    program = script(JOINED + _TRAINS)
     (digest,) = set(re.findall("digest (.*)", launch(6, *program).stdout))
     with hosts("one", "two", "three") as made:
         before = [host.sent() for host in made]
@@ -105,87 +69,11 @@ def test_the_bits_of_one_host_over_the_wire(started: Callable[..., Job]) -> None
     assert job.carriers() == []
 
 
-def _kill(number: int) -> Callable[[Job], None]:
-    return lambda job: job.nodes[number].process.kill()
-
-
-def _interrupt(number: int) -> Callable[[Job], None]:
-    return lambda job: job.nodes[number].signal(signal.SIGINT)
-
-
-def _kill_rank(job: Job) -> None:
-    os.kill(job.nodes[1].ready()[3], signal.SIGKILL)
-
-
-def _kill_service(job: Job) -> None:
-    os.kill(job.nodes[0].backbone(), signal.SIGKILL)
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a job on two hosts ends.
-
-    Attributes:
-        row: what the table in docs/launching.md calls it.
-        codes: of the launchers on either host.
-        act: what is done to it.
-        body: of the ranks.
-        says: what each launcher says, after its name.
-    """
-
-    row: str
-    codes: tuple[int, int]
-    act: Callable[[Job], None] = lambda _: None
-    body: str = _EXCHANGES
-    says: tuple[str, str] = ("", "")
-
-
-_GONE = "the launcher of node {} is gone: it was killed, or its host can't be reached"
-_INTERRUPTED = ("SIGINT sent to ranks 0, 1", "SIGINT sent to ranks 2, 3")
-ENDINGS = (
-    Ending(
-        "a rank on another host exits with code 7",
-        (7, 7),
-        body="ready()\n    w.barrier()\n    if rank == 2: sys.exit(7)\n    while True: w.barrier()",
-        says=("rank 2 (two) exited with code 7", "rank 2 (two) exited with code 7"),
-    ),
-    Ending(
-        "a rank on node 0 exits with code 7",
-        (7, 7),
-        body="ready()\n    w.barrier()\n    if rank == 0: sys.exit(7)\n    while True: w.barrier()",
-        says=("rank 0 (one) exited with code 7", "rank 0 (one) exited with code 7"),
-    ),
-    Ending(
-        "a rank is killed with SIGKILL",
-        (137, 137),
-        _kill_rank,
-        says=("rank 3 (two) was killed by SIGKILL", "rank 3 (two) was killed by SIGKILL"),
-    ),
-    Ending(
-        "the service is killed with SIGKILL",
-        (137, 137),
-        _kill_service,
-        says=("the statistics service was killed by SIGKILL", "the statistics service was killed by SIGKILL"),
-    ),
-    Ending("the launcher of node 0 is killed with SIGKILL", (137, 137), _kill(0), says=("", _GONE.format(0))),
-    Ending(
-        "the launcher of node 0 is killed with SIGKILL, and the ranks make no exchange",
-        (137, 137),
-        _kill(0),
-        _COMPUTES,
-        ("", _GONE.format(0)),
-    ),
-    Ending("another node's launcher is killed with SIGKILL", (137, 137), _kill(1), says=(_GONE.format("1 (two)"), "")),
-    Ending("Ctrl-C (SIGINT) on node 0", (130, 130), _interrupt(0), says=_INTERRUPTED),
-    Ending("Ctrl-C (SIGINT) on another node", (130, 130), _interrupt(1), says=_INTERRUPTED),
-)
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.row)
 def test_ending(ending: Ending, pair: list[Host], started: Callable[..., Job]) -> None:
     """Exit codes on both hosts, and nothing left on either 5 s later."""
-    job = started(pair, script(_JOINED + "    " + ending.body))
+    job = started(pair, script(JOINED + "    " + ending.body))
     for node in job.nodes:
         node.ready()
     ending.act(job)
@@ -204,30 +92,27 @@ def test_ending(ending: Ending, pair: list[Host], started: Callable[..., Job]) -
 def test_a_host_is_cut_off(started: Callable[..., Job]) -> None:
     """No packet says so: both sides give the other up after the lease, and end."""
     with hosts("one", "two") as made:
-        job = started(made, script(_JOINED + "    " + _COMPUTES))
+        job = started(made, script(JOINED + "    " + COMPUTES))
         for node in job.nodes:
             node.ready()
         made[1].cut_off()
         assert job.end() == [137, 137]
         assert job.carriers() == []
         (_, one), (_, two) = job.said()
-        assert _GONE.format("1 (two)") in one
-        assert _GONE.format(0) in two
+        assert GONE.format("1 (two)") in one
+        assert GONE.format(0) in two
 
 
 def test_what_does_not_go_together(pair: list[Host], started: Callable[..., Job], tmp_path: Path) -> None:
     """A node that differs is refused, and the job goes on without it until the right one comes."""
-    program = script(_JOINED + "    print('here')")
+    program = script(JOINED + "    print('here')")
     job = started(pair, program)
-    where = ["--insecure", f"--rendezvous={pair[0].address}:{_PORT + 10}", "--nnodes=2"]
+    where = ["--insecure", f"--rendezvous={pair[0].address}:{PORT + 10}", "--nnodes=2"]
     head = Running(1, program, [*where, "--node-rank=0"], tmp_path / "head", prefix=pair[0].prefix)
     try:
-        for options, says in (
-            (
-                ["-n2", "--node-rank=1"],
-                "node 0: the launchers disagree: ranks 4, here 2. Give all the same --nnodes and -n.",
-            ),
-            (["--nnodes=3", "--node-rank=2"], "node 0: the launchers disagree: --nnodes 3, here 2, ranks 3, here 2."),
+        for options, differs in (
+            (["-n2", "--node-rank=1"], "ranks 4, here 2. Give all the same --nnodes and -n."),
+            (["--nnodes=3", "--node-rank=2"], "--nnodes 3, here 2, ranks 3, here 2."),
         ):
             command = [*pair[1].prefix, PYTHON, "-m", "bnworker.cli", "launch", *where, *options, "--", *program]
             done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -251,7 +136,7 @@ def test_training_on_two_hosts(pair: list[Host], tmp_path: Path) -> None:
     command = [PYTHON, "-m", "bnworker.cli", "train", *options]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     subprocess.run([*command, "--workers=4", f"--save={one}"], check=True, capture_output=True, timeout=200)
-    where = ["--nnodes=2", f"--rendezvous={pair[0].address}:{_PORT + 20}", "--insecure", "--workers=2"]
+    where = ["--nnodes=2", f"--rendezvous={pair[0].address}:{PORT + 20}", "--insecure", "--workers=2"]
     running = [
         subprocess.Popen(
             [*host.prefix, *command, *where, f"--node-rank={node}", f"--save={two}"],

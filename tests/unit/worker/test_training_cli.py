@@ -72,9 +72,9 @@ def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.Monkey
 
 ACCEPTED = (
     "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, classes, data, decay, decay-epochs, dry-run, "
-    "dtype, early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, init-from, insecure, job, "
-    "last-batch, learning-rate, momentum, nnodes, node-rank, rendezvous, report, resume, save, "
-    "save-every, schedule, seed, steps, summary, tensorboard, transport, validation-split, "
+    "dtype, early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, hostfile, hosts, init-from, "
+    "insecure, job, last-batch, learning-rate, momentum, nnodes, node-rank, rendezvous, report, resume, save, "
+    "save-every, schedule, seed, ssh, steps, summary, tensorboard, transport, validation-split, "
     "warmup-steps, weight-decay, workers."
 )
 

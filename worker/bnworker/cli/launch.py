@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnworker.cli.errors import CommandError
 from bnworker.cli.hosts import Hosts
 from bnworker.cli.options import address_of_service, given, with_options
+
+if TYPE_CHECKING:
+    from bnworker.launcher.remote import Remote
 
 
 class LaunchTransport(StrEnum):
@@ -65,6 +68,10 @@ def launch(
         Path | None,
         typer.Option(metavar="DIR", help="Keep each rank's output in files there as well.", show_default=False),
     ] = None,
+    first_rank: Annotated[int | None, typer.Option(hidden=True)] = None,
+    world_size: Annotated[int | None, typer.Option(hidden=True)] = None,
+    stop: Annotated[float | None, typer.Option(hidden=True)] = None,
+    attached: Annotated[bool, typer.Option("--attached", hidden=True)] = False,
 ) -> None:
     """Run a program as N ranks on this machine, or on each of several.
 
@@ -77,6 +84,8 @@ def launch(
     Eight on two hosts, started on each of them with its own --node-rank:
 
     `bnlayer launch --nnodes 2 --node-rank 0 --rendezvous one:7431 --insecure -n 4 -- python my_training.py`
+
+    The same from one host, over ssh: `bnlayer launch --hosts one:4,two:4 --insecure -- python my_training.py`
 
     Every line of output carries its rank: `[2] epoch 1`, with several hosts `[two:5] epoch 1`; on a terminal also the
     time, and a colour (not with NO_COLOR). `--log-dir logs` keeps what each rank wrote in logs/rank-2.out and .err. The
@@ -94,12 +103,36 @@ def launch(
     from bnworker.launcher import launch as run
 
     used = address_of_service(context, address, transport)
-    several = given(context, Hosts).several("launch", ranks, wait)
+    hosts = given(context, Hosts)
+    if listed := hosts.listed("launch", ranks):
+        options: dict[str, object] = {"transport": transport.value, "job": job, "address": used, "wait": wait}
+        options |= {"grace": grace, "timestamps": timestamps, "log-dir": log_dir}
+        raise typer.Exit(_launch_over_ssh(hosts.remote(listed, tuple(command or ()), options)))
+    place = None if first_rank is None or world_size is None else (first_rank, world_size)
+    several = hosts.several("launch", ranks, wait, place=place, attached=attached)
     try:
         described = Job(
-            tuple(command or ()), ranks, transport.value, used, job or None, wait_s=wait, grace_s=grace, several=several
+            tuple(command or ()),
+            ranks,
+            transport.value,
+            used,
+            job or None,
+            wait_s=wait,
+            grace_s=grace,
+            stop_s=stop,
+            several=several,
         )
         code = run(described, Output(timestamps, log_dir))
     except LaunchError as error:
         raise CommandError(f"launch: {error}", error.code) from None
     raise typer.Exit(code)
+
+
+def _launch_over_ssh(remote: Remote) -> int:
+    from bnworker.launcher import LaunchError
+    from bnworker.launcher.remote import launch as run
+
+    try:
+        return run(remote)
+    except LaunchError as error:
+        raise CommandError(f"launch: {error}", error.code) from None

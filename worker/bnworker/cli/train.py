@@ -99,7 +99,9 @@ def train(
         ranks.transport is None and variable(os.environ, "BNLAYER_TRANSPORT") == "alone"
     )
     hosts = given(context, Hosts)
-    many = rank.world_size if rank is not None else (ranks.workers or 1) * hosts.nnodes
+    workers = ranks.workers or 1
+    listed = hosts.listed("train", workers)
+    many = rank.world_size if rank is not None else sum(n for _, n in listed) or workers * hosts.nnodes
     launching = rank is None and not dry_run and (ranks.transport is not TrainTransport.none or many > 1)
     start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1, launching=launching)
     if dry_run:
@@ -165,11 +167,15 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
 def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, address: str | None) -> int:
     """Run this command again as each of the ranks."""
     from bnworker.launcher import Job, LaunchError, launch
+    from bnworker.launcher.remote import launch as launch_over_ssh
 
     command = (sys.executable, "-P", "-m", "bnworker.cli", "train", *arguments(context, without=_OF_THE_LAUNCHER))
     transport, workers = ranks.transport or TrainTransport.service, ranks.workers or 1
     kind = "alone" if transport is TrainTransport.none else transport.value
     try:
+        if listed := hosts.listed("train", workers):
+            options = {"transport": kind, "job": ranks.job or None, "address": address, "stop": _STOP_S}
+            return launch_over_ssh(hosts.remote(listed, command, options))
         return launch(
             Job(
                 command,

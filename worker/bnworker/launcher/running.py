@@ -28,6 +28,7 @@ from bnworker.launcher.nodes import Head, Member, parsed
 from bnworker.launcher.output import Output, Outputs
 from bnworker.launcher.reach import reach
 from bnworker.launcher.reactor import Reactor, signals
+from bnworker.launcher.remote import attach
 from bnworker.launcher.starting import Job, LaunchError
 from bnworker.launcher.supervision import (
     LAUNCHER,
@@ -86,6 +87,8 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
     guardian = starting.start_guardian(run.folder, environ)
     try:
         with signals(run.reactor, run.signalled):
+            if job.several is not None and job.several.attached:
+                attach(run.reactor, run.signalled)
             try:
                 run.start(environ)
                 run.reactor.pump(lambda: run.done)

@@ -53,6 +53,7 @@ class Several:
         world_size: the number of ranks on all of them.
         insecure: whether plain text may leave this machine.
         wait_s: seconds until all must have come.
+        attached: whether signals come through the standard input, whose end ends the job: see `remote`.
     """
 
     nodes: int
@@ -62,6 +63,7 @@ class Several:
     world_size: int
     insecure: bool = False
     wait_s: float = 300.0
+    attached: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.node < self.nodes:
