@@ -41,10 +41,12 @@ class Desk:
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """Two hosts with ssh servers, and one to start from."""
-    with hosts("desk", "one", "two") as (origin, *others):
-        with ssh_servers(others, tmp_path_factory.mktemp("ssh")) as ssh:
-            servers = frozenset(pid for host in others for pid in host.processes())
-            yield Desk(origin, (others[0], others[1]), ssh, servers)
+    with (
+        hosts("desk", "one", "two") as (origin, one, two),
+        ssh_servers((one, two), tmp_path_factory.mktemp("ssh")) as ssh,
+    ):
+        servers = frozenset(pid for host in (one, two) for pid in host.processes())
+        yield Desk(origin, (one, two), ssh, servers)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def test_the_table_of_endings_is_the_tested_one() -> None:
 def test_so_is_that_of_several_hosts() -> None:
     """With the exit codes on both; the last row needs hosts of its own, and is a test of its own."""
     documented = sorted(
-        (row[1].strip(), int(row[2]), int(row[3])) for row in _rows(_SEVERAL, "### How a job ends there")
+        (row[1].strip(), int(row[2]), int(row[3])) for row in _rows(_SEVERAL, "## How a job on several hosts ends")
     )
     tested = [(ending.row, *ending.codes) for ending in ENDINGS_OF_SEVERAL]
     assert documented == sorted([*tested, ("a host is cut off from the network", 137, 137)])

@@ -68,7 +68,7 @@ class Several:
     def __post_init__(self) -> None:
         if not 0 <= self.node < self.nodes:
             raise LaunchError(
-                f"--node-rank: expected 0 to {self.nodes - 1} of --nnodes {self.nodes}, received {self.node}."
+                f"--node-rank: expected 0 to {self.nodes - 1} with --nnodes {self.nodes}, received {self.node}."
             )
 
 
