@@ -18,6 +18,7 @@ from typing import Literal, cast, get_args
 from bnlayer.environment import Announcement, announced, batch_script, prte, variable
 from bnproto.address import hint, split
 from bnproto.credentials import refusal
+from bnworker.own_service import OwnService, own_service
 
 TransportName = Literal["alone", "mpi", "service"]
 
@@ -31,6 +32,7 @@ class Plan:
         rank, world_size: as announced. None under mpi where nothing announced them: MPI knows.
         address: of the service, "HOST:PORT"; None elsewhere, and so are the following.
         job: the job's name at the service.
+        own: the service that the job brings along, in place of an address.
         local_socket: whether to use a local socket instead of gRPC where the service is on this machine.
         reason: why this transport and this rank, in words, for the log.
         warning: what the user should know of it; "" if nothing.
@@ -44,6 +46,7 @@ class Plan:
     job: str | None = None
     local_socket: bool = True
     warning: str = ""
+    own: OwnService | None = None
 
 
 def plan(
@@ -70,6 +73,7 @@ def plan(
         raise ValueError(unavailable)
     launchers = announced(environ)
     chosen, why, address = _way(environ, transport, address, launchers)
+    own = own_service(environ, launchers[0]) if chosen == "service" and not address and launchers else None
     if chosen == "alone":
         if transport is None and variable(environ, "BNLAYER_TRANSPORT") is None:
             _refuse_half(environ)
@@ -81,10 +85,13 @@ def plan(
     if chosen == "mpi":
         return Plan("mpi", rank, world_size, f"{why}; {whence}")
     job, named = _job(environ, job, launchers)
+    if own is not None:
+        job = job or "job"  # it has no other
+        named += f"; rank 0 starts the service at {own.listen}"
     missing = [
         f"{what} ({argument}= or {name})"
         for what, argument, name, value in (
-            ("the service's address", "address", "BNLAYER_ADDRESS", address),
+            ("the service's address", "address", "BNLAYER_ADDRESS", address or own),
             ("the job's name", "job", "BNLAYER_JOB", job),
             ("this process's rank", "rank", "BNLAYER_RANK", rank),
             ("the number of ranks", "world_size", "BNLAYER_WORLD_SIZE", world_size),
@@ -93,11 +100,12 @@ def plan(
     ]
     if missing:
         raise ValueError(f"transport 'service': missing {', '.join(missing)}.")
-    _refuse_address(str(address))
+    if address is not None:
+        _refuse_address(address)
     local = variable(environ, "BNLAYER_LOCAL_SOCKET") or "1"
     if local not in ("0", "1"):
         raise ValueError(f"BNLAYER_LOCAL_SOCKET: expected 0 or 1, received {local!r}.")
-    return Plan("service", rank, world_size, f"{why}; {whence}{named}", address, job, local == "1")
+    return Plan("service", rank, world_size, f"{why}; {whence}{named}", address, job, local == "1", own=own)
 
 
 def _way(
@@ -153,6 +161,8 @@ def _transport(
     if mpi is not None:
         return "mpi", f"{mpi} started this process"
     many = next((launcher for launcher in launchers if launcher.world_size > 1), None)
+    if many is not None and many is launchers[0] and own_service(environ, many) is not None:
+        return "service", f"{many.source} announces {many.world_size} ranks"
     if many is not None:
         raise ValueError(
             f"{many.source} announces {many.world_size} ranks (this is rank {many.rank}), but not how they reach "

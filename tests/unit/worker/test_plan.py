@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bnlayer import BatchNormalization
+from bnworker.own_service import first_host
 from bnworker.plan import Plan, plan
 from support import environments as started
 
@@ -274,7 +275,13 @@ LAUNCHED: dict[str, tuple[dict[str, str], tuple[Any, ...] | str, tuple[Any, ...]
     ),
     "torchrun": (
         started.TORCHRUN,
-        "torchrun announces 2 ranks (this is rank 1), but not how they reach each other",
+        (
+            *("service", 1, 2, "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"),
+            (
+                "torchrun announces 2 ranks; RANK says the rank; torchrun names the job "
+                "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be; rank 0 starts the service at 127.0.0.1:0"
+            ),
+        ),
         (
             *("service", 1, 2, "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"),
             f"{AT}RANK says the rank; torchrun names the job torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be",
@@ -282,7 +289,10 @@ LAUNCHED: dict[str, tuple[dict[str, str], tuple[Any, ...] | str, tuple[Any, ...]
     ),
     "torchrun without an id": (
         started.TORCHRUN_STATIC,
-        "torchrun announces 2 ranks (this is rank 1), but not how they reach each other",
+        (
+            *("service", 1, 2, "job"),
+            "torchrun announces 2 ranks; RANK says the rank; rank 0 starts the service at 127.0.0.1:0",
+        ),
         "missing the job's name (job= or BNLAYER_JOB).",
     ),
     "salloc": (
@@ -302,8 +312,34 @@ LAUNCHED: dict[str, tuple[dict[str, str], tuple[Any, ...] | str, tuple[Any, ...]
     ),
     "srun": (
         started.SRUN,
-        "Slurm's srun announces 4 ranks (this is rank 3), but not how they reach each other",
+        (
+            "Slurm's srun announces 4 ranks (this is rank 3) on several hosts, and no address of a statistics service. "
+            "Rank 0 can start one at n1:61447, in plain text and without a check of who joins: set BNLAYER_INSECURE=1 "
+            "if the network is your own. Or give address= (or BNLAYER_ADDRESS)."
+        ),
         ("service", 3, 4, "slurm-7.0", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.0"),
+    ),
+    "srun, plain text permitted": (
+        started.SRUN | {"BNLAYER_INSECURE": "1"},
+        (
+            *("service", 3, 4, "slurm-7.0"),
+            (
+                "Slurm's srun announces 4 ranks; SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.0; "
+                "rank 0 starts the service at n1:61447"
+            ),
+        ),
+        ("service", 3, 4, "slurm-7.0", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.0"),
+    ),
+    "srun on one node": (
+        started.SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n2", "SLURM_STEP_ID": "2"},
+        (
+            *("service", 3, 4, "slurm-7.2"),
+            (
+                "Slurm's srun announces 4 ranks; SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.2; "
+                "rank 0 starts the service at 127.0.0.1:61569"
+            ),
+        ),
+        ("service", 3, 4, "slurm-7.2", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.2"),
     ),
     "srun --mpi=pmi2": (
         started.SRUN_PMI2,
@@ -334,7 +370,10 @@ LAUNCHED: dict[str, tuple[dict[str, str], tuple[Any, ...] | str, tuple[Any, ...]
     ),
     "torchrun in srun": (
         started.SRUN_TORCHRUN | {"RANK": "3", "WORLD_SIZE": "4"},
-        "torchrun announces 4 ranks (this is rank 3), but not how they reach each other",
+        (
+            "torchrun announces 4 ranks (this is rank 3) on several hosts, and no address of a statistics service. "
+            "Rank 0 can start one at localhost, in plain text"
+        ),
         (
             *("service", 3, 4, "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"),
             (
@@ -385,6 +424,15 @@ def test_in_the_environment_of_each_launcher(launcher: str, address: bool, monke
         bn = BatchNormalization(synchronized=True)
         with pytest.raises(RuntimeError, match=r"no world was joined, and .* ranks |no world was joined, and prterun"):
             bn([[1.0], [2.0]], training=True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[01-03,7],m1", "n01"), ("rack2-[9,11]", "rack2-9"), ("a[1-2]-ib,b", "a1-ib")],
+)
+def test_the_first_host_of_a_step(nodes: str, first: str) -> None:
+    """Lists as Slurm abbreviates them; leading zeros belong to the name."""
+    assert first_host(nodes) == first
 
 
 def test_what_arguments_beat_is_logged() -> None:

@@ -33,6 +33,7 @@ class ServiceTransport:
         rank, world_size: who this process is.
         timeout: seconds that joining, and each exchange, may take.
         local_socket: whether to exchange over a local socket where the service is on this machine.
+        left: called once this rank has left.
 
     Raises:
         ServiceError: nothing listens there, or the service refuses.
@@ -52,10 +53,12 @@ class ServiceTransport:
         *,
         timeout: float = 300.0,
         local_socket: bool = True,
+        left: Callable[[], None] | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._pushes = 0
+        self._left = left
         join = pb.Join(
             job=job,
             rank=rank,
@@ -137,6 +140,8 @@ class ServiceTransport:
     def leave(self, reason: str) -> None:
         """Leave the job: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
         self._client.close(reason)
+        if self._left is not None:
+            self._left()
 
     def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> Answer:
         """Contribute, and wait for the answer."""
