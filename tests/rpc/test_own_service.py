@@ -36,7 +36,7 @@ _KILLED = """\
 def step(
     program: str, tasks: int, nodes: str, prefixes: Sequence[Sequence[str]] = ((),), **variables: str
 ) -> Iterator[tuple[list[subprocess.Popen[str]], bytes]]:
-    """The tasks of a step as processes, on each host in turn, and what all that they start carries; all gone afterwards."""
+    """The tasks of a step as processes, on each host in turn, and a mark that they and all of theirs carry."""
     mark = f"STEP_UNDER_TEST={secrets.token_hex(8)}"
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("BNLAYER_", "SLURM_"))}
     # A port of this test's own: it follows from the job's number.
