@@ -8,7 +8,7 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from bnworker import process_groups
+from bnworker import own_service, process_groups
 from bnworker.plan import Plan, plan
 from bnworker.presence import Presence
 from bnworker.transports import Transport
@@ -90,19 +90,28 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
         return process_groups.opened(chosen.rank, chosen.world_size, timeout, deterministic)
     from bnworker.transports.service import ServiceTransport
 
-    assert chosen.address is not None
     assert chosen.job is not None
     assert chosen.rank is not None
     assert chosen.world_size is not None
-    return ServiceTransport(
-        chosen.address,
-        chosen.job,
-        chosen.rank,
-        chosen.world_size,
-        timeout=timeout,
-        local_socket=chosen.local_socket,
-        credentials=chosen.credentials,
-    )
+    address, started = chosen.address, None
+    if chosen.own is not None:
+        address, started = own_service.reach(chosen.own, chosen.rank, timeout)
+    assert address is not None
+    try:
+        return ServiceTransport(
+            address,
+            chosen.job,
+            chosen.rank,
+            chosen.world_size,
+            timeout=timeout,
+            local_socket=chosen.local_socket,
+            credentials=chosen.credentials,
+            left=None if started is None else started.stop,
+        )
+    except BaseException:
+        if started is not None:
+            started.stop()
+        raise
 
 
 def _opened_mpi(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
