@@ -46,7 +46,7 @@ def join(
         address: of the service, "HOST:PORT"; with another transport, an error.
         job: the job's name at the service.
         token: for a service that asks for one. It is not sent in plain text to another machine, unless
-            `BNLAYER_INSECURE=1`.
+            `BNLAYER_INSECURE=1`. The service that a job brings along asks for none, and a token is an error there.
         rank: who this process is, from 0.
         world_size: the number of ranks.
         timeout: seconds that joining, and each exchange, may take, outages of the service included.

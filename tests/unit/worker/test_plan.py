@@ -207,6 +207,47 @@ def test_credentials_are_for_the_service() -> None:
         plan(SERVICE | OURS | {"BNLAYER_TLS_KEY": "key.pem"})
 
 
+def test_a_process_group_that_is_initialized_beats_a_service_of_its_own() -> None:
+    """Under torchrun and srun the ranks reach each other already; what is given explicitly still counts."""
+    for environ in (started.TORCHRUN, started.SRUN, MPICH, {}):
+        chosen = plan(environ, process_group=True)
+        assert (chosen.transport, chosen.own) == ("torch", None)
+        assert chosen.reason.startswith("torch.distributed is initialized; ")
+    assert plan(started.TORCHRUN, process_group=True, transport="service").own is not None
+    assert plan(started.TORCHRUN | ADDRESS, process_group=True).address == "h:1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "what"),
+    [
+        ({"BNLAYER_TOKEN_FILE": "t"}, "a token"),
+        ({"BNLAYER_TLS_CA": "ca.pem"}, "BNLAYER_TLS_CA"),
+        ({"BNLAYER_TOKEN": "t", "BNLAYER_TLS_CA": "ca.pem"}, "a token and BNLAYER_TLS_CA"),
+    ],
+)
+@pytest.mark.parametrize(
+    "launcher", [started.TORCHRUN, started.SRUN | {"BNLAYER_INSECURE": "1"}], ids=["torchrun", "srun"]
+)
+def test_a_service_of_its_own_has_no_credentials(launcher: dict[str, str], environ: dict[str, str], what: str) -> None:
+    """Nobody shall believe that it is encrypted, or that it asks who joins."""
+    with pytest.raises(ValueError) as caught:
+        plan(launcher | environ)
+    assert str(caught.value) == (
+        f"The job starts its own service, which has neither encryption nor tokens yet; received {what}. Start one that "
+        "has with bnlayer serve, and give its address; or take the credentials out of the environment."
+    )
+    shown = plan(launcher | environ | {"BNLAYER_ADDRESS": "127.0.0.1:1", "BNLAYER_JOB": "j"}).credentials
+    assert shown.has_token or shown.ca is not None
+
+
+def test_plain_text_is_permitted_by_the_same_words_everywhere() -> None:
+    """BNLAYER_INSECURE is 0 or 1."""
+    with pytest.raises(ValueError, match="BNLAYER_INSECURE: expected 0 or 1, received 'yes'"):
+        plan(started.SRUN | {"BNLAYER_INSECURE": "yes"})
+    with pytest.raises(ValueError, match="in plain text and without a check of who joins: set BNLAYER_INSECURE=1"):
+        plan(started.SRUN | {"BNLAYER_INSECURE": "0"})
+
+
 def test_a_plan_for_the_service_holds_all_of_it() -> None:
     """Arguments and variables come together."""
     assert plan(OURS | {"BNLAYER_JOB": "j"}, address="h:1", job="k") == Plan(

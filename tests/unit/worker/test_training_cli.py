@@ -14,8 +14,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from bnworker.cli import app
+from bnworker.cli.files import Files
 from bnworker.cli.interruption import Interruption
-from bnworker.cli.rank import Files, _end_stopped
+from bnworker.cli.rank import _end_stopped
 from bnworker.launcher import Job
 from bnworker.train.data import load
 from bnworker.train.forecast import forecast
