@@ -9,6 +9,7 @@ Laws:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ _KINDS: dict[str, np.dtype[Any]] = {
     )
 }
 _KINDS["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
-_ON_THE_WIRE = {name: kind.newbyteorder("<") for name, kind in _KINDS.items()}
+# Little-endian. An explicit "<" would stay with what is received, and the kernels take native arrays only.
+_ON_THE_WIRE = {name: kind if sys.byteorder == "little" else kind.newbyteorder("<") for name, kind in _KINDS.items()}
 # `dtype.name` is computed at every access, and slower than everything else here: native dtypes are looked up.
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
