@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.discovery import discovered
-from bnlayer.environment import announced, batch_script
+from bnlayer.environment import announced, batch_script, prte
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 
@@ -241,11 +241,12 @@ def current() -> Collective:
     if world is not None and world.world_size > 1:
         return world
     found = next((a for a in announced(os.environ) if a.world_size > 1), None)
-    if found is not None:
+    started = prte(os.environ) if found is None else f"{found.source} announces {found.world_size} ranks"
+    if started is not None:
+        which = f"{started} (this is rank {found.rank})" if found is not None else f"{started} started this process"
         raise RuntimeError(
-            f"synchronized=True, but no world was joined, and {found.source} announces {found.world_size} ranks "
-            f"(this is rank {found.rank}). Call bnworker.join() before the first training call; "
-            "or set synchronized=False to train on local statistics."
+            f"synchronized=True, but no world was joined, and {which}. Call bnworker.join() before the first training "
+            "call; or set synchronized=False to train on local statistics."
         )
     if world is not None:
         return world

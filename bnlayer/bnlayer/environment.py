@@ -9,8 +9,11 @@ A variable that is set and empty counts as not set: `variable` reads it so, for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+# Steps that srun does not number: the shell of salloc, a batch script, what sshd started for a user. <slurm/slurm.h>
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +25,109 @@ class Announcement:
         rank: this process's rank, from 0.
         world_size: the number of ranks.
         variable: the variable that holds the rank.
+        mpi: whether the launcher sets up MPI.
+        job: what the launcher calls the job, unique to this run of it; None: nothing that is.
     """
 
     source: str
     rank: int
     world_size: int
     variable: str
+    mpi: bool = False
+    job: str | None = None
 
 
-# launcher, rank variable, size variables, of which the first that is set counts; earlier beats later.
-_LAUNCHERS = (
-    ("bnlayer launch (BNLAYER_*)", "BNLAYER_RANK", ("BNLAYER_WORLD_SIZE",)),
-    ("Open MPI's mpiexec", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
-    ("MPICH's mpiexec", "PMI_RANK", ("PMI_SIZE",)),
-    ("torchrun", "RANK", ("WORLD_SIZE",)),
-    ("Slurm's srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
-)
+@dataclass(frozen=True, slots=True)
+class _Launcher:
+    """How a launcher announces ranks.
+
+    Attributes:
+        source: its name, as text.
+        rank: the variable of the rank.
+        sizes: those of the number of ranks, of which the first that is set counts.
+        mpi: whether it sets up MPI.
+        started: whether it started this process, where its variables alone don't say.
+        job: what it calls the job.
+    """
+
+    source: str
+    rank: str
+    sizes: tuple[str, ...]
+    mpi: bool = False
+    started: Callable[[Mapping[str, str]], bool] = lambda _: True
+    job: Callable[[Mapping[str, str]], str | None] = lambda _: None
 
 
 def variable(environ: Mapping[str, str], name: str) -> str | None:
     """The value of a variable; None where it is not set, or empty."""
     return environ.get(name) or None
+
+
+def _is_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process; a batch script has no step's number, and is always process 0."""
+    step, rank = variable(environ, "SLURM_STEP_ID"), variable(environ, "SLURM_PROCID")
+    if step is None:
+        return rank not in (None, "0")
+    return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def _step(environ: Mapping[str, str]) -> str | None:
+    job, step = variable(environ, "SLURM_JOB_ID"), variable(environ, "SLURM_STEP_ID")
+    return f"{job}.{step}" if job is not None and step is not None else None
+
+
+def _step_job(environ: Mapping[str, str]) -> str | None:
+    """A step's, not its allocation's: another step there is another run."""
+    step = _step(environ)
+    return None if step is None else f"slurm-{step}"
+
+
+def _torchrun_job(environ: Mapping[str, str]) -> str | None:
+    """The run's id; without `--rdzv-id`, it is "none" for every run."""
+    run = variable(environ, "TORCHELASTIC_RUN_ID")
+    return None if run in (None, "none") else f"torchrun-{run}"
+
+
+def _pod_job(environ: Mapping[str, str]) -> str | None:
+    """The Job's name: the pods of an indexed one have the hostnames JOB-INDEX."""
+    host, index = variable(environ, "HOSTNAME") or "", variable(environ, "JOB_COMPLETION_INDEX")
+    return host.removesuffix(f"-{index}") if index is not None and host.endswith(f"-{index}") else None
+
+
+_SLURM_SIZES = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+
+# Earlier beats later; of those with the same variable, the first that started this process is the one.
+_LAUNCHERS = (
+    _Launcher("bnlayer launch (BNLAYER_*)", "BNLAYER_RANK", ("BNLAYER_WORLD_SIZE",)),
+    _Launcher("Open MPI's mpiexec", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), mpi=True),
+    _Launcher(
+        "Intel MPI's mpiexec",
+        "PMI_RANK",
+        ("PMI_SIZE",),
+        mpi=True,
+        started=lambda environ: variable(environ, "I_MPI_HYDRA_UUID") is not None,
+    ),
+    _Launcher(
+        "Slurm's srun --mpi=pmi2",
+        "PMI_RANK",
+        ("PMI_SIZE",),
+        mpi=True,
+        started=lambda environ: _step(environ) is not None and variable(environ, "PMI_JOBID") == _step(environ),
+        job=_step_job,
+    ),
+    _Launcher("MPICH's mpiexec", "PMI_RANK", ("PMI_SIZE",), mpi=True),
+    _Launcher(
+        "Slurm's srun --mpi=pmix",
+        "PMIX_RANK",
+        _SLURM_SIZES,
+        mpi=True,
+        started=lambda environ: (variable(environ, "PMIX_NAMESPACE") or "").startswith("slurm.pmix."),
+        job=_step_job,
+    ),
+    _Launcher("torchrun", "RANK", ("WORLD_SIZE",), job=_torchrun_job),
+    _Launcher("Kubernetes' indexed Job", "JOB_COMPLETION_INDEX", ("BNLAYER_WORLD_SIZE",), job=_pod_job),
+    _Launcher("Slurm's srun", "SLURM_PROCID", _SLURM_SIZES, started=_is_step, job=_step_job),
+)
 
 
 def announced(environ: Mapping[str, str]) -> list[Announcement]:
@@ -57,34 +142,39 @@ def announced(environ: Mapping[str, str]) -> list[Announcement]:
     Raises:
         ValueError: a variable is set to something that is no number, or a rank lies outside its world.
     """
-    found = []
-    for source, rank_variable, size_variables in _LAUNCHERS:
-        size_variable = next((name for name in size_variables if variable(environ, name)), size_variables[0])
-        rank, size = variable(environ, rank_variable), variable(environ, size_variable)
-        if rank is None or size is None:
-            continue
-        if rank_variable == "SLURM_PROCID" and not _is_step(environ):
+    found: dict[str, Announcement] = {}
+    for launcher in _LAUNCHERS:
+        size_variable = next((name for name in launcher.sizes if variable(environ, name)), launcher.sizes[0])
+        rank, size = variable(environ, launcher.rank), variable(environ, size_variable)
+        if rank is None or size is None or launcher.rank in found or not launcher.started(environ):
             continue
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
             raise ValueError(
-                f"{source}: expected 0 <= {rank_variable} < {size_variable}, received {rank!r} and {size!r}."
+                f"{launcher.source}: expected 0 <= {launcher.rank} < {size_variable}, received {rank!r} and {size!r}."
             )
-        found.append(Announcement(source, int(rank), int(size), rank_variable))
-    return found
+        found[launcher.rank] = Announcement(
+            launcher.source, int(rank), int(size), launcher.rank, launcher.mpi, launcher.job(environ)
+        )
+    return list(found.values())
+
+
+def prte(environ: Mapping[str, str]) -> str | None:
+    """Which PMIx launcher started this process without saying how many ranks there are, as text: MPI knows."""
+    rank, size = variable(environ, "PMIX_RANK"), variable(environ, "OMPI_COMM_WORLD_SIZE")
+    if rank is None or size is not None or (variable(environ, "PMIX_NAMESPACE") or "").startswith("slurm.pmix."):
+        return None
+    return f"prterun or another PMIx launcher (PMIX_RANK={rank})"
 
 
 def batch_script(environ: Mapping[str, str]) -> str | None:
     """Why a process with Slurm's variables of several tasks is none of them; None where nothing looks like it."""
     rank, tasks = variable(environ, "SLURM_PROCID"), variable(environ, "SLURM_NTASKS")
-    if rank is None or tasks in (None, "1") or _is_step(environ):
+    job = variable(environ, "SLURM_JOB_ID")
+    if tasks in (None, "1") or _is_step(environ) or (rank is None and job is None):
         return None
+    which = f"SLURM_PROCID={rank}" if rank is not None else f"SLURM_JOB_ID={job}"
+    what = "a batch script or a child of one" if rank is not None else "one of an allocation (salloc)"
     return (
-        f"SLURM_PROCID={rank} and SLURM_NTASKS={tasks} are set, but SLURM_STEP_ID is not: this process is a batch "
-        "script or a child of one, not a rank, and trains alone. Start the ranks with srun, or with bnlayer launch."
+        f"{which} and SLURM_NTASKS={tasks} are set, but SLURM_STEP_ID is not: this process is {what}, not a rank, and "
+        "trains alone. Start the ranks with srun, or with bnlayer launch."
     )
-
-
-def _is_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has no step's number, and is always process 0."""
-    step, rank = variable(environ, "SLURM_STEP_ID"), variable(environ, "SLURM_PROCID")
-    return rank != "0" if step is None else step.isdecimal()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bnlayer.environment import variable
 from bnserver.configuration import CONFIG_VARIABLE, SETTINGS, ConfigurationError, resolve
 
 _ABOUT = """\
@@ -81,7 +82,8 @@ def run(flags: Mapping[str, str | None], environ: Mapping[str, str], config: str
         print(f"bnserver: {error}", file=sys.stderr)  # noqa: T201 - what a command says on its way out
         return USAGE
     # gRPC writes a line for each handshake that fails, however many a stranger makes: read before its first import.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if variable(os.environ, "GRPC_VERBOSITY") is None:
+        os.environ["GRPC_VERBOSITY"] = "ERROR"
     from bnserver.daemon import serve
 
     return serve(resolved.configuration)

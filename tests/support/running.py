@@ -70,13 +70,21 @@ class Running:
         options: of the launcher.
         logs: the log folder.
         hangs_up: whether its stdout is closed after the first line.
+        prefix: what stands before the launcher's command.
 
     Attributes:
         temporary: where it and all that it starts keep their temporary files.
     """
 
     def __init__(
-        self, ranks: int, command: Sequence[str], options: Sequence[str], logs: Path, *, hangs_up: bool
+        self,
+        ranks: int,
+        command: Sequence[str],
+        options: Sequence[str],
+        logs: Path,
+        *,
+        hangs_up: bool = False,
+        prefix: Sequence[str] = (),
     ) -> None:
         mark = secrets.token_hex(8)
         self._mark = f"{_MARK}={mark}".encode()
@@ -86,7 +94,12 @@ class Running:
         self.ranks = ranks
         self.process = subprocess.Popen(
             # A test run under nohup hands down an ignored SIGHUP, which a launcher would respect.
-            ["env", "--default-signal=HUP", *arguments(ranks, *command, options=[*options, f"--log-dir={logs}"])],
+            [
+                *prefix,
+                "env",
+                "--default-signal=HUP",
+                *arguments(ranks, *command, options=[*options, f"--log-dir={logs}"]),
+            ],
             env={**environ, _MARK: mark, "LOGS": str(logs), "TMPDIR": str(self.temporary)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -99,7 +112,7 @@ class Running:
 
     def ready(self) -> dict[int, int]:
         """Wait for all ranks; returns rank: pid."""
-        lines = self.out.until(r"^\[(\d+)\] ready (\d+) .*$", self.ranks)
+        lines = self.out.until(r"^\[(?:\w+:)?(\d+)\] ready (\d+) .*$", self.ranks)
         return {int(line[1]): int(line[2]) for line in lines}
 
     def job_folder(self) -> Path:

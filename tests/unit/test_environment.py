@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bnlayer.environment import announced, batch_script
+from bnlayer.environment import announced, batch_script, prte
 from bnlayer.kernels import choice
 from bnserver.failpoints import VARIABLE, Failpoints
 from bnworker import failure_marker
@@ -56,10 +56,14 @@ _READERS: dict[Callable[[Mapping[str, str]], object], tuple[str, ...]] = {
         *("BNLAYER_TRANSPORT", "BNLAYER_ADDRESS", "BNLAYER_JOB", "BNLAYER_TOKEN", "BNLAYER_TOKEN_FILE"),
         *("BNLAYER_RANK", "BNLAYER_WORLD_SIZE", "BNLAYER_LOCAL_SOCKET", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
         *("PMI_RANK", "PMI_SIZE", "RANK", "WORLD_SIZE"),
-        *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_STEP_ID"),
+        *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_ID", "PMI_JOBID"),
+        *("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "BNLAYER_INSECURE", "MASTER_ADDR", "MASTER_PORT"),
+        *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE"),
+        *("PMIX_RANK", "PMIX_NAMESPACE", "I_MPI_HYDRA_UUID", "JOB_COMPLETION_INDEX", "HOSTNAME", "TORCHELASTIC_RUN_ID"),
     ),
     announced: ("BNLAYER_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK", "SLURM_PROCID", "SLURM_STEP_ID"),
-    batch_script: ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"),
+    batch_script: ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_ID"),
+    prte: ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_NAMESPACE"),
     _threads: ("BNLAYER_THREADS",),
     _kernels: ("BNLAYER_KERNELS",),
     _allowed: ("OMPI_MCA_mpi_yield_when_idle", "PRTE_MCA_rmaps_default_mapping_policy"),
@@ -73,6 +77,11 @@ _SETTINGS: tuple[dict[str, str], ...] = (
     _ADDRESS,
     {"RANK": "1", "WORLD_SIZE": "2"},
     {"PMI_RANK": "1", "PMI_SIZE": "2"},
+    _STEP
+    | {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2", "BNLAYER_INSECURE": "1"},
+    {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+    {"PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.1.0", "SLURM_NTASKS": "2"},
+    _ADDRESS | {"JOB_COMPLETION_INDEX": "1", "HOSTNAME": "j-1", "BNLAYER_JOB": "", "BNLAYER_RANK": ""},
     {"BNLAYER_RANK": "1"},
 )
 
@@ -102,7 +111,7 @@ def test_nobody_else_reads_variables() -> None:
         for file in (_ROOT / folder).rglob("*.py"):
             if str(file.relative_to(_ROOT)) not in own:
                 found = re.findall(
-                    r"environ\.get\((?!.*\) or )|\bin (?:os\.)?environ\b(?![.:])|getenv|environ\.setdefault",
+                    r"environ\.get\((?!.*\) or )|\bin (?:os\.)?environ\b(?![.:])|\bgetenv|environ\.setdefault",
                     file.read_text(),
                 )
                 assert not found, file

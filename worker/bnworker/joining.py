@@ -8,10 +8,10 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from bnworker import process_groups
+from bnworker import own_service, process_groups
 from bnworker.plan import Plan, plan
 from bnworker.presence import Presence
-from bnworker.transports import Transport, torchrun
+from bnworker.transports import Transport
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
 
@@ -41,14 +41,14 @@ def join(
     does without. `BNLAYER_TLS_CA` makes the connection encrypted; `BNLAYER_TLS_CERT` and `BNLAYER_TLS_KEY` are this
     process's own certificate, where the service asks for one.
 
-    Under torchrun `transport="service"` needs no address: rank 0 starts a service, and torchrun tells the others.
+    Under torchrun and in a Slurm step the service needs no address: rank 0 starts one, and the others find it.
 
     Args:
         transport: "alone", "mpi", "service" or "torch", whose process group must have been initialized.
         address: of the service, "HOST:PORT"; with another transport, an error.
         job: the job's name at the service.
         token: for a service that asks for one. It is not sent in plain text to another machine, unless
-            `BNLAYER_INSECURE=1`.
+            `BNLAYER_INSECURE=1`. The service that a job brings along asks for none, and a token is an error there.
         rank: who this process is, from 0.
         world_size: the number of ranks.
         timeout: seconds that joining, and each exchange, may take, outages of the service included.
@@ -66,9 +66,6 @@ def join(
     if isinstance(timeout, bool) or not (timeout > 0 and math.isfinite(timeout)):
         raise ValueError(f"join(timeout=): expected a number of seconds above 0, received {timeout!r}.")
     Presence.refuse_second()
-    if torchrun.lacks_address(os.environ, transport, address):
-        address, named = torchrun.service(os.environ, float(timeout))
-        job = job or named
     chosen = plan(
         os.environ,
         transport=transport,
@@ -95,19 +92,28 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
         return process_groups.opened(chosen.rank, chosen.world_size, timeout, deterministic)
     from bnworker.transports.service import ServiceTransport
 
-    assert chosen.address is not None
     assert chosen.job is not None
     assert chosen.rank is not None
     assert chosen.world_size is not None
-    return ServiceTransport(
-        chosen.address,
-        chosen.job,
-        chosen.rank,
-        chosen.world_size,
-        timeout=timeout,
-        local_socket=chosen.local_socket,
-        credentials=chosen.credentials,
-    )
+    address, started = chosen.address, None
+    if chosen.own is not None:
+        address, started = own_service.reach(chosen.own, chosen.rank, timeout)
+    assert address is not None
+    try:
+        return ServiceTransport(
+            address,
+            chosen.job,
+            chosen.rank,
+            chosen.world_size,
+            timeout=timeout,
+            local_socket=chosen.local_socket,
+            credentials=chosen.credentials,
+            left=None if started is None else started.stop,
+        )
+    except BaseException:
+        if started is not None:
+            started.stop()
+        raise
 
 
 def _opened_mpi(chosen: Plan, timeout: float, deterministic: bool) -> Transport:

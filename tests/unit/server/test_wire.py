@@ -57,6 +57,15 @@ def _joined(payload: pb.Payload, parts: list[pb.Part]) -> bytes | bytearray:
 # ---- arrays ----
 
 
+@pytest.mark.parametrize("kind", "?bhilqBHILQefd")
+def test_arrays_have_this_machines_byte_order(kind: str) -> None:
+    """Not an explicit one that happens to be the same: the compiled kernels take native arrays only."""
+    payload, parts = pack([np.zeros(3, kind)])
+    (array,) = unpack(payload, _joined(payload, parts))
+    assert array.dtype.byteorder in "=|"
+    assert memoryview(array.copy()).format in tuple("?bhilqBHILQefd")
+
+
 @pytest.mark.parametrize(
     "array",
     [

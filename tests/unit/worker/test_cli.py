@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import bnserver
 import bnworker
 from bnserver.__main__ import main as serve_main
 from bnworker.cli import app, main
+from bnworker.cli.hosts import Hosts
 
 BNLAYER_MAIN = str(Path(bnlayer.__file__).with_name("__main__.py"))
 
@@ -215,3 +218,78 @@ def test_a_single_process(tmp_path: object) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "epoch 1/1" in ended.stdout
     assert "1 (alone)" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--nnodes=2"], "--nnodes 2 needs --node-rank on each host, e.g. --node-rank 0 --rendezvous one:7431."),
+        (
+            ["--nnodes=2", "--node-rank=0"],
+            "--nnodes 2 needs --rendezvous on each host, e.g. --node-rank 0 --rendezvous one:7431.",
+        ),
+        (["--node-rank=1"], "--node-rank 1 needs --nnodes, the number of hosts."),
+        (
+            ["--nnodes=2", "--node-rank=2", "--rendezvous=one:1"],
+            "--node-rank: expected 0 to 1 with --nnodes 2, received 2.",
+        ),
+        (
+            ["--nnodes=2", "--node-rank=0", "--rendezvous=one:65535", "--insecure"],
+            ("--rendezvous: expected HOST:PORT, such as one:7431, with a port from 1 to 65534; received 'one:65535'."),
+        ),
+        (
+            ["--nnodes=2", "--node-rank=0", "--rendezvous=one:7431"],
+            (
+                "--rendezvous one:7431 is reachable from other machines, and launchers and service speak plain text "
+                "there without a check of who joins. Say --insecure if the network is your own."
+            ),
+        ),
+        (
+            ["--nnodes=2", "--node-rank=0", "--rendezvous=127.0.0.1:7431", "--transport=mpi"],
+            (
+                "several hosts are for transport service, received transport mpi: mpiexec and srun start MPI ranks on "
+                "several hosts themselves."
+            ),
+        ),
+        (["--hosts=a", "--hostfile=b"], "--hosts and --hostfile: give one of them."),
+        (
+            ["--hosts=a", "--nnodes=2"],
+            "--hosts starts the command on each host; --nnodes and --node-rank are for starting it.",
+        ),
+        (["--hosts=a:0"], "--hosts: expected HOST, HOST:N or HOST slots=N, received 'a:0'."),
+        (["--hosts=,"], "--hosts: expected a host, received none."),
+        (["--hostfile=none"], "--hostfile none: No such file or directory."),
+        (
+            ["--hosts=a"],
+            "--rendezvous a:7431 is reachable from other machines, and launchers and service speak plain text there",
+        ),
+        (["--hosts=a", "--insecure", "--ssh=no-ssh"], "--ssh: no-ssh: No such file or directory"),
+    ],
+)
+def test_hosts_that_cannot_work(arguments: list[str], line: str, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Said before anything is started, by both commands."""
+    if "--hosts=a" in arguments:
+        arguments = [*arguments, "--rendezvous=a:7431"]
+    code, out, err = command("launch", *arguments, "--", "true")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"bnlayer: launch: {line}")
+
+
+def test_a_host_file(tmp_path: Path) -> None:
+    """Open MPI's form and MPICH's, comments, and hosts without a number; the first rank of each follows."""
+    path = tmp_path / "hosts"
+    path.write_text("# mine\nme@a slots=2\n\nb:3   # the big one\nc\n", encoding="utf-8")
+    hosts = Hosts(hostfile=path, ssh="ssh -p 22", rendezvous="a:7431")
+    listed = hosts.listed("launch", 4)
+    assert listed == (("me@a", 2), ("b", 3), ("c", 4))
+    remote = hosts.remote(listed, ("python", "x y.py"), {"job": None, "grace": 5.0, "timestamps": False})
+    *start, line = remote.command_line(1, {"BNLAYER_THREADS": "1 2", "HOME": "/root"})
+    assert start == ["ssh", "-p", "22", "b"]
+    there, _, words = line.partition(" && exec ")
+    assert shlex.split(there) == ["cd", str(Path.cwd())]
+    assert shlex.split(words) == [
+        *("env", "BNLAYER_THREADS=1 2", sys.executable, "-P", "-m", "bnworker.cli", "launch", "--attached"),
+        *("--nnodes=3", "--node-rank=1", "--rendezvous=a:7431", "--ranks=3", "--first-rank=2", "--world-size=9"),
+        *("--grace=5.0", "--", "python", "x y.py"),
+    ]
+    assert Hosts(hosts="me@a,b:3").listed("launch", 1) == (("me@a", 1), ("b", 3))

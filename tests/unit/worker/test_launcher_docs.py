@@ -1,17 +1,32 @@
-"""The documentation's table of endings is the one that is tested."""
+"""The documentation's tables of endings are those that are tested."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from support.endings import ENDINGS
+from support.several import ENDINGS as ENDINGS_OF_SEVERAL
 
 _DOCS = Path(__file__).parents[3] / "docs" / "launching.md"
+_SEVERAL = _DOCS.with_name("several-hosts.md")
 
 
 def test_the_table_of_endings_is_the_tested_one() -> None:
     """Every row is a test and every test a row, in any order, with the same exit code."""
-    section = _DOCS.read_text(encoding="utf-8").partition("## How a job ends")[2].partition("\n## ")[0]
-    rows = [line.replace("\\|", "").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    rows = _rows(_DOCS, "## How a job ends")
     documented = sorted((row[1].strip(), int(row[2])) for row in rows)
     assert documented == sorted((ending.row, ending.code) for ending in ENDINGS)
+
+
+def test_so_is_that_of_several_hosts() -> None:
+    """With the exit codes on both; the last row needs hosts of its own, and is a test of its own."""
+    documented = sorted(
+        (row[1].strip(), int(row[2]), int(row[3])) for row in _rows(_SEVERAL, "## How a job on several hosts ends")
+    )
+    tested = [(ending.row, *ending.codes) for ending in ENDINGS_OF_SEVERAL]
+    assert documented == sorted([*tested, ("a host is cut off from the network", 137, 137)])
+
+
+def _rows(page: Path, heading: str) -> list[list[str]]:
+    section = page.read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
+    return [line.replace("\\|", "").split("|") for line in section.splitlines() if line.startswith("| ")][1:]

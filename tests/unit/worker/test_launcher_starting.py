@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bnworker.launcher.starting import Job, LaunchError, check, environment
+from bnworker.launcher.remote import Remote, launch
+from bnworker.launcher.starting import Job, LaunchError, Several, check, environment
+from bnworker.own_service import daemon_environment
 
 FOLDER = Path("/tmp/launch")
 
@@ -157,6 +159,31 @@ def test_credentials_are_checked_before_anything_is_started() -> None:
         check(Job(("true",), 1, address="trainer:1"), environ)
     assert str(raised.value).startswith("The token would cross the network to trainer:1 in plain text.")
     assert raised.value.code == 2
+
+
+def test_credentials_are_not_for_the_service_of_a_job_on_several_hosts() -> None:
+    """It speaks plain text to them, and nobody shall believe otherwise; at an address they count."""
+    one = Several(2, 0, "one:7431", 0, 2, insecure=True)
+    for name in ("BNLAYER_TOKEN_FILE", "BNLAYER_TLS_CA"):
+        environ = {"PATH": "/bin:/usr/bin", name: "x"}
+        check(Job(("true",), 1), environ)
+        check(Job(("true",), 1, address="127.0.0.1:1", several=one), environ)
+        with pytest.raises(LaunchError, match="has neither encryption nor tokens yet; received "):
+            check(Job(("true",), 1, several=one), environ)
+    check(Job(("true",), 1, several=one), {"PATH": "/bin:/usr/bin", "BNLAYER_INSECURE": "1"})
+
+
+def test_a_token_stands_in_no_command_line() -> None:
+    """Every user of the other hosts can read these."""
+    remote = Remote(("true",), (("a", 1),), "a:7431", insecure=True, agent="false")
+    with pytest.raises(LaunchError, match="BNLAYER_TOKEN would stand in the command lines on the hosts"):
+        launch(remote, {"BNLAYER_TOKEN": "t"})
+
+
+def test_the_variables_of_a_daemon_are_not_for_a_service_of_the_jobs() -> None:
+    """Such as another one's certificates; failpoints are the tests' own."""
+    environ = {"BNSERVER_TLS_CERT": "a", "BNSERVER_FAILPOINTS": "b", "BNLAYER_JOB": "c", "HOME": "d"}
+    assert daemon_environment(environ) == {name: environ[name] for name in environ if name != "BNSERVER_TLS_CERT"}
 
 
 def test_an_embedded_service_is_shown_no_credentials(tmp_path: Path) -> None:

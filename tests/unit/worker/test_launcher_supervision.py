@@ -10,6 +10,7 @@ import pytest
 from bnworker.launcher.supervision import (
     _AFTER,
     GRACE_S,
+    LAUNCHER,
     MPIEXEC,
     SERVICE,
     Alarm,
@@ -200,3 +201,17 @@ def test_what_is_said_of_an_end() -> None:
     assert str(Ended(2, -KILL)) == "rank 2 was killed by SIGKILL"
     assert str(Ended(MPIEXEC, 1)) == "mpiexec exited with code 1"
     assert str(Ended(SERVICE, -KILL)) == "the statistics service was killed by SIGKILL"
+
+
+def test_a_launcher_that_is_gone_takes_its_ranks_along() -> None:
+    """On another host: they count as ended, and it as killed: the first cause, before ranks that were told of it."""
+    gone = Ended(LAUNCHER - 1, -KILL, host="two", takes=frozenset({2, 3}))
+    told = (Ended(0, 1, secondary=True, host="one"), Ended(1, 1, secondary=True, host="one"))
+    for events in ((gone, *told), (*told, gone)):
+        job, done = play(4, *events)
+        assert (job.done, job.exit_code(), done) == (True, 137, [Alarm(GRACE_S)])
+        assert job.cause is gone
+    assert str(gone) == "the launcher of node 1 (two) is gone: it was killed, or its host can't be reached"
+    assert str(told[0]) == "rank 0 (one) exited with code 1"
+    job, _ = play(4, Interrupted(INT), gone)
+    assert (sorted(job.running), job.exit_code()) == ([0, 1], 130)

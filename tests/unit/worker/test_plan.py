@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from bnlayer import BatchNormalization
 from bnproto.credentials import NONE, Credentials
+from bnworker.own_service import first_host
 from bnworker.plan import Plan, plan
+from support import environments as started
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2"}
@@ -186,7 +189,10 @@ def test_explicit_rank_settles_a_conflict() -> None:
     chosen = plan(SERVICE | OURS | TORCHRUN, rank=3, world_size=4)
     assert (chosen.rank, chosen.reason) == (
         3,
-        "the service's address is 127.0.0.1:7000; rank= and world_size= are given",
+        (
+            "the service's address is 127.0.0.1:7000; rank= and world_size= are given, which beats BNLAYER_RANK=1 and "
+            "RANK=2"
+        ),
     )
 
 
@@ -211,13 +217,54 @@ def test_credentials_are_for_the_service() -> None:
         plan(SERVICE | OURS | {"BNLAYER_TLS_KEY": "key.pem"})
 
 
+def test_a_process_group_that_is_initialized_beats_a_service_of_its_own() -> None:
+    """Under torchrun and srun the ranks reach each other already; what is given explicitly still counts."""
+    for environ in (started.TORCHRUN, started.SRUN, {}):
+        chosen = plan(environ, process_group=True)
+        assert (chosen.transport, chosen.own) == ("torch", None)
+        assert chosen.reason.startswith("torch.distributed is initialized; ")
+    assert plan(started.TORCHRUN, process_group=True, transport="service").own is not None
+    assert plan(started.TORCHRUN | ADDRESS, process_group=True).address == "h:1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "what"),
+    [
+        ({"BNLAYER_TOKEN_FILE": "t"}, "a token"),
+        ({"BNLAYER_TLS_CA": "ca.pem"}, "BNLAYER_TLS_CA"),
+        ({"BNLAYER_TOKEN": "t", "BNLAYER_TLS_CA": "ca.pem"}, "a token and BNLAYER_TLS_CA"),
+    ],
+)
+@pytest.mark.parametrize(
+    "launcher", [started.TORCHRUN, started.SRUN | {"BNLAYER_INSECURE": "1"}], ids=["torchrun", "srun"]
+)
+def test_a_service_of_its_own_has_no_credentials(launcher: dict[str, str], environ: dict[str, str], what: str) -> None:
+    """Nobody shall believe that it is encrypted, or that it asks who joins."""
+    with pytest.raises(ValueError) as caught:
+        plan(launcher | environ)
+    assert str(caught.value) == (
+        f"The job starts its own service, which has neither encryption nor tokens yet; received {what}. Start one that "
+        "has with bnlayer serve, and give its address; or take the credentials out of the environment."
+    )
+    shown = plan(launcher | environ | {"BNLAYER_ADDRESS": "127.0.0.1:1", "BNLAYER_JOB": "j"}).credentials
+    assert shown.has_token or shown.ca is not None
+
+
+def test_plain_text_is_permitted_by_the_same_words_everywhere() -> None:
+    """BNLAYER_INSECURE is 0 or 1."""
+    with pytest.raises(ValueError, match="BNLAYER_INSECURE: expected 0 or 1, received 'yes'"):
+        plan(started.SRUN | {"BNLAYER_INSECURE": "yes"})
+    with pytest.raises(ValueError, match="in plain text and without a check of who joins: set BNLAYER_INSECURE=1"):
+        plan(started.SRUN | {"BNLAYER_INSECURE": "0"})
+
+
 def test_a_plan_for_the_service_holds_all_of_it() -> None:
     """Arguments and variables come together."""
     assert plan(OURS | {"BNLAYER_JOB": "j"}, address="h:1", job="k") == Plan(
         "service",
         1,
         2,
-        "the service's address is h:1; BNLAYER_RANK says the rank",
+        "the service's address is h:1; BNLAYER_RANK says the rank; job= is given, which beats BNLAYER_JOB=j",
         "h:1",
         "k",
     )
@@ -234,3 +281,202 @@ def test_the_local_socket_is_on_or_off() -> None:
     """Anything else is a mistake in a job's script."""
     with pytest.raises(ValueError, match="BNLAYER_LOCAL_SOCKET: expected 0 or 1, received 'no'"):
         plan(SERVICE | OURS | {"BNLAYER_LOCAL_SOCKET": "no"})
+
+
+ADDRESS = {"BNLAYER_ADDRESS": "h:1"}
+AT = "the service's address is h:1; "
+# Without an address, then with one: transport, rank, number of ranks, the job's name, and what is logged of the choice.
+# A text where nothing says how the ranks reach each other.
+LAUNCHED: dict[str, tuple[dict[str, str], tuple[Any, ...] | str, tuple[Any, ...] | str]] = {
+    "Open MPI": (
+        started.OPEN_MPI,
+        ("mpi", 1, 2, None, "Open MPI's mpiexec started this process; OMPI_COMM_WORLD_RANK says the rank"),
+        "missing the job's name (job= or BNLAYER_JOB).",
+    ),
+    "MPICH": (
+        started.MPICH,
+        ("mpi", 1, 2, None, "MPICH's mpiexec started this process; PMI_RANK says the rank"),
+        "missing the job's name (job= or BNLAYER_JOB).",
+    ),
+    "Intel MPI": (
+        started.INTEL_MPI,
+        ("mpi", 1, 2, None, "Intel MPI's mpiexec started this process; PMI_RANK says the rank"),
+        "missing the job's name (job= or BNLAYER_JOB).",
+    ),
+    "prterun": (
+        started.PRTERUN,
+        (
+            *("mpi", None, None, None),
+            "prterun or another PMIx launcher (PMIX_RANK=1) started this process; no launcher announces a rank",
+        ),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank (rank= or BNLAYER_RANK), the number",
+    ),
+    "torchrun": (
+        started.TORCHRUN,
+        (
+            *("service", 1, 2, "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"),
+            (
+                "torchrun announces 2 ranks; RANK says the rank; torchrun names the job "
+                "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be; rank 0 starts the service at 127.0.0.1:0"
+            ),
+        ),
+        (
+            *("service", 1, 2, "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"),
+            f"{AT}RANK says the rank; torchrun names the job torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be",
+        ),
+    ),
+    "torchrun without an id": (
+        started.TORCHRUN_STATIC,
+        (
+            *("service", 1, 2, "job"),
+            "torchrun announces 2 ranks; RANK says the rank; rank 0 starts the service at 127.0.0.1:0",
+        ),
+        "missing the job's name (job= or BNLAYER_JOB).",
+    ),
+    "salloc": (
+        started.SALLOC,
+        ("alone", 0, 1, None, "nothing announces other ranks"),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank",
+    ),
+    "salloc in a step": (
+        started.SALLOC_STEP,
+        ("alone", 0, 1, None, "nothing announces other ranks"),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank",
+    ),
+    "sbatch": (
+        started.SBATCH,
+        ("alone", 0, 1, None, "nothing announces other ranks"),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank",
+    ),
+    "srun": (
+        started.SRUN,
+        (
+            "Slurm's srun announces 4 ranks (this is rank 3) on several hosts, and no address of a statistics service. "
+            "Rank 0 can start one at n1:61447, in plain text and without a check of who joins: set BNLAYER_INSECURE=1 "
+            "if the network is your own. Or give address= (or BNLAYER_ADDRESS)."
+        ),
+        ("service", 3, 4, "slurm-7.0", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.0"),
+    ),
+    "srun, plain text permitted": (
+        started.SRUN | {"BNLAYER_INSECURE": "1"},
+        (
+            *("service", 3, 4, "slurm-7.0"),
+            (
+                "Slurm's srun announces 4 ranks; SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.0; "
+                "rank 0 starts the service at n1:61447"
+            ),
+        ),
+        ("service", 3, 4, "slurm-7.0", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.0"),
+    ),
+    "srun on one node": (
+        started.SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n2", "SLURM_STEP_ID": "2"},
+        (
+            *("service", 3, 4, "slurm-7.2"),
+            (
+                "Slurm's srun announces 4 ranks; SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.2; "
+                "rank 0 starts the service at 127.0.0.1:61569"
+            ),
+        ),
+        ("service", 3, 4, "slurm-7.2", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-7.2"),
+    ),
+    "srun --mpi=pmi2": (
+        started.SRUN_PMI2,
+        ("mpi", 3, 4, None, "Slurm's srun --mpi=pmi2 started this process; PMI_RANK says the rank"),
+        (
+            *("service", 3, 4, "slurm-7.0"),
+            f"{AT}PMI_RANK says the rank; Slurm's srun --mpi=pmi2 names the job slurm-7.0",
+        ),
+    ),
+    "srun --mpi=pmix": (
+        started.SRUN_PMIX,
+        ("mpi", 3, 4, None, "Slurm's srun --mpi=pmix started this process; PMIX_RANK says the rank"),
+        (
+            *("service", 3, 4, "slurm-7.0"),
+            f"{AT}PMIX_RANK says the rank; Slurm's srun --mpi=pmix names the job slurm-7.0",
+        ),
+    ),
+    "mpiexec in sbatch": (
+        started.SBATCH_MPICH,
+        (
+            *("mpi", 1, 2, None),
+            "MPICH's mpiexec started this process; PMI_RANK says the rank, which beats SLURM_PROCID=0",
+        ),
+        (
+            *("service", 1, 2, "slurm-7.0"),
+            f"{AT}PMI_RANK says the rank, which beats SLURM_PROCID=0; Slurm's srun names the job slurm-7.0",
+        ),
+    ),
+    "torchrun in srun": (
+        started.SRUN_TORCHRUN | {"RANK": "3", "WORLD_SIZE": "4"},
+        (
+            "torchrun announces 4 ranks (this is rank 3) on several hosts, and no address of a statistics service. "
+            "Rank 0 can start one at localhost, in plain text"
+        ),
+        (
+            *("service", 3, 4, "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"),
+            (
+                f"{AT}RANK says the rank, which beats SLURM_PROCID=1; torchrun names the job "
+                "torchrun-8b1fae09-f274-4f96-a288-65e6a38e35be"
+            ),
+        ),
+    ),
+    "indexed Job": (
+        started.INDEXED_JOB,
+        "Kubernetes' indexed Job announces 3 ranks (this is rank 2), but not how they reach each other",
+        (
+            *("service", 2, 3, "digits"),
+            f"{AT}JOB_COMPLETION_INDEX says the rank; Kubernetes' indexed Job names the job digits",
+        ),
+    ),
+    "MPIJob": (
+        started.MPI_JOB,
+        ("mpi", 1, 2, None, "Open MPI's mpiexec started this process; OMPI_COMM_WORLD_RANK says the rank"),
+        "missing the job's name (job= or BNLAYER_JOB).",
+    ),
+    "explicit": (
+        started.EXPLICIT,
+        ("service", 1, 2, "mine", f"{AT}BNLAYER_RANK says the rank"),
+        ("service", 1, 2, "mine", f"{AT}BNLAYER_RANK says the rank"),
+    ),
+}
+
+
+@pytest.mark.parametrize("address", [False, True], ids=["", "address"])
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_in_the_environment_of_each_launcher(launcher: str, address: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process there does, what it is called, and why; a layer does not train alone among other ranks."""
+    environ, *expected = LAUNCHED[launcher]
+    environ |= ADDRESS if address else {}
+    wanted = expected[address]
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError) as caught:
+            plan(environ)
+        assert wanted in str(caught.value)
+    else:
+        chosen = plan(environ)
+        assert (chosen.transport, chosen.rank, chosen.world_size, chosen.job, chosen.reason) == wanted
+        assert bool(chosen.warning) is (launcher in ("salloc", "sbatch", "salloc in a step"))
+    if launcher not in ("salloc", "sbatch", "salloc in a step"):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        bn = BatchNormalization(synchronized=True)
+        with pytest.raises(RuntimeError, match=r"no world was joined, and .* ranks |no world was joined, and prterun"):
+            bn([[1.0], [2.0]], training=True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[01-03,7],m1", "n01"), ("rack2-[9,11]", "rack2-9"), ("a[1-2]-ib,b", "a1-ib")],
+)
+def test_the_first_host_of_a_step(nodes: str, first: str) -> None:
+    """Lists as Slurm abbreviates them; leading zeros belong to the name."""
+    assert first_host(nodes) == first
+
+
+def test_what_arguments_beat_is_logged() -> None:
+    """Each variable that says something else."""
+    environ = SERVICE | OURS | {"BNLAYER_TRANSPORT": "mpi"}
+    assert plan(environ, address="h:1", job="k", rank=0).reason == (
+        "the service's address is h:1, which beats BNLAYER_TRANSPORT=mpi and BNLAYER_ADDRESS=127.0.0.1:7000; rank= is "
+        "given, which beats BNLAYER_RANK=1; job= is given, which beats BNLAYER_JOB=j"
+    )

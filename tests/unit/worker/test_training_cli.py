@@ -74,9 +74,10 @@ def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.Monkey
 
 ACCEPTED = (
     "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, classes, data, decay, decay-epochs, dry-run, "
-    "dtype, early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, init-from, job, last-batch, "
-    "learning-rate, momentum, report, resume, save, save-every, schedule, seed, steps, summary, tensorboard, "
-    "transport, validation-split, warmup-steps, weight-decay, workers."
+    "dtype, early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, hostfile, hosts, init-from, "
+    "insecure, job, last-batch, learning-rate, momentum, nnodes, node-rank, rendezvous, report, resume, save, "
+    "save-every, schedule, seed, ssh, steps, summary, tensorboard, transport, validation-split, "
+    "warmup-steps, weight-decay, workers."
 )
 
 
@@ -318,7 +319,7 @@ def test_every_flag_can_be_turned_off() -> None:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     flags = [option for option in group.commands["train"].params if getattr(option, "is_flag", False)]
-    assert [option.name for option in flags] == ["dry_run", "resume"]
+    assert [option.name for option in flags] == ["dry_run", "insecure", "resume"]
     assert all(option.secondary_opts == [f"--no-{option.opts[0][2:]}"] for option in flags)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnworker.cli.errors import CommandError
-from bnworker.cli.options import address_of_service
+from bnworker.cli.hosts import Hosts
+from bnworker.cli.options import address_of_service, given, with_options
+
+if TYPE_CHECKING:
+    from bnworker.launcher.remote import Remote
 
 
 class LaunchTransport(StrEnum):
@@ -19,13 +23,14 @@ class LaunchTransport(StrEnum):
     mpi = "mpi"
 
 
+@with_options(Hosts)
 def launch(
     context: typer.Context,
     command: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- COMMAND [ARGUMENT]...", help="The program of every rank.", show_default=False),
     ] = None,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", help="How many ranks.")] = 1,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", help="How many ranks, on each host.")] = 1,
     transport: Annotated[
         LaunchTransport, typer.Option(help="Through the statistics service, or as MPI ranks under mpiexec.")
     ] = LaunchTransport.service,
@@ -41,7 +46,11 @@ def launch(
         str | None, typer.Option(envvar="BNLAYER_JOB", help="The job's name; a fresh one if not given.")
     ] = None,
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Wait so long for the service at --address to listen.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="For the service at --address to listen, or for the other hosts: 300 s if 0.",
+        ),
     ] = 0.0,
     grace: Annotated[
         float,
@@ -59,8 +68,12 @@ def launch(
         Path | None,
         typer.Option(metavar="DIR", help="Keep each rank's output in files there as well.", show_default=False),
     ] = None,
+    first_rank: Annotated[int | None, typer.Option(hidden=True)] = None,
+    world_size: Annotated[int | None, typer.Option(hidden=True)] = None,
+    stop: Annotated[float | None, typer.Option(hidden=True)] = None,
+    attached: Annotated[bool, typer.Option("--attached", hidden=True)] = False,
 ) -> None:
-    """Run a program as N ranks on this machine.
+    """Run a program as N ranks on this machine, or on each of several.
 
     Four ranks of your own program, which calls `bnworker.join()`:
 
@@ -68,9 +81,15 @@ def launch(
 
     The same under MPI: `bnlayer launch -n 4 --transport mpi -- python my_training.py --epochs 3`
 
-    Every line of output carries its rank: `[2] epoch 1`; on a terminal also the time, and a colour (not with
-    NO_COLOR). `--log-dir logs` keeps what each rank wrote in logs/rank-2.out and .err. The ranks' standard input is
-    empty.
+    Eight on two hosts, started on each of them with its own --node-rank:
+
+    `bnlayer launch --nnodes 2 --node-rank 0 --rendezvous one:7431 --insecure -n 4 -- python my_training.py`
+
+    The same from one host, over ssh: `bnlayer launch --hosts one:4,two:4 --insecure -- python my_training.py`
+
+    Every line of output carries its rank: `[2] epoch 1`, with several hosts `[two:5] epoch 1`; on a terminal also the
+    time, and a colour (not with NO_COLOR). `--log-dir logs` keeps what each rank wrote in logs/rank-2.out and .err. The
+    ranks' standard input is empty.
 
     When a rank fails, the others get 5 s (`--grace`), then SIGTERM, then SIGKILL, and the exit code is that of the
     first that failed (128 + signal if one ended it; 127 if there is no such command). Ctrl-C asks the ranks to end,
@@ -84,9 +103,36 @@ def launch(
     from bnworker.launcher import launch as run
 
     used = address_of_service(context, address, transport)
+    hosts = given(context, Hosts)
+    if listed := hosts.listed("launch", ranks):
+        options: dict[str, object] = {"transport": transport.value, "job": job, "address": used, "wait": wait}
+        options |= {"grace": grace, "timestamps": timestamps, "log-dir": log_dir}
+        raise typer.Exit(_launch_over_ssh(hosts.remote(listed, tuple(command or ()), options)))
+    place = None if first_rank is None or world_size is None else (first_rank, world_size)
+    several = hosts.several("launch", ranks, wait, place=place, attached=attached)
     try:
-        described = Job(tuple(command or ()), ranks, transport.value, used, job or None, wait_s=wait, grace_s=grace)
+        described = Job(
+            tuple(command or ()),
+            ranks,
+            transport.value,
+            used,
+            job or None,
+            wait_s=wait,
+            grace_s=grace,
+            stop_s=stop,
+            several=several,
+        )
         code = run(described, Output(timestamps, log_dir))
     except LaunchError as error:
         raise CommandError(f"launch: {error}", error.code) from None
     raise typer.Exit(code)
+
+
+def _launch_over_ssh(remote: Remote) -> int:
+    from bnworker.launcher import LaunchError
+    from bnworker.launcher.remote import launch as run
+
+    try:
+        return run(remote)
+    except LaunchError as error:
+        raise CommandError(f"launch: {error}", error.code) from None

@@ -23,7 +23,9 @@ class TrainTransport(StrEnum):
 class Ranks:
     """Of `bnlayer train`: what the launcher of a run needs to know; it is not passed on to the ranks."""
 
-    workers: Annotated[int | None, Setting("How many processes; 1 if not given.", _RANKS, at_least(1))] = None
+    workers: Annotated[
+        int | None, Setting("How many processes, on each host; 1 if not given.", _RANKS, at_least(1))
+    ] = None
     transport: Annotated[
         TrainTransport | None,
         Setting(

@@ -13,6 +13,7 @@ import typer
 from bnworker.cli import configuration
 from bnworker.cli.errors import EXPLAINED, RESUMABLE, CommandError
 from bnworker.cli.files import Files
+from bnworker.cli.hosts import Hosts
 from bnworker.cli.options import address_of_service, arguments, given, names, with_options
 from bnworker.cli.ranks import Ranks, TrainTransport
 from bnworker.train.settings import Settings
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 # From Ctrl-C to SIGKILL: a step is ended, a checkpoint and a report are written; Kubernetes' own patience. A second
 # Ctrl-C kills at once.
 _STOP_S = 30.0
-_OF_THE_LAUNCHER = ("config", "dry_run", *names(Ranks))  # not passed on to ranks
+_OF_THE_LAUNCHER = ("config", "dry_run", *names(Ranks, Hosts))  # not passed on to ranks
 
 
-@with_options(Ranks, Settings, Files)
+@with_options(Ranks, Hosts, Settings, Files)
 def train(
     context: typer.Context,
     data: Annotated[
@@ -58,6 +59,10 @@ def train(
 
     The same over MPI: `bnlayer train --workers 3 --transport mpi`, or `mpiexec -n 3 bnlayer train`: inside mpiexec,
     torchrun, srun or `bnlayer launch`, the command is one of the ranks and starts none.
+
+    On two hosts, started on each with its own --node-rank; data and, to go on, the checkpoint are on each:
+
+    `bnlayer train --nnodes 2 --node-rank 0 --rendezvous one:7431 --insecure --workers 2`
 
     One that can be killed at any moment, and goes on when it is started again:
 
@@ -93,7 +98,10 @@ def train(
     alone = ranks.transport is TrainTransport.none or (
         ranks.transport is None and variable(os.environ, "BNLAYER_TRANSPORT") == "alone"
     )
-    many = rank.world_size if rank is not None else ranks.workers or 1
+    hosts = given(context, Hosts)
+    workers = ranks.workers or 1
+    listed = hosts.listed("train", workers)
+    many = rank.world_size if rank is not None else sum(n for _, n in listed) or workers * hosts.nnodes
     launching = rank is None and not dry_run and (ranks.transport is not TrainTransport.none or many > 1)
     start = refuse_what_cannot_work(data, settings, files, replicas=many if alone else 1, launching=launching)
     if dry_run:
@@ -101,7 +109,7 @@ def train(
             _show(data, settings, many, str(ranks.transport or TrainTransport.service), start)
         return
     if launching:
-        raise typer.Exit(_launch(context, many, ranks, address))
+        raise typer.Exit(_launch(context, ranks, hosts, address))
     run(
         data,
         settings,
@@ -156,14 +164,18 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
         raise CommandError(f"train: {error}") from None
 
 
-def _launch(context: typer.Context, workers: int, ranks: Ranks, address: str | None) -> int:
+def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, address: str | None) -> int:
     """Run this command again as each of the ranks."""
     from bnworker.launcher import Job, LaunchError, launch
+    from bnworker.launcher.remote import launch as launch_over_ssh
 
     command = (sys.executable, "-P", "-m", "bnworker.cli", "train", *arguments(context, without=_OF_THE_LAUNCHER))
-    transport = ranks.transport or TrainTransport.service
+    transport, workers = ranks.transport or TrainTransport.service, ranks.workers or 1
     kind = "alone" if transport is TrainTransport.none else transport.value
     try:
+        if listed := hosts.listed("train", workers):
+            options = {"transport": kind, "job": ranks.job or None, "address": address, "stop": _STOP_S}
+            return launch_over_ssh(hosts.remote(listed, command, options))
         return launch(
             Job(
                 command,
@@ -176,6 +188,7 @@ def _launch(context: typer.Context, workers: int, ranks: Ranks, address: str | N
                 stop_s=_STOP_S,
                 explained=EXPLAINED,
                 resumable=RESUMABLE,
+                several=hosts.several("train", workers, 0.0),
             )
         )
     except LaunchError as error:

@@ -107,6 +107,7 @@ class Outputs:
             for descriptor in (_STDOUT, _STDERR)
         )
         self._says = f"bnlayer {job.program}:"  # in front of the launcher's own lines
+        self._host = os.uname().nodename if job.several is not None else ""
         self._streams: list[Stream] = []
         self._logs = _opened(job, output.log_dir, self._write_on_screen) if output.log_dir is not None else {}
 
@@ -114,7 +115,8 @@ class Outputs:
         """Pass on a rank's output; kind is "out" or "err"."""
         sink, style = (self._out, self._out_style) if kind == "out" else (self._err, self._err_style)
         log = self._logs.get(f"rank-{rank}.{kind}")
-        shown = _Screen(sink.put, style, f"[{rank}]", rank)
+        label = f"[{self._host}:{rank}]" if self._host else f"[{rank}]"
+        shown = _Screen(sink.put, style, label, rank)
         self._stream(descriptor, sink, [log, shown] if log is not None else [shown])
 
     def other(self, descriptor: int, name: str) -> None:
@@ -154,7 +156,7 @@ class Outputs:
 
 
 def _opened(job: Job, folder: Path, failed: Callable[[str], None]) -> dict[str, Log]:
-    names = ["launch.log", *(f"rank-{rank}.{kind}" for rank in range(job.ranks) for kind in ("out", "err"))]
+    names = ["launch.log", *(f"rank-{rank}.{kind}" for rank in job.local_ranks for kind in ("out", "err"))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return {name: Log(folder / name, failed) for name in names}

@@ -2,7 +2,8 @@
 
     address answers → guardian → service → ranks …… all ended → service → guardian's sweep → last output → exit code
 
-`supervision` decides; this module carries its decisions out.
+`supervision` decides; this module carries its decisions out. Where the job has several hosts (`nodes`), node 0's
+launcher decides for all of them; the others report to it what ends here, and act for themselves only once it is gone.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from bnworker.failure_marker import FOLDER, is_marked, left_open
 from bnworker.launcher import starting
 from bnworker.launcher.command import foreign_python
 from bnworker.launcher.guardian import sweep
+from bnworker.launcher.nodes import Head, Member, parsed
 from bnworker.launcher.output import Output, Outputs
 from bnworker.launcher.reach import reach
 from bnworker.launcher.reactor import Reactor, signals
+from bnworker.launcher.remote import attach
 from bnworker.launcher.starting import Job, LaunchError
 from bnworker.launcher.supervision import (
+    LAUNCHER,
     MPIEXEC,
     SERVICE,
     Alarm,
@@ -46,6 +50,9 @@ _SERVICE_START_S = 60.0
 _SERVICE_STOP_S = 6.0
 # The guardian gives up after 10 s.
 _SWEEP_S = 12.0
+
+# Where a launcher is gone, its ranks are, too: the others have this long, twice, instead of the grace.
+_ABANDONED_S = 1.5
 
 # Signals that are passed to the ranks, and don't end the job.
 _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
@@ -69,7 +76,10 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
     Raises:
         LaunchError: it could not be started.
     """
-    starting.check(job, environ)
+    if job.several is not None:
+        parsed(job.several.rendezvous, insecure=job.several.insecure)
+    if job.several is None or job.several.node == 0:  # the others tell node 0 what is wrong
+        starting.check(job, environ)
     if job.address is not None:
         reach(job.address, job.wait_s)
     _stand_in()
@@ -77,9 +87,11 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
     guardian = starting.start_guardian(run.folder, environ)
     try:
         with signals(run.reactor, run.signalled):
+            if job.several is not None and job.several.attached:
+                attach(run.reactor, run.signalled)
             try:
                 run.start(environ)
-                run.reactor.pump(lambda: run.supervision.done)
+                run.reactor.pump(lambda: run.done)
             finally:
                 run.finish(guardian)
     finally:
@@ -87,7 +99,7 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
         if guardian.wait() != 0:  # it was killed: its work is done here
             sweep(os.fsencode(f"{FOLDER}={run.folder}"))
             shutil.rmtree(run.folder, ignore_errors=True)
-    return run.supervision.exit_code()
+    return run.exit_code()
 
 
 def _stand_in() -> None:
@@ -103,6 +115,15 @@ class _Run:
     def __init__(self, job: Job, output: Output, environ: Mapping[str, str]) -> None:
         self._advice = foreign_python(job.command, environ)
         self.reactor = Reactor()
+        several = job.several
+        self._head = (
+            Head(self.reactor, job, self._ended_elsewhere, self.signalled) if several and not several.node else None
+        )
+        self._member = (
+            Member(self.reactor, job, self._send_signal, self._abandoned) if several and several.node else None
+        )
+        self._host = os.uname().nodename if several else ""
+        self._said: set[str] = set()
         self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s, resumable=job.resumable)
         self._job = job
         self._log_dir = output.log_dir
@@ -118,26 +139,73 @@ class _Run:
 
     def start(self, environ: Mapping[str, str]) -> None:
         """Start everything, unless a signal comes first."""
-        address = self._job.address
-        if self._job.embeds_service:
-            address = self._start_service(starting.environment(self._job, self.folder, None, environ))
-        if self.supervision.phase is not Phase.RUNNING:
+        job = self._job
+        agreed = self._agreed(environ) if self._member is None else self._agreed_by_member(self._member, environ)
+        if agreed is None:
             return
-        inner = starting.environment(self._job, self.folder, address, environ)
-        if self._job.transport == "mpi":
+        name, address = agreed
+        inner = starting.environment(replace(job, name=name), self.folder, address, environ)
+        if job.transport == "mpi":
             self._start_mpi(inner)
             return
-        for rank in range(self._job.ranks):
-            foreground = self._job.foreground and rank == 0 and self._log_dir is None
-            process = starting.start_rank(self._job, rank, inner, foreground=foreground)
+        for rank in job.local_ranks:
+            foreground = job.foreground and rank == 0 and self._log_dir is None
+            process = starting.start_rank(job, rank, inner, foreground=foreground)
             self._supervise(rank, process)
             for pipe, kind in ((process.stdout, "out"), (process.stderr, "err")):
                 if pipe is not None:
                     self._outputs.rank(starting.detach(pipe), rank, kind)
 
+    def _agreed(self, environ: Mapping[str, str]) -> tuple[str, str | None] | None:
+        """The job's name and the service's address, once all launchers are there; None if a signal came first."""
+        job, head = self._job, self._head
+        if head is not None:
+            head.listen()
+        name, address = job.name or starting.fresh_name(), job.address
+        if job.embeds_service:
+            address = self._start_service(starting.environment(job, self.folder, None, environ))
+        if self.supervision.phase is not Phase.RUNNING:
+            return None
+        if head is not None:
+            assert job.several is not None
+            assert address is not None
+            wait_s = job.several.wait_s
+            self.reactor.pump(lambda: head.complete or self.supervision.phase is not Phase.RUNNING, wait_s)
+            if self.supervision.phase is not Phase.RUNNING:
+                return None
+            refusal = head.refusal
+            if refusal is None and not head.complete:
+                late = ", ".join(map(str, head.missing()))
+                refusal = LaunchError(f"node {late} did not come to {job.several.rendezvous} within {wait_s:g} s.", 1)
+            if refusal is not None:
+                head.refuse(str(refusal), refusal.code)
+                raise refusal
+            self.supervision = replace(self.supervision, running=head.start(name, address))
+        return name, address
+
+    def _agreed_by_member(self, member: Member, environ: Mapping[str, str]) -> tuple[str, str | None] | None:
+        """The same, as node 0 says."""
+
+        def stop() -> bool:
+            return self.supervision.phase is not Phase.RUNNING
+
+        member.connect(stop)
+        try:
+            starting.check(self._job, environ)
+        except LaunchError as error:
+            if member.linked:
+                member.unable(error)
+            raise
+        self.reactor.pump(lambda: bool(member.started or member.refusal or member.alone or member.exit) or stop())
+        if member.refusal is not None:
+            raise member.refusal
+        if member.alone and member.exit is None and not stop():
+            raise LaunchError("the launcher of node 0 ended before the job began.", 1)
+        return None if stop() or member.exit else member.started
+
     def _start_service(self, environ: Mapping[str, str]) -> str:
         log = self._log_dir and self._log_dir / "service.log"
-        self._service = process = starting.start_service(environ, log)
+        self._service = process = starting.start_service(self._job, environ, log)
         assert process.stdout is not None
         assert process.stderr is not None
         self._outputs.other(starting.detach(process.stderr), "service")
@@ -227,7 +295,27 @@ class _Run:
                 self._reported(rank)
         self._groups.pop(who, None)
         secondary, open_ = (is_marked(self.folder, who), left_open(self.folder, who)) if who >= 0 else (False, "")
-        self._handle(Ended(who, status, secondary, open_ if status == 0 else ""))
+        self._handle(Ended(who, status, secondary, open_ if status == 0 else "", self._host if who >= 0 else ""))
+
+    def _ended_elsewhere(self, end: Ended) -> None:
+        """Node 0: a rank on another host has ended, or its launcher is gone."""
+        if end.who <= LAUNCHER:
+            self._hurry()
+        if not self._finishing:
+            self._handle(end)
+
+    def _abandoned(self) -> None:
+        """Another node: the launcher of node 0 is gone."""
+        self._hurry()
+        if self.supervision.phase in (Phase.RUNNING, Phase.GRACE):
+            self._handle(Ended(LAUNCHER, -signal.SIGKILL))
+            self.reactor.ring(_ABANDONED_S, lambda: self._handle(TimeUp()))
+        else:
+            self._send_signal(signal.SIGKILL)
+
+    def _hurry(self) -> None:
+        grace_s = min(self.supervision.grace_s, _ABANDONED_S)
+        self.supervision = replace(self.supervision, grace_s=grace_s, stop_s=None)
 
     def _service_ended(self, status: int) -> None:
         self._service = None
@@ -237,8 +325,15 @@ class _Run:
     def _handle(self, event: Event) -> None:
         before = self.supervision
         self.supervision, effects = before.handle(event)
+        if self._member is not None and self._member.linked:
+            effects = []  # node 0 decides
+            if isinstance(event, Ended):
+                self._member.ended(event)
+            elif isinstance(event, Interrupted):
+                self._member.interrupted(event.signal)
         counted = len(self.supervision.ended) > len(before.ended)
         if isinstance(event, Ended) and counted and event.failed and event.status not in self._job.explained:
+            self._said.add(str(event))
             self._outputs.announce(str(event))
             if event.status == 1 and self._advice is not None:  # an uncaught exception
                 self._outputs.announce(self._advice)
@@ -262,6 +357,8 @@ class _Run:
 
     def _send_signal(self, number: int) -> None:
         """Send a signal to the ranks; mpiexec, which would end them at once, gets only the last one."""
+        if self._head is not None:
+            self._head.signal(number)
         ranks = {who for who in self._groups if who >= 0}
         for who in self._groups if number == signal.SIGKILL or not ranks else ranks:
             with suppress(ProcessLookupError):
@@ -273,9 +370,29 @@ class _Run:
 
     # ---- the end ----
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to wait for."""
+        member = self._member
+        return self.supervision.done if member is None or not member.linked else member.exit is not None
+
+    def exit_code(self) -> int:
+        """The launcher's: the same on every host."""
+        if self._member is not None and self._member.exit is not None:
+            return self._member.exit[0]
+        return self.supervision.exit_code()
+
     def finish(self, guardian: subprocess.Popen[bytes]) -> None:
         """End the service, sweep up what is left, write the last output."""
         self._finishing = True
+        if self._head is not None:
+            cause = self.supervision.cause
+            said = "" if cause is None or cause.status in self._job.explained else str(cause)
+            self._head.finish(self.supervision.exit_code(), said)
+        elif self._member is not None:
+            if self._member.exit is not None and self._member.exit[1] not in self._said | {""}:
+                self._outputs.announce(self._member.exit[1])
+            self._member.close()
         if self._service is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._service.pid, signal.SIGTERM)

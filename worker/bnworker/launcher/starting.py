@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import IO
 
 from bnlayer.environment import announced
-from bnproto.credentials import VARIABLES, CredentialsError, credentials
+from bnproto.credentials import NONE, VARIABLES, CredentialsError, credentials
 from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
 from bnworker.launcher.command import NOT_EXECUTABLE, refusal
 from bnworker.launcher.supervision import GRACE_S
+from bnworker.own_service import daemon_environment, refuse_credentials
 
 _HERE = Path(__file__).parent
-_DAEMON, _FAILPOINTS = "BNSERVER_", "BNSERVER_FAILPOINTS"
 
 
 class LaunchError(Exception):
@@ -43,12 +43,43 @@ class LaunchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Several:
+    """One of several hosts that run a job together.
+
+    Attributes:
+        nodes: how many there are.
+        node: which this one is, from 0; node 0's launcher keeps the service, and supervises the job.
+        rendezvous: HOST:PORT of the service, on node 0; the launchers meet at the port after it.
+        first_rank: the first of the ranks here.
+        world_size: the number of ranks on all of them.
+        insecure: whether plain text may leave this machine.
+        wait_s: seconds until all must have come.
+        attached: whether signals come through the standard input, whose end ends the job: see `remote`.
+    """
+
+    nodes: int
+    node: int
+    rendezvous: str
+    first_rank: int
+    world_size: int
+    insecure: bool = False
+    wait_s: float = 300.0
+    attached: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.node < self.nodes:
+            raise LaunchError(
+                f"--node-rank: expected 0 to {self.nodes - 1} with --nnodes {self.nodes}, received {self.node}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What to run.
 
     Attributes:
         command: the program of every rank, and its arguments.
-        ranks: how many.
+        ranks: how many, on this host.
         transport: "service", "mpi" or "alone".
         address: of a service that runs already, "HOST:PORT"; None: one is started for this job.
         name: the job's; None: a fresh one.
@@ -60,6 +91,7 @@ class Job:
         program: the command that the user typed, `bnlayer PROGRAM`; it stands in front of the launcher's own lines.
         explained: exit codes whose reason the ranks print themselves: the launcher prints no line for them.
         resumable: the exit code of ranks that a signal stopped, and that can be resumed; None: they have none.
+        several: where this host stands among several; None: it is the only one.
     """
 
     command: tuple[str, ...]
@@ -74,6 +106,7 @@ class Job:
     program: str = "launch"
     explained: frozenset[int] = frozenset()
     resumable: int | None = None
+    several: Several | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -84,35 +117,56 @@ class Job:
             raise LaunchError(f"expected transport service, mpi or alone, received {self.transport!r}.")
         if self.address is not None and self.transport != "service":
             raise LaunchError(f"an address is for transport service, received transport {self.transport}.")
+        if self.several is not None and self.transport != "service":
+            raise LaunchError(
+                f"several hosts are for transport service, received transport {self.transport}: mpiexec and srun start "
+                "MPI ranks on several hosts themselves."
+            )
         for name, seconds in (("wait", self.wait_s), ("grace", self.grace_s)):
             if not 0 <= seconds < math.inf:
                 raise LaunchError(f"--{name}: expected a number of seconds, 0 or more, received {seconds:g}.")
 
     @property
     def embeds_service(self) -> bool:
-        """Whether a service must be started."""
-        return self.transport == "service" and self.address is None
+        """Whether a service must be started here."""
+        return self.transport == "service" and self.address is None and not (self.several and self.several.node)
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks on this host."""
+        first = self.several.first_rank if self.several is not None else 0
+        return range(first, first + self.ranks)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, on all hosts."""
+        return self.several.world_size if self.several is not None else self.ranks
 
 
 def environment(job: Job, folder: Path, address: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a job's processes; `rank_environment` adds the rank.
 
     Ranks that an outer launcher announced are taken out: these processes have others. So are credentials where the
-    service is this job's own: it listens on loopback, in plain text, and would be shown what is another service's.
+    service is this job's own: it speaks plain text, and would be shown what is another service's.
     """
-    outer = {found.variable for found in announced(environ)} | {"BNLAYER_ADDRESS"}
+    outer = {found.variable for found in announced(environ)} | {"PMIX_RANK", "BNLAYER_ADDRESS"}
     if job.embeds_service:
         outer |= set(VARIABLES)
     inner = {name: value for name, value in environ.items() if name not in outer}
     inner |= {
         FOLDER: str(folder),
         "BNLAYER_TRANSPORT": job.transport,
-        "BNLAYER_WORLD_SIZE": str(job.ranks),
-        "BNLAYER_JOB": job.name or f"job-{secrets.token_hex(6)}",
+        "BNLAYER_WORLD_SIZE": str(job.world_size),
+        "BNLAYER_JOB": job.name or fresh_name(),
     }
     if address is not None:
         inner["BNLAYER_ADDRESS"] = address
     return inner
+
+
+def fresh_name() -> str:
+    """A name that no job has had."""
+    return f"job-{secrets.token_hex(6)}"
 
 
 def check(job: Job, environ: Mapping[str, str]) -> None:
@@ -120,14 +174,18 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
 
     Raises:
         LaunchError: the command was not found (127), or may not be executed (126): a shell's codes; or this process
-            is an MPI rank itself; or credentials for the service at `address` can't be used there.
+            is an MPI rank itself; or credentials for the service at `address` can't be used there, or would be
+            expected of this job's own service on several hosts.
     """
-    if job.address is not None:
-        try:
-            credentials(environ).check(job.address)
-        except CredentialsError as error:
-            raise LaunchError(str(error)) from None
-    outer = next((found for found in announced(environ) if "mpiexec" in found.source), None)
+    shown = credentials(environ) if job.address is not None or job.several is not None else NONE
+    try:
+        if job.address is not None:
+            shown.check(job.address)
+        elif job.several is not None and job.embeds_service:
+            refuse_credentials(shown)
+    except CredentialsError as error:
+        raise LaunchError(str(error)) from None
+    outer = next((found for found in announced(environ) if found.mpi), None)
     if job.transport == "mpi" and outer is not None:
         raise LaunchError(
             f"{outer.source} started this process as rank {outer.rank}; mpiexec cannot run inside mpiexec. "
@@ -151,15 +209,17 @@ def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen
     )
 
 
-def start_service(environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    """Start a statistics service for this job alone: a free loopback port, nothing kept.
+def start_service(job: Job, environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    """Start a statistics service for this job alone: a free loopback port or the rendezvous, nothing kept.
 
     It prints warnings and errors only; the rest goes to its log, if there is one. What the environment says of another
     daemon, such as its certificates, is not for this one.
     """
-    own = {name: text for name, text in environ.items() if not name.startswith(_DAEMON) or name == _FAILPOINTS}
-    command = [sys.executable, "-P", "-m", "bnserver", "--listen", "127.0.0.1:0", "--log-level", "warning"]
-    return _start([*command, "--log-file", str(log)] if log is not None else command, own, subprocess.PIPE)
+    listen = job.several.rendezvous if job.several is not None else "127.0.0.1:0"
+    command = [sys.executable, "-P", "-m", "bnserver", "--listen", listen, "--log-level", "warning"]
+    command += ["--insecure"] if job.several is not None and job.several.insecure else []
+    command += ["--log-file", str(log)] if log is not None else []
+    return _start(command, daemon_environment(environ), subprocess.PIPE)
 
 
 def start_rank(job: Job, rank: int, environ: Mapping[str, str], *, foreground: bool) -> subprocess.Popen[bytes]:

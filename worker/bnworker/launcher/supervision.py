@@ -31,6 +31,7 @@ _AS_IT_IS = (signal.SIGINT, signal.SIGTERM)
 # Not ranks, but they end as ranks do, and ranks cannot live without them.
 MPIEXEC = -1
 SERVICE = -2
+LAUNCHER = -10  # of node 0; that of node n is LAUNCHER - n
 
 
 class Phase(StrEnum):
@@ -60,12 +61,16 @@ class Ended:
         status: as in `subprocess`.
         secondary: whether it failed because of another rank's failure.
         left_open: what a rank should have done before an end with 0, "leaving the job"; "" if nothing.
+        host: where it ran, if the job has several; "" if it has one.
+        takes: who is taken to have ended with it: the ranks of a launcher that is gone.
     """
 
     who: int
     status: int
     secondary: bool = False
     left_open: str = ""
+    host: str = ""
+    takes: frozenset[int] = frozenset()
 
     @property
     def failed(self) -> bool:
@@ -80,7 +85,11 @@ class Ended:
         return self.status if self.status > 0 else 128 - self.status
 
     def __str__(self) -> str:
-        name = {MPIEXEC: "mpiexec", SERVICE: "the statistics service"}.get(self.who, f"rank {self.who}")
+        where = f" ({self.host})" if self.host else ""
+        if self.who <= LAUNCHER:
+            node = f"node {LAUNCHER - self.who}{where}"
+            return f"the launcher of {node} is gone: it was killed, or its host can't be reached"
+        name = {MPIEXEC: "mpiexec", SERVICE: "the statistics service"}.get(self.who, f"rank {self.who}{where}")
         if self.status < 0:
             return f"{name} was killed by {signal.Signals(-self.status).name}"
         if self.status == 0 and self.left_open:
@@ -181,7 +190,7 @@ class Supervision:
             unreported = self.running - {MPIEXEC} if event.who == MPIEXEC else frozenset()
             after = replace(
                 after,
-                running=self.running - unreported - {event.who},
+                running=self.running - unreported - event.takes - {event.who},
                 ended=(*self.ended, event) if counts else self.ended,
                 unreported=unreported if counts else self.unreported,
                 stopped=self.stopped if counts or event.who < 0 else self.stopped | {event.code},
@@ -198,14 +207,18 @@ class Supervision:
             if self.resumable is not None and self.stopped == {self.resumable}:
                 return self.resumable
             return 128 + self.interrupted
+        cause = self.cause
+        return cause.code if cause is not None else int(bool(self.unreported))
+
+    @property
+    def cause(self) -> Ended | None:
+        """The first cause, where it is an end."""
         failures = [end for end in self.ended if end.failed]
         mpiexec = next((end for end in failures if end.who == MPIEXEC), None)
         ranks = [end for end in failures if end.who != MPIEXEC]
         if mpiexec is not None and ranks:
-            return _confirmed(ranks, mpiexec).code
-        if failures:
-            return _first_cause(failures).code
-        return 1 if self.unreported else 0
+            return _confirmed(ranks, mpiexec)
+        return _first_cause(failures) if failures else None
 
 
 def _happening(event: Event) -> Happening:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class ServiceTransport:
         timeout: seconds that joining, and each exchange, may take.
         local_socket: whether to exchange over a local socket where the service is on this machine.
         credentials: what is used towards the service.
+        left: called once this rank has left.
 
     Raises:
         CredentialsError: they can't be read, or would cross a network in plain text.
@@ -55,10 +56,12 @@ class ServiceTransport:
         timeout: float = 300.0,
         local_socket: bool = True,
         credentials: Credentials = NONE,
+        left: Callable[[], None] | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._pushes = 0
+        self._left = left
         join = pb.Join(
             job=job,
             rank=rank,
@@ -124,6 +127,8 @@ class ServiceTransport:
     def leave(self, reason: str) -> None:
         """Leave the job: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
         self._client.close(reason)
+        if self._left is not None:
+            self._left()
 
     def _exchanged(self, call: Call, arrays: Iterable[NDArray[Any]] | None, names: Sequence[str] = ()) -> Answer:
         """Contribute, and wait for the answer; errors say in which exchange this rank was."""
