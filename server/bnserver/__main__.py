@@ -70,8 +70,6 @@ def run(flags: Mapping[str, str | None], environ: Mapping[str, str], config: str
     Returns:
         The exit code.
     """
-    from bnlayer.environment import variable  # here, since it imports NumPy, which `--help` needs not
-
     try:
         resolved = resolve(flags, environ, _file(config or variable(environ, CONFIG_VARIABLE)))
         if show:
