@@ -157,10 +157,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         "BNLAYER_VENV": sys.prefix,
         "BNLAYER_KERNELS": "reference",  # the same bits, and no compiler to be loaded by every process
         "BNLAYER_SERVICE_HOST": "127.0.0.1",  # both nodes are this machine
-        # MPICH sends addresses of 4 KiB, most of it memory that nobody initialized, in parts. One that does not
-        # compress is longer than pmi2 of Slurm 22.05 can read. Initialized memory compresses, and so do few transports.
-        "MALLOC_PERTURB_": "255",
-        "UCX_TLS": "self,tcp",
     }
     running = Cluster(folder, environ)
     with ExitStack() as stack:
