@@ -193,7 +193,7 @@ endef
 test-sanitized: .venv-sanitized/.ready  ## the kernels' suite with AddressSanitizer and UndefinedBehaviorSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
-		.venv-sanitized/bin/python -m pytest $(KERNEL_TESTS)
+		.venv-sanitized/bin/python -m pytest -n auto --maxprocesses=8 --dist=worksteal $(KERNEL_TESTS)
 
 build/arm/.ready: wheels/arm-python locks/arm.lock .venv/.ready
 	wheels/arm-python build/arm
@@ -202,10 +202,11 @@ build/arm/.ready: wheels/arm-python locks/arm.lock .venv/.ready
 		--require-hashes -r locks/arm.lock
 	@touch $@
 
+# How a pass is divided among threads is the same code everywhere: here only the property tests go through it.
 test-arm: build/arm/.ready .venv-wheels/.ready  ## the kernels' suite with the Arm wheel, in an emulated Arm Python
 	wheels/build .venv-wheels aarch64
 	rm -rf build/arm/bnlayer && $(BIN)/python -m zipfile -e dist/bnlayer-*_aarch64.whl build/arm/bnlayer
-	PYTHONPATH=build/arm/bnlayer:build/arm/site build/arm/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
+	PYTHONPATH=build/arm/bnlayer:build/arm/site build/arm/python -m pytest -p no:cacheprovider -n auto --dist=worksteal -k "not threads" $(KERNEL_TESTS)
 
 # The suite without wire or MPI on every Python that is named: make test-pythons PYTHONS="3.12 3.14"
 PYTHONS ?= 3.12 3.13
