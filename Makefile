@@ -14,7 +14,7 @@ NATIVE := CMakeLists.txt $(wildcard bnlayer/bnlayer/kernels/native/*.[ch]pp bnla
 WERROR ?= $(if $(CI),ON,OFF)
 
 # The suite that every build of the kernels passes: with sanitizers, and on Arm.
-KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py
+KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py
 
 # The tests beside real Keras run in its environment, `make test-keras`, and can't be collected without it.
 NO_KERAS := --ignore=tests/conformance
@@ -243,11 +243,22 @@ deploy-test: setup  ## check the files in deploy/ with the validators of their f
 
 format: setup  ## format the sources
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix --select I
 
 lint: setup  ## style: ruff format --check, ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+
+# The variants differ in what the compiler makes of one source: one of them is looked at.
+CPP := $(filter %pp,$(NATIVE)) benchmarks/native.cpp
+CPP_FLAGS = -std=gnu++20 -fno-exceptions -fno-rtti -Ibnlayer/bnlayer/kernels/native -DBNLAYER_HAS_BASELINE=1 -DBNLAYER_HAS_AVX2=1 \
+	-DPy_LIMITED_API=0x030B0000 -isystem$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+	-DBNLAYER_VARIANT=avx2 --target=x86_64-linux-gnu -mavx2 -mfma
+
+lint-native: setup  ## the C++ sources: clang-format, clang-tidy (.clang-tidy has the exceptions, and why)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	printf '%s\n' $(filter %.cpp,$(CPP)) | xargs -P 2 -I{} $(BIN)/clang-tidy --quiet {} -- $(CPP_FLAGS)
 
 types: setup  ## mypy, strict
 	$(BIN)/mypy

@@ -121,7 +121,8 @@ BARS = (
     Bar("backward: peak extra memory ÷ dx", ("layer/memory/backward ÷ dx",), 1.1),
     Bar("variance error at mean 1e4", ("accuracy/variance",), 2e-6, unit=""),
     Bar("output error at mean 1e4", ("accuracy/output",), 2e-6, unit=""),
-    Bar("import and first calls, warm cache", ("starting/warm/seconds",), 1.5, 0.7, unit="s"),
+    Bar("import", ("starting/import",), 0.15, unit="s"),
+    Bar("first training calls, backwards and inferences of a process", ("starting/first calls",), 0.3, unit="s"),
     Bar(
         "MPI: the door above a bare Iallreduce",
         _mpi("door − bare"),

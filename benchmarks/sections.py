@@ -83,7 +83,7 @@ def starting(settings: Settings) -> Figures:
     from benchmarks.starting import measure
 
     settings.report("starting: fresh processes")
-    return measure(11 if settings.full else 5, cold=settings.full)
+    return measure(11 if settings.full else 5)
 
 
 def mpi(settings: Settings) -> Figures:

@@ -138,7 +138,9 @@ def test_the_variants_share_no_function() -> None:
     for object_file in objects:
         variant = next(part for part in object_file.parts if part.startswith("kernels_"))[8:-4]
         symbols = _run("nm", "--demangle", "--defined-only", object_file).splitlines()
-        shared = [symbol for symbol in symbols if re.match(r"\S+ [WVu] ", symbol) and f"bnlayer::{variant}::" not in symbol]
+        shared = [
+            symbol for symbol in symbols if re.match(r"\S+ [WVu] ", symbol) and f"bnlayer::{variant}::" not in symbol
+        ]
         assert shared == [], object_file
 
 

@@ -52,8 +52,9 @@ bool Array::take(PyObject* from, const char* name, Kind kind, bool written) {
   }
   const auto address = reinterpret_cast<uintptr_t>(buffer_.buf);
   if (fits && address % static_cast<uintptr_t>(item) == 0) return true;
-  PyErr_Format(PyExc_TypeError, "%s: received an array of format '%s' that is not what a kernel takes, or not aligned.",
-               name, format == nullptr ? "" : format);
+  PyErr_Format(
+      PyExc_TypeError, "%s: received an array of format '%s' that is not what a kernel takes, or not aligned.", name,
+      format == nullptr ? "" : format);
   return false;
 }
 
@@ -116,8 +117,9 @@ void* Arguments::memory(Array& to, const char* name, Kind kind, int64_t size, bo
   if (value == nullptr || (optional && value == Py_None)) return nullptr;
   sound_ = to.take(value, name, kind, written);
   if (sound_ && to.size() != size) {
-    fail(PyExc_ValueError, "%s: expected %s of %lld elements, received %lld.", function_, name,
-         static_cast<long long>(size), static_cast<long long>(to.size()));
+    fail(
+        PyExc_ValueError, "%s: expected %s of %lld elements, received %lld.", function_, name,
+        static_cast<long long>(size), static_cast<long long>(to.size()));
   }
   return sound_ ? to.data<void>() : nullptr;
 }
@@ -156,8 +158,9 @@ bool Arguments::mask(Array& to, const Array& x, Batch& batch) {
   const bool rows = known && to.shape(1) == 1 && truths == 1 && b == 1 && c > 1;
   const bool elements = known && to.shape(1) == c && (truths > 0 ? b % truths == 0 : b == 0);
   if (!rows && !elements) {
-    return fail(PyExc_ValueError, "%s: expected a mask of shape (A, 1, 1) for channels in the last axis, or (A, C, M).",
-                function_);
+    return fail(
+        PyExc_ValueError, "%s: expected a mask of shape (A, 1, 1) for channels in the last axis, or (A, C, M).",
+        function_);
   }
   batch.mask = Mask{to.data<const uint8_t>(), rows, rows || b == 0 ? 1 : b / truths};
   return true;

@@ -43,8 +43,7 @@ struct Found {
                            __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 #endif
 #if BNLAYER_HAS_AVX2
-    add(avx2::table,
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+    add(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 #endif
 #if BNLAYER_HAS_NEON
     add(neon::table, true);

@@ -45,8 +45,7 @@ void do_part(void* given, int i) {
 template <class Pass, class Merge>
 PyObject* reduced(
     const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
-    void (*reduce)(const Pass&, const Part&, void*, int64_t*),
-    int64_t words, int64_t* to, Merge merge) {
+    void (*reduce)(const Pass&, const Part&, void*, int64_t*), int64_t words, int64_t* to, Merge merge) {
   if (words == 0) Py_RETURN_NONE;  // no channels
   const Parts parts = split(pass.batch.layout, sharing.threads, sharing.worth);
   const int64_t bytes = workspace_of(pass), result = parts.count > 1 ? (words * 8 + 63) / 64 * 8 : 0;
@@ -169,8 +168,8 @@ PyObject* py_moments(PyObject*, PyObject* const* given, Py_ssize_t count) {
   pass.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
   int64_t* to = arguments.output<int64_t>(limbs, "limbs", Kind::kInt64, (sums + 2) * channels);
   if (!arguments.sound()) return nullptr;
-  return reduced(pass, shared, table->moments_workspace, table->moments, (sums + 2) * channels, to,
-                 Limbs{channels, sums, true});
+  return reduced(
+      pass, shared, table->moments_workspace, table->moments, (sums + 2) * channels, to, Limbs{channels, sums, true});
 }
 
 PyObject* py_gradient_probe(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -204,8 +203,9 @@ PyObject* py_gradient_sums(PyObject*, PyObject* const* given, Py_ssize_t count) 
   pass.fits = arguments.truth("fits");
   int64_t* to = arguments.output<int64_t>(limbs, "limbs", Kind::kInt64, (sums + 2) * channels);
   if (!arguments.sound()) return nullptr;
-  return reduced(pass, shared, table->gradient_sums_workspace, table->gradient_sums, (sums + 2) * channels, to,
-                 Limbs{channels, sums, false});
+  return reduced(
+      pass, shared, table->gradient_sums_workspace, table->gradient_sums, (sums + 2) * channels, to,
+      Limbs{channels, sums, false});
 }
 
 PyObject* py_normalize(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -417,7 +417,8 @@ PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count
   found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
   const bool accepted = arguments.truth("accepted");
   const double* of_forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
-  found.forward_nonfinite = arguments.elements<uint8_t>(forward_nonfinite, "forward_nonfinite", Kind::kTruths, channels);
+  found.forward_nonfinite =
+      arguments.elements<uint8_t>(forward_nonfinite, "forward_nonfinite", Kind::kTruths, channels);
   pass.mean = arguments.coefficients(mean, "mean", storage, channels);
   pass.scale = arguments.coefficients(scale, "scale", storage, channels);
   found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 4 * channels);

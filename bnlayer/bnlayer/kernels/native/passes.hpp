@@ -27,8 +27,8 @@ struct Mask {
 
 // A part of a batch: some images, or some positions of a batch that is one image.
 struct Part {
-  int64_t first, last;    // images
-  int64_t begin, end;     // positions of each run
+  int64_t first, last;  // images
+  int64_t begin, end;   // positions of each run
 };
 
 struct Batch {

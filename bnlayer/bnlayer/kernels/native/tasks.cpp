@@ -12,8 +12,9 @@
 namespace bnlayer {
 namespace {
 
-constexpr int64_t kAligned = 64;   // positions: parts of a run begin where a vector does
-constexpr int kPatience = 20'000;  // turns of a loop, some tens of microseconds: to wake a thread takes longer than most passes
+constexpr int64_t kAligned = 64;  // positions: parts of a run begin where a vector does
+constexpr int kPatience =
+    20'000;  // turns of a loop, some tens of microseconds: to wake a thread takes longer than most passes
 
 void pause() {
 #if defined(__x86_64__)

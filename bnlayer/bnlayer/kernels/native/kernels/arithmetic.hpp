@@ -24,7 +24,7 @@ struct Precision<double> {
 // Terms between two folds: as many as the units of gradients leave room for, and fewer than 4^slack, for which those of
 // deviations do while their squares hold. Integers, each below 2^52, have room for 2^11.
 constexpr int64_t kLongest = int64_t{1} << Precision<float>::kGradientSlack;
-constexpr int64_t kShorter = 4;  // by how much fewer they become where a chain of squares did not hold
+constexpr int64_t kShorter = 4;    // by how much fewer they become where a chain of squares did not hold
 constexpr int64_t kAhead = 32768;  // bytes ahead of which cache lines are asked for
 constexpr int64_t kLine = 64;
 constexpr int kRows = 4;  // rows of a step: the sums of a place are loaded and stored once for all of them
@@ -69,7 +69,8 @@ BNLAYER_INLINE Longs load_some_truths(const uint8_t* from, int64_t count) {
 }
 
 // The truths of the positions from `begin` to `end` of one run; written to `room` where each is that of several.
-inline const uint8_t* truths_of_run(const Mask& mask, int64_t run, int64_t length, int64_t begin, int64_t end, uint8_t* room) {
+inline const uint8_t* truths_of_run(
+    const Mask& mask, int64_t run, int64_t length, int64_t begin, int64_t end, uint8_t* room) {
   const uint8_t* from = mask.truths + run * (length / mask.repeat);
   if (mask.repeat == 1) return from + begin;
   int64_t truth = begin / mask.repeat;

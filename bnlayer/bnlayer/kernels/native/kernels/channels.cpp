@@ -103,8 +103,15 @@ bool statistics(const StatisticsPass& p) {
         exponent_above(farthest + absolute(delta) + Doubles::all(0x1p-23) * absolute(mean)) + Longs::all(1);
     const Longs from_zero = exponent_above(farthest + absolute(a)) + Longs::all(1);
     const Longs about_zero = pivot == zero;
-    const Doubles rows[] = {n, divisor, mean, variance, one / square_root(variance + epsilon), residual, mean * share,
-                            either(about_zero, mean, residual)};
+    const Doubles rows[] = {
+        n,
+        divisor,
+        mean,
+        variance,
+        one / square_root(variance + epsilon),
+        residual,
+        mean * share,
+        either(about_zero, mean, residual)};
     for (int row = 0; row < 8; ++row) out(p.rows + row * p.channels, c, left, rows[row]);
     out(p.rounded, c, left, rounded);
     out(p.about, c, left, where(converted<int32_t>(negated(about_zero)), rounded));

@@ -12,7 +12,7 @@
 namespace bnlayer::BNLAYER_VARIANT {
 namespace {
 
-constexpr int64_t kLong = 256;          // elements: a shorter run is not worth a beginning of its own
+constexpr int64_t kLong = 256;           // elements: a shorter run is not worth a beginning of its own
 constexpr int64_t kWidestTurned = 4096;  // elements: longer rows are taken one by one, wherever they begin
 
 template <class N>
@@ -69,8 +69,9 @@ class Writing {
   static constexpr int64_t kStep = kVector<N>;
 
  public:
-  Writing(const Formula& formula, const Layout& layout, const N* const* coefficients, const uint8_t* nonfinite, S* out,
-          void* workspace)
+  Writing(
+      const Formula& formula, const Layout& layout, const N* const* coefficients, const uint8_t* nonfinite, S* out,
+      void* workspace)
       : formula_(formula), layout_(layout), given_(coefficients), nonfinite_(nonfinite), out_(out), room_(workspace) {}
 
   static int64_t repeats_of(int64_t channels) { return repeats(channels, kStep, 256); }
@@ -100,8 +101,7 @@ class Writing {
   // How many elements from `begin` on lie before the next place where a whole vector's bytes begin.
   int64_t unaligned(int64_t begin, int64_t end) const {
     constexpr uintptr_t kBytes = kStep * sizeof(S);
-    const int64_t before =
-        static_cast<int64_t>((-reinterpret_cast<uintptr_t>(out_ + begin)) % kBytes / sizeof(S));
+    const int64_t before = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(out_ + begin)) % kBytes / sizeof(S));
     return before < end - begin ? before : end - begin;
   }
 
@@ -226,14 +226,15 @@ void scale_masked(const InputGradientPass& given, const Part& part) {
 }  // namespace
 
 int64_t normalize_workspace(const NormalizePass& given) {
-  return by_storage(given.batch.storage, [&]<class S>(const S*) { return Writing<S, Normal>::workspace(given.batch.layout); });
+  return by_storage(
+      given.batch.storage, [&]<class S>(const S*) { return Writing<S, Normal>::workspace(given.batch.layout); });
 }
 
 void normalize(const NormalizePass& given, const Part& part, void* workspace) {
   by_storage(given.batch.storage, [&]<class S>(const S*) {
     using N = Number<S>;
-    const N* coefficients[] = {static_cast<const N*>(given.mean), static_cast<const N*>(given.scale),
-                               static_cast<const N*>(given.shift)};
+    const N* coefficients[] = {
+        static_cast<const N*>(given.mean), static_cast<const N*>(given.scale), static_cast<const N*>(given.shift)};
     const Normal<S> formula{static_cast<const S*>(given.batch.x)};
     Writing<S, Normal>(formula, given.batch.layout, coefficients, given.nonfinite, static_cast<S*>(given.y), workspace)
         .over(part);
@@ -241,16 +242,19 @@ void normalize(const NormalizePass& given, const Part& part, void* workspace) {
 }
 
 int64_t input_gradient_workspace(const InputGradientPass& given) {
-  return by_storage(given.batch.storage, [&]<class S>(const S*) { return Writing<S, Gradient>::workspace(given.batch.layout); });
+  return by_storage(
+      given.batch.storage, [&]<class S>(const S*) { return Writing<S, Gradient>::workspace(given.batch.layout); });
 }
 
 void input_gradient(const InputGradientPass& given, const Part& part, void* workspace) {
   by_storage(given.batch.storage, [&]<class S>(const S*) {
     using N = Number<S>;
-    const N* coefficients[] = {static_cast<const N*>(given.mean), static_cast<const N*>(given.offset),
-                               static_cast<const N*>(given.slope), static_cast<const N*>(given.scale)};
+    const N* coefficients[] = {
+        static_cast<const N*>(given.mean), static_cast<const N*>(given.offset), static_cast<const N*>(given.slope),
+        static_cast<const N*>(given.scale)};
     const Gradient<S> formula{static_cast<const S*>(given.dy), static_cast<const S*>(given.batch.x)};
-    Writing<S, Gradient>(formula, given.batch.layout, coefficients, given.nonfinite, static_cast<S*>(given.dx), workspace)
+    Writing<S, Gradient>(
+        formula, given.batch.layout, coefficients, given.nonfinite, static_cast<S*>(given.dx), workspace)
         .over(part);
     if (given.batch.mask.truths != nullptr) scale_masked<S>(given, part);
   });

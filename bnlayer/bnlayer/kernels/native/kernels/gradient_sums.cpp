@@ -168,8 +168,7 @@ class Pass {
 
   // Adds `kSteps` times eight elements, `stride` apart, in one place.
   template <int kSteps, bool kPartial>
-  BNLAYER_INLINE void add(
-      const S* dy, const S* x, int64_t stride, Place<N>& place, I* tops_h, const Tail& tail) {
+  BNLAYER_INLINE void add(const S* dy, const S* x, int64_t stride, Place<N>& place, I* tops_h, const Tail& tail) {
     const Numbers pivot = Numbers::load(place.pivot);
     Ints top_g = Ints::load(place.top_g), top_h = kCheck ? Ints::load(tops_h) : Ints{};
     Doubles a, b;

@@ -191,8 +191,8 @@ class Pass {
 
   // Eight deviations; 0 where nothing counts.
   template <bool kPartial>
-  BNLAYER_INLINE Doubles deviation(
-      const S* from, const uint8_t* truths, const Doubles& pivot, const Tail& tail, Longs& count) const {
+  BNLAYER_INLINE Doubles
+  deviation(const S* from, const uint8_t* truths, const Doubles& pivot, const Tail& tail, Longs& count) const {
     Doubles d;
     if constexpr (kPartial) {
       d = converted<double>(load_some<kLanes, kWide>(from, tail.count, end_));
@@ -290,6 +290,7 @@ class Pass {
     const Mask& mask = given_.batch.mask;
     const S* base = x_ + part_.first * layout_.channels;
     const uint8_t* counts = mask.truths != nullptr && mask.rows ? mask.truths + part_.first : nullptr;
+    // NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm): kMasked says that there is a mask
     const uint8_t* truths = kMasked ? mask.truths + part_.first * layout_.channels : nullptr;
     const S* from[kRows];
     const uint8_t* true_from[kRows];
@@ -328,7 +329,8 @@ class Pass {
     }
     if (rest == 0) return true;
     const S* from = x_ + part_.first * layout_.channels + rows * width_;
-    const uint8_t* truths = kMasked ? given_.batch.mask.truths + part_.first * layout_.channels + rows * width_ : nullptr;
+    const uint8_t* truths =
+        kMasked ? given_.batch.mask.truths + part_.first * layout_.channels + rows * width_ : nullptr;
     add_row(&from, &truths, rest);
     live_rows_ += rest / layout_.channels;
     // float64: each place whose bits(M) came in, and only those.

@@ -33,14 +33,16 @@ struct Walk {
       const int64_t begin = part.first * layout.channels, end = part.last * layout.channels;
       for (int64_t row = begin; row < end; row += width) {
         const int64_t stop = row + width < end ? row + width : end;
-        for (int64_t at = row; at < stop; at += kLanes) step(at, stop - at < kLanes ? stop - at : kLanes, (at - row) / kLanes);
+        for (int64_t at = row; at < stop; at += kLanes)
+          step(at, stop - at < kLanes ? stop - at : kLanes, (at - row) / kLanes);
       }
       return;
     }
     for (int64_t image = part.first; image < part.last; ++image) {
       for (int64_t c = 0; c < layout.channels; ++c) {
         const int64_t run = (image * layout.channels + c) * layout.length, stop = run + part.end;
-        for (int64_t at = run + part.begin; at < stop; at += kLanes) step(at, stop - at < kLanes ? stop - at : kLanes, c);
+        for (int64_t at = run + part.begin; at < stop; at += kLanes)
+          step(at, stop - at < kLanes ? stop - at : kLanes, c);
       }
     }
   }
@@ -123,8 +125,8 @@ void gradient_probe_of(const GradientProbePass& given, const Part& part, void* w
   walk.over([&](int64_t at, int64_t count, int64_t place) {
     const Ints<N> live = converted<I>(live_lanes(count));
     const auto gradient = load_some<kLanes, kWide>(dy + at, count, dy + size);
-    const auto deviation = load_some<kLanes, kWide>(x + at, count, x + size) -
-                           Pack<N, kLanes, kWide>::load(pivots + place * kLanes);
+    const auto deviation =
+        load_some<kLanes, kWide>(x + at, count, x + size) - Pack<N, kLanes, kWide>::load(pivots + place * kLanes);
     const Ints<N> g = magnitude(where(finite(gradient) & live, gradient));
     const Ints<N> h = magnitude(where((g > zeros<I, kLanes, kWide>()) & finite(deviation), deviation));
     greater(Ints<N>::load(top_g + place * kLanes), g).store(top_g + place * kLanes);

@@ -84,11 +84,11 @@ BNLAYER_INLINE Pack<T, N, L> zeros() {
   return Pack<T, N, L>{};
 }
 
-#define BNLAYER_OPERATOR(op)                                                            \
-  template <class T, int N, int L>                                                      \
-  BNLAYER_INLINE Pack<T, N, L> operator op(Pack<T, N, L> a, const Pack<T, N, L>& b) {   \
-    for (int i = 0; i < a.kCount; ++i) a.reg[i] = a.reg[i] op b.reg[i];                 \
-    return a;                                                                           \
+#define BNLAYER_OPERATOR(op)                                                          \
+  template <class T, int N, int L>                                                    \
+  BNLAYER_INLINE Pack<T, N, L> operator op(Pack<T, N, L> a, const Pack<T, N, L>& b) { \
+    for (int i = 0; i < a.kCount; ++i) a.reg[i] = a.reg[i] op b.reg[i];               \
+    return a;                                                                         \
   }
 BNLAYER_OPERATOR(+)
 BNLAYER_OPERATOR(-)
@@ -100,13 +100,13 @@ BNLAYER_OPERATOR(^)
 #undef BNLAYER_OPERATOR
 
 // Comparisons: all ones where they hold, all zeros where they don't, as integers as wide as what is compared.
-#define BNLAYER_COMPARISON(op)                                                             \
-  template <class T, int N, int L>                                                         \
-  BNLAYER_INLINE auto operator op(const Pack<T, N, L>& a, const Pack<T, N, L>& b) {        \
-    using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;                        \
-    Pack<I, N, L> made;                                                                    \
+#define BNLAYER_COMPARISON(op)                                                               \
+  template <class T, int N, int L>                                                           \
+  BNLAYER_INLINE auto operator op(const Pack<T, N, L>& a, const Pack<T, N, L>& b) {          \
+    using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;                          \
+    Pack<I, N, L> made;                                                                      \
     for (int i = 0; i < a.kCount; ++i) made.reg[i] = (Register<I, L>)(a.reg[i] op b.reg[i]); \
-    return made;                                                                           \
+    return made;                                                                             \
   }
 BNLAYER_COMPARISON(<)
 BNLAYER_COMPARISON(>)
@@ -170,7 +170,8 @@ BNLAYER_INLINE Pack<T, N, L> where(const Pack<I, N, L>& truth, const Pack<T, N, 
   return as<T>(as<I>(value) & truth);
 }
 template <class T, class I, int N, int L>
-BNLAYER_INLINE Pack<T, N, L> either(const Pack<I, N, L>& truth, const Pack<T, N, L>& value, const Pack<T, N, L>& other) {
+BNLAYER_INLINE Pack<T, N, L> either(
+    const Pack<I, N, L>& truth, const Pack<T, N, L>& value, const Pack<T, N, L>& other) {
   return as<T>(((as<I>(value) ^ as<I>(other)) & truth) ^ as<I>(other));
 }
 
@@ -239,7 +240,8 @@ BNLAYER_INLINE Register<double, L> fused_register(Register<double, L> a, Registe
 #endif
 }
 template <int N, int L>
-BNLAYER_INLINE Pack<double, N, L> fused(const Pack<double, N, L>& a, const Pack<double, N, L>& b, Pack<double, N, L> c) {
+BNLAYER_INLINE Pack<double, N, L> fused(
+    const Pack<double, N, L>& a, const Pack<double, N, L>& b, Pack<double, N, L> c) {
   for (int i = 0; i < c.kCount; ++i) c.reg[i] = fused_register<L>(a.reg[i], b.reg[i], c.reg[i]);
   return c;
 }
@@ -260,7 +262,8 @@ inline double power(int64_t exponent) {
 // Has the cache line of an element brought to the second-level cache; it may lie behind the array's end. (Not to the
 // first: what is asked for far enough ahead would push out what is needed before it.)
 BNLAYER_INLINE void prefetch(const void* from, int64_t bytes) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes)), 0, 2);
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes)), 0, 2);
 }
 
 }  // namespace bnlayer::BNLAYER_VARIANT

@@ -163,7 +163,7 @@ template <class S>
 BNLAYER_INLINE Number<S> number(const S* from) {
   if constexpr (std::is_same_v<S, Half> || std::is_same_v<S, Brain>) {
     S held[kLanes] = {*from};
-    return load_numbers<kLanes, kWide < 4 ? 4 : kWide>(held).reg[0][0];
+    return load_numbers < kLanes, kWide<4 ? 4 : kWide>(held).reg[0][0];
   } else {
     return *from;
   }
