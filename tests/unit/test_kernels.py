@@ -20,12 +20,14 @@ from bnlayer.precision import precision_of
 
 Array = NDArray[Any]
 
-# (A, C, B): one channel, fewer than a vector holds, no multiple of it, runs shorter and longer than a fold, nothing.
+# (A, C, B): one channel, fewer than a vector holds, no multiple of it, three rows taken for one, runs shorter and
+# longer than a fold, nothing.
 SHAPES = (
     (100, 8, 1),
     (2500, 24, 1),
     (500, 3, 1),
     (13, 65, 1),
+    (2101, 72, 1),
     (4, 2049, 1),
     (10_000, 1, 1),
     (3, 4, 49),

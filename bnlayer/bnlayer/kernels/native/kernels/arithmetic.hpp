@@ -32,6 +32,7 @@ constexpr double kShrink = 1.0 - 0x1p-53;  // what ties are broken by: see `limb
 constexpr double kSplitter = 134217729.0;  // 2^27 + 1: halves a float64's digits
 constexpr int64_t kLow = 0xFFFF'FFFF;
 constexpr int64_t kNarrowRow = 64;  // channels: rows of fewer are taken together, so that one is worth a loop
+constexpr int64_t kWideRow = 256, kManyElements = int64_t{1} << 17;
 
 using Doubles = Pack<double, kLanes, kWide>;
 using Longs = Pack<int64_t, kLanes, kWide>;

@@ -71,10 +71,13 @@ class Pass {
     end_ = x_ + layout.images * layout.channels * layout.length;
   }
 
+  // A step's own cost is spread over a row: rows of few channels are taken together, wider ones where there are many rows.
   static int64_t taken_together(const MomentsPass& given) {
-    const int64_t channels = given.batch.layout.channels;
-    const bool single = channels >= kNarrowRow || (given.batch.mask.truths != nullptr && given.batch.mask.rows);
-    return single ? 1 : repeats(channels, kLanes, kNarrowRow);
+    const Layout& layout = given.batch.layout;
+    const bool rows_left_out = given.batch.mask.truths != nullptr && given.batch.mask.rows;
+    if (rows_left_out || (layout.channels >= kNarrowRow && layout.channels % kLanes != 0)) return 1;
+    const int64_t width = layout.images * layout.channels >= kManyElements ? kWideRow : kNarrowRow;
+    return repeats(layout.channels, kLanes, width);
   }
 
   static int64_t workspace(const MomentsPass& given) {
