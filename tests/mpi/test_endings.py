@@ -113,9 +113,7 @@ def test_an_mpiexec_of_another_mpi_is_noticed() -> None:
     code = "import bnworker; bnworker.join(transport='mpi', rank=1, world_size=2)"
     ended = mpi.run(1, "-c", code)
     assert ended.code != 0
-    assert (
-        "RuntimeError: This process is rank 1 of 2 (transport= says so; rank= and world_size= are given)" in ended.err
-    )
+    assert "RuntimeError: This process is rank 1 of 2 (transport= says so; rank= and world_size= are given" in ended.err
     assert "but to mpi4py it is rank 0 of 1. Start it with the mpiexec of the MPI that mpi4py uses" in ended.err
 
 

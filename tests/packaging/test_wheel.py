@@ -37,7 +37,7 @@ import importlib.metadata as metadata, json
 distribution = metadata.distribution("bnlayer")
 print(json.dumps({
     "files": [str(path) for path in distribution.files],
-    "scripts": {entry.name: entry.value for entry in distribution.entry_points},
+    "scripts": {entry.name: entry.value for entry in distribution.entry_points.select(group="console_scripts")},
     "license": distribution.metadata["License-Expression"],
     "python": distribution.metadata["Requires-Python"],
 }))
