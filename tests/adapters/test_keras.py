@@ -88,7 +88,7 @@ def test_files(tmp_path: Path) -> None:
         "assert not any(name.startswith('bnlayer') for name in sys.modules)\n"
         "numpy.save(folder + '/y.npy', y)"
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, timeout=200)
+    subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, timeout=600)
     assert np.array_equal(np.load(tmp_path / "y.npy"), outputs)
     again = convert(keras.models.load_model(tmp_path / "plain.keras"))
     assert np.array_equal(again.predict(batch(2), verbose=0), outputs)

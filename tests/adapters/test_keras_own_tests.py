@@ -10,7 +10,7 @@ import pytest
 
 from support.adapters import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TESTS = "layers/normalization/batch_normalization_test.py"
 CONFTEST = """

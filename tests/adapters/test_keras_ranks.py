@@ -6,7 +6,7 @@ import pytest
 
 from support.framework_jobs import Jobs, assert_close, differing
 
-pytestmark = [pytest.mark.rpc, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.rpc, pytest.mark.timeout(900)]
 
 BACKENDS = ("torch", "jax", "tensorflow")
 PARTS = {
