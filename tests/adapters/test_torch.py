@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bnlayer.adapters import torch as adapter
+from bnlayer.adapters import torch_tensors
 from bnlayer.adapters.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from support.adapters import SIZES, batch, network, one_training, shard, torchrun
 
@@ -124,7 +124,7 @@ def test_the_passes_of_other_devices_have_the_same_bits(
     """They are tensor operations, here on CPU tensors: values, far means, tiny gradients, NaN, an empty batch."""
 
     def run(on_host: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(adapter, "_on_host", lambda x: on_host)
+        monkeypatch.setattr(torch_tensors, "_on_host", lambda x: on_host)
         seen = []
         for shape in ((8, 3, 4, 4), (8, 3), (0, 3, 2), (70, 3, 30)):
             for scale, mean in ((1.0, 0.0), (1e-3, 1000.0)):

@@ -1,6 +1,6 @@
-"""Draws the numbers of `initializers.json` with real Keras; run it with `KERAS_BACKEND=numpy`, in `.venv-keras`.
+"""Draws the numbers of `initializers.json` with real Keras; run it with `KERAS_BACKEND=numpy`, in `.venv-adapters`.
 
-KERAS_BACKEND=numpy .venv-keras/bin/python tests/golden/make_initializers.py
+KERAS_BACKEND=numpy .venv-adapters/bin/python tests/golden/make_initializers.py
 """
 
 import json

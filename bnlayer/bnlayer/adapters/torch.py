@@ -19,14 +19,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlayer.adapters.torch_passes import DeviceView
+from bnlayer.adapters.torch_tensors import HALF, array_of, flattened, layout_of, restored, tensor_of, view_of
 from bnlayer.base import automatic_name
 from bnlayer.collective import Collective
 from bnlayer.discovery import discovered
@@ -40,7 +39,6 @@ __all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 _NAMES = {
     torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16",
 }  # fmt: skip
-_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _POLICIES = {
     (data, weights): Policy(_NAMES[data] if data == weights else f"mixed_{_NAMES[data]}")
     for data in _NAMES
@@ -151,7 +149,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def normalize(self, view: View, dtype: Any) -> tuple[Any, SavedTraining]:
         """A training call of a batch: exchange, update the running statistics, and normalize."""
-        weights = self.weight.dtype if self.affine else torch.float32 if dtype in _HALF else dtype
+        weights = self.weight.dtype if self.affine else torch.float32 if dtype in HALF else dtype
         policy = _POLICIES.get((dtype, weights))
         if policy is None:
             raise ValueError(
@@ -201,8 +199,8 @@ class _Core(BatchNormalization):
         if module.process_group is not None:
             self.collective = _collective_of(module.process_group)
         if self.gamma is not None and self.beta is not None:
-            self.gamma.take(_array(module.weight))
-            self.beta.take(_array(module.bias))
+            self.gamma.take(array_of(module.weight))
+            self.beta.take(array_of(module.bias))
         if updates:
             module.num_batches_tracked.add_(1)
             momentum = module.momentum
@@ -212,7 +210,7 @@ class _Core(BatchNormalization):
 
     def _read(self, module: SyncBatchNorm) -> None:
         """Take over the buffers, where they are not those that were written last: all ranks must have set them."""
-        arrays = [_array(module.running_mean), _array(module.running_var)]
+        arrays = [array_of(module.running_mean), array_of(module.running_var)]
         found = [array.tobytes() for array in arrays]
         if found != self._known:
             for variable, array in zip(self._moving, arrays, strict=True):
@@ -223,7 +221,7 @@ class _Core(BatchNormalization):
         """The updated statistics, written into the module's buffers."""
         arrays = [variable.value for variable in self._moving]
         for buffer, array in zip((module.running_mean, module.running_var), arrays, strict=True):
-            buffer.copy_(_tensor(array))
+            buffer.copy_(tensor_of(array))
         self._known = [array.tobytes() for array in arrays]
 
     @np.errstate(all="ignore")
@@ -248,13 +246,13 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, mask: Any, module: SyncBatchNorm) -> Any:  # noqa: ARG004 - autograd gives them gradients
-        layout = _layout(x)
-        view = _view(x, mask, layout)
+        layout = layout_of(x)
+        view = view_of(x, mask, layout)
         y, saved = module.normalize(view, x.dtype)
         saved.view = None  # type: ignore[assignment]  # until it is pulled back
         ctx.save_for_backward(x, mask)
         ctx.core, ctx.saved, ctx.layout = module.core, saved, layout
-        return _restored(y, x, layout)
+        return restored(y, x, layout)
 
     @staticmethod
     @once_differentiable
@@ -262,15 +260,15 @@ class _Normalize(torch.autograd.Function):
         x, mask = ctx.saved_tensors
         core: _Core = ctx.core
         saved: SavedTraining = ctx.saved
-        saved.view = _view(x, mask, ctx.layout)
+        saved.view = view_of(x, mask, ctx.layout)
         try:
-            dx, dgamma, dbeta = core.pull(saved, _flat(dy, ctx.layout))
+            dx, dgamma, dbeta = core.pull(saved, flattened(dy, ctx.layout))
         finally:
             saved.view = None  # type: ignore[assignment]
-        weight, bias = (None if g is None else _tensor(g) for g in (dgamma, dbeta))
+        weight, bias = (None if g is None else tensor_of(g) for g in (dgamma, dbeta))
         if weight is not None and bias is not None and weight.device != x.device:
             weight, bias = weight.to(x.device), bias.to(x.device)
-        return _restored(dx, x, ctx.layout), weight, bias, None, None
+        return restored(dx, x, ctx.layout), weight, bias, None, None
 
 
 @torch.compiler.disable(reason="bnlayer: an exchange with other ranks is no part of a graph")
@@ -366,91 +364,8 @@ def _with_contents(new: Any, old: Any) -> Any:
     return new
 
 
-# ---- tensors as the layer sees them ----
-
-_HALF = (torch.float16, torch.bfloat16)
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
 def _collective_of(group: Any) -> Collective:
     collective = discovered(group)
     if collective is None:
         raise RuntimeError("process_group= was given, but torch.distributed is not initialized any more.")
     return collective
-
-
-def _layout(x: Any) -> Any:
-    """The memory format in which a batch is taken: the one it has, or else the contiguous one."""
-    last = _LAYOUTS.get(x.dim())
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
-
-
-def _flat(x: Any, layout: Any) -> Any:
-    """A tensor as (A, C, B), without a copy where it has the memory format: an array, or on a device a tensor."""
-    if not x.is_contiguous(memory_format=layout):
-        x = x.contiguous(memory_format=layout)
-    flat, channels = _array(x) if _on_host(x) else x.detach(), x.shape[1]
-    if layout is torch.contiguous_format:
-        return flat.reshape(x.shape[0], channels, x.shape[2:].numel())
-    return _last(flat).reshape(-1, channels, 1)
-
-
-def _last(x: Any) -> Any:
-    """With the channels' axis behind the others."""
-    return np.moveaxis(x, 1, -1) if isinstance(x, np.ndarray) else x.movedim(1, -1)
-
-
-def _on_host(x: Any) -> bool:
-    """Whether a batch is computed on by the host's kernels: also where its device has no float64."""
-    return bool(x.is_cpu or x.is_mps)
-
-
-def _view(x: Any, mask: Any, layout: Any) -> View:
-    flat = _flat(x, layout)
-    if mask is not None:
-        if tuple(mask.shape) != (x.shape[0], *x.shape[2:]):
-            raise ValueError(
-                "The mask provided should have the shape of the input without its channels. "
-                f"Received: mask.shape={tuple(mask.shape)}, input.shape={tuple(x.shape)}"
-            )
-        mask = mask.detach().to(torch.bool).contiguous()
-        if layout is torch.contiguous_format:
-            mask = mask.view(flat.shape[0], 1, flat.shape[2]).expand(flat.shape).contiguous()
-        else:
-            mask = mask.view(-1, 1, 1)
-        mask = mask.cpu().numpy() if isinstance(flat, np.ndarray) else mask
-    kind = View if isinstance(flat, np.ndarray) else DeviceView
-    return kind(flat, mask, tuple(flat.shape))
-
-
-def _restored(flat: Any, x: Any, layout: Any) -> Any:
-    """The way back from `_flat`, to a batch's shape, memory format and device."""
-    if layout is torch.contiguous_format:
-        y = _tensor(flat.reshape(x.shape))
-    else:
-        y = _tensor(flat.reshape(x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
-    return y if y.device == x.device else y.to(x.device)
-
-
-def _array(tensor: Any) -> NDArray[Any]:
-    """A tensor's own memory as an array; a copy of one on another device."""
-    tensor = tensor.detach()
-    if not tensor.is_cpu:
-        tensor = tensor.cpu()
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-        bits: NDArray[Any] = tensor.numpy()
-        return bits.view(_BFLOAT16)
-    array: NDArray[Any] = tensor.numpy()
-    return array
-
-
-def _tensor(array: Any) -> Any:
-    """An array's own memory as a tensor; a tensor as it is."""
-    if not isinstance(array, np.ndarray):
-        return array
-    if array.dtype == _BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
