@@ -100,7 +100,7 @@ def test_who_is_a_rank(slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "who.py").write_text(_WHO, encoding="ascii")
     for tasks in (("--ntasks=2",), ("--ntasks=1", ":", "--ntasks=2")):
         done = slurm.run("salloc", "-Q", *tasks, sys.executable, "who.py", "salloc", cwd=tmp_path)
-        assert done.stdout == "salloc is no rank not warned\n", done.stderr
+        assert done.stdout == "salloc is no rank warned\n", done.stderr
 
     script, log = tmp_path / "het.sbatch", tmp_path / "het.log"
     script.write_text(_HETEROGENEOUS.format(python=sys.executable), encoding="utf-8")

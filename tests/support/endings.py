@@ -309,7 +309,8 @@ ENDINGS = (
     Ending(
         "a rank closes its output, and fails later",
         5,
-        "if rank == 1: os.close(1); os.close(2)\nw.barrier()\nw.leave()\nif rank == 1: os._exit(5)\nprint('after')",
+        "if rank == 1: os.close(1); os.close(2)\nw.barrier()\nif rank == 0: print('after', flush=True)\n"
+        "w.barrier()\nw.leave()\nif rank == 1: os._exit(5)",
         shows=_holds("[0] after"),
         says=("rank 1 exited with code 5",),
     ),
