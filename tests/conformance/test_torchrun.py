@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.keras, pytest.mark.rpc]
 
+# torchrun's ranks share one pipe and run unbuffered: a line that is written in pieces mixes with another rank's.
 _RANK = """\
-import logging, bnworker
+import logging, sys, bnworker
 logging.basicConfig(level=logging.INFO)
 with bnworker.join() as w:
     w.barrier()
-    print(w.transport, w.rank, w.world_size, flush=True)
+    sys.stdout.write(f"{w.transport} {w.rank} {w.world_size}\\n")
 """
 
 
