@@ -214,7 +214,7 @@ test-arm: build/arm/.ready .venv-wheels/.ready  ## the kernels' suite with the A
 	rm -rf build/arm/bnlayer && $(BIN)/python -m zipfile -e dist/bnlayer-*_aarch64.whl build/arm/bnlayer
 	PYTHONPATH=build/arm/bnlayer:build/arm/site build/arm/python -m pytest -p no:cacheprovider -n auto --dist=worksteal -k "not threads" $(KERNEL_TESTS)
 
-# The suite without wire or MPI on every Python that is named: make test-pythons PYTHONS="3.12 3.14"
+# The suite without wire or MPI, and without the files in deploy/, on every Python that is named: make test-pythons PYTHONS="3.12 3.14"
 PYTHONS ?= 3.12 3.13
 
 test-pythons: $(PYTHONS:%=test-python-%)  ## the fast tests on other Pythons (PYTHONS="3.12 3.13")
@@ -230,7 +230,7 @@ test-pythons: $(PYTHONS:%=test-python-%)  ## the fast tests on other Pythons (PY
 	@touch $@
 
 test-python-3.%: .venv-3.%/.ready
-	.venv-3.$*/bin/pytest $(PURE)
+	.venv-3.$*/bin/pytest $(PURE) --ignore=tests/deploy
 
 .PRECIOUS: .venv-3.%/.packages .venv-3.%/.ready
 
