@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from bnworker.train.data import Batch, DataError, Dataset, LastBatch, check, examine, from_arrays, load, spelled
 from bnworker.train.data.arrays import Held, Stored
 from bnworker.train.data.files import File
+from bnworker.train.data.packaged import PACKAGED
 from bnworker.train.data.shards import Rows
 from support.datasets import rows, write
 
@@ -138,12 +138,21 @@ def test_digits(dtype: str) -> None:
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the extra."""
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
-        load("digits")
     monkeypatch.setattr("bnworker.train.data.packaged.find_spec", lambda _: None)
-    with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
-        examine("digits")
+    for ask in (load, examine):
+        with pytest.raises(DataError, match=r"Install it: pip install 'bnlayer\[digits\]'"):
+            ask("digits")
+
+
+def test_digits_are_scikit_learns() -> None:
+    """All of them, in its order, though its code, which takes a second to import, is not run."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    data = PACKAGED["digits"].load()
+    every = np.arange(len(labels))
+    assert np.array_equal(data["x"].rows(every), pixels / 16)
+    assert np.array_equal(data["y"].rows(every)[:, 0], labels)
 
 
 @pytest.fixture

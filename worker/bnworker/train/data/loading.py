@@ -25,7 +25,7 @@ from bnworker.train.data.dataset import Dataset, Part
 from bnworker.train.data.labels import distinct, numbered
 from bnworker.train.data.manifest import Manifest, exchanged
 from bnworker.train.data.ownership import Piece, pieces
-from bnworker.train.data.packaged import PACKAGED, refuse_missing
+from bnworker.train.data.packaged import PACKAGED
 from bnworker.train.data.problem import DataError, Ranks, raise_on_every_rank
 from bnworker.train.data.shards import Shard, shard
 
@@ -63,13 +63,13 @@ def examine(name: str, *, validation_split: float = 0.0, labels: Iterable[int] |
         name, validation_split, labels: those of `load`.
 
     Returns:
-        How many rows there are to train on; None: it comes with a package, whose import takes a while.
+        How many rows there are to train on; None: it comes with a package, whose rows are not counted for this.
 
     Raises:
         DataError: what `load` would raise.
     """
     if name in PACKAGED:
-        refuse_missing(name)
+        PACKAGED[name].file()
         return None
     found, _ = _found(name)
     opened = {number: shard(source.examine()) for number, source in enumerate(found)}
@@ -131,7 +131,7 @@ def from_arrays(
 def _found(name: str) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
     """The shards, and what is not read."""
     if name in PACKAGED:
-        return (_Source(name, 1, PACKAGED[name], PACKAGED[name]),), ()
+        return (_Source(name, 1, PACKAGED[name].load, PACKAGED[name].load),), ()
     if not name.endswith(".npz") and not os.path.lexists(name):
         raise DataError(f"--data: received {name!r}; there is no such file or folder. Accepted are {ACCEPTED}.")
     try:

