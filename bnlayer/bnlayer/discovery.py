@@ -15,10 +15,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from bnlayer.collective import Collective
 
 Finder = Callable[[Any], "Collective | None"]
@@ -40,6 +41,8 @@ def discovered(group: Any = None) -> Collective | None:
 
 @cache
 def _entries() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points  # a third of this package's import, for what few processes ask
+
     return tuple(entry_points(group="bnlayer.collectives"))
 
 
