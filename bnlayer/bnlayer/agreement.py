@@ -13,11 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from hashlib import blake2b
+from itertools import islice
 
 from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
 
 _GROUPS_SHOWN = 8  # of ranks that each have something else, which may be all of a large job
+_RANKS_SHOWN = 20  # of one group
+RANKS_BLAMED = 4096  # in the attribute of an error; the numbers beyond it help nobody
+_CHARACTERS_SHOWN = 2_000  # of a text that another process gave
 # What ranks set by hand; and which other fields differ because of it: another grid may have to be probed first.
 _WHAT = {"state": "moving statistics or grids", "weights": "gamma or beta"}
 _MEND = {
@@ -27,6 +31,30 @@ _MEND = {
 _SET = set(_WHAT)
 _FOLLOWS = {"operation", "grid", "shape", "pushed"}
 _SHOWN = 300  # characters of one value in an error: a list of a thousand arrays would bury the sentence
+
+
+def shown(text: str, most: int = _CHARACTERS_SHOWN) -> str:
+    """A text of another process as errors and logs show it: of bounded length, on one line, without control characters.
+
+    Args:
+        text: whatever it gave: a host name, the reason of a failure.
+        most: characters of it.
+    """
+    more = f"… ({len(text)} characters)" if len(text) > most else ""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]) + more
+
+
+def listed(items: Iterable[str], count: int, *, most: int = _GROUPS_SHOWN, joint: str = "; ") -> str:
+    """The first of many items, and how many more there are.
+
+    Args:
+        items: no more of them are looked at than are shown.
+        count: how many there are.
+        most: how many are shown.
+        joint: between them.
+    """
+    more = f" and {count - most} more" if count > most else ""
+    return joint.join(islice(items, most)) + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +76,7 @@ class Verdict:
     Attributes:
         kind: the class of the error.
         text: its text.
-        ranks: whom it blames.
+        ranks: whom it blames; of very many, the first `RANKS_BLAMED`.
     """
 
     kind: type[CollectiveError]
@@ -79,7 +107,7 @@ def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int
     """
     failed = {rank: reason for rank, reason in sorted(left.items()) if reason}
     if failed:
-        who = "; ".join(f"{_name(rank, peers)} {reason}" for rank, reason in failed.items())
+        who = listed((f"{_name(rank, peers)} {reason}" for rank, reason in failed.items()), len(failed))
         return Verdict(PeerLostError, f"{who}. {_waiting(calls, peers)}.", tuple(failed))
     if not calls:
         return None
@@ -120,7 +148,8 @@ def _mismatch(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> Verdict |
             held[description.get(name, "none")].append(rank)
         ordered = sorted(held.items(), key=lambda item: (len(item[1]), item[1]))
         label = "layers" if name == "arrays" and calls[min(calls)].synchronizes else name
-        lines.append(f"{label}: " + ", ".join(f"{_names(ranks, peers)} sent {value}" for value, ranks in ordered))
+        sent = (f"{_names(ranks, peers)} sent {value}" for value, ranks in ordered)
+        lines.append(f"{label}: " + listed(sent, len(ordered), joint=", "))
     first = calls[min(calls)]
     key = first.where if first.synchronizes else first.key
     advice = f"check the configuration of {_names(blamed, {})}" if len(blamed) < len(calls) else "compare their code"
@@ -143,18 +172,18 @@ def _set_apart(calls: Mapping[int, Call], names: Iterable[str], peers: Mapping[i
         for rank, value in by_rank.items():
             groups[value or None].append(rank)
         ordered = sorted((ranks for value, ranks in groups.items() if value), key=lambda ranks: (len(ranks), ranks))
-        shown = [_names(ranks, peers) for ranks in ordered[:_GROUPS_SHOWN]]
-        shown += [f"{len(ordered) - _GROUPS_SHOWN} more groups"] * (len(ordered) > _GROUPS_SHOWN)
+        groups_shown = [_names(ranks, peers) for ranks in ordered[:_GROUPS_SHOWN]]
+        groups_shown += [f"{len(ordered) - _GROUPS_SHOWN} more groups"] * (len(ordered) > _GROUPS_SHOWN)
         if len(ordered) == 1:
             blamed.update(ordered[0])
-            lines.append(f"{_WHAT[name]} were set on {shown[0]}, but not on {_names(without, peers)}")
+            lines.append(f"{_WHAT[name]} were set on {groups_shown[0]}, but not on {_names(without, peers)}")
             continue
         blamed.update(_minority(by_rank))
         if key.direction is None:
-            lines.append(f"{_WHAT[name]} differ between {' and '.join(shown)}")
+            lines.append(f"{_WHAT[name]} differ between {' and '.join(groups_shown)}")
         else:
             rest = f", and not on {_names(without, peers)}" if without else ""
-            lines.append(f"{_WHAT[name]} were set differently on {' and on '.join(shown)}{rest}")
+            lines.append(f"{_WHAT[name]} were set differently on {' and on '.join(groups_shown)}{rest}")
     first = "Load the same ones" if key.direction is None else "Set them alike"
     advice = [
         f"{first} on every rank",
@@ -197,10 +226,11 @@ def _waiting(calls: Mapping[int, Call], peers: Mapping[int, Peer]) -> str:
         ranks_by_call[call.where].append(rank)
     if not ranks_by_call:
         return "nobody waited for it"
-    return "; ".join(
+    waiting = (
         f"{_names(ranks, peers)} {'waits' if len(ranks) == 1 else 'wait'} in {at}"
         for at, ranks in ranks_by_call.items()
     )
+    return listed(waiting, len(ranks_by_call))
 
 
 def _name(rank: int, peers: Mapping[int, Peer]) -> str:
@@ -213,4 +243,4 @@ def _names(ranks: Iterable[int], peers: Mapping[int, Peer]) -> str:
         return _name(ranks[0], peers)
     if any(rank in peers for rank in ranks) and len(ranks) <= 4:
         return ", ".join(_name(rank, peers) for rank in ranks)
-    return "ranks " + ", ".join(str(rank) for rank in ranks)
+    return "ranks " + listed(map(str, ranks), len(ranks), most=_RANKS_SHOWN, joint=", ")

@@ -5,7 +5,7 @@ What comes out of `Reader` is valid by itself: `core.validation` looks at it on 
 
 from __future__ import annotations
 
-from bnlayer.agreement import Peer
+from bnlayer.agreement import Peer, shown
 from bnlayer.collective import LayerSignature, Operation
 from bnlayer.state import LayerState
 from bnproto.arrays import WireError, named, pack, unpack
@@ -31,6 +31,8 @@ from bnserver.core.reasons import Reason
 from bnserver.core.validation import validated
 
 Messages = list[Outgoing]
+
+_HOST_CHARACTERS = 255  # DNS permits no more
 
 _REASONS = {
     Reason.MISMATCH: pb.ERROR_REASON_MISMATCH,
@@ -80,7 +82,7 @@ class Reader:
                 case "pull":
                     return Pull(self._stream, request.pull.layer)
                 case "leave":
-                    return Leave(self._stream, request.leave.reason)
+                    return Leave(self._stream, shown(request.leave.reason))
                 case _:
                     raise WireError(f"expected a request, received {kind or 'an empty message'}")
         except (ValueError, KeyError) as error:
@@ -93,7 +95,7 @@ class Reader:
         if join.HasField("resume"):
             known = join.resume
             resume = Resume(known.generation, known.sequence, known.layer_sequence, dict(known.versions))
-        peer = Peer(join.rank, join.host, join.pid)
+        peer = Peer(join.rank, shown(join.host, _HOST_CHARACTERS), join.pid)
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
         return Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
 

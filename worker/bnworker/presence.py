@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from bnlayer import collective
+from bnlayer.agreement import shown
 
 _REASON_LENGTH = 200  # of a failure's text in other ranks' errors, which must stay readable
 
@@ -94,6 +95,6 @@ def failure(error: BaseException | None) -> str:
     """An exception as text for the other ranks; "" if there is none, or for a successful exit."""
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return ""
-    text = str(error).strip().partition("\n")[0]
+    text = shown(str(error).strip().partition("\n")[0])
     reason = f"failed with {type(error).__name__}" + (f": {text}" if text else "")
     return reason if len(reason) <= _REASON_LENGTH else reason[: _REASON_LENGTH - 1] + "…"

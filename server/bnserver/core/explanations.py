@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bnlayer.agreement import Verdict
+from itertools import islice
+
+from bnlayer.agreement import RANKS_BLAMED, Verdict, listed
 from bnlayer.collective import Call
 from bnlayer.errors import PeerLostError
 from bnserver.core.gathering import Gathering
@@ -28,42 +30,36 @@ def seen(rank: int, members: Membership, gathering: Gathering, latest: Call | No
 
 def not_joined(members: Membership, world_size: int) -> Verdict:
     """The error of ranks whose time to wait for the others to join is over."""
-    missing = members.others(set(members.here))
-    here = ", ".join(str(member.peer) for _, member in sorted(members.here.items()))
+    # A rank may have announced a world of any size: what this costs depends on the ranks that are here.
+    missing, count = tuple(islice(members.others(set(members.here)), RANKS_BLAMED)), world_size - len(members.here)
+    here = (str(member.peer) for _, member in sorted(members.here.items()))
     return Verdict(
         PeerLostError,
-        f"{_ranks(missing)} of {world_size} did not join in time; {here} waited. Start every rank with the same job "
-        f"name and world size ({world_size}), or wait longer: timeout=.",
+        f"Rank{'s' if count > 1 else ''} {listed(map(str, missing), count, most=_RANKS_SHOWN, joint=', ')} of "
+        f"{world_size} did not join in time; {listed(here, len(members.here), joint=', ')} waited. Start every rank "
+        f"with the same job name and world size ({world_size}), or wait longer: timeout=.",
         missing,
     )
 
 
 def overdue(members: Membership, gathering: Gathering, latest: Call | None) -> Verdict:
     """The error of ranks whose time to wait in an operation is over."""
-    missing = members.others(set(gathering.calls) | set(members.left))
+    missing = tuple(members.others(set(gathering.calls) | set(members.left)))
     timeout = min(members.here[rank].timeout for rank in gathering.calls)
-    names = "; ".join(
+    names = (
         f"{members.peers[rank]} did not take part within {timeout:g} s, {seen(rank, members, gathering, latest)}"
         for rank in missing
     )
-    waits = "; ".join(f"{members.peers[rank]} waits in {call.where}" for rank, call in gathering.calls.items())
-    text = f"{names}; {waits}. Look at what it is doing; if it is only slow, wait longer: timeout=."
-    return Verdict(PeerLostError, text, missing)
+    waits = (f"{members.peers[rank]} waits in {call.where}" for rank, call in gathering.calls.items())
+    who = f"{listed(names, len(missing))}; {listed(waits, len(gathering.calls))}"
+    text = f"{who}. Look at what it is doing; if it is only slow, wait longer: timeout=."
+    return Verdict(PeerLostError, text, missing[:RANKS_BLAMED])
 
 
 def straggling(members: Membership, gathering: Gathering, latest: Call | None, waited: float) -> str:
     """Who keeps the others waiting, and for how long."""
-    missing = members.others(set(gathering.calls) | set(members.left))
-    names = "; ".join(
-        f"{members.peers[rank]}, {seen(rank, members, gathering, latest)}" for rank in missing[:_RANKS_SHOWN]
-    )
-    more = f" and {len(missing) - _RANKS_SHOWN} more" if len(missing) > _RANKS_SHOWN else ""
+    missing = tuple(members.others(set(gathering.calls) | set(members.left)))
+    names = (f"{members.peers[rank]}, {seen(rank, members, gathering, latest)}" for rank in missing)
     verb = "keeps" if len(missing) == 1 else "keep"
-    others = len(gathering.calls)
-    return f"{names}{more}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"
-
-
-def _ranks(ranks: tuple[int, ...]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:_RANKS_SHOWN])
-    more = f" and {len(ranks) - _RANKS_SHOWN} more" if len(ranks) > _RANKS_SHOWN else ""
-    return f"Rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+    who, others = listed(names, len(missing), most=_RANKS_SHOWN), len(gathering.calls)
+    return f"{who}, {verb} {others} other{'s' * (others > 1)} waiting for {waited:.1f} s"

@@ -10,6 +10,7 @@ Laws:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -173,6 +174,6 @@ class Membership:
         ends = {rank: member.end(now, lease) for rank, member in sorted(self.here.items())}
         return {rank: reason for rank, reason in ends.items() if reason}
 
-    def others(self, than: set[int]) -> tuple[int, ...]:
+    def others(self, than: set[int]) -> Iterator[int]:
         """All ranks but some, whether they have joined or not."""
-        return tuple(rank for rank in range(self._world_size) if rank not in than)
+        return (rank for rank in range(self._world_size) if rank not in than)

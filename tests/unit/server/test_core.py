@@ -1,12 +1,13 @@
 """Corners of the core that no transcript in `tests/scenarios` tells."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bnlayer.agreement import Peer
+from bnlayer.agreement import RANKS_BLAMED, Peer
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
@@ -28,6 +29,7 @@ from bnserver.core.gathering import GRACE_S
 from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
 from bnserver.core.layers import Layers
+from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.core.validation import validated
@@ -139,6 +141,37 @@ def test_of_many_missing_ranks_some_are_named() -> None:
     assert failed.text.startswith("Ranks 1, 2, 3, ")
     assert "19, 20 and 979 more of 1000 did not join in time; rank 0 waited." in failed.text
     assert failed.ranks == tuple(range(1, 1000))
+
+
+def test_a_world_of_any_announced_size_costs_no_more() -> None:
+    """Neither the error nor what is kept of it grows with a number that one rank gave."""
+    service = Service()
+    service.handle(Join(1, "j", Peer(0), 2**20, 9.0, 9.0), 0.0)
+    tracemalloc.start()
+    failed, ended, _ = service.handle(Tick(), 9.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(failed, Failed)
+    assert "19, 20 and 1048555 more of 1048576 did not join in time" in failed.text
+    assert failed.ranks == tuple(range(1, RANKS_BLAMED + 1))
+    assert isinstance(ended, Record)
+    assert ended.record == Ended(1, Reason.DEADLINE, failed.text, failed.ranks)
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_errors_stay_short_in_a_large_job(alike: bool) -> None:
+    """All of a thousand ranks may be to blame: the text names some of each group, and how many more there are."""
+    service = Service(timeouts=LivenessTimeouts(lease=0))
+    for rank in range(1000):
+        service.handle(Join(rank + 1, "j", Peer(rank, "h" * 60, 1), 1000, 9.0, 9.0), 0.0)
+    for rank in range(500):
+        call = Call(Operation.BARRIER, ExchangeKey(None, None, 0 if alike else rank), PlainSignature())
+        service.handle(Contribute(rank + 1, 1, 1, call, None), 0.0)
+    effects = _effects_of(service, Tick(), 9.0)
+    texts = {effect.text for effect in effects if isinstance(effect, Failed)}
+    assert len(texts) == 1
+    assert len(texts.pop()) < 5_000
 
 
 def test_a_contribution_to_another_generation_is_refused() -> None:

@@ -24,10 +24,10 @@ from bnproto.failures import error_of, failure_in, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
-from bnserver.core.events import Contribute, Event, Join, Malformed, Push, Replacing, Resume
+from bnserver.core.events import Contribute, Event, Join, Leave, Malformed, Push, Replacing, Resume
 from bnserver.core.reasons import Reason
 from bnserver.grpc_channel import GrpcChannel
-from bnserver.translation import _REASONS
+from bnserver.translation import _REASONS, Reader
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)
 _SIGNATURE = LayerSignature(
@@ -290,6 +290,17 @@ def test_a_state_that_was_set_is_read() -> None:
     assert isinstance(event.body, Replacing)
     assert event.body.limbs.tolist() == limbs.tolist()
     assert (event.body.state.fingerprint, event.body.state.version) == (state.fingerprint, 3)
+
+
+def test_what_a_peer_says_is_shown_on_one_line() -> None:
+    """A host's name or a reason can't forge a line of the log, nor reach a terminal with control characters."""
+    reader = Reader(1)
+    join = pb.Join(job="j", host="a\n\x1b[31m" + "b" * 300, world_size=1, timeout_ms=1, join_timeout_ms=1)
+    joined = reader.read(pb.ExchangeRequest(join=join), b"")
+    assert isinstance(joined, Join)
+    assert joined.peer.host == "a\\n\\x1b[31m" + "b" * 248 + "… (307 characters)"
+    leave = reader.read(pb.ExchangeRequest(leave=pb.Leave(reason="é\r\u202e" + "x" * 10_000)), b"")
+    assert leave == Leave(1, "é\\r\\u202e" + "x" * 1_997 + "… (10003 characters)")
 
 
 def test_a_push_is_read() -> None:

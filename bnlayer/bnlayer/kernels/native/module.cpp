@@ -471,4 +471,6 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods, nul
 }  // namespace
 }  // namespace bnlayer
 
+// Python forms the name from the module's.
+// NOLINTNEXTLINE(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp)
 PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&bnlayer::module); }
