@@ -19,6 +19,7 @@ import grpc.aio
 from bnproto.failures import DETAILS_KEY, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import Blame, Grant, Grants, Refusal, authenticate, authorize, need_of
+from bnserver.unjoined import JOIN_WITHIN_S
 
 _REASONS = {
     Blame.UNAUTHENTICATED: pb.ERROR_REASON_UNAUTHENTICATED,
@@ -121,7 +122,11 @@ class Admission(grpc.aio.ServerInterceptor):
     def _admitting_stream(self, grant: Grant, proceed: _Method) -> _Method:
         async def stream(requests: AsyncIterator[pb.ExchangeRequest], context: Any) -> None:
             coming = aiter(requests)
-            first = await anext(coming, None)
+            try:
+                async with asyncio.timeout(JOIN_WITHIN_S):
+                    first = await anext(coming, None)
+            except TimeoutError:
+                first = None
             if first is None:
                 return
             # Whoever begins with anything else is refused by the servicer, for that.

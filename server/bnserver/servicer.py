@@ -45,10 +45,11 @@ from bnserver.core.suspend_aware_clock import TICK_S, SuspendAwareClock
 from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import Context, GrpcChannel, Requests
 from bnserver.job_file import StoreError
-from bnserver.local_channel import LocalListener
+from bnserver.local_listener import LocalListener
 from bnserver.saving import Saving, SavingCallback
 from bnserver.store import Store
 from bnserver.translation import Messages, Writer, failure_of
+from bnserver.unjoined import Unjoined
 
 _SAVE_AGAIN_TICKS = 10  # after a failure
 # Adding this many bytes takes about a millisecond: not worth the way to another thread and back.
@@ -86,6 +87,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._ready = asyncio.Event()
         self._numbers = count(1)
         self._connections: dict[int, Connection] = {}
+        self._unjoined = Unjoined()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = LocalListener(boot_id, self._failpoints)
         self._perform: dict[type[Effect], Callable[[Any], None]] = {
@@ -157,6 +159,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         finally:
             reading.cancel()
             del self._connections[connection.number]
+            self._unjoined.remove(connection)
             self._listener.revoke(connection)
             connection.lost()
 
@@ -174,9 +177,11 @@ class Servicer(rpc.StatisticsServiceServicer):
     async def _read(self, connection: Connection, requests: Requests) -> None:
         """Receive what comes on the stream."""
         await self._ready.wait()
+        self._unjoined.add(connection)
         assembler = RequestAssembler()
         try:
             async for message in requests:
+                self._unjoined.remove(connection)
                 whole = assembler.add(message)
                 if whole is None:
                     continue

@@ -19,7 +19,7 @@ from bnproto.channel import CLIENT_OPTIONS
 from bnproto.frames import Frames, framed
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
-from bnserver.local_channel import _ATTACH_WITHIN_S
+from bnserver.local_listener import _ATTACH_WITHIN_S
 
 pytestmark = pytest.mark.rpc
 

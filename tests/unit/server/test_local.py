@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,7 +15,8 @@ from bnserver.channel import Outgoing
 from bnserver.connection import Connection
 from bnserver.core.events import Event, Lost, Pull
 from bnserver.grpc_channel import GrpcChannel
-from bnserver.local_channel import _STRANGERS, LocalListener
+from bnserver.local_channel import LocalChannel
+from bnserver.local_listener import _STRANGERS, LocalListener
 
 _LIMIT_S = 60.0
 
@@ -83,11 +85,12 @@ def test_where_there_are_no_such_sockets_nobody_is_invited(
     async def scene(it: _Scene) -> None:
         assert it.listener.invitation(it.connection(1)) is None
 
-    async def refused(*_: object, **__: object) -> None:
+    def refused(*_: object) -> None:
         raise OSError("not on this machine")
 
-    monkeypatch.setattr(asyncio.SelectorEventLoop, "create_unix_server", refused)
-    _played(scene)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "listen", refused)
+        _played(scene)
     assert caplog.messages == ["no local sockets (not on this machine): ranks on this machine exchange over gRPC"]
 
 
@@ -150,6 +153,49 @@ def test_a_whole_job_may_come_at_once() -> None:
             end.connect(f"\0{invitation.name}")  # the loop, which would take them in, does not run meanwhile
         for end in ends:
             end.close()
+
+    _played(scene)
+
+
+def test_few_are_accepted_before_others_have_their_turn() -> None:
+    """Whoever connects without end must not keep the service from its jobs."""
+
+    async def scene(it: _Scene) -> None:
+        invitation = it.listener.invitation(it.connection(1))
+        assert invitation is not None
+        ends = [socket.socket(socket.AF_UNIX) for _ in range(40)]
+        for end in ends:
+            end.setblocking(False)
+            end.connect(f"\0{invitation.name}")
+        turn, turns = 0, []
+        connected = it.listener.connected
+
+        def counted(channel: LocalChannel) -> None:
+            turns.append(turn)
+            connected(channel)
+
+        it.listener.connected = counted  # type: ignore[method-assign]
+        while len(turns) < len(ends):
+            turn += 1
+            await asyncio.sleep(0)
+        assert max(Counter(turns).values()) <= 8
+        for end in ends:
+            end.close()
+
+    _played(scene)
+
+
+def test_many_strangers_of_one_user_do_not_displace_another() -> None:
+    """Whose sockets they are is known from the kernel."""
+
+    async def scene(it: _Scene) -> None:
+        mine = LocalChannel(it.listener, user=1)
+        it.listener.connected(mine)
+        strangers = [LocalChannel(it.listener, user=2) for _ in range(_STRANGERS)]
+        for stranger in strangers:
+            it.listener.connected(stranger)
+        assert [stranger.is_closed for stranger in strangers].count(True) == 1
+        assert not mine.is_closed
 
     _played(scene)
 
