@@ -211,7 +211,7 @@ def test_error_texts_where_keras_prints_its_own_source(clipping: dict[str, float
         ),
     ],
 )
-def test_error_texts_beside_keras(
+def test_error_texts_compared_with_keras(
     act: Callable[[Any], Any], keras_error: type[Exception], keras_text: str, text: str
 ) -> None:
     """Where Keras's text is another, ours is a ValueError that names both sides."""

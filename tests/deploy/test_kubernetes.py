@@ -169,11 +169,15 @@ def test_the_job_trains(tmp_path: Path) -> None:
     (rank,) = _pods(_one("indexed-job", "Job"))
     (container,) = rank["spec"]["containers"]
     write(tmp_path / "data", [64])
-    places = {"/data/digits.npz": f"{tmp_path}/data/0.npz", "/checkpoints": str(tmp_path), "$(BNLAYER_JOB)": "train"}
+    replacements = {
+        "/data/digits.npz": f"{tmp_path}/data/0.npz",
+        "/checkpoints": str(tmp_path),
+        "$(BNLAYER_JOB)": "train",
+    }
     command = container["args"]
-    for place, here in places.items():
-        assert any(place in word for word in command), place
-        command = [word.replace(place, here) for word in command]
+    for mounted, local in replacements.items():
+        assert any(mounted in word for word in command), mounted
+        command = [word.replace(mounted, local) for word in command]
     announced = {name: value for name, value in _environment(rank).items() if value is not None}
     ranks = int(announced["BNLAYER_WORLD_SIZE"])
     environ = {
@@ -229,8 +233,8 @@ def _copied(overlay: str, kustomization: str, folder: Path) -> None:
 
 
 def _one(overlay: str, kind: str) -> Resource:
-    (found,) = (resource for resource in _rendered(overlay) if resource["kind"] == kind)
-    return found
+    (resource,) = (candidate for candidate in _rendered(overlay) if candidate["kind"] == kind)
+    return resource
 
 
 def _validate(resource: Resource) -> None:

@@ -110,7 +110,7 @@ def test_no_mpiexec(tmp_path: Path) -> None:
     )
 
 
-def test_the_doctor_finds_the_mpi_beside_files_that_are_named_like_modules(tmp_path: Path) -> None:
+def test_the_doctor_finds_mpi_despite_files_named_like_modules(tmp_path: Path) -> None:
     """A `types.py` in the current folder is nobody's module but the user's."""
     for name in ("types.py", "mpi4py.py", "socket.py"):
         (tmp_path / name).write_text("raise SystemExit('not this one')", encoding="utf-8")

@@ -32,7 +32,7 @@ ODD_ARGUMENTS = (
     "\u00e9\U0001f600",
 )
 ODD_VARIABLES = {"A:B": "1", "a b": "2", "BASH_FUNC_f%%": "() { :\n}", "\u00e9": " \u00fc ", "EMPTY": "", "E": "x=y"}
-_GONE_S = 60.0  # a killed process is gone in milliseconds; this is for a machine that does other things
+_END_LIMIT_S = 60.0  # a killed process is gone in milliseconds; this is for a machine that does other things
 
 
 def arguments(ranks: int, *command: str, options: Sequence[str] = ()) -> list[str]:
@@ -100,7 +100,7 @@ def pids(process: subprocess.Popen[str], count: int) -> list[int]:
 
 def gone(handles: Sequence[int]) -> bool:
     """Whether processes have ended; asked of handles, which are not reused as pids are."""
-    deadline = time.monotonic() + _GONE_S
+    deadline = time.monotonic() + _END_LIMIT_S
     waiting = list(handles)
     while waiting and (left := deadline - time.monotonic()) > 0:
         ended, _, _ = select.select(waiting, [], [], left)

@@ -135,9 +135,9 @@ def test_a_failed_rank_is_lost() -> None:
         ),
     ],
 )
-def test_launchers_are_read_strongest_first(environ: dict[str, str], found: list[tuple[str, int, int]]) -> None:
+def test_launchers_are_read_strongest_first(environ: dict[str, str], expected: list[tuple[str, int, int]]) -> None:
     """Inside salloc a plain process has SLURM variables, but is no step."""
-    assert [(a.variable, a.rank, a.world_size) for a in announced(environ)] == found
+    assert [(a.variable, a.rank, a.world_size) for a in announced(environ)] == expected
 
 
 @pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "x")])

@@ -32,7 +32,7 @@ HALVES = POLICIES[2:]
         ("mixed_bfloat16", "float32", "bfloat16", "float32"),
     ],
 )
-def test_a_policy_says_three_dtypes(name: str, variables: str, data: str, arithmetic: str) -> None:
+def test_a_policy_determines_three_dtypes(name: str, variables: str, data: str, arithmetic: str) -> None:
     """And a layer has exactly these: weights, output, input gradient, parameter gradients."""
     policy = Policy.of(name)
     assert (policy.variable_dtype.name, policy.compute_dtype.name, policy.arithmetic) == (variables, data, arithmetic)

@@ -209,9 +209,9 @@ def test_mask_counts_per_channel_where_the_axis_is_not_the_last() -> None:
     bn = BatchNormalization(axis=1, dtype="float64", momentum=0.0)
     bn(x, training=True, mask=mask)
     for channel in range(3):
-        kept = x[mask[:, channel], channel].ravel()
-        assert bn.moving_mean.value[channel] == pytest.approx(kept.mean(), rel=1e-6)
-        assert bn.moving_variance.value[channel] == pytest.approx(kept.var(), rel=1e-6)
+        unmasked = x[mask[:, channel], channel].ravel()
+        assert bn.moving_mean.value[channel] == pytest.approx(unmasked.mean(), rel=1e-6)
+        assert bn.moving_variance.value[channel] == pytest.approx(unmasked.var(), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -324,11 +324,11 @@ def test_local_gradients_add_up_to_the_global_ones() -> None:
 
         return run_all(Meeting(world_size), body)
 
-    whole = world(1, "global")[0]
-    assert [g.tobytes() for g in world(3, "global")] == [whole.tobytes()] * 3
+    alone = world(1, "global")[0]
+    assert [g.tobytes() for g in world(3, "global")] == [alone.tobytes()] * 3
     shares = world(3, "local")
     assert shares[1].tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert np.sum(shares, axis=0) == pytest.approx(whole, abs=1e-5)
+    assert np.sum(shares, axis=0) == pytest.approx(alone, abs=1e-5)
 
 
 def test_state_travels_with_its_grid() -> None:

@@ -40,7 +40,7 @@ def test_unknown_keywords_are_named() -> None:
         ({"beta_regularizer": dict}, "Unknown regularizer: {}"),
     ],
 )
-def test_what_is_not_supported_says_so(arguments: dict[str, Any], text: str) -> None:
+def test_what_is_not_supported_raises_an_error_that_names_it(arguments: dict[str, Any], text: str) -> None:
     """A clear error, never a silently wrong layer."""
     with pytest.raises(ValueError, match=text):
         BatchNormalization(**arguments)
@@ -98,8 +98,8 @@ def test_from_config_of_get_config_is_identity(synchronized: bool) -> None:
         synchronized=synchronized,
     )
     config = bn.get_config()
-    again = BatchNormalization.from_config(config)
-    assert again.get_config() == config
+    copy = BatchNormalization.from_config(config)
+    assert copy.get_config() == config
     assert list(config) == [
         "name", "trainable", "dtype", "axis", "momentum", "epsilon", "center", "scale",
         "beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer",

@@ -72,8 +72,8 @@ def test_handles_and_backward_do_not_meet() -> None:
     assert tuple(array.tobytes() for array in got if array is not None) == backward_of(b, db)
     assert bn.backward(da).tobytes() == backward_of(a, da)[0]
     before = gradients(bn)
-    again = pullback(2 * db)
-    np.testing.assert_allclose(again[0], 2 * got[0], rtol=1e-6, err_msg="a handle may be used for another dy")
+    second = pullback(2 * db)
+    np.testing.assert_allclose(second[0], 2 * got[0], rtol=1e-6, err_msg="a handle may be used for another dy")
     assert all(one is other for one, other in zip(gradients(bn), before, strict=True))
 
 
@@ -83,16 +83,16 @@ def test_calls_for_statistics_alone_keep_no_batch() -> None:
     gc.disable()
     try:
         first = batch(0)
-        kept = [weakref.ref(first)]
+        references = [weakref.ref(first)]
         bn(first, training=True)
         del first
-        assert kept[0]() is not None
+        assert references[0]() is not None
         for seed in range(1, 5):
             x = batch(seed)
-            kept.append(weakref.ref(x))
+            references.append(weakref.ref(x))
             bn(x, training=True)
             del x
-        assert [ref() for ref in kept] == [None] * 5
+        assert [ref() for ref in references] == [None] * 5
         x = batch(9)
         held = weakref.ref(x)
         _, pullback = bn.vjp(x, training=True)

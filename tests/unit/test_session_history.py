@@ -30,14 +30,14 @@ def _play(choices: Sequence[int], local: tuple[bool, ...]) -> Play:
             if moves:
                 moves[choice % len(moves)]()
             continue
-        rank, kept = choice % play.world_size, next(given, 0)
+        rank, delivered = choice % play.world_size, next(given, 0)
         match choice % 7:
             case 0:
-                play.restart(shortened=kept % 2 == 1)
+                play.restart(shortened=delivered % 2 == 1)
             case 1 | 2:
                 play.lose_channel(rank)
             case _:
-                play.cut(rank, kept % 4, kept // 4 % 4)
+                play.cut(rank, delivered % 4, delivered // 4 % 4)
     for number in range(_ENOUGH):
         if play.over:
             return play

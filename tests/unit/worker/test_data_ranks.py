@@ -73,8 +73,8 @@ def test_statistics_have_the_same_bits(tmp_path: Path) -> None:
         assert all(other == first for other in others)
         return first
 
-    found = [statistics(world_size) for world_size in WORLDS]
-    assert all(one == found[0] for one in found)
+    results = [statistics(world_size) for world_size in WORLDS]
+    assert all(one == results[0] for one in results)
 
 
 def test_a_rank_opens_its_own_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +180,8 @@ def test_arrays_in_memory_are_shared_out() -> None:
     x, y = rows(26)
     alone = from_arrays("mine", x, y)
     shared: list[Dataset] = all_well(together(3, lambda world: from_arrays("mine", x, y, world=world)))
-    for whole, *parts in zip(*(one.batches(6, 3, 1) for one in (alone, *shared)), strict=True):
-        assert numbers([whole]) == numbers(parts)
+    for batch, *parts in zip(*(one.batches(6, 3, 1) for one in (alone, *shared)), strict=True):
+        assert numbers([batch]) == numbers(parts)
         lengths = [len(part.y) for part in parts]
         assert max(lengths) - min(lengths) <= 1
 

@@ -250,7 +250,7 @@ def test_a_service_of_its_own_has_no_credentials(launcher: dict[str, str], envir
     assert shown.has_token or shown.ca is not None
 
 
-def test_plain_text_is_permitted_by_the_same_words_everywhere() -> None:
+def test_plain_text_is_permitted_by_the_same_option_everywhere() -> None:
     """BNLAYER_INSECURE is 0 or 1."""
     with pytest.raises(ValueError, match="BNLAYER_INSECURE: expected 0 or 1, received 'yes'"):
         plan(started.SRUN | {"BNLAYER_INSECURE": "yes"})

@@ -112,5 +112,5 @@ def test_what_there_is_is_drawn(events: list[Event], names: list[str] | None) ->
 def test_nothing_is_imported_for_nothing() -> None:
     """A run without a report loads neither matplotlib nor tensorboardX."""
     code = "import sys, bnworker.cli.rank; print([n for n in ('matplotlib', 'tensorboardX') if n in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
-    assert found.stdout == "[]\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    assert ended.stdout == "[]\n"

@@ -97,7 +97,7 @@ def test_one_reduction_a_step(world: World) -> None:
     assert counted == {"broadcast": 1, "allreduce": 9 + 3}
 
 
-def test_it_says_when_it_diverges(world: World) -> None:
+def test_divergence_raises_an_error(world: World) -> None:
     """A loss that is not finite ends the run, with advice."""
     with (
         np.errstate(all="ignore"),

