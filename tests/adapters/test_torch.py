@@ -35,7 +35,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 SCENARIOS = (
     "the_layer_alone", "momentum_none", "used_twice_and_accumulated", "interleaved", "no_grad_and_eval",
     "frozen_parameters", "no_running_statistics", "checkpointed", "autocast", "masked", "copied", "set_by_hand",
-    "compiled", "of_one_value", "beside_numpy",
+    "compiled", "of_one_value", "mixed_with_numpy",
 )  # fmt: skip
 
 

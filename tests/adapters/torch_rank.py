@@ -246,7 +246,7 @@ def of_one_value(rows: slice) -> Any:
 
 
 @scenario
-def beside_numpy(rows: slice) -> Any:
+def mixed_with_numpy(rows: slice) -> Any:
     """One job: a NumPy layer on even ranks, torch's on the others, with Keras's variance."""
     x, dy = (batch((12, 3, 4), torch.float32, seed)[rows] for seed in (0, 1))
     if dist.get_rank() % 2 == 0:

@@ -175,7 +175,7 @@ def _wrong_seed(histories: Histories) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "says"),
+    ("lie", "message"),
     [
         (_lost_contribution, "sums a forward step 1 round 0: what came out on rank 0: expected"),
         (_doubled_contribution, "sums a forward step 1 round 0: what came out on rank 0: expected"),

@@ -32,7 +32,7 @@ def _broken(folder: Path, seed: int, amount: int, progress: Progress) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("campaign", "code", "says"),
+    ("campaign", "code", "output"),
     [
         (
             _good,

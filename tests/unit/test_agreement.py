@@ -119,7 +119,7 @@ def test_a_failed_rank_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "found"),
+    ("environ", "expected"),
     [
         ({}, []),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}, [("OMPI_COMM_WORLD_RANK", 1, 3)]),

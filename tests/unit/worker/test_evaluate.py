@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from bnworker.train.model import cross_entropy, perceptron
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
-
-Command = Callable[..., tuple[int, str, str]]
+from support.command_line import Command
 
 CLASSES = 3
 
