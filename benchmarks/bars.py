@@ -198,5 +198,5 @@ def within(seen: float, bound: float, at_least: bool) -> bool:
 
 
 def exit_code(judgements: Iterable[Judgement], *, enforced: bool) -> int:
-    """1 if a "must" is missed and the machine was quiet enough to be judged on, else 0."""
+    """1 if a "must" is missed and the machine was quiet enough for a verdict, else 0."""
     return int(enforced and any(j.verdict is Verdict.MISSED for j in judgements))

@@ -71,7 +71,7 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
-def test_without_an_exchange_it_would_show(outcomes: Outcomes) -> None:
+def test_a_missing_exchange_changes_the_result(outcomes: Outcomes) -> None:
     """What a rank computes from its own rows alone is something else."""
     rows = shard(0, 2)
     y = SyncBatchNorm(3)(batch((12, 3), torch.float32, 0)[rows])

@@ -235,7 +235,7 @@ def a_smaller_group(rows: slice) -> Any:
 
 @scenario
 def of_one_value(rows: slice) -> Any:
-    """Only the global count is judged: all ranks refuse a batch of one value a channel, alike."""
+    """Only the global count matters: all ranks refuse a batch of one value a channel, alike."""
     layer = SyncBatchNorm(3)
     before = [buffer.clone() for buffer in layer.buffers()]
     x = torch.ones(1 if dist.get_rank() == 0 else 0, 3)

@@ -81,7 +81,7 @@ def test_pods_keep_the_restricted_profile(overlay: str) -> None:
             assert context["readOnlyRootFilesystem"] is True
 
 
-def test_who_may_connect() -> None:
+def test_only_ranks_may_connect() -> None:
     """Service, budget and policy select the service's pod; the policy admits the ranks, to its one port."""
     (pod,) = _pods(_one("service", "StatefulSet"))
     (container,) = pod["spec"]["containers"]
@@ -101,7 +101,7 @@ def test_who_may_connect() -> None:
     assert all(_selects(policy, pod) for pod in _pods(_one("mpijob", "MPIJob")))
 
 
-def test_the_number_of_ranks_is_said_alike() -> None:
+def test_all_fields_agree_on_the_number_of_ranks() -> None:
     """In the two or three places in which each kind of job needs it."""
     job = _one("indexed-job", "Job")["spec"]
     (replicated,) = _one("jobset", "JobSet")["spec"]["replicatedJobs"]

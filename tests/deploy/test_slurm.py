@@ -95,7 +95,7 @@ srun --het-group=1 {python} who.py second-component
 """
 
 
-def test_who_is_a_rank(slurm: Cluster, tmp_path: Path) -> None:
+def test_which_processes_are_ranks(slurm: Cluster, tmp_path: Path) -> None:
     """Tasks of a step are, heterogeneous ones numbered through; what runs beside the steps is not."""
     (tmp_path / "who.py").write_text(_WHO, encoding="ascii")
     for tasks in (("--ntasks=2",), ("--ntasks=1", ":", "--ntasks=2")):

@@ -198,7 +198,7 @@ def _wrong_seed(histories: Histories) -> None:
         (_wrong_seed, "enroll a step 0 round 0: what came out on rank 0: expected"),
     ],
 )
-def test_a_lie_is_caught(lie: Callable[[Histories], None], message: str) -> None:
+def test_a_false_history_is_detected(lie: Callable[[Histories], None], message: str) -> None:
     """What was lost, doubled, swapped or told differently is named."""
     histories = _honest()
     lie(histories)

@@ -22,7 +22,7 @@ def test_kills(kills: int, tmp_path: Path) -> None:
     assert parts == uninterrupted
 
 
-def test_the_transport_is_not_seen(tmp_path: Path) -> None:
+def test_the_transport_does_not_change_the_result(tmp_path: Path) -> None:
     """Twenty steps over MPI, the rest through the service: the bytes of a run through the service alone."""
     options = ("--workers=4", "--resume", *FIFTY_STEPS)  # of three, MPI itself would add in rank order
     trained(tmp_path / "service", *options)

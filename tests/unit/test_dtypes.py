@@ -121,7 +121,7 @@ def test_what_is_no_number_is_refused(values: NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize("policy", HALVES)
-def test_halves_are_within_one_rounding_of_the_truth(policy: str) -> None:
+def test_halves_are_within_one_rounding_of_the_exact_value(policy: str) -> None:
     """Output, input gradient, parameter gradients, moving statistics, inference; given float64 and given halves."""
     rng = np.random.default_rng(1)
     bn = BatchNormalization(dtype=policy, momentum=0.75, name="bn")

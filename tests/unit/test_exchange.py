@@ -53,7 +53,7 @@ def test_a_jump_of_scale_costs_one_probe_each_way() -> None:
 
 
 def test_constant_data_asks_for_no_second_probe() -> None:
-    """A channel without a range has no window that could be too coarse; each new constant misfits once."""
+    """A channel without a range has no window that could be too coarse; each new constant is out of range once."""
     meeting = Meeting(1)
 
     def body(rank: SimulatedRank) -> None:

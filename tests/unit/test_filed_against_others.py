@@ -148,7 +148,7 @@ def test_evaluation_in_between_leaves_the_numbering_alone() -> None:
 
 
 def test_a_local_batch_of_one_was_rejected() -> None:
-    """pytorch #36865: only the global count is judged, and a global batch of one is Keras's: variance 0."""
+    """pytorch #36865: only the global count matters, and a global batch of one is Keras's: variance 0."""
     x, dy = draw("normal", 0, 0, (3, 4), "float32"), draw("normal", 1, 0, (3, 4), "float32")
 
     def world(world_size: int) -> list[bytes]:

@@ -138,7 +138,7 @@ def test_moments_read_back_what_was_packed() -> None:
     assert GradientSums.rows(2) == 10
 
 
-def test_states_survive_the_trip_as_arrays() -> None:
+def test_states_round_trip_as_arrays() -> None:
     """And a damaged one is refused by name."""
     grid = probed([1.0, 2.0])
     moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))

@@ -29,7 +29,7 @@ def test_a_seed_draws_what_keras_draws(name: str, dtype: str) -> None:
     assert made((6,), dtype_named(dtype)).tobytes() == drawn.tobytes()
 
 
-def test_the_golden_numbers_say_where_they_come_from() -> None:
+def test_the_golden_numbers_name_their_origin() -> None:
     """Real Keras, on the backend whose draws these are."""
     assert (GOLDEN["origin"]["keras"], GOLDEN["origin"]["backend"]) == ("3.15.1", "numpy")
 
@@ -170,7 +170,7 @@ def test_those_for_matrices_are_refused(name: str) -> None:
         ),
     ],
 )
-def test_nonsense_is_refused_with_what_was_received(make: Any, text: str) -> None:
+def test_invalid_values_are_refused_with_what_was_received(make: Any, text: str) -> None:
     """When the initializer is made, not when the layer is built."""
     with pytest.raises(ValueError) as caught:
         make()

@@ -86,7 +86,7 @@ def _state(channels: int = 3, dtype: Any = np.float32, prefix: str = "") -> dict
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("flags", [{}, {"center": False}, {"scale": False}, {"renorm": True}])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_keras_weights_come_and_go_exactly(policy: str, flags: dict[str, bool], channels: int) -> None:
+def test_keras_weights_round_trip_exactly(policy: str, flags: dict[str, bool], channels: int) -> None:
     """Every vector lands where Keras has it, with its bits; the configuration comes along."""
     bn = _layer(axis=1, momentum=0.75, epsilon=1e-5, dtype=policy, channels=channels, **flags)
     keras_layer = _KerasLayer(bn.get_config(), [np.zeros_like(w) for w in bn.get_weights()])
@@ -340,7 +340,7 @@ def test_torch_states_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tensors_come_from_any_device(dtype: str) -> None:
+def test_tensors_of_any_device_are_accepted(dtype: str) -> None:
     """Detached and copied to the CPU; bfloat16, which NumPy can't take from torch, by way of float32."""
     names = ("weight", "bias", "running_mean", "running_var")
     state = {name: _Tensor([1.5, i + 0.25], f"torch.{dtype}") for i, name in enumerate(names)}

@@ -286,7 +286,7 @@ def test_backward_windows_at_their_ends(compiled: Compiled, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*variants(), "reference"])
-def test_padding_beyond_every_window_is_no_wrong_gradient(chosen: pytest.MonkeyPatch, name: str) -> None:
+def test_padding_beyond_every_window_gives_no_wrong_gradient(chosen: pytest.MonkeyPatch, name: str) -> None:
     """float64: |x − mean|·|dy| of a masked place can't be summed at 1e306; it was, as bits of NaN, without a word."""
     chosen.setenv("BNLAYER_KERNELS", name)
     rng = np.random.default_rng(0)

@@ -81,7 +81,7 @@ def test_channel_counts_off_every_block(channels: int) -> None:
     assert error(bn.backward(dy), want.dx) <= 2e-6
 
 
-def test_blocks_of_large_arrays_do_not_show() -> None:
+def test_blocks_of_large_arrays_do_not_change_the_result() -> None:
     """More elements than one block of the reference kernels holds, with the cut along rows and along columns."""
     x, dy = batch(3, 2, 70_000), batch(3, 2, 70_000)
     bn = BatchNormalization(axis=1)
@@ -182,7 +182,7 @@ def test_zero_rows_give_an_empty_output_and_no_update() -> None:
     assert bn.moving_variance.value.tolist() == [1, 1, 1]
 
 
-def test_all_masked_follows_keras_alone_and_holds_still_synchronized() -> None:
+def test_a_fully_masked_batch_updates_as_keras_does_alone_and_nothing_when_synchronized() -> None:
     """A local layer's moving statistics decay towards 0; a synchronized layer leaves them alone."""
     x, mask = batch(5, 2), np.zeros(5, bool)
     local, synchronized = BatchNormalization(), BatchNormalization(synchronized=True, collective=Alone())

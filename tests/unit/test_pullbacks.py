@@ -61,7 +61,7 @@ def test_backward_of_one_of_several_calls_is_refused() -> None:
     assert np.isfinite(bn.backward(batch(9))).all()
 
 
-def test_handles_and_backward_do_not_meet() -> None:
+def test_handles_and_backward_are_independent() -> None:
     """A handle returns and writes to no `.gradient`; a call without one keeps its backward; both have the same bits."""
     bn, a, b, da, db = BatchNormalization(), batch(0), batch(1), batch(2), batch(3)
     bn(a, training=True)
@@ -148,7 +148,7 @@ def test_copies_take_no_call_along() -> None:
 @pytest.mark.parametrize("shape", [(6, 3), (300, 64), (4, 8, 5, 3)])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("write", [lambda x: np.maximum(x, 0, out=x), lambda x: x.fill(1), lambda x: np.negative(x, x)])
-def test_an_input_that_was_written_to_is_seen(
+def test_an_input_that_was_written_to_is_detected(
     shape: tuple[int, ...], strided: bool, write: Callable[[Array], object]
 ) -> None:
     """In place, as activations and reused buffers are: the backward pass would read another batch."""

@@ -54,7 +54,7 @@ def _undisturbed(world_size: int) -> Play:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.binary(min_size=_CHOICES, max_size=_CHOICES), st.lists(st.booleans(), min_size=2, max_size=3))
-def test_whatever_breaks_everything_counts_once(choices: bytes, local: list[bool]) -> None:
+def test_every_exchange_counts_once_whatever_breaks(choices: bytes, local: list[bool]) -> None:
     """Over streams, local sockets, and both in one job."""
     play, expected = _play(choices, tuple(local)), _undisturbed(len(local))
     assert play.owned() == expected.owned()

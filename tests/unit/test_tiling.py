@@ -150,8 +150,8 @@ def test_no_needless_temporaries(shape: tuple[int, ...], axis: int, policy: str,
 
 
 @pytest.mark.parametrize("wanted", ["0", "-1", "two"])
-def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    """It is said what was expected."""
+def test_an_invalid_number_of_threads(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """The error says what was expected."""
     threads.cache_clear()
     monkeypatch.setenv("BNLAYER_THREADS", wanted)
     try:

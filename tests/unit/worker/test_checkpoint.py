@@ -55,7 +55,7 @@ def made(tensors: Mapping[str, NDArray[Any]] | None = None, steps: int = 4) -> C
     return Checkpoint({**held, **(tensors or {})}, progress, Settings().as_json(), Origin("digits", "ab" * 16, 64, 10))
 
 
-def test_the_way_there_and_back() -> None:
+def test_a_checkpoint_round_trips() -> None:
     """Every bit of every tensor and number."""
     before = made({"f32": np.array([[1e-45], [-0.0]], np.float32)})
     after = decode(encode(before), "FILE")

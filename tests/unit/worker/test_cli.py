@@ -200,7 +200,7 @@ def test_a_rank_cannot_choose_the_number_of_workers(
     )
 
 
-def test_what_is_wrong_with_us_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug is not dressed up as a user's error."""
 
     def broken(*_: object, **__: object) -> None:

@@ -103,7 +103,7 @@ def test_a_rank_opens_its_own_shards_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("bad_rank", [0, 2])
-def test_a_bad_shard_is_said_by_every_rank(bad_rank: int, tmp_path: Path) -> None:
+def test_a_bad_shard_raises_on_every_rank(bad_rank: int, tmp_path: Path) -> None:
     """One rank alone can see it; all raise the same line."""
     write(tmp_path, [8, 8, 8])
     x, y = rows(8)
@@ -114,7 +114,7 @@ def test_a_bad_shard_is_said_by_every_rank(bad_rank: int, tmp_path: Path) -> Non
     assert [(type(one), str(one)) for one in results] == [(DataError, expected)] * 3
 
 
-def test_a_bad_test_label_is_said_by_every_rank(tmp_path: Path) -> None:
+def test_a_bad_test_label_raises_on_every_rank(tmp_path: Path) -> None:
     """What is out of range is known when all shards are; its row is known to one rank."""
     for number in range(2):
         x, y = rows(6)
@@ -186,7 +186,7 @@ def test_arrays_in_memory_are_shared_out() -> None:
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_nobody_has_a_problem() -> None:
+def test_no_rank_has_a_problem() -> None:
     """One exchange, and nothing is raised."""
 
     def body(world: Reader) -> int:

@@ -96,7 +96,7 @@ def test_other_data_are_evaluated_in_all_and_class_by_class(command: Command, tr
 
 
 def test_the_tables(command: Command, trained: Checkpoint) -> None:
-    """For people: what was judged, the figures, and each class under the label that the data has."""
+    """For people: what was evaluated, the figures, and each class under the label that the data has."""
     code, out, err = command("evaluate", "run.safetensors")
     assert (code, err) == (0, "")
     lines = out.splitlines()

@@ -192,7 +192,7 @@ def test_ranks_that_did_not_report_are_named() -> None:
     assert (job.done, job.unreported, job.exit_code()) == (True, frozenset(), 7)
 
 
-def test_what_is_said_of_an_end() -> None:
+def test_the_description_of_an_end() -> None:
     """The line that the user reads."""
     assert str(Ended(1, 0, left_open="leaving the job")) == (
         "rank 1 exited with code 0 without leaving the job (os._exit?): a failure, code 1"

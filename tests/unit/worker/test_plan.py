@@ -160,7 +160,7 @@ def test_what_is_refused(environ: dict[str, str], arguments: dict[str, Any], tex
     assert str(caught.value) == text
 
 
-def test_an_initialized_process_group_is_taken_where_nothing_else_says_how_ranks_meet() -> None:
+def test_an_initialized_process_group_is_used_where_nothing_else_is_configured() -> None:
     """torch.distributed beats the variables of torchrun; an address, and MPI's variables, beat it."""
     assert plan(TORCHRUN, process_group=True) == Plan(
         "torch", 2, 4, "torch.distributed is initialized; RANK says the rank"

@@ -149,7 +149,7 @@ def test_an_earlier_report_outlives_a_run_that_never_began(tmp_path: Path) -> No
     assert (tmp_path / "index.html").read_bytes() == before
 
 
-def test_nothing_asked_for(tmp_path: Path) -> None:
+def test_a_recorder_without_folders_writes_nothing(tmp_path: Path) -> None:
     """A recorder without folders writes nothing."""
     recorder = Recorder(None, None, 10, 5)
     recorder.watch(step(1))

@@ -74,7 +74,7 @@ def test_what_is_reported(world: World) -> None:
 
 
 def test_steps_stop_it(world: World) -> None:
-    """In the middle of an epoch, which is then judged as it is."""
+    """In the middle of an epoch, which is then evaluated as it is."""
     outcome = train(Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64", steps=4), small(), world)
     assert outcome.steps == 4
     assert [one.rows for one in outcome.epochs] == [21, 7]

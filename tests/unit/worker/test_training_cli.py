@@ -74,7 +74,7 @@ ACCEPTED = (
         ("epochs = ", "Invalid value (at end of document)"),
     ],
 )
-def test_what_is_wrong_in_a_file(text: str, line: str, command: Command) -> None:
+def test_errors_in_a_file_name_the_key(text: str, line: str, command: Command) -> None:
     """One line: the file, the key, and what is accepted."""
     Path("run.toml").write_text(text, encoding="utf-8")
     code, out, err = command("train", "--config", "run.toml")

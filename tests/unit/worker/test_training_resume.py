@@ -113,7 +113,7 @@ def test_older_checkpoints_go_on_as_they_began() -> None:
 
 @pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
 def test_stopped_after_every_step(settings: Settings) -> None:
-    """What is saved is what the whole run saves after that step, judged where an epoch ends there."""
+    """What is saved is what the whole run saves after that step, evaluated where an epoch ends there."""
     uninterrupted, files, _ = run(settings, every=1)
     by_steps = dict(files)
     for last in range(1, uninterrupted.steps):
@@ -126,7 +126,7 @@ def test_stopped_after_every_step(settings: Settings) -> None:
     assert run(settings, stop=partial(next, asked))[1][-1] == files[-1], "its last step: nothing is left to stop"
 
 
-def test_labels_are_kept() -> None:
+def test_labels_are_saved_and_restored() -> None:
     """Output k stands for the k-th label: the file says which, so that other rows can be compared with the model."""
     _, files, _ = run(PLAIN, given=data(PLAIN, first_label=1))
     saved = decode(files[-1][1], "")
@@ -195,7 +195,7 @@ def test_nothing_left_to_do() -> None:
 
 
 def test_nothing_left_to_do_within_an_epoch() -> None:
-    """It is judged as it is."""
+    """It is evaluated as it is."""
     first, files, _ = run(replace(PLAIN, steps=7))
     resumed, none, events = run(replace(PLAIN, steps=6), files[-1][1])
     assert none == []

@@ -274,5 +274,5 @@ def _together(world: Ranks | None, action: Callable[[], T]) -> T:
     except DataError as error:
         problem = error
     raise_on_every_rank(world, problem)
-    assert result is not None, "settled"
+    assert result is not None, "no rank has raised"
     return result
