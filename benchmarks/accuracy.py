@@ -87,19 +87,19 @@ def keras_layer(x: Array) -> tuple[Array, Array]:
 
 def methods() -> dict[str, Method]:
     """What is compared, by name; frameworks only where they are installed."""
-    found: dict[str, Method] = {
+    methods_by_name: dict[str, Method] = {
         "bnlayer": this_layer,
         "bnlayer, before rounding": this_layer_before_rounding,
         "np.var, float32": np_var,
         "E[x²] − E[x]², float32": difference_of_squares,
     }
     if importlib.util.find_spec("torch") is not None:
-        found["torch"] = torch_layer
+        methods_by_name["torch"] = torch_layer
     if importlib.util.find_spec("keras") is not None:
         import keras
 
-        found[f"Keras {keras.__version__}, {keras.backend.backend()}"] = keras_layer
-    return found
+        methods_by_name[f"Keras {keras.__version__}, {keras.backend.backend()}"] = keras_layer
+    return methods_by_name
 
 
 def truth(x: Array) -> tuple[Array, Array]:
@@ -114,10 +114,10 @@ def errors(method: Method, x: Array) -> dict[str, float]:
     """The worst errors of a method on one batch; NaN counts as infinite."""
     variance, y = method(x)
     want_variance, want_y = truth(x)
-    found = {"variance": float(np.max(np.abs(variance - want_variance) / want_variance))}
+    worst = {"variance": float(np.max(np.abs(variance - want_variance) / want_variance))}
     if y is not None:
-        found["output"] = float(np.max(np.abs(y - want_y) / (1 + np.abs(want_y))))
-    return {name: np.inf if np.isnan(error) else error for name, error in found.items()}
+        worst["output"] = float(np.max(np.abs(y - want_y) / (1 + np.abs(want_y))))
+    return {name: np.inf if np.isnan(error) else error for name, error in worst.items()}
 
 
 def measure(seeds: int) -> list[dict[str, Any]]:
@@ -125,12 +125,12 @@ def measure(seeds: int) -> list[dict[str, Any]]:
     rows = []
     for name, method in methods().items():
         for mean in MEANS:
-            found = [
+            measured = [
                 errors(method, (np.random.default_rng(seed).standard_normal(shape) + mean).astype(np.float32))
                 for shape in SHAPES
                 for seed in range(seeds)
             ]
-            ranges = {key: [min(f[key] for f in found), max(f[key] for f in found)] for key in found[0]}
+            ranges = {key: [min(f[key] for f in measured), max(f[key] for f in measured)] for key in measured[0]}
             rows.append({"method": name, "mean": mean, **ranges})
     return rows
 

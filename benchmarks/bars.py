@@ -156,9 +156,9 @@ def narrowed(bars: Iterable[Bar], shapes: Collection[str]) -> list[Bar]:
     """The bars for a run of some of the kernels' shapes: their figures of other shapes don't count."""
     narrow = []
     for bar in bars:
-        kept = tuple(f for f in bar.figures if not f.startswith("kernels/") or f.split("/")[1] in shapes)
-        if kept:
-            narrow.append(replace(bar, figures=kept))
+        present = tuple(f for f in bar.figures if not f.startswith("kernels/") or f.split("/")[1] in shapes)
+        if present:
+            narrow.append(replace(bar, figures=present))
     return narrow
 
 
@@ -198,5 +198,5 @@ def within(seen: float, bound: float, at_least: bool) -> bool:
 
 
 def exit_code(judgements: Iterable[Judgement], *, enforced: bool) -> int:
-    """1 if a "must" is missed and the machine was quiet enough to be judged on, else 0."""
+    """1 if a "must" is missed and the machine was quiet enough for a verdict, else 0."""
     return int(enforced and any(j.verdict is Verdict.MISSED for j in judgements))

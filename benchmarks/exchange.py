@@ -264,17 +264,17 @@ def measure(given: argparse.Namespace) -> dict[str, list[float]]:
 
 def figures(ranks: int, repetitions: int) -> dict[str, float]:
     """What the suite shows: service/R ranks/C=…/ and socket, grpc, exchange, stream, journal; and ratios."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for channels in (64, 256, 1024, 2048):
         given = argparse.Namespace(ranks=ranks, channels=channels, blocks=10, exchanges=max(10, repetitions // 10))
         median = {name: statistics.median(seconds) for name, seconds in measure(given).items()}
         at = f"service/{ranks} ranks/C={channels}"
-        found |= {f"{at}/{name}": median[name] for name in ("socket", "grpc", "stream", "journal", "layer")}
-        found[f"{at}/exchange"] = median["service"]
-        found[f"{at}/exchange ÷ socket"] = median["service"] / median["socket"]
-        found[f"{at}/stream ÷ socket"] = median["stream"] / median["socket"]
-        found[f"{at}/journal ÷ exchange"] = median["journal"] / median["service"]
-    return found
+        results |= {f"{at}/{name}": median[name] for name in ("socket", "grpc", "stream", "journal", "layer")}
+        results[f"{at}/exchange"] = median["service"]
+        results[f"{at}/exchange ÷ socket"] = median["service"] / median["socket"]
+        results[f"{at}/stream ÷ socket"] = median["stream"] / median["socket"]
+        results[f"{at}/journal ÷ exchange"] = median["journal"] / median["service"]
+    return results
 
 
 def main() -> None:
@@ -313,8 +313,8 @@ def report(given: argparse.Namespace, blocks: dict[str, list[float]]) -> None:
         print(f"{name:10}{1e6 * median[name]:8.0f}{1e6 * low:8.0f}{1e6 * high:8.0f}{ratios}")
     print(f"\njournal ÷ service {median['journal'] / median['service']:.3f}")
     if given.json is not None:
-        found = {"ranks": given.ranks, "channels": given.channels, "load": load, "seconds": blocks, "median": median}
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        document = {"ranks": given.ranks, "channels": given.channels, "load": load, "seconds": blocks, "median": median}
+        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

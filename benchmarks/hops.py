@@ -105,8 +105,8 @@ def played(transports: list[Any]) -> tuple[list[Hop], list[tuple[float, float]],
     for thread in ranks:
         thread.join()
     threading.setprofile(None)
-    whole = [(min(s for s, _ in each), max(e for _, e in each)) for each in zip(*calls.values(), strict=True)]
-    return trace.hops, whole, threads[0]
+    spans = [(min(s for s, _ in each), max(e for _, e in each)) for each in zip(*calls.values(), strict=True)]
+    return trace.hops, spans, threads[0]
 
 
 def between(hops: list[Hop], start: float, end: float, threads: set[int] | None = None) -> list[str]:

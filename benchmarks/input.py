@@ -72,7 +72,7 @@ def rank(folder: str, batch_size: int, steps: int) -> None:
         settings = Settings(epochs=1, batch_size=batch_size, steps=steps, learning_rate=0.01)
         train(settings, data, world, watch=lambda event: made.append(event) if isinstance(event, Step) else None)
         width = FEATURES * (4 + data.parts[0].given.x.dtype.itemsize)
-        found = {
+        figures = {
             "rank": world.rank,
             "rows": data.rows,
             "own_rows": data.rows_per_rank(world.world_size)[world.rank],
@@ -85,7 +85,7 @@ def rank(folder: str, batch_size: int, steps: int) -> None:
             "peak_mb": memory_mb("VmHWM"),
             "working_set_mb": round(_BLOCK * width / 2**20, 1),
         }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(figures), flush=True)
 
 
 def main() -> None:

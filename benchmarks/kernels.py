@@ -110,8 +110,8 @@ class Batch:
         grid = grid.probed(reference.probe(x3, None, grid), everywhere)
         statistics = Moments(reference.moments(x3, None, grid), grid).statistics(peers.EPSILON, False)
         backward = BackwardGrid.unknown("float32", flat[1]).reaching(statistics.reach)
-        found = reference.gradient_probe(dy3, x3, statistics.pivot, backward)
-        return cls(x, dy, axis, (x3, dy3, seen_mask), grid, backward.probed(found, everywhere), statistics)
+        keys = reference.gradient_probe(dy3, x3, statistics.pivot, backward)
+        return cls(x, dy, axis, (x3, dy3, seen_mask), grid, backward.probed(keys, everywhere), statistics)
 
 
 def ours(kernels: Kernels, name: str, batch: Batch) -> Runs:
@@ -168,9 +168,9 @@ def probes(batch: Batch) -> Runs:
     """The runs of the limit probes, in every variant."""
     x, dy, _ = batch.seen
     runs: Runs = {}
-    for which, found in ((FORWARD, limits.forward(x)), (BACKWARD, limits.backward(dy, x))):
+    for which, by_variant in ((FORWARD, limits.forward(x)), (BACKWARD, limits.backward(dy, x))):
         first, second = list(PARTS)[:2] if which == FORWARD else list(PARTS)[2:]
-        for variant, (read, written) in found.items():
+        for variant, (read, written) in by_variant.items():
             runs[which, f"limit, {variant}"] = _in_turn(read, written)
             reading, writing = variant.split(", ")
             runs[first, f"limit, {reading}"], runs[second, f"limit, {writing}"] = read, written
@@ -182,8 +182,8 @@ def frameworks(batch: Batch, available: Iterable[str]) -> Runs:
     runs: Runs = {}
     for name, passes in FRAMEWORKS.items():
         if name in available:
-            found = passes(batch.x, batch.dy, batch.axis)
-            runs[FORWARD, name], runs[BACKWARD, name] = found.forward, found.backward
+            peer = passes(batch.x, batch.dy, batch.axis)
+            runs[FORWARD, name], runs[BACKWARD, name] = peer.forward, peer.backward
     return runs
 
 
@@ -201,15 +201,15 @@ def measure(shape: Shape, budget_s: float, available: Iterable[str]) -> dict[str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch, of arrays that it may not write to
         runs |= frameworks(batch, available)
-    found = timed({f"{which}/{name}": run for (which, name), run in runs.items()}, budget_s)
-    return figures(str(shape), found)
+    contenders = timed({f"{which}/{name}": run for (which, name), run in runs.items()}, budget_s)
+    return figures(str(shape), contenders)
 
 
-def figures(shape: str, found: dict[str, Contender]) -> dict[str, float]:
+def figures(shape: str, contenders: dict[str, Contender]) -> dict[str, float]:
     """Seconds and ratios; of the probes and float kernels, the best variant's."""
     seconds: dict[tuple[str, str], float] = {}
     result: dict[str, float] = {}
-    for label, contender in found.items():
+    for label, contender in contenders.items():
         which, _, name = label.partition("/")
         kind = name.partition(",")[0]
         seconds[which, kind] = min(contender.seconds, seconds.get((which, kind), float("inf")))

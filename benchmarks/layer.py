@@ -38,11 +38,11 @@ def small_call(available: list[str], budget_s: float) -> dict[str, float]:
     }
     if "torch" in available:
         runs |= _torch_runs(batch)
-    found = {name: contender.seconds for name, contender in timed(runs, budget_s).items()}
-    figures = {f"layer/{SMALL}/{name}/seconds": seconds for name, seconds in found.items()}
+    seconds_of = {name: contender.seconds for name, contender in timed(runs, budget_s).items()}
+    figures = {f"layer/{SMALL}/{name}/seconds": seconds for name, seconds in seconds_of.items()}
     if "torch" in available:
-        figures[f"layer/{SMALL}/call ÷ torch"] = found["call"] / found["torch call"]
-        figures[f"layer/{SMALL}/step ÷ torch"] = found["step"] / found["torch step"]
+        figures[f"layer/{SMALL}/call ÷ torch"] = seconds_of["call"] / seconds_of["torch call"]
+        figures[f"layer/{SMALL}/step ÷ torch"] = seconds_of["step"] / seconds_of["torch step"]
     return figures
 
 
@@ -68,7 +68,7 @@ def beyond_kernels(shape: Shape, budget_s: float) -> dict[str, float]:
     called, layer = BatchNormalization(axis=shape.axis), BatchNormalization(axis=shape.axis)
     bare = ours(kernels(), "bare", batch)
     forward, backward = bare[FORWARD, "bare"], bare[BACKWARD, "bare"]
-    found = timed(
+    contenders = timed(
         {
             "call": lambda: called(batch.x, training=True),
             "step": lambda: (layer(batch.x, training=True), layer.backward(batch.dy)),
@@ -77,7 +77,7 @@ def beyond_kernels(shape: Shape, budget_s: float) -> dict[str, float]:
         },
         budget_s,
     )
-    seconds = {name: contender.seconds for name, contender in found.items()}
+    seconds = {name: contender.seconds for name, contender in contenders.items()}
     figures = {f"layer/{shape}/{name}/seconds": value for name, value in seconds.items()}
     for what in ("call", "step"):
         figures[f"layer/{shape}/{what} − kernels"] = seconds[what] - seconds[f"kernels of a {what}"]

@@ -51,5 +51,5 @@ def backward(dy: Array, x: Array) -> dict[str, tuple[Callable[[], object], Calla
 
 
 def _bound(name: str, *arguments: Array | int) -> Callable[[], object]:
-    found = function(name)
-    return lambda: found(*arguments)
+    probe = function(name)
+    return lambda: probe(*arguments)

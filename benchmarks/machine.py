@@ -72,9 +72,9 @@ def _processor() -> str:
 
 
 def _caches() -> dict[str, str]:
-    found = {}
+    sizes = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((folder / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size"))
         if kind != "Instruction":
-            found[f"L{level}"] = size
-    return found
+            sizes[f"L{level}"] = size
+    return sizes

@@ -172,7 +172,7 @@ def main() -> None:
     if arguments.rank is not None:
         rank(arguments.address, arguments.rank, arguments.layers, arguments.channels, arguments.seconds)
         return
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         empty, full = Path(folder, "empty"), Path(folder, "full")
         empty.mkdir()
@@ -181,11 +181,11 @@ def main() -> None:
         finished_jobs(full, arguments)
         print(f"{arguments.jobs} finished jobs were made in {time.perf_counter() - began:.1f} s", flush=True)
         for name, directory in (("none", empty), (str(arguments.jobs), full)):
-            found[name] = measured(directory, arguments)
-            shown = "  ".join(f"{key} {value:.2f}" for key, value in found[name].items())
+            results[name] = measured(directory, arguments)
+            shown = "  ".join(f"{key} {value:.2f}" for key, value in results[name].items())
             print(f"finished jobs {name:>6}:  {shown}", flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        arguments.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

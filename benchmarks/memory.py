@@ -61,11 +61,11 @@ def main() -> None:
     for _ in range(2):
         layer(x, training=True, mask=mask)
         layer.backward(dy)
-    found = {
+    ratios = {
         "call ÷ output": peak_ratio(lambda: layer(x, training=True, mask=mask)),
         "backward ÷ dx": peak_ratio(lambda: layer.backward(dy)),
     }
-    print(json.dumps(found))
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":

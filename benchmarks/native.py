@@ -37,11 +37,11 @@ def function(name: str) -> Callable[..., Any]:
 
     It takes arrays in one piece, of the types that the source says, and numbers; nothing is checked.
     """
-    found = _library()[name]
-    found.restype = _RESULTS.get(name)
+    symbol = _library()[name]
+    symbol.restype = _RESULTS.get(name)
 
     def call(*arguments: NDArray[Any] | int) -> Any:
-        return found(*(_address(a) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments))
+        return symbol(*(_address(a) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments))
 
     return call
 

@@ -74,10 +74,10 @@ def kernels(document: Document) -> str:
 
 def bars(document: Document) -> str:
     """Every bar with what was seen."""
-    known = {bar.name: bar for bar in BARS}
+    bars_by_name = {bar.name: bar for bar in BARS}
     rows = []
     for entry in document["bars"]:
-        bar = known[entry["name"]]
+        bar = bars_by_name[entry["name"]]
         seen = "–" if entry["seen"] is None else value(bar, entry["seen"])
         verdict = f"**{entry['verdict']}**" if entry["verdict"] == Verdict.MISSED else entry["verdict"]
         worst = entry["worst"].partition("/")[2] if len(bar.figures) > 1 else ""
@@ -100,13 +100,13 @@ def exchanges(document: Document) -> str:
     rows = []
     for ranks in (2, 4, 8):
         for kind, pattern in kinds.items():
-            found = [figures.get(pattern.format(ranks, channels)) for channels in _CHANNELS]
-            if any(found):
-                rows.append([kind, str(ranks), *("–" if f is None else shown(pattern, f) for f in found)])
+            row = [figures.get(pattern.format(ranks, channels)) for channels in _CHANNELS]
+            if any(row):
+                rows.append([kind, str(ranks), *("–" if f is None else shown(pattern, f) for f in row)])
     return _table(["exchange", "ranks", *(f"C = {channels}" for channels in _CHANNELS)], rows)
 
 
-def whole(document: Document) -> str:
+def layer_and_step(document: Document) -> str:
     """The layer as a whole, starting, and a step of ten layers."""
     figures = document["figures"]
     wanted = ("layer/32,64/", "starting/", "step/")
@@ -120,7 +120,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "kernels": kernels,
     "bars": bars,
     "exchanges": exchanges,
-    "whole": whole,
+    "whole": layer_and_step,
 }
 
 

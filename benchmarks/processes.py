@@ -112,8 +112,8 @@ def _finished(
                     process.wait()
         if any(codes) or not result.exists():
             raise RanksFailed(f"exit codes {codes}: {_tails(folder)}")
-        found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        figures: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
+        return figures
 
 
 def _tails(folder: str) -> str:

@@ -39,22 +39,22 @@ def measured(
         settings: of the run.
         measure: a section, by name.
     """
-    found: Figures = {}
+    figures: Figures = {}
     parts = [section.split("/") for section in missed_sections]
     shapes = tuple(sorted({part[1] for part in parts if part[0] == "kernels"}))
     for section in sorted({part[0] for part in parts}):
-        found |= measure(section, replace(settings, shapes=shapes))
-    return found
+        figures |= measure(section, replace(settings, shapes=shapes))
+    return figures
 
 
 def merged(bars: Iterable[Bar], first: Figures, second: Figures) -> Figures:
     """The first figures; those of the second measurement at each place where only it reaches a bar."""
-    found = dict(first)
+    figures_after = dict(first)
     for bar in bars:
         for name in bar.figures:
             if not _reaches(bar, first, name) and _reaches(bar, second, name):
-                found |= {other: seen for other, seen in second.items() if _section(other) == _section(name)}
-    return found
+                figures_after |= {other: seen for other, seen in second.items() if _section(other) == _section(name)}
+    return figures_after
 
 
 def _section(name: str) -> str:

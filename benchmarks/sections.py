@@ -46,29 +46,29 @@ def kernels(settings: Settings) -> Figures:
     from benchmarks.kernels import SHAPES
     from benchmarks.processes import alone
 
-    found: Figures = {}
+    figures: Figures = {}
     for number, shape in enumerate(SHAPES):
         if not settings.shapes or str(shape) in settings.shapes:
             settings.report(f"kernels {shape}")
             budget_s = (3.0 + shape.elements / 2**20) * (3 if settings.full else 1)  # as many turns, more or less
-            found |= alone("benchmarks.kernels", str(number), str(budget_s), *settings.available)
-    return found
+            figures |= alone("benchmarks.kernels", str(number), str(budget_s), *settings.available)
+    return figures
 
 
 def layer(settings: Settings) -> Figures:
     """The layer as a whole: calls, steps, memory."""
-    from benchmarks import layer as whole
+    from benchmarks import layer as layer_section
     from benchmarks.kernels import SHAPES
     from benchmarks.timing import keep_memory
 
     keep_memory()
     settings.report("layer: a small call")
-    found = whole.small_call(settings.available, 2.0)
+    figures = layer_section.small_call(settings.available, 2.0)
     for shape in SHAPES if settings.full else SHAPES[2:4]:
         settings.report(f"layer: {shape} beside its kernels")
-        found |= whole.beyond_kernels(shape, 8.0 if settings.full else 2.0)
+        figures |= layer_section.beyond_kernels(shape, 8.0 if settings.full else 2.0)
     settings.report("layer: memory")
-    return found | whole.memory()
+    return figures | layer_section.memory()
 
 
 def accuracy(settings: Settings) -> Figures:
@@ -111,15 +111,15 @@ def service(settings: Settings) -> Figures:
 
 
 def _by_ranks(name: str, needed: str, measure: Callable[[int, int], Figures], settings: Settings) -> Figures:
-    found: Figures = {}
+    figures: Figures = {}
     if needed in settings.missing:
         settings.report(f"{name}: {needed} is NOT INSTALLED")
-        return found
+        return figures
     # More ranks than cores take turns on them: milliseconds an exchange.
     for ranks, repetitions in ((2, 2000), (4, 300), (8, 200)) if settings.full else ((2, 1000), (4, 100)):
         settings.report(f"{name}: {ranks} ranks")
-        found |= measure(ranks, repetitions)
-    return found
+        figures |= measure(ranks, repetitions)
+    return figures
 
 
 def step(settings: Settings) -> Figures:
@@ -128,16 +128,16 @@ def step(settings: Settings) -> Figures:
 
     number = 100 if settings.full else 30
     settings.report("step: ten layers alone, over MPI, over the service")
-    found = steps.measure(number)
+    figures = steps.measure(number)
     if "tensorflow" in settings.missing:
         settings.report("step: TensorFlow is NOT INSTALLED; --tensorflow-python names an interpreter that has it")
-        return found
+        return figures
     settings.report("step: ten layers in TensorFlow")
-    found |= steps_tensorflow.measure(settings.tensorflow_python, number // 2)  # each takes several of ours
+    figures |= steps_tensorflow.measure(settings.tensorflow_python, number // 2)  # each takes several of ours
     for ours in ("mpi", "service"):
-        if f"step/{ours}" in found:
-            found[f"step/tensorflow ÷ {ours}"] = found["step/tensorflow"] / found[f"step/{ours}"]
-    return found
+        if f"step/{ours}" in figures:
+            figures[f"step/tensorflow ÷ {ours}"] = figures["step/tensorflow"] / figures[f"step/{ours}"]
+    return figures
 
 
 SECTIONS: dict[str, Callable[[Settings], Figures]] = {

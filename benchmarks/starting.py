@@ -45,15 +45,15 @@ def _in_fresh_process() -> dict[str, float]:
         cwd=Path(__file__).parents[1],
         timeout=300,
     )
-    found: dict[str, float] = json.loads(ended.stdout)
-    return found
+    figures: dict[str, float] = json.loads(ended.stdout)
+    return figures
 
 
 def measure(processes: int) -> dict[str, float]:
     """All figures."""
     _in_fresh_process()  # fills the page cache
     every = [_in_fresh_process() for _ in range(processes)]
-    return {f"starting/{what}": sorted(found[what] for found in every)[processes // 4] for what in every[0]}
+    return {f"starting/{what}": sorted(figures[what] for figures in every)[processes // 4] for what in every[0]}
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def measure(steps: int) -> dict[str, float]:
     return figures | _named("service", over_service(2, module, str(steps)))
 
 
-def _named(name: str, found: dict[str, float]) -> dict[str, float]:
-    return {f"step/{name}": found["quartile"], f"step/{name}, p50": found["median"]}
+def _named(name: str, seconds: dict[str, float]) -> dict[str, float]:
+    return {f"step/{name}": seconds["quartile"], f"step/{name}, p50": seconds["median"]}
 
 
 def rank(result: str, steps: int) -> None:

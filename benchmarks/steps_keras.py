@@ -20,13 +20,13 @@ from benchmarks.processes import over_service, write
 from benchmarks.steps_tensorflow import LAYERS, SHAPE
 
 _WARM = 5
-_ROUNDS, _STEPS = 3, 15
+_REPETITIONS, _STEPS = 3, 15
 
 
 def measure(steps: int) -> dict[str, float]:
     """Two ranks, with one thread each and with TensorFlow's choice; the better one counts."""
-    found = [over_service(2, "benchmarks.steps_keras", str(steps), str(threads), limit_s=400) for threads in (1, 0)]
-    return {name: min(each[name] for each in found) for name in found[0]}
+    runs = [over_service(2, "benchmarks.steps_keras", str(steps), str(threads), limit_s=400) for threads in (1, 0)]
+    return {name: min(each[name] for each in runs) for name in runs[0]}
 
 
 def rank(result: str, steps: int, threads: int) -> None:
@@ -73,7 +73,7 @@ def rank(result: str, steps: int, threads: int) -> None:
 def table() -> None:
     """Both, in turn, so that the machine's load falls on both alike."""
     print("| round | figure | MultiWorkerMirroredStrategy | adapter | ratio |\n|---|---|---|---|---|")
-    for number in range(_ROUNDS):
+    for number in range(_REPETITIONS):
         theirs, ours = steps_tensorflow.measure(sys.executable, _STEPS), measure(_STEPS)
         for figure, suffix in (("a step", ""), ("processor time of a rank", ", CPU")):
             a, b = theirs[f"step/tensorflow{suffix}"], ours[f"step/keras{suffix}"]

@@ -51,10 +51,10 @@ def measure(python: str, steps: int) -> dict[str, float]:
             }
             for index in range(2)
         ]
-        found = side_by_side(
+        runs = side_by_side(
             environments, "benchmarks.steps_tensorflow", str(steps), str(threads), python=python, limit_s=240
         )
-        for name, seconds in found.items():
+        for name, seconds in runs.items():
             figures[name] = min(seconds, figures.get(name, seconds))
     return figures
 

@@ -66,18 +66,18 @@ def timed(contenders: Mapping[str, Callable[[], object]], budget_s: float, least
         budget_s: seconds for all of them together; at least `least` rounds are made whatever they take.
         least: rounds.
     """
-    found = {name: Contender(run) for name, run in contenders.items()}
-    once = {name: _warmed(contender.run) for name, contender in found.items()}
-    patience = _SLOW * min(once.values(), default=0.0)
-    processor, wall = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0)
+    turns_of = {name: Contender(run) for name, run in contenders.items()}
+    once = {name: _warmed(contender.run) for name, contender in turns_of.items()}
+    slow_from_s = _SLOW * min(once.values(), default=0.0)
+    processor, wall = dict.fromkeys(turns_of, 0.0), dict.fromkeys(turns_of, 0.0)
     gc.collect()
     gc.disable()
     try:
         begin, repetitions, offsets = time.perf_counter(), 0, random.Random(0)
         while repetitions < least or time.perf_counter() - begin < budget_s:
             taken = np.empty(offsets.randrange(_ELSEWHERE) * _PAGE, np.uint8)
-            for name, contender in found.items():
-                slow = once[name] > patience
+            for name, contender in turns_of.items():
+                slow = once[name] > slow_from_s
                 if slow and repetitions % _SELDOM:
                     continue
                 busy, start = time.process_time(), time.perf_counter()
@@ -88,9 +88,9 @@ def timed(contenders: Mapping[str, Callable[[], object]], budget_s: float, least
             del taken
     finally:
         gc.enable()
-    for name, contender in found.items():
+    for name, contender in turns_of.items():
         contender.cores = processor[name] / wall[name]
-    return found
+    return turns_of
 
 
 def _warmed(run: Callable[[], object]) -> float:

@@ -240,10 +240,10 @@ def current() -> Collective:
     world = discovered()
     if world is not None and world.world_size > 1:
         return world
-    found = next((a for a in announced(os.environ) if a.world_size > 1), None)
-    started = prte(os.environ) if found is None else f"{found.source} announces {found.world_size} ranks"
+    seen = next((a for a in announced(os.environ) if a.world_size > 1), None)
+    started = prte(os.environ) if seen is None else f"{seen.source} announces {seen.world_size} ranks"
     if started is not None:
-        which = f"{started} (this is rank {found.rank})" if found is not None else f"{started} started this process"
+        which = f"{started} (this is rank {seen.rank})" if seen is not None else f"{started} started this process"
         raise RuntimeError(
             f"synchronized=True, but no world was joined, and {which}. Call bnworker.join() before the first training "
             "call; or set synchronized=False to train on local statistics."

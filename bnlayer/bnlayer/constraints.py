@@ -96,7 +96,9 @@ class _Called:
 
 Constraint = NonNeg | MaxNorm | UnitNorm | MinMaxNorm | _Called
 
-_KNOWN: dict[str, Callable[..., Constraint]] = {cls.__name__: cls for cls in (NonNeg, MaxNorm, UnitNorm, MinMaxNorm)}
+_CONSTRAINTS: dict[str, Callable[..., Constraint]] = {
+    cls.__name__: cls for cls in (NonNeg, MaxNorm, UnitNorm, MinMaxNorm)
+}
 
 
 def get(value: Any) -> Constraint | None:
@@ -105,4 +107,4 @@ def get(value: Any) -> Constraint | None:
     Raises:
         ValueError: unknown.
     """
-    return resolve(value, _KNOWN, "constraint", call=_Called)
+    return resolve(value, _CONSTRAINTS, "constraint", call=_Called)

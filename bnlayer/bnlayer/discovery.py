@@ -31,16 +31,16 @@ def discovered(group: Any = None) -> Collective | None:
     Args:
         group: of its ranks, as the library has them; None: all of them.
     """
-    for entry in _entries():
+    for entry in _entry_points():
         if entry.name in sys.modules:
-            found = _finder(entry)(group)
-            if found is not None:
-                return found
+            collective = _finder(entry)(group)
+            if collective is not None:
+                return collective
     return None
 
 
 @cache
-def _entries() -> tuple[EntryPoint, ...]:
+def _entry_points() -> tuple[EntryPoint, ...]:
     from importlib.metadata import entry_points  # a third of this package's import, for what few processes ask
 
     return tuple(entry_points(group="bnlayer.collectives"))

@@ -142,20 +142,20 @@ def announced(environ: Mapping[str, str]) -> list[Announcement]:
     Raises:
         ValueError: a variable is set to something that is no number, or a rank lies outside its world.
     """
-    found: dict[str, Announcement] = {}
+    announcements: dict[str, Announcement] = {}
     for launcher in _LAUNCHERS:
         size_variable = next((name for name in launcher.sizes if variable(environ, name)), launcher.sizes[0])
         rank, size = variable(environ, launcher.rank), variable(environ, size_variable)
-        if rank is None or size is None or launcher.rank in found or not launcher.started(environ):
+        if rank is None or size is None or launcher.rank in announcements or not launcher.started(environ):
             continue
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
             raise ValueError(
                 f"{launcher.source}: expected 0 <= {launcher.rank} < {size_variable}, received {rank!r} and {size!r}."
             )
-        found[launcher.rank] = Announcement(
+        announcements[launcher.rank] = Announcement(
             launcher.source, int(rank), int(size), launcher.rank, launcher.mpi, launcher.job(environ)
         )
-    return list(found.values())
+    return list(announcements.values())
 
 
 def prte(environ: Mapping[str, str]) -> str | None:

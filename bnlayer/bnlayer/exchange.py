@@ -160,10 +160,10 @@ class BackwardExchange:
             grid = self.grid.probed(limbs, self.need_C)
             return BackwardExchange(grid, self.statistics, self.need_C, Operation.SUMS, self.attempt + 1)
         if finish is not None:
-            judged: tuple[Gradients | None, _Refused] = finish(limbs, self.call_grid, self.accepts)
+            outcome: tuple[Gradients | None, _Refused] = finish(limbs, self.call_grid, self.accepts)
         else:
-            judged = self._check(limbs)
-        gradients, channels_to_probe = judged
+            outcome = self._check(limbs)
+        gradients, channels_to_probe = outcome
         if channels_to_probe is not None and not self.accepts:
             return BackwardExchange(self.grid, self.statistics, channels_to_probe, Operation.PROBE, self.attempt + 1)
         return BackwardExchange(self.grid, self.statistics, self.need_C, None, self.attempt + 1, gradients)

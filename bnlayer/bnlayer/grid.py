@@ -99,15 +99,15 @@ class Grid:
         """
         precision = self.precision
         hi, lo = precision.unkey(keys[0]), -precision.unkey(keys[1])
-        found = need_C & (hi >= lo)
-        hi, lo = np.where(found, hi, 0.0), np.where(found, lo, 0.0)
+        new_C = need_C & (hi >= lo)
+        hi, lo = np.where(new_C, hi, 0.0), np.where(new_C, lo, 0.0)
         # Halved before they are added, float64's largest numbers don't overflow; + 0.0 turns −0 into +0.
         middle = (hi / 2 + lo / 2).astype(precision.dtype).astype(np.float64) + 0.0
         pivot = np.where((lo <= 0.0) & (hi >= 0.0), 0.0, middle)
         half_range = np.maximum(hi - pivot, pivot - lo)
         wide = np.minimum(exponent_above(half_range, precision.lowest) + precision.room, precision.highest)
         exponent = np.where(half_range > 0, np.maximum(wide, precision.lowest), precision.lowest)
-        return Grid(self.dtype, np.where(found, pivot, self.pivot_C), np.where(found, exponent, self.exponent_C), True)
+        return Grid(self.dtype, np.where(new_C, pivot, self.pivot_C), np.where(new_C, exponent, self.exponent_C), True)
 
 
 @dataclass(frozen=True, eq=False)

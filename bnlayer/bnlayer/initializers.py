@@ -100,11 +100,11 @@ class _Random:
 
     def _truncated(self, shape: tuple[int, ...], mean: float, stddev: float, dtype: np.dtype[Any]) -> NDArray[Any]:
         rng, size = self._rng(), prod(shape)
-        kept = np.empty(0)
-        while kept.size < size:
+        accepted = np.empty(0)
+        while accepted.size < size:
             drawn = rng.normal(loc=mean, scale=stddev, size=size)
-            kept = np.append(kept, drawn[np.abs(drawn - mean) <= 2 * stddev])
-        return kept[:size].astype(dtype).reshape(shape)
+            accepted = np.append(accepted, drawn[np.abs(drawn - mean) <= 2 * stddev])
+        return accepted[:size].astype(dtype).reshape(shape)
 
 
 class RandomNormal(_Random):
@@ -271,7 +271,7 @@ class _Called:
 
 Initializer = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
-_KNOWN: dict[str, Callable[..., Any]] = {
+_INITIALIZERS: dict[str, Callable[..., Any]] = {
     cls.__name__: cls
     for cls in (
         Zeros,
@@ -299,7 +299,7 @@ def get(value: Any) -> Initializer:
     Raises:
         ValueError: unknown, or None.
     """
-    found = resolve(value, _KNOWN, "initializer", call=_Called, aliases=_ALIASES)
-    if found is None:
+    initializer = resolve(value, _INITIALIZERS, "initializer", call=_Called, aliases=_ALIASES)
+    if initializer is None:
         raise ValueError("Expected an initializer, received None.")
-    return cast("Initializer", found)
+    return cast("Initializer", initializer)

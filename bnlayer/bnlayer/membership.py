@@ -38,19 +38,19 @@ class Member(Definition):
             ValueError: the layer is not built yet.
         """
         self._must_be_built()
-        kept = self._kept
-        if kept is None:
+        state = self._kept
+        if state is None:
             channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
             grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
-            kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
+            state = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
         elif any(
-            variable.value is not vector for variable, vector in zip(self._moving, kept.moving.values, strict=True)
+            variable.value is not vector for variable, vector in zip(self._moving, state.moving.values, strict=True)
         ):
             # A variable was assigned to.
-            kept = replace(kept, moving=Moving(*(variable.value for variable in self._moving)))
+            state = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
             self._state_set = True
-        self._kept = kept
-        return kept
+        self._kept = state
+        return state
 
     def restore(self, state: LayerState) -> None:
         """Take over moving statistics and grids. As with a training call, every rank must do it, with the same values.

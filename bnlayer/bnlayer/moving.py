@@ -108,8 +108,8 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
             finite = [np.isfinite(vector) for vector in new.vectors.values()]
             apply = apply & ~statistics.nonfinite & np.logical_and.reduce(finite)
     old = moving.vectors
-    kept = {name: np.where(apply, vector, old[name]) for name, vector in new.vectors.items()}
-    return Moving(*kept.values())
+    vectors = {name: np.where(apply, vector, old[name]) for name, vector in new.vectors.items()}
+    return Moving(*vectors.values())
 
 
 def _unbiased(statistics: BatchStatistics) -> BatchStatistics:

@@ -95,7 +95,7 @@ class _Called:
 
 Regularizer = L1L2 | _Called
 
-_KNOWN: dict[str, Callable[..., Regularizer]] = {"L1": L1, "L2": L2, "L1L2": L1L2}
+_REGULARIZERS: dict[str, Callable[..., Regularizer]] = {"L1": L1, "L2": L2, "L1L2": L1L2}
 
 
 def get(value: Any) -> Regularizer | None:
@@ -104,4 +104,4 @@ def get(value: Any) -> Regularizer | None:
     Raises:
         ValueError: unknown.
     """
-    return resolve(value, _KNOWN, "regularizer", call=_Called, aliases={"l1_l2": "L1L2"})
+    return resolve(value, _REGULARIZERS, "regularizer", call=_Called, aliases={"l1_l2": "L1L2"})

@@ -80,7 +80,7 @@ def moments(
         CollectiveError: the ranks disagree, or one is lost.
     """
     rows, shape = _rows(x, axis)
-    totals = _united(Totals.of(*_kept(rows, x, axis, mask)), collective)
+    totals = _united(Totals.of(*_masked(rows, x, axis, mask)), collective)
     return _statistics(totals, shape)
 
 
@@ -123,7 +123,7 @@ class RunningMoments:
             raise ValueError(f"update(x): expected rows of shape {self.shape}, (n, …), received shape {array.shape}.")
         axes = tuple(range(leading))
         rows, _ = _rows(array, axes)
-        totals = _united(Totals.of(*_kept(rows, array, axes, mask)), self._collective, self._totals.fingerprint)
+        totals = _united(Totals.of(*_masked(rows, array, axes, mask)), self._collective, self._totals.fingerprint)
         if any(totals.nonfinite):
             raise ValueError(
                 f"update(x): a value is not finite, in {sum(totals.nonfinite)} of {len(totals.nonfinite)} channels of "
@@ -215,13 +215,13 @@ def _united(mine: Totals, collective: Collective | None, history: int = 0) -> To
             "The ranks hold different histories: load the same state_dict() on every rank, and update on all alike."
         )
     sums, squares = (-ends[0], ends[1]), (-ends[2], ends[3])
-    whole = [
+    mine_as_arrays = [
         np.array(mine.count, np.int64),
         np.array(mine.nonfinite, np.int64),
         digits_of(mine.sums, *sums),
         digits_of(mine.squares, *squares),
     ]
-    count, nonfinite, sum_digits, square_digits = world.allreduce(whole, "sum")
+    count, nonfinite, sum_digits, square_digits = world.allreduce(mine_as_arrays, "sum")
     return Totals(
         count.tolist(),
         integers_of(sum_digits, sums[0]),
@@ -242,12 +242,12 @@ def _rows(x: ArrayLike, axis: int | Sequence[int] | None) -> tuple[Array, tuple[
     if any(not -array.ndim <= a < array.ndim for a in axes):
         raise ValueError(f"axis={axis} is out of bounds for x of shape {array.shape}.")
     reduced = sorted({a % array.ndim for a in axes})
-    kept = [a for a in range(array.ndim) if a not in reduced]
-    shape = tuple(array.shape[a] for a in kept)
-    return array.transpose(*reduced, *kept).reshape(prod(array.shape[a] for a in reduced), prod(shape)), shape
+    remaining = [a for a in range(array.ndim) if a not in reduced]
+    shape = tuple(array.shape[a] for a in remaining)
+    return array.transpose(*reduced, *remaining).reshape(prod(array.shape[a] for a in reduced), prod(shape)), shape
 
 
-def _kept(
+def _masked(
     rows: Array, x: ArrayLike, axis: int | Sequence[int] | None, mask: ArrayLike | None
 ) -> tuple[Array, NDArray[np.bool_] | None]:
     """The rows, and which of their values count; None: all."""

@@ -27,7 +27,7 @@ def snake_case(name: str) -> str:
 
 def resolve(
     value: Any,
-    known: Mapping[str, Callable[..., T]],
+    registered: Mapping[str, Callable[..., T]],
     kind: str,
     *,
     call: Callable[[Callable[..., Any]], T],
@@ -38,7 +38,7 @@ def resolve(
     Args:
         value: None, a class's name in either spelling, Keras's configuration of one, an instance (of ours, of
             Keras's class of the same name, or of the user's own), a class, or a callable.
-        known: class name → class.
+        registered: class name → class.
         kind: what they are, for the error.
         call: wraps a callable of the user's.
         aliases: further names → class name.
@@ -52,22 +52,22 @@ def resolve(
     if value is None:
         return None
     if isinstance(value, str):
-        named = {**{snake_case(name): name for name in known}, **(aliases or {})}.get(value, value)
-        if named in known:
-            return known[named]()
+        named = {**{snake_case(name): name for name in registered}, **(aliases or {})}.get(value, value)
+        if named in registered:
+            return registered[named]()
     elif isinstance(value, Mapping):
         class_name = value.get("class_name")
-        if isinstance(class_name, str) and class_name in known:
-            return known[class_name](**value.get("config", {}))
+        if isinstance(class_name, str) and class_name in registered:
+            return registered[class_name](**value.get("config", {}))
     elif isinstance(value, type):
-        return resolve(value(), known, kind, call=call)
-    elif isinstance(value, tuple(cls for cls in known.values() if isinstance(cls, type))):
+        return resolve(value(), registered, kind, call=call)
+    elif isinstance(value, tuple(cls for cls in registered.values() if isinstance(cls, type))):
         return cast("T", value)
-    elif type(value).__name__ in known and type(value).__module__.partition(".")[0] == "keras":
-        return known[type(value).__name__](**value.get_config())
+    elif type(value).__name__ in registered and type(value).__module__.partition(".")[0] == "keras":
+        return registered[type(value).__name__](**value.get_config())
     elif callable(value):
         return call(value)
-    accepted = ", ".join(f"{snake_case(name)!r}" for name in known)
+    accepted = ", ".join(f"{snake_case(name)!r}" for name in registered)
     raise ValueError(
         f"Unknown {kind}: {value!r}. Expected one of {accepted} by name, by Keras's configuration or by instance, "
         "or a callable."

@@ -22,7 +22,7 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import Kernels, kernels
 from bnlayer.kernels.results import BatchStatistics, PulledBack, Trained, TrainingCall
 from bnlayer.limbs import carried
-from bnlayer.view import WHOLE, View
+from bnlayer.view import ALL_ROWS, View
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -220,7 +220,7 @@ class Passes:
         """The pieces of a batch, along A; one at least."""
         rows, size = view.x.shape[0], view.x.size
         step = max(1, self._piece * rows // max(1, size))
-        return [slice(at, at + step) for at in range(0, rows, step)] or [WHOLE]
+        return [slice(at, at + step) for at in range(0, rows, step)] or [ALL_ROWS]
 
 
 _installed: Passes | None = None
@@ -230,8 +230,8 @@ def passes() -> Passes:
     """The passes of this process's kernels."""
     if _installed is not None:
         return _installed
-    found: Any = kernels()
-    return _of(found)
+    installed: Any = kernels()
+    return _of(installed)
 
 
 def passes_of(view: View) -> Any:
@@ -251,8 +251,8 @@ def _of(kernels: Any) -> Passes:
     return Passes(kernels)
 
 
-def _largest(found: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return found[0] if len(found) == 1 else np.maximum.reduce(found)
+def _largest(keys: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return keys[0] if len(keys) == 1 else np.maximum.reduce(keys)
 
 
 def _pooled(parts: list[NDArray[np.int64]], *, flags: int) -> NDArray[np.int64]:

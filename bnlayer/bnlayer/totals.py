@@ -190,9 +190,9 @@ def _exact_sum(t_RC: NDArray[np.float64]) -> list[Fraction]:
 
 def _shifted(value: Fraction, k: int) -> int:
     """value·2^k, which is a whole number."""
-    whole = value * Fraction(2) ** k
-    assert whole.denominator == 1
-    return whole.numerator
+    product = value * Fraction(2) ** k
+    assert product.denominator == 1
+    return product.numerator
 
 
 def _quotient(a: int, b: int) -> float:

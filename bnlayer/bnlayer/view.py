@@ -13,7 +13,7 @@ from bnlayer.plain import plain_array
 
 Mask = NDArray[np.bool_] | None
 
-WHOLE = slice(None)  # the piece that is all of a batch
+ALL_ROWS = slice(None)  # the piece that is all of a batch
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,7 +79,7 @@ class View:
 
     def values(self, at: slice, kind: np.dtype[Any]) -> NDArray[Any]:
         """A piece of the batch along A, in a dtype; a view where it is of that dtype."""
-        piece = self.x if at == WHOLE else self.x[at]
+        piece = self.x if at == ALL_ROWS else self.x[at]
         return piece if piece.dtype == kind else piece.astype(kind)
 
     def truths(self, at: slice) -> Mask:

@@ -40,8 +40,8 @@ def trained(statistics: str, ranks: int, options: list[str]) -> dict[str, Any]:
         # Threads of several processes for tiny matrices only fight for the cores.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*launcher, *program], env=environment, check=True)
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return content
 
 
 def compared(workers: int, epochs: int, alike: bool) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def compared(workers: int, epochs: int, alike: bool) -> dict[str, Any]:
     }
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
+def picture(result: dict[str, Any], path: Path) -> None:
     """Draw the accuracies."""
-    curves = found["test_accuracy"]
+    curves = result["test_accuracy"]
     epochs = np.arange(1, len(curves["synchronized"]) + 1)
     figure = Figure(figsize=(7.2, 3.6), dpi=144, layout="constrained")
     axes = figure.subplots()
@@ -81,7 +81,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
         label = f"{curves[name][-1]:.1%}  {name}"
         axes.plot(epochs, curves[name], color=colour, linewidth=width, linestyle=line, label=label)
     axes.set_title(
-        f"{found['workers']} workers × {found['rows_per_worker']} rows of {found['data']} data in a step", loc="left"
+        f"{result['workers']} workers × {result['rows_per_worker']} rows of {result['data']} data in a step", loc="left"
     )
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy with moving statistics")
@@ -102,16 +102,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("out/many_workers"), metavar="DIR")
     options = parser.parse_args()
-    found = compared(options.workers, options.epochs, options.alike)
+    result = compared(options.workers, options.epochs, options.alike)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    picture(found, options.out / "result.png")
-    print(f"test accuracy after {options.epochs} epochs, {found['workers']} workers of 4 rows of {found['data']} data:")
-    for name, curve in found["test_accuracy"].items():
+    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    picture(result, options.out / "result.png")
+    print(
+        f"test accuracy after {options.epochs} epochs, {result['workers']} workers of 4 rows of {result['data']} data:"
+    )
+    for name, curve in result["test_accuracy"].items():
         print(f"  {name:34} {curve[-1]:.1%}")
-    same = found["synchronized_equals_one_process_after_every_epoch"]
+    same = result["synchronized_equals_one_process_after_every_epoch"]
     print(f"synchronized and one process: {'the same' if same else 'NOT the same'} after every epoch;")
-    print(f"moving statistics differ by {found['largest_difference_of_moving_statistics']:.1e} at most")
+    print(f"moving statistics differ by {result['largest_difference_of_moving_statistics']:.1e} at most")
 
 
 if __name__ == "__main__":

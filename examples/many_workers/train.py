@@ -94,10 +94,10 @@ def averaged_accuracy(network: Network, x_BD: Array, y_B: Array, world: bnworker
     own = [variable.value.copy() for variable in network.moving]
     for variable, total in zip(network.moving, world.allreduce(own), strict=True):
         variable.assign(total / world.world_size)
-    found = accuracy(network, x_BD, y_B)
+    result = accuracy(network, x_BD, y_B)
     for variable, value in zip(network.moving, own, strict=True):
         variable.assign(value)
-    return found
+    return result
 
 
 def main(synchronized: bool, alike: bool, workers: int, epochs: int, result: Path) -> None:

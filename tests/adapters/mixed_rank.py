@@ -28,7 +28,7 @@ Step = Callable[[np.ndarray, np.ndarray], Arrays]  # x and dy; returns y, dx, an
 
 def with_numpy() -> Step:
     """The layer itself."""
-    one, two, twice = found = [BatchNormalization(synchronized=True, name=name, momentum=MOMENTUM) for name in NAMES]
+    one, two, twice = layers = [BatchNormalization(synchronized=True, name=name, momentum=MOMENTUM) for name in NAMES]
 
     def step(x: np.ndarray, dy: np.ndarray) -> Arrays:
         first, pull_one = one.vjp(x, training=True)
@@ -38,7 +38,7 @@ def with_numpy() -> Step:
         dmiddle = pull_middle(pull(dy)[0])[0]
         dx = pull_two(dmiddle)[0]
         dx = dx + pull_one(dmiddle)[0]
-        return [y, dx, *(vector for layer in found for vector in layer.state.moving.values)]
+        return [y, dx, *(vector for layer in layers for vector in layer.state.moving.values)]
 
     return step
 
@@ -49,7 +49,7 @@ def with_torch() -> Step:
 
     from bnlayer.adapters.torch import SyncBatchNorm
 
-    one, two, twice = found = [
+    one, two, twice = layers = [
         SyncBatchNorm(CHANNELS, eps=1e-3, momentum=1 - MOMENTUM, name=name, unbiased=False) for name in NAMES
     ]
 
@@ -57,7 +57,7 @@ def with_torch() -> Step:
         inputs = torch.tensor(x, requires_grad=True)
         y = twice(twice(one(inputs) + two(inputs)))
         y.backward(torch.tensor(dy))
-        statistics = [vector.numpy().copy() for layer in found for vector in (layer.running_mean, layer.running_var)]
+        statistics = [vector.numpy().copy() for layer in layers for vector in (layer.running_mean, layer.running_var)]
         return [y.detach().numpy(), inputs.grad.numpy(), *statistics]
 
     return step
@@ -102,10 +102,10 @@ def with_keras() -> Step:
 
     from bnlayer.adapters import keras
 
-    one, two, twice = found = [
+    one, two, twice = layers = [
         keras.BatchNormalization(synchronized=True, name=name, momentum=MOMENTUM) for name in NAMES
     ]
-    for layer in found:
+    for layer in layers:
         layer.build((None, CHANNELS))
 
     @tf.function(reduce_retracing=True)
@@ -117,7 +117,7 @@ def with_keras() -> Step:
 
     def step(x: np.ndarray, dy: np.ndarray) -> Arrays:
         y, dx = compiled(tf.constant(x), tf.constant(dy))
-        statistics = [variable.numpy() for layer in found for variable in (layer.moving_mean, layer.moving_variance)]
+        statistics = [variable.numpy() for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
         return [y.numpy(), dx.numpy(), *statistics]
 
     return step

@@ -17,6 +17,6 @@ def test_an_example_trains_on_two_ranks(program: str, backend: str) -> None:
     """Rank 0 says how many of the test rows it knows."""
     ended = launch(2, EXAMPLES / program, environ={"KERAS_BACKEND": backend})
     assert ended.code == 0, ended.err
-    found = re.fullmatch(rf"\[0\] {backend}, 2 rank\(s\): ([0-9.]+)% of the test rows\n", ended.out)
-    assert found is not None, ended.out
-    assert float(found[1]) > 94
+    line = re.fullmatch(rf"\[0\] {backend}, 2 rank\(s\): ([0-9.]+)% of the test rows\n", ended.out)
+    assert line is not None, ended.out
+    assert float(line[1]) > 94

@@ -62,8 +62,8 @@ def test_statistics_are_the_callers() -> None:
     """The same moving statistics give the same result, whatever was called in between."""
     first = sync_batch_norm(batch(0), None, None, ZEROS, ONES, name="functional")
     sync_batch_norm(batch(1), None, None, *first[1:], name="functional")
-    again = sync_batch_norm(batch(0), None, None, ZEROS, ONES, name="functional")
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    second = sync_batch_norm(batch(0), None, None, ZEROS, ONES, name="functional")
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_inference_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def test_training_equals_the_textbook_on_the_union(jobs: Jobs, world_size: int) 
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_can_not_be_seen(jobs: Jobs, world_size: int) -> None:
+def test_ranks_do_not_change_the_result(jobs: Jobs, world_size: int) -> None:
     """Outputs, input gradients and moving statistics have the bits of one process, in every dtype, with a mask."""
     assert differing(jobs.union("bits", world_size), jobs.union("bits", 1)) == []
 

@@ -90,8 +90,8 @@ def test_files(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, timeout=600)
     assert np.array_equal(np.load(tmp_path / "y.npy"), outputs)
-    again = convert(keras.models.load_model(tmp_path / "plain.keras"))
-    assert np.array_equal(again.predict(batch(2), verbose=0), outputs)
+    reconverted = convert(keras.models.load_model(tmp_path / "plain.keras"))
+    assert np.array_equal(reconverted.predict(batch(2), verbose=0), outputs)
 
 
 def test_configuration_is_kerass() -> None:

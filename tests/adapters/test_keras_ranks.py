@@ -37,7 +37,7 @@ def test_training_equals_keras_on_the_union(jobs: Jobs, backend: str, world_size
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_can_not_be_seen(jobs: Jobs, world_size: int) -> None:
+def test_ranks_do_not_change_the_result(jobs: Jobs, world_size: int) -> None:
     """The layers' outputs, input gradients and moving statistics have the bits of one process, renorm's too."""
     assert differing(jobs.union("bits", world_size), jobs.union("bits", 1)) == []
 

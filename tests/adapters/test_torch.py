@@ -35,7 +35,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 SCENARIOS = (
     "the_layer_alone", "momentum_none", "used_twice_and_accumulated", "interleaved", "no_grad_and_eval",
     "frozen_parameters", "no_running_statistics", "checkpointed", "autocast", "masked", "copied", "set_by_hand",
-    "compiled", "of_one_value", "beside_numpy",
+    "compiled", "of_one_value", "mixed_with_numpy",
 )  # fmt: skip
 
 
@@ -56,9 +56,13 @@ def test_scenario(outcomes: Outcomes, name: str) -> None:
         for rank, seen in enumerate(ranks):
             mine = seen[name]
             for key in one if isinstance(one, dict) else ("",):
-                whole, part = (one[key], mine[key]) if key else (one, mine)
+                expected, part = (one[key], mine[key]) if key else (one, mine)
                 rows = shard(rank, world_size)
-                assert _same([t[rows] if t.shape[:1] == (_ROWS,) else t for t in whole], part), (rank, world_size, key)
+                assert _same([t[rows] if t.shape[:1] == (_ROWS,) else t for t in expected], part), (
+                    rank,
+                    world_size,
+                    key,
+                )
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
@@ -67,7 +71,7 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
-def test_without_an_exchange_it_would_show(outcomes: Outcomes) -> None:
+def test_a_missing_exchange_changes_the_result(outcomes: Outcomes) -> None:
     """What a rank computes from its own rows alone is something else."""
     rows = shard(0, 2)
     y = SyncBatchNorm(3)(batch((12, 3), torch.float32, 0)[rows])
@@ -153,8 +157,8 @@ def test_a_converted_model_is_the_same_model() -> None:
     assert [type(m) for m in (model.first, model.second, model.twice)] == [SyncBatchNorm] * 3
     assert dict(model.named_parameters()) == before
     assert model.first.name.startswith("first")
-    again = convert_sync_batchnorm(network(torch.float32))
-    assert again.first.name != model.first.name, "two models' layers have names of their own"
+    second = convert_sync_batchnorm(network(torch.float32))
+    assert second.first.name != model.first.name, "two models' layers have names of their own"
     model(batch((4, 2, 6, 6), torch.float32, 0))
     network(torch.float32).load_state_dict(model.state_dict())
     model.eval()
@@ -172,7 +176,7 @@ def test_a_converted_model_is_the_same_model() -> None:
     assert convert_sync_batchnorm(torch.nn.SyncBatchNorm(3)).weight is not None
 
 
-def test_what_is_refused_says_why() -> None:
+def test_errors_name_what_was_expected() -> None:
     """Shapes, dtypes and masks that do not fit."""
     layer = SyncBatchNorm(3)
     with pytest.raises(ValueError, match=r"Expected an input of 2 to 5 dimensions, \(N, 3, …\), received \(2, 4\)"):
@@ -183,7 +187,7 @@ def test_what_is_refused_says_why() -> None:
         layer(torch.zeros(2, 3, 4), torch.ones(2, 3))
 
 
-def test_an_input_that_was_written_to_is_found() -> None:
+def test_an_input_modified_before_its_backward_pass_is_refused() -> None:
     """By autograd itself, as for torch's own layers."""
     layer = SyncBatchNorm(3)
     x = batch((4, 3), torch.float32, 0).requires_grad_()

@@ -46,13 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ending", _ENDINGS)
-def test_the_others_are_told(folder: Path, ending: str) -> None:
+def test_the_other_ranks_raise_the_same_error(folder: Path, ending: str) -> None:
     """By the same text on each of them."""
     records = [(folder / ending / str(rank)).read_text(encoding="utf-8").split(" ", 1) for rank in range(3)]
-    told = [(float(at), text) for at, text in records if text != "odd"]
-    assert len(told) == (3 if ending.startswith("skips") else 2), records
-    texts = {text for _, text in told}
+    raised = [(float(at), text) for at, text in records if text != "odd"]
+    assert len(raised) == (3 if ending.startswith("skips") else 2), records
+    texts = {text for _, text in raised}
     assert len(texts) == 1, texts
-    assert re.match(_ENDINGS[ending], texts.pop()), told
+    assert re.match(_ENDINGS[ending], texts.pop()), raised
     if not ending.startswith("skips"):
-        assert max(at for at, _ in told) - float(records[1][0]) <= _WITHIN_S
+        assert max(at for at, _ in raised) - float(records[1][0]) <= _WITHIN_S

@@ -18,7 +18,7 @@ def test_a_ddp_script_changes_one_line(tmp_path: Path) -> None:
     """ResNet-18 trains on two ranks, and its checkpoint is the plain model's."""
     ended = torchrun(2, _EXAMPLES / "torch_ddp" / "train.py", "--epochs=2", f"--save={tmp_path / 'saved.pt'}")
     assert ended.code == 0, ended.out + ended.err
-    accuracies = [float(found) for found in re.findall(r"test accuracy ([0-9.]+)", ended.out)]
+    accuracies = [float(accuracy) for accuracy in re.findall(r"test accuracy ([0-9.]+)", ended.out)]
     assert len(accuracies) == 2
     assert accuracies[-1] > 0.6, ended.out
     assert "the plain model gives the same answers: True" in ended.out

@@ -15,7 +15,7 @@ def test_each_transport_under_torchrun(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     for rank, seen in enumerate(ranks):
         assert "call torch.distributed.init_process_group() before bnworker.join()" in seen["too early"]
-        for asked, found in (("torch", "torch"), ("None", "torch"), ("service", "service")):
-            expected = f"World(rank={rank}, world_size=2, transport={found!r})"
-            assert seen[asked] == [found, expected, 3.0, ranks[0]["torch"][3]]
+        for asked, joined in (("torch", "torch"), ("None", "torch"), ("service", "service")):
+            expected = f"World(rank={rank}, world_size=2, transport={joined!r})"
+            assert seen[asked] == [joined, expected, 3.0, ranks[0]["torch"][3]]
     assert "bnserver" not in ended.out + ended.err

@@ -51,7 +51,7 @@ def test_a_message_that_completes_as_its_slice_passes_has_completed() -> None:
 
 
 def test_a_message_that_failed_names_who_is_missing() -> None:
-    """Nobody else has spoken, and nothing is known of the other's process: its connection is what broke."""
+    """Nobody else has written anything, and nothing is known of the other's process: its connection is what broke."""
     with pytest.raises(
         PeerLostError, match=r"rank 1 \(host elsewhere, pid 1\) crashed or was killed.*Connection closed"
     ):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bnworker import World
+from bnworker.transports import peers
 from bnworker.transports import torch as transports
 from support.contract import BODIES, names
 from support.contract.timing import watch
@@ -24,7 +25,7 @@ SMALL_CHUNK = 100_000  # elements: every larger array takes several messages
 def main(folder: Path) -> None:
     """Run the bodies; a failing one is told to the other ranks, so that they go on to the next."""
     warnings.simplefilter("error")
-    transports._CHUNK = SMALL_CHUNK
+    peers.CHUNK = SMALL_CHUNK
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     seen: dict[str, dict[str, object]] = {}

@@ -235,7 +235,7 @@ def a_smaller_group(rows: slice) -> Any:
 
 @scenario
 def of_one_value(rows: slice) -> Any:
-    """Only the global count is judged: all ranks refuse a batch of one value a channel, alike."""
+    """Only the global count matters: all ranks refuse a batch of one value a channel, alike."""
     layer = SyncBatchNorm(3)
     before = [buffer.clone() for buffer in layer.buffers()]
     x = torch.ones(1 if dist.get_rank() == 0 else 0, 3)
@@ -246,7 +246,7 @@ def of_one_value(rows: slice) -> Any:
 
 
 @scenario
-def beside_numpy(rows: slice) -> Any:
+def mixed_with_numpy(rows: slice) -> Any:
     """One job: a NumPy layer on even ranks, torch's on the others, with Keras's variance."""
     x, dy = (batch((12, 3, 4), torch.float32, seed)[rows] for seed in (0, 1))
     if dist.get_rank() % 2 == 0:

@@ -21,6 +21,6 @@ def pytest_report_header() -> str:
 
 def pytest_sessionstart() -> None:
     """Another Keras is another oracle."""
-    expected, found = (_VERSION, _BACKEND), (keras.__version__, keras.backend.backend())
-    if found != expected:
-        raise pytest.UsageError(f"Expected Keras {expected}, found {found}. Run these tests with: make test-keras")
+    expected, installed = (_VERSION, _BACKEND), (keras.__version__, keras.backend.backend())
+    if installed != expected:
+        raise pytest.UsageError(f"Expected Keras {expected}, found {installed}. Run these tests with: make test-keras")

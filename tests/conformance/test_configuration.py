@@ -211,7 +211,7 @@ def test_error_texts_where_keras_prints_its_own_source(clipping: dict[str, float
         ),
     ],
 )
-def test_error_texts_beside_keras(
+def test_error_texts_compared_with_keras(
     act: Callable[[Any], Any], keras_error: type[Exception], keras_text: str, text: str
 ) -> None:
     """Where Keras's text is another, ours is a ValueError that names both sides."""
@@ -263,7 +263,7 @@ def test_a_fully_masked_batch_is_keras_alone() -> None:
         assert variable.value == pytest.approx(np.asarray(keras_variable), rel=1e-7)
 
 
-def test_synchronized_needs_tensorflow_there() -> None:
+def test_synchronized_needs_keras_on_tensorflow() -> None:
     """Our configuration with synchronized=True is Keras's, but Keras takes it with one backend alone."""
     config = BatchNormalization(synchronized=True).get_config()
     with pytest.raises(TypeError, match="synchronized=True is only supported with the TensorFlow backend"):

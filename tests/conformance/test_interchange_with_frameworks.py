@@ -62,11 +62,11 @@ def test_keras_layers_round_trip(policy: str, flags: dict[str, bool], channels: 
     bn = from_keras(original)
     assert [v.name for v in bn.weights] == [v.name for v in original.weights]
     assert [w.tobytes() for w in bn.get_weights()] == [w.tobytes() for w in original.get_weights()]
-    again = keras.layers.BatchNormalization.from_config(bn.get_config())
-    again.build((None, channels, 4))
-    to_keras(bn, again)
-    assert again.get_config() == original.get_config()
-    assert [w.tobytes() for w in again.get_weights()] == [w.tobytes() for w in original.get_weights()]
+    copy = keras.layers.BatchNormalization.from_config(bn.get_config())
+    copy.build((None, channels, 4))
+    to_keras(bn, copy)
+    assert copy.get_config() == original.get_config()
+    assert [w.tobytes() for w in copy.get_weights()] == [w.tobytes() for w in original.get_weights()]
     x = np.random.default_rng(2).normal(0, 1, (6, channels, 4)).astype(bn.compute_dtype)
     bound = {2: 2e-2, 4: 2e-6, 8: 2e-6}[bn.compute_dtype.itemsize]  # Keras computes float64 in float32
     assert _error(bn(x), original(x)) < bound
@@ -100,12 +100,12 @@ def test_torch_modules_round_trip(
     x = torch.randn((6, channels, *rest), dtype=dtype)
     want = module(x).detach().to(torch.float64).numpy()
     assert _error(bn(x.to(torch.float64).numpy()), want) < DTYPES[dtype]
-    again = kind(**torch_arguments(bn), dtype=dtype).eval()
-    again.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(bn).items()}, strict=True)
-    assert list(again.state_dict()) == list(module.state_dict())
+    copy = kind(**torch_arguments(bn), dtype=dtype).eval()
+    copy.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(bn).items()}, strict=True)
+    assert list(copy.state_dict()) == list(module.state_dict())
     for key, value in module.state_dict().items():
-        assert again.state_dict()[key].dtype == value.dtype
-        assert torch.equal(again.state_dict()[key], value)
+        assert copy.state_dict()[key].dtype == value.dtype
+        assert torch.equal(copy.state_dict()[key], value)
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -82,8 +82,8 @@ def _compare(case: Case, got: NDArray[Any], keras_value: Any, want_NC: NDArray[n
 
 def _distance(keras_value: Any, want: NDArray[np.float64]) -> float:
     """Keras's error; infinite where it has NaN."""
-    found = error(np.asarray(keras_value), want)
-    return np.inf if np.isnan(found) else found
+    worst = error(np.asarray(keras_value), want)
+    return np.inf if np.isnan(worst) else worst
 
 
 def _derivative(x: Any, gamma: Any, beta: Any, m: Any, constants: Any, epsilon: float, dy: Any) -> Any:

@@ -49,8 +49,10 @@ NAMES = {
     "constraints": ["non_neg", "max_norm", "unit_norm", "min_max_norm", *CONSTRAINTS],
 }  # fmt: skip
 OURS = {"initializers": initializers, "regularizers": regularizers, "constraints": constraints}
-KNOWN = {"initializers": INITIALIZERS, "regularizers": REGULARIZERS, "constraints": CONSTRAINTS}
-VOCABULARY = [(kind, name, config) for kind, known in KNOWN.items() for name, config in known.items()]
+CONFIGURATIONS = {"initializers": INITIALIZERS, "regularizers": REGULARIZERS, "constraints": CONSTRAINTS}
+VOCABULARY = [
+    (kind, name, config) for kind, configurations in CONFIGURATIONS.items() for name, config in configurations.items()
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "config"), VOCABULARY)

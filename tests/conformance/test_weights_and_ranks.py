@@ -32,7 +32,7 @@ def trained(layer: Any, case: Case, steps: int = 3) -> Any:
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_trained_weights_go_in_and_out(case: Case) -> None:
+def test_trained_weights_round_trip(case: Case) -> None:
     """The same numbers both ways; the receiving layer then infers what the giving one does."""
     theirs = trained(keras.layers.BatchNormalization(**case.arguments), case)
     values = [np.asarray(variable) for variable in theirs.weights]

@@ -61,7 +61,7 @@ def test_the_image_gets_only_files_that_exist() -> None:
 def test_the_mpijob_image_gets_only_files_that_exist() -> None:
     """Its context is the folder of the Dockerfiles; the worker's command names the configuration that is copied."""
     lines = [line.split() for line in _MPIJOB_DOCKERFILE.read_text().splitlines()]
-    copied = {words[1]: words[2] for words in lines if words[:1] == ["COPY"]}
+    copied = {fields[1]: fields[2] for fields in lines if fields[:1] == ["COPY"]}
     assert [name for name in copied if not (_MPIJOB_DOCKERFILE.parent / name).exists()] == []
     worker = (_ROOT / "deploy/kubernetes/mpijob/mpijob.yaml").read_text()
     assert f"{copied['sshd_bnlayer.conf']}sshd_bnlayer.conf" in worker
@@ -116,11 +116,15 @@ def test_the_daemon_encrypts_and_asks_for_tokens_by_default() -> None:
     variables = dict(word.split("=", 1) for line in lines if line.startswith("ENV ") for word in line.split()[1:])
     assert [line for line in lines if line.startswith("CMD ")] == ['CMD ["serve"]']
     file = _UNIT.with_name("service.toml")
-    for found in (resolve({}, variables, None), resolve({}, {}, (file, file.read_text()))):
-        found.configuration.check()
-        assert found.configuration.listen.startswith("0.0.0.0:")
-        assert None not in (found.configuration.tls_cert, found.configuration.tls_key, found.configuration.tokens)
-        assert not found.configuration.insecure
+    for resolved in (resolve({}, variables, None), resolve({}, {}, (file, file.read_text()))):
+        resolved.configuration.check()
+        assert resolved.configuration.listen.startswith("0.0.0.0:")
+        assert None not in (
+            resolved.configuration.tls_cert,
+            resolved.configuration.tls_key,
+            resolved.configuration.tokens,
+        )
+        assert not resolved.configuration.insecure
 
 
 @pytest.mark.parametrize("script", _SHELL_SCRIPTS, ids=lambda path: path.name)
@@ -159,7 +163,7 @@ def test_the_batch_script_starts_one_rank_per_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", _BATCH_SCRIPTS, ids=lambda path: path.name)
-def test_a_batch_script_without_data_says_how_to_call_it(script: Path) -> None:
+def test_a_batch_script_without_data_prints_its_usage(script: Path) -> None:
     """A forgotten argument is an error of its own, not mpiexec's."""
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
@@ -177,10 +181,10 @@ def _installed(unit: str, folder: Path) -> Path:
 
 def _tool(name: str) -> str:
     """Where a validator is: beside this Python, or on PATH."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    assert found, f"{name} is missing; `make setup` brings it, or your system's package of that name"
-    return found
+    candidate = Path(sys.executable).parent / name
+    path = str(candidate) if candidate.exists() else shutil.which(name)
+    assert path, f"{name} is missing; `make setup` brings it, or your system's package of that name"
+    return path
 
 
 def _run(*command: str | Path) -> str:

@@ -81,7 +81,7 @@ def test_pods_keep_the_restricted_profile(overlay: str) -> None:
             assert context["readOnlyRootFilesystem"] is True
 
 
-def test_who_may_connect() -> None:
+def test_only_ranks_may_connect() -> None:
     """Service, budget and policy select the service's pod; the policy admits the ranks, to its one port."""
     (pod,) = _pods(_one("service", "StatefulSet"))
     (container,) = pod["spec"]["containers"]
@@ -101,7 +101,7 @@ def test_who_may_connect() -> None:
     assert all(_selects(policy, pod) for pod in _pods(_one("mpijob", "MPIJob")))
 
 
-def test_the_number_of_ranks_is_said_alike() -> None:
+def test_all_fields_agree_on_the_number_of_ranks() -> None:
     """In the two or three places in which each kind of job needs it."""
     job = _one("indexed-job", "Job")["spec"]
     (replicated,) = _one("jobset", "JobSet")["spec"]["replicatedJobs"]
@@ -169,11 +169,15 @@ def test_the_job_trains(tmp_path: Path) -> None:
     (rank,) = _pods(_one("indexed-job", "Job"))
     (container,) = rank["spec"]["containers"]
     write(tmp_path / "data", [64])
-    places = {"/data/digits.npz": f"{tmp_path}/data/0.npz", "/checkpoints": str(tmp_path), "$(BNLAYER_JOB)": "train"}
+    replacements = {
+        "/data/digits.npz": f"{tmp_path}/data/0.npz",
+        "/checkpoints": str(tmp_path),
+        "$(BNLAYER_JOB)": "train",
+    }
     command = container["args"]
-    for place, here in places.items():
-        assert any(place in word for word in command), place
-        command = [word.replace(place, here) for word in command]
+    for mounted, local in replacements.items():
+        assert any(mounted in word for word in command), mounted
+        command = [word.replace(mounted, local) for word in command]
     announced = {name: value for name, value in _environment(rank).items() if value is not None}
     ranks = int(announced["BNLAYER_WORLD_SIZE"])
     environ = {
@@ -229,8 +233,8 @@ def _copied(overlay: str, kustomization: str, folder: Path) -> None:
 
 
 def _one(overlay: str, kind: str) -> Resource:
-    (found,) = (resource for resource in _rendered(overlay) if resource["kind"] == kind)
-    return found
+    (resource,) = (candidate for candidate in _rendered(overlay) if candidate["kind"] == kind)
+    return resource
 
 
 def _validate(resource: Resource) -> None:

@@ -66,15 +66,15 @@ def test_a_stopped_job_is_resumed(script: str, stop: tuple[str, ...], slurm: Clu
     assert f"resumed after step {steps}\n" in said
     assert ("2 (service)" if script == "service.sbatch" else "2 (mpi)") in said
 
-    whole = tmp_path / "whole.safetensors"
+    uninterrupted = tmp_path / "whole.safetensors"
     subprocess.run(
-        [*COMMAND, f"--data={data}", *_RUN, "--workers=2", f"--steps={last}", f"--save={whole}"],
+        [*COMMAND, f"--data={data}", *_RUN, "--workers=2", f"--steps={last}", f"--save={uninterrupted}"],
         env={**slurm.environ, "BNLAYER_VENV": ""},
         capture_output=True,
         timeout=200,
         check=True,
     )
-    assert saved.read_bytes() == whole.read_bytes()
+    assert saved.read_bytes() == uninterrupted.read_bytes()
 
 
 _WHO = """
@@ -95,7 +95,7 @@ srun --het-group=1 {python} who.py second-component
 """
 
 
-def test_who_is_a_rank(slurm: Cluster, tmp_path: Path) -> None:
+def test_which_processes_are_ranks(slurm: Cluster, tmp_path: Path) -> None:
     """Tasks of a step are, heterogeneous ones numbered through; what runs beside the steps is not."""
     (tmp_path / "who.py").write_text(_WHO, encoding="ascii")
     for tasks in (("--ntasks=2",), ("--ntasks=1", ":", "--ntasks=2")):

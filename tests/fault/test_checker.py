@@ -94,8 +94,8 @@ def test_a_timeline_holds_every_state_once() -> None:
     first, second = timeline([[enrolled, probe, alone]])[1:]
     assert first == {"a": (_SEED, 0)}
     assert second["a"][1] == 1
-    again = replace(enrolled, got=second["a"][0], version=1)
-    assert timeline([[enrolled, probe, alone]], [[again]]) == [{}, first, second]
+    reenrolled = replace(enrolled, got=second["a"][0], version=1)
+    assert timeline([[enrolled, probe, alone]], [[reenrolled]]) == [{}, first, second]
 
 
 def _change(histories: Histories, index: int, rank: int | None = None, **fields: object) -> None:
@@ -175,7 +175,7 @@ def _wrong_seed(histories: Histories) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "says"),
+    ("lie", "message"),
     [
         (_lost_contribution, "sums a forward step 1 round 0: what came out on rank 0: expected"),
         (_doubled_contribution, "sums a forward step 1 round 0: what came out on rank 0: expected"),
@@ -198,12 +198,12 @@ def _wrong_seed(histories: Histories) -> None:
         (_wrong_seed, "enroll a step 0 round 0: what came out on rank 0: expected"),
     ],
 )
-def test_a_lie_is_caught(lie: Callable[[Histories], None], says: str) -> None:
+def test_a_false_history_is_detected(lie: Callable[[Histories], None], message: str) -> None:
     """What was lost, doubled, swapped or told differently is named."""
     histories = _honest()
     lie(histories)
     wrong = check(histories, _OWNER)
-    assert any(says in line for line in wrong), wrong
+    assert any(message in line for line in wrong), wrong
 
 
 @pytest.mark.parametrize("owner", [{"a": (_TWO, 3)}, {"a": (_statistics(7.0, 1.0), 4)}, {}, {"b": _OWNER["a"]}])

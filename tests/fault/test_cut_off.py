@@ -89,12 +89,12 @@ def test_a_rank_that_stays_cut_off_is_reported_to_the_others(
 ) -> None:
     """By name, within its lease and a second; and it hears of it itself, by its own clock."""
     first = WAYS[way]
-    again = Fault(Kind.BLACKHOLE, up=first.up, after=0, seconds=FOR_EVER_S, both=first.both)
+    reconnected = Fault(Kind.BLACKHOLE, up=first.up, after=0, seconds=FOR_EVER_S, both=first.both)
 
     def plan(rank: int, number: int) -> Fault:
         if rank != _CUT_OFF:
             return HEALTHY
-        return first if number == 0 else again
+        return first if number == 0 else reconnected
 
     with proxy(service.address, _WORLD, plan) as between:
         options = {"timeout": _TIMEOUT_S}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fault.damage import LayerSnapshot, cut, flipped, kept
+from support.fault.damage import LayerSnapshot, cut, flipped, layer_snapshot
 from support.fault.seed import SEED
 
 pytestmark = [pytest.mark.fault, pytest.mark.rpc]
@@ -17,7 +17,7 @@ _SHARE = 0.05  # of all bytes; `make soak` takes all
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> LayerSnapshot:
     """What is damaged."""
-    return kept(tmp_path_factory.mktemp("kept"), SEED)
+    return layer_snapshot(tmp_path_factory.mktemp("kept"), SEED)
 
 
 def test_a_flipped_byte_is_noticed(before: LayerSnapshot, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ HALF_A_REPLY = Fault(Kind.CUT, up=False, after=_HALF)
 
 
 @dataclass(frozen=True)
-class Whole:
+class Undisturbed:
     """A job that nobody disturbed, and what it left to be compared with.
 
     Attributes:
@@ -50,7 +50,7 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
     """One for all tests here."""
     folder = tmp_path_factory.mktemp("whole")
     # In so long a lease heartbeats are minutes apart: the next bytes are the request.
@@ -59,15 +59,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         job.expect("joined")
         job.finish()
         job.leave()
-        yield Whole(service, team, owner(service.address, "whole"), job.histories())
+        yield Undisturbed(service, team, owner(service.address, "whole"), job.histories())
 
 
 @pytest.mark.parametrize("fault", [LOST_REPLY, HALF_A_REQUEST, HALF_A_REPLY], ids=["reply", "request", "half-reply"])
 @pytest.mark.parametrize("struck", range(_WORLD))
-def test_each_request_counts_once(fault: Fault, struck: int, whole: Whole, tmp_path: Path) -> None:
+def test_each_request_counts_once(fault: Fault, struck: int, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Of either rank: the one that came first waits for the other, the one that came last completes the exchange."""
-    service, team = whole.service, whole.team
-    pauses = _one_of_each(whole.histories[struck])
+    service, team = undisturbed.service, undisturbed.team
+    pauses = _one_of_each(undisturbed.histories[struck])
     own = {struck: {"pauses": tuple(pauses)}}
     name = f"{fault.kind}-{fault.up}-{struck}"
     with proxy(service.address, _WORLD, lambda rank, number: HEALTHY) as between:
@@ -82,7 +82,7 @@ def test_each_request_counts_once(fault: Fault, struck: int, whole: Whole, tmp_p
         job.leave()
     held = owner(service.address, name)
     assert check(job.histories(), held) == []
-    assert held == whole.owned
+    assert held == undisturbed.owned
 
 
 def _one_of_each(history: list[Record]) -> list[int]:
@@ -92,4 +92,4 @@ def _one_of_each(history: list[Record]) -> list[int]:
         name = record.layer if record.op in ("allreduce", "broadcast", "barrier") else record.direction
         numbers.setdefault(f"{record.op} {name}".strip(), []).append(number)
     assert set(numbers) >= _KINDS - {"push"}
-    return sorted(found[min(1, len(found) - 1)] for found in numbers.values())
+    return sorted(positions[min(1, len(positions) - 1)] for positions in numbers.values())

@@ -40,7 +40,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="module")
-def whole(service: Daemon, team: list[Rank], tmp_path_factory: pytest.TempPathFactory) -> list[list[Record]]:
+def undisturbed(service: Daemon, team: list[Rank], tmp_path_factory: pytest.TempPathFactory) -> list[list[Record]]:
     """What the ranks see in a job that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     job = Job("whole", team, [service.address], folder, seed=SEED, until=_STEPS, options=_OPTIONS)
@@ -55,12 +55,12 @@ def whole(service: Daemon, team: list[Rank], tmp_path_factory: pytest.TempPathFa
     [("allreduce", 1), ("allreduce large", 2), ("broadcast", 1), ("barrier", 2), ("sums forward", 1)],
 )
 def test_killed_between_two_answers(
-    kind: str, failure: int, whole: list[list[Record]], service: Daemon, team: list[Rank], tmp_path: Path
+    kind: str, failure: int, undisturbed: list[list[Record]], service: Daemon, team: list[Rank], tmp_path: Path
 ) -> None:
     """Nobody notices more than a pause."""
     name = f"{kind}-{failure}".replace(" ", "-")
     service.kill()
-    service.start({VARIABLE: f"after-reply=kill:{_answers_before(whole, kind) + failure}"})
+    service.start({VARIABLE: f"after-reply=kill:{_answers_before(undisturbed, kind) + failure}"})
     job = Job(name, team, [service.address], tmp_path, seed=SEED, until=_STEPS, options=_OPTIONS)
     job.expect("joined")
     job.until(lambda: not service.alive, "the service has killed itself", quiet=team)

@@ -91,7 +91,7 @@ def test_a_cut_comes_after_so_many_bytes(kind: Kind, ends: str) -> None:
         assert between.story == [f"rank 0, connection 0: {kind} up after 1234 bytes, 0.000 s"]
 
 
-def test_a_cut_on_the_way_back() -> None:
+def test_a_cut_reply() -> None:
     """The rank gets exactly the first bytes of an answer."""
     with _through(Fault(Kind.CLOSE, up=False, after=7)) as (rank, _, _):
         rank.sendall(bytes(100))
@@ -118,7 +118,7 @@ def test_a_blackhole_swallows_while_the_connection_stays_up() -> None:
         assert time.monotonic() - began > 0.2
 
 
-def test_a_delay_holds_bytes_back() -> None:
+def test_a_delay_delays_bytes() -> None:
     """All arrive, late; what comes much later does not."""
     with _through(Fault(Kind.DELAY, up=True, after=3, seconds=0.2)) as (rank, _, _):
         began = time.monotonic()

@@ -32,7 +32,7 @@ def _broken(folder: Path, seed: int, amount: int, progress: Progress) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("campaign", "code", "says"),
+    ("campaign", "code", "output"),
     [
         (
             _good,
@@ -44,8 +44,8 @@ def _broken(folder: Path, seed: int, amount: int, progress: Progress) -> Report:
         (_broken, 1, "OSError: no such port"),
     ],
 )
-def test_what_the_soak_says(
-    campaign: soak.Campaign, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_output_and_exit_code_of_the_soak(
+    campaign: soak.Campaign, code: int, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A broken promise, a broken time limit and a campaign that breaks by itself make it fail, with what repeats it."""
     monkeypatch.setattr(soak, "CAMPAIGNS", {"one": SoakRun(campaign, 10, "kills")})
@@ -55,5 +55,5 @@ def test_what_the_soak_says(
     assert soak.main() == code
     out = capsys.readouterr().out
     assert "soak: seed 7, scale 0.5; again: make soak SOAK_SEED=7 SOAK_SCALE=0.5\n=== one: 5 kills\n" in out
-    assert says in out
+    assert output in out
     assert ("again: make soak SOAK_SEED=7 SOAK_SCALE=0.5 SOAK=one\n" in out) is (code == 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 from bnworker import World
-from bnworker.transports import mpi
+from bnworker.transports import mpi, peers
 from support.contract import BODIES, names
 from support.contract.timing import watch
 
@@ -24,7 +24,7 @@ SMALL_CHUNK = 100_000  # elements: every larger array takes several collectives
 def main(folder: Path) -> None:
     """Run the bodies; a failing one is told to the other ranks, so that they go on to the next."""
     warnings.simplefilter("error")
-    mpi._CHUNK = SMALL_CHUNK
+    peers.CHUNK = SMALL_CHUNK
     seen: dict[str, dict[str, object]] = {}
     rank, world_size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     for name in names("mpi", world_size):

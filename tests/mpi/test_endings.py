@@ -21,11 +21,11 @@ def end(world_size: int, way: str, folder: Path) -> tuple[mpi.Ended, list[Any]]:
     script = Path(__file__).with_name("ending_rank.py")
     ended = mpi.run(world_size, script, way, folder, limit_s=200)
     for file in folder.glob("*.pid"):
-        until_gone(int(file.read_text(encoding="utf-8")))
+        wait_for_end(int(file.read_text(encoding="utf-8")))
     return ended, [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
-def until_gone(pid: int) -> None:
+def wait_for_end(pid: int) -> None:
     """Return when a process is gone: mpiexec may end a little before the last rank does."""
     deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists():
@@ -80,8 +80,8 @@ def test_a_late_rank_is_not_blamed(tmp_path: Path) -> None:
     assert ended.code != 0
     assert [ranks for _, _, ranks, _ in events] == [[2], [2]]
     first, second = (without_hosts(text) for _, text, _, _ in events)
-    gone = "rank 2 did not come within 2 s (last seen completing barrier (number 0))"
-    assert first == f"{gone}. rank 0, rank 1 wait in allreduce (number 1)."
+    late = "rank 2 did not come within 2 s (last seen completing barrier (number 0))"
+    assert first == f"{late}. rank 0, rank 1 wait in allreduce (number 1)."
     assert second == first
     assert events[0][3] >= TIMEOUT_S
     assert events[1][3] < TIMEOUT_S / 2

@@ -110,7 +110,7 @@ def test_no_mpiexec(tmp_path: Path) -> None:
     )
 
 
-def test_the_doctor_finds_the_mpi_beside_files_that_are_named_like_modules(tmp_path: Path) -> None:
+def test_the_doctor_finds_mpi_despite_files_named_like_modules(tmp_path: Path) -> None:
     """A `types.py` in the current folder is nobody's module but the user's."""
     for name in ("types.py", "mpi4py.py", "socket.py"):
         (tmp_path / name).write_text("raise SystemExit('not this one')", encoding="utf-8")
@@ -120,7 +120,7 @@ def test_the_doctor_finds_the_mpi_beside_files_that_are_named_like_modules(tmp_p
     assert "MPI" in line.removeprefix("MPI library"), line
 
 
-def test_a_rank_hears_a_broken_pipe() -> None:
+def test_a_rank_gets_sigpipe_from_a_broken_pipe() -> None:
     """What Python ignores for itself, a program of another kind does not: it ends as it does in a shell."""
     done = launch(1, "sh", "-c", "kill -PIPE $$; echo alive", options=MPI)
     assert (done.returncode, done.stdout) == (141, "")

@@ -17,7 +17,7 @@ def one_process() -> same_bits.Seen:
 
 
 @pytest.mark.parametrize("world_size", sorted(same_bits.SHARDS))
-def test_ranks_can_not_be_seen(world_size: int, one_process: same_bits.Seen, tmp_path: Path) -> None:
+def test_ranks_do_not_change_the_result(world_size: int, one_process: same_bits.Seen, tmp_path: Path) -> None:
     """Outputs, gradients, moving statistics and grids, over five steps of every family; a rank without a row too."""
     ended = mpi.run(world_size, same_bits.__file__, tmp_path, limit_s=200)
     assert ended.code == 0, ended.err

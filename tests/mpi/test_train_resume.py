@@ -16,13 +16,13 @@ pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_kills(kills: int, tmp_path: Path) -> None:
     """Of ranks and of the launcher, with -9: the final file's bytes are those of the undisturbed run."""
-    whole = undisturbed(tmp_path, "mpi", kills)
+    uninterrupted = undisturbed(tmp_path, "mpi", kills)
     parts, story = killed_and_resumed(tmp_path, "mpi", kills, seed=kills)
     print("\n".join(story))
-    assert parts == whole
+    assert parts == uninterrupted
 
 
-def test_the_transport_is_not_seen(tmp_path: Path) -> None:
+def test_the_transport_does_not_change_the_result(tmp_path: Path) -> None:
     """Twenty steps over MPI, the rest through the service: the bytes of a run through the service alone."""
     options = ("--workers=4", "--resume", *FIFTY_STEPS)  # of three, MPI itself would add in rank order
     trained(tmp_path / "service", *options)

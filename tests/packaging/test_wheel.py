@@ -76,7 +76,7 @@ def test_exactly_four_top_level_names(installed: Installed) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == _PACKAGES
 
 
-def test_the_packages_are_found_where_they_were_installed(site: Path) -> None:
+def test_the_packages_are_imported_from_where_they_were_installed(site: Path) -> None:
     """The fresh environment imports the wheel's files, not this checkout's."""
     code = f"import importlib.util as u; print([u.find_spec(n).origin for n in {sorted(_PACKAGES)}])"
     origins = _run(site / "bin/python", "-c", code)

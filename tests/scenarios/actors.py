@@ -1,4 +1,4 @@
-"""The ranks of a scenario: small but real. They compute words, walk through exchanges, and keep a mirror."""
+"""The ranks of a scenario: small but real. They compute limbs, walk through exchanges, and keep a mirror."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bnlayer.moving import Rule
 from bnlayer.state import LayerState
 from bnserver.core.effects import Totals
 from bnserver.core.events import Body, Join, Replacing
+from support.forward_exchange import contribution
 
 Exchange = Generator[tuple[Call, Body], Totals, str]
 Options = dict[str, str]
@@ -62,12 +63,14 @@ class Mirror:
     calls: list[tuple[NDArray[np.float32], BatchStatistics]] = field(default_factory=list)
     set: bool = False
 
-    def contribution(self, signature: LayerSignature, limbs: NDArray[np.int64]) -> tuple[LayerSignature, Body]:
-        """What a contribution says: the first one since the state was set brings it along."""
+    def completed(self, call: Call, limbs: NDArray[np.int64]) -> tuple[Call, Body]:
+        """A contribution as it is sent: the first one since the state was set brings it along."""
         if not self.set:
-            return signature, limbs
+            return call, limbs
         self.set = False
-        return replace(signature, state=self.state.fingerprint), Replacing(limbs, self.state)
+        assert isinstance(call.signature, LayerSignature)
+        signature = replace(call.signature, state=self.state.fingerprint)
+        return call._replace(signature=signature), Replacing(limbs, self.state)
 
 
 def forward(mirror: Mirror, options: Options) -> Exchange:
@@ -78,17 +81,13 @@ def forward(mirror: Mirror, options: Options) -> Exchange:
     if masked:
         mask = np.array([word == "1" for word in options["mask"].split(",")]).reshape(-1, 1, 1)
     exchange = ForwardExchange.begin(mirror.state.forward, mirror.signature.epsilon, masked)
-    view, operations = x.reshape(*x.shape, 1), []
+    key = ExchangeKey(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
+    signature = replace(mirror.signature, update_moving="update" not in options)
+    operations = []
     while exchange.wants is not None:
         operations.append(str(exchange.wants))
-        probe = exchange.wants is Operation.PROBE
-        limbs = reference.probe(view, mask, exchange.grid) if probe else reference.moments(view, mask, exchange.grid)
-        signature = replace(
-            mirror.signature, masked=masked, grid=exchange.fingerprint, update_moving="update" not in options
-        )
-        key = ExchangeKey(options["layer"], Direction.FORWARD, mirror.steps[Direction.FORWARD])
-        signature, body = mirror.contribution(signature, limbs)
-        total = yield Call(exchange.wants, key, signature, exchange.attempt), body
+        call, limbs = contribution(exchange, key, signature, x.reshape(*x.shape, 1), mask)
+        total = yield mirror.completed(call, limbs)
         exchange = exchange.reduced(total.limbs)
     assert exchange.statistics is not None
     mirror.calls.append((x, exchange.statistics))
@@ -121,8 +120,7 @@ def backward(mirror: Mirror, options: Options) -> Exchange:
             limbs = GradientSums(sums, exchange.call_grid).of_call(statistics.nonfinite).limbs
         signature = replace(mirror.signature, grid=exchange.fingerprint)
         key = ExchangeKey(options["layer"], Direction.BACKWARD, mirror.steps[Direction.BACKWARD])
-        signature, body = mirror.contribution(signature, limbs)
-        total = yield Call(exchange.wants, key, signature, exchange.attempt, step), body
+        total = yield mirror.completed(Call(exchange.wants, key, signature, exchange.attempt, step), limbs)
         exchange = exchange.reduced(total.limbs)
     mirror.steps[Direction.BACKWARD] += 1
     mirror.state = mirror.state.after_backward(exchange.grid)

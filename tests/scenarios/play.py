@@ -211,8 +211,10 @@ class Scene:
         rank = self._ranks[name]
         rank.stream, rank.deaf = next(self._streams), False
         self._by_stream[rank.stream] = rank
-        known = int(options.get("knows", rank.layer_answered))
-        resume = Resume(rank.generation, rank.answered, known, dict(rank.versions)) if rank.generation else None
+        layer_answered = int(options.get("knows", rank.layer_answered))
+        resume = (
+            Resume(rank.generation, rank.answered, layer_answered, dict(rank.versions)) if rank.generation else None
+        )
         asked = rank.last if rank.sequence > rank.answered else None
         self._handle(replace(rank.join, stream=rank.stream, resume=resume))
         for sequence, operations in ((rank.answered, rank.before), (rank.answered + 1, asked)):

@@ -138,8 +138,8 @@ def beyond_one_rounding(got: NDArray[Any], want: Wide) -> NDArray[np.bool_]:
 def assert_close(got: NDArray[Any], want: Wide, what: str) -> None:
     """The bound of got's dtype holds."""
     if got.dtype.name in BOUNDS:
-        found, bound = error(got, want), BOUNDS[got.dtype.name]
-        assert found <= bound, f"{what}: error {found:.2e}, bound {bound:.0e}"
+        worst, bound = error(got, want), BOUNDS[got.dtype.name]
+        assert worst <= bound, f"{what}: error {worst:.2e}, bound {bound:.0e}"
     else:
         off = beyond_one_rounding(got, want)
         assert not off.any(), f"{what}: {got[off]} where the truth is {want[off]}"

@@ -55,7 +55,7 @@ class Ending:
     code: int
     body: str = ""
     act: Callable[[Running], None] = _nothing
-    says: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     never: str = "SIGKILL sent"
     shows: Callable[[str], bool] = lambda out: True
     service: str = ""
@@ -174,22 +174,24 @@ ENDINGS = (
         "a rank raises an exception",
         1,
         _FAILS.format("raise KeyError('mine')"),
-        says=("rank 1 exited with code 1",),
+        messages=("rank 1 exited with code 1",),
         ranks=3,
     ),
-    Ending("a rank exits with code 7", 7, _FAILS.format("sys.exit(7)"), says=("rank 1 exited with code 7",), ranks=3),
+    Ending(
+        "a rank exits with code 7", 7, _FAILS.format("sys.exit(7)"), messages=("rank 1 exited with code 7",), ranks=3
+    ),
     Ending(
         "a rank leaves by os._exit(0), and others wait for it",
         1,
         _FAILS.format("os._exit(0)"),
-        says=("rank 1 exited with code 0 without leaving the job (os._exit?): a failure, code 1",),
+        messages=("rank 1 exited with code 0 without leaving the job (os._exit?): a failure, code 1",),
         ranks=3,
     ),
     Ending(
         "a rank leaves the job, and then by os._exit(0)",
         1,
         "w.leave()\nif rank == 1: os._exit(0)",
-        says=("rank 1 exited with code 0 without the normal end that MPI needs (os._exit?): a failure, code 1",),
+        messages=("rank 1 exited with code 0 without the normal end that MPI needs (os._exit?): a failure, code 1",),
         transports=("mpi",),
     ),
     Ending(
@@ -207,7 +209,7 @@ ENDINGS = (
         137,
         f"ready()\nif rank == 1:\n    {_SLEEP}\nw.barrier()",
         _kill_rank,
-        says=("rank 1 was killed by SIGKILL",),
+        messages=("rank 1 was killed by SIGKILL",),
         ranks=3,
     ),
     Ending(
@@ -225,14 +227,14 @@ ENDINGS = (
         "a rank crashes with SIGSEGV",
         139,
         _FAILS.format("os.kill(os.getpid(), signal.SIGSEGV)"),
-        says=("rank 1 was killed by SIGSEGV",),
+        messages=("rank 1 was killed by SIGSEGV",),
         ranks=3,
     ),
     Ending(
         "a rank exits with code 7, another ignores SIGTERM",
         7,
         _IGNORE.format("SIGTERM") + "w.barrier()\nif rank == 1: os._exit(7)\n" + _WAIT,
-        says=("rank 1 exited with code 7",),
+        messages=("rank 1 exited with code 7",),
         never="exited with code 1$",
         grace=0.5,
     ),
@@ -241,7 +243,7 @@ ENDINGS = (
         137,
         _WAIT,
         _kill_backbone,
-        says=("the statistics service was killed by SIGKILL", "SIGTERM sent to ranks 0, 1"),
+        messages=("the statistics service was killed by SIGKILL", "SIGTERM sent to ranks 0, 1"),
         transports=("service",),
         grace=0.5,
     ),
@@ -250,7 +252,7 @@ ENDINGS = (
         137,
         _WAIT,
         _kill_backbone,
-        says=("mpiexec was killed by SIGKILL",),
+        messages=("mpiexec was killed by SIGKILL",),
         transports=("mpi",),
     ),
     Ending("the launcher is killed with SIGKILL", 137, _BACKGROUND + "\n" + _WAIT, _sent(signal.SIGKILL)),
@@ -266,7 +268,7 @@ ENDINGS = (
         130,
         _SAVES,
         _sent(signal.SIGINT),
-        says=("SIGINT sent to ranks 0, 1; SIGKILL follows in 30 s, or at once on Ctrl-C",),
+        messages=("SIGINT sent to ranks 0, 1; SIGKILL follows in 30 s, or at once on Ctrl-C",),
         shows=_holds("[0] saved", "[1] saved"),
         grace=30,
     ),
@@ -275,7 +277,7 @@ ENDINGS = (
         130,
         _IGNORE.format("SIGINT") + _WAIT,
         _twice,
-        says=("SIGINT sent to ranks 0, 1", "SIGKILL sent to ranks 0, 1"),
+        messages=("SIGINT sent to ranks 0, 1", "SIGKILL sent to ranks 0, 1"),
         never="saved",
         grace=3600,
     ),
@@ -284,17 +286,17 @@ ENDINGS = (
         143,
         _SAVES_ON_TERM,
         _sent(signal.SIGTERM),
-        says=("SIGTERM sent to ranks 0, 1",),
+        messages=("SIGTERM sent to ranks 0, 1",),
         shows=_holds("[0] saved", "[1] saved"),
         grace=30,
     ),
-    Ending("SIGHUP: the terminal is gone", 129, _WAIT, _sent(signal.SIGHUP), says=("SIGTERM sent to ranks 0, 1",)),
+    Ending("SIGHUP: the terminal is gone", 129, _WAIT, _sent(signal.SIGHUP), messages=("SIGTERM sent to ranks 0, 1",)),
     Ending(
         "SIGTERM, and the ranks ignore it",
         143,
         _IGNORE.format("SIGTERM") + _WAIT,
         _sent(signal.SIGTERM),
-        says=("SIGTERM sent to ranks 0, 1", "SIGKILL sent to ranks 0, 1"),
+        messages=("SIGTERM sent to ranks 0, 1", "SIGKILL sent to ranks 0, 1"),
         never="saved",
         grace=0.5,
     ),
@@ -312,7 +314,7 @@ ENDINGS = (
         "if rank == 1: os.close(1); os.close(2)\nw.barrier()\nif rank == 0: print('after', flush=True)\n"
         "w.barrier()\nw.leave()\nif rank == 1: os._exit(5)",
         shows=_holds("[0] after"),
-        says=("rank 1 exited with code 5",),
+        messages=("rank 1 exited with code 5",),
     ),
     Ending(
         "a rank writes a megabyte without a line end",
@@ -334,11 +336,13 @@ ENDINGS = (
         "nobody reads the output any more",
         141,
         "while True: print('y' * 100)",
-        says=("SIGTERM sent to ranks 0, 1",),
+        messages=("SIGTERM sent to ranks 0, 1",),
         hangs_up=True,
     ),
     Ending("a rank leaves a process in the background", 0, _BACKGROUND, never="bnlayer launch:"),
-    Ending("the command is not found", 127, program=("no-such-command",), says=("no-such-command: command not found",)),
+    Ending(
+        "the command is not found", 127, program=("no-such-command",), messages=("no-such-command: command not found",)
+    ),
 )
 
 
@@ -370,7 +374,7 @@ def play(ending: Ending, transport: str, folder: Path) -> None:
         # An Open MPI's mpiexec that was killed left its session here; the next with its pid did not start.
         assert list(job.temporary.iterdir()) == []
         assert ending.shows(out), (out, err)
-        for pattern in ending.says:
+        for pattern in ending.messages:
             assert re.search(f"^bnlayer(?: launch)?: (?:launch: )?{re.escape(pattern)}", err, re.MULTILINE), err
         assert not re.search(ending.never, out + err, re.MULTILINE), (out, err)
         for line in err.splitlines():

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.exchange import ForwardExchange
-from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moving import Moving, Rule
+from bnlayer.moving import Rule
 from bnlayer.state import LayerState
 from bnserver.core.events import Replacing
+from support.forward_exchange import bits, contribution, limbs_of, unprobed_state
+
+__all__ = ["SIGNATURE", "Process", "bits", "next_of", "truth"]
+
 
 SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
 X = [np.full((rows, 1, 1), value, np.float32) for rows, value in ((1, 0.5), (2, -3.0), (0, 0.0), (3, 7.25))]
@@ -52,7 +53,7 @@ class Process:
 def after(version: int) -> LayerState:
     """The owner's state after so many exchanges, as one rank with all rows would have it."""
     if version == 0:
-        return fresh()
+        return unprobed_state(1)
     state = set_by_hand(after(version - 1))
     exchange = ForwardExchange.begin(state.forward, SIGNATURE.epsilon, False)
     while exchange.wants is not None:
@@ -66,7 +67,7 @@ def set_by_hand(state: LayerState) -> LayerState:
     moving = replace(state.moving, mean=state.moving.mean + np.float32(100))
     match state.version % 3:
         case 1:
-            return replace(fresh(), moving=moving, version=state.version)
+            return replace(unprobed_state(1), moving=moving, version=state.version)
         case 2:
             return replace(state, moving=moving)
         case _:
@@ -81,7 +82,7 @@ def truth(version: int) -> bytes:
 def next_of(process: Process) -> tuple[Call, object]:
     """What a well-behaved rank says now."""
     if process.state is None:
-        return Call(Operation.ENROLL, ExchangeKey("a", None, 0), SIGNATURE), fresh()
+        return Call(Operation.ENROLL, ExchangeKey("a", None, 0), SIGNATURE), unprobed_state(1)
     if process.exchange is None and process.answered % 2:
         return Call(Operation.BARRIER, ExchangeKey(None, None, process.answered), PlainSignature()), None
     begins, before = process.exchange is None, process.state
@@ -89,29 +90,8 @@ def next_of(process: Process) -> tuple[Call, object]:
         process.state = set_by_hand(before)
         process.exchange = ForwardExchange.begin(process.state.forward, SIGNATURE.epsilon, False)
     exchange = process.exchange
-    assert exchange.wants is not None
-    signature = LayerSignature(1, "float32", 0.9, 0.001, grid=exchange.fingerprint)
+    replaces = begins and process.state is not before
+    signature = replace(SIGNATURE, state=process.state.fingerprint) if replaces else SIGNATURE
     key = ExchangeKey("a", Direction.FORWARD, process.steps)
-    limbs = limbs_of(exchange, X[process.rank])
-    if begins and process.state is not before:
-        signature = replace(signature, state=process.state.fingerprint)
-        return Call(exchange.wants, key, signature, exchange.attempt), Replacing(limbs, process.state)
-    return Call(exchange.wants, key, signature, exchange.attempt), limbs
-
-
-def limbs_of(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
-    """A rank's limbs of what comes next."""
-    if exchange.wants is Operation.PROBE:
-        return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid)
-
-
-def fresh() -> LayerState:
-    """A state that was never probed."""
-    moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
-    return LayerState(moving, Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1))
-
-
-def bits(state: LayerState) -> bytes:
-    """All that a state holds."""
-    return b"".join(array.tobytes() for array in state.arrays().values())
+    call, limbs = contribution(exchange, key, signature, X[process.rank])
+    return call, Replacing(limbs, process.state) if replaces else limbs

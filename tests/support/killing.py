@@ -23,7 +23,7 @@ _OPTIONS = ("--data=digits", f"--workers={RANKS}", "--epochs=1000", "--hidden=16
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
 _KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
-_PATIENCE_S = 150.0
+_LIMIT_S = 150.0
 _LAUNCHER = RANKS  # the victim that is no rank
 
 
@@ -61,9 +61,9 @@ def killed_and_resumed(folder: Path, transport: str, kills: int, seed: int) -> t
             launch.kill(victim)
             code = launch.wait()
             assert code != 0, f"the run was over before it was killed: {story}"
-        kept = read(path)
+        checkpoint = read(path)
         who = "launcher" if victim == _LAUNCHER else f"rank {victim}"
-        story.append(f"{who}: exit code {code}, checkpoint at step {kept.progress.steps if kept else 0}")
+        story.append(f"{who}: exit code {code}, checkpoint at step {checkpoint.progress.steps if checkpoint else 0}")
     with _Launch(path, transport, 50, steps_for(kills)) as launch:
         assert launch.wait() == 0, launch.output()
     return path.read_bytes(), story
@@ -122,12 +122,12 @@ class _Launch:
 
     def wait(self) -> int:
         """The launcher's exit code."""
-        return self._process.wait(_PATIENCE_S)
+        return self._process.wait(_LIMIT_S)
 
     def _await(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _LIMIT_S
         while not holds():
-            assert time.monotonic() < deadline, f"waited {_PATIENCE_S} s until {what}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"waited {_LIMIT_S} s until {what}:\n{self.output()}"
             time.sleep(0.002)
 
     def _await_another(self, seen: int) -> None:
@@ -143,25 +143,25 @@ class _Launch:
 
     def _ranks(self) -> dict[int, int]:
         """The pids by rank."""
-        found = {}
+        pids = {}
         for pid in self._alive():
             with suppress(OSError):
                 variables = dict(part.partition(b"=")[::2] for part in _read(pid, "environ"))
                 limbs = _read(pid, "cmdline")
                 number = next((variables[name] for name in _RANK if name in variables), None)
                 if number is not None and b"bnworker.cli" in limbs and b"-n" not in limbs:
-                    found[int(number)] = pid
-        return found
+                    pids[int(number)] = pid
+        return pids
 
     def _alive(self) -> list[int]:
         """All processes of this launch but the launcher; zombies are none."""
-        found = []
+        numbers = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal() and int(folder.name) != self._process.pid:
                 with suppress(OSError):
                     if self._mark in _read(int(folder.name), "environ"):
-                        found.append(int(folder.name))
-        return found
+                        numbers.append(int(folder.name))
+        return numbers
 
 
 def _read(pid: int, file: str) -> list[bytes]:

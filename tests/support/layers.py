@@ -11,8 +11,8 @@ from bnlayer import BatchNormalization
 
 def gradients(bn: BatchNormalization) -> tuple[NDArray[Any], NDArray[Any]]:
     """The gradients of gamma and beta after a backward pass."""
-    found = [variable.gradient for variable in (bn.gamma, bn.beta) if variable is not None]
-    gamma, beta = found
+    vectors = [variable.gradient for variable in (bn.gamma, bn.beta) if variable is not None]
+    gamma, beta = vectors
     assert gamma is not None
     assert beta is not None
     return gamma, beta

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +30,6 @@ ODD_ARGUMENTS = (
     "\u00e9\U0001f600",
 )
 ODD_VARIABLES = {"A:B": "1", "a b": "2", "BASH_FUNC_f%%": "() { :\n}", "\u00e9": " \u00fc ", "EMPTY": "", "E": "x=y"}
-_GONE_S = 60.0  # a killed process is gone in milliseconds; this is for a machine that does other things
 
 
 def arguments(ranks: int, *command: str, options: Sequence[str] = ()) -> list[str]:
@@ -96,16 +93,6 @@ def pids(process: subprocess.Popen[str], count: int) -> list[int]:
     """The pids that ranks wrote, one a line: `[0] PID`."""
     assert process.stdout is not None
     return [int(process.stdout.readline().split()[-1]) for _ in range(count)]
-
-
-def gone(handles: Sequence[int]) -> bool:
-    """Whether processes have ended; asked of handles, which are not reused as pids are."""
-    deadline = time.monotonic() + _GONE_S
-    waiting = list(handles)
-    while waiting and (left := deadline - time.monotonic()) > 0:
-        ended, _, _ = select.select(waiting, [], [], left)
-        waiting = [handle for handle in waiting if handle not in ended]
-    return not waiting
 
 
 @contextmanager

@@ -47,12 +47,12 @@ class _Text:
     def until(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
         """Wait until a pattern has come so many times."""
 
-        def found() -> list[re.Match[str]]:
+        def matches() -> list[re.Match[str]]:
             return list(re.finditer(pattern, self._text.decode(errors="replace"), re.MULTILINE))
 
         with self._come:
-            assert self._come.wait_for(lambda: len(found()) >= count, _LIMIT_S), self._text
-            return found()
+            assert self._come.wait_for(lambda: len(matches()) >= count, _LIMIT_S), self._text
+            return matches()
 
     def all(self) -> str:
         """Everything, once the pipe has ended."""
@@ -125,14 +125,14 @@ class Running:
 
     def guardian(self) -> int:
         """The pid of the launcher's guardian."""
-        (found,) = (pid for pid in children(self.process.pid) if _is_guardian(pid))
-        return found
+        (child,) = (pid for pid in children(self.process.pid) if _is_guardian(pid))
+        return child
 
     def backbone(self) -> int:
         """The pid of what the ranks can't live without: of service or mpiexec."""
         ranks = self.ready().values()
-        (found,) = (pid for pid in children(self.process.pid) if not _is_guardian(pid) and pid not in ranks)
-        return found
+        (launcher,) = (pid for pid in children(self.process.pid) if not _is_guardian(pid) and pid not in ranks)
+        return launcher
 
     def carriers(self) -> list[str]:
         """The command lines of everything that still runs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,14 +10,13 @@ from numpy.typing import NDArray
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.exchange import ForwardExchange
-from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels import reference
-from bnlayer.moving import Moving, Rule
+from bnlayer.moving import Rule
 from bnlayer.state import LayerState
 from bnproto.arrays import named, unpack, whole
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service.channel import Answer
+from support.forward_exchange import bits, contribution, unprobed_state
 
 T = TypeVar("T")
 Asked = tuple[pb.ExchangeRequest, pb.Payload | None]
@@ -30,17 +28,10 @@ _SIGNATURE = LayerSignature(2, "float32", 0.9, 0.001)
 _RULE = Rule(_SIGNATURE.momentum, _SIGNATURE.epsilon)
 
 
-def bits(state: LayerState) -> bytes:
-    """All that a state holds."""
-    return b"".join(array.tobytes() for array in state.arrays().values())
-
-
 def train(rank: int, steps: int) -> Program:
     """Enrol a layer, then train it with plain operations in between; returns the bits of all that was received."""
-    moving = Moving(np.zeros(2, np.float32), np.ones(2, np.float32))
-    state = LayerState(moving, Grid.unknown("float32", 2), BackwardGrid.unknown("float32", 2))
-    key = ExchangeKey("a", None, 0)
-    state = _state((yield _contribution(Call(Operation.ENROLL, key, _SIGNATURE), state.arrays())).response.result)
+    call = Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE)
+    state = _state((yield _contribution(call, unprobed_state(2).arrays())).response.result)
     got: list[bytes] = [bits(state)]
     for step in range(steps):
         state = yield from _forward(rank, step, state, got)
@@ -70,9 +61,8 @@ def _forward(rank: int, step: int, state: LayerState, got: list[bytes]) -> Askin
     version, exchange = 0, ForwardExchange.begin(state.forward, _SIGNATURE.epsilon, False)
     x = np.full((rank + 1, 2, 1), 0.5 * step - rank, np.float32) * np.float32(10.0**step)
     while exchange.wants is not None:
-        signature = replace(_SIGNATURE, grid=exchange.fingerprint)
-        call = Call(exchange.wants, ExchangeKey("a", Direction.FORWARD, step), signature, exchange.attempt)
-        answer = yield _contribution(call, {"": _limbs(exchange, x)})
+        call, limbs = contribution(exchange, ExchangeKey("a", Direction.FORWARD, step), _SIGNATURE, x)
+        answer = yield _contribution(call, {"": limbs})
         (total,) = unpack(answer.response.result.payload, answer.data)
         version, exchange = answer.response.result.version, exchange.reduced(total)
         got.append(total.tobytes())
@@ -93,9 +83,3 @@ def _payload(arrays: dict[str, NDArray[Any]]) -> pb.Payload:
 
 def _state(message: pb.Result | pb.Owned) -> LayerState:
     return LayerState.from_arrays(named(message.payload, message.payload.data), "float32")
-
-
-def _limbs(exchange: ForwardExchange, x: NDArray[np.float32]) -> NDArray[np.int64]:
-    if exchange.wants is Operation.PROBE:
-        return reference.probe(x, None, exchange.grid)
-    return reference.moments(x, None, exchange.grid)

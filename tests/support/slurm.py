@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("n1", "n2")
-_PATIENCE_S = 300.0  # ends a test that hangs; a busy machine takes a tenth of it
+_LIMIT_S = 300.0  # ends a test that hangs; a busy machine takes a tenth of it
 _PAUSE_S = 0.1
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 # proctrack/linuxproc, task/none and jobacct_gather/none work without control groups, and so in containers.
@@ -77,7 +77,7 @@ class Cluster:
     def run(self, *command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         """A command from its start to its end."""
         return subprocess.run(
-            command, cwd=cwd, env=self.environ, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command, cwd=cwd, env=self.environ, capture_output=True, text=True, timeout=_LIMIT_S, check=False
         )
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), cwd: Path) -> int:
@@ -98,9 +98,9 @@ class Cluster:
         that has the time stamp, in seconds, of the job's end.
         """
         step = f"slurmstepd: [{job}.".encode()
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _LIMIT_S
         while any((process / "cmdline").read_bytes().startswith(step) for process in _processes(self.mark)):
-            assert time.monotonic() < deadline, f"job {job} still has steps, {_PATIENCE_S} s after its end"
+            assert time.monotonic() < deadline, f"job {job} still has steps, {_LIMIT_S} s after its end"
             time.sleep(_PAUSE_S)
         self._scontrol("update", f"JobId={job}", "StartTime=now+2")
 
@@ -112,7 +112,7 @@ class Cluster:
     def wait(self, job: int, state: str, log: Path) -> None:
         """Until a job has reached a state."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _LIMIT_S
         while (now := self.state(job)) != state:
             said = log.read_text(encoding="utf-8") if log.exists() else "nothing"
             assert now not in final, f"job {job} is {now} and never will be {state}; its output:\n{said}"
@@ -204,17 +204,17 @@ def _end_leftovers(mark: bytes) -> None:
 
 def _processes(mark: bytes) -> list[Path]:
     """The folders in /proc of all processes with this variable."""
-    found = []
+    folders = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             with suppress(OSError):
                 if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(folder)
-    return found
+                    folders.append(folder)
+    return folders
 
 
 def _await_nodes(running: Cluster) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _LIMIT_S
     while True:
         done = running.run("sinfo", "--noheader", "--format=%T %D", cwd=running.folder)
         if done.stdout.split() == ["idle", str(len(NODES))]:

@@ -97,8 +97,8 @@ def stopped(folder: Path, number: signal.Signals, *options: str, rank: int | Non
 def _rank(launcher: int, rank: int) -> int:
     """The pid of one of its ranks."""
     wanted = f"BNLAYER_RANK={rank}".encode()
-    (found,) = (pid for pid in children(launcher) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-    return found
+    (match,) = (pid for pid in children(launcher) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return match
 
 
 def same_result(one: Trained, other: Trained) -> None:

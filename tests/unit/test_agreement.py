@@ -22,7 +22,7 @@ def reduction(number: int, op: str = "sum") -> Call:
 
 
 def test_equal_calls_can_be_answered() -> None:
-    """Nobody is to blame, also when nobody has spoken."""
+    """Nobody is to blame, also when no rank has made a call."""
     assert judge({0: sums(), 1: sums()}, {}, {}) is None
     assert judge({}, {}, {}) is None
     assert judge({}, {1: ""}, {}) is None
@@ -119,7 +119,7 @@ def test_a_failed_rank_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "found"),
+    ("environ", "expected"),
     [
         ({}, []),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}, [("OMPI_COMM_WORLD_RANK", 1, 3)]),
@@ -135,13 +135,13 @@ def test_a_failed_rank_is_lost() -> None:
         ),
     ],
 )
-def test_launchers_are_read_strongest_first(environ: dict[str, str], found: list[tuple[str, int, int]]) -> None:
+def test_launchers_are_read_strongest_first(environ: dict[str, str], expected: list[tuple[str, int, int]]) -> None:
     """Inside salloc a plain process has SLURM variables, but is no step."""
-    assert [(a.variable, a.rank, a.world_size) for a in announced(environ)] == found
+    assert [(a.variable, a.rank, a.world_size) for a in announced(environ)] == expected
 
 
 @pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "x")])
-def test_nonsense_in_the_environment_is_named(rank: str, size: str) -> None:
+def test_invalid_variables_are_named(rank: str, size: str) -> None:
     """Not a number, or a rank outside its world."""
     with pytest.raises(ValueError, match="torchrun: expected 0 <= RANK < WORLD_SIZE, received"):
         announced({"RANK": rank, "WORLD_SIZE": size})

@@ -19,8 +19,8 @@ def enforced(
 ) -> Judgement:
     """The judgement of one bar; figures by the last part of their names."""
     named = {name: figures[name.rpartition("/")[2]] for name in bar.figures if name.rpartition("/")[2] in figures}
-    (found,) = judge([bar], named, ran=ran, missing=missing)
-    return found
+    (judgement,) = judge([bar], named, ran=ran, missing=missing)
+    return judgement
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_a_lower_bound(ratio: float, verdict: str) -> None:
 
 def test_what_was_not_measured_is_missed() -> None:
     """A kernel that vanished from the run is no pass."""
-    found = enforced(BELOW, a=1.0)
-    assert found.verdict is Verdict.MISSED
-    assert found.worst == "not measured: kernels/b"
+    judgement = enforced(BELOW, a=1.0)
+    assert judgement.verdict is Verdict.MISSED
+    assert judgement.worst == "not measured: kernels/b"
 
 
 def test_a_peer_that_is_not_installed_fails_nothing() -> None:
@@ -77,8 +77,8 @@ def test_every_bar_of_the_table_can_be_met_and_missed() -> None:
         assert bar.aim is None or (bar.aim > bar.must if bar.at_least else bar.aim < bar.must)
         for scale in (0.5, 2.0):
             figures = dict.fromkeys(bar.figures, bar.must * scale)
-            (found,) = judge([bar], figures, ran=[bar.section], missing=[])
-            assert (found.verdict is Verdict.MISSED) == ((scale < 1) if bar.at_least else (scale > 1))
+            (judgement,) = judge([bar], figures, ran=[bar.section], missing=[])
+            assert (judgement.verdict is Verdict.MISSED) == ((scale < 1) if bar.at_least else (scale > 1))
 
 
 SHAPES = Bar("forward", ("kernels/1,2/forward/limits", "kernels/3,4/forward/limits"), must=2.0)
@@ -91,7 +91,7 @@ FIRST = {
 }
 
 
-def test_what_misses_a_bar_is_measured_again_and_nothing_else() -> None:
+def test_only_what_misses_a_bar_is_remeasured() -> None:
     """By the shape for kernels, whose section takes a minute."""
     judgements = judge([SHAPES, STEPS], FIRST, ran=("kernels", "step"), missing=())
     missed_sections = missed(judgements, FIRST)

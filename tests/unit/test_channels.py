@@ -56,11 +56,11 @@ def same(got: NDArray[Any], wanted: NDArray[Any]) -> None:
 
 def all_same(got: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
     """Every array, and which channels are refused."""
-    (found, refused), (oracle, wanted_refused) = got, wanted
+    (arrays, refused), (oracle, wanted_refused) = got, wanted
     assert (refused is None) == (wanted_refused is None)
     if refused is not None:
         same(refused, wanted_refused)
-    for a, b in zip(found, oracle, strict=True):
+    for a, b in zip(arrays, oracle, strict=True):
         same(a, b)
 
 
@@ -83,9 +83,9 @@ def test_statistics_and_what_is_refused(compiled: Compiled, epsilon: float, mask
 def test_the_moving_update(compiled: Compiled, synchronized: bool, masked: bool) -> None:
     """Channels without a value, nonfinite ones, and results that float32 can't hold."""
     for seed in range(40):
-        found, _ = formulas.statistics(*some_moments(seed), 1e-3, 1e-7 * masked)
+        batch, _ = formulas.statistics(*some_moments(seed), 1e-3, 1e-7 * masked)
         old = np.random.default_rng(seed).normal(size=(2, C)).astype(np.float32)
-        arguments: tuple[Any, ...] = found, old[0], old[1], 0.9
+        arguments: tuple[Any, ...] = batch, old[0], old[1], 0.9
         got = compiled.moved(*arguments, synchronized=synchronized, masked=masked)
         wanted = formulas.moved(*arguments, synchronized=synchronized, masked=masked)
         for a, b in zip(got, wanted, strict=True):
@@ -96,10 +96,10 @@ def test_gradients_and_what_is_refused(compiled: Compiled) -> None:
     """Of flags of every kind."""
     for seed in range(80):
         rng = np.random.default_rng(seed)
-        found, _ = formulas.statistics(*some_moments(seed), 1e-3, 1e-7 * (seed % 2))
+        batch, _ = formulas.statistics(*some_moments(seed), 1e-3, 1e-7 * (seed % 2))
         grid = BackwardGrid("float32", rng.integers(-160, 147, C), rng.integers(-148, 130, C), True)
         limbs = np.array([*rng.integers(-(2**30), 2**30, (4, C)), *rng.choice([0, 1, 2**32, 2**32 + 1], (2, C))])
-        all_same(compiled.gradients(limbs, grid, found), formulas.gradients(limbs, grid, found))
+        all_same(compiled.gradients(limbs, grid, batch), formulas.gradients(limbs, grid, batch))
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -108,9 +108,9 @@ def test_coefficients(compiled: Compiled, center: bool, scale: bool) -> None:
     """With and without γ and β."""
     single = np.dtype(np.float32)
     for seed in range(20):
-        found, _ = formulas.statistics(*some_moments(seed), 1e-3, 0.0)
+        batch, _ = formulas.statistics(*some_moments(seed), 1e-3, 0.0)
         gamma, beta = np.random.default_rng(seed).normal(size=(2, C)).astype(np.float32)
-        arguments = found, gamma if scale else None, beta if center else None, single
+        arguments = batch, gamma if scale else None, beta if center else None, single
         for a, b in zip(compiled.coefficients(*arguments), formulas.coefficients(*arguments), strict=True):
             same(a, b)
 

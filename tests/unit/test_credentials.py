@@ -16,7 +16,7 @@ from support.authorities import Authority
 HERE, THERE = "127.0.0.1:1", "trainer:1"
 
 
-def test_what_the_environment_says() -> None:
+def test_credentials_from_the_environment() -> None:
     """An argument beats the variables; an empty variable is unset."""
     assert credentials({"BNLAYER_TOKEN": "", "BNLAYER_TLS_CA": ""}, "") == NONE
     assert credentials({"BNLAYER_TOKEN": "t"}).token == "t"

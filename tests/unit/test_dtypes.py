@@ -32,7 +32,7 @@ HALVES = POLICIES[2:]
         ("mixed_bfloat16", "float32", "bfloat16", "float32"),
     ],
 )
-def test_a_policy_says_three_dtypes(name: str, variables: str, data: str, arithmetic: str) -> None:
+def test_a_policy_determines_three_dtypes(name: str, variables: str, data: str, arithmetic: str) -> None:
     """And a layer has exactly these: weights, output, input gradient, parameter gradients."""
     policy = Policy.of(name)
     assert (policy.variable_dtype.name, policy.compute_dtype.name, policy.arithmetic) == (variables, data, arithmetic)
@@ -121,7 +121,7 @@ def test_what_is_no_number_is_refused(values: NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize("policy", HALVES)
-def test_halves_are_within_one_rounding_of_the_truth(policy: str) -> None:
+def test_halves_are_within_one_rounding_of_the_exact_value(policy: str) -> None:
     """Output, input gradient, parameter gradients, moving statistics, inference; given float64 and given halves."""
     rng = np.random.default_rng(1)
     bn = BatchNormalization(dtype=policy, momentum=0.75, name="bn")

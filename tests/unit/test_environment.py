@@ -110,8 +110,8 @@ def test_nobody_else_reads_variables() -> None:
     for folder in ("bnlayer", "server", "worker", "proto"):
         for file in (_ROOT / folder).rglob("*.py"):
             if str(file.relative_to(_ROOT)) not in own:
-                found = re.findall(
+                uses = re.findall(
                     r"environ\.get\((?!.*\) or )|\bin (?:os\.)?environ\b(?![.:])|\bgetenv|environ\.setdefault",
                     file.read_text(),
                 )
-                assert not found, file
+                assert not uses, file

@@ -45,15 +45,15 @@ def test_a_jump_of_scale_costs_one_probe_each_way() -> None:
     """Up: a value falls outside the window. Down: the window has become too coarse. Both regrid within the exchange."""
     calls = exchanges("jump", 5)
     forward = [(call.operation, call.key.step, call.attempt) for call in calls if call.key.direction == "forward"]
-    again = [(Operation.SUMS, 0), (Operation.PROBE, 1), (Operation.SUMS, 2)]
+    attempts = [(Operation.SUMS, 0), (Operation.PROBE, 1), (Operation.SUMS, 2)]
     assert forward[:2] == [(Operation.PROBE, 0, 0), (Operation.SUMS, 0, 1)]
-    jumps = [(op, step, attempt) for step in (1, 2) for op, attempt in again]
+    jumps = [(op, step, attempt) for step in (1, 2) for op, attempt in attempts]
     # From 1 to 1e-6 and back the spread stays below epsilon, which the window need not resolve.
     assert forward[2:] == [*jumps, (Operation.SUMS, 3, 0), (Operation.SUMS, 4, 0)]
 
 
 def test_constant_data_asks_for_no_second_probe() -> None:
-    """A channel without a range has no window that could be too coarse; each new constant misfits once."""
+    """A channel without a range has no window that could be too coarse; each new constant is out of range once."""
     meeting = Meeting(1)
 
     def body(rank: SimulatedRank) -> None:

@@ -148,7 +148,7 @@ def test_evaluation_in_between_leaves_the_numbering_alone() -> None:
 
 
 def test_a_local_batch_of_one_was_rejected() -> None:
-    """pytorch #36865: only the global count is judged, and a global batch of one is Keras's: variance 0."""
+    """pytorch #36865: only the global count matters, and a global batch of one is Keras's: variance 0."""
     x, dy = draw("normal", 0, 0, (3, 4), "float32"), draw("normal", 1, 0, (3, 4), "float32")
 
     def world(world_size: int) -> list[bytes]:
@@ -289,8 +289,8 @@ def test_a_nonfinite_rank_destroyed_the_shared_statistics() -> None:
             x[3, 0] = np.nan
         y = bn(x, training=True)
         first = bn.get_weights()
-        again = bn(draw("normal", rank.rank, 1, (8, 2), "float32"), training=True)
-        return [np.isnan(y).all(0).tolist(), np.isnan(y).any(0).tolist(), first[2:], np.isfinite(again).all()]
+        later = bn(draw("normal", rank.rank, 1, (8, 2), "float32"), training=True)
+        return [np.isnan(y).all(0).tolist(), np.isnan(y).any(0).tolist(), first[2:], np.isfinite(later).all()]
 
     for all_nan, any_nan, moving, finite in run_all(Meeting(2), body):
         assert all_nan == any_nan == [True, False]

@@ -138,15 +138,15 @@ def test_moments_read_back_what_was_packed() -> None:
     assert GradientSums.rows(2) == 10
 
 
-def test_states_survive_the_trip_as_arrays() -> None:
+def test_states_round_trip_as_arrays() -> None:
     """And a damaged one is refused by name."""
     grid = probed([1.0, 2.0])
     moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
     state = LayerState(moving, grid, BackwardGrid.unknown("float32", 1), version=7)
     arrays = state.arrays()
-    again = LayerState.from_arrays(arrays, "float32")
-    assert {k: v.tobytes() for k, v in again.arrays().items()} == {k: v.tobytes() for k, v in arrays.items()}
-    assert (again.version, again.forward.known, again.backward.known, again.channels) == (7, True, False, 1)
+    restored = LayerState.from_arrays(arrays, "float32")
+    assert {k: v.tobytes() for k, v in restored.arrays().items()} == {k: v.tobytes() for k, v in arrays.items()}
+    assert (restored.version, restored.forward.known, restored.backward.known, restored.channels) == (7, True, False, 1)
     with pytest.raises(ValueError, match=r"The state of a layer lacks 'forward\.pivot'; it has"):
         LayerState.from_arrays({k: v for k, v in arrays.items() if k != "forward.pivot"}, "float32")
     with pytest.raises(ValueError, match="lacks 'moving_mean'; it has nothing"):

@@ -137,8 +137,8 @@ def test_a_nonfinite_channel_asks_for_no_probe_whatever_else_it_holds() -> None:
     assert probes_after_the_first_step([good, spoiled, spoiled], [good] * 3) == []
     assert probes_after_the_first_step([good] * 3, [good, spoiled, spoiled]) == []
     assert probes_after_the_first_step([good, spoiled], [good, good * np.float32(1e9)]) == ["backward"]
-    beside = np.array([1e9, 1], np.float32)  # large gradients of the nonfinite channel alone
-    assert probes_after_the_first_step([good, spoiled], [good, good * beside]) == []
+    factors = np.array([1e9, 1], np.float32)  # large gradients of the nonfinite channel alone
+    assert probes_after_the_first_step([good, spoiled], [good, good * factors]) == []
 
 
 def test_moments_of_two_folds_are_exact() -> None:

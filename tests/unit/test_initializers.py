@@ -29,7 +29,7 @@ def test_a_seed_draws_what_keras_draws(name: str, dtype: str) -> None:
     assert made((6,), dtype_named(dtype)).tobytes() == drawn.tobytes()
 
 
-def test_the_golden_numbers_say_where_they_come_from() -> None:
+def test_the_golden_numbers_name_their_origin() -> None:
     """Real Keras, on the backend whose draws these are."""
     assert (GOLDEN["origin"]["keras"], GOLDEN["origin"]["backend"]) == ("3.15.1", "numpy")
 
@@ -54,9 +54,9 @@ def test_names_aliases_classes_and_instances(names: tuple[str, ...], kind: str) 
     cls = getattr(initializers, kind)
     instance = cls()
     for value in (*names, cls, instance, {"class_name": kind, "config": instance.get_config()}):
-        found = initializers.get(value)
-        assert type(found) is cls
-        config: dict[str, Any] = found.get_config()  # type: ignore[attr-defined]  # every one of ours has it
+        initializer = initializers.get(value)
+        assert type(initializer) is cls
+        config: dict[str, Any] = initializer.get_config()  # type: ignore[attr-defined]  # every one of ours has it
         assert config == instance.get_config()
     assert initializers.get(instance) is instance
 
@@ -92,7 +92,7 @@ def test_fans_follow_the_axes() -> None:
     assert initializers.VarianceScaling(**wide)((0,), F32).shape == (0,)
 
 
-def test_truncated_numbers_are_drawn_again_not_cut() -> None:
+def test_truncated_numbers_are_redrawn_not_clipped() -> None:
     """None beyond two deviations, and none piled up there."""
     drawn = initializers.TruncatedNormal(1.0, 0.5, seed=0)((20_000,), np.dtype(np.float64))
     assert np.abs(drawn - 1).max() <= 1
@@ -121,9 +121,9 @@ class _FromKeras:
 def test_instances_of_keras_are_taken_by_their_configuration() -> None:
     """By class name and module, without importing Keras."""
     theirs = type("RandomUniform", (_FromKeras,), {"__module__": "keras.src.initializers.random_initializers"})()
-    found = initializers.get(theirs)
-    assert type(found) is initializers.RandomUniform
-    assert found((6,), F32).tolist() == GOLDEN["drawn"]["RandomUniform"]["values"]["float32"]
+    initializer = initializers.get(theirs)
+    assert type(initializer) is initializers.RandomUniform
+    assert initializer((6,), F32).tolist() == GOLDEN["drawn"]["RandomUniform"]["values"]["float32"]
 
 
 @pytest.mark.parametrize("name", ["orthogonal", "Orthogonal", "identity", "IdentityInitializer", "stft"])
@@ -170,7 +170,7 @@ def test_those_for_matrices_are_refused(name: str) -> None:
         ),
     ],
 )
-def test_nonsense_is_refused_with_what_was_received(make: Any, text: str) -> None:
+def test_invalid_values_are_refused_with_what_was_received(make: Any, text: str) -> None:
     """When the initializer is made, not when the layer is built."""
     with pytest.raises(ValueError) as caught:
         make()

@@ -31,16 +31,16 @@ def test_a_loaded_layer_goes_on_with_the_same_bits(
     """Weights, grids, version, configuration and rank: the next training step can't tell the two apart."""
     bn = trained(channels=channels, dtype=policy, momentum=0.75, **arguments)
     save(tmp_path / f"layer{suffix}", bn)
-    (again,) = load(tmp_path / f"layer{suffix}").values()
-    assert again.get_config() == bn.get_config()
-    assert (again.state.version, again.state.forward.known, again.state.backward.known) == (2, True, True)
-    assert bits(again) == bits(bn)
+    (loaded,) = load(tmp_path / f"layer{suffix}").values()
+    assert loaded.get_config() == bn.get_config()
+    assert (loaded.state.version, loaded.state.forward.known, loaded.state.backward.known) == (2, True, True)
+    assert bits(loaded) == bits(bn)
     x = np.random.default_rng(6).normal(3, 2, (4, 4, channels))
-    assert again(x, training=True).tobytes() == bn(x, training=True).tobytes()
-    assert again.backward(x).tobytes() == bn.backward(x).tobytes()
-    assert bits(again) == bits(bn)
+    assert loaded(x, training=True).tobytes() == bn(x, training=True).tobytes()
+    assert loaded.backward(x).tobytes() == bn.backward(x).tobytes()
+    assert bits(loaded) == bits(bn)
     with pytest.raises(ValueError, match="expected ndim=3"):
-        again(np.zeros((4, channels)))
+        loaded(np.zeros((4, channels)))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

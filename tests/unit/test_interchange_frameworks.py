@@ -86,26 +86,26 @@ def _state(channels: int = 3, dtype: Any = np.float32, prefix: str = "") -> dict
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("flags", [{}, {"center": False}, {"scale": False}, {"renorm": True}])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_keras_weights_come_and_go_exactly(policy: str, flags: dict[str, bool], channels: int) -> None:
+def test_keras_weights_round_trip_exactly(policy: str, flags: dict[str, bool], channels: int) -> None:
     """Every vector lands where Keras has it, with its bits; the configuration comes along."""
     bn = _layer(axis=1, momentum=0.75, epsilon=1e-5, dtype=policy, channels=channels, **flags)
     keras_layer = _KerasLayer(bn.get_config(), [np.zeros_like(w) for w in bn.get_weights()])
     to_keras(bn, keras_layer)
     assert [w.tobytes() for w in keras_layer.weights] == [w.tobytes() for w in bn.get_weights()]
-    again = from_keras(keras_layer)
-    assert {**again.get_config(), "renorm_clipping": None} == bn.get_config()
-    assert [v.name for v in again.weights] == [v.name for v in bn.weights]
-    assert [w.tobytes() for w in again.get_weights()] == [w.tobytes() for w in bn.get_weights()]
-    assert [w.dtype for w in again.get_weights()] == [w.dtype for w in bn.get_weights()]
+    copy = from_keras(keras_layer)
+    assert {**copy.get_config(), "renorm_clipping": None} == bn.get_config()
+    assert [v.name for v in copy.weights] == [v.name for v in bn.weights]
+    assert [w.tobytes() for w in copy.get_weights()] == [w.tobytes() for w in bn.get_weights()]
+    assert [w.dtype for w in copy.get_weights()] == [w.dtype for w in bn.get_weights()]
     x = np.ones((2, channels, 2, 2))
-    assert again(x).tobytes() == bn(x).tobytes()
+    assert copy(x).tobytes() == bn(x).tobytes()
 
 
 def test_keras_arrays_need_a_configuration_and_a_rank() -> None:
     """Neither can be guessed: a wrong rank would be pinned."""
     bn = _layer()
-    again = from_keras(bn.get_weights(), bn.get_config(), ndim=4)
-    assert again(np.ones((1, 2, 2, 3))).tobytes() == bn(np.ones((1, 2, 2, 3))).tobytes()
+    copy = from_keras(bn.get_weights(), bn.get_config(), ndim=4)
+    assert copy(np.ones((1, 2, 2, 3))).tobytes() == bn(np.ones((1, 2, 2, 3))).tobytes()
     with pytest.raises(ValueError, match=r"Arrays were given without config=, which says what they are"):
         from_keras(bn.get_weights())
     with pytest.raises(ValueError, match=r"Layer 'bn': pass ndim=, the rank of its inputs: the source does not tell."):
@@ -143,10 +143,10 @@ KERAS_2 = {
 
 def test_keras_2s_configurations_are_taken() -> None:
     """An axis in a list, keys that say nothing, its policy; the shape of a first layer says the rank."""
-    again = from_keras([np.arange(1.0, 4)] * 4, KERAS_2)
-    assert (again.axis, again.ndim, again.momentum, again.dtype_policy.name) == (3, 4, 0.9, "mixed_float16")
-    assert again.losses == [0.25 * 14]
-    assert BatchNormalization.from_config({**KERAS_2, "fused": True}).get_config() == again.get_config()
+    layer = from_keras([np.arange(1.0, 4)] * 4, KERAS_2)
+    assert (layer.axis, layer.ndim, layer.momentum, layer.dtype_policy.name) == (3, 4, 0.9, "mixed_float16")
+    assert layer.losses == [0.25 * 14]
+    assert BatchNormalization.from_config({**KERAS_2, "fused": True}).get_config() == layer.get_config()
     ours = _layer(axis=3)
     to_keras(ours, target := _KerasLayer({**ours.get_config(), "axis": [3]}, ours.get_weights()))
     assert [w.tobytes() for w in target.weights] == [w.tobytes() for w in ours.get_weights()]
@@ -180,8 +180,8 @@ def test_what_is_neither_a_keras_layer_nor_its_weights_is_refused(source: Any) -
 
 def test_a_keras_layer_that_is_not_built_gives_one_that_is_not() -> None:
     """Its variables come with its first inputs."""
-    again = from_keras(_KerasLayer(BatchNormalization(epsilon=0.5).get_config(), [], ndim=None))
-    assert (again.built, again.epsilon) == (False, 0.5)
+    layer = from_keras(_KerasLayer(BatchNormalization(epsilon=0.5).get_config(), [], ndim=None))
+    assert (layer.built, layer.epsilon) == (False, 0.5)
 
 
 def test_keras_weights_that_do_not_fit_are_refused() -> None:
@@ -253,12 +253,12 @@ def test_a_torch_state_becomes_a_layer(dtype: Any, policy: str, channels: int) -
     assert bn.state.version == 7
     assert bn(np.ones((2, channels, 3, 3))).shape == (2, channels, 3, 3)
     assert torch_arguments(bn) == {"num_features": channels, "eps": 1e-4, "momentum": 0.25, "affine": True}
-    again = to_torch(bn)
-    assert list(again) == list(state)
+    exported = to_torch(bn)
+    assert list(exported) == list(state)
     kind = np.float32 if policy == "bfloat16" else dtype
-    assert [again[key].dtype for key in again] == [np.dtype(kind)] * 4 + [np.dtype(np.int64)]
-    assert all(np.array_equal(again[key], state[key]) for key in state)
-    assert again["num_batches_tracked"].shape == ()
+    assert [exported[key].dtype for key in exported] == [np.dtype(kind)] * 4 + [np.dtype(np.int64)]
+    assert all(np.array_equal(exported[key], state[key]) for key in state)
+    assert exported["num_batches_tracked"].shape == ()
 
 
 def test_the_defaults_are_torchs() -> None:
@@ -340,7 +340,7 @@ def test_torch_states_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tensors_come_from_any_device(dtype: str) -> None:
+def test_tensors_of_any_device_are_accepted(dtype: str) -> None:
     """Detached and copied to the CPU; bfloat16, which NumPy can't take from torch, by way of float32."""
     names = ("weight", "bias", "running_mean", "running_var")
     state = {name: _Tensor([1.5, i + 0.25], f"torch.{dtype}") for i, name in enumerate(names)}

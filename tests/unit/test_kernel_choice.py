@@ -36,8 +36,8 @@ def test_a_variable_forces_one(chosen: pytest.MonkeyPatch, name: str) -> None:
     assert made is reference if name == "reference" else made.name == f"compiled ({name})"
 
 
-def test_a_name_that_is_none(chosen: pytest.MonkeyPatch) -> None:
-    """It is said what was expected."""
+def test_an_invalid_name(chosen: pytest.MonkeyPatch) -> None:
+    """The error says what was expected."""
     chosen.setenv("BNLAYER_KERNELS", "fast")
     with pytest.raises(ValueError) as refused:
         kernels()

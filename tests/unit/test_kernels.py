@@ -53,8 +53,8 @@ def every_set() -> list[Compiled]:
 @pytest.fixture(params=every_set(), ids=[*variants(), "threads"])
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     """Each of them."""
-    found: Compiled = request.param
-    return found
+    kernels: Compiled = request.param
+    return kernels
 
 
 def same(got: Array, wanted: Array) -> None:
@@ -89,13 +89,13 @@ def alike(
     unknown = BackwardGrid.unknown(x.dtype.name, channels).reaching(statistics.reach)
     reached = reference.gradient_probe(dy, x, pivot, unknown)
     same(compiled.gradient_probe(dy, x, pivot, unknown), reached)
-    known = unknown.probed(reached, np.ones(channels, bool))
+    probed = unknown.probed(reached, np.ones(channels, bool))
     fits = mask is None and not nonfinite.any()
     for factor in (1, 150, 1e6, 1e-9):  # within the window, near its end, above it, far below it
         scaled = (dy * factor).astype(x.dtype)
-        wanted = reference.gradient_sums(scaled, x, mask, pivot, known)
-        same(compiled.gradient_sums(scaled, x, mask, pivot, known), wanted)
-        same(compiled.gradient_sums(scaled, x, mask, pivot, known, fits=fits), wanted)
+        wanted = reference.gradient_sums(scaled, x, mask, pivot, probed)
+        same(compiled.gradient_sums(scaled, x, mask, pivot, probed), wanted)
+        same(compiled.gradient_sums(scaled, x, mask, pivot, probed, fits=fits), wanted)
     arguments = dy, x, mask, mean, offset, slope, scale, nonfinite
     same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
 
@@ -155,7 +155,7 @@ WIDE = 64  # channels: so many make a row
 @pytest.mark.parametrize("pivot", [0.0, 1.0, -3e7, 1e-20])
 @pytest.mark.parametrize("reach", [0.01, 0.1, 0.249, 0.25, 0.251, 0.3, 0.4999, 0.5, 0.6, 0.75, 0.999, 1.0])
 @pytest.mark.parametrize("signs", ["one", "both"])
-def test_a_chain_is_its_terms(compiled: Compiled, reach: float, pivot: float, signs: str) -> None:
+def test_a_chain_equals_the_sum_of_its_terms(compiled: Compiled, reach: float, pivot: float, signs: str) -> None:
     """Added one after the other as floats, or each as an integer: wherever in the window they lie, up to its end.
 
     From a quarter of it on, the squares of sixteen values leave theirs together; from a half of it on, of four.
@@ -239,8 +239,8 @@ def test_full_windows_do_not_overflow(compiled: Compiled, shape: tuple[int, int,
     wanted = reference.moments(x, None, grid)
     assert not wanted[-1].any()
     same(compiled.moments(x, None, grid), wanted)
-    whole = np.full(channels, 2)
-    backward = BackwardGrid("float32", whole, whole, True)
+    exponents = np.full(channels, 2)
+    backward = BackwardGrid("float32", exponents, exponents, True)
     mean = np.zeros(channels, np.float32)
     same(
         compiled.gradient_sums(x, x, None, mean, backward),
@@ -256,15 +256,15 @@ def test_what_is_written_may_begin_anywhere(compiled: Compiled, shape: tuple[int
     size, channels = int(np.prod(shape)), shape[1]
     x, dy = rng.normal(size=(2, *shape)).astype(dtype)
     mean, offset, slope, scale, shift = rng.normal(size=(5, channels)).astype(dtype)
-    fine = np.zeros(channels, bool)
+    no_channel = np.zeros(channels, bool)
     room = np.zeros(size + 64, dtype)
     for begin in range(33):
         out = room[begin : begin + size].reshape(shape)
-        arguments = x, mean, scale, shift, fine
+        arguments = x, mean, scale, shift, no_channel
         same(compiled.normalize(*arguments, out=out), reference.normalize(*arguments))
         same(
-            compiled.input_gradient(dy, x, None, mean, offset, slope, scale, fine, out=out),
-            reference.input_gradient(dy, x, None, mean, offset, slope, scale, fine),
+            compiled.input_gradient(dy, x, None, mean, offset, slope, scale, no_channel, out=out),
+            reference.input_gradient(dy, x, None, mean, offset, slope, scale, no_channel),
         )
         room[begin : begin + size] = 0
         assert not room.any(), "something was written beside the array"
@@ -286,7 +286,7 @@ def test_backward_windows_at_their_ends(compiled: Compiled, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*variants(), "reference"])
-def test_padding_beyond_every_window_is_no_wrong_gradient(chosen: pytest.MonkeyPatch, name: str) -> None:
+def test_padding_beyond_every_window_gives_no_wrong_gradient(chosen: pytest.MonkeyPatch, name: str) -> None:
     """float64: |x − mean|·|dy| of a masked place can't be summed at 1e306; it was, as bits of NaN, without a word."""
     chosen.setenv("BNLAYER_KERNELS", name)
     rng = np.random.default_rng(0)
@@ -307,9 +307,9 @@ def test_zeros_keep_their_signs(compiled: Compiled) -> None:
     grid = Grid.unknown("float32", 4)
     same(compiled.probe(x, None, grid), reference.probe(x, None, grid))
     one, none = np.ones(4, np.float32), np.zeros(4, np.float32)
-    fine = np.zeros(4, bool)
-    same(compiled.normalize(x, none, one, -none, fine), reference.normalize(x, none, one, -none, fine))
-    arguments = x, x, None, none, none, none, -one, fine
+    no_channel = np.zeros(4, bool)
+    same(compiled.normalize(x, none, one, -none, no_channel), reference.normalize(x, none, one, -none, no_channel))
+    arguments = x, x, None, none, none, none, -one, no_channel
     same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
 
 

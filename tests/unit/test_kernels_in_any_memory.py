@@ -130,12 +130,12 @@ def _results(batch: Batch, name: str) -> list[Array]:
         assert layer.gamma is not None and layer.beta is not None
         gradients = layer.gamma.gradient, layer.beta.gradient
         moving = layer.moving_mean.value, layer.moving_variance.value
-        return [np.asarray(found) for found in (y, dx, *gradients, *moving, layer(batch.x))]
+        return [np.asarray(array) for array in (y, dx, *gradients, *moving, layer(batch.x))]
 
 
-def _bits(found: Array) -> bytes:
+def _bits(array: Array) -> bytes:
     """But one NaN is as good as another."""
-    return np.where(np.isnan(found), found.dtype.type(np.nan), found).astype(found.dtype).tobytes()
+    return np.where(np.isnan(array), array.dtype.type(np.nan), array).astype(array.dtype).tobytes()
 
 
 @settings(max_examples=150)
@@ -148,6 +148,6 @@ def test_the_same_bits_from_any_memory(batch: Batch) -> None:
     with np.errstate(all="ignore"):
         wanted = _results(plain, "reference")
         for name in variants():
-            found = _results(batch, name)
-            assert [v.shape for v in found] == [v.shape for v in wanted]
-            assert [_bits(v) for v in found] == [_bits(v) for v in wanted], name
+            results = _results(batch, name)
+            assert [v.shape for v in results] == [v.shape for v in wanted]
+            assert [_bits(v) for v in results] == [_bits(v) for v in wanted], name

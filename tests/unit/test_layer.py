@@ -81,7 +81,7 @@ def test_channel_counts_off_every_block(channels: int) -> None:
     assert error(bn.backward(dy), want.dx) <= 2e-6
 
 
-def test_blocks_of_large_arrays_do_not_show() -> None:
+def test_blocks_of_large_arrays_do_not_change_the_result() -> None:
     """More elements than one block of the reference kernels holds, with the cut along rows and along columns."""
     x, dy = batch(3, 2, 70_000), batch(3, 2, 70_000)
     bn = BatchNormalization(axis=1)
@@ -182,7 +182,7 @@ def test_zero_rows_give_an_empty_output_and_no_update() -> None:
     assert bn.moving_variance.value.tolist() == [1, 1, 1]
 
 
-def test_all_masked_follows_keras_alone_and_holds_still_synchronized() -> None:
+def test_a_fully_masked_batch_updates_as_keras_does_alone_and_nothing_when_synchronized() -> None:
     """A local layer's moving statistics decay towards 0; a synchronized layer leaves them alone."""
     x, mask = batch(5, 2), np.zeros(5, bool)
     local, synchronized = BatchNormalization(), BatchNormalization(synchronized=True, collective=Alone())
@@ -209,9 +209,9 @@ def test_mask_counts_per_channel_where_the_axis_is_not_the_last() -> None:
     bn = BatchNormalization(axis=1, dtype="float64", momentum=0.0)
     bn(x, training=True, mask=mask)
     for channel in range(3):
-        kept = x[mask[:, channel], channel].ravel()
-        assert bn.moving_mean.value[channel] == pytest.approx(kept.mean(), rel=1e-6)
-        assert bn.moving_variance.value[channel] == pytest.approx(kept.var(), rel=1e-6)
+        unmasked = x[mask[:, channel], channel].ravel()
+        assert bn.moving_mean.value[channel] == pytest.approx(unmasked.mean(), rel=1e-6)
+        assert bn.moving_variance.value[channel] == pytest.approx(unmasked.var(), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -324,11 +324,11 @@ def test_local_gradients_add_up_to_the_global_ones() -> None:
 
         return run_all(Meeting(world_size), body)
 
-    whole = world(1, "global")[0]
-    assert [g.tobytes() for g in world(3, "global")] == [whole.tobytes()] * 3
+    alone = world(1, "global")[0]
+    assert [g.tobytes() for g in world(3, "global")] == [alone.tobytes()] * 3
     shares = world(3, "local")
     assert shares[1].tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert np.sum(shares, axis=0) == pytest.approx(whole, abs=1e-5)
+    assert np.sum(shares, axis=0) == pytest.approx(alone, abs=1e-5)
 
 
 def test_state_travels_with_its_grid() -> None:

@@ -40,7 +40,7 @@ def test_unknown_keywords_are_named() -> None:
         ({"beta_regularizer": dict}, "Unknown regularizer: {}"),
     ],
 )
-def test_what_is_not_supported_says_so(arguments: dict[str, Any], text: str) -> None:
+def test_what_is_not_supported_raises_an_error_that_names_it(arguments: dict[str, Any], text: str) -> None:
     """A clear error, never a silently wrong layer."""
     with pytest.raises(ValueError, match=text):
         BatchNormalization(**arguments)
@@ -98,8 +98,8 @@ def test_from_config_of_get_config_is_identity(synchronized: bool) -> None:
         synchronized=synchronized,
     )
     config = bn.get_config()
-    again = BatchNormalization.from_config(config)
-    assert again.get_config() == config
+    copy = BatchNormalization.from_config(config)
+    assert copy.get_config() == config
     assert list(config) == [
         "name", "trainable", "dtype", "axis", "momentum", "epsilon", "center", "scale",
         "beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer",
@@ -177,7 +177,7 @@ def test_callables_of_a_wrong_shape_are_refused() -> None:
         bn.gamma_constraint(np.zeros(2))
 
 
-def test_weights_go_in_and_out_in_keras_order() -> None:
+def test_weights_are_read_and_set_in_keras_order() -> None:
     """All or nothing, with the shapes in the text."""
     bn = BatchNormalization(name="bn")
     with pytest.raises(ValueError, match=r"expected 0 weights \(it is not built yet\), received 1"):
@@ -293,7 +293,7 @@ def test_the_next_call_moves_from_what_was_assigned() -> None:
         np.testing.assert_allclose(bn.moving_mean.value, wanted, rtol=1e-6)
 
 
-def test_a_setting_that_changes_is_said_at_the_next_exchange() -> None:
+def test_a_changed_setting_is_reported_at_the_next_exchange() -> None:
     """The ranks compare what holds now, not what held at the first call."""
 
     class Listening(Alone):

@@ -78,7 +78,7 @@ def test_square_integers_are_the_nearest(v: float, exponent: int, scale: int) ->
     assert q == nearest(Fraction(value) ** 2, Fraction(2) ** (2 * exponent - 52))
 
 
-def test_a_square_whose_product_rounds_to_a_tie_goes_to_its_own_side() -> None:
+def test_a_square_whose_rounded_product_is_a_tie_is_rounded_by_its_error() -> None:
     """float64(d·d) lies half-way between two units, d·d just beside: both ways, found by looking."""
     thirty_one_bits = 2**30 + np.arange(2**18)
     d = thirty_one_bits * 2.0**-31
@@ -106,8 +106,8 @@ def test_carried_limbs_do_not_depend_on_the_order(terms: list[int], random: obje
     pair = carried(np.array([(q >> 32).sum()]), np.array([(q & 0xFFFFFFFF).sum()]))
     half = len(terms) // 2
     parts = [carried(np.array([(p >> 32).sum()]), np.array([(p & 0xFFFFFFFF).sum()])) for p in (q[:half], q[half:])]
-    again = carried(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
-    assert [w.tolist() for w in pair] == [w.tolist() for w in again]
+    regrouped = carried(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+    assert [w.tolist() for w in pair] == [w.tolist() for w in regrouped]
     assert as_ints(*pair) == [sum(terms)]
     assert as_float(*pair)[0] == float(sum(terms)) or abs(sum(terms)) >= 2**53
 

@@ -61,7 +61,7 @@ def test_backward_of_one_of_several_calls_is_refused() -> None:
     assert np.isfinite(bn.backward(batch(9))).all()
 
 
-def test_handles_and_backward_do_not_meet() -> None:
+def test_handles_and_backward_are_independent() -> None:
     """A handle returns and writes to no `.gradient`; a call without one keeps its backward; both have the same bits."""
     bn, a, b, da, db = BatchNormalization(), batch(0), batch(1), batch(2), batch(3)
     bn(a, training=True)
@@ -72,8 +72,8 @@ def test_handles_and_backward_do_not_meet() -> None:
     assert tuple(array.tobytes() for array in got if array is not None) == backward_of(b, db)
     assert bn.backward(da).tobytes() == backward_of(a, da)[0]
     before = gradients(bn)
-    again = pullback(2 * db)
-    np.testing.assert_allclose(again[0], 2 * got[0], rtol=1e-6, err_msg="a handle may be used for another dy")
+    second = pullback(2 * db)
+    np.testing.assert_allclose(second[0], 2 * got[0], rtol=1e-6, err_msg="a handle may be used for another dy")
     assert all(one is other for one, other in zip(gradients(bn), before, strict=True))
 
 
@@ -83,16 +83,16 @@ def test_calls_for_statistics_alone_keep_no_batch() -> None:
     gc.disable()
     try:
         first = batch(0)
-        kept = [weakref.ref(first)]
+        references = [weakref.ref(first)]
         bn(first, training=True)
         del first
-        assert kept[0]() is not None
+        assert references[0]() is not None
         for seed in range(1, 5):
             x = batch(seed)
-            kept.append(weakref.ref(x))
+            references.append(weakref.ref(x))
             bn(x, training=True)
             del x
-        assert [ref() for ref in kept] == [None] * 5
+        assert [ref() for ref in references] == [None] * 5
         x = batch(9)
         held = weakref.ref(x)
         _, pullback = bn.vjp(x, training=True)
@@ -148,7 +148,7 @@ def test_copies_take_no_call_along() -> None:
 @pytest.mark.parametrize("shape", [(6, 3), (300, 64), (4, 8, 5, 3)])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("write", [lambda x: np.maximum(x, 0, out=x), lambda x: x.fill(1), lambda x: np.negative(x, x)])
-def test_an_input_that_was_written_to_is_seen(
+def test_an_input_that_was_written_to_is_detected(
     shape: tuple[int, ...], strided: bool, write: Callable[[Array], object]
 ) -> None:
     """In place, as activations and reused buffers are: the backward pass would read another batch."""

@@ -62,7 +62,7 @@ def test_outputs_and_all_five_statistics_follow_the_formulas(clipping: dict[str,
         assert error(bn(x), inferred(x, weights_of(bn), 1e-3)) <= 1e-10
 
 
-def test_clipping_binds_where_it_says() -> None:
+def test_clipping_takes_effect_beyond_its_bounds() -> None:
     """Both corrections reach their limits in some channel, and exceed them without clipping."""
     bn = renormalizing()
     before, statistics = weights_of(bn), moments(np, batch(0), None)
@@ -266,7 +266,7 @@ def test_bad_values_leave_all_five_statistics_of_the_owner_alone() -> None:
             assert new[1] == old[1] if synchronized else np.isnan(new[1])
 
 
-def test_its_state_travels_whole_and_to_its_like_alone() -> None:
+def test_its_state_is_restored_completely_and_only_into_a_layer_of_its_kind() -> None:
     """All five vectors as named arrays, and refused by a layer without renorm."""
     bn, other = renormalizing(), renormalizing()
     bn(batch(0), training=True)

@@ -31,9 +31,9 @@ def test_moments_are_the_exact_ones_rounded_once(values: list[float], order: obj
         part.update(np.array(some))
     both = parts[1] + parts[0]
     assert (both.mean, both.variance) == (got.mean, got.variance)
-    again = RunningMoments()
-    again.load_state_dict(both.state_dict())
-    assert again == both
+    restored = RunningMoments()
+    restored.load_state_dict(both.state_dict())
+    assert restored == both
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=8))
@@ -73,7 +73,7 @@ def test_nothing_and_not_finite() -> None:
     assert np.isnan(seen.mean).all() and (seen.count == 0).all()
 
 
-def test_what_is_refused_says_why() -> None:
+def test_errors_name_what_was_expected() -> None:
     """Axes, masks, shapes, dtypes and states."""
     with pytest.raises(ValueError, match=r"axis=2 is out of bounds for x of shape \(2, 3\)"):
         bnlayer.moments(np.zeros((2, 3)), 2)

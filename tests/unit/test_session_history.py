@@ -30,14 +30,14 @@ def _play(choices: Sequence[int], local: tuple[bool, ...]) -> Play:
             if moves:
                 moves[choice % len(moves)]()
             continue
-        rank, kept = choice % play.world_size, next(given, 0)
+        rank, delivered = choice % play.world_size, next(given, 0)
         match choice % 7:
             case 0:
-                play.restart(shortened=kept % 2 == 1)
+                play.restart(shortened=delivered % 2 == 1)
             case 1 | 2:
                 play.lose_channel(rank)
             case _:
-                play.cut(rank, kept % 4, kept // 4 % 4)
+                play.cut(rank, delivered % 4, delivered // 4 % 4)
     for number in range(_ENOUGH):
         if play.over:
             return play
@@ -54,7 +54,7 @@ def _undisturbed(world_size: int) -> Play:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.binary(min_size=_CHOICES, max_size=_CHOICES), st.lists(st.booleans(), min_size=2, max_size=3))
-def test_whatever_breaks_everything_counts_once(choices: bytes, local: list[bool]) -> None:
+def test_every_exchange_counts_once_whatever_breaks(choices: bytes, local: list[bool]) -> None:
     """Over streams, local sockets, and both in one job."""
     play, expected = _play(choices, tuple(local)), _undisturbed(len(local))
     assert play.owned() == expected.owned()

@@ -85,10 +85,10 @@ def test_pieces_and_threads_leave_no_trace(
     pieces: Callable[[Passes], object], shape: tuple[int, ...], axis: int, policy: str, masked: bool, bad: bool
 ) -> None:
     """In one piece, in many, converted in the kernels or before them, and by three threads at once."""
-    whole = steps(policy, shape, axis, masked=masked, bad=bad)
+    expected = steps(policy, shape, axis, masked=masked, bad=bad)
     for name, way in ways().items():
         pieces(way)
-        for got, wanted in zip(steps(policy, shape, axis, masked=masked, bad=bad), whole, strict=True):
+        for got, wanted in zip(steps(policy, shape, axis, masked=masked, bad=bad), expected, strict=True):
             assert got.dtype == wanted.dtype
             assert without_nan(got).tobytes() == without_nan(wanted).tobytes(), name
 
@@ -108,9 +108,9 @@ def test_the_limbs_of_pieces_are_carried() -> None:
     view = View.of(np.random.default_rng(2).normal(size=(5000, 8)).astype(np.float16), 1, None)
     unknown = Grid.unknown("float32", 8)
     grid = unknown.probed(Passes(reference).probe(view, unknown), np.ones(8, bool))
-    whole = Passes(Compiled(variants()[0])).moments(view, grid)
+    expected = Passes(Compiled(variants()[0])).moments(view, grid)
     for name, way in ways().items():
-        assert way.moments(view, grid).tobytes() == whole.tobytes(), name
+        assert way.moments(view, grid).tobytes() == expected.tobytes(), name
 
 
 def test_integers_in_a_half_layer_are_not_rounded_on_the_way(pieces: Callable[[Passes], object]) -> None:
@@ -150,8 +150,8 @@ def test_no_needless_temporaries(shape: tuple[int, ...], axis: int, policy: str,
 
 
 @pytest.mark.parametrize("wanted", ["0", "-1", "two"])
-def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    """It is said what was expected."""
+def test_an_invalid_number_of_threads(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """The error says what was expected."""
     threads.cache_clear()
     monkeypatch.setenv("BNLAYER_THREADS", wanted)
     try:

@@ -64,10 +64,10 @@ def opened(rank: int | None, world_size: int | None, timeout: float, determinist
     from bnworker.transports.torch import TorchTransport
 
     distributed = sys.modules["torch.distributed"]
-    found = distributed.get_rank(), distributed.get_world_size()
-    if rank is not None and (rank, world_size) != found:
+    in_group = distributed.get_rank(), distributed.get_world_size()
+    if rank is not None and (rank, world_size) != in_group:
         raise ValueError(
-            f"This process is rank {rank} of {world_size} by its arguments or environment, but rank {found[0]} of "
-            f"{found[1]} in the process group of torch.distributed. Give no rank= and world_size=, or the same ones."
+            f"This process is rank {rank} of {world_size} by its arguments or environment, but rank {in_group[0]} of "
+            f"{in_group[1]} in the process group of torch.distributed. Give no rank= and world_size=, or the same ones."
         )
     return TorchTransport(timeout=timeout, deterministic=deterministic)

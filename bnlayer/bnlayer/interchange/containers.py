@@ -90,7 +90,7 @@ class Npz:
 
     def decode(self, data: bytes) -> Contents:
         """What a file's bytes hold; see `Container`."""
-        arrays = _entries(data)
+        arrays = _npz_arrays(data)
         description = arrays.pop(_DESCRIPTION, None)
         if description is None or description.dtype.kind != "U" or description.shape != ():
             raise ValueError(_without_description("a string", list(arrays), list(arrays)))
@@ -104,7 +104,7 @@ def arrays_in(suffix: str, data: bytes) -> tuple[Arrays, str | None]:
         ValueError: it is damaged, or holds something else than arrays.
     """
     if suffix == ".npz":
-        arrays = _entries(data)
+        arrays = _npz_arrays(data)
         description = arrays.pop(_DESCRIPTION, None)
         return arrays, None if description is None else str(description)
     tensors, metadata = _parsed(data)
@@ -122,7 +122,7 @@ def _parsed(data: bytes) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, st
     return tensors, header.get("__metadata__", {})
 
 
-def _entries(data: bytes) -> Arrays:
+def _npz_arrays(data: bytes) -> Arrays:
     """The arrays of a .npz."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -63,8 +63,8 @@ def load_into(path: str | os.PathLike[str], layers: BatchNormalization | Mapping
         OSError: the file can't be read.
     """
     path = Path(path)
-    found = _read(path, lambda stored: [(layer, entry.fitting(layer)) for layer, entry in _paired(stored, layers)])
-    for layer, values in found:
+    fitted = _read(path, lambda stored: [(layer, entry.fitting(layer)) for layer, entry in _paired(stored, layers)])
+    for layer, values in fitted:
         assign(layer, values)
 
 

@@ -63,10 +63,10 @@ class Disagreement:
         assert str(error) != without_hosts(str(error)), "the text names hosts and process ids"
         assert (error.ranks, error.layer, error.step) == (blamed, *expected)
         for later in (world.barrier, lambda: world.allreduce([1.0]), lambda: world.broadcast([1.0])):
-            with pytest.raises(self.kind) as again:
+            with pytest.raises(self.kind) as repeated:
                 later()
-            assert again.value is not error
-            assert (str(again.value), again.value.ranks) == (str(error), error.ranks)
+            assert repeated.value is not error
+            assert (str(repeated.value), repeated.value.ranks) == (str(error), error.ranks)
         assert repr(world).endswith(f", ended by {self.kind.__name__})")
         world.leave()
         return None if self.odd_leaves else str(error)

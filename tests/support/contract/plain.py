@@ -87,7 +87,7 @@ def statistics_count_what_was_exchanged(world: World) -> object:
 
 
 @body()
-def a_world_that_was_left_says_so(world: World) -> object:
+def a_world_that_was_left_refuses_exchanges(world: World) -> object:
     """Leaving twice is nothing; exchanging afterwards is an error."""
     world.leave()
     world.leave()

@@ -70,9 +70,9 @@ def _compare(world: World, name: str, order: tuple[int, ...], family: str, maske
             handles.append((pullback, alone))
         for call in order:
             batch, (pullback, alone) = batches[call], handles[call]
-            got, whole = pullback(batch.dy[batch.mine]), alone(batch.dy)
-            assert got[0].tobytes() == whole[0][batch.mine].tobytes(), f"dx of call {call}"
-            for gradient, wanted in zip(got[1:], whole[1:], strict=True):
+            got, expected = pullback(batch.dy[batch.mine]), alone(batch.dy)
+            assert got[0].tobytes() == expected[0][batch.mine].tobytes(), f"dx of call {call}"
+            for gradient, wanted in zip(got[1:], expected[1:], strict=True):
                 assert (gradient is None) is (wanted is None)
                 if gradient is not None and wanted is not None:
                     assert gradient.tobytes() == wanted.tobytes()
@@ -145,8 +145,8 @@ def a_call_that_is_made_once_more_changes_nothing(world: World) -> object:
             y, pullback = batch.call(plain, batch.mine)
             first, _ = batch.call(checkpointed, batch.mine)
             before = _state(checkpointed)
-            again, recomputed = batch.call(checkpointed, batch.mine, update_moving=False)
-            assert y.tobytes() == first.tobytes() == again.tobytes()
+            recomputed_y, recomputed = batch.call(checkpointed, batch.mine, update_moving=False)
+            assert y.tobytes() == first.tobytes() == recomputed_y.tobytes()
             assert _state(checkpointed) == before
             dy = batch.dy[batch.mine]
             assert pullback(dy)[0].tobytes() == recomputed(dy)[0].tobytes()
@@ -193,7 +193,7 @@ def backward_refuses_to_guess(world: World) -> object:
 @body()
 def local_gradients_add_up(world: World) -> object:
     """`grad_reduction="local"`: a handle gives this rank's share, as `backward` does."""
-    found: list[NDArray[Any]] = []
+    gradients_of: list[NDArray[Any]] = []
     for reduction in ("global", "local"):
         bn = BatchNormalization(
             name=reduction,
@@ -205,7 +205,7 @@ def local_gradients_add_up(world: World) -> object:
         batch = Batch.of(0, "normal", False, world)
         _, dgamma, _ = batch.call(bn, batch.mine)[1](batch.dy[batch.mine])
         assert dgamma is not None
-        found.append(dgamma)
-    (total,) = world.allreduce([found[1]])
-    np.testing.assert_allclose(total, found[0], rtol=1e-12, atol=1e-12)
-    return as_text(found[0])
+        gradients_of.append(dgamma)
+    (total,) = world.allreduce([gradients_of[1]])
+    np.testing.assert_allclose(total, gradients_of[0], rtol=1e-12, atol=1e-12)
+    return as_text(gradients_of[0])

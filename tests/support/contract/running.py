@@ -38,15 +38,15 @@ def running_moments_count_each_row_once(world: World) -> object:
     for step in range(3):
         mine.update(_X[part] + step)
         one.update((_X + step).reshape(17, 1, 5))
-    again = RunningMoments(5, collective=world)
-    again.load_state_dict(mine.state_dict())
-    again.update(_X[part][:2])
+    restored = RunningMoments(5, collective=world)
+    restored.load_state_dict(mine.state_dict())
+    restored.update(_X[part][:2])
     starts = [start + k for start in _starts(world) for k in (0, 1)]
     one.update(_X[starts])
-    both = again + mine
-    assert again == one
+    both = restored + mine
+    assert restored == one
     assert both.count.tolist() == [17 * 6 + 2 * world.world_size] * 5
-    return [as_text(array) for array in (*again.state_dict().values(), *both.statistics())]
+    return [as_text(array) for array in (*restored.state_dict().values(), *both.statistics())]
 
 
 def _starts(world: World) -> list[int]:

@@ -72,19 +72,19 @@ def _assigned_as_it_was(t: Trainer) -> None:
 
 def _weights(t: Trainer) -> None:
     t.call(0)
-    kept = t.bn.get_weights()
+    weights = t.bn.get_weights()
     t.call(1)
-    t.bn.set_weights([kept[0] + 1, *kept[1:]])
+    t.bn.set_weights([weights[0] + 1, *weights[1:]])
     t.call(2)
     t.backward()
 
 
 def _restored(t: Trainer) -> None:
     t.call(0)
-    kept = t.bn.state
+    state = t.bn.state
     t.call(1)
     t.call(2)
-    t.bn.restore(kept)  # with its grid and its version
+    t.bn.restore(state)  # with its grid and its version
     t.call(1)
     t.call(2)
 
@@ -101,9 +101,9 @@ def _loaded(t: Trainer) -> None:
 def _before_the_backward_pass(t: Trainer) -> None:
     t.call(0)
     t.backward()
-    kept = t.bn.state
+    state = t.bn.state
     t.call(1)
-    t.bn.restore(kept)
+    t.bn.restore(state)
     t.backward()
     t.call(2)
 
@@ -125,10 +125,10 @@ def _before_the_first_call(t: Trainer) -> None:
 
 def _in_a_new_layer(t: Trainer) -> None:
     t.call(0)
-    kept = t.bn.get_weights()
+    weights = t.bn.get_weights()
     t.call(1)
     t.begin_anew()
-    t.bn.set_weights(kept)
+    t.bn.set_weights(weights)
     t.call(2)
     t.backward()
 
@@ -146,7 +146,7 @@ _PROGRAMS = (
 )
 
 
-def _told(bn: BatchNormalization) -> list[list[str]]:
+def _contents(bn: BatchNormalization) -> list[list[str]]:
     return [as_text(array) for array in (*bn.get_weights(), *bn.state.arrays().values())]
 
 
@@ -162,11 +162,11 @@ def what_all_ranks_set_is_trained_on_as_by_one_process(world: World) -> object:
             program(mine)
             program(one)
             assert [y.tobytes() for y in mine.seen] == [y[rows].tobytes() for y in one.seen], options["name"]
-            assert _told(mine.bn) == _told(one.bn), options["name"]
+            assert _contents(mine.bn) == _contents(one.bn), options["name"]
             owned = world.pull(mine.bn)
             assert (owned is not None) is (world.transport == "service")
-            assert _told(mine.bn) == _told(one.bn), f"{options['name']}: its owner has something else"
-            saw.append(_told(mine.bn))
+            assert _contents(mine.bn) == _contents(one.bn), f"{options['name']}: its owner has something else"
+            saw.append(_contents(mine.bn))
     return saw
 
 
@@ -185,9 +185,9 @@ def what_one_sets_and_pushes_others_pull(world: World) -> object:
     one.bn.moving_mean.assign(_number(1))
     for each in (t, one):
         each.call(1)
-    assert _told(t.bn)[:4] == _told(one.bn)[:4]
+    assert _contents(t.bn)[:4] == _contents(one.bn)[:4]
     assert t.bn.state.version == 3
-    return _told(t.bn)
+    return _contents(t.bn)
 
 
 @body(sizes=(2, 3), transports=("service",))
@@ -204,11 +204,11 @@ def what_all_set_beats_what_one_pushed_before(world: World) -> object:
     one.call(0)
     one.bn.moving_mean.assign(_number(7))
     one.call(1)
-    assert _told(t.bn)[:4] == _told(one.bn)[:4]
+    assert _contents(t.bn)[:4] == _contents(one.bn)[:4]
     world.barrier()
-    mirror = _told(t.bn)
+    mirror = _contents(t.bn)
     world.pull(t.bn)
-    assert _told(t.bn) == mirror
+    assert _contents(t.bn) == mirror
     return mirror
 
 
@@ -217,13 +217,13 @@ def a_pull_discards_what_was_set(world: World) -> object:
     """It is how a rank says so."""
     t = Trainer(world, world.shard(_ROWS), name="bn")
     t.call(0)
-    before = _told(t.bn)
+    before = _contents(t.bn)
     if world.rank == 1:
         t.bn.moving_mean.assign(_number(7))
         world.pull(t.bn)
-    assert _told(t.bn) == before
+    assert _contents(t.bn) == before
     t.call(1)
-    return _told(t.bn)
+    return _contents(t.bn)
 
 
 @body()
@@ -245,19 +245,19 @@ def synchronize_gives_everyone_what_rank_0_has(world: World) -> object:
     one.call(1)
     one.bn.set_weights([np.arange(3) + n for n in range(4)])
     world.synchronize([called.bn, anew.bn, local])
-    assert _told(called.bn) == _told(one.bn)
+    assert _contents(called.bn) == _contents(one.bn)
     assert [w.tolist() for w in anew.bn.get_weights()] == [[n, n + 1, n + 2] for n in range(4)]
     for bn in (called.bn, anew.bn):
-        before = _told(bn)
+        before = _contents(bn)
         world.pull(bn)
-        assert _told(bn) == before
+        assert _contents(bn) == before
     for trainer in (called, one):
         trainer.backward()  # of the call before
         trainer.call(2)
     assert [y.tobytes() for y in called.seen] == [y[rows].tobytes() for y in one.seen]
     anew.call(2)
-    assert _told(called.bn) == _told(one.bn)
-    return [_told(bn) for bn in (called.bn, anew.bn, local)]
+    assert _contents(called.bn) == _contents(one.bn)
+    return [_contents(bn) for bn in (called.bn, anew.bn, local)]
 
 
 @body()
@@ -279,7 +279,7 @@ def synchronize_refuses_what_it_can_not_give(world: World) -> object:
         world.synchronize([bn, bn])
     world.synchronize([bn])
     world.synchronize([])
-    return _told(bn)
+    return _contents(bn)
 
 
 @body(sizes=(2, 3))
@@ -293,7 +293,7 @@ def ranks_may_have_weights_of_their_own(world: World) -> object:
     bn(_X[0], training=True)
     assert [w.tolist() for w in bn.get_weights()[:2]] == [[world.rank + 1.0] * 3, [-float(world.rank)] * 3]
     assert "own_weights" not in bn.get_config()
-    return _told(bn)[2:]
+    return _contents(bn)[2:]
 
 
 @body()
@@ -303,7 +303,7 @@ def statistics_that_are_not_finite_are_refused_at_once(world: World) -> object:
     mine, one = Trainer(world, rows, name="bn"), Trainer(Alone(), slice(None), name="bn")
     for trainer in (mine, one):
         trainer.call(0)
-    kept = mine.bn.moving_variance.numpy()
+    variance = mine.bn.moving_variance.numpy()
     mine.bn.moving_variance.assign([1, np.nan, np.inf])
     refused = (
         "^Layer 'bn': expected finite numbers in moving_variance, received nan in channel 1: in a synchronized layer "
@@ -314,13 +314,13 @@ def statistics_that_are_not_finite_are_refused_at_once(world: World) -> object:
             attempt()
     mine.call(1, training=False)
     assert np.isnan(mine.seen.pop()[:, 1]).all()
-    mine.bn.moving_variance.assign(kept)
-    one.bn.moving_variance.assign(kept)
+    mine.bn.moving_variance.assign(variance)
+    one.bn.moving_variance.assign(variance)
     for trainer in (mine, one):
         trainer.call(1)
         trainer.backward()
     assert [y.tobytes() for y in mine.seen] == [y[rows].tobytes() for y in one.seen]
-    assert _told(mine.bn) == _told(one.bn)
+    assert _contents(mine.bn) == _contents(one.bn)
     begun = Trainer(
         world, rows, name="begun", moving_mean_initializer=lambda shape, dtype: np.full(shape, np.inf, dtype)
     )
@@ -329,4 +329,4 @@ def statistics_that_are_not_finite_are_refused_at_once(world: World) -> object:
     ):
         begun.call(0)
     world.barrier()
-    return _told(mine.bn)
+    return _contents(mine.bn)

@@ -10,7 +10,7 @@ from typing import Any
 from bnlayer import CollectiveError
 from bnworker.transports import Transport
 
-FAILURE_WITHIN_S = 1.0  # the promise: so long after the last rank has spoken, every rank has its error
+FAILURE_WITHIN_S = 1.0  # the promise: so long after the last rank's call, every rank has its error
 _SPEAKING = ("enroll", "exchange", "reduce", "broadcast", "barrier", "leave")
 
 

@@ -47,7 +47,7 @@ class LayerSnapshot:
     states: list[dict[str, Owned]]
 
 
-def kept(folder: Path, seed: int) -> LayerSnapshot:
+def layer_snapshot(folder: Path, seed: int) -> LayerSnapshot:
     """Let a job end in order, begin it again, and kill the service in the middle."""
     runs: list[list[list[Record]]] = []
     snapshot = 0
@@ -70,9 +70,9 @@ def flipped(folder: Path, seed: int, share: float, progress: Progress, before: L
     """Flip one bit in each byte of what a service left behind, or in a share of them."""
     report = Report(f"a flipped byte, seed {seed}")
     rng = np.random.default_rng(seed)
-    before = before or kept(folder, seed)
+    before = before or layer_snapshot(folder, seed)
     scratch = _Scratch(folder / "scratch", before)
-    _check_whole(scratch, before, report)
+    _check_undamaged(scratch, before, report)
     chosen = _chosen(rng, range(len(before.data)), share)
     for count, index in enumerate(chosen):
         data = bytearray(before.data)
@@ -92,9 +92,9 @@ def cut(folder: Path, seed: int, share: float, progress: Progress, before: Layer
     """Cut the file after each of its bytes, or after a share of them."""
     report = Report(f"a cut journal, seed {seed}")
     rng = np.random.default_rng(seed)
-    before = before or kept(folder, seed)
+    before = before or layer_snapshot(folder, seed)
     scratch = _Scratch(folder / "scratch", before)
-    _check_whole(scratch, before, report)
+    _check_undamaged(scratch, before, report)
     chosen = _chosen(rng, range(len(before.data)), share)
     position = refused = 0
     for count, length in enumerate(chosen):
@@ -146,7 +146,7 @@ class _Scratch:
         return str(self._path) in str(error)
 
 
-def _check_whole(scratch: _Scratch, before: LayerSnapshot, report: Report) -> None:
+def _check_undamaged(scratch: _Scratch, before: LayerSnapshot, report: Report) -> None:
     report.same("the undamaged file", scratch.read(before.data), before.states[-1])
     report.same("there is a journal behind the snapshot", 0 < before.snapshot < len(before.data), True)
 

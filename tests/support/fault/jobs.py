@@ -13,7 +13,7 @@ from bnworker.transports.service import ServiceTransport
 from support.fault.history import Record, read, statistics
 from support.fault.model import Owned
 from support.fault.program import LAYERS
-from support.fault.ranks import PATIENCE_S, Rank
+from support.fault.ranks import LIMIT_S, Rank
 from support.fault.worker import Part
 
 _LOOK_S = 0.001
@@ -60,7 +60,7 @@ class Job:
             log = str(self.paths[rank])
             worker.play(Part(address, name, rank, len(team), seed, until, log=log, **more))
 
-    def expect(self, *expected: str, within: float = PATIENCE_S) -> list[dict[str, Any]]:
+    def expect(self, *expected: str, within: float = LIMIT_S) -> list[dict[str, Any]]:
         """The next answer of every rank."""
         return [worker.expect(*expected, within=within) for worker in self.team]
 
@@ -70,7 +70,7 @@ class Job:
         while not all(worker.has_output for worker in self.team):
             now, done = time.monotonic(), sum(map(self.exchanges, range(len(self.team))))
             if done > counted:
-                counted, deadline = done, now + PATIENCE_S
+                counted, deadline = done, now + LIMIT_S
             if now > deadline:
                 raise JobError(f"after {self._done()} exchanges the job stands still")
             time.sleep(_LOOK_S)
@@ -112,13 +112,13 @@ class Job:
         Raises:
             JobError: a rank that must be quiet spoke, or it takes too long.
         """
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + LIMIT_S
         while not holds():
             for rank in quiet:
                 if rank.has_output:
                     raise JobError(f"while waiting until {what}, pid {rank.pid} said {rank.expect_any()}")
             if time.monotonic() > deadline:
-                raise JobError(f"waited {PATIENCE_S:g} s until {what}; exchanges so far: {self._done()}")
+                raise JobError(f"waited {LIMIT_S:g} s until {what}; exchanges so far: {self._done()}")
             time.sleep(_LOOK_S)
 
     def _done(self) -> list[int]:
@@ -129,7 +129,7 @@ class Job:
         return [read(path) if path.exists() else [] for path in self.paths]
 
 
-def owner(address: str, job: str, timeout: float = PATIENCE_S) -> dict[str, Owned]:
+def owner(address: str, job: str, timeout: float = LIMIT_S) -> dict[str, Owned]:
     """What the service holds of every layer of a job that no rank is in."""
     with alone(address, job, timeout) as world:
         states = {name: world.pull(name) for name in LAYERS}
@@ -137,7 +137,7 @@ def owner(address: str, job: str, timeout: float = PATIENCE_S) -> dict[str, Owne
 
 
 @contextmanager
-def alone(address: str, job: str, timeout: float = PATIENCE_S) -> Iterator[World]:
+def alone(address: str, job: str, timeout: float = LIMIT_S) -> Iterator[World]:
     """A job's only rank."""
     with World(ServiceTransport(address, job, 0, 1, timeout=timeout), install=False) as world:
         yield world

@@ -70,7 +70,7 @@ class Layer:
             self.probed = True
             return
         batch = [self._moments(c, [row[c] for row in total]) for c in range(CHANNELS)]
-        refused = [again for _, _, again in batch]
+        refused = [needs_probe for _, _, needs_probe in batch]
         if any(refused) and not self.probed:
             self.need = refused
             return
@@ -151,10 +151,10 @@ class _Walk:
         self.layers: dict[str, Layer] = {}
         self.wrong: list[str] = []
 
-    def equal(self, what: str, found: object, expected: object) -> None:
+    def equal(self, what: str, received: object, expected: object) -> None:
         """Note down a difference."""
-        if found != expected:
-            self.wrong.append(f"{what}: expected {expected}, found {found}")
+        if received != expected:
+            self.wrong.append(f"{what}: expected {expected}, found {received}")
 
     def through(self, histories: Sequence[Sequence[Record]]) -> Iterator[None]:
         """Walk through the histories of all ranks; a stop after each step."""
@@ -248,20 +248,20 @@ def _next(record: Record | None) -> tuple[tuple[int, int], ...]:
     """The steps and rounds that may follow in one direction of a layer; sums follow a probe."""
     if record is None:
         return ((0, 0),)
-    again = record.step, record.attempt + 1
-    return (again,) if record.op == "probe" else (again, (record.step + 1, 0))
+    retried = record.step, record.attempt + 1
+    return (retried,) if record.op == "probe" else (retried, (record.step + 1, 0))
 
 
 def _alone(history: Sequence[Record]) -> dict[int, list[Record]]:
     """What a rank did by itself, by the number of exchanges that came before."""
-    found: dict[int, list[Record]] = {}
+    records: dict[int, list[Record]] = {}
     number = 0
     for record in history:
         if record.op in _ALONE:
-            found.setdefault(number, []).append(record)
+            records.setdefault(number, []).append(record)
         else:
             number += 1
-    return found
+    return records
 
 
 def _total(op: str, contributed: Sequence[list[list[int]]]) -> list[list[int]]:

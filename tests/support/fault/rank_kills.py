@@ -157,9 +157,9 @@ class _Campaign:
         if named not in answer["text"]:
             self._report.add([f"{who} was not told of {named}: {answer['text']}"])
         # What the victim had put in may complete one more than those that were seen.
-        known = self._positions if turn.state == "running" else self._positions[turn.exchange : turn.exchange + 2]
-        if (answer["layer"], answer["step"]) not in known:
-            self._report.add([f"{who} was in {known}, and was told {answer['layer']}, {answer['step']}"])
+        positions = self._positions if turn.state == "running" else self._positions[turn.exchange : turn.exchange + 2]
+        if (answer["layer"], answer["step"]) not in positions:
+            self._report.add([f"{who} was in {positions}, and was told {answer['layer']}, {answer['step']}"])
 
     def _wake(self, turn: Turn, number: signal.Signals) -> None:
         """Make the victim ready for another round: a new process, or the old one, once it heard what happened."""

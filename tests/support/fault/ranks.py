@@ -20,7 +20,7 @@ from support.fault.worker import Part
 
 _TESTS = Path(__file__).parents[2]
 _KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
-PATIENCE_S = 120.0  # for what must come; promises are measured, this only ends a test that hangs
+LIMIT_S = 120.0  # for what must come; promises are measured, this only ends a test that hangs
 
 
 class Rank:
@@ -65,7 +65,7 @@ class Rank:
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
 
-    def expect(self, *expected: str, within: float = PATIENCE_S) -> dict[str, Any]:
+    def expect(self, *expected: str, within: float = LIMIT_S) -> dict[str, Any]:
         """Its next answer, which must be one of those expected."""
         try:
             answer = self._answers.get(timeout=within)
@@ -81,7 +81,7 @@ class Rank:
 
     def expect_any(self) -> dict[str, Any]:
         """Its next answer, whatever it is."""
-        return self._answers.get(timeout=PATIENCE_S)
+        return self._answers.get(timeout=LIMIT_S)
 
     def signal(self, number: int) -> float:
         """Send it a signal; returns when, on the monotonic clock."""

@@ -29,7 +29,7 @@ class Times:
         return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
     @property
-    def kept(self) -> bool:
+    def is_within_bound(self) -> bool:
         """Whether the promise was."""
         return not self.seconds or self.at(self.share) <= self.bound
 
@@ -62,12 +62,12 @@ class Report:
     @property
     def violations(self) -> list[str]:
         """All that is wrong, broken time limits included."""
-        return self.wrong + [f"{self.name}: too slow: {times}" for times in self.times if not times.kept]
+        return self.wrong + [f"{self.name}: too slow: {times}" for times in self.times if not times.is_within_bound]
 
-    def same(self, what: str, found: object, expected: object) -> None:
+    def same(self, what: str, received: object, expected: object) -> None:
         """Note down a difference."""
-        if found != expected:
-            self.wrong.append(f"{self.name}: {what}: expected {expected}, found {found}")
+        if received != expected:
+            self.wrong.append(f"{self.name}: {what}: expected {expected}, found {received}")
 
     def add(self, lines: Sequence[str]) -> None:
         """Note down what else is wrong."""

@@ -34,7 +34,7 @@ _MOST_EXCHANGES = 50  # between two blows: 4 steps, so that none comes after the
 _LONGEST_DELAY_S = 0.012
 _JOINING_S = 0.15
 _STARTING_S = 0.6
-_KILLED_AGAIN = 0.25  # of the restarts
+_KILLED_TWICE = 0.25  # of the restarts
 _LONGEST_STOP_S = 3.0
 
 Progress = Callable[[str], None]
@@ -55,7 +55,7 @@ class Blow:
     number: int
     exchanges: int
     delay: float
-    again: float | None
+    second_kill: float | None
     stopped: float | None
 
     @classmethod
@@ -63,13 +63,13 @@ class Blow:
         """The blow of this number: a pure function of the seed."""
         rng = np.random.default_rng([seed, number])
         exchanges, share = int(rng.integers(_MOST_EXCHANGES)), float(rng.random())
-        again, stopped = float(rng.uniform(0, _STARTING_S)), float(rng.uniform(0, _LONGEST_STOP_S))
+        second_kill, stopped = float(rng.uniform(0, _STARTING_S)), float(rng.uniform(0, _LONGEST_STOP_S))
         delay = float(rng.uniform(0, _JOINING_S if number == 0 else _LONGEST_DELAY_S))
         return cls(
             number,
             0 if number == 0 else exchanges,
             delay,
-            again if share < _KILLED_AGAIN else None,
+            second_kill if share < _KILLED_TWICE else None,
             stopped if stops and number % 2 else None,
         )
 
@@ -88,10 +88,10 @@ def service_kills(folder: Path, seed: int, kills: int, progress: Progress) -> Re
                 ends = [first_after(history, moment) for history in job.histories()]
                 resumed.seconds += [end - moment for end in ends if end is not None]
             _ended_well(job, service, report)
-            whole = Job("whole", team, [service.address], folder, seed=seed, until=steps)
-            whole.expect("joined")
-            whole.finish()
-            whole.leave()
+            undisturbed_job = Job("whole", team, [service.address], folder, seed=seed, until=steps)
+            undisturbed_job.expect("joined")
+            undisturbed_job.finish()
+            undisturbed_job.leave()
             held, undisturbed = owner(service.address, "parts"), owner(service.address, "whole")
             report.same("the owner's statistics, beside those of an undisturbed job", held, undisturbed)
         except AssertionError as error:
@@ -147,8 +147,8 @@ def _struck(job: Job, service: Daemon, blows: Sequence[Blow], report: Report, pr
         else:
             service.kill()
             service.begin()
-            if blow.again is not None:
-                time.sleep(blow.again)
+            if blow.second_kill is not None:
+                time.sleep(blow.second_kill)
                 _note(report, blow, job)
                 service.kill()
                 service.begin()

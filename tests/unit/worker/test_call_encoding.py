@@ -33,8 +33,8 @@ CALLS = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_survives_the_way(call: Call) -> None:
-    """Every part of a call comes back; a layer's terms with the two beliefs of a mirror."""
+def test_a_call_round_trips(call: Call) -> None:
+    """Every part of a call comes back; a layer's signature also with what only a mirror adds."""
     got = decode_call(encode_call(call, "(6, 4)", "1 (0123abcd)"))
     assert got._replace(signature=call.signature) == call
     if isinstance(call.signature, PlainSignature):
@@ -58,7 +58,7 @@ def test_different_calls_have_different_names() -> None:
 
 
 def test_spelling_does_not_matter() -> None:
-    """1 and 1.0, NumPy's numbers and Python's are the same belief."""
+    """1 and 1.0, NumPy's numbers and Python's are the same value."""
     a = LayerSignature(4, "float32", 1, 1e-3)
     b = LayerSignature(np.int64(4), "float32", np.float64(1.0), np.float64(1e-3))  # type: ignore[arg-type]  # as users do
     key = ExchangeKey("bn", Direction.FORWARD, 0)

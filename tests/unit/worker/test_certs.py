@@ -43,7 +43,7 @@ def bnlayer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return Command(monkeypatch, capsys)
 
 
-def test_certificates_are_made_and_found_good(bnlayer: Command, tmp_path: Path) -> None:
+def test_certificates_are_made_and_pass_the_check(bnlayer: Command, tmp_path: Path) -> None:
     """By `certs check`, and by Python's own TLS, for the hosts that were named; keys are their owner's alone."""
     folder = tmp_path / "certificates"
     code, out, _ = bnlayer("certs", "init", folder, "--host", "trainer", "--host", "10.0.0.7")
@@ -83,7 +83,7 @@ def test_nothing_is_replaced_unless_asked_for(bnlayer: Command, tmp_path: Path) 
     assert bnlayer("certs", "check", tmp_path, "--host", "one", "--host", "two")[0] == 0
 
 
-def test_what_is_wrong_is_told(tmp_path: Path) -> None:
+def test_each_problem_is_reported(tmp_path: Path) -> None:
     """Each by its own words; an intermediate CA is looked through."""
     authority, other = Authority(tmp_path / "a"), Authority(tmp_path / "b")
     certificate, key = authority.issue("server", "*.example")

@@ -55,7 +55,7 @@ def made(tensors: Mapping[str, NDArray[Any]] | None = None, steps: int = 4) -> C
     return Checkpoint({**held, **(tensors or {})}, progress, Settings().as_json(), Origin("digits", "ab" * 16, 64, 10))
 
 
-def test_the_way_there_and_back() -> None:
+def test_a_checkpoint_round_trips() -> None:
     """Every bit of every tensor and number."""
     before = made({"f32": np.array([[1e-45], [-0.0]], np.float32)})
     after = decode(encode(before), "FILE")
@@ -89,23 +89,23 @@ def with_facts(content: bytes, **changes: Any) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-WHOLE = encode(made())
+COMPLETE = encode(made())
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         (b"", "FILE is no complete safetensors file ("),
-        (WHOLE[:4], "FILE is no complete safetensors file ("),
-        (WHOLE[:100], "FILE is no complete safetensors file ("),
-        (WHOLE[:-1], "FILE is no complete safetensors file ("),
-        (WHOLE + b"x", "FILE is no complete safetensors file ("),
+        (COMPLETE[:4], "FILE is no complete safetensors file ("),
+        (COMPLETE[:100], "FILE is no complete safetensors file ("),
+        (COMPLETE[:-1], "FILE is no complete safetensors file ("),
+        (COMPLETE + b"x", "FILE is no complete safetensors file ("),
         (b"PK\3\4 is how a .npz begins", "FILE is no complete safetensors file ("),
-        (WHOLE[:-1] + b"x", "FILE does not match its checksum: it was changed, or is corrupt."),
-        (with_facts(WHOLE, settings={}), "FILE does not match its checksum: it was changed, or is corrupt."),
-        (with_facts(WHOLE, checksum=None), "FILE lacks what every checkpoint has ('checksum'): it is corrupt."),
+        (COMPLETE[:-1] + b"x", "FILE does not match its checksum: it was changed, or is corrupt."),
+        (with_facts(COMPLETE, settings={}), "FILE does not match its checksum: it was changed, or is corrupt."),
+        (with_facts(COMPLETE, checksum=None), "FILE lacks what every checkpoint has ('checksum'): it is corrupt."),
         (
-            with_facts(WHOLE, format=FORMAT + 1),
+            with_facts(COMPLETE, format=FORMAT + 1),
             f"FILE has format {FORMAT + 1}, and this version of bnlayer reads up to {FORMAT}: use a newer one.",
         ),
         (
@@ -135,16 +135,16 @@ def test_what_is_no_checkpoint(content: bytes, text: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_any_byte_that_changes_is_found() -> None:
+def test_any_changed_byte_is_detected() -> None:
     """Wherever it is: in the header, in the metadata, in a tensor."""
-    for at in range(0, len(WHOLE), 7):
-        changed = bytearray(WHOLE)
+    for at in range(0, len(COMPLETE), 7):
+        changed = bytearray(COMPLETE)
         changed[at] ^= 0x10
         try:
             got = decode(bytes(changed), "FILE")
         except CheckpointError:
             continue
-        assert encode(got) == WHOLE, at  # only what safetensors pads with may change
+        assert encode(got) == COMPLETE, at  # only what safetensors pads with may change
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -159,10 +159,10 @@ def test_every_rank_gets_what_the_first_one_read(tmp_path: Path) -> None:
     world = World(AloneTransport(), install=False)
     path = tmp_path / "run.safetensors"
     assert read_by_first(world, path) is None
-    path.write_bytes(WHOLE)
+    path.write_bytes(COMPLETE)
     got = read_by_first(world, path)
     assert got is not None
-    assert encode(got) == WHOLE
+    assert encode(got) == COMPLETE
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="is no complete safetensors file"):
         read_by_first(world, path)
@@ -172,7 +172,7 @@ def test_every_rank_gets_what_the_first_one_read(tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.slow
-def test_whoever_is_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
+def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path: Path) -> None:
     """A process that saves without pause, killed 20 times: what is there decodes, and is never older than before."""
     code = (
         "import sys; from pathlib import Path; import numpy as np; from dataclasses import replace\n"
@@ -193,9 +193,9 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> N
             threading.Event().wait(delay)  # where in its work it is hit
             child.kill()
             reported = child.stdout.read().split()
-        found = read(path)
-        assert found is not None
-        assert found.progress.steps >= max(map(int, reported), default=0)
+        checkpoint = read(path)
+        assert checkpoint is not None
+        assert checkpoint.progress.steps >= max(map(int, reported), default=0)
 
 
 def test_drafts_of_killed_processes_are_removed(tmp_path: Path) -> None:

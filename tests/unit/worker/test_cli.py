@@ -79,8 +79,8 @@ def test_python_m_bnlayer_sets_the_threads_before_numpy_counts_them() -> None:
         "import os; os.execv = lambda path, arguments: print(arguments[1:])\n"
         "import runpy; runpy.run_module('bnlayer', run_name='__main__')\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
-    assert found.stdout == "['-m', 'bnworker.cli', 'train']\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert ended.stdout == "['-m', 'bnworker.cli', 'train']\n"
 
 
 def test_the_shell_completes() -> None:
@@ -95,7 +95,7 @@ def test_the_shell_completes() -> None:
         assert ended.stdout.split() == [expected], ended.stderr
 
 
-def test_every_package_says_its_version() -> None:
+def test_every_package_has_its_version() -> None:
     """The installed distribution's, as `bnlayer --version`; other names are still refused."""
     for package in (bnlayer, bnworker, bnserver):
         assert package.__version__ == version("bnlayer")
@@ -109,8 +109,8 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, bnworker.cli; "
         "print([name for name in ('numpy', 'grpc', 'sklearn', 'mpi4py') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
-    assert found.stdout == "[]\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    assert ended.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_rank_cannot_choose_the_number_of_workers(
     )
 
 
-def test_what_is_wrong_with_us_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug is not dressed up as a user's error."""
 
     def broken(*_: object, **__: object) -> None:
@@ -285,9 +285,9 @@ def test_a_host_file(tmp_path: Path) -> None:
     remote = hosts.remote(listed, ("python", "x y.py"), {"job": None, "grace": 5.0, "timestamps": False})
     *start, line = remote.command_line(1, {"BNLAYER_THREADS": "1 2", "HOME": "/root"})
     assert start == ["ssh", "-p", "22", "b"]
-    there, _, words = line.partition(" && exec ")
+    there, _, command = line.partition(" && exec ")
     assert shlex.split(there) == ["cd", str(Path.cwd())]
-    assert shlex.split(words) == [
+    assert shlex.split(command) == [
         *("env", "BNLAYER_THREADS=1 2", sys.executable, "-P", "-m", "bnworker.cli", "launch", "--attached"),
         *("--nnodes=3", "--node-rank=1", "--rendezvous=a:7431", "--ranks=3", "--first-rank=2", "--world-size=9"),
         *("--grace=5.0", "--", "python", "x y.py"),

@@ -77,7 +77,7 @@ def test_features_of_any_real_dtype(stored: str, dtype: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", ">i2", "float32"])
-def test_labels_that_are_whole_numbers(dtype: str, tmp_path: Path) -> None:
+def test_labels_of_integer_value(dtype: str, tmp_path: Path) -> None:
     """Of any dtype: files made from tables hold floats."""
     np.savez(tmp_path / "data.npz", x=np.ones((6, 2)), y=np.array([0, 1, 1, 0, 1, 0]).astype(dtype))
     data = load(str(tmp_path / "data.npz"))
@@ -118,7 +118,7 @@ def test_classes_are_the_labels_that_occur(
         (range(0, 40, 2), "0, 2, 4, 6, 8, 10, 12, 14 and 12 more"),
     ],
 )
-def test_labels_in_words(labels: Iterable[int], text: str) -> None:
+def test_labels_as_text(labels: Iterable[int], text: str) -> None:
     """For plans, errors and reports."""
     assert spelled(tuple(labels)) == text
 
@@ -212,12 +212,12 @@ def test_an_epoch_can_begin_anywhere(tmp_path: Path) -> None:
     """From step `first` on, the batches are those of the whole epoch: a resumed run needs it."""
     data = load(str(write(tmp_path, [9, 14, 3])))
     for last_batch, sizes in EPOCHS.items():
-        whole = list(data.batches(4, seed=1, epoch=2, last_batch=last_batch))
-        assert [batch.rows for batch in whole] == [len(batch.y) for batch in whole] == sizes
-        for first in range(len(whole) + 1):
+        complete = list(data.batches(4, seed=1, epoch=2, last_batch=last_batch))
+        assert [batch.rows for batch in complete] == [len(batch.y) for batch in complete] == sizes
+        for first in range(len(complete) + 1):
             rest = list(data.batches(4, 1, 2, first, last_batch=last_batch))
-            assert [batch.x.tolist() for batch in rest] == [batch.x.tolist() for batch in whole[first:]]
-            assert [batch.rows for batch in rest] == [batch.rows for batch in whole[first:]]
+            assert [batch.x.tolist() for batch in rest] == [batch.x.tolist() for batch in complete[first:]]
+            assert [batch.rows for batch in rest] == [batch.rows for batch in complete[first:]]
 
 
 def test_what_is_dropped_differs_by_epoch(tmp_path: Path) -> None:
@@ -235,11 +235,11 @@ def test_replicas_share_every_step(tmp_path: Path) -> None:
     """Worlds that train beside each other: each takes every third row of a step, together all."""
     data = load(str(write(tmp_path, [9, 14, 3])))
     replicas = [list(data.batches(8, 1, 2, replica=(index, 3))) for index in range(3)]
-    for whole, *parts in zip(data.batches(8, 1, 2), *replicas, strict=True):
-        assert sorted(np.concatenate([part.x[:, 0] for part in parts])) == sorted(whole.x[:, 0])
+    for batch, *parts in zip(data.batches(8, 1, 2), *replicas, strict=True):
+        assert sorted(np.concatenate([part.x[:, 0] for part in parts])) == sorted(batch.x[:, 0])
         assert [part.rows for part in parts] == [len(part.y) for part in parts]
-        assert sum(part.rows for part in parts) == whole.rows
-        assert parts[1].x.tolist() == whole.x[1::3].tolist()
+        assert sum(part.rows for part in parts) == batch.rows
+        assert parts[1].x.tolist() == batch.x[1::3].tolist()
 
 
 def test_validation_rows(tmp_path: Path) -> None:
@@ -262,17 +262,17 @@ def test_rows_per_rank(tmp_path: Path) -> None:
 
 def test_the_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     """Other labels, other features or another order of shards are other data; the folder's name is not looked at."""
-    found = [load(str(write(tmp_path / name, sizes))).fingerprint for name, sizes in (
+    fingerprints = [load(str(write(tmp_path / name, sizes))).fingerprint for name, sizes in (
         ("a", [5, 7]), ("b", [5, 7]), ("c", [7, 5]), ("d", [12]),
     )]  # fmt: skip
     x, y = rows(12)
     labels, features = y.copy(), x.copy()
     labels[6] = (labels[6] + 1) % 3
     features[11, 2] += 1
-    found += [from_arrays("e", *what).fingerprint for what in ((x, y), (x, labels), (features, y))]
-    assert found[0] == found[1]
-    assert found[3] == found[4]  # one shard in a file, and the same in memory
-    assert len(set(found)) == len(found) - 2
+    fingerprints += [from_arrays("e", *what).fingerprint for what in ((x, y), (x, labels), (features, y))]
+    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[3] == fingerprints[4]  # one shard in a file, and the same in memory
+    assert len(set(fingerprints)) == len(fingerprints) - 2
 
 
 def test_wide_rows_are_checked_in_smaller_blocks(tmp_path: Path) -> None:

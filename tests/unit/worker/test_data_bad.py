@@ -174,7 +174,7 @@ def _socket(path: Path) -> None:
         one.bind(os.fspath(path))
 
 
-ENTRIES: list[tuple[str, Callable[[Path], object], str]] = [
+FOLDERS: list[tuple[str, Callable[[Path], object], str]] = [
     ("2.npz", lambda path: path.symlink_to("gone/2.npz"), "cannot be read: it is a link to gone/2.npz, which is not "),
     ("2.npz", lambda path: path.symlink_to("2.npz"), "cannot be read: Too many levels of symbolic links."),
     ("2.npz", Path.mkdir, "expected a file, found a folder."),
@@ -187,7 +187,7 @@ ENTRIES: list[tuple[str, Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "make", "expected"), ENTRIES, ids=[expected[:45] for *_, expected in ENTRIES])
+@pytest.mark.parametrize(("name", "make", "expected"), FOLDERS, ids=[expected[:45] for *_, expected in FOLDERS])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_what_has_the_name_of_a_shard(
     name: str,
@@ -223,9 +223,9 @@ def test_what_is_not_read(tmp_path: Path) -> None:
     ignored = (
         ".2.npz.part (hidden)", "3.npz.gz", "README.md", "'b\\udcff'", "lost", "'new\\nline'", "npz", "old (a folder)"
     )  # fmt: skip
-    for found in all_well(together(2, lambda world: load(str(tmp_path / "link"), world=world))):
-        assert found.ignored == ignored
-        assert found.rows + found.test_rows == 18
+    for data in all_well(together(2, lambda world: load(str(tmp_path / "link"), world=world))):
+        assert data.ignored == ignored
+        assert data.rows + data.test_rows == 18
     assert listed(ignored) == ", ".join(ignored)
     assert listed((*ignored, "more", "and more")) == f"{', '.join(ignored)} and 2 more"
 
@@ -269,8 +269,8 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
 
 def test_cut_short(tmp_path: Path) -> None:
     """A file that was not written to its end, wherever it ends."""
-    whole = write(tmp_path / "whole", [5])
-    content = (whole / "0.npz").read_bytes()
+    intact = write(tmp_path / "whole", [5])
+    content = (intact / "0.npz").read_bytes()
     for size in range(0, len(content), 37):
         (tmp_path / "cut.npz").write_bytes(content[:size])
         assert reported(tmp_path / "cut.npz").startswith("cut.npz: no .npz file, or a damaged one: "), size
@@ -340,8 +340,8 @@ def test_a_shard_that_changes_under_us(kind: Any, how: str, tmp_path: Path) -> N
     elif how == "replaced":
         copy = tmp_path / "copy"
         copy.write_bytes(path.read_bytes())
-        found = path.stat()
-        os.utime(copy, ns=(found.st_atime_ns, found.st_mtime_ns))
+        status = path.stat()
+        os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
         copy.replace(path)
     else:
         path.unlink()

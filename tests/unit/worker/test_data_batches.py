@@ -66,14 +66,16 @@ def test_the_sizes_of_an_epoch(
     rows: int, batch_size: int, spread: list[int], keep: list[int], drop: list[int] | None
 ) -> None:
     """By hand; the smallest and the largest are what a plan shows."""
-    found = {}
+    sizes_by_name = {}
     for last_batch, sizes in (("spread", spread), ("keep", keep), ("drop", drop)):
         if sizes is not None:
             steps = EpochSteps(rows, batch_size, last_batch)  # type: ignore[arg-type]  # one of the three
-            found[last_batch] = [steps.size(step) for step in range(steps.count)]
+            sizes_by_name[last_batch] = [steps.size(step) for step in range(steps.count)]
             assert (steps.smallest, steps.largest) == (min(sizes), max(sizes))
             assert steps.left_out == rows - sum(sizes)
-    assert found == {name: sizes for name, sizes in (("spread", spread), ("keep", keep), ("drop", drop)) if sizes}
+    assert sizes_by_name == {
+        name: sizes for name, sizes in (("spread", spread), ("keep", keep), ("drop", drop)) if sizes
+    }
 
 
 def test_no_step_is_left() -> None:
@@ -120,9 +122,9 @@ def test_the_order_depends_on_seed_epoch_and_shard() -> None:
 @given(SIZES, st.sampled_from([0.0, 0.1, 0.2, 1 / 3, 0.5, 0.99]))
 def test_shares_add_up(sizes: list[int], share: float) -> None:
     """The share of all rows, to the nearest, however small the shards are."""
-    found = shares(share, np.array(sizes))
-    assert found.sum() == np.floor(share * sum(sizes) + 0.5)
-    assert (found >= 0).all() and (found <= sizes).all()
+    drawn = shares(share, np.array(sizes))
+    assert drawn.sum() == np.floor(share * sum(sizes) + 0.5)
+    assert (drawn >= 0).all() and (drawn <= sizes).all()
 
 
 def test_the_split_is_disjoint_and_complete() -> None:
@@ -141,7 +143,7 @@ def test_every_row_has_one_owner(sizes: list[int], world_size: int, count: int) 
         slices = [piece.of(count) for rank in owned for piece in rank if piece.shard == shard]
         assert [row for part in slices for row in range(count)[part]] == list(range(count))
     if len(sizes) >= world_size:
-        assert all((piece.start, piece.stop, piece.whole) == (0, 1, 1) for rank in owned for piece in rank)
+        assert all((piece.start, piece.stop, piece.denominator) == (0, 1, 1) for rank in owned for piece in rank)
     order = [piece.shard for rank in owned for piece in rank]
     assert order == sorted(order)
 
@@ -155,7 +157,9 @@ def test_every_row_has_one_owner(sizes: list[int], world_size: int, count: int) 
         ([100, 1, 1], 3, [[], [0], [1, 2]]),
     ],
 )
-def test_whole_shards_by_their_middles(sizes: list[int], world_size: int, expected: list[list[int]]) -> None:
+def test_undivided_shards_go_to_the_rank_of_their_middle(
+    sizes: list[int], world_size: int, expected: list[list[int]]
+) -> None:
     """Balanced by bytes; a rank may have nothing."""
     assert [[piece.shard for piece in pieces(sizes, rank, world_size)] for rank in range(world_size)] == expected
 

@@ -73,8 +73,8 @@ def test_statistics_have_the_same_bits(tmp_path: Path) -> None:
         assert all(other == first for other in others)
         return first
 
-    found = [statistics(world_size) for world_size in WORLDS]
-    assert all(one == found[0] for one in found)
+    results = [statistics(world_size) for world_size in WORLDS]
+    assert all(one == results[0] for one in results)
 
 
 def test_a_rank_opens_its_own_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_a_rank_opens_its_own_shards_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("bad_rank", [0, 2])
-def test_a_bad_shard_is_said_by_every_rank(bad_rank: int, tmp_path: Path) -> None:
+def test_a_bad_shard_raises_on_every_rank(bad_rank: int, tmp_path: Path) -> None:
     """One rank alone can see it; all raise the same line."""
     write(tmp_path, [8, 8, 8])
     x, y = rows(8)
@@ -114,7 +114,7 @@ def test_a_bad_shard_is_said_by_every_rank(bad_rank: int, tmp_path: Path) -> Non
     assert [(type(one), str(one)) for one in results] == [(DataError, expected)] * 3
 
 
-def test_a_bad_test_label_is_said_by_every_rank(tmp_path: Path) -> None:
+def test_a_bad_test_label_raises_on_every_rank(tmp_path: Path) -> None:
     """What is out of range is known when all shards are; its row is known to one rank."""
     for number in range(2):
         x, y = rows(6)
@@ -180,13 +180,13 @@ def test_arrays_in_memory_are_shared_out() -> None:
     x, y = rows(26)
     alone = from_arrays("mine", x, y)
     shared: list[Dataset] = all_well(together(3, lambda world: from_arrays("mine", x, y, world=world)))
-    for whole, *parts in zip(*(one.batches(6, 3, 1) for one in (alone, *shared)), strict=True):
-        assert numbers([whole]) == numbers(parts)
+    for batch, *parts in zip(*(one.batches(6, 3, 1) for one in (alone, *shared)), strict=True):
+        assert numbers([batch]) == numbers(parts)
         lengths = [len(part.y) for part in parts]
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_nobody_has_a_problem() -> None:
+def test_no_rank_has_a_problem() -> None:
     """One exchange, and nothing is raised."""
 
     def body(world: Reader) -> int:

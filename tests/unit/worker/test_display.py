@@ -38,7 +38,7 @@ def test_lines_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_a_resumed_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     """With the step that it goes on from."""
     out = shown([Resumed(7, (epoch(1),)), step(8), epoch(2)], 2, capsys)
     assert out.splitlines()[0] == "resumed after step 7"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from bnworker.train.model import cross_entropy, perceptron
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
-
-Command = Callable[..., tuple[int, str, str]]
+from support.command_line import Command
 
 CLASSES = 3
 
@@ -47,20 +45,20 @@ def trained(command: Command) -> Checkpoint:
         *("--save", "run.safetensors", "--summary", "summary.json", "--validation-split", "0.1"),
     )
     assert code == 0, err
-    found = read(Path("run.safetensors"))
-    assert found is not None
-    return found
+    checkpoint = read(Path("run.safetensors"))
+    assert checkpoint is not None
+    return checkpoint
 
 
-def test_the_figures_of_training_are_found_again(command: Command, trained: Checkpoint) -> None:
+def test_the_figures_of_training_are_reproduced(command: Command, trained: Checkpoint) -> None:
     """Without options: the rows that the run tested by, the same accuracy and loss."""
     code, out, err = command("evaluate", "run.safetensors", "--json", "--summary", "out/found.json")
     assert (code, err) == (0, "")
-    found, summary = json.loads(out), json.loads(Path("summary.json").read_text())
-    assert json.loads(Path("out/found.json").read_text()) == found
-    assert (found["accuracy"], found["loss"]) == (summary["test_accuracy"], summary["test_loss"])
-    assert (found["split"], found["rows"], found["steps"], found["data"]) == ("test", 40, 16, "rows.npz")
-    assert (found["checkpoint"], found["transport"], found["world_size"]) == ("run.safetensors", "alone", 1)
+    figures, summary = json.loads(out), json.loads(Path("summary.json").read_text())
+    assert json.loads(Path("out/found.json").read_text()) == figures
+    assert (figures["accuracy"], figures["loss"]) == (summary["test_accuracy"], summary["test_loss"])
+    assert (figures["split"], figures["rows"], figures["steps"], figures["data"]) == ("test", 40, 16, "rows.npz")
+    assert (figures["checkpoint"], figures["transport"], figures["world_size"]) == ("run.safetensors", "alone", 1)
     code, out, err = command("evaluate", "run.safetensors", "--split", "validation", "--json")
     last = summary["history"][-1]
     validation = json.loads(out)
@@ -77,17 +75,17 @@ def test_other_data_are_evaluated_in_all_and_class_by_class(command: Command, tr
     np.savez("new.npz", x=x, y=y)
     code, out, err = command("evaluate", "run.safetensors", "--data", "new.npz", "--json")
     assert (code, err) == (0, "")
-    found = json.loads(out)
+    figures = json.loads(out)
     model = perceptron(Settings(hidden=(6,)), 4, CLASSES)
     model.load(trained.best_weights())
     logits, truth = model(x.astype(np.float32)), np.searchsorted([1, 4, 5], y)
     predicted = logits.argmax(axis=1)
     confusion = [[int(((truth == i) & (predicted == j)).sum()) for j in range(CLASSES)] for i in range(CLASSES)]
-    assert (found["split"], found["rows"], found["confusion"]) == ("all", len(y), confusion)
-    assert found["accuracy"] == float((predicted == truth).mean())
-    assert found["loss"] == pytest.approx(cross_entropy(logits, truth)[0] / len(y), rel=1e-6)
-    assert [entry["label"] for entry in found["classes"]] == [1, 4, 5]
-    for k, entry in enumerate(found["classes"]):
+    assert (figures["split"], figures["rows"], figures["confusion"]) == ("all", len(y), confusion)
+    assert figures["accuracy"] == float((predicted == truth).mean())
+    assert figures["loss"] == pytest.approx(cross_entropy(logits, truth)[0] / len(y), rel=1e-6)
+    assert [entry["label"] for entry in figures["classes"]] == [1, 4, 5]
+    for k, entry in enumerate(figures["classes"]):
         right = int(((truth == k) & (predicted == k)).sum())
         of, taken = int((truth == k).sum()), int((predicted == k).sum())
         assert entry["rows"] == of
@@ -98,7 +96,7 @@ def test_other_data_are_evaluated_in_all_and_class_by_class(command: Command, tr
 
 
 def test_the_tables(command: Command, trained: Checkpoint) -> None:
-    """For people: what was judged, the figures, and each class under the label that the data has."""
+    """For people: what was evaluated, the figures, and each class under the label that the data has."""
     code, out, err = command("evaluate", "run.safetensors")
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -148,7 +146,7 @@ def test_without_validation_rows_there_are_none_to_judge_by(command: Command) ->
     data = load("many.npz", world=alone)
     with installed(alone):
         model = perceptron(Settings(hidden=(6,)), 4, 300)
-        found = evaluate_splits(model, data, alone, ["test"])
-        assert found.confusion_KK is None
-        assert found.accuracy == evaluate(model, data, alone).test_accuracy
-        assert int(found.rows_K.sum()) == found.rows == data.test_rows == int(found.predicted_K.sum())
+        figures = evaluate_splits(model, data, alone, ["test"])
+        assert figures.confusion_KK is None
+        assert figures.accuracy == evaluate(model, data, alone).test_accuracy
+        assert int(figures.rows_K.sum()) == figures.rows == data.test_rows == int(figures.predicted_K.sum())

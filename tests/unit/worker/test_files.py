@@ -108,8 +108,8 @@ def test_the_owner_stays(write: Callable[[Path, str], None], tmp_path: Path) -> 
     os.chown(path, 1234, 2345)
     path.chmod(0o2750)
     write(path, "new")
-    found = path.stat()
-    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (1234, 2345, 0o2750)
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1234, 2345, 0o2750)
 
 
 def test_a_group_that_cannot_be_kept_gets_no_more_than_everybody(
@@ -122,8 +122,8 @@ def test_a_group_that_cannot_be_kept_gets_no_more_than_everybody(
     real = os.fstat
 
     def of_another_group(descriptor: int) -> os.stat_result:
-        found = real(descriptor)
-        return os.stat_result((*found[:5], found.st_gid + 1, *found[6:]))
+        status = real(descriptor)
+        return os.stat_result((*status[:5], status.st_gid + 1, *status[6:]))
 
     def refused(*_: int) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from bnworker.train import weight_files
 from bnworker.train.initial import Initial, Sizes, fitted
 from bnworker.train.model import Perceptron
 from bnworker.train.weight_files import WeightFileError, read
+from support.command_line import Command
 from support.files import trained
 
-Command = Callable[..., tuple[int, str, str]]
 Arrays = dict[str, NDArray[Any]]
 
 SIZES = Sizes(4, (6, 6), 3, 1e-3)

@@ -197,7 +197,7 @@ def test_shard_wants_a_count() -> None:
         ("with world: pass", 0, ""),
     ],
 )
-def test_however_a_process_ends_it_says_good_bye(ending: str, code: int, reason: str) -> None:
+def test_however_a_process_ends_it_leaves_its_job(ending: str, code: int, reason: str) -> None:
     """A normal exit, an exception that nobody catches (its traceback is printed), an exit out of `with`."""
     script = textwrap.dedent(f"""
         from bnworker import World

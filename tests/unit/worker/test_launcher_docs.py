@@ -18,7 +18,7 @@ def test_the_table_of_endings_is_the_tested_one() -> None:
     assert documented == sorted((ending.row, ending.code) for ending in ENDINGS)
 
 
-def test_so_is_that_of_several_hosts() -> None:
+def test_the_table_of_several_hosts_is_the_tested_one() -> None:
     """With the exit codes on both; the last row needs hosts of its own, and is a test of its own."""
     documented = sorted(
         (row[1].strip(), int(row[2]), int(row[3])) for row in _rows(_SEVERAL, "## How a job on several hosts ends")

@@ -68,7 +68,7 @@ def test_a_long_line_of_no_characters_is_cut_anyway() -> None:
 
 
 @given(st.lists(st.binary(max_size=8)), st.integers(1, 5))
-def test_cuts_cannot_be_seen(parts: list[bytes], size: int) -> None:
+def test_cuts_do_not_change_the_result(parts: list[bytes], size: int) -> None:
     """How the bytes were cut into reads makes no difference."""
     text = b"".join(parts)
     assert through(*(text[at : at + size] for at in range(0, len(text), size))) == through(text)

@@ -40,13 +40,13 @@ def test_an_ipv6_address_needs_brackets() -> None:
         reach("::1:7431", 0)
 
 
-def test_somebody_listens(silent: socket.socket) -> None:
+def test_a_service_listens_at_the_address(silent: socket.socket) -> None:
     """Nothing else is asked of it."""
     silent.listen()
     reach(_address(silent), 0)
 
 
-def test_nobody_listens(silent: socket.socket) -> None:
+def test_nothing_listens_at_the_address(silent: socket.socket) -> None:
     """Told at once, with the reason and what to do."""
     with pytest.raises(LaunchError) as raised:
         reach(_address(silent), 0)

@@ -173,7 +173,7 @@ def test_credentials_are_not_for_the_service_of_a_job_on_several_hosts() -> None
     check(Job(("true",), 1, several=one), {"PATH": "/bin:/usr/bin", "BNLAYER_INSECURE": "1"})
 
 
-def test_a_token_stands_in_no_command_line() -> None:
+def test_a_token_appears_in_no_command_line() -> None:
     """Every user of the other hosts can read these."""
     remote = Remote(("true",), (("a", 1),), "a:7431", insecure=True, agent="false")
     with pytest.raises(LaunchError, match="BNLAYER_TOKEN would stand in the command lines on the hosts"):
@@ -189,6 +189,6 @@ def test_the_variables_of_a_daemon_are_not_for_a_service_of_the_jobs() -> None:
 def test_an_embedded_service_is_shown_no_credentials(tmp_path: Path) -> None:
     """They are another service's; this one listens on loopback, in plain text."""
     given = {"BNLAYER_TOKEN_FILE": "token", "BNLAYER_TLS_CA": "ca.pem", "BNLAYER_INSECURE": "1"}
-    kept = environment(Job(("true",), 1, address="127.0.0.1:1"), tmp_path, "127.0.0.1:1", given)
-    assert given.items() <= kept.items()
+    variables = environment(Job(("true",), 1, address="127.0.0.1:1"), tmp_path, "127.0.0.1:1", given)
+    assert given.items() <= variables.items()
     assert not given.keys() & environment(Job(("true",), 1), tmp_path, "127.0.0.1:1", given).keys()

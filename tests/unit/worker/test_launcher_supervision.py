@@ -184,7 +184,7 @@ def test_under_mpiexec_its_own_signals_do_not_count(ends: list[Ended], code: int
     assert (job.done, job.exit_code()) == (True, code)
 
 
-def test_who_did_not_report_is_known() -> None:
+def test_ranks_that_did_not_report_are_named() -> None:
     """Until mpiexec ends, a rank may still report; ranks that the launcher is ending need not."""
     job, _ = play(3, Ended(1, 0), Ended(MPIEXEC, 0), mpiexec=True)
     assert job.unreported == {0, 2}
@@ -192,7 +192,7 @@ def test_who_did_not_report_is_known() -> None:
     assert (job.done, job.unreported, job.exit_code()) == (True, frozenset(), 7)
 
 
-def test_what_is_said_of_an_end() -> None:
+def test_the_description_of_an_end() -> None:
     """The line that the user reads."""
     assert str(Ended(1, 0, left_open="leaving the job")) == (
         "rank 1 exited with code 0 without leaving the job (os._exit?): a failure, code 1"
@@ -203,15 +203,15 @@ def test_what_is_said_of_an_end() -> None:
     assert str(Ended(SERVICE, -KILL)) == "the statistics service was killed by SIGKILL"
 
 
-def test_a_launcher_that_is_gone_takes_its_ranks_along() -> None:
+def test_the_loss_of_a_launcher_ends_its_ranks() -> None:
     """On another host: they count as ended, and it as killed: the first cause, before ranks that were told of it."""
-    gone = Ended(LAUNCHER - 1, -KILL, host="two", takes=frozenset({2, 3}))
-    told = (Ended(0, 1, secondary=True, host="one"), Ended(1, 1, secondary=True, host="one"))
-    for events in ((gone, *told), (*told, gone)):
+    lost = Ended(LAUNCHER - 1, -KILL, host="two", takes=frozenset({2, 3}))
+    secondary = (Ended(0, 1, secondary=True, host="one"), Ended(1, 1, secondary=True, host="one"))
+    for events in ((lost, *secondary), (*secondary, lost)):
         job, done = play(4, *events)
         assert (job.done, job.exit_code(), done) == (True, 137, [Alarm(GRACE_S)])
-        assert job.cause is gone
-    assert str(gone) == "the launcher of node 1 (two) is gone: it was killed, or its host can't be reached"
-    assert str(told[0]) == "rank 0 (one) exited with code 1"
-    job, _ = play(4, Interrupted(INT), gone)
+        assert job.cause is lost
+    assert str(lost) == "the launcher of node 1 (two) is gone: it was killed, or its host can't be reached"
+    assert str(secondary[0]) == "rank 0 (one) exited with code 1"
+    job, _ = play(4, Interrupted(INT), lost)
     assert (sorted(job.running), job.exit_code()) == ([0, 1], 130)

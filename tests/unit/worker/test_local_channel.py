@@ -45,7 +45,7 @@ def _listener(answer: bytes, backlog: int = 1) -> Iterator[tuple[socket.socket, 
     ],
     ids=["nonsense", "too large", "silence", "nothing", "another service", "a part"],
 )
-def test_a_rank_does_without_it(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_needs_no_local_socket(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """It stays on its stream, and the log says why."""
     with caplog.at_level("INFO", "bnworker"), _listener(answer) as (_, invitation):
         joined = pb.ExchangeResponse(boot_id=5, joined=pb.Joined(local_socket=invitation))
@@ -53,7 +53,7 @@ def test_a_rank_does_without_it(answer: bytes, caplog: pytest.LogCaptureFixture)
     assert "no local socket to the service at 127.0.0.1:7 (" in caplog.text
 
 
-def test_a_rank_waits_at_a_crowded_door() -> None:
+def test_a_rank_retries_while_the_listen_queue_is_full() -> None:
     """All ranks of a job come at once: a full queue is not a closed socket."""
     name = f"crowded-{threading.get_native_id()}"
     with socket.socket(socket.AF_UNIX) as listener:

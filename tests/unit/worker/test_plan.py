@@ -160,7 +160,7 @@ def test_what_is_refused(environ: dict[str, str], arguments: dict[str, Any], tex
     assert str(caught.value) == text
 
 
-def test_an_initialized_process_group_is_taken_where_nothing_else_says_how_ranks_meet() -> None:
+def test_an_initialized_process_group_is_used_where_nothing_else_is_configured() -> None:
     """torch.distributed beats the variables of torchrun; an address, and MPI's variables, beat it."""
     assert plan(TORCHRUN, process_group=True) == Plan(
         "torch", 2, 4, "torch.distributed is initialized; RANK says the rank"
@@ -250,7 +250,7 @@ def test_a_service_of_its_own_has_no_credentials(launcher: dict[str, str], envir
     assert shown.has_token or shown.ca is not None
 
 
-def test_plain_text_is_permitted_by_the_same_words_everywhere() -> None:
+def test_plain_text_is_permitted_by_the_same_option_everywhere() -> None:
     """BNLAYER_INSECURE is 0 or 1."""
     with pytest.raises(ValueError, match="BNLAYER_INSECURE: expected 0 or 1, received 'yes'"):
         plan(started.SRUN | {"BNLAYER_INSECURE": "yes"})

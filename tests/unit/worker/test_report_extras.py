@@ -28,7 +28,7 @@ def test_what_is_missing_is_named(package: str, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(("option", "package"), [("--report", "matplotlib"), ("--tensorboard", "tensorboardX")])
-def test_the_command_says_so_before_it_starts_anything(
+def test_the_command_reports_it_before_it_starts_anything(
     option: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """One line and exit code 2; no rank is launched, no folder made."""

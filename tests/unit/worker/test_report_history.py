@@ -60,8 +60,8 @@ def test_a_resumed_run_shows_the_epochs_of_before() -> None:
     assert history.resumed == 12
     assert [one.number for one in history.epochs] == [1, 2, 3]
     assert [steps for steps, _ in history.layers()["bn_1"]] == [15]
-    known, waited = history.waiting()
-    assert [one.number for one in known] == [3]
+    timed, waited = history.waiting()
+    assert [one.number for one in timed] == [3]
     assert waited.tolist() == [[0.01, 0.02]]
     assert history.position(12) == 2.4
 

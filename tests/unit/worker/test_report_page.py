@@ -31,13 +31,13 @@ class Reader(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self.text = ""
         self._open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Remember an element."""
-        self.found.append((tag, {name: value or "" for name, value in attrs}))
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
         if tag not in ("meta", "img"):
             self._open.append(tag)
 
@@ -52,7 +52,7 @@ class Reader(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str]]:
         """The attributes of every element of a kind."""
         assert not self._open
-        return [attributes for name, attributes in self.found if name == tag]
+        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def read(folder: Path) -> Reader:
@@ -86,8 +86,8 @@ def test_it_fetches_nothing(folder: Path) -> None:
     pictures = page.all("img")
     assert len(pictures) == 4
     assert all(picture["src"].startswith("data:image/png;base64,") and picture["alt"] for picture in pictures)
-    assert {tag for tag, _ in page.found} & {"link", "script", "iframe", "object", "a", "base", "source"} == set()
-    assert not any("href" in attributes or "style" in attributes for _, attributes in page.found)
+    assert {tag for tag, _ in page.tags} & {"link", "script", "iframe", "object", "a", "base", "source"} == set()
+    assert not any("href" in attributes or "style" in attributes for _, attributes in page.tags)
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import", text)
     policies = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
@@ -113,8 +113,8 @@ def test_the_page_holds_what_was_recorded(folder: Path) -> None:
 
 def test_a_run_that_failed(tmp_path: Path) -> None:
     """It says why, and shows what there is."""
-    known = {"data": "digits", "world_size": 1, "transport": "alone"}
-    page = recorded(tmp_path, known, failure="DivergedError: The loss of step 7 is <nan>")
+    summary = {"data": "digits", "world_size": 1, "transport": "alone"}
+    page = recorded(tmp_path, summary, failure="DivergedError: The loss of step 7 is <nan>")
     assert "It failed. DivergedError: The loss of step 7 is <nan>" in page.text
     assert "75.00%" in page.text  # the last epoch's, as there is no other
 
@@ -149,7 +149,7 @@ def test_an_earlier_report_outlives_a_run_that_never_began(tmp_path: Path) -> No
     assert (tmp_path / "index.html").read_bytes() == before
 
 
-def test_nothing_asked_for(tmp_path: Path) -> None:
+def test_a_recorder_without_folders_writes_nothing(tmp_path: Path) -> None:
     """A recorder without folders writes nothing."""
     recorder = Recorder(None, None, 10, 5)
     recorder.watch(step(1))

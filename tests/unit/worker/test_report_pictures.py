@@ -103,14 +103,14 @@ def test_waiting_per_rank() -> None:
     ],
     ids=["nothing", "no epoch", "one rank", "an odd name", "resumed, 200 ranks", "60 epochs, 40 ranks"],
 )
-def test_what_there_is_is_drawn(events: list[Event], names: list[str] | None) -> None:
+def test_only_recorded_data_are_drawn(events: list[Event], names: list[str] | None) -> None:
     """Runs at the edge: without a warning, and without a picture of nothing."""
     drawn = [picture.name for picture in pictures(recorded(events))]
     assert drawn == (["learning", "layer_bn_1", "layer_bn_2", "waiting"] if names is None else names)
 
 
-def test_nothing_is_imported_for_nothing() -> None:
+def test_no_module_is_imported_needlessly() -> None:
     """A run without a report loads neither matplotlib nor tensorboardX."""
     code = "import sys, bnworker.cli.rank; print([n for n in ('matplotlib', 'tensorboardX') if n in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
-    assert found.stdout == "[]\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    assert ended.stdout == "[]\n"

@@ -28,11 +28,11 @@ def events(folder: Path) -> Iterator[Any]:
 
 def written(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     """tag → (step, value), in order."""
-    found: dict[str, list[tuple[int, Any]]] = {}
+    values_of: dict[str, list[tuple[int, Any]]] = {}
     for event in events(folder):
         for value in event.summary.value:
-            found.setdefault(value.tag, []).append((event.step, value))
-    return found
+            values_of.setdefault(value.tag, []).append((event.step, value))
+    return values_of
 
 
 def test_curves(tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_curves(tmp_path: Path) -> None:
     for event in run(2):
         recorder.watch(event)
     recorder.finish({})
-    found = written(tmp_path)
-    curves = {tag: [(at, value.simple_value) for at, value in values] for tag, values in found.items()}
+    scalars = written(tmp_path)
+    curves = {tag: [(at, value.simple_value) for at, value in values] for tag, values in scalars.items()}
     assert curves["loss/train"] == [(number, float(number)) for number in range(1, 11)]
     assert curves["loss/test"] == [(5, 2.0), (10, 1.0)]
     assert curves["accuracy/test"] == [(5, 0.25), (10, 0.625)]
@@ -62,12 +62,12 @@ def test_histograms_of_the_moving_statistics(tmp_path: Path) -> None:
     object.__setattr__(recorded, "layers", (*recorded.layers, broken))
     recorder.watch(recorded)
     recorder.finish({})
-    found = {tag: values[0][1].histo for tag, values in written(tmp_path).items() if "moving" in tag}
-    assert sorted(found) == [
+    histograms = {tag: values[0][1].histo for tag, values in written(tmp_path).items() if "moving" in tag}
+    assert sorted(histograms) == [
         "bn_1/moving_mean", "bn_1/moving_variance", "bn_2/moving_mean", "bn_2/moving_variance", "bn_9/moving_mean",
     ]  # fmt: skip
-    assert (found["bn_1/moving_mean"].min, found["bn_1/moving_mean"].max) == (0.0, 3.0)
-    assert found["bn_9/moving_mean"].num == 1
+    assert (histograms["bn_1/moving_mean"].min, histograms["bn_1/moving_mean"].max) == (0.0, 3.0)
+    assert histograms["bn_9/moving_mean"].num == 1
 
 
 def test_a_resumed_run_hides_what_was_lost(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_differences_name_the_option() -> None:
     ]
 
 
-def test_what_was_not_asked_for_is_completed() -> None:
+def test_settings_that_were_not_given_get_their_defaults() -> None:
     """Of a run that begins, of one that goes on, and of one that goes on from before there was the setting."""
     asked = Settings(last_batch="drop")
     for saved, otherwise in ((None, "spread"), ({"last_batch": "drop"}, "drop"), ({}, "keep")):

@@ -74,7 +74,7 @@ def test_what_is_reported(world: World) -> None:
 
 
 def test_steps_stop_it(world: World) -> None:
-    """In the middle of an epoch, which is then judged as it is."""
+    """In the middle of an epoch, which is then evaluated as it is."""
     outcome = train(Settings(epochs=3, batch_size=8, hidden=(5,), dtype="float64", steps=4), small(), world)
     assert outcome.steps == 4
     assert [one.rows for one in outcome.epochs] == [21, 7]
@@ -97,7 +97,7 @@ def test_one_reduction_a_step(world: World) -> None:
     assert counted == {"broadcast": 1, "allreduce": 9 + 3}
 
 
-def test_it_says_when_it_diverges(world: World) -> None:
+def test_divergence_raises_an_error(world: World) -> None:
     """A loss that is not finite ends the run, with advice."""
     with (
         np.errstate(all="ignore"),

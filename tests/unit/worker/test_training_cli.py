@@ -1,11 +1,7 @@
-"""`bnlayer train` before anything is started: options from a file, what is refused, and the plan."""
+"""`bnlayer train`: options from a file and the command line, what is refused, and resuming."""
 
 from __future__ import annotations
 
-import json
-import re
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +10,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from bnworker.cli import app
-from bnworker.cli.files import Files
-from bnworker.cli.interruption import Interruption
-from bnworker.cli.rank import _end_stopped
 from bnworker.launcher import Job
-from bnworker.train.data import load
-from bnworker.train.forecast import forecast
-from bnworker.train.loop import train
-from bnworker.train.settings import Settings
-from bnworker.transports.alone import AloneTransport
-from bnworker.world import World
-from support.datasets import rows, write
-
-Command = Callable[..., tuple[int, str, str]]
-
-SMALL = ("--hidden=8", "--epochs=1", "--batch-size=512", "--transport=none")
-
-
-def squeezed(text: str) -> str:
-    """Without a table's lines and paddings."""
-    return re.sub(r"[ │┌┐└┘─┬┴]+", " ", text)
+from support.command_line import SMALL_RUN, Command, squeezed
 
 
 def test_the_file_and_the_command_line(command: Command) -> None:
@@ -96,7 +74,7 @@ ACCEPTED = (
         ("epochs = ", "Invalid value (at end of document)"),
     ],
 )
-def test_what_is_wrong_in_a_file(text: str, line: str, command: Command) -> None:
+def test_errors_in_a_file_name_the_key(text: str, line: str, command: Command) -> None:
     """One line: the file, the key, and what is accepted."""
     Path("run.toml").write_text(text, encoding="utf-8")
     code, out, err = command("train", "--config", "run.toml")
@@ -166,8 +144,8 @@ def test_a_file_that_is_no_checkpoint(command: Command) -> None:
 
 def test_another_runs_checkpoint(command: Command) -> None:
     """Other options, then other data: both in one line."""
-    assert command("train", *SMALL, "--save=run.safetensors")[0] == 0
-    assert command("train", *SMALL, "--save=run.safetensors", "--resume", "--seed=4", "--momentum=0") == (
+    assert command("train", *SMALL_RUN, "--save=run.safetensors")[0] == 0
+    assert command("train", *SMALL_RUN, "--save=run.safetensors", "--resume", "--seed=4", "--momentum=0") == (
         2,
         "",
         (
@@ -177,18 +155,18 @@ def test_another_runs_checkpoint(command: Command) -> None:
     )
     rng = np.random.default_rng(0)
     np.savez("mine.npz", x=rng.standard_normal((50, 64)), y=np.arange(50) % 10)
-    code, _, err = command("train", *SMALL, "--save=run.safetensors", "--resume", "--data=mine.npz")
+    code, _, err = command("train", *SMALL_RUN, "--save=run.safetensors", "--resume", "--data=mine.npz")
     assert code == 2
     assert err.startswith("bnlayer: train: --resume: run.safetensors belongs to a run on other data: it was digits (")
     assert err.count("\n") == 1
 
 
-def test_a_resumed_run_is_the_whole_one(command: Command) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(command: Command) -> None:
     """By the command, in one process: the same file, and the table says what was made before."""
-    assert command("train", *SMALL, "--save=whole.safetensors")[0] == 0
-    assert command("train", *SMALL, "--save=parts.safetensors", "--resume", "--steps=2")[0] == 0
+    assert command("train", *SMALL_RUN, "--save=whole.safetensors")[0] == 0
+    assert command("train", *SMALL_RUN, "--save=parts.safetensors", "--resume", "--steps=2")[0] == 0
     assert Path("whole.safetensors").read_bytes() != Path("parts.safetensors").read_bytes()
-    assert command("train", *SMALL, "--save=parts.safetensors", "--resume")[0] == 0
+    assert command("train", *SMALL_RUN, "--save=parts.safetensors", "--resume")[0] == 0
     assert Path("whole.safetensors").read_bytes() == Path("parts.safetensors").read_bytes()
     assert command("export", "whole.safetensors", "weights.npz")[0] == 0
     assert np.load("weights.npz")["dense_1/kernel"].shape == (64, 8)
@@ -202,92 +180,6 @@ def test_a_resumed_run_is_the_whole_one(command: Command) -> None:
         "",
         "bnlayer: export: none.safetensors: no such file.\n",
     )
-
-
-def test_the_plan_starts_nothing(command: Command) -> None:
-    """Rows per rank, exchanges and bytes, computed from the channels."""
-    code, out, err = command("train", "--workers=3", "--dry-run", "--hidden=32,16", "--save=run.safetensors")
-    assert (code, err) == (0, "")
-    plan = squeezed(out)
-    assert "digits: nothing was started" in plan
-    assert " training rows per rank 479, 479, 480 " in plan
-    assert " exchanges per step 5 " in plan
-    assert " bn_1 forward sums 1,536 bytes " in plan  # 6 words of 8 bytes for each of 32 channels
-    assert " ranks 3 (service) " in plan
-    assert " goes on from the beginning " in plan
-    assert list(Path().iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "rows", "steps"),
-    [
-        ("", " 39 or 40 (spread); per rank, at most 14, 14, 14 ", " 720, 36 an epoch "),
-        ("'keep'", " 41, the last of an epoch 3 (keep); per rank, at most 14, 14, 14 ", " 720, 36 an epoch "),
-        (
-            "'drop'",
-            " 41; 3 rows are left out, other ones in each epoch (drop); per rank, at most 14, 14, 14 ",
-            " 700, 35 an epoch ",
-        ),
-    ],
-)
-def test_the_plan_shows_the_sizes(text: str, rows: str, steps: str, command: Command) -> None:
-    """Of the steps, for whatever becomes of the 3 rows that do not fill a batch of 41."""
-    Path("run.toml").write_text(f"batch-size = 41\n{'last-batch = ' + text if text else ''}\n", encoding="utf-8")
-    code, out, err = command("train", "--config=run.toml", "--workers=3", "--dry-run")
-    assert (code, err) == (0, "")
-    assert f" rows of a step{rows}" in squeezed(out)
-    assert f" steps{steps}" in squeezed(out)
-
-
-def test_what_is_not_read_is_said(command: Command) -> None:
-    """By the plan and by the run: what lies beside the shards may have been meant as one."""
-    folder = write(Path("shards"), [40, 40])
-    (folder / "2.npz.gz").touch()
-    (folder / "old").mkdir()
-    code, out, _ = command("train", "--data=shards", "--dry-run")
-    assert code == 0
-    assert " not read 2.npz.gz, old (a folder) " in squeezed(out)
-    reported = "bnlayer: train: --data shards: not read: 2.npz.gz, old (a folder)\n"
-    assert command("train", "--data=shards", *SMALL)[::2] == (0, reported)
-    (folder / "2.npz").symlink_to("gone.npz")
-    line = "bnlayer: train: --data shards/2.npz: cannot be read: it is a link to gone.npz, which is not there.\n"
-    assert command("train", "--data=shards", "--workers=2") == (2, "", line)
-
-
-def test_labels_from_1_to_5(command: Command) -> None:
-    """Are five classes: in the plan, the table, the summary, the checkpoint, and when exported; with --classes six."""
-    rng = np.random.default_rng(0)
-    np.savez("mine.npz", x=rng.standard_normal((50, 6)), y=np.arange(50) % 5 + 1)
-    assert " 6 features, 5 classes with the labels 1 to 5 " in squeezed(
-        command("train", "--data=mine.npz", "--dry-run")[1]
-    )
-    files = ("--summary=summary.json", "--save=run.safetensors")
-    code, out, err = command("train", "--data=mine.npz", *SMALL, *files)
-    assert (code, err) == (0, "")
-    assert " labels 1 to 5 " in squeezed(out)
-    assert json.loads(Path("summary.json").read_text(encoding="utf-8"))["labels"] == [1, 2, 3, 4, 5]
-    code, out, _ = command("export", "run.safetensors", "weights.npz")
-    assert (code, out) == (0, "outputs 0 to 4 stand for the labels 1 to 5\n")
-    assert np.load("weights.npz")["dense_2/kernel"].shape == (8, 5)
-    assert command("train", "--data=mine.npz", *SMALL, *files, "--resume")[0] == 0
-    assert " 6 classes " in squeezed(command("train", "--data=mine.npz", "--dry-run", "--classes=6")[1])
-    assert command("train", "--data=mine.npz", "--workers=2", "--classes=5") == (
-        2,
-        "",
-        "bnlayer: train: mine.npz: row 4 of y: label 5; expected 0 to 4, the labels of the model.\n",
-    )
-
-
-@pytest.mark.parametrize("dry_run", ["--no-dry-run", "--dry-run"])
-def test_bad_data_starts_nothing(dry_run: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that would start ranks looks through the data first; the plan does as well."""
-    monkeypatch.setattr("bnworker.launcher.launch", lambda *_: pytest.fail("ranks were started"))
-    folder = write(Path("shards"), [20, 20])
-    x, y = rows(20)
-    y[13] = -1
-    np.savez_compressed(folder / "2.npz", x=x, y=y)
-    line = "bnlayer: train: shards/2.npz: row 13 of y: label -1; expected an integer from 0 to 65,535.\n"
-    assert command("train", "--data=shards", "--workers=2", dry_run) == (2, "", line)
 
 
 @pytest.mark.parametrize(("name", "on"), [("resume", "--resume"), ("dry-run", "--dry-run")])
@@ -321,90 +213,6 @@ def test_every_flag_can_be_turned_off() -> None:
     flags = [option for option in group.commands["train"].params if getattr(option, "is_flag", False)]
     assert [option.name for option in flags] == ["dry_run", "insecure", "resume"]
     assert all(option.secondary_opts == [f"--no-{option.opts[0][2:]}"] for option in flags)
-
-
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_noted_and_a_second_ctrl_c_is_not(first: signal.Signals) -> None:
-    """What SIGINT did before it does again after the first signal; the others do when the block is left."""
-    received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        with Interruption() as interruption:
-            assert not interruption.asked()
-            signal.raise_signal(first)
-            for number in numbers:
-                assert received == []
-                signal.raise_signal(number)
-            assert (interruption.asked(), interruption.signal, received) == (True, first, [signal.SIGINT])
-        for number in numbers:
-            signal.raise_signal(number)
-        assert received == [signal.SIGINT, *numbers]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@pytest.mark.parametrize(
-    ("by", "saved", "code"),
-    [
-        (signal.SIGTERM, Path("run.safetensors"), 75),
-        (signal.SIGUSR1, Path("run.safetensors"), 75),
-        (signal.SIGINT, Path("run.safetensors"), 130),
-        (signal.SIGTERM, None, 143),
-        (signal.SIGUSR1, None, 138),
-    ],
-)
-def test_the_exit_code_of_a_run_that_was_stopped(by: signal.Signals, saved: Path | None, code: int) -> None:
-    """One that can be resumed is not replaced by the signal with which `srun --kill-on-bad-exit` ends the others."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        world = World(AloneTransport(), install=False)
-        assert _end_stopped(by, 3, "digits", Settings(), world, Files(save=saved), None).code == code
-        for number, handler in before.items():
-            assert signal.getsignal(number) == (signal.SIG_IGN if code == 75 else handler)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_a_signal_that_is_ignored_stays_so() -> None:
-    """As under nohup, or in a shell's background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Interruption() as interruption:
-            signal.raise_signal(signal.SIGINT)
-            assert not interruption.asked()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_a_batch_that_is_never_full(command: Command) -> None:
-    """Dropping it leaves nothing to train with; said before anything is started, by the plan too."""
-    line = (
-        "bnlayer: train: --last-batch drop: the 1,438 rows to train on are fewer than --batch-size 2,000, which leaves "
-        "no step: expected spread or keep, or a smaller batch size.\n"
-    )
-    for options in (["--dry-run"], ["--workers=2"], ["--transport=none"]):
-        assert command("train", "--batch-size=2000", "--last-batch=drop", *options) == (2, "", line)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_forecast_is_what_is_sent(dtype: str) -> None:
-    """Bytes of a run in a world of one: its statistics count the same, but for the probes."""
-    settings = Settings(epochs=2, batch_size=512, hidden=(6, 4), dtype=dtype)
-    data, world = load("digits", dtype), World(AloneTransport())
-    with world:
-        train(settings, data, world)
-    statistics = world.statistics
-    plan = forecast(settings, data, workers=1)
-    probes = sum(count for kind, count in statistics.exchanges.items() if kind[2] == "probe")
-    assert plan.steps == 6
-    exact = plan.start_bytes + plan.steps * plan.step_bytes + settings.epochs * plan.evaluation_bytes
-    # Each layer and direction looks for its grid once, and rarely again, which also repeats the sums.
-    again = statistics.bytes_sent - exact - plan.probe_bytes
-    assert probes >= 4
-    assert 0 <= again <= (probes - 4) * max(exchange.bytes for exchange in plan.exchanges) * 2
 
 
 @pytest.mark.parametrize(

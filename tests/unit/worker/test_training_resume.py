@@ -76,17 +76,17 @@ def run(
 @pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
 def test_from_every_step(settings: Settings) -> None:
     """Saved after each step, resumed from each: all later files, and the outcome, are the same bytes."""
-    whole, files, _ = run(settings, every=1)
+    uninterrupted, files, _ = run(settings, every=1)
     steps = [number for number, _ in files]
-    assert steps == list(range(1, whole.steps + 1))
+    assert steps == list(range(1, uninterrupted.steps + 1))
     for at, (number, content) in enumerate(files):
-        again, later, events = run(settings, content, every=1)
+        resumed, later, events = run(settings, content, every=1)
         assert later == files[at + 1 :], number
         assert isinstance(events[0], Resumed)
-        assert events[0].steps == again.resumed_steps == number
-        assert [epoch.record() for epoch in again.epochs] == [epoch.record() for epoch in whole.epochs]
-        assert (again.kept, again.test_loss) == (whole.kept, whole.test_loss)
-        mine, its = again.model.tensors(0), whole.model.tensors(0)
+        assert events[0].steps == resumed.resumed_steps == number
+        assert [epoch.record() for epoch in resumed.epochs] == [epoch.record() for epoch in uninterrupted.epochs]
+        assert (resumed.kept, resumed.test_loss) == (uninterrupted.kept, uninterrupted.test_loss)
+        mine, its = resumed.model.tensors(0), uninterrupted.model.tensors(0)
         assert all(mine[name].tobytes() == its[name].tobytes() for name in its)
 
 
@@ -113,20 +113,20 @@ def test_older_checkpoints_go_on_as_they_began() -> None:
 
 @pytest.mark.parametrize("settings", [EVERYTHING, PLAIN], ids=["everything", "plain"])
 def test_stopped_after_every_step(settings: Settings) -> None:
-    """What is saved is what the whole run saves after that step, judged where an epoch ends there."""
-    whole, files, _ = run(settings, every=1)
+    """What is saved is what the whole run saves after that step, evaluated where an epoch ends there."""
+    uninterrupted, files, _ = run(settings, every=1)
     by_steps = dict(files)
-    for last in range(1, whole.steps):
+    for last in range(1, uninterrupted.steps):
         asked = iter([*[False] * (last - 1), True])
         stopped: list[tuple[int, bytes]] = []
         with pytest.raises(StoppedError, match=rf"^The run was stopped after step {last}\.$"):
             run(settings, stop=partial(next, asked), files=stopped)
         assert stopped[-1] == (last, by_steps[last])
-    asked = iter([*[False] * (whole.steps - 1), True])
+    asked = iter([*[False] * (uninterrupted.steps - 1), True])
     assert run(settings, stop=partial(next, asked))[1][-1] == files[-1], "its last step: nothing is left to stop"
 
 
-def test_labels_are_kept() -> None:
+def test_labels_are_saved_and_restored() -> None:
     """Output k stands for the k-th label: the file says which, so that other rows can be compared with the model."""
     _, files, _ = run(PLAIN, given=data(PLAIN, first_label=1))
     saved = decode(files[-1][1], "")
@@ -144,8 +144,8 @@ def test_older_checkpoints_have_a_class_for_every_number() -> None:
     start = replace(written, settings={name: value for name, value in written.settings.items() if name != "classes"})
     labels = labels_of(PLAIN, start)
     assert labels == (0, 1, 2, 3)
-    again = run(PLAIN, encode(start), given=data(PLAIN, first_label=1, labels=labels))[1]
-    mine, its = (decode(content, "").tensors for content in (again[-1][1], files[-1][1]))
+    resumed = run(PLAIN, encode(start), given=data(PLAIN, first_label=1, labels=labels))[1]
+    mine, its = (decode(content, "").tensors for content in (resumed[-1][1], files[-1][1]))
     assert {name: tensor.tobytes() for name, tensor in mine.items()} == {
         name: tensor.tobytes() for name, tensor in its.items()
     }
@@ -178,29 +178,29 @@ def test_what_is_saved_when() -> None:
 
 def test_going_on_equals_longer_training() -> None:
     """--steps and --epochs end a run; a resumed one with more of them is the one that had them from the start."""
-    whole = run(PLAIN)[1]
+    uninterrupted = run(PLAIN)[1]
     for short in (replace(PLAIN, steps=7), replace(PLAIN, epochs=2)):
         ended = run(short)[1][-1][1]
-        assert run(PLAIN, ended)[1][-1] == whole[-1]
+        assert run(PLAIN, ended)[1][-1] == uninterrupted[-1]
 
 
 def test_nothing_left_to_do() -> None:
     """A finished run that is resumed takes no step, writes nothing, and has the same result."""
     first, files, _ = run(EVERYTHING)
-    again, none, events = run(EVERYTHING, files[-1][1])
+    resumed, none, events = run(EVERYTHING, files[-1][1])
     assert none == []
     assert [type(one) for one in events] == [Resumed]
-    assert (again.steps, again.rows, again.seconds) == (first.steps, 0, 0.0)
-    assert (again.test_loss, again.kept) == (first.test_loss, first.kept)
+    assert (resumed.steps, resumed.rows, resumed.seconds) == (first.steps, 0, 0.0)
+    assert (resumed.test_loss, resumed.kept) == (first.test_loss, first.kept)
 
 
 def test_nothing_left_to_do_within_an_epoch() -> None:
-    """It is judged as it is."""
+    """It is evaluated as it is."""
     first, files, _ = run(replace(PLAIN, steps=7))
-    again, none, events = run(replace(PLAIN, steps=6), files[-1][1])
+    resumed, none, events = run(replace(PLAIN, steps=6), files[-1][1])
     assert none == []
     assert [type(one) for one in events] == [Resumed, Epoch]
-    assert again.epochs[-1].record() == first.epochs[-1].record()
+    assert resumed.epochs[-1].record() == first.epochs[-1].record()
 
 
 def test_the_best_epochs_model_is_in_the_file() -> None:

@@ -108,9 +108,9 @@ def test_what_is_refused_takes_no_number_and_counts_nowhere() -> None:
         def barrier(self, call: Call) -> None:
             self.steps.append(call.key.step)
             if len(self.steps) == 2:
-                for again in (world.barrier, lambda: world.allreduce([np.ones(9)])):
+                for exchange in (world.barrier, lambda: world.allreduce([np.ones(9)])):
                     with pytest.raises(RuntimeError, match="A rank makes one exchange at a time"):
-                        again()  # as from a signal handler
+                        exchange()  # as from a signal handler
 
     transport = Numbered()
     world = World(transport, install=False)

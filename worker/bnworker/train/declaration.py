@@ -92,7 +92,7 @@ def declared(declaration: Any) -> tuple[Declared, ...]:
 def _declared(declaration: Any) -> tuple[Declared, ...]:
     module = vars(sys.modules[declaration.__module__])  # what conditions within the annotations refer to
     annotations = get_type_hints(declaration, module, include_extras=True)
-    found = []
+    declared = []
     for field in fields(declaration):
         if get_origin(annotations[field.name]) is not Annotated:
             continue
@@ -102,8 +102,8 @@ def _declared(declaration: Any) -> tuple[Declared, ...]:
         kind = next(part for part in parts if part is not NoneType)
         origin = get_origin(kind) or kind
         kind = origin if isinstance(origin, type) else str
-        found.append(Declared(field.name, kind, NoneType in parts, field.default, setting))
-    return tuple(found)
+        declared.append(Declared(field.name, kind, NoneType in parts, field.default, setting))
+    return tuple(declared)
 
 
 def refuse(settings: Any) -> None:

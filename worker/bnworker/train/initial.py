@@ -74,25 +74,25 @@ class Initial:
     text: str
 
 
-def fitted(found: Weights, sizes: Sizes) -> Initial:
+def fitted(weights: Weights, sizes: Sizes) -> Initial:
     """The weights of a file as those of a model.
 
     Raises:
         WeightFileError: they do not fit; the text names the layer, and the shapes.
     """
-    dense = _in_order(found, found.dense, sizes.kernels, "Dense layers", sizes)
-    norms = _in_order(found, found.norms, [(size,) for size in sizes.hidden], "batch normalizations", sizes)
-    if found.epsilon is not None and norms and found.epsilon != sizes.epsilon:
+    dense = _in_order(weights, weights.dense, sizes.kernels, "Dense layers", sizes)
+    norms = _in_order(weights, weights.norms, [(size,) for size in sizes.hidden], "batch normalizations", sizes)
+    if weights.epsilon is not None and norms and weights.epsilon != sizes.epsilon:
         raise WeightFileError(
-            f"{found.file}: its normalizations have epsilon {found.epsilon}, and --epsilon is {sizes.epsilon}, with "
-            f"which the same weights compute something else. Give --epsilon {found.epsilon}."
+            f"{weights.file}: its normalizations have epsilon {weights.epsilon}, and --epsilon is {sizes.epsilon}, "
+            f"with which the same weights compute something else. Give --epsilon {weights.epsilon}."
         )
     tensors: dict[str, NDArray[Any]] = {}
     for number, layer in enumerate(dense, 1):
-        tensors[f"dense_{number}/kernel"] = _finite(found, layer.name, "kernel", layer.kernel)
+        tensors[f"dense_{number}/kernel"] = _finite(weights, layer.name, "kernel", layer.kernel)
     last = dense[-1]
     bias = np.zeros(sizes.classes, last.kernel.dtype) if last.bias is None else last.bias
-    tensors[f"dense_{len(dense)}/bias"] = _finite(found, last.name, "bias", bias)
+    tensors[f"dense_{len(dense)}/bias"] = _finite(weights, last.name, "bias", bias)
     for number, (layer, norm) in enumerate(zip(dense, norms, strict=False), 1):
         mean = norm.mean if layer.bias is None else norm.mean.astype(np.float64) - layer.bias.astype(np.float64)
         made = {
@@ -101,14 +101,14 @@ def fitted(found: Weights, sizes: Sizes) -> Initial:
             "moving_mean": mean,
             "moving_variance": norm.variance,
         }
-        tensors |= {f"bn_{number}/{name}": _finite(found, norm.name, name, vector) for name, vector in made.items()}
+        tensors |= {f"bn_{number}/{name}": _finite(weights, norm.name, name, vector) for name, vector in made.items()}
         if (norm.variance < 0).any():
-            raise WeightFileError(f"{found.file}: layer {norm.name!r}: a moving variance is below 0.")
+            raise WeightFileError(f"{weights.file}: layer {norm.name!r}: a moving variance is below 0.")
     origins = {f"dense_{number}": layer.name for number, layer in enumerate(dense, 1)}
     origins |= {f"bn_{number}": norm.name for number, norm in enumerate(norms, 1)}
     text = ", ".join(f"{ours} from {theirs}" for ours, theirs in origins.items())
-    unsaid = f"; it does not say epsilon: {sizes.epsilon}" if found.epsilon is None and norms else ""
-    return Initial({name: tensors[name] for name in sizes.names()}, f"weights of {found.file}: {text}{unsaid}")
+    unsaid = f"; it does not say epsilon: {sizes.epsilon}" if weights.epsilon is None and norms else ""
+    return Initial({name: tensors[name] for name in sizes.names()}, f"weights of {weights.file}: {text}{unsaid}")
 
 
 def read_by_first(world: World, path: Path, sizes: Sizes) -> Initial:
@@ -137,7 +137,7 @@ def _bytes(text: str) -> NDArray[np.uint8]:
 
 
 def _in_order(
-    found: Weights, layers: Sequence[_Layer], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
+    weights: Weights, layers: Sequence[_Layer], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
 ) -> Sequence[_Layer]:
     """The layers of a file in the model's order.
 
@@ -148,18 +148,18 @@ def _in_order(
     if received != list(shapes):
         if sorted(received) == sorted(shapes) and len(set(shapes)) == len(shapes):
             return [layers[received.index(shape)] for shape in shapes]
-        raise WeightFileError(_mismatch(found, layers, shapes, kind, sizes))
-    if not (found.ordered or numbered(layers)) and len(set(shapes)) < len(shapes):
+        raise WeightFileError(_mismatch(weights, layers, shapes, kind, sizes))
+    if not (weights.ordered or numbered(layers)) and len(set(shapes)) < len(shapes):
         raise WeightFileError(
-            f"{found.file}: nobody can tell the order of its {kind} {', '.join(layer.name for layer in layers)}: some "
-            "have the same shape, and safetensors keeps no order. Number their names, or save as .npz, in the order of "
-            "the model: numpy.savez('weights.npz', **{k: v.numpy() for k, v in model.state_dict().items()})."
+            f"{weights.file}: nobody can tell the order of its {kind} {', '.join(layer.name for layer in layers)}: "
+            "some have the same shape, and safetensors keeps no order. Number their names, or save as .npz, in the "
+            "order of the model: numpy.savez('weights.npz', **{k: v.numpy() for k, v in model.state_dict().items()})."
         )
     return layers
 
 
 def _mismatch(
-    found: Weights, layers: Sequence[Dense | Norm], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
+    weights: Weights, layers: Sequence[Dense | Norm], shapes: Sequence[tuple[int, ...]], kind: str, sizes: Sizes
 ) -> str:
     if len(layers) == len(shapes):
         layer, shape = next(
@@ -172,19 +172,19 @@ def _mismatch(
         held = ", ".join(f"{layer.name}{_shape(layer)}" for layer in layers) or "none"
         what = f"expected {len(shapes)} {kind}, received {len(layers)}: {held}"
     model = " → ".join(map(str, (sizes.features, *sizes.hidden, sizes.classes)))
-    chain: list[tuple[int, ...]] = [layer.kernel.shape for layer in found.dense]
+    chain: list[tuple[int, ...]] = [layer.kernel.shape for layer in weights.dense]
     hint = ""
-    if all(one[1] == other[0] for one, other in pairwise(chain)) and len(found.norms) == len(chain) - 1:
+    if all(one[1] == other[0] for one, other in pairwise(chain)) and len(weights.norms) == len(chain) - 1:
         hint = f" The file's model is {' → '.join(map(str, (chain[0][0], *(shape[1] for shape in chain))))}."
-    return f"{found.file}: {what}; the model of --data and --hidden is {model}.{hint}"
+    return f"{weights.file}: {what}; the model of --data and --hidden is {model}.{hint}"
 
 
 def _shape(layer: Dense | Norm) -> tuple[int, ...]:
     return layer.kernel.shape if isinstance(layer, Dense) else layer.mean.shape
 
 
-def _finite(found: Weights, layer: str, name: str, array: NDArray[Any]) -> NDArray[Any]:
-    what = f"{found.file}: layer {layer!r}: expected {name} of finite floats, received"
+def _finite(weights: Weights, layer: str, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    what = f"{weights.file}: layer {layer!r}: expected {name} of finite floats, received"
     if not is_real(array.dtype) or array.dtype.kind in "iub":
         raise WeightFileError(f"{what} {array.dtype}.")
     if not np.isfinite(array.astype(np.float64)).all():

@@ -321,7 +321,7 @@ class _Run:
     # ---- checkpoints ----
 
     def _due(self) -> bool:
-        """Whether to save within an epoch; at its end it is saved once it was judged."""
+        """Whether to save within an epoch; at its end it is saved after its evaluation."""
         steps, every = self._progress.steps, self._saving.every if self._saving is not None else None
         return every is not None and steps % every == 0 and steps % self._steps_per_epoch != 0
 

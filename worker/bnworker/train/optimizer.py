@@ -58,9 +58,9 @@ class SGD:
         """
         for index, (weight, gradient) in enumerate(zip(self.weights, gradients, strict=True)):
             velocity = self._momentum * self.velocities[index] - self.learning_rate * gradient
-            kept = weight.value
+            decayed = weight.value
             if id(weight) in self._decayed:
-                kept = kept * (1.0 - self.learning_rate * self._decay)
-            updated = kept + velocity
+                decayed = decayed * (1.0 - self.learning_rate * self._decay)
+            updated = decayed + velocity
             self.velocities[index] = velocity
             weight.assign(updated if weight.constraint is None else weight.constraint(updated))

@@ -38,16 +38,16 @@ def constraint(text: str | None) -> Constraint | None:
     return _named(text, _CONSTRAINTS, "max_norm=2")
 
 
-def _named(text: str | None, known: Mapping[str, tuple[int, Callable[..., T]]], example: str) -> T | None:
+def _named(text: str | None, registered: Mapping[str, tuple[int, Callable[..., T]]], example: str) -> T | None:
     if text is None:
         return None
     name, separator, rest = text.partition("=")
-    most, make = known.get(name, (0, None))
+    most, make = registered.get(name, (0, None))
     factors = [_number(part) for part in rest.split(",")] if separator else []
     if make is None or len(factors) > most or any(not 0 <= factor < math.inf for factor in factors):
         raise ValueError(
-            f"expected one of {', '.join(known)}, those with factors as NAME=FACTOR (finite, >= 0), e.g. {example}; "
-            f"received {text!r}"
+            f"expected one of {', '.join(registered)}, those with factors as NAME=FACTOR (finite, >= 0), e.g. "
+            f"{example}; received {text!r}"
         )
     return make(*factors)
 

@@ -53,9 +53,9 @@ def _penalty(kind: str) -> Accepted:
     def problem(text: str) -> str | None:
         from bnworker.train import penalties
 
-        known: Callable[[str | None], object] = getattr(penalties, kind)
+        parse: Callable[[str | None], object] = getattr(penalties, kind)
         try:
-            known(text)
+            parse(text)
         except ValueError as error:
             return str(error)
         return None

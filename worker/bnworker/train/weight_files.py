@@ -163,10 +163,10 @@ def _arrays(file: str, suffix: str, content: bytes) -> tuple[Mapping[str, NDArra
             "`bnlayer export FILE OUT --names keras` writes both."
         )
     try:
-        found = checkpoint.decode(content, file)
+        decoded = checkpoint.decode(content, file)
     except checkpoint.CheckpointError as error:
         raise WeightFileError(str(error)) from None
-    return export.weights(found, "keras"), found.settings.get("epsilon")
+    return export.weights(decoded, "keras"), decoded.settings.get("epsilon")
 
 
 def _split(file: str, name: str) -> tuple[str, str]:
@@ -250,10 +250,10 @@ def _groups(file: str, content: bytes) -> dict[str, list[NDArray[Any]]]:
         ) from None
     groups: dict[str, list[NDArray[Any]]] = {}
 
-    def visit(path: str, found: Any) -> None:
+    def visit(path: str, entry: Any) -> None:
         group, _, number = path.rpartition("/vars/")
-        if number.isdecimal() and isinstance(found, h5py.Dataset) and _kind(group) is not None:
-            groups.setdefault(group, []).append(np.asarray(found))
+        if number.isdecimal() and isinstance(entry, h5py.Dataset) and _kind(group) is not None:
+            groups.setdefault(group, []).append(np.asarray(entry))
 
     try:
         with h5py.File(io.BytesIO(content), "r") as stored:

@@ -36,7 +36,7 @@ _FORWARD_STEP = 0x1656_67B1_9E37_79F9
 _PLAIN = tuple(field.name for field in fields(PlainSignature))
 _MIRROR = tuple(field.name for field in fields(MirrorSignature))
 _LAYER = tuple(field.name for field in fields(LayerSignature))
-# One spelling for each value: 1 and 1.0, or a NumPy scalar, are the same belief.
+# One spelling for each value: 1 and 1.0, or a NumPy scalar, are the same value.
 _SPELL = {"channels": int, "momentum": float, "epsilon": float, "grid": int, "root": int}
 
 

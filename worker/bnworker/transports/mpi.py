@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import atexit
 import json
-import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,23 +29,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.agreement import Peer, judge
-from bnlayer.collective import Call, Operation, PlainSignature, Total
+from bnlayer.collective import Call, Operation, Total
 from bnlayer.errors import CollectiveError, PeerLostError
-from bnlayer.reduction import Encoded, combined, decode, dtype_named, encode
 from bnlayer.state import LayerState
-from bnworker.transports import Seeded
-from bnworker.transports.call_encoding import CallFingerprints, decode_call, encode_call, pushed_digest
+from bnworker.transports import peers
+from bnworker.transports.call_encoding import decode_call, encode_call
 from bnworker.transports.mpi_runtime import MPI, PROCESS
 from bnworker.transports.mpi_wait import NoteExchange, Wait, complete
 
 _LEAVING = 0  # the header of a rank that leaves; no fingerprint is 0
-_CHUNK = 2**24  # elements per collective: 128 MiB, far below the 2^31 bytes that old MPIs can count
+_OPS: dict[peers.Op, MPI.Op] = {"sum": MPI.SUM, "max": MPI.MAX}
 _CARD = 512  # bytes in which a rank gives its host and process id
 _FAILED_LEAVE_S = 5.0  # others who compute for longer than this are ended with the job
 _ABORT_GRACE_S = 1.0  # for the other ranks to print their errors
 
 
-class MPITransport:
+class MPITransport(peers.PeerTransport[Wait]):
     """One rank of an MPI communicator.
 
     Args:
@@ -70,15 +68,8 @@ class MPITransport:
                 "process. Start this one with subprocess, or multiprocessing's 'spawn', or before joining."
             )
         base = MPI.COMM_WORLD if comm is None else comm
-        self.rank = base.rank
-        self.world_size = base.size
-        self._timeout = timeout
-        self._deterministic = deterministic
-        self._pushed: dict[str, str] = {}
-        self._fingerprints = CallFingerprints()
-        self._exchange_number = 0
+        super().__init__(base.rank, base.size, timeout=timeout, deterministic=deterministic)
         self._over = False
-        self._last: Call | None = None
         self._sound = True
         self._header = np.empty(2, np.int64)
         self._greatest = np.empty(2, np.int64)
@@ -89,53 +80,11 @@ class MPITransport:
 
     # ---- the transport ----
 
-    def enroll(self, call: Call, state: LayerState) -> Seeded:
-        """Give rank 0's state to all ranks."""
-        wait = self._agree(call)
-        mine = list(state.arrays().values()) if self.rank == 0 else None
-        received = self._send_from(0, mine, wait)
-        names = state.arrays()
-        return Seeded(LayerState.from_arrays(dict(zip(names, received, strict=True)), state.forward.dtype))
-
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """Reduce limbs over the ranks, by MPI's own MAX or SUM of int64; each rank has set its own mirror already."""
         del state
         wait = self._agree(call, limbs.shape)
-        op = MPI.MAX if call.operation is Operation.PROBE else MPI.SUM
-        return Total(self._reduced(limbs, op, wait))
-
-    def pull(self, layer: str) -> LayerState | None:
-        """Every rank owns its own."""
-        del layer
-        return None
-
-    def push(self, layer: str, state: LayerState) -> LayerState | None:
-        """Every rank owns its own; the next exchange of the layer finds out whether all pushed the same."""
-        self._pushed[layer] = pushed_digest(self._pushed.get(layer, "nothing"), state)
-        return None
-
-    def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Reduce arrays as `bnlayer.reduction` says, but for the order of floats unless deterministic."""
-        assert isinstance(call.signature, PlainSignature)
-        op = call.signature.op
-        wait = self._agree(call)
-        encoded = encode(op, arrays)
-        limbs = self._reduced(encoded.limbs, MPI.SUM if op == "sum" else MPI.MAX, wait)
-        if self._deterministic:
-            floats = self._added_in_rank_order(encoded.floats, wait)
-        else:
-            floats = self._reduced(encoded.floats, MPI.SUM, wait)
-        return decode(op, Encoded(floats, limbs), arrays)
-
-    def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
-        """The root's arrays."""
-        assert isinstance(call.signature, PlainSignature)
-        wait = self._agree(call)
-        return self._send_from(call.signature.root, arrays, wait)
-
-    def barrier(self, call: Call) -> None:
-        """The header alone is a barrier."""
-        self._agree(call)
+        return Total(self._reduced(limbs, "max" if call.operation is Operation.PROBE else "sum", wait))
 
     def leave(self, reason: str) -> None:
         """Notify the others, and wait until all have received it: for the timeout, or 5 s after a failure."""
@@ -198,45 +147,25 @@ class MPITransport:
 
     # ---- moving data ----
 
-    def _reduced(self, array: NDArray[Any], op: MPI.Op, wait: Wait) -> NDArray[Any]:
+    def _reduced(self, array: NDArray[Any], op: peers.Op, wait: Wait) -> NDArray[Any]:
         total = np.empty(array.shape, array.dtype)
-        if 0 < array.size <= _CHUNK and array.flags.c_contiguous:
-            self._complete(self._comm.Iallreduce(array, total, op), wait)
+        if 0 < array.size <= peers.CHUNK and array.flags.c_contiguous:
+            self._complete(self._comm.Iallreduce(array, total, _OPS[op]), wait)
             return total
-        for send, receive in zip(_chunks(np.ascontiguousarray(array)), _chunks(total), strict=True):
-            self._complete(self._comm.Iallreduce(send, receive, op), wait)
+        for send, receive in zip(peers.chunks(np.ascontiguousarray(array)), peers.chunks(total), strict=True):
+            self._complete(self._comm.Iallreduce(send, receive, _OPS[op]), wait)
         return total
 
     def _added_in_rank_order(self, floats: NDArray[np.float64], wait: Wait) -> NDArray[np.float64]:
         total = np.empty_like(floats)
-        for send, receive in zip(_chunks(floats), _chunks(total), strict=True):
+        for send, receive in zip(peers.chunks(floats), peers.chunks(total), strict=True):
             rows = np.empty((self.world_size, send.size), np.float64)
             self._complete(self._comm.Iallgather(send, rows), wait)
-            no_limbs = np.empty(0, np.int64)
-            added = Encoded(rows[0], no_limbs)
-            for row in rows[1:]:
-                added = combined("sum", added, Encoded(row, no_limbs))
-            receive[:] = added.floats
+            receive[:] = peers.sum_of_rows(rows)
         return total
 
-    def _send_from(self, root: int, arrays: Sequence[NDArray[Any]] | None, wait: Wait) -> list[NDArray[Any]]:
-        described = b""
-        data = np.empty(0, np.uint8)
-        if arrays is not None:
-            described = json.dumps([[array.dtype.name, array.shape] for array in arrays]).encode()
-            data = np.frombuffer(b"".join(array.tobytes() for array in arrays), np.uint8)
-        sizes = np.array([len(described), data.size], np.int64)
-        self._complete(self._comm.Ibcast(sizes, root), wait)
-        text = np.frombuffer(described, np.uint8) if arrays is not None else np.empty(sizes[0], np.uint8)
-        self._complete(self._comm.Ibcast(text, root), wait)
-        if arrays is not None:
-            for chunk in _chunks(data):
-                self._complete(self._comm.Ibcast(chunk, root), wait)
-            return list(arrays)
-        data = np.empty(sizes[1], np.uint8)
-        for chunk in _chunks(data):
-            self._complete(self._comm.Ibcast(chunk, root), wait)
-        return _unpacked(text.tobytes(), data)
+    def _broadcast(self, array: NDArray[Any], root: int, wait: Wait) -> None:
+        self._complete(self._comm.Ibcast(array, root), wait)
 
     def _gathered(self, mine: bytes, wait: Wait) -> list[bytes]:
         """Every rank's text, by rank."""
@@ -312,20 +241,3 @@ class MPITransport:
         sys.stderr.flush()
         time.sleep(_ABORT_GRACE_S)
         MPI.COMM_WORLD.Abort(1)
-
-
-def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Flat views of a contiguous array, none longer than one collective may be; none of an empty one."""
-    flat = array.reshape(-1)
-    return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
-
-
-def _unpacked(described: bytes, data: NDArray[np.uint8]) -> list[NDArray[Any]]:
-    arrays = []
-    start = 0
-    for name, shape in json.loads(described):
-        dtype = dtype_named(name)
-        end = start + math.prod(shape) * dtype.itemsize
-        arrays.append(np.frombuffer(data[start:end].tobytes(), np.uint8).view(dtype).reshape(shape).copy())
-        start = end
-    return arrays

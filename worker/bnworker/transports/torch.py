@@ -18,13 +18,9 @@ Laws:
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
-from itertools import pairwise
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -33,23 +29,21 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.distributed_c10d import _get_default_store
 
-from bnlayer.collective import Call, Operation, PlainSignature, Total
-from bnlayer.reduction import Encoded, combined, decode, dtype_named, encode
+from bnlayer.collective import Call, Operation, Total
 from bnlayer.state import LayerState
-from bnworker.transports import Seeded
-from bnworker.transports.call_encoding import CallFingerprints, pushed_digest
+from bnworker.transports import peers
 from bnworker.transports.torch_events import EventLog
 from bnworker.transports.torch_wait import Wait, Watch
 
 _PIECES, _BITS = 3, 20  # of a fingerprint: the squares of 2^20 ranks' pieces have a sum below 2^63
 _HEADER = 2 * _PIECES
 _SMALLEST, _LARGEST = 256, 4096  # words of the first message: 4096 take as long as 64 between processes of a machine
-_CHUNK = 2**24  # elements per message
+_OPS: dict[peers.Op, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 _joined: Counter[str] = Counter()  # worlds so far over each group: all ranks make them in the same order
 
 
-class TorchTransport:
+class TorchTransport(peers.PeerTransport[Wait]):
     """One rank of a process group.
 
     Args:
@@ -66,14 +60,10 @@ class TorchTransport:
 
     def __init__(self, group: Any = None, *, timeout: float = 300.0, deterministic: bool = False) -> None:
         group = dist.group.WORLD if group is None else group
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
+        rank = dist.get_rank(group)
+        if rank < 0:
             raise ValueError("This process does not belong to the process group that its layers are to exchange over.")
-        self._timeout, self._deterministic = timeout, deterministic
-        self._pushed: dict[str, str] = {}
-        self._fingerprints = CallFingerprints()
-        self._exchange_number = 0
-        self._last: Call | None = None
+        super().__init__(rank, dist.get_world_size(group), timeout=timeout, deterministic=deterministic)
         name = f"bnlayer/{group.group_name}/{_joined[group.group_name]}"
         _joined[group.group_name] += 1
         store = _get_default_store()
@@ -88,65 +78,25 @@ class TorchTransport:
     def _private(self, group: Any, store: Any) -> tuple[Any, torch.device]:
         """Connections of our own to the ranks of a group, and where what they send must lie."""
         if dist.is_gloo_available():
-            patience = timedelta(seconds=2 * self._timeout)  # ours ends first, and names the rank
-            return dist.ProcessGroupGloo(store, self.rank, self.world_size, patience), torch.device("cpu")
+            limit = timedelta(seconds=2 * self._timeout)  # ours ends first, and names the rank
+            return dist.ProcessGroupGloo(store, self.rank, self.world_size, limit), torch.device("cpu")
         new = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
         device = torch.accelerator.current_accelerator()
         return new, torch.device("cpu") if device is None or dist.get_backend(new) == "mpi" else device
 
     # ---- the transport ----
 
-    def enroll(self, call: Call, state: LayerState) -> Seeded:
-        """Give rank 0's state to all ranks."""
-        wait = self._agree(call)
-        mine = list(state.arrays().values()) if self.rank == 0 else None
-        received = self._send_from(0, mine, wait)
-        return Seeded(LayerState.from_arrays(dict(zip(state.arrays(), received, strict=True)), state.forward.dtype))
-
     def exchange(self, call: Call, limbs: NDArray[np.int64], state: LayerState | None = None) -> Total:
         """Reduce limbs over the ranks; each rank has set its own mirror already."""
         del state
         if call.operation is Operation.PROBE:
             wait = self._agree(call, limbs.shape)
-            return Total(self._reduced(limbs, dist.ReduceOp.MAX, wait))
+            return Total(self._reduced(limbs, "max", wait))
         if limbs.size <= self._room - _HEADER:
             return Total(self._agree_and_add(call, limbs))
         wait = self._agree(call, limbs.shape)
         self._room = max(self._room, min(_LARGEST, 1 << (limbs.size + _HEADER - 1).bit_length()))
-        return Total(self._reduced(limbs, dist.ReduceOp.SUM, wait))
-
-    def pull(self, layer: str) -> LayerState | None:
-        """Every rank owns its own."""
-        del layer
-        return None
-
-    def push(self, layer: str, state: LayerState) -> LayerState | None:
-        """Every rank owns its own; the next exchange of the layer finds out whether all pushed the same."""
-        self._pushed[layer] = pushed_digest(self._pushed.get(layer, "nothing"), state)
-        return None
-
-    def reduce(self, call: Call, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Reduce arrays as `bnlayer.reduction` says, but for the order of floats unless deterministic."""
-        assert isinstance(call.signature, PlainSignature)
-        op = call.signature.op
-        wait = self._agree(call)
-        encoded = encode(op, arrays)
-        limbs = self._reduced(encoded.limbs, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, wait)
-        if self._deterministic:
-            floats = self._added_in_rank_order(encoded.floats, wait)
-        else:
-            floats = self._reduced(encoded.floats, dist.ReduceOp.SUM, wait)
-        return decode(op, Encoded(floats, limbs), arrays)
-
-    def broadcast(self, call: Call, arrays: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]]:
-        """The root's arrays."""
-        assert isinstance(call.signature, PlainSignature)
-        wait = self._agree(call)
-        return self._send_from(call.signature.root, arrays, wait)
-
-    def barrier(self, call: Call) -> None:
-        """Agreeing is a barrier."""
-        self._agree(call)
+        return Total(self._reduced(limbs, "sum", wait))
 
     def leave(self, reason: str) -> None:
         """Tell the others, who look for it while they wait; stay until they know, but for a second at most."""
@@ -183,7 +133,7 @@ class TorchTransport:
         end = _HEADER + data.size
         message[_HEADER:end] = data
         message[end:] = 0
-        self._reduce(message, dist.ReduceOp.SUM, wait)
+        self._all_reduce(message, "sum", wait)
         header = message[:_HEADER].tolist()
         if any(
             self.world_size * squares != sums * sums
@@ -195,16 +145,16 @@ class TorchTransport:
 
     # ---- moving data ----
 
-    def _reduced(self, array: NDArray[Any], op: Any, wait: Wait) -> NDArray[Any]:
+    def _reduced(self, array: NDArray[Any], op: peers.Op, wait: Wait) -> NDArray[Any]:
         total = np.array(array, order="C")
-        for chunk in _chunks(total):
-            self._reduce(chunk, op, wait)
+        for chunk in peers.chunks(total):
+            self._all_reduce(chunk, op, wait)
         return total
 
-    def _reduce(self, array: NDArray[Any], op: Any, wait: Wait) -> None:
+    def _all_reduce(self, array: NDArray[Any], op: peers.Op, wait: Wait) -> None:
         """Reduce a contiguous array in its place."""
         options = dist.AllreduceOptions()
-        options.reduceOp = op
+        options.reduceOp = _OPS[op]
         mine = torch.from_numpy(array)
         sent = mine if self._device.type == "cpu" else mine.to(self._device)
         self._watch.complete(lambda: self._group.allreduce([sent], options), wait)
@@ -215,28 +165,8 @@ class TorchTransport:
         rows = np.zeros((self.world_size, floats.size))
         rows[self.rank] = floats
         # As integers, to which adding the zeros of the other ranks does nothing, −0.0 and NaN included.
-        rows = self._reduced(rows.view(np.int64), dist.ReduceOp.SUM, wait).view(np.float64)
-        no_limbs = np.empty(0, np.int64)
-        added = Encoded(rows[0], no_limbs)
-        for row in rows[1:]:
-            added = combined("sum", added, Encoded(row, no_limbs))
-        return added.floats
-
-    def _send_from(self, root: int, arrays: Sequence[NDArray[Any]] | None, wait: Wait) -> list[NDArray[Any]]:
-        described = b""
-        data = np.empty(0, np.uint8)
-        if arrays is not None:
-            described = json.dumps([[array.dtype.name, array.shape] for array in arrays]).encode()
-            data = np.frombuffer(b"".join(array.tobytes() for array in arrays), np.uint8).copy()
-        sizes = np.array([len(described), data.size], np.int64)
-        self._broadcast(sizes, root, wait)
-        text = np.frombuffer(described, np.uint8).copy() if arrays is not None else np.empty(sizes[0], np.uint8)
-        self._broadcast(text, root, wait)
-        if arrays is None:
-            data = np.empty(sizes[1], np.uint8)
-        for chunk in _chunks(data):
-            self._broadcast(chunk, root, wait)
-        return list(arrays) if arrays is not None else _unpacked(text.tobytes(), data)
+        rows = self._reduced(rows.view(np.int64), "sum", wait).view(np.float64)
+        return peers.sum_of_rows(rows)
 
     def _broadcast(self, array: NDArray[Any], root: int, wait: Wait) -> None:
         options = dist.BroadcastOptions()
@@ -246,18 +176,3 @@ class TorchTransport:
         self._watch.complete(lambda: self._group.broadcast([sent], options), wait)
         if sent is not mine:
             mine.copy_(sent)
-
-
-def _chunks(array: NDArray[Any]) -> list[NDArray[Any]]:
-    """Flat views of a contiguous array, none longer than one message may be; none of an empty one."""
-    flat = array.reshape(-1)
-    return [flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK)]
-
-
-def _unpacked(described: bytes, data: NDArray[np.uint8]) -> list[NDArray[Any]]:
-    kinds = [(dtype_named(name), shape) for name, shape in json.loads(described)]
-    ends = np.cumsum([0, *(prod(shape) * dtype.itemsize for dtype, shape in kinds)]).tolist()
-    return [
-        np.frombuffer(data[start:end].tobytes(), np.uint8).view(dtype).reshape(shape).copy()
-        for (dtype, shape), (start, end) in zip(kinds, pairwise(ends), strict=True)
-    ]

@@ -99,7 +99,7 @@ class Watch:
             raise
         except RuntimeError as error:
             text = str(error).strip().partition("\n")[0].partition(". ")[0]
-            raise self._settled(wait, f"crashed or was killed: its connection broke ({text})") from error
+            raise self._agreed_error(wait, f"crashed or was killed: its connection broke ({text})") from error
         except BaseException:  # Ctrl-C
             _never_destroy(self._group)
             raise
@@ -108,7 +108,7 @@ class Watch:
     def disagreement(self, wait: Wait) -> CollectiveError:
         """The error where every rank has seen that the calls differ."""
         self._next = wait.exchange_number
-        return self._settled(wait, "sent no call")
+        return self._agreed_error(wait, "sent no call")
 
     def leave(self, reason: str) -> None:
         """Tell the others, and wait until all have left or failed too; for a second at most."""
@@ -148,20 +148,20 @@ class Watch:
         try:
             self._read()
             if self._verdict is not None or self._absent(wait):
-                raise self._settled(wait, "did not answer")
+                raise self._agreed_error(wait, "did not answer")
             if waited >= wait.timeout / 2:
                 self._announce(wait)
         except StoreLostError as error:
             raise self._orphaned(wait, error) from error
         if waited >= wait.timeout:
             seen = f"completing {wait.last.where}" if wait.last is not None else "joining"
-            raise self._settled(wait, f"did not come within {wait.timeout:g} s (last seen {seen})")
+            raise self._agreed_error(wait, f"did not come within {wait.timeout:g} s (last seen {seen})")
 
     def _absent(self, wait: Wait) -> dict[int, str]:
         """The ranks that have left before completing an exchange, and why."""
         return {rank: reason for rank, (number, reason) in self._left.items() if number <= wait.exchange_number}
 
-    def _settled(self, wait: Wait, missing_why: str) -> CollectiveError:
+    def _agreed_error(self, wait: Wait, missing_why: str) -> CollectiveError:
         """The error that all ranks raise.
 
         Args:

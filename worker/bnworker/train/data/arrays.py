@@ -232,8 +232,8 @@ def _uncompressed(file: File, descriptor: int, key: str, offset: int, size: int,
     """An array that begins at a byte of a file, and has so many bytes, its header included."""
     start = io.BytesIO(os.pread(descriptor, min(size, _HEADER_AT_MOST), offset))
     dtype, shape, fortran, header = _header(start, file.path, key)
-    found = min(size, file.signature.size - offset)
-    _fits(file.path, key, shape, header + math.prod(shape) * dtype.itemsize, found)
+    size_in_file = min(size, file.signature.size - offset)
+    _fits(file.path, key, shape, header + math.prod(shape) * dtype.itemsize, size_in_file)
     if header_alone:
         return Unread(str(file.path), key, dtype, shape)
     stored = Stored(str(file.path), key, dtype, shape, file, offset + header)
@@ -243,10 +243,10 @@ def _uncompressed(file: File, descriptor: int, key: str, offset: int, size: int,
     return _in_memory(file, key, flat.rows(np.arange(math.prod(shape))).ravel(), shape, fortran)
 
 
-def _fits(path: Path, key: str, shape: tuple[int, ...], expected: int, found: int) -> None:
-    if expected != found or min(shape, default=0) < 0:
+def _fits(path: Path, key: str, shape: tuple[int, ...], expected: int, received: int) -> None:
+    if expected != received or min(shape, default=0) < 0:
         raise DataError(
-            f"{path}: {key} of shape {shape} takes {expected:,} bytes with its header, and has {found:,}: "
+            f"{path}: {key} of shape {shape} takes {expected:,} bytes with its header, and has {received:,}: "
             "the file is cut short, or damaged."
         )
 

@@ -35,7 +35,7 @@ class Batch:
         y: (B,) int64, numbers of classes: see `Dataset.labels`.
         rows: of all ranks in this step.
         problem: why this rank has no rows, although it should: they are bad. The step goes on with none, so that
-            the ranks stay in step; then `settle` tells all of them.
+            the ranks stay in step; then `raise_on_every_rank` raises on all of them.
     """
 
     x: NDArray[Any]

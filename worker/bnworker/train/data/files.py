@@ -109,10 +109,10 @@ class File:
         self._compare(self.path)
 
     def _compare(self, location: int | Path) -> None:
-        found = _signature(location, self.path)
-        if found != self.signature:
+        signature = _signature(location, self.path)
+        if signature != self.signature:
             raise DataError(
-                f"{self.path}: the file changed while the run used it: it was {self.signature}; it is {found}. "
+                f"{self.path}: the file changed while the run used it: it was {self.signature}; it is {signature}. "
                 "Start again, with files that nobody writes to."
             )
 
@@ -132,16 +132,16 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
 
 def _signature(location: int | Path, path: Path) -> Signature:
     try:
-        found = os.fstat(location) if isinstance(location, int) else location.stat()
+        status = os.fstat(location) if isinstance(location, int) else location.stat()
     except FileNotFoundError as error:
         if path.is_symlink():
             raise DataError(f"{path}: cannot be read: it is a link to {path.readlink()}, which is not there.") from None
         raise _cannot(path, error) from None
     except OSError as error:
         raise _cannot(path, error) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{path}: expected a file, found {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}.")
-    return Signature(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: expected a file, found {_KINDS.get(stat.S_IFMT(status.st_mode), 'something else')}.")
+    return Signature(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _cannot(path: Path, error: OSError) -> DataError:

@@ -65,9 +65,9 @@ def spelled(labels: tuple[int, ...]) -> str:
 
 def _numbered(rows: Rows, labels_K: NDArray[np.int64], whose: str) -> Rows:
     classes_N = np.searchsorted(labels_K, rows.y_N)
-    known_N = classes_N < len(labels_K)
-    known_N[known_N] = labels_K[classes_N[known_N]] == rows.y_N[known_N]
-    wrong = np.flatnonzero(~known_N)
+    valid_N = classes_N < len(labels_K)
+    valid_N[valid_N] = labels_K[classes_N[valid_N]] == rows.y_N[valid_N]
+    wrong = np.flatnonzero(~valid_N)
     if len(wrong):
         key = "y_test" if rows.x.key == "x_test" else "y"
         raise DataError(

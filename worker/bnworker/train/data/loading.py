@@ -53,7 +53,7 @@ def check(name: str) -> None:
     Raises:
         DataError: it is not.
     """
-    _found(name)
+    _listed(name)
 
 
 def examine(name: str, *, validation_split: float = 0.0, labels: Iterable[int] | None = None) -> int | None:
@@ -71,9 +71,9 @@ def examine(name: str, *, validation_split: float = 0.0, labels: Iterable[int] |
     if name in PACKAGED:
         PACKAGED[name].file()
         return None
-    found, _ = _found(name)
-    opened = {number: shard(source.examine()) for number, source in enumerate(found)}
-    looked = _looked_through(name, found, opened, None, validation_split, labels, fingerprinted=False)
+    listed, _ = _listed(name)
+    opened = {number: shard(source.examine()) for number, source in enumerate(listed)}
+    looked = _looked_through(name, listed, opened, None, validation_split, labels, fingerprinted=False)
     return int(looked.trained_M.sum())
 
 
@@ -100,10 +100,10 @@ def load(
         DataError: on every rank: it cannot be had, or is bad.
         CollectiveError: another rank is lost, or disagrees.
     """
-    found, ignored = _together(world, lambda: _found(name))
+    listed, ignored = _together(world, lambda: _listed(name))
     if world is not None:
-        _agree(world, name, found)
-    return _load(name, found, dtype, world, validation_split, labels, ignored, training=training)
+        _agree(world, name, listed)
+    return _load(name, listed, dtype, world, validation_split, labels, ignored, training=training)
 
 
 def from_arrays(
@@ -128,15 +128,15 @@ def from_arrays(
     return _load(name, (_Source(name, 1, lambda: arrays, lambda: arrays),), dtype, world, validation_split, labels)
 
 
-def _found(name: str) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
+def _listed(name: str) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
     """The shards, and what is not read."""
     if name in PACKAGED:
         return (_Source(name, 1, PACKAGED[name].load, PACKAGED[name].load),), ()
     if not name.endswith(".npz") and not os.path.lexists(name):
         raise DataError(f"--data: received {name!r}; there is no such file or folder. Accepted are {ACCEPTED}.")
     try:
-        found = sources.found(name)
-        return tuple(_source(source) for source in found.shards), found.ignored
+        listed = sources.listed_shards(name)
+        return tuple(_source(source) for source in listed.shards), listed.ignored
     except DataError as error:
         raise DataError(f"--data {error}") from None
 
@@ -147,7 +147,7 @@ def _source(source: sources.Source) -> _Source:
 
 def _load(
     name: str,
-    found: Sequence[_Source],
+    listed: Sequence[_Source],
     dtype: str,
     world: Ranks | None,
     validation_split: float,
@@ -157,18 +157,18 @@ def _load(
     training: bool = True,
 ) -> Dataset:
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
-    sizes = tuple(source.size for source in found)
+    sizes = tuple(source.size for source in listed)
     owned = pieces(sizes, rank, world_size)
-    opened = _together(world, lambda: {piece.shard: shard(found[piece.shard].open()) for piece in owned})
-    looked = _looked_through(name, found, opened, world, validation_split, labels, training=training)
+    opened = _together(world, lambda: {piece.shard: shard(listed[piece.shard].open()) for piece in owned})
+    looked = _looked_through(name, listed, opened, world, validation_split, labels, training=training)
     return Dataset(
         name=name,
         dtype=dtype,
-        features=looked.known.features,
+        features=looked.manifest.features,
         labels=looked.labels,
         validation_rows=int(looked.validations_M.sum()),
         test_rows=looked.tests,
-        fingerprint=looked.known.fingerprint,
+        fingerprint=looked.manifest.fingerprint,
         rank=rank,
         world_size=world_size,
         sizes=sizes,
@@ -191,14 +191,14 @@ class _Looked:
     """What is known of a data set before features are read.
 
     Attributes:
-        known: of all shards.
+        manifest: of all shards.
         labels: of the classes.
         shards: this rank's, with numbers of classes in place of labels.
         drawn_M, validations_M, trained_M: rows of every shard that test, that validate, and that are trained on.
         tests: how many rows to test by there are, of all shards.
     """
 
-    known: Manifest
+    manifest: Manifest
     labels: tuple[int, ...]
     shards: dict[int, Shard]
     drawn_M: NDArray[np.int64]
@@ -209,7 +209,7 @@ class _Looked:
 
 def _looked_through(
     name: str,
-    found: Sequence[_Source],
+    listed: Sequence[_Source],
     opened: Mapping[int, Shard],
     world: Ranks | None,
     validation_split: float,
@@ -218,20 +218,22 @@ def _looked_through(
     fingerprinted: bool = True,
     training: bool = True,
 ) -> _Looked:
-    known = exchanged(world, opened, [source.where for source in found], fingerprinted=fingerprinted)
+    manifest = exchanged(world, opened, [source.where for source in listed], fingerprinted=fingerprinted)
     if labels is None:
         whose = "the rows to train on"
-        classes = distinct(world, [one.given.y_N for one in opened.values()], known.greatest_label)
+        classes = distinct(world, [one.given.y_N for one in opened.values()], manifest.greatest_label)
     else:
         whose, classes = "the model", tuple(sorted(labels))
     shards = _together(world, lambda: {number: numbered(one, classes, whose) for number, one in opened.items()})
-    drawn_M = shares(0 if known.has_tests else TEST_SHARE, known.rows_M)
-    validations_M = shares(validation_split, known.rows_M - drawn_M)
-    trained_M = known.rows_M - drawn_M - validations_M
-    tests = int((known.tests_M if known.has_tests else drawn_M).sum())
+    drawn_M = shares(0 if manifest.has_tests else TEST_SHARE, manifest.rows_M)
+    validations_M = shares(validation_split, manifest.rows_M - drawn_M)
+    trained_M = manifest.rows_M - drawn_M - validations_M
+    tests = int((manifest.tests_M if manifest.has_tests else drawn_M).sum())
     if training:
-        _enough(name, int(known.rows_M.sum()), int(trained_M.sum()), tests, int(validations_M.sum()), validation_split)
-    return _Looked(known, classes, shards, drawn_M, validations_M, trained_M, tests)
+        _enough(
+            name, int(manifest.rows_M.sum()), int(trained_M.sum()), tests, int(validations_M.sum()), validation_split
+        )
+    return _Looked(manifest, classes, shards, drawn_M, validations_M, trained_M, tests)
 
 
 def _part(piece: Piece, opened: Shard, tests: int, validations: int) -> Part:
@@ -253,14 +255,14 @@ def _enough(name: str, rows: int, trained: int, tests: int, validations: int, va
         )
 
 
-def _agree(world: Ranks, name: str, found: Sequence[_Source]) -> None:
+def _agree(world: Ranks, name: str, listed: Sequence[_Source]) -> None:
     """All ranks see shards of the same names and sizes, on whatever host they are."""
-    seen = sources.listing([(source.where, source.size) for source in found])
+    seen = sources.listing([(source.where, source.size) for source in listed])
     least, negative = world.allreduce([np.array(seen), np.array(-seen)], "min")
     if least != -negative:
         raise DataError(
-            f"--data {name}: the ranks see different files (rank {world.rank} sees {len(found)}); every host needs the "
-            "same shards under the same names."
+            f"--data {name}: the ranks see different files (rank {world.rank} sees {len(listed)}); every host needs "
+            "the same shards under the same names."
         )
 
 
@@ -272,5 +274,5 @@ def _together(world: Ranks | None, action: Callable[[], T]) -> T:
     except DataError as error:
         problem = error
     raise_on_every_rank(world, problem)
-    assert result is not None, "settled"
+    assert result is not None, "no rank has raised"
     return result

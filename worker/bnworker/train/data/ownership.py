@@ -15,16 +15,16 @@ from itertools import accumulate
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A rank's part of a shard: from start/whole to stop/whole of any set of its rows."""
+    """A rank's part of a shard: from start/denominator to stop/denominator of any set of its rows."""
 
     shard: int
     start: int = 0
     stop: int = 1
-    whole: int = 1
+    denominator: int = 1
 
     def of(self, rows: int) -> slice:
         """Which of so many rows; over all ranks, each of them once."""
-        return slice(rows * self.start // self.whole, rows * self.stop // self.whole)
+        return slice(rows * self.start // self.denominator, rows * self.stop // self.denominator)
 
 
 def pieces(sizes: Sequence[int], rank: int, world_size: int) -> tuple[Piece, ...]:
@@ -40,11 +40,11 @@ def pieces(sizes: Sequence[int], rank: int, world_size: int) -> tuple[Piece, ...
     if len(sizes) >= world_size:
         owners = [(start + end) * world_size // (2 * total) for start, end in spans]
         return tuple(Piece(shard) for shard, owner in enumerate(owners) if owner == rank)
-    found = []
+    owned = []
     for shard, (start, end) in enumerate(spans):
         # In units of 1/world_size byte, in which every border is a whole number.
         first, last = start * world_size, end * world_size
         low, high = max(first, rank * total), min(last, (rank + 1) * total)
         if low < high:
-            found.append(Piece(shard, low - first, high - first, last - first))
-    return tuple(found)
+            owned.append(Piece(shard, low - first, high - first, last - first))
+    return tuple(owned)

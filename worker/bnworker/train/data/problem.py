@@ -1,7 +1,7 @@
 """What is wrong with the data, and how all ranks come to know it.
 
 A rank reads its own shards alone, so a bad row is seen by one rank. Were it to stop by itself, the others would
-report a lost rank. So it keeps its problem, and the ranks settle it together: the same line on every rank.
+report a lost rank. So it keeps its problem, and all ranks raise it together: the same line on every rank.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Listing:
     """What a name on the command line stands for.
 
     Attributes:
@@ -72,7 +72,7 @@ class Found:
     ignored: tuple[str, ...] = ()
 
 
-def found(name: str) -> Found:
+def listed_shards(name: str) -> Listing:
     """The shards that a name on the command line stands for.
 
     Raises:
@@ -84,7 +84,7 @@ def found(name: str) -> Found:
     if path.suffix != ".npz":
         File.at(path)  # a link without a target, or a pipe, is named as such
         raise DataError(f"{name}: expected the name of a .npz file, or of a folder with shards.")
-    return Found((_archive(path),))
+    return Listing((_archive(path),))
 
 
 def listing(seen: Iterable[tuple[str, int]]) -> int:
@@ -92,7 +92,7 @@ def listing(seen: Iterable[tuple[str, int]]) -> int:
     return zlib.crc32(repr([(Path(where).name, size) for where, size in seen]).encode())
 
 
-def _folder(path: Path) -> Found:
+def _folder(path: Path) -> Listing:
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
@@ -110,9 +110,9 @@ def _folder(path: Path) -> Found:
     if archives and plain:
         raise DataError(f"{path}: holds both .npz ({archives[0]}) and .npy ({plain[0]}); expected shards of one kind.")
     if archives:
-        return Found(tuple(_archive(path / name) for name in archives), ignored)
+        return Listing(tuple(_archive(path / name) for name in archives), ignored)
     if plain:
-        return Found(_pairs(path, plain), ignored)
+        return Listing(_pairs(path, plain), ignored)
     raise DataError(
         f"{path}: expected shards, NAME.npz, or x-NAME.npy with y-NAME.npy; found {listed(ignored) or 'nothing'}."
     )

@@ -113,14 +113,14 @@ class History:
 
     def layers(self) -> dict[str, list[tuple[int, LayerStatistics]]]:
         """Each layer's statistics after each epoch that knows them: name → (steps made, statistics)."""
-        found: dict[str, list[tuple[int, LayerStatistics]]] = {}
+        statistics: dict[str, list[tuple[int, LayerStatistics]]] = {}
         for epoch in self.epochs:
             for layer in epoch.layers:
-                found.setdefault(layer.name, []).append((epoch.steps, layer))
-        return found
+                statistics.setdefault(layer.name, []).append((epoch.steps, layer))
+        return statistics
 
     def waiting(self) -> tuple[list[Epoch], NDArray[np.float64]]:
         """The epochs that know every rank's waiting time, and those times in seconds, (epochs, ranks)."""
-        known = [epoch for epoch in self.epochs if epoch.waiting]
-        ranks = len(known[0].waiting) if known else 0
-        return known, np.array([epoch.waiting for epoch in known], np.float64).reshape(len(known), ranks)
+        timed = [epoch for epoch in self.epochs if epoch.waiting]
+        ranks = len(timed[0].waiting) if timed else 0
+        return timed, np.array([epoch.waiting for epoch in timed], np.float64).reshape(len(timed), ranks)

@@ -75,9 +75,11 @@ def _headline(history: History, summary: Mapping[str, Any]) -> str:
         "time reading rows": f"{history.reading_share:.1%}",
     }
     items = (f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in shown.items() if value)
-    kept = summary.get("kept_epoch", last and last.number)
+    chosen = summary.get("kept_epoch", last and last.number)
     note = (
-        f'<p class="when">The model that was kept is that of epoch {kept}.</p>' if last and kept != last.number else ""
+        f'<p class="when">The model that was kept is that of epoch {chosen}.</p>'
+        if last and chosen != last.number
+        else ""
     )
     return f'<dl class="figures">{"".join(items)}</dl>{note}'
 

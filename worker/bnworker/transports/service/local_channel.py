@@ -129,8 +129,8 @@ class LocalChannel:
     def _wait_at_most(self, option: int, seconds: float) -> None:
         """How long the kernel waits, in one direction: what sends must not change what receives."""
         self._waits[option] = seconds
-        whole, part = divmod(round(1e6 * max(seconds, _MOMENT_S)), 1_000_000)  # 0 would mean for ever
-        self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, part))
+        full_seconds, microseconds = divmod(round(1e6 * max(seconds, _MOMENT_S)), 1_000_000)  # 0 would mean for ever
+        self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(full_seconds, microseconds))
 
 
 def _response(data: bytes) -> pb.ExchangeResponse:

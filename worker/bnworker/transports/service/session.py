@@ -252,15 +252,15 @@ class Session:
             self.state = State.AWAY if self.generation else State.CONNECTING
         if not self._durable and now - self._since >= _NOBODY_S:
             return [Probe()]
-        return self._try_again(event, now)
+        return self._reconnect(event, now)
 
     def _judge_outage(self, event: Probed, now: float) -> list[Action]:
         assert self._ended is not None
         if not event.listens:
             self._outage_s = _NOBODY_S
-        return self._try_again(self._ended, now)
+        return self._reconnect(self._ended, now)
 
-    def _try_again(self, ended: Disconnected, now: float) -> list[Action]:
+    def _reconnect(self, ended: Disconnected, now: float) -> list[Action]:
         """Connect once more after a pause, or give up."""
         away = now - self._since
         if away >= self._outage_s:
