@@ -105,7 +105,7 @@ def test_a_snapshot_replaces_what_was_there(tmp_path: Path) -> None:
     written(tmp_path, "j", SNAPSHOT, JOURNAL)
     written(tmp_path, "j", SNAPSHOT, JOURNAL[:1])
     assert same(all_loaded(tmp_path)["j"], SNAPSHOT + JOURNAL[:1])
-    assert len(list(tmp_path.iterdir())) == 2  # the file and the lock
+    assert len(list(tmp_path.iterdir())) == 3  # the file, the lock, and the name of the directory
 
 
 def test_an_entry_is_in_the_file_when_append_returns(tmp_path: Path) -> None:
