@@ -27,8 +27,8 @@ def test_two_files_of_one_job_are_both_named(tmp_path: Path) -> None:
         all_loaded(tmp_path)
     assert str(caught.value) == (
         f"The state directory holds job 'j' more than once: {path} (snapshot 1, 0 records after it) and {copy} "
-        f"(snapshot 1, 0 records after it). The service can't know which one counts: keep that one, as {path.name}, and move the "
-        "others away."
+        "(snapshot 1, 0 records after it). The service can't know which one counts: keep that one, as "
+        f"{path.name}, and move the others away."
     )
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.suffix == ".job"} == before
 
