@@ -16,7 +16,7 @@ from typing import Any
 
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.arrays import WireError
-from bnproto.failures import status_of
+from bnproto.failures import StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.channel import RequestAssembler
@@ -46,7 +46,7 @@ from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import Context, GrpcChannel, Requests
 from bnserver.job_file import StoreError
 from bnserver.local_channel import LocalListener
-from bnserver.saving import Saving, SavingCallback
+from bnserver.saving import Saving, SavingCallback, described
 from bnserver.store import Store
 from bnserver.translation import Messages, Writer, failure_of
 
@@ -216,15 +216,23 @@ class Servicer(rpc.StatisticsServiceServicer):
         """Let the core decide about an event, and carry out what it says."""
         try:
             now = self._clock.time(time.monotonic(), tick=isinstance(event, Tick))
-            for effect in self._service.handle(event, now):
-                self._perform[type(effect)](effect)
+            effects = self._service.handle(event, now)
         except Exception:  # noqa: BLE001 - the outermost handler
-            # An error of the service must neither hang a rank nor end the other jobs.
-            _log.exception("a fault of the service, while it handled %s", type(event).__name__)
-            stream = getattr(event, "stream", None)
-            if stream is not None:
-                text = "The service failed at what this rank sent; its log has the traceback."
-                self._fail(Failed(stream, Reason.INTERNAL, text))
+            self._failed(event)
+            return
+        for effect in effects:
+            try:
+                self._perform[type(effect)](effect)
+            except Exception:  # noqa: BLE001 - the next one may be another job's
+                self._failed(event)
+
+    def _failed(self, event: Event) -> None:
+        """An error of the service must neither hang a rank nor end the other jobs."""
+        _log.exception("a fault of the service, while it handled %s", type(event).__name__)
+        stream = getattr(event, "stream", None)
+        if stream is not None:
+            text = "The service failed at what this rank sent; its log has the traceback."
+            self._fail(Failed(stream, Reason.INTERNAL, text))
 
     # ---- what goes out ----
 
@@ -279,20 +287,28 @@ class Servicer(rpc.StatisticsServiceServicer):
             connection.end(status)
 
     def _close(self, effect: Closed) -> None:
-        """End a connection, once a save in progress has ended: it may be a leave that is answered."""
+        """End a connection: a leave is answered by that, once the saves of its job in progress have ended."""
         connection = self._connections.get(effect.stream)
         if connection is None:
             return
-        pending = tuple(self._saving.tasks) if self._saving is not None else ()
-        if not pending:
-            connection.end(None)
+        saving = self._saving if effect.job else None
+        pending = saving.in_progress(effect.job) if saving is not None else ()
+        if saving is None or not pending:
+            connection.end(self._goodbye(effect.job))
             return
 
         async def later() -> None:
             await asyncio.wait(pending)
-            connection.end(None)
+            connection.end(self._goodbye(effect.job))
 
         self._start(later())
+
+    def _goodbye(self, job: str) -> StatusParts | None:
+        """How the stream of a rank that has left ends: with an error if its job is not saved."""
+        error = self._saving.unsaved.get(job) if self._saving is not None else None
+        if error is None:
+            return None
+        return status_of(failure_of(Failed(0, Reason.DATA_LOSS, f"The rank has left, but {described(job, error)}")))
 
     def _log_stragglers(self, effect: Straggling) -> None:
         _log.warning("job %r: %s", effect.job, effect.text)

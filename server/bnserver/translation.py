@@ -78,9 +78,9 @@ class Reader:
                     state = LayerState.from_arrays(named(push.payload, data), push.dtype)
                     return validated(Push(self._stream, push.layer, state, push.number))
                 case "pull":
-                    return Pull(self._stream, request.pull.layer)
+                    return validated(Pull(self._stream, request.pull.layer))
                 case "leave":
-                    return Leave(self._stream, request.leave.reason)
+                    return validated(Leave(self._stream, request.leave.reason))
                 case _:
                     raise WireError(f"expected a request, received {kind or 'an empty message'}")
         except (ValueError, KeyError) as error:
