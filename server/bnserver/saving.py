@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -20,11 +21,13 @@ from bnserver.core.effects import Persist, Record
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
 from bnserver.job_file import StoreError
+from bnserver.retention import Keep, say
 from bnserver.store import Store
 
 _log = logging.getLogger("bnserver")
 
 _LISTED = 5  # jobs in one error
+_DELETED_AT_ONCE = 100  # files, in one turn of the event loop
 
 SavingCallback = Callable[[bool], Coroutine[Any, Any, None]]
 
@@ -36,18 +39,22 @@ class Saving:
         store: where.
         service: whose.
         report: called with False when jobs can't be saved, and with True when they can again.
+        keep: what is kept of jobs that are over; None: everything.
 
     Attributes:
         tasks: saves in progress.
         unsaved: the jobs that could not be saved, and why.
     """
 
-    def __init__(self, store: Store, service: Service, report: Callable[[bool], None]) -> None:
+    def __init__(
+        self, store: Store, service: Service, report: Callable[[bool], None], keep: Keep | None = None
+    ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         self.unsaved: dict[str, Exception] = {}
         self._store = store
         self._service = service
         self._report = report
+        self._keep = keep or Keep()
         self._due: set[str] = set()  # jobs of which a snapshot will be taken
         self._saves: dict[str, set[asyncio.Task[None]]] = {}  # in progress, by job
         self._recalling = asyncio.Lock()
@@ -122,6 +129,27 @@ class Saving:
         if job not in self._due and self._service.is_over(job) and self._store.is_saved(job):
             self._service.forget(job)
             self._store.release(job)
+
+    async def expire(self) -> None:
+        """Delete the files of jobs that are over, and not kept any more. Ranks that come back find a new job."""
+        if self._keep.is_everything:
+            return
+        ended = await asyncio.to_thread(self._store.last_written)
+        for name in self._in_memory():
+            ended.pop(name, None)
+        expired = self._keep.expired(ended, time.time())
+        for start in range(0, len(expired), _DELETED_AT_ONCE):
+            async with self._recalling:  # what is being read back is in memory afterwards
+                in_memory = self._in_memory()
+                for name in expired[start : start + _DELETED_AT_ONCE]:
+                    if name not in in_memory:
+                        self._store.delete(name)
+            await asyncio.sleep(0)
+        say(expired)
+
+    def _in_memory(self) -> set[str]:
+        """The names of the files of all jobs in memory."""
+        return {self._store.path(job).name for job in self._service.jobs}
 
     def _start(self, job: str) -> None:
         if job not in self._due:

@@ -46,11 +46,13 @@ from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import Context, GrpcChannel, Requests
 from bnserver.job_file import StoreError
 from bnserver.local_channel import LocalListener
+from bnserver.retention import Keep, MemoryRetention
 from bnserver.saving import Saving, SavingCallback, described
 from bnserver.store import Store
 from bnserver.translation import Messages, Writer, failure_of
 
 _SAVE_AGAIN_TICKS = 10  # after a failure
+_EXPIRE_TICKS = 600  # from one look at what is not kept any more to the next: a minute
 # Adding this many bytes takes about a millisecond: not worth the way to another thread and back.
 _REDUCE_HERE_BYTES = 2**20
 
@@ -66,6 +68,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         timeouts: how long it waits for signs of life.
         failpoints: faults to inject.
         saving: called with False when jobs can't be saved, and with True when they can again.
+        keep: what is kept of jobs that are over; None: everything.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Servicer(rpc.StatisticsServiceServicer):
         timeouts: LivenessTimeouts | None = None,
         failpoints: Failpoints | None = None,
         saving: SavingCallback | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._timeouts = timeouts or LivenessTimeouts()
         self._writer = Writer(boot_id, self._timeouts, durable=store is not None)
         self._store = store
         self._failpoints = failpoints or Failpoints()
         self._report_saving = saving
+        self._keep = keep or Keep()
         self._clock = SuspendAwareClock(time.monotonic())
         self._ready = asyncio.Event()
         self._numbers = count(1)
@@ -104,9 +109,14 @@ class Servicer(rpc.StatisticsServiceServicer):
 
     def _serve(self, service: Service) -> None:
         self._service = service
-        self._saving = Saving(self._store, service, self._say_whether_saving) if self._store is not None else None
-        self._perform[Record] = self._saving.record if self._saving is not None else _keep_nothing
-        self._perform[Persist] = self._saving.persist if self._saving is not None else _keep_nothing
+        self._saving: Saving | None = None
+        if self._store is None:
+            self._retention: Saving | MemoryRetention = MemoryRetention(self._keep, service)
+            self._perform[Record] = _keep_nothing
+        else:
+            self._retention = self._saving = Saving(self._store, service, self._say_whether_saving, self._keep)
+            self._perform[Record] = self._saving.record
+        self._perform[Persist] = self._retention.persist
 
     async def open(self, port: int) -> None:
         """Load what was saved, and accept ranks.
@@ -211,6 +221,14 @@ class Servicer(rpc.StatisticsServiceServicer):
             self.dispatch(Tick())
             if number % _SAVE_AGAIN_TICKS == 0 and self._saving is not None:
                 self._saving.try_again()
+            if number % _EXPIRE_TICKS == 1:
+                self._start(self._expire())
+
+    async def _expire(self) -> None:
+        try:
+            await self._retention.expire()
+        except OSError as error:
+            _log.error("Jobs that are over can't be forgotten: %s", error)
 
     def dispatch(self, event: Event) -> None:
         """Let the core decide about an event, and carry out what it says."""
@@ -323,6 +341,6 @@ class Servicer(rpc.StatisticsServiceServicer):
         task.add_done_callback(self._tasks.discard)
 
 
-def _keep_nothing(effect: Record | Persist) -> None:
+def _keep_nothing(effect: Record) -> None:
     """Without a state directory."""
     del effect

@@ -27,7 +27,7 @@ from pathlib import Path
 from bnserver import state_directory
 from bnserver.core.journal_records import JournalRecord
 from bnserver.failpoints import Failpoints
-from bnserver.job_file import JobFile, Scan, StoreError, file_name, header, scan, write_all
+from bnserver.job_file import SUFFIX, JobFile, Scan, StoreError, file_name, header, scan, write_all
 from bnserver.journal_encoding import encode, framed, is_over
 
 _ASIDE = ".part"
@@ -132,6 +132,20 @@ class Store:
     def path(self, job: str) -> Path:
         """A job's file."""
         return self._directory / file_name(job)
+
+    def last_written(self) -> dict[str, float]:
+        """The names of all jobs' files, and when each was last written, in seconds since 1970."""
+        written = {}
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and entry.is_file():
+                    with suppress(FileNotFoundError):
+                        written[entry.name] = entry.stat().st_mtime
+        return written
+
+    def delete(self, name: str) -> None:
+        """Delete a job's file, by its name."""
+        (self._directory / name).unlink(missing_ok=True)
 
     def append(self, job: str, record: JournalRecord) -> None:
         """Append a record to a job's journal; it survives the end of this process once this returns.
