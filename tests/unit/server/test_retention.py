@@ -108,7 +108,9 @@ def test_a_job_that_is_being_read_back_is_not_deleted(tmp_path: Path) -> None:
         recall = asyncio.create_task(saving.recall("old", lambda: 0.0))
         await asyncio.to_thread(store.begun.wait, 60)
         expire = asyncio.create_task(saving.expire())
-        await asyncio.sleep(0)
+        while not (expire.done() or saving._recalling._waiters):  # noqa: ASYNC110 - a lock says no more
+            await asyncio.sleep(0.001)
+        assert not expire.done()
         store.go_on.set()
         await asyncio.gather(recall, expire)
         assert service.jobs == ("old",)
