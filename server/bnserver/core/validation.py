@@ -21,7 +21,7 @@ from bnserver.core.events import Body, Contribute, Join, Leave, Limbs, Malformed
 
 _NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
 _HOST_CHARACTERS = 255
-_REASON_CHARACTERS = 1000  # of a goodbye; what comes after them is left out
+_REASON_CHARACTERS = 2**17  # of a goodbye; what comes after them is left out
 _TERM_CHARACTERS = 1000  # of what a plain operation says of one of its arrays or layers
 _SHOWN_CHARACTERS = 60  # of what was received instead
 _MOST_VERSION = 2**62  # there is room for as many more before a version has no form in int64

@@ -262,5 +262,5 @@ def test_a_push_of_another_arithmetic_is_refused() -> None:
 def test_a_long_goodbye_is_cut_short() -> None:
     """Every other rank is told of it, and the journal keeps it; it is no reason to refuse it."""
     left = validated(Leave(1, "x" * 10**6))
-    assert left == Leave(1, "x" * 1000 + "…")
-    assert validated(Leave(1, "x" * 1000)) == Leave(1, "x" * 1000)
+    assert left == Leave(1, "x" * 2**17 + "…")
+    assert validated(Leave(1, "x" * 2**17)) == Leave(1, "x" * 2**17)
