@@ -94,6 +94,7 @@ class Scan:
         frames, size: of it that are sound.
         snapshot: bytes of the snapshot; 0: it has none.
         torn: why what comes after `size` does not count; "" if nothing does.
+        mode: who may read it.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Scan:
     size: int
     snapshot: int
     torn: str
+    mode: int
 
     @property
     def job(self) -> str:
@@ -170,18 +172,20 @@ def write_all(handle: int, data: bytes) -> None:
         view = view[os.write(handle, view) :]
 
 
-def read_regular(path: Path) -> bytes:
-    """The content of a regular file. What else has its name is refused without being waited for.
+def read_regular(path: Path) -> tuple[bytes, int]:
+    """The content of a regular file, and its mode. What else has its name is refused without being waited for.
 
     Raises:
         StoreError: it is something else.
         OSError: it can't be read.
     """
-    _refuse_others(path, path.stat())  # opening a device may do something
+    _refuse_others(path, os.stat(path))  # noqa: PTH116 - there may be 20,000; opening a device may do something
     # Without O_NONBLOCK opening a pipe, which may have come meanwhile, would wait for its writer.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        _refuse_others(path, os.fstat(file.fileno()))
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        _refuse_others(path, status)
+        return file.readall(), stat.S_IMODE(status.st_mode)
 
 
 def _refuse_others(path: Path, status: os.stat_result) -> None:
@@ -209,7 +213,7 @@ def scan(path: Path) -> Scan:
     Raises:
         StoreError: it is corrupt, or no regular file.
     """
-    data = _content(path)
+    data, mode = _content(path)
     with _naming(path):
         first: pb.Header | None = None
         bodies: list[bytes] = []
@@ -242,10 +246,10 @@ def scan(path: Path) -> Scan:
             raise RecordError("it is empty")
         if count < first.synced:
             raise RecordError(f"it has {count} of the {first.synced} records of its snapshot")
-    return Scan(path, first, bodies, count, size, snapshot, torn)
+    return Scan(path, first, bodies, count, size, snapshot, torn, mode)
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path) -> tuple[bytes, int]:
     try:
         return read_regular(path)
     except OSError as error:

@@ -101,7 +101,7 @@ def identity(directory: Path) -> str:
     """
     path = directory / _IDENTITY
     try:
-        return read_regular(path).decode("ascii", "replace").strip()
+        return read_regular(path)[0].decode("ascii", "replace").strip()
     except FileNotFoundError:
         pass
     name = secrets.token_hex(8)
@@ -126,17 +126,17 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE)
 
 
-def close_to_others(path: Path) -> None:
+def close_to_others(found: Scan) -> None:
     """Take a file that an earlier version wrote from everybody but its owner, where this process may do so."""
-    mode = path.stat().st_mode
-    if mode & 0o077:
+    if found.mode & 0o077:
         with suppress(OSError):
-            path.chmod(mode & 0o700)
+            found.path.chmod(found.mode & 0o700)
 
 
 def job_files(directory: Path) -> list[Path]:
     """What has the name of a job's file, sorted."""
-    return sorted(directory.glob(f"*{SUFFIX}"))
+    with os.scandir(directory) as entries:
+        return [directory / name for name in sorted(entry.name for entry in entries) if name.endswith(SUFFIX)]
 
 
 def refuse_copies(found: Iterable[Scan]) -> None:
@@ -156,7 +156,7 @@ def refuse_copies(found: Iterable[Scan]) -> None:
                 f"The state directory holds job {job!r} more than once: {listed}{more}. The service can't know which "
                 f"one counts: keep that one, as {file_name(job)}, and move the others away."
             )
-        (scan,) = scans
+        scan = scans[0]
         if scan.path.name != file_name(job):
             raise StoreError(
                 f"{scan.path} holds job {job!r} ({describe(scan)}), whose file is named otherwise. If it is the right "

@@ -75,7 +75,6 @@ def survey(directory: Path) -> list[Entry]:
     Raises:
         OSError: the directory can't be read.
     """
-    next(directory.iterdir(), None)  # glob finds nothing where nothing may be read
     scans: dict[Path, Scan | StoreError] = {}
     for path in state_directory.job_files(directory):
         try:
@@ -93,7 +92,6 @@ def look(directory: Path, job: str) -> Entry | None:
         OSError: the directory can't be read.
     """
     path = directory / file_name(job)
-    next(directory.iterdir(), None)
     if not path.exists():
         return None
     try:

@@ -91,7 +91,7 @@ class Store:
                 foreign.append(file)
         state_directory.refuse_copies(found)
         for file in found:
-            state_directory.close_to_others(file.path)
+            state_directory.close_to_others(file)
             kept = file.mend()
             if file.job in journals:
                 self._files[file.job] = kept
