@@ -326,7 +326,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         error = self._saving.unsaved.get(job) if self._saving is not None else None
         if error is None:
             return None
-        return status_of(failure_of(Failed(0, Reason.DATA_LOSS, f"The rank has left, but {described(job, error)}")))
+        return status_of(failure_of(Failed(0, Reason.DATA_LOSS, described(job, error))))
 
     def _log_stragglers(self, effect: Straggling) -> None:
         _log.warning("job %r: %s", effect.job, effect.text)

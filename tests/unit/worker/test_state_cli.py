@@ -109,7 +109,7 @@ def test_what_ranks_said_can_not_do_anything_to_a_terminal(directory: Path, tmp_
 
 def test_what_is_damaged_is_named(directory: Path) -> None:
     """Each file with which the service would not start; the others are shown all the same, and nothing is changed."""
-    assert _run(directory, "verify").stdout == "3 jobs, all sound\n"
+    assert _run(directory, "verify").stdout == "3 files, all sound\n"
     flipped = directory / file_name("over")
     data = bytearray(flipped.read_bytes())
     data[100] ^= 1
@@ -123,7 +123,7 @@ def test_what_is_damaged_is_named(directory: Path) -> None:
     assert f"The snapshot {flipped} is corrupt: " in checked.stderr
     assert checked.stderr.count(f"The state directory holds job 'running' more than once: {copy} ") == 1
     assert f"{torn} ends in 4 bytes of an entry that was being written" in checked.stdout
-    assert checked.stdout.endswith("4 jobs, 3 of them damaged\n")
+    assert checked.stdout.endswith("4 files, 3 of them damaged\n")
     shown = _run(directory, "show", code=1)
     assert f"│ {flipped.name} │ damaged" in shown.stdout
     assert _run(directory, "show", "failed").exit_code == 0

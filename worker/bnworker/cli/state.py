@@ -78,7 +78,7 @@ def verify(state_dir: _Directory) -> None:
         if entry.torn:
             typer.echo(f"{entry.path} {entry.torn}")
     wrong = _print_faults(entries)
-    typer.echo(f"{len(entries)} jobs, {wrong} of them damaged" if wrong else f"{len(entries)} jobs, all sound")
+    typer.echo(f"{len(entries)} files, {wrong} of them damaged" if wrong else f"{len(entries)} files, all sound")
     raise typer.Exit(1 if wrong else 0)
 
 
@@ -221,7 +221,8 @@ def _print_jobs(entries: list[Entry]) -> None:
 
     table = Table()
     for heading in ("job", "state", "generation", "layers", "bytes", "written"):
-        table.add_column(heading, justify="right" if heading in ("generation", "layers", "bytes") else "left")
+        right, is_name = heading in ("generation", "layers", "bytes"), heading == "job"
+        table.add_column(heading, justify="right" if right else "left", no_wrap=not is_name, overflow="fold")
     for entry in entries:
         written = datetime.fromtimestamp(entry.written, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         name = entry.path.name if entry.job is None else _shown(entry.job)
@@ -244,7 +245,8 @@ def _print_layers(entry: Entry) -> None:
     typer.echo(f"{entry.path}: {which} and {entry.journal} records after it, {entry.size:,} bytes")
     table = Table()
     for heading in ("layer", "channels", "dtype", "version", "moving mean", "variance"):
-        table.add_column(heading, justify="right" if heading in ("channels", "version") else "left")
+        right, is_name = heading in ("channels", "version"), heading == "layer"
+        table.add_column(heading, justify="right" if right else "left", no_wrap=not is_name, overflow="fold")
     for name, found in entry.layers.items():
         spans = [f"{low:.3g} … {high:.3g}" for low, high in list(ranges(found).values())[:2]]
         variables, renorm = found.moving.mean.dtype.name, ", renorm" if found.moving.stddev is not None else ""
