@@ -92,6 +92,19 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _days(text: str) -> float:
+    try:
+        return _seconds(text)
+    except ValueError:
+        raise ValueError(f"expected a number of days, 0 or more, received {text!r}") from None
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"expected a whole number, 0 or more, received {text!r}")
+    return int(text)
+
+
 def _level(text: str) -> str:
     if text not in _LEVELS:
         raise ValueError(f"expected {', '.join(_LEVELS[:-1])} or {_LEVELS[-1]}, received {text!r}")
@@ -122,6 +135,20 @@ class Configuration:
             _path,
             "DIR",
             "where jobs are kept: kill the service, start it again: they go on; without it they end with the process",
+        ),
+    )
+    keep_jobs_days: float | None = field(
+        default=None,
+        metadata=_setting(
+            _days, "DAYS", "forget jobs that have been over for longer; all are kept if nobody says anything"
+        ),
+    )
+    keep_jobs: int | None = field(
+        default=None,
+        metadata=_setting(
+            _number,
+            "NUMBER",
+            "forget jobs that are over beyond the latest so many; all are kept if nobody says anything",
         ),
     )
     tls_cert: Path | None = field(
@@ -290,7 +317,7 @@ def _keys(path: Path, content: str) -> dict[str, str]:
 def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float):
+    if isinstance(value, int | float):
         return repr(value)
     escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in str(value))
     return f'"{escaped}"'

@@ -31,6 +31,7 @@ from bnserver.failpoints import FailpointError, Failpoints
 from bnserver.job_file import StoreError
 from bnserver.logs import LogError, logged
 from bnserver.reloading import Reloading, read_tokens
+from bnserver.retention import Keep
 from bnserver.servicer import Servicer
 from bnserver.store import Store
 from bnserver.tls import CertificateError, Certificates, Files, load
@@ -102,6 +103,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             timeouts=LivenessTimeouts(configuration.lease, configuration.away),
             failpoints=failpoints,
             saving=say_whether_saving,
+            keep=Keep(configuration.keep_jobs_days, configuration.keep_jobs),
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)

@@ -1,25 +1,40 @@
 """One job's file in the state directory: what is in it, and how it is read back.
 
-A file is a snapshot, followed by the journal of what came after it: both are journal records, in the same frames. What
-is loaded is what was written: checksums cover every byte. A torn last record is cut off, because no answer that depends
-on it was sent. Anything else that is wrong is reported, never skipped.
+A file is a snapshot, followed by the journal of what came after it: both are journal records, in the same frames. It
+begins with a header that says whose it is (the job, the state directory) and which (the number of the snapshot).
+
+What is loaded is what was written: checksums cover every byte. A torn last record is cut off, because no answer that
+depends on it was sent. Anything else that is wrong is reported, never skipped.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
+from urllib.parse import quote
 
 from bnproto.v1 import journal_pb2 as pb
 from bnserver.core.journal_records import JournalRecord
 from bnserver.journal_encoding import FrameError, RecordError, Torn, decode, encode_header, frames
 
+SUFFIX = ".job"
+
 _FORMAT = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 _log = logging.getLogger("bnserver")
 
@@ -30,7 +45,7 @@ class StoreError(RuntimeError):
 
 @dataclass(slots=True)
 class JobFile:
-    """A job's file.
+    """A job's file, as the service that writes it knows it.
 
     Attributes:
         handle: its descriptor, open for appending; None: nothing was appended lately.
@@ -38,8 +53,11 @@ class JobFile:
         size: its bytes so far.
         records: appended since the snapshot.
         snapshot: bytes of it.
+        number: which of the job's snapshots it is.
         broken: whether it lacks a record, so that it must be replaced.
         meanwhile: what was appended while a snapshot is being written; None while none is.
+        lost: why a record that came meanwhile could not be encoded; None: all could.
+        writing: held while a snapshot is written.
     """
 
     handle: int | None = None
@@ -47,8 +65,11 @@ class JobFile:
     size: int = 0
     records: int = 0
     snapshot: int = 0
+    number: int = 0
     broken: bool = False
     meanwhile: list[bytes] | None = None
+    lost: StoreError | None = None
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def is_snapshot(self) -> bool:
@@ -62,14 +83,78 @@ class JobFile:
             self.handle = None
 
 
-def header(job: str, *, synced: int) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A file as it was found; its checksums hold.
+
+    Attributes:
+        path: where.
+        header: whose it is, and which.
+        bodies: its records, encoded.
+        frames, size: of it that are sound.
+        snapshot: bytes of the snapshot; 0: it has none.
+        torn: why what comes after `size` does not count; "" if nothing does.
+        mode: who may read it.
+    """
+
+    path: Path
+    header: pb.Header
+    bodies: list[bytes]
+    frames: int
+    size: int
+    snapshot: int
+    torn: str
+    mode: int
+
+    @property
+    def job(self) -> str:
+        """The job's name."""
+        return self.header.job
+
+    @property
+    def journal(self) -> int:
+        """Records after the snapshot."""
+        return self.frames - max(self.header.synced, 1)
+
+    def records(self) -> list[JournalRecord]:
+        """The records.
+
+        Raises:
+            StoreError: one is corrupt.
+        """
+        with _naming(self.path):
+            return [_record(body) for body in self.bodies]
+
+    def mend(self) -> JobFile:
+        """Cut off a torn end, which is logged; returns what a service that goes on writing must know.
+
+        Raises:
+            StoreError: it can't be cut off.
+        """
+        if self.torn:
+            _log.warning("%s %s", self.path, self.torn)
+            with _naming(self.path):
+                os.truncate(self.path, self.size)
+        return JobFile(None, self.frames, self.size, self.journal, self.snapshot, self.header.number)
+
+
+def file_name(job: str) -> str:
+    """The name of a job's file: readable, valid, and unique to the job."""
+    digest = blake2b(job.encode(), digest_size=8).hexdigest()
+    return f"{quote(job[:80], safe='')[:80]}.{digest}{SUFFIX}"
+
+
+def header(job: str, *, synced: int, directory: str = "", number: int = 0) -> bytes:
     """What a file begins with.
 
     Args:
         job: the job's name.
         synced: records of the snapshot, this one included; they were synced to the disk.
+        directory: the name of the state directory; "" if it has none.
+        number: of the snapshot.
     """
-    return encode_header(pb.Header(format=_FORMAT, job=job, machine=_machine(), synced=synced))
+    fields = pb.Header(format=_FORMAT, job=job, machine=_machine(), synced=synced, directory=directory, number=number)
+    return encode_header(fields)
 
 
 def _machine() -> str:
@@ -87,59 +172,91 @@ def write_all(handle: int, data: bytes) -> None:
         view = view[os.write(handle, view) :]
 
 
+def read_regular(path: Path) -> tuple[bytes, int]:
+    """The content of a regular file, and its mode. What else has its name is refused without being waited for.
+
+    Raises:
+        StoreError: it is something else.
+        OSError: it can't be read.
+    """
+    _refuse_others(path, os.stat(path))  # noqa: PTH116 - there may be 20,000; opening a device may do something
+    # Without O_NONBLOCK opening a pipe, which may have come meanwhile, would wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        _refuse_others(path, status)
+        return file.readall(), stat.S_IMODE(status.st_mode)
+
+
+def _refuse_others(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise StoreError(
+            f"{path} is {kind}, expected a regular file. The service did not put it there: move it away, then start "
+            "the service again."
+        )
+
+
 def loaded(path: Path) -> tuple[str, list[JournalRecord], JobFile]:
     """A file's job and records, and its `JobFile`; a torn end is cut off.
 
     Raises:
         StoreError: it is corrupt.
     """
-    job, bodies, file = scanned(path)
-    return job, decoded(path, bodies), file
+    found = scan(path)
+    return found.job, found.records(), found.mend()
 
 
-def decoded(path: Path, bodies: Iterable[bytes]) -> list[JournalRecord]:
-    """The records of a file.
+def scan(path: Path) -> Scan:
+    """Read a file and verify its checksums; nothing is changed.
 
     Raises:
-        StoreError: one is corrupt.
+        StoreError: it is corrupt, or no regular file.
     """
+    data, mode = _content(path)
     with _naming(path):
-        return [_record(body) for body in bodies]
-
-
-def scanned(path: Path) -> tuple[str, list[bytes], JobFile]:
-    """Like `loaded`, with the records still encoded."""
-    first: pb.Header | None = None
-    bodies: list[bytes] = []
-    file = JobFile()
-    with _naming(path):
-        data = path.read_bytes()
+        first: pb.Header | None = None
+        bodies: list[bytes] = []
+        count = size = snapshot = 0
+        torn = ""
         try:
             for frame in frames(data):
                 if isinstance(frame, Torn):
-                    _check_torn(path, first, file, frame)
+                    if first is None or count < first.synced:
+                        raise FrameError(f"its record {count}, at byte {frame.start}, lacks its end")
+                    torn = (
+                        f"ends in {frame.length} bytes of an entry that was being written when the service was killed: "
+                        "cut off, nobody was told."
+                    )
                     break
                 end, body = frame
                 if first is None:
                     first = _header_of(body)
                 else:
                     bodies.append(body)
-                file.frames, file.size = file.frames + 1, end
-                if file.frames == first.synced:
-                    file.snapshot = end
+                count, size = count + 1, end
+                if count == first.synced:
+                    snapshot = end
         except FrameError as error:
             # After a power cut the unsynced end of a journal may hold anything; what was synced must be sound.
-            if first is None or file.frames < first.synced or first.machine == _machine():
+            if first is None or count < first.synced or first.machine == _machine():
                 raise
-            _log.warning("%s ends at byte %d: the machine was down meanwhile, and %s.", path, file.size, error)
+            torn = f"ends at byte {size}: the machine was down meanwhile, and {error}."
         if first is None:
             raise RecordError("it is empty")
-        if file.frames < first.synced:
-            raise RecordError(f"it has {file.frames} of the {first.synced} records of its snapshot")
-        file.records = file.frames - max(first.synced, 1)
-        if file.size < len(data):
-            os.truncate(path, file.size)
-    return first.job, bodies, file
+        if count < first.synced:
+            raise RecordError(f"it has {count} of the {first.synced} records of its snapshot")
+    return Scan(path, first, bodies, count, size, snapshot, torn, mode)
+
+
+def _content(path: Path) -> tuple[bytes, int]:
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise StoreError(
+            f"{path} can't be read: {error.strerror}. Give it to the user that runs the service (chown, chmod 600); or "
+            "move it away, and its job begins anew, without its moving statistics."
+        ) from error
 
 
 @contextmanager
@@ -168,13 +285,3 @@ def _record(body: bytes) -> JournalRecord:
     if isinstance(record, pb.Header):
         raise RecordError("a second header stands in its middle")
     return record
-
-
-def _check_torn(path: Path, header: pb.Header | None, file: JobFile, torn: Torn) -> None:
-    if header is None or file.frames < header.synced:
-        raise FrameError(f"its record {file.frames}, at byte {torn.start}, lacks its end")
-    _log.warning(
-        "%s ends in %d bytes of an entry that was being written when the service was killed: cut off, nobody was told.",
-        path,
-        torn.length,
-    )

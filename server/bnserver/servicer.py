@@ -16,7 +16,7 @@ from typing import Any
 
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.arrays import WireError
-from bnproto.failures import status_of
+from bnproto.failures import StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.channel import RequestAssembler
@@ -46,12 +46,14 @@ from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import Context, GrpcChannel, Requests
 from bnserver.job_file import StoreError
 from bnserver.local_listener import LocalListener
-from bnserver.saving import Saving, SavingCallback
+from bnserver.retention import Keep, MemoryRetention
+from bnserver.saving import Saving, SavingCallback, described
 from bnserver.store import Store
 from bnserver.translation import Messages, Writer, failure_of
 from bnserver.unjoined import Unjoined
 
 _SAVE_AGAIN_TICKS = 10  # after a failure
+_EXPIRE_TICKS = 600  # from one look at what is not kept any more to the next: a minute
 # Adding this many bytes takes about a millisecond: not worth the way to another thread and back.
 _REDUCE_HERE_BYTES = 2**20
 
@@ -67,6 +69,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         timeouts: how long it waits for signs of life.
         failpoints: faults to inject.
         saving: called with False when jobs can't be saved, and with True when they can again.
+        keep: what is kept of jobs that are over; None: everything.
     """
 
     def __init__(
@@ -77,12 +80,14 @@ class Servicer(rpc.StatisticsServiceServicer):
         timeouts: LivenessTimeouts | None = None,
         failpoints: Failpoints | None = None,
         saving: SavingCallback | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._timeouts = timeouts or LivenessTimeouts()
         self._writer = Writer(boot_id, self._timeouts, durable=store is not None)
         self._store = store
         self._failpoints = failpoints or Failpoints()
         self._report_saving = saving
+        self._keep = keep or Keep()
         self._clock = SuspendAwareClock(time.monotonic())
         self._ready = asyncio.Event()
         self._numbers = count(1)
@@ -106,9 +111,14 @@ class Servicer(rpc.StatisticsServiceServicer):
 
     def _serve(self, service: Service) -> None:
         self._service = service
-        self._saving = Saving(self._store, service, self._say_whether_saving) if self._store is not None else None
-        self._perform[Record] = self._saving.record if self._saving is not None else _keep_nothing
-        self._perform[Persist] = self._saving.persist if self._saving is not None else _keep_nothing
+        self._saving: Saving | None = None
+        if self._store is None:
+            self._retention: Saving | MemoryRetention = MemoryRetention(self._keep, service)
+            self._perform[Record] = _keep_nothing
+        else:
+            self._retention = self._saving = Saving(self._store, service, self._say_whether_saving, self._keep)
+            self._perform[Record] = self._saving.record
+        self._perform[Persist] = self._retention.persist
 
     async def open(self, port: int) -> None:
         """Load what was saved, and accept ranks.
@@ -216,20 +226,36 @@ class Servicer(rpc.StatisticsServiceServicer):
             self.dispatch(Tick())
             if number % _SAVE_AGAIN_TICKS == 0 and self._saving is not None:
                 self._saving.try_again()
+            if number % _EXPIRE_TICKS == 1:
+                self._start(self._expire())
+
+    async def _expire(self) -> None:
+        try:
+            await self._retention.expire()
+        except OSError as error:
+            _log.error("Jobs that are over can't be forgotten: %s", error)
 
     def dispatch(self, event: Event) -> None:
         """Let the core decide about an event, and carry out what it says."""
         try:
             now = self._clock.time(time.monotonic(), tick=isinstance(event, Tick))
-            for effect in self._service.handle(event, now):
-                self._perform[type(effect)](effect)
+            effects = self._service.handle(event, now)
         except Exception:  # noqa: BLE001 - the outermost handler
-            # An error of the service must neither hang a rank nor end the other jobs.
-            _log.exception("a fault of the service, while it handled %s", type(event).__name__)
-            stream = getattr(event, "stream", None)
-            if stream is not None:
-                text = "The service failed at what this rank sent; its log has the traceback."
-                self._fail(Failed(stream, Reason.INTERNAL, text))
+            self._failed(event)
+            return
+        for effect in effects:
+            try:
+                self._perform[type(effect)](effect)
+            except Exception:  # noqa: BLE001 - the next one may be another job's
+                self._failed(event)
+
+    def _failed(self, event: Event) -> None:
+        """An error of the service must neither hang a rank nor end the other jobs."""
+        _log.exception("a fault of the service, while it handled %s", type(event).__name__)
+        stream = getattr(event, "stream", None)
+        if stream is not None:
+            text = "The service failed at what this rank sent; its log has the traceback."
+            self._fail(Failed(stream, Reason.INTERNAL, text))
 
     # ---- what goes out ----
 
@@ -284,20 +310,28 @@ class Servicer(rpc.StatisticsServiceServicer):
             connection.end(status)
 
     def _close(self, effect: Closed) -> None:
-        """End a connection, once a save in progress has ended: it may be a leave that is answered."""
+        """End a connection: a leave is answered by that, once the saves of its job in progress have ended."""
         connection = self._connections.get(effect.stream)
         if connection is None:
             return
-        pending = tuple(self._saving.tasks) if self._saving is not None else ()
-        if not pending:
-            connection.end(None)
+        saving = self._saving if effect.job else None
+        pending = saving.in_progress(effect.job) if saving is not None else ()
+        if saving is None or not pending:
+            connection.end(self._goodbye(effect.job))
             return
 
         async def later() -> None:
             await asyncio.wait(pending)
-            connection.end(None)
+            connection.end(self._goodbye(effect.job))
 
         self._start(later())
+
+    def _goodbye(self, job: str) -> StatusParts | None:
+        """How the stream of a rank that has left ends: with an error if its job is not saved."""
+        error = self._saving.unsaved.get(job) if self._saving is not None else None
+        if error is None:
+            return None
+        return status_of(failure_of(Failed(0, Reason.DATA_LOSS, described(job, error))))
 
     def _log_stragglers(self, effect: Straggling) -> None:
         _log.warning("job %r: %s", effect.job, effect.text)
@@ -312,6 +346,6 @@ class Servicer(rpc.StatisticsServiceServicer):
         task.add_done_callback(self._tasks.discard)
 
 
-def _keep_nothing(effect: Record | Persist) -> None:
+def _keep_nothing(effect: Record) -> None:
     """Without a state directory."""
     del effect

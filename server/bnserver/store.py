@@ -8,34 +8,33 @@ Laws:
 2. A snapshot replaces the file as a whole or not at all: written aside, synced, renamed, the directory synced. It
    survives a power cut. What was appended meanwhile is appended to it before it replaces the file.
 3. One daemon at a time: the directory is locked for as long as the daemon lives.
-4. After a record could not be written, nothing is appended to that job until a whole snapshot of it is on disk.
+4. After a record could not be encoded or written, nothing is appended to that job until a whole snapshot of it is on
+   disk.
 5. A job that is over and saved exists only as its file: nothing of it is kept in memory, and its file is not written
    again. When the service starts, the checksums of such a file are verified, and its arrays are not loaded.
+6. One file per job, named after it. A copy beside it is refused: it might take the job back in time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
-from typing import IO
-from urllib.parse import quote
 
+from bnserver import state_directory
 from bnserver.core.journal_records import JournalRecord
 from bnserver.failpoints import Failpoints
-from bnserver.job_file import JobFile, StoreError, decoded, header, loaded, scanned, write_all
+from bnserver.job_file import SUFFIX, JobFile, Scan, StoreError, file_name, header, scan, write_all
 from bnserver.journal_encoding import encode, framed, is_over
 
-_SUFFIX = ".job"
 _ASIDE = ".part"
 # A journal of so many records, or bytes, is replaced by a snapshot: reading it back takes about a second.
 _LONG_ENTRIES, _LONG_BYTES = 2**12, 2**26
+# Snapshots that are written side by side: the disk syncs them together, and a long one holds up no other job's.
+_SAVES_AT_ONCE = 4
 
 _log = logging.getLogger("bnserver")
 
@@ -64,8 +63,13 @@ class Store:
         self._failpoints = failpoints or Failpoints()
         self._long_entries, self._long_bytes = long_entries, long_bytes
         self._files: dict[str, JobFile] = {}
-        self._writing = asyncio.Lock()
-        self._lock = _locked(directory)
+        self._saves = asyncio.Semaphore(_SAVES_AT_ONCE)
+        self._lock = state_directory.lock(directory)
+        try:
+            self._identity = state_directory.identity(directory)
+        except (OSError, StoreError) as error:
+            self._lock.close()
+            raise StoreError(f"The state directory {directory} can't be used: {error}") from error
 
     def load(self, *, finished: bool = True) -> dict[str, list[JournalRecord]]:
         """The records of every saved job.
@@ -74,13 +78,26 @@ class Store:
             finished: whether to include jobs that are over and saved; `read` gives one of these on demand.
 
         Raises:
-            StoreError: a file is corrupt.
+            StoreError: a file is corrupt, or not the one that its name says; or a job has two.
         """
-        journals = {}
-        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            job, bodies, file = scanned(path)
-            if finished or not (file.is_snapshot and is_over(bodies)):
-                journals[job], self._files[job] = decoded(path, bodies), file
+        journals, found, foreign = {}, list[Scan](), list[Scan]()
+        for path in state_directory.job_files(self._directory):
+            file = scan(path)
+            if finished or file.journal or not (file.snapshot and is_over(file.bodies)):
+                journals[file.job] = file.records()
+            file.bodies.clear()
+            found.append(file)
+            if file.header.directory not in ("", self._identity):
+                foreign.append(file)
+        state_directory.refuse_copies(found)
+        for file in found:
+            state_directory.close_to_others(file)
+            kept = file.mend()
+            if file.job in journals:
+                self._files[file.job] = kept
+        if foreign:
+            text = "%d files in %s were written in another state directory, e.g. %s of job %r: they are taken over"
+            _log.warning(text, len(foreign), self._directory, foreign[0].path.name, foreign[0].job)
         return journals
 
     def holds(self, job: str) -> bool:
@@ -91,9 +108,14 @@ class Store:
         """The records of one saved job.
 
         Raises:
-            StoreError: its file is corrupt.
+            StoreError: its file is corrupt, or another job's.
         """
-        _, records, self._files[job] = loaded(self.path(job))
+        file = scan(self.path(job))
+        if file.job != job:
+            raise StoreError(
+                f"{file.path} holds job {file.job!r}, expected job {job!r}: put the right file in its place."
+            )
+        records, self._files[job] = file.records(), file.mend()
         return records
 
     def is_saved(self, job: str) -> bool:
@@ -108,9 +130,22 @@ class Store:
             file.close()
 
     def path(self, job: str) -> Path:
-        """A job's file: a readable, valid file name that is unique to the job."""
-        digest = blake2b(job.encode(), digest_size=8).hexdigest()
-        return self._directory / f"{quote(job[:80], safe='')[:80]}.{digest}{_SUFFIX}"
+        """A job's file."""
+        return self._directory / file_name(job)
+
+    def last_written(self) -> dict[str, float]:
+        """The names of all jobs' files, and when each was last written, in seconds since 1970."""
+        written = {}
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and entry.is_file():
+                    with suppress(FileNotFoundError):
+                        written[entry.name] = entry.stat().st_mtime
+        return written
+
+    def delete(self, name: str) -> None:
+        """Delete a job's file, by its name."""
+        (self._directory / name).unlink(missing_ok=True)
 
     def append(self, job: str, record: JournalRecord) -> None:
         """Append a record to a job's journal; it survives the end of this process once this returns.
@@ -120,7 +155,11 @@ class Store:
         """
         self._failpoints.reached("before-journal")
         file = self._files.setdefault(job, JobFile())
-        body = encode(record)
+        try:
+            body = encode(record)
+        except Exception as error:  # whatever it is, no record may follow this gap
+            file.broken, file.lost = True, self._store_error(job, error)
+            raise file.lost from error
         if file.meanwhile is not None:
             file.meanwhile.append(body)
         if file.broken:
@@ -138,7 +177,9 @@ class Store:
 
     def long(self, job: str) -> bool:
         """Whether a job's journal has become so long that a snapshot should replace it."""
-        file = self._files[job]
+        file = self._files.get(job)
+        if file is None:
+            return False
         long = file.records >= self._long_entries or file.size - file.snapshot >= self._long_bytes
         return long and file.meanwhile is None and not file.broken
 
@@ -153,12 +194,14 @@ class Store:
             StoreError: it could not be written. The file is as it was before.
         """
         file = self._files.setdefault(job, JobFile())
-        async with self._writing:
-            file.meanwhile, taken = [], tuple(records())
-            path = self.path(job)
-            aside = path.with_suffix(_ASIDE)
+        async with file.writing, self._saves:
             try:
-                count, size = await asyncio.to_thread(self._write_aside, job, aside, taken)
+                file.meanwhile, file.lost = [], None
+                taken, path = tuple(records()), self.path(job)
+                aside = path.with_suffix(_ASIDE)
+                count, size = await asyncio.to_thread(self._write_aside, job, aside, taken, file.number + 1)
+                if file.lost is not None:
+                    raise file.lost
                 self._take_place(file, aside, path, count, size)
                 await asyncio.to_thread(_sync, self._directory)
             except OSError as error:
@@ -178,12 +221,14 @@ class Store:
             return
         path = self.path(job)
         if not file.frames:
-            first = framed(0, header(job, synced=0))
+            first = framed(0, header(job, synced=0, directory=self._identity))
             aside = path.with_suffix(_ASIDE)
-            aside.write_bytes(first)
+            with os.fdopen(state_directory.create(aside), "wb") as target:
+                target.write(first)
             aside.replace(path)
             file.frames, file.size = 1, len(first)
-        file.handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+        # Without O_NONBLOCK a pipe that somebody put there would hold up everybody.
+        file.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def _write(self, file: JobFile, body: bytes) -> None:
         assert file.handle is not None
@@ -199,12 +244,13 @@ class Store:
         file.records += 1
         file.size += len(frame)
 
-    def _write_aside(self, job: str, aside: Path, records: tuple[JournalRecord, ...]) -> tuple[int, int]:
+    def _write_aside(self, job: str, aside: Path, records: tuple[JournalRecord, ...], number: int) -> tuple[int, int]:
         """Write a snapshot beside the file, and sync it; returns its frames and bytes."""
-        bodies = [header(job, synced=len(records) + 1), *map(encode, records)]
+        first = header(job, synced=len(records) + 1, directory=self._identity, number=number)
+        bodies = [first, *map(encode, records)]
         data = b"".join(framed(number, body) for number, body in enumerate(bodies))
         half = len(data) // 2
-        with aside.open("wb") as target:
+        with os.fdopen(state_directory.create(aside), "wb") as target:
             target.write(data[:half])
             if self._failpoints.armed("in-snapshot"):
                 target.flush()
@@ -227,36 +273,12 @@ class Store:
         file.close()
         file.meanwhile, file.broken = None, False
         file.frames, file.size, file.records, file.snapshot = fresh.frames, fresh.size, fresh.records, fresh.snapshot
+        file.number += 1
         self._failpoints.reached("after-rename")
 
-    def _store_error(self, job: str, error: OSError) -> StoreError:
-        return StoreError(f"Job {job!r} could not be saved to {self.path(job)}: {error}.")
-
-
-def _locked(directory: Path) -> IO[str]:
-    path = directory / "lock"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"The state directory {directory} can't be used: {error}.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise StoreError(
-            f"The state directory {directory} is in use by {holder}. Stop that daemon, or give this one another "
-            "--state-dir: two owners of the same statistics would overwrite each other."
-        ) from None
-    try:
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
-        lock.flush()
-    except OSError as error:  # the disk is full: the lock holds all the same
-        _log.warning("The state directory %s can't be written to: %s.", directory, error)
-    return lock
+    def _store_error(self, job: str, error: Exception) -> StoreError:
+        what = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return StoreError(f"Job {job!r} could not be saved to {self.path(job)}: {what}.")
 
 
 def _sync(directory: Path) -> None:

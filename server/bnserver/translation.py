@@ -32,8 +32,6 @@ from bnserver.core.validation import validated
 
 Messages = list[Outgoing]
 
-_HOST_CHARACTERS = 255  # DNS permits no more
-
 _REASONS = {
     Reason.MISMATCH: pb.ERROR_REASON_MISMATCH,
     Reason.STALL: pb.ERROR_REASON_STALL,
@@ -80,9 +78,9 @@ class Reader:
                     state = LayerState.from_arrays(named(push.payload, data), push.dtype)
                     return validated(Push(self._stream, push.layer, state, push.number))
                 case "pull":
-                    return Pull(self._stream, request.pull.layer)
+                    return validated(Pull(self._stream, request.pull.layer))
                 case "leave":
-                    return Leave(self._stream, shown(request.leave.reason))
+                    return validated(Leave(self._stream, shown(request.leave.reason)))
                 case _:
                     raise WireError(f"expected a request, received {kind or 'an empty message'}")
         except (ValueError, KeyError) as error:
@@ -95,7 +93,7 @@ class Reader:
         if join.HasField("resume"):
             known = join.resume
             resume = Resume(known.generation, known.sequence, known.layer_sequence, dict(known.versions))
-        peer = Peer(join.rank, shown(join.host, _HOST_CHARACTERS), join.pid)
+        peer = Peer(join.rank, shown(join.host), join.pid)
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
         return Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
 

@@ -245,14 +245,19 @@ def test_without_a_state_directory_nothing_stays(serve: Callable[..., Any]) -> N
     assert _trained(serve().address, 1)[1] == 1
 
 
-def test_a_full_disk_is_reported(serve: Callable[..., Any], tmp_path: Path) -> None:
-    """A job that can't be saved is no orderly end; what was saved before is still there."""
+def test_a_full_disk_is_reported(serve: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A job that can't be saved is no orderly end, which its last rank hears; what was saved before is still there."""
     service = serve("--state-dir", str(tmp_path))
     _trained(service.address, 1)
     (path,) = tmp_path.glob("*.job")
     before = path.read_bytes()
     path.with_suffix(".part").mkdir()  # stands in the way of the next write
+    assert not [text for text in caplog.messages if "confirm" in text]
     _trained(service.address, 1)
+    assert caplog.messages[-1].startswith(
+        f"rank 0 has left job 'job', but the service at {service.address} did not confirm that its job is on disk: Job "
+        f"'job' could not be saved to {path}: "
+    )
     code, _, err = service.end(signal.SIGTERM)
     assert code == 1
     assert f"bnserver: Job 'job' could not be saved to {path}:" in err

@@ -86,12 +86,18 @@ class Header(google.protobuf.message.Message):
     JOB_FIELD_NUMBER: builtins.int
     MACHINE_FIELD_NUMBER: builtins.int
     SYNCED_FIELD_NUMBER: builtins.int
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
     format: builtins.int
     job: builtins.str
     machine: builtins.str
     """Names this run of the machine: what was not synced outlives the service, but not a power cut."""
     synced: builtins.int
     """How many records, this one included, were synced to the disk before the file got its name."""
+    directory: builtins.str
+    """Names the state directory in which the file was written; empty: a version that gave it no name."""
+    number: builtins.int
+    """Which one of the job's snapshots it is, from 1; 0: none yet, or a version that did not count them."""
     def __init__(
         self,
         *,
@@ -99,8 +105,10 @@ class Header(google.protobuf.message.Message):
         job: builtins.str = ...,
         machine: builtins.str = ...,
         synced: builtins.int = ...,
+        directory: builtins.str = ...,
+        number: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["format", b"format", "job", b"job", "machine", b"machine", "synced", b"synced"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["directory", b"directory", "format", b"format", "job", b"job", "machine", b"machine", "number", b"number", "synced", b"synced"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Header: typing_extensions.TypeAlias = Header

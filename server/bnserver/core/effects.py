@@ -100,9 +100,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The stream ends: its leave is answered, or its rank has reconnected on another one."""
+    """The stream ends: its leave is answered, or its rank has reconnected on another one.
+
+    Attributes:
+        job: that the rank has left: it is answered once its saves in progress are done; "" if it has reconnected.
+    """
 
     stream: int
+    job: str = ""
 
 
 @dataclass(frozen=True, slots=True)

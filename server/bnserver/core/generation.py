@@ -187,7 +187,7 @@ class Generation:
         if not self.is_running:
             reason = reason or "left before every rank had joined"
         stream = self.members.here[rank].stream
-        closed = [Closed(stream)] if stream is not None else []
+        closed = [Closed(stream, self._job)] if stream is not None else []
         # Saved before the leave is answered: when the last rank has its answer, the job is on disk.
         return [*self.lose({rank: reason}, now), *closed]
 

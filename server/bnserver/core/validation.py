@@ -16,14 +16,20 @@ from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join, Limbs, Malformed, Push, Replacing
+from bnserver.core.events import Body, Contribute, Join, Leave, Limbs, Malformed, Pull, Push, Replacing
 
 _NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
+_HOST_CHARACTERS = 255
+_TERM_CHARACTERS = 1000  # of what a plain operation says of one of its arrays or layers
+_SHOWN_CHARACTERS = 60  # of what was received instead
+_MOST_VERSION = 2**62  # there is room for as many more before a version has no form in int64
 _PRECISIONS = {precision.name: precision for precision in (SINGLE, DOUBLE)}
 _EXCHANGES = (Operation.PROBE, Operation.SUMS)
 _MOST_TERMS = 2**40  # a channel of more would overflow its limbs
 _MOST_RANKS = 2**20  # the limbs have no room for more
 _OPS = ("sum", "max", "min")
+_GRADIENTS_ABOVE = 20  # the largest window of gradients lies so far above that of the data: `BackwardGrid.probed`
+_SPREADS = ("moving_variance", "moving_stddev", "renorm_stddev")
 
 # Rows of limbs, by (dtype, is a probe, direction).
 _ROWS: dict[tuple[str, bool, Direction | None], int] = {
@@ -32,7 +38,7 @@ _ROWS: dict[tuple[str, bool, Direction | None], int] = {
     for probe in (True, False)
     for direction, kind in ((Direction.FORWARD, Moments), (Direction.BACKWARD, GradientSums))
 }
-Request = Join | Contribute | Push
+Request = Join | Contribute | Pull | Push | Leave
 
 
 class RefusedError(ValueError):
@@ -48,13 +54,14 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
     """
     try:
         match event:
-            case Contribute() if isinstance(event.call.signature, LayerSignature):
-                _check_layer(event.call, event.call.signature, event.body)
-            case Contribute() if isinstance(event.call.signature, PlainSignature):
-                _check_plain(event.call, event.call.signature, event.body, world_size)
+            case Contribute():
+                _check_contribution(event, world_size)
             case Join():
                 _check_join(event)
+            case Pull():
+                _check_name(event.layer)
             case Push():
+                _check_name(event.layer)
                 _check_state(event.state)
     except RefusedError as error:
         return Malformed(event.stream, str(error), event.call if isinstance(event, Contribute) else None)
@@ -62,6 +69,16 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
 
 
 # ---- one check for each kind of request ----
+
+
+def _check_contribution(event: Contribute, world_size: int) -> None:
+    call, signature = event.call, event.call.signature
+    if event.sequence < 1:
+        raise RefusedError(f"expected the number of a contribution, 1 or more, received {event.sequence}")
+    if isinstance(signature, LayerSignature):
+        _check_layer(call, signature, event.body)
+    else:
+        _check_plain(call, signature, event.body, world_size)
 
 
 def _check_join(join: Join) -> None:
@@ -72,31 +89,53 @@ def _check_join(join: Join) -> None:
             f"expected 0 <= rank < world_size <= {_MOST_RANKS}, received rank {join.peer.rank} and world_size "
             f"{join.world_size}; check how the ranks were started"
         )
+    if len(join.peer.host) > _HOST_CHARACTERS:
+        raise RefusedError(
+            f"expected the name of a host of up to {_HOST_CHARACTERS} characters, received {len(join.peer.host)}"
+        )
     if not (join.timeout > 0 and join.join_timeout > 0):
         raise RefusedError(f"expected a timeout above 0 s, received {min(join.timeout, join.join_timeout)}")
+
+
+def _check_name(layer: str | None) -> None:
+    if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
+        raise RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {_shown(layer)}")
 
 
 def _check_state(state: LayerState) -> None:
     if state.channels < 1:
         raise RefusedError("expected a state of 1 channel or more, received none")
-    if state.version < 0:
-        raise RefusedError(f"expected a version of 0 or more, received {state.version}")
+    if state.forward.dtype not in _PRECISIONS:
+        raise RefusedError(f"expected a state in {' or '.join(_PRECISIONS)}, received {_shown(state.forward.dtype)}")
+    if not 0 <= state.version <= _MOST_VERSION:
+        raise RefusedError(f"expected a version from 0 to 2^62, received {state.version}")
     for name, values in state.moving.vectors.items():
-        if not np.isfinite(values.astype(np.float64)).all():
+        numbers = values.astype(np.float64)
+        if not np.isfinite(numbers).all():
             raise RefusedError(f"expected finite numbers in {name}, received NaN or infinity")
-    grid, precision = state.forward, _PRECISIONS[state.forward.dtype]
-    exponents = grid.exponent_C
-    if not np.isfinite(grid.pivot_C).all() or exponents.min() < precision.lowest or exponents.max() > precision.highest:
+        if name in _SPREADS and numbers.min() < 0:
+            raise RefusedError(f"expected numbers of 0 or more in {name}, received {numbers.min():g}")
+    grid, backward, precision = state.forward, state.backward, _PRECISIONS[state.forward.dtype]
+    if not np.isfinite(grid.pivot_C).all():
+        raise RefusedError("expected a grid of finite pivots, received NaN or infinity")
+    lowest, highest = precision.lowest, precision.highest
+    _check_exponents("grid", grid.exponent_C, lowest, highest)
+    _check_exponents("grid of gradients", backward.gradient_C, lowest, highest + _GRADIENTS_ABOVE)
+    _check_exponents("grid of deviations", backward.deviation_C, lowest, precision.deviation_ceiling)
+
+
+def _check_exponents(what: str, exponents: Limbs, lowest: int, highest: int) -> None:
+    if exponents.min() < lowest or exponents.max() > highest:
         raise RefusedError(
-            f"expected a grid of finite pivots and of exponents from {precision.lowest} to {precision.highest}, "
-            f"received exponents from {exponents.min()} to {exponents.max()}"
+            f"expected a {what} of exponents from {lowest} to {highest}, received exponents from {exponents.min()} to "
+            f"{exponents.max()}"
         )
 
 
 def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
     layer = call.key.layer
-    if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
-        raise RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {layer!r}")
+    _check_name(layer)
+    assert layer is not None
     if call.operation not in (Operation.ENROLL, *_EXCHANGES):
         raise RefusedError(f"expected an operation of a layer for layer {layer!r}, received {call.operation}")
     _check_signature(layer, signature)
@@ -144,7 +183,11 @@ def _check_signature(layer: str, signature: LayerSignature) -> None:
     if signature.channels < 1 or signature.dtype not in _PRECISIONS:
         raise RefusedError(
             f"expected 1 channel or more in {' or '.join(_PRECISIONS)} for layer {layer!r}, received "
-            f"{signature.channels} in {signature.dtype!r}"
+            f"{signature.channels} in {_shown(signature.dtype)}"
+        )
+    if len(signature.policy) > _NAME_CHARACTERS:
+        raise RefusedError(
+            f"expected the name of a dtype policy for layer {layer!r}, received {_shown(signature.policy)}"
         )
     if not (math.isfinite(signature.momentum) and math.isfinite(signature.epsilon) and signature.epsilon >= 0):
         raise RefusedError(
@@ -188,10 +231,13 @@ def _check_limbs(call: Call, signature: LayerSignature, body: Body) -> None:
 def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: int) -> None:
     if call.key.layer is not None or call.key.direction is not None:
         raise RefusedError(f"expected no layer for the plain operation {call.operation}, received {call.key}")
+    longest = max((signature.op, *signature.arrays), key=len)
+    if len(longest) > _TERM_CHARACTERS:
+        raise RefusedError(f"expected terms of up to {_TERM_CHARACTERS} characters, received {_shown(longest)}")
     match call.operation:
         case Operation.REDUCE:
             if signature.op not in _OPS or not isinstance(body, tuple):
-                raise RefusedError(f"expected arrays and one of {', '.join(_OPS)}, received {signature.op!r}")
+                raise RefusedError(f"expected arrays and one of {', '.join(_OPS)}, received {_shown(signature.op)}")
         case Operation.BROADCAST:
             if not 0 <= signature.root < world_size:
                 raise RefusedError(f"expected a root from 0 to {world_size - 1}, received {signature.root}")
@@ -200,3 +246,10 @@ def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: 
                 raise RefusedError("expected no arrays in a barrier")
         case _:
             raise RefusedError(f"expected the terms of a layer for {call.operation}, received plain ones")
+
+
+def _shown(received: str | None) -> str:
+    """What a rank sent, in so few characters that an error stays one."""
+    if received is None or len(received) <= _SHOWN_CHARACTERS:
+        return repr(received)
+    return f"{received[:_SHOWN_CHARACTERS]!r}… of {len(received)} characters"

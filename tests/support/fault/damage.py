@@ -156,4 +156,4 @@ def _chosen(rng: np.random.Generator, indices: range, share: float) -> list[int]
 
 
 def _files(state: Path) -> list[Path]:
-    return [path for path in state.iterdir() if path.name != "lock"]
+    return [path for path in state.iterdir() if path.name not in ("lock", "directory-id")]

@@ -114,7 +114,7 @@ class AnyHistory(RuleBasedStateMachine):
         del self.ranks[rank]
         self.returning.discard(rank)
         effects = self.does(Leave(process.stream, reason))
-        assert Closed(process.stream) in effects
+        assert Closed(process.stream, "j") in effects
         self.ending = bool(self.ranks)
 
     # ---- what happens to them ----

@@ -33,10 +33,13 @@ def test_a_flag_beats_a_variable_which_beats_the_file() -> None:
 
 def test_what_is_printed_is_a_file_that_says_the_same() -> None:
     """`--print-config > service.toml`, whatever stands in a path."""
-    found = resolve({"state_dir": 'odd"\\name\n', "lease": "0.25"}, {"BNSERVER_INSECURE": "yes"}, None)
+    found = resolve(
+        {"state_dir": 'odd"\\name\n', "lease": "0.25", "keep_jobs": "3"}, {"BNSERVER_INSECURE": "yes"}, None
+    )
     again = resolve({}, {}, (FILE, str(found)))
     assert again.configuration == found.configuration
     assert "lease = 0.25  # --lease" in str(found)
+    assert "keep-jobs = 3  # --keep-jobs" in str(found)
     assert "# tokens is not set" in str(found)
 
 
@@ -44,7 +47,9 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
     """One name, three spellings; the default is what nobody says."""
     assert resolve({}, {}, None).configuration == Configuration()
     for setting in SETTINGS:
-        text = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "": "true"}.get(setting.metavar, "x")
+        text = {"HOST:PORT": "h:1", "SECONDS": "7", "DAYS": "7", "NUMBER": "7", "LEVEL": "error", "": "true"}.get(
+            setting.metavar, "x"
+        )
         (quoted,) = tomllib.loads(f'{setting.key} = "{text}"').values()
         by = [
             resolve({setting.name: text}, {}, None),
@@ -60,6 +65,8 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
     [
         ("listen", "::1:0", "expected HOST:PORT, such as 127.0.0.1:50051, received '::1:0'. An IPv6 host stands in"),
         ("lease", "soon", "expected a number of seconds, 0 or more, received 'soon'."),
+        ("keep-jobs-days", "-1", "expected a number of days, 0 or more, received '-1'."),
+        ("keep-jobs", "1.5", "expected a whole number, 0 or more, received '1.5'."),
         ("log-level", "loud", "expected debug, info, warning or error, received 'loud'."),
         ("insecure", "maybe", "expected true or false, received 'maybe'."),
         ("tokens", "a\0b", "expected the name of a file or folder, received 'a\\x00b'."),

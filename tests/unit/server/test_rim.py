@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ import pytest
 from bnlayer.agreement import Peer
 from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.core.effects import Closed, Persist
+from bnserver.core.effects import Closed, Persist, Record
 from bnserver.core.events import Event, Join, Tick
-from bnserver.core.journal_records import Ended, JournalRecord
+from bnserver.core.journal_records import Ended, JournalRecord, LayerSnapshot, Pushed
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.grpc_channel import GrpcChannel
+from bnserver.job_file import JobFile, StoreError, scan
 from bnserver.servicer import Servicer
 from bnserver.store import Store
+from support.journals import state_of
 
 
 class _SlowStore(Store):
@@ -41,7 +45,7 @@ def test_a_goodbye_is_answered_after_earlier_records_are_saved(tmp_path: Path) -
         exchanges._service.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
         stream = GrpcChannel()
         exchanges._connect(stream)
-        for effect in (Persist("j"), Closed(1)):
+        for effect in (Persist("j"), Closed(1, "j")):
             exchanges._perform[type(effect)](effect)
         for _ in range(10):
             await asyncio.sleep(0)
@@ -241,3 +245,110 @@ def test_a_fault_of_the_service_costs_one_stream(caplog: pytest.LogCaptureFixtur
         "a fault of the service, while it handled Join",
     ]
     assert "ZeroDivisionError" in caplog.text
+
+
+def _leaves(exchanges: Servicer, stream: GrpcChannel, job: str) -> asyncio.Task[None]:
+    """A rank that joins a job, leaves it, and waits for the end of its stream."""
+    requests = _requests(_join(job, incarnation=7), pb.ExchangeRequest(leave=pb.Leave()), hangs_up=asyncio.Event())
+    return asyncio.create_task(exchanges._read(exchanges._connect(stream), requests))
+
+
+class _Stuck(Store):
+    """Saves job "stuck" when it is told to, the others as ever."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.disk = asyncio.Event()
+
+    async def save(self, job: str, records: Callable[[], Sequence[JournalRecord]]) -> None:
+        def slowly() -> Sequence[JournalRecord]:
+            return records()
+
+        if job == "stuck":
+            async with self._files.setdefault(job, JobFile()).writing, self._saves:
+                await self.disk.wait()
+        await super().save(job, slowly)
+
+
+def test_a_goodbye_waits_for_its_own_jobs_save_and_no_others(tmp_path: Path) -> None:
+    """One job's snapshot took long: every rank of every job stood at its `leave`."""
+
+    async def scene() -> None:
+        store = _Stuck(tmp_path)
+        exchanges = Servicer(1, store)
+        exchanges._ready.set()
+        streams, reading = {}, []
+        for job in ("stuck", "quick"):
+            stream = streams[job] = GrpcChannel()
+            reading.append(_leaves(exchanges, stream, job))
+            assert isinstance(await stream.outgoing.get(), pb.ExchangeResponse)
+        assert await streams["quick"].outgoing.get() is None
+        assert [job for job, records in all_found(tmp_path).items() if isinstance(records[0], Ended)] == ["quick"]
+        assert streams["stuck"].outgoing.empty()
+        store.disk.set()
+        assert await streams["stuck"].outgoing.get() is None
+        assert list(all_found(tmp_path)) == ["quick", "stuck"]
+        for each in reading:
+            each.cancel()
+        store.close()
+
+    asyncio.run(scene())
+
+
+def test_a_goodbye_is_not_answered_with_success_when_the_job_is_not_on_disk(tmp_path: Path) -> None:
+    """The save had ended, so the stream did, too: the rank took it for saved."""
+
+    async def scene() -> object:
+        store = Store(tmp_path)
+        store.path("j").with_suffix(".part").mkdir()  # stands in the way
+        exchanges = Servicer(1, store)
+        exchanges._ready.set()
+        stream = GrpcChannel()
+        reading = _leaves(exchanges, stream, "j")
+        assert isinstance(await stream.outgoing.get(), pb.ExchangeResponse)
+        status = await stream.outgoing.get()
+        reading.cancel()
+        store.close()
+        return status
+
+    status = asyncio.run(scene())
+    assert isinstance(status, StatusParts)
+    assert status.code.name == "DATA_LOSS"
+    assert re.match(r"Job 'j' could not be saved to .*: \[Errno 21\] Is a directory", status.message)
+
+
+def test_a_job_that_can_not_be_encoded_costs_itself_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its fault ended the shutdown of every job with a traceback, whatever kind of fault it was."""
+    impossible = replace(state_of("float32", 1), version=2**63)
+
+    async def scene() -> None:
+        store = Store(tmp_path)
+        exchanges = Servicer(1, store)
+        exchanges._ready.set()
+        for job in ("good", "bad", "other"):
+            await exchanges._read(
+                exchanges._connect(GrpcChannel()), _requests(_join(job, incarnation=7), hangs_up=None)
+            )
+        bad = exchanges._service._jobs["bad"]
+        bad.layers.keep(LayerSnapshot("a", impossible))
+        exchanges._perform[Record](Record("bad", Pushed(0, 1, "a", impossible)))
+        assert exchanges._saving is not None
+        with pytest.raises(StoreError, match=r"^Job 'bad' could not be saved: OverflowError: .*\.$"):
+            await exchanges.close()
+        store.close()
+
+    with caplog.at_level(logging.ERROR, "bnserver"):
+        asyncio.run(scene())
+    (message,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert message.getMessage().startswith("Job 'bad' could not be saved to ")
+    assert message.exc_info is not None  # a fault of the service: with its traceback
+    found = all_found(tmp_path)
+    assert [job for job, records in found.items() if any(isinstance(record, Ended) for record in records)] == [
+        "good",
+        "other",
+    ]
+
+
+def all_found(directory: Path) -> dict[str, list[JournalRecord]]:
+    """What is in the files of a directory that is in use."""
+    return {found.job: found.records() for found in map(scan, sorted(directory.glob("*.job")))}

@@ -1,6 +1,7 @@
 """What is loaded is what was written, or an error that names the file."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bnserver.core.journal_records import (
     JournalRecord,
     LayerSnapshot,
     Left,
+    Pushed,
 )
 from bnserver.failpoints import VARIABLE, Failpoints
 from bnserver.job_file import StoreError
@@ -105,7 +107,7 @@ def test_a_snapshot_replaces_what_was_there(tmp_path: Path) -> None:
     written(tmp_path, "j", SNAPSHOT, JOURNAL)
     written(tmp_path, "j", SNAPSHOT, JOURNAL[:1])
     assert same(all_loaded(tmp_path)["j"], SNAPSHOT + JOURNAL[:1])
-    assert len(list(tmp_path.iterdir())) == 2  # the file and the lock
+    assert len(list(tmp_path.iterdir())) == 3  # the file, the lock, and the name of the directory
 
 
 def test_an_entry_is_in_the_file_when_append_returns(tmp_path: Path) -> None:
@@ -131,6 +133,32 @@ def test_what_comes_while_a_snapshot_is_written_is_in_it(tmp_path: Path) -> None
         await saves[0]
         assert same(module.loaded(store.path("j"))[1], [*SNAPSHOT, JOURNAL[1]])
         await saves[1]
+        store.append("j", JOURNAL[2])
+        store.close()
+
+    asyncio.run(scene())
+    assert same(all_loaded(tmp_path)["j"], [*SNAPSHOT, JOURNAL[2]])
+
+
+def test_a_record_that_has_no_form_leaves_no_gap(tmp_path: Path) -> None:
+    """Nothing is appended after it, and no snapshot that was begun before it takes the file's place."""
+    impossible = Pushed(1, 2, "a", replace(state_of("float32", 1), version=2**63))
+
+    async def scene() -> None:
+        store = Store(tmp_path)
+        store.append("j", JOURNAL[0])
+        save = asyncio.create_task(store.save("j", lambda: SNAPSHOT))
+        await asyncio.sleep(0)  # it has taken its snapshot
+        could_not = r"Job 'j' could not be saved to .*: OverflowError: "
+        with pytest.raises(StoreError, match=could_not):
+            store.append("j", impossible)
+        with pytest.raises(StoreError, match=could_not):
+            await save
+        store.append("j", JOURNAL[1])
+        assert same(module.loaded(store.path("j"))[1], JOURNAL[:1])
+        with pytest.raises(OverflowError):
+            await store.save("j", lambda: [impossible])
+        await store.save("j", lambda: SNAPSHOT)
         store.append("j", JOURNAL[2])
         store.close()
 

@@ -13,7 +13,7 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
-from bnserver.core.events import Body, Contribute, Join, Malformed, Push, Replacing
+from bnserver.core.events import Body, Contribute, Join, Malformed, Pull, Push, Replacing
 from bnserver.core.validation import Request, validated
 
 _SIGNATURE = LayerSignature(2, "float32", 0.9, 0.001)
@@ -123,6 +123,21 @@ _BAD: list[tuple[Call, Body, str]] = [
     (Call(Operation.REDUCE, _PLAIN, PlainSignature("sum")), None, "expected arrays and one of"),
     (Call(Operation.BROADCAST, _PLAIN, PlainSignature(root=2)), None, "a root from 0 to 1, received 2"),
     (Call(Operation.BARRIER, _PLAIN, PlainSignature()), (), "no arrays in a barrier"),
+    (
+        Call(Operation.REDUCE, _PLAIN, PlainSignature("sum", ("x" * 1001,))),
+        (),
+        r"terms of up to 1000 characters, received 'x{60}'… of 1001 characters$",
+    ),
+    (
+        Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, dtype="x" * 10**6)),
+        _LIMBS,
+        "received 2 in 'x{60}'… of 1000000 characters$",
+    ),
+    (
+        Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, policy="x" * 201)),
+        _LIMBS,
+        "a dtype policy for layer 'a', received 'x{60}'… of 201 characters$",
+    ),
     (Call(Operation.SUMS, _PLAIN, PlainSignature()), _LIMBS, "the terms of a layer for sums, received plain ones"),
 ]
 
@@ -153,7 +168,25 @@ def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> No
     ("state", "text"),
     [
         (replace(_STATE, moving=Moving(np.zeros(0, np.float32), np.zeros(0, np.float32))), "1 channel or more"),
-        (replace(_STATE, version=-1), "a version of 0 or more, received -1"),
+        (replace(_STATE, version=-1), r"a version from 0 to 2\^62, received -1"),
+        (replace(_STATE, version=2**62 + 1), r"a version from 0 to 2\^62, received 4611686018427387905"),
+        (_moved(variance=np.array([1, -0.5], np.float32)), "numbers of 0 or more in moving_variance, received -0.5"),
+        (
+            replace(_RENORMING, moving=replace(_RENORMING.moving, stddev=np.array([-1, 2], np.float32))),
+            "numbers of 0 or more in moving_stddev, received -1",
+        ),
+        (
+            replace(_RENORMING, moving=replace(_RENORMING.moving, renorm_stddev=np.array([-1, 2], np.float32))),
+            "numbers of 0 or more in renorm_stddev, received -1",
+        ),
+        (
+            replace(_STATE, backward=BackwardGrid("float32", np.array([0, 147]), np.zeros(2, np.int64), False)),
+            "gradients .* to 147",
+        ),
+        (
+            replace(_STATE, backward=BackwardGrid("float32", np.zeros(2, np.int64), np.array([-161, 0]), False)),
+            "a grid of deviations of exponents from -160 to 130, received exponents from -161 to 0",
+        ),
         (
             _moved(mean=np.array([0, np.nan], np.float32)),
             "finite numbers in moving_mean",
@@ -173,7 +206,7 @@ def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> No
 def test_impossible_states_are_refused(state: LayerState, text: str) -> None:
     """A state enters the owner's by an enrolment, a push, or set by all ranks: NaN would be kept for good."""
     _refusal(Push(1, "a", state), text)
-    if state.channels == 2:
+    if state.channels == 2 and state.moving.stddev is None:
         reported = Call(Operation.SUMS, _FORWARD, replace(_SIGNATURE, state=state.fingerprint))
         _refusal(Contribute(1, 1, 1, reported, Replacing(_LIMBS, state)), text)
 
@@ -186,6 +219,7 @@ def test_impossible_states_are_refused(state: LayerState, text: str) -> None:
         ({"world_size": 0}, "0 <= rank < world_size <= 1048576, received rank 0 and world_size 0"),
         ({"world_size": 2**20 + 1}, "received rank 0 and world_size 1048577"),
         ({"peer": Peer(2)}, "received rank 2 and world_size 2"),
+        ({"peer": Peer(0, "h" * 256)}, "the name of a host of up to 255 characters, received 256"),
         ({"timeout": 0.0}, "a timeout above 0 s"),
         ({"join_timeout": float("nan")}, "a timeout above 0 s"),
     ],
@@ -195,3 +229,31 @@ def test_impossible_joins_are_refused(change: dict[str, Any], text: str) -> None
     join = Join(1, "j", Peer(0), 2, 1.0, 1.0)
     assert validated(join) is join
     _refusal(replace(join, **change), text)
+
+
+def test_a_contribution_has_a_number() -> None:
+    """They count from 1: one of number 0 was taken for a repetition, and never answered."""
+    call = Call(Operation.BARRIER, _PLAIN, PlainSignature())
+    refusal = _refusal(
+        Contribute(1, 1, 0, call, None), "^expected the number of a contribution, 1 or more, received 0$"
+    )
+    assert refusal.call is call
+
+
+@pytest.mark.parametrize(
+    ("name", "received"),
+    [("", "''"), ("x" * 201, "'" + "x" * 60 + "'… of 201 characters"), ("x" * 10**6, "'x{60}'… of 10")],
+)
+def test_a_push_and_a_pull_name_a_layer_as_everybody_does(name: str, received: str) -> None:
+    """A name of a million characters was taken, kept and written."""
+    for event in (Push(1, name, _STATE), Pull(1, name)):
+        _refusal(event, f"^expected a layer name of 1 to 200 characters, received {received}")
+    assert validated(Pull(1, "x" * 200)) == Pull(1, "x" * 200)
+
+
+def test_a_push_of_another_arithmetic_is_refused() -> None:
+    """Of a dtype that is none it was a fault of the service."""
+    state = replace(
+        _STATE, forward=replace(_STATE.forward, dtype="foo"), backward=replace(_STATE.backward, dtype="foo")
+    )
+    _refusal(Push(1, "a", state), "^expected a state in float32 or float64, received 'foo'$")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bnlayer import ServiceError
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service import actions as do
 from bnworker.transports.service import events as happened
@@ -61,20 +62,64 @@ def test_the_end_of_a_connection_without_the_goodbye_is_no_answer_to_it() -> Non
 
 
 @pytest.mark.parametrize(
-    ("away", "durable", "until"), [(False, True, 2.0), (True, False, 2.0), (True, True, 20.0), (False, False, 2.0)]
+    ("away", "durable", "reason", "until", "what"),
+    [
+        (False, True, "", 20.0, "that its job is on disk"),
+        (False, True, "failed", 2.0, "it"),
+        (False, False, "", 2.0, "it"),
+        (True, True, "", 20.0, "that its job is on disk"),
+        (True, True, "failed", 20.0, "it"),
+        (True, False, "", 2.0, None),
+    ],
 )
-def test_how_long_a_goodbye_may_take(away: bool, durable: bool, until: float) -> None:
-    """Longer where the service is away and will be back: others may lack what only this rank can repeat."""
+def test_how_long_a_goodbye_may_take(away: bool, durable: bool, reason: str, until: float, what: str | None) -> None:
+    """Longer where the answer says that the job is on disk, or others may lack what only this rank can repeat.
+
+    It returned after 2 s while the job was not on disk yet, and said nothing.
+    """
     session = active(durable=durable)
     if away:
         disconnect(session, 0.0)
-    session.handle(happened.Leave(""), 0.0)
-    now = 0.0
+    session.handle(happened.Leave(reason), 0.0)
+    now, actions = 0.0, []
     while session.state is State.LEAVING:
         now = session.leave_by
-        session.handle(happened.TimedOut(), now)
+        actions = session.handle(happened.TimedOut(), now)
     assert now == until
+    said = f"rank 1 has left job 'j', but the service at h:1 did not confirm {what}: no answer within {until:g} s."
+    assert actions == [*([do.Warn(said)] if what else []), do.HangUp()]
     assert str(session.error) == LEFT
+
+
+@pytest.mark.parametrize("reason", ["", "failed"])
+def test_an_error_is_no_answer_to_a_goodbye(reason: str) -> None:
+    """That the job could not be saved, for example; a rank that failed has said what it had to say."""
+    session = active()
+    session.handle(happened.Leave(reason), 0.0)
+    said = "rank 1 has left job 'j', but the service at h:1 did not confirm that its job is on disk: it is full."
+    assert session.handle(happened.Refused(1, ServiceError("it is full.")), 0.0) == [
+        *([] if reason else [do.Warn(said)]),
+        do.HangUp(),
+    ]
+    assert str(session.error) == LEFT
+
+
+def test_a_rank_that_has_left_does_not_speak_of_a_broken_connection() -> None:
+    """It says what is not confirmed, and at the end, that it never was."""
+    session = active(5.0)
+    session.handle(happened.Leave(""), 0.0)
+    first, pause = disconnect(session, 0.0)
+    assert first == do.Warn(
+        "rank 1 has left, and the service at h:1 has not confirmed it yet (UNAVAILABLE: x): saying it again"
+    )
+    assert pause == do.Pause(0.02)
+    session.handle(happened.PauseOver(), 0.0)
+    last, hang_up = disconnect(session, 5.0, 2)
+    assert isinstance(last, do.Warn)
+    assert last.text.startswith(
+        "rank 1 has left job 'j', but the service at h:1 did not confirm that its job is on disk: "
+    )
+    assert hang_up == do.HangUp()
 
 
 def test_a_forked_child_does_nothing() -> None:

@@ -1,4 +1,6 @@
-"""The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, `certs`, `tokens`, `doctor`.
+"""The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, and what operators need.
+
+`state`, `certs` and `tokens` are groups of commands of their own; `doctor` says what is installed.
 
 Exit codes: 0 it worked; 1 training, or the service, failed; 2 it was asked for something wrong; of `launch` and
 `train` otherwise that of the first rank that failed, 128 + signal where a signal ended it.
@@ -24,6 +26,7 @@ from bnworker.cli.evaluate import evaluate
 from bnworker.cli.export import export
 from bnworker.cli.launch import launch
 from bnworker.cli.serve import serve
+from bnworker.cli.state import state
 from bnworker.cli.tokens import tokens
 from bnworker.cli.train import train
 
@@ -65,6 +68,7 @@ app.command()(export)
 app.command()(calibrate)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(serve)
+app.add_typer(state, name="state")
 app.add_typer(certs, name="certs")
 app.add_typer(tokens, name="tokens")
 app.command()(doctor)

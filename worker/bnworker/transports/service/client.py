@@ -191,7 +191,9 @@ class Client:
         """Wait for the next answer, or for a change of the session's; None after a while, or if there is none."""
         left = deadline - time.monotonic()
         if left <= 0:
-            self._handle(TimedOut())
+            for action in self._handle(TimedOut()):
+                if isinstance(action, Warn):
+                    _log.warning("%s", action.text)
             return None
         turn, connection = min(left, _TURN_S), self._connection
         if self.session.state is not State.ACTIVE or connection is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bnlayer.errors import ServiceError
+from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service.events import Disconnected
 
 
@@ -61,4 +62,28 @@ def broken(rank: int, address: str, outage: float, ended: Disconnected) -> str:
     return (
         f"rank {rank}: the connection to the service at {address} broke ({ended.code}: {ended.text}); trying for "
         f"{outage:g} s to come back"
+    )
+
+
+def goodbye_repeated(rank: int, address: str, ended: Disconnected) -> str:
+    """The connection ended before the goodbye was answered."""
+    return (
+        f"rank {rank} has left, and the service at {address} has not confirmed it yet ({ended.code}: {ended.text}): "
+        "saying it again"
+    )
+
+
+def unconfirmed(join: pb.Join, address: str, why: str, *, saves: bool) -> str:
+    """The goodbye was not answered as it should be.
+
+    Args:
+        join: who it is.
+        address: of the service.
+        why: what came instead.
+        saves: whether the answer would have said that the job is on disk.
+    """
+    what = "that its job is on disk" if saves else "it"
+    return (
+        f"rank {join.rank} has left job {join.job!r}, but the service at {address} did not confirm {what}: "
+        f"{why.rstrip('.')}."
     )

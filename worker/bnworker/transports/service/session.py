@@ -57,8 +57,9 @@ from bnworker.transports.service.events import (
 
 _WARN_AFTER_S = 2.0  # a service that listens answers sooner; then the log says what the rank waits for
 _GOODBYE_S = 2.0  # how long leaving may take
-# How long it may take where the service is away, and will be back: others may lack what only this rank can repeat.
-_GOODBYE_IN_AN_OUTAGE_S = 20.0
+# How long it may take where the answer counts: the job is on disk by then; or the service is away, and others may lack
+# what only this rank can repeat.
+_LONG_GOODBYE_S = 20.0
 # The service ends a wait at the deadline, and knows why; it gets this long to say so.
 _LATE_S = 1.0
 # Between two attempts to connect. A broken connection is made anew at once: others wait for it.
@@ -127,6 +128,7 @@ class Session:
         self._repeated: Requests = ()  # that was asked, when what is repeated on this connection was put together
         self._goodbye_on = 0  # the connection that carried it
         self._goodbye_waits_longer = False
+        self._left_at, self._left_cleanly = 0.0, False
         # The attempts to make one.
         self._since = now
         self._pause = _FIRST_PAUSE_S
@@ -266,11 +268,15 @@ class Session:
         if away >= self._outage_s:
             if not self.generation:
                 return self._close(explanations.never_reached(self._address, self._timeout))
+            if self.state is State.LEAVING:
+                return self._unconfirmed(f"{ended.code}: {ended.text}")
             return self._close(explanations.not_made_anew(self._address, self._outage_s, ended))
         actions: list[Action] = []
         if not self._warned and (self.generation or away >= min(_WARN_AFTER_S, self._timeout)):
             self._warned = True
-            if self.generation:
+            if self.state is State.LEAVING:
+                text = explanations.goodbye_repeated(self._join.rank, self._address, ended)
+            elif self.generation:
                 text = explanations.broken(self._join.rank, self._address, self._outage_s, ended)
             else:
                 text = explanations.not_reached_yet(self._address, self._timeout)
@@ -288,6 +294,7 @@ class Session:
     def _leave(self, event: Leave, now: float) -> list[Action]:
         """Say goodbye, on the stream: what was interrupted may still hold up the channel."""
         before, self.state = self.state, State.LEAVING
+        self._left_at, self._left_cleanly = now, not event.reason
         self.leave_by = now + _GOODBYE_S
         self._asked = [pb.ExchangeRequest(leave=pb.Leave(reason=event.reason))]
         if before is State.AWAY:
@@ -300,13 +307,25 @@ class Session:
         return self._close(explanations.late(self._address, self._timeout))
 
     def _time_out_leaving(self, event: TimedOut, now: float) -> list[Action]:
-        del event, now
-        longer = min(self._timeout, _GOODBYE_IN_AN_OUTAGE_S) - _GOODBYE_S
-        if self._goodbye_waits_longer or self._joined or not self._durable or longer <= 0:
-            return self._close(explanations.left())
+        del event
+        longer = min(self._timeout, _LONG_GOODBYE_S) - _GOODBYE_S
+        counts = self._durable and (self._left_cleanly or not self._joined)
+        if self._goodbye_waits_longer or not counts or longer <= 0:
+            return self._unconfirmed(f"no answer within {now - self._left_at:g} s")
         self._goodbye_waits_longer = True
         self.leave_by += longer
         return []
+
+    def _fail_leaving(self, event: Refused, now: float) -> list[Action]:
+        del now
+        return self._unconfirmed(str(event.error)) if self._left_cleanly else self._close(explanations.left())
+
+    def _unconfirmed(self, why: str) -> list[Action]:
+        """The goodbye was not answered: that is said, and not taken for success."""
+        saves = self._durable and self._left_cleanly
+        warn = Warn(explanations.unconfirmed(self._join, self._address, why, saves=saves))
+        # Without a state directory, a service that has gone has nothing to confirm.
+        return [*([warn] if self._durable or self._joined else []), *self._close(explanations.left())]
 
     def _abandon(self, event: Abandon, now: float) -> list[Action]:
         del event, now
@@ -392,7 +411,7 @@ class Session:
             OwnerVersion: _ignore,
             ChannelLost: _ignore,
             Disconnected: _disconnect,
-            Refused: _fail,
+            Refused: _fail_leaving,
             Probed: _judge_outage,
             PauseOver: _open,
             TimedOut: _time_out_leaving,

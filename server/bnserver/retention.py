@@ -1,0 +1,88 @@
+"""Retention: which jobs that are over are forgotten, by age and by number.
+
+It is the operator's decision: without one, everything is kept. A job that is not over is never forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bnserver.core.effects import Persist
+from bnserver.core.service import Service
+
+_DAY_S = 86400.0
+_LISTED = 5  # in one line of the log
+
+_log = logging.getLogger("bnserver")
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What is kept of jobs that are over.
+
+    Attributes:
+        days: after their end; None: for ever.
+        jobs: the latest so many; None: all.
+    """
+
+    days: float | None = None
+    jobs: int | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing is ever forgotten."""
+        return self.days is None and self.jobs is None
+
+    def expired(self, ended: Mapping[str, float], now: float) -> list[str]:
+        """Which are not kept any more, the oldest first.
+
+        Args:
+            ended: when each one ended, in seconds since 1970.
+            now: likewise.
+        """
+        oldest_first = sorted(ended, key=lambda name: (ended[name], name))
+        too_many = 0 if self.jobs is None else max(0, len(oldest_first) - self.jobs)
+        return [
+            name
+            for place, name in enumerate(oldest_first)
+            if place < too_many or (self.days is not None and now - ended[name] > self.days * _DAY_S)
+        ]
+
+
+class MemoryRetention:
+    """Forgets jobs of a service without a state directory, which has them in memory alone.
+
+    Args:
+        keep: what is kept.
+        service: whose jobs.
+    """
+
+    def __init__(self, keep: Keep, service: Service) -> None:
+        self._keep = keep
+        self._service = service
+        self._ended: dict[str, float] = {}
+
+    def persist(self, effect: Persist) -> None:
+        """Note that a job may be over."""
+        if not self._keep.is_everything:
+            self._ended[effect.job] = time.time()
+
+    async def expire(self) -> None:
+        """Forget what is not kept any more."""
+        ended = {job: since for job, since in self._ended.items() if self._service.is_over(job)}
+        expired = self._keep.expired(ended, time.time())
+        for job in expired:
+            self._service.forget(job)
+            del self._ended[job]
+        say(expired)
+
+
+def say(forgotten: Sequence[str]) -> None:
+    """Log what was forgotten."""
+    if forgotten:
+        more = ", …" if len(forgotten) > _LISTED else ""
+        names = ", ".join(map(repr, forgotten[:_LISTED]))
+        _log.info("forgot %d jobs that are over (--keep-jobs, --keep-jobs-days): %s%s", len(forgotten), names, more)
