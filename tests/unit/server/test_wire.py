@@ -315,6 +315,13 @@ def test_a_push_is_read() -> None:
     assert (event.layer, event.state.forward.dtype, event.state.version) == ("a", "float64", 3)
 
 
+def _pushed(layer: str, dtype: str, version: int = 3) -> pb.ExchangeRequest:
+    moving = Moving(np.zeros(1, np.float32), np.ones(1, np.float32))
+    state = LayerState(moving, Grid.unknown("float32", 1), BackwardGrid.unknown("float32", 1), version)
+    payload, _ = pack(state.arrays().values(), tuple(state.arrays()))
+    return pb.ExchangeRequest(push=pb.Push(layer=layer, dtype=dtype, payload=payload))
+
+
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
@@ -328,11 +335,27 @@ def test_a_push_is_read() -> None:
             _request(_CALLS[2], {"": np.zeros((6, 1), np.int64)})[0],
             "The state of a layer lacks 'moving_mean'; it has nothing.",
         ),
+        (
+            pb.ExchangeRequest(pull=pb.Pull(layer="")),
+            "expected a layer name of 1 to 200 characters, received ''",
+        ),
+        (_pushed("", "float32"), "expected a layer name of 1 to 200 characters, received ''"),
+        (_pushed("a", "foo"), "expected a state in float32 or float64, received 'foo'"),
+        (_pushed("a", "float32", version=2**63 - 1), f"expected a version from 0 to 2^62, received {2**63 - 1}"),
     ],
 )
 def test_requests_without_a_meaning_are_malformed(request_: pb.ExchangeRequest, text: str) -> None:
     """Each is an event of its own, so that the core decides what it costs."""
     assert _End().read(request_) == Malformed(7, text)
+
+
+def test_a_contribution_of_number_0_is_malformed() -> None:
+    """It was taken for a repetition, and never answered."""
+    request, _ = _request(Call(Operation.BARRIER, ExchangeKey(None, None, 0), PlainSignature()), None)
+    request.contribution.sequence = 0
+    event = _End().read(request)
+    assert isinstance(event, Malformed)
+    assert event.text == "expected the number of a contribution, 1 or more, received 0"
 
 
 def test_an_invalid_contribution_is_malformed_and_says_where() -> None:
