@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -21,7 +22,8 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.files import write_atomically
 from bnlayer.kernels import kernels
-from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.channel import OBSERVATION_NAME, SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.v1 import observation_pb2_grpc as observation_rpc
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.admission import Admission
 from bnserver.authorization import TokensError
@@ -30,13 +32,22 @@ from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
 from bnserver.job_file import StoreError
 from bnserver.logs import LogError, logged
+from bnserver.observing import ObservationServicer
 from bnserver.reloading import Reloading, read_tokens
 from bnserver.servicer import Servicer
 from bnserver.store import Store
 from bnserver.tls import CertificateError, Certificates, Files, load
 
+if TYPE_CHECKING:
+    from bnserver.metrics_endpoint import Endpoint
+
 _GRACE_S = 2.0  # for ranks to be notified that the service stops; the whole drain has 5 s
 _SOON_DAYS = 14  # a certificate that ends within so many is a warning at the start
+
+_OCCUPIED = (
+    "Can't listen on {}: {}. Another process may hold the port, or the host is not this machine's. "
+    "Stop that process, or listen elsewhere; port 0 takes a free one."
+)
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -58,7 +69,7 @@ def serve(configuration: Configuration) -> int:
     try:
         configuration.check()
         failpoints = Failpoints(os.environ)
-        with logged(configuration.log_level, configuration.log_file):
+        with logged(configuration.log_level, configuration.log_file, configuration.log_format):
             kernels()  # before it listens: a variable that names none is known at once
             asyncio.run(_serve(configuration, failpoints))
     except (ConfigurationError, FailpointError) as error:
@@ -105,13 +116,18 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
+        observation_rpc.add_ObservationServiceServicer_to_server(ObservationServicer(exchanges), server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         if configuration.reflection:
             _reflect(server)
         port = _bind(server, configuration.listen, certificates)
         await server.start()
         watching = asyncio.create_task(reloading.run())
+        metrics: Endpoint | None = None
         try:
+            if configuration.metrics is not None:
+                source = (exchanges, asyncio.get_running_loop(), admission, certificates, configuration.state_dir)
+                metrics = _measure(configuration.metrics, source, files)
             await exchanges.open(port)
             await _set_health(health_service, HealthCheckResponse.SERVING)
             _announce(f"{configuration.listen.rpartition(':')[0]}:{port}", configuration.ready_file)
@@ -122,6 +138,8 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         finally:
             watching.cancel()
             await server.stop(_GRACE_S)
+            if metrics is not None:
+                await asyncio.to_thread(metrics.close)
     finally:
         if store is not None:
             store.close()
@@ -149,8 +167,20 @@ def _reflect(server: grpc.aio.Server) -> None:
         from grpc_reflection.v1alpha import reflection
     except ImportError as error:
         raise StartError("--reflection needs grpcio-reflection: pip install 'bnlayer[reflection]'.") from error
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (SERVICE_NAME, OBSERVATION_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
+
+
+def _measure(address: str, source: Any, files: Files | None) -> Endpoint:
+    try:
+        from bnserver.metrics import Source
+        from bnserver.metrics_endpoint import Endpoint
+    except ImportError as error:
+        raise StartError("--metrics needs prometheus-client: pip install 'bnlayer[metrics]'.") from error
+    try:
+        return Endpoint(address, Source(*source), files)
+    except OSError as error:
+        raise StartError(_OCCUPIED.format(address, error)) from error
 
 
 def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> int:
@@ -159,10 +189,7 @@ def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | Non
             return server.add_secure_port(listen, certificates.credentials())
         return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise StartError(
-            f"Can't listen on {listen}: {error}. Another process may hold the port, or the host is not this machine's. "
-            "Stop that process, or listen elsewhere; port 0 takes a free one."
-        ) from error
+        raise StartError(_OCCUPIED.format(listen, error)) from error
 
 
 async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:

@@ -57,6 +57,11 @@ class LocalListener:
         self._attached: set[LocalChannel] = set()
         self._strangers: dict[LocalChannel, None] = {}  # in the order of connecting
 
+    @property
+    def attached(self) -> int:
+        """How many sockets belong to a connection."""
+        return len(self._attached)
+
     async def open(self, port: int) -> None:
         """Listen; where the machine has no such sockets, ranks stay on their streams.
 

@@ -16,7 +16,9 @@ from typing import Any
 from bnserver.core.effects import Persist, Record
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
+from bnserver.counts import Counts
 from bnserver.job_file import StoreError
+from bnserver.logs import fields
 from bnserver.store import Store
 
 _log = logging.getLogger("bnserver")
@@ -31,18 +33,22 @@ class Saving:
         store: where.
         service: whose.
         report: called with False when jobs can't be saved, and with True when they can again.
+        counts: where saves are counted.
 
     Attributes:
         tasks: saves in progress.
         unsaved: the jobs that could not be saved, and why.
     """
 
-    def __init__(self, store: Store, service: Service, report: Callable[[bool], None]) -> None:
+    def __init__(
+        self, store: Store, service: Service, report: Callable[[bool], None], counts: Counts | None = None
+    ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         self.unsaved: dict[str, StoreError] = {}
         self._store = store
         self._service = service
         self._report = report
+        self._counts = counts or Counts()
         self._due: set[str] = set()  # jobs of which a snapshot will be taken
         self._recalling = asyncio.Lock()
 
@@ -125,13 +131,16 @@ class Saving:
         except StoreError as error:
             self._could_not_save(job, error)
             return
+        self._counts.saves += 1
         if self.unsaved.pop(job, None) is not None:
-            _log.warning("Job %r is saved again.", job)
+            _log.warning("Job %r is saved again.", job, extra=fields(job=job))
             self._report(not self.unsaved)
         self.release(job)
 
     def _could_not_save(self, job: str, error: StoreError) -> None:
+        self._counts.failed_saves += 1
         if job not in self.unsaved:
-            _log.error("%s It goes on in memory; a new attempt is made every second.", error)
+            said = fields(job=job)
+            _log.error("%s It goes on in memory; a new attempt is made every second.", error, extra=said)
         self.unsaved[job] = error
         self._report(not self.unsaved)

@@ -44,7 +44,7 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
     """One name, three spellings; the default is what nobody says."""
     assert resolve({}, {}, None).configuration == Configuration()
     for setting in SETTINGS:
-        text = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "": "true"}.get(setting.metavar, "x")
+        text = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "FORMAT": "json", "": "true"}.get(setting.metavar, "x")
         (quoted,) = tomllib.loads(f'{setting.key} = "{text}"').values()
         by = [
             resolve({setting.name: text}, {}, None),
@@ -61,6 +61,7 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
         ("listen", "::1:0", "expected HOST:PORT, such as 127.0.0.1:50051, received '::1:0'. An IPv6 host stands in"),
         ("lease", "soon", "expected a number of seconds, 0 or more, received 'soon'."),
         ("log-level", "loud", "expected debug, info, warning or error, received 'loud'."),
+        ("log-format", "xml", "expected text or json, received 'xml'."),
         ("insecure", "maybe", "expected true or false, received 'maybe'."),
         ("tokens", "a\0b", "expected the name of a file or folder, received 'a\\x00b'."),
     ],
