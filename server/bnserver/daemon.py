@@ -82,12 +82,7 @@ def serve(configuration: Configuration) -> int:
 
 
 async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    stop = _stop_on_signals()
     files = _tls_files(configuration)
     certificates = Certificates(load(files)) if files is not None else None
     admission = Admission(read_tokens(configuration.tokens)) if configuration.tokens is not None else None
@@ -116,7 +111,8 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
-        observation_rpc.add_ObservationServiceServicer_to_server(ObservationServicer(exchanges), server)
+        observing = ObservationServicer(exchanges)
+        observation_rpc.add_ObservationServiceServicer_to_server(observing, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         if configuration.reflection:
             _reflect(server)
@@ -134,6 +130,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             await stop.wait()
             _log.info("stopping: telling every rank, saving every job")
             await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
+            observing.close()
             await exchanges.close()
         finally:
             watching.cancel()
@@ -143,6 +140,17 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
     finally:
         if store is not None:
             store.close()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """What is set when the service is to stop."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    return stop
 
 
 def _tls_files(configuration: Configuration) -> Files | None:

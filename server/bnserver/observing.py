@@ -54,6 +54,11 @@ class ObservationServicer(rpc.ObservationServiceServicer):
     def __init__(self, exchanges: Servicer) -> None:
         self._exchanges = exchanges
         self._readers = 0
+        self._is_closed = False
+
+    def close(self) -> None:
+        """The service stops: readers do not wait any longer, and are told so."""
+        self._is_closed = True
 
     async def ListJobs(  # type: ignore[override]  # the stubs allow only generators, gRPC coroutines too
         self, request: pb.ListJobsRequest, context: _ListContext
@@ -97,6 +102,8 @@ class ObservationServicer(rpc.ObservationServiceServicer):
             was_active, is_active = is_active, self._exchanges.is_active(request.job)
             if was_active or is_active:
                 states = await self._exchanges.states(request.job)
+            if self._is_closed:
+                await _refuse(context, wire.ERROR_REASON_STOPPING, "The service is stopping.")
         for layer, state, stamp in reader.changed:
             payload, parts = pack(state.moving.values, tuple(state.moving.vectors))
             statistics = pb.LayerStatistics(layer=layer, version=state.version, payload=payload, stamp=stamp)

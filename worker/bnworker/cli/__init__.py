@@ -1,4 +1,4 @@
-"""The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, `certs`, `tokens`, `doctor`.
+"""The command line, `bnlayer`: train, evaluate, export, calibrate, launch, serve, jobs, certs, tokens, doctor.
 
 Exit codes: 0 it worked; 1 training, or the service, failed; 2 it was asked for something wrong; of `launch` and
 `train` otherwise that of the first rank that failed, 128 + signal where a signal ended it.
@@ -22,6 +22,7 @@ from bnworker.cli.doctor import doctor
 from bnworker.cli.errors import CommandError
 from bnworker.cli.evaluate import evaluate
 from bnworker.cli.export import export
+from bnworker.cli.jobs import jobs
 from bnworker.cli.launch import launch
 from bnworker.cli.serve import serve
 from bnworker.cli.tokens import tokens
@@ -65,6 +66,7 @@ app.command()(export)
 app.command()(calibrate)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(serve)
+app.command()(jobs)
 app.add_typer(certs, name="certs")
 app.add_typer(tokens, name="tokens")
 app.command()(doctor)
