@@ -44,7 +44,9 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
     """One name, three spellings; the default is what nobody says."""
     assert resolve({}, {}, None).configuration == Configuration()
     for setting in SETTINGS:
-        text = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "FORMAT": "json", "": "true"}.get(setting.metavar, "x")
+        text = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "FORMAT": "json", "": "true"}.get(
+            setting.metavar, "x"
+        )
         (quoted,) = tomllib.loads(f'{setting.key} = "{text}"').values()
         by = [
             resolve({setting.name: text}, {}, None),
