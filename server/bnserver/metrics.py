@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Source:
         self.admission = admission
         self.certificates = certificates
         self.state_dir = state_dir
+        self.started = time.time()
         self._loop = loop
 
     def collector(self, covers: Callable[[str], bool]) -> Collector:
@@ -116,11 +118,12 @@ class _Collector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         seen = self._source.observe(self._covers)
-        yield from _of_service(seen, self._source)
-        yield from _of_jobs(seen)
+        yield from of_service(seen, self._source)
+        yield from of_jobs(seen)
 
 
-def _of_service(seen: Seen, source: Source) -> Iterator[Metric]:
+def of_service(seen: Seen, source: Source) -> Iterator[Metric]:
+    """What is true of the service as a whole."""
     phases = {
         "joining": seen.phases[Phase.JOINING],
         "running": seen.phases[Phase.RUNNING],
@@ -133,6 +136,7 @@ def _of_service(seen: Seen, source: Source) -> Iterator[Metric]:
         ("state",),
         _labelled(phases),
     )
+    yield _gauge("start_timestamp_seconds", "When the service was started.", (), [((), source.started)])
     yield _gauge(
         "jobs_left_out",
         f"Jobs without series of their own: more than {MOST_JOBS}, or of more than {MOST_RANKS} ranks together.",
@@ -168,7 +172,8 @@ def _of_service(seen: Seen, source: Source) -> Iterator[Metric]:
         yield _gauge("certificate_expiry_timestamp_seconds", "When the certificate ends.", (), [((), expires)])
 
 
-def _of_jobs(seen: Seen) -> Iterator[Metric]:
+def of_jobs(seen: Seen) -> Iterator[Metric]:
+    """What is true of each job, and of each of its ranks."""
     jobs = [((job.job,), job) for job in seen.jobs]
     ranks = [((job.job, str(rank.peer.rank)), rank) for job in seen.jobs for rank in job.ranks]
     of_job, of_rank = ("job_name",), ("job_name", "rank")

@@ -222,10 +222,9 @@ def test_who_connects_to_the_metrics_and_is_mute_holds_up_nobody(serve: Callable
         assert ninth.recv(1) == b""
     with _world(service.address) as world:
         _train(world, 3)
-    for one in mute[:4]:
-        one.close()
-    for one in mute[4:]:
-        assert one.recv(1) == b""  # the service closes it
+    for number, one in enumerate(mute):
+        with one:
+            assert number < 4 or one.recv(1) == b""  # the service closes it
 
     def is_served() -> bool:
         try:

@@ -43,10 +43,9 @@ def test_what_is_printed_is_a_file_that_says_the_same() -> None:
 def test_every_setting_says_the_same_in_three_ways() -> None:
     """One name, three spellings; the default is what nobody says."""
     assert resolve({}, {}, None).configuration == Configuration()
+    texts = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "FORMAT": "json", "": "true"}
     for setting in SETTINGS:
-        text = {"HOST:PORT": "h:1", "SECONDS": "7", "LEVEL": "error", "FORMAT": "json", "": "true"}.get(
-            setting.metavar, "x"
-        )
+        text = texts.get(setting.metavar, "x")
         (quoted,) = tomllib.loads(f'{setting.key} = "{text}"').values()
         by = [
             resolve({setting.name: text}, {}, None),
