@@ -220,6 +220,10 @@ def test_who_connects_to_the_metrics_and_is_mute_holds_up_nobody(serve: Callable
     mute = [socket.create_connection((host, int(port)), timeout=_LONG_S) for _ in range(8)]
     with socket.create_connection((host, int(port)), timeout=_LONG_S) as ninth:
         assert ninth.recv(1) == b""
+        mute[0].setblocking(False)
+        with pytest.raises(BlockingIOError):  # and that was not for its silence, as this one has been silent for longer
+            mute[0].recv(1)
+        mute[0].settimeout(_LONG_S)
     with _world(service.address) as world:
         _train(world, 3)
     for number, one in enumerate(mute):

@@ -85,6 +85,22 @@ def test_a_straggler_is_forgiven_when_it_has_kept_up_for_a_minute() -> None:
     assert [rank.is_straggler for rank in job.seen(95.0).ranks] == [True, False]
 
 
+def test_ranks_that_take_turns_are_no_stragglers() -> None:
+    """A third of the time is lost, and neither rank is to blame alone."""
+    job = _Job(2)
+    job.barrier(0.0, 2.0)
+    job.barrier(5.0, 3.0)
+    assert [rank.is_straggler for rank in job.seen(6.0).ranks] == [False, False]
+
+
+def test_nobody_is_awaited_by_a_rank_that_has_left() -> None:
+    """It waited, and failed; the others get its error in a moment."""
+    job = _Job(3)
+    job.barrier(1.0, None, None)
+    job.service.handle(Leave(0, "failed"), 1.1)
+    assert [(rank.peer.rank, rank.awaited) for rank in job.seen(1.2).ranks] == [(1, 0.0), (2, 0.0)]
+
+
 def test_a_world_of_one_waits_for_nobody() -> None:
     """And is no straggler."""
     job = _Job(1)
