@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature
-from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.moving import Moving
-from bnlayer.state import LayerState
-from bnproto.v1 import observation_pb2 as pb
-from bnserver import observing
 from bnserver.core.events import Contribute, Join, Leave, Lost, Tick
 from bnserver.core.generation import Phase
 from bnserver.core.members import LivenessTimeouts
@@ -134,26 +126,3 @@ def test_a_time_belongs_to_the_first_bound_that_it_does_not_exceed() -> None:
 def test_nobody_is_a_straggler_of_nothing() -> None:
     """Before the first rank is here."""
     assert Waiting().straggler({}, 1.0) is None
-
-
-def _state(version: int, mean: float, channels: int = 2) -> LayerState:
-    moving = Moving(np.full(channels, mean, np.float32), np.ones(channels, np.float32))
-    grids = Grid.unknown("float32", channels), BackwardGrid.unknown("float32", channels)
-    return LayerState(moving, *grids, version)
-
-
-def test_a_reader_gets_other_statistics_of_the_same_version() -> None:
-    """Ranks that set earlier statistics take the version back: then it comes by the same number once more."""
-    first = observing._Reader(pb.ReadStatisticsRequest())
-    assert first.lacks({"a": _state(3, 1.0), "b": _state(3, 1.0)})
-    seen = {layer: stamp for layer, _, stamp in first.changed}
-    again = observing._Reader(pb.ReadStatisticsRequest(seen=seen))
-    assert not again.lacks({"a": _state(3, 1.0), "b": _state(3, 1.0)})
-    assert again.lacks({"a": _state(3, 2.0), "b": _state(3, 1.0)})
-    assert [layer for layer, _, _ in again.changed] == ["a"]
-
-
-@pytest.mark.parametrize("states", [None, {}, {"other": _state(1, 1.0)}])
-def test_a_reader_that_wants_one_layer_is_not_told_of_others(states: dict[str, LayerState] | None) -> None:
-    """Nor of a job that is not there."""
-    assert not observing._Reader(pb.ReadStatisticsRequest(layers=["a"])).lacks(states)
