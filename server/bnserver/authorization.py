@@ -57,6 +57,7 @@ class Need:
 
 
 METRICS = "/metrics"  # over HTTP, on a port of its own
+PAGE = "/events"  # likewise: the data of the web page
 
 _OTHER = Need(Role.ADMIN, of_job=False, purpose="administer the service")
 
@@ -66,6 +67,7 @@ METHODS: Mapping[str, Need] = {
     f"/{OBSERVATION_NAME}/ListJobs": Need(Role.READER, of_job=False, purpose="list jobs"),
     f"/{OBSERVATION_NAME}/ReadStatistics": Need(Role.READER, of_job=True, purpose="read statistics"),
     METRICS: Need(Role.READER, of_job=False, purpose="read metrics"),
+    PAGE: Need(Role.READER, of_job=False, purpose="see the dashboard"),
     # Probes of orchestrators have no tokens, and learn nothing of any job.
     "/grpc.health.v1.Health/Check": Need(None, of_job=False, purpose="ask for its health"),
     "/grpc.health.v1.Health/List": Need(None, of_job=False, purpose="ask for its health"),

@@ -178,6 +178,12 @@ class Configuration:
             "where Prometheus reads metrics, at /metrics; with the service's certificate and tokens, where it has some",
         ),
     )
+    dashboard: str | None = field(
+        default=None,
+        metadata=_setting(
+            _address, "HOST:PORT", "where a browser sees jobs, layers and ranks; with the same certificate and tokens"
+        ),
+    )
     reflection: bool = field(
         default=False, metadata=_setting(_switch, "", "answer questions about the methods (gRPC server reflection)")
     )
@@ -209,7 +215,7 @@ class Configuration:
                 "--tls-client-ca is given, but --tls-cert is not: ranks show a certificate only where the service has "
                 "one. Give --tls-cert and --tls-key."
             )
-        for address in filter(None, (self.listen, self.metrics)):
+        for address in filter(None, (self.listen, self.metrics, self.dashboard)):
             self._refuse_open(address)
 
     def _refuse_open(self, address: str) -> None:

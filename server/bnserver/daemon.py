@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -40,6 +40,7 @@ from bnserver.tls import CertificateError, Certificates, Files, load
 
 if TYPE_CHECKING:
     from bnserver.metrics_endpoint import Endpoint
+    from bnserver.page.endpoint import Dashboard
 
 _GRACE_S = 2.0  # for ranks to be notified that the service stops; the whole drain has 5 s
 _SOON_DAYS = 14  # a certificate that ends within so many is a warning at the start
@@ -117,13 +118,10 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         if configuration.reflection:
             _reflect(server)
         port = _bind(server, configuration.listen, certificates)
+        looking_on = _for_those_who_look_on(configuration, exchanges, admission, certificates, files)
         await server.start()
         watching = asyncio.create_task(reloading.run())
-        metrics: Endpoint | None = None
         try:
-            if configuration.metrics is not None:
-                source = (exchanges, asyncio.get_running_loop(), admission, certificates, configuration.state_dir)
-                metrics = _measure(configuration.metrics, source, files)
             await exchanges.open(port)
             await _set_health(health_service, HealthCheckResponse.SERVING)
             _announce(f"{configuration.listen.rpartition(':')[0]}:{port}", configuration.ready_file)
@@ -135,8 +133,8 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         finally:
             watching.cancel()
             await server.stop(_GRACE_S)
-            if metrics is not None:
-                await asyncio.to_thread(metrics.close)
+            for each in looking_on:
+                await asyncio.to_thread(each.close)
     finally:
         if store is not None:
             store.close()
@@ -179,16 +177,38 @@ def _reflect(server: grpc.aio.Server) -> None:
     reflection.enable_server_reflection(names, server)
 
 
-def _measure(address: str, source: Any, files: Files | None) -> Endpoint:
+def _for_those_who_look_on(
+    configuration: Configuration,
+    exchanges: Servicer,
+    admission: Admission | None,
+    certificates: Certificates | None,
+    files: Files | None,
+) -> list[Endpoint | Dashboard]:
+    """Open the ports of metrics and of the web page, where they are asked for."""
+    opened: list[Endpoint | Dashboard] = []
+    loop = asyncio.get_running_loop()
+    address = ""
     try:
-        from bnserver.metrics import Source
-        from bnserver.metrics_endpoint import Endpoint
+        if configuration.metrics is not None:
+            address = configuration.metrics
+            from bnserver.metrics import Source
+            from bnserver.metrics_endpoint import Endpoint
+
+            source = Source(exchanges, loop, admission, certificates, configuration.state_dir)
+            opened.append(Endpoint(address, source, files))
+        if configuration.dashboard is not None:
+            address = configuration.dashboard
+            from bnserver.page.endpoint import Dashboard
+
+            opened.append(Dashboard(address, exchanges, loop, admission, certificates, files))
     except ImportError as error:
-        raise StartError("--metrics needs prometheus-client: pip install 'bnlayer[metrics]'.") from error
-    try:
-        return Endpoint(address, Source(*source), files)
+        raise StartError(
+            f"{error.name} is not installed, which --metrics or --dashboard needs: pip install "
+            "'bnlayer[metrics,dashboard]'."
+        ) from error
     except OSError as error:
         raise StartError(_OCCUPIED.format(address, error)) from error
+    return opened
 
 
 def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call
+from bnlayer.state import LayerState
 from bnserver.core.generation import SLOW_S, Generation, Phase
 from bnserver.core.job import Job
 from bnserver.core.waiting import Kind
@@ -51,8 +52,7 @@ class JobObservation:
         world_size: how many ranks it has.
         completed: operations so far.
         call: the operation that its ranks are in; where none waits, the last one.
-        layers: how many the owner has.
-        version: the highest among those.
+        states: the owner's, by layer.
         operations: how many are complete, by kind.
         took: operations up to each of `waiting.BOUNDS`, and longer ones; not cumulative.
         took_seconds: all together.
@@ -65,12 +65,21 @@ class JobObservation:
     world_size: int
     completed: int
     call: Call | None
-    layers: int
-    version: int
+    states: Mapping[str, LayerState]
     operations: Mapping[Kind, int]
     took: tuple[int, ...]
     took_seconds: float
     ranks: tuple[RankObservation, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many the owner has."""
+        return len(self.states)
+
+    @property
+    def version(self) -> int:
+        """The highest among its layers."""
+        return max((state.version for state in self.states.values()), default=0)
 
 
 def observe(job: Job, now: float) -> JobObservation:
@@ -83,7 +92,6 @@ def observe(job: Job, now: float) -> JobObservation:
     generation = job.generations[-1]
     waiting, gathering = generation.waiting, generation.gathering
     latest = generation.answer.call if generation.answer is not None else None
-    versions = [state.version for state in job.layers.states.values()]
     return JobObservation(
         job.name,
         generation.phase,
@@ -91,8 +99,7 @@ def observe(job: Job, now: float) -> JobObservation:
         generation.world_size,
         generation.completed,
         next(iter(gathering.calls.values()), latest),
-        len(versions),
-        max(versions, default=0),
+        job.layers.states,
         dict(waiting.operations),
         tuple(waiting.took.counts),
         waiting.took.seconds,
