@@ -5,10 +5,16 @@ Counting goes on whether anybody asks or not; it adds numbers, and keeps nothing
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Container
+from typing import NamedTuple
 
+from bnserver.core.journal_records import Ended
 from bnserver.core.waiting import Histogram
+
+_FAILURES = 50
+_TEXT_CHARACTERS = 1000
 
 
 class Traffic:
@@ -25,6 +31,24 @@ class Traffic:
         self.sent = 0
 
 
+class Failure(NamedTuple):
+    """A run of a job's ranks that ended with an error.
+
+    Attributes:
+        time: seconds since 1970.
+        job: the job's name.
+        generation: its number.
+        reason: the kind of error.
+        text: what the ranks were told; may be cut.
+    """
+
+    time: float
+    job: str
+    generation: int
+    reason: str
+    text: str
+
+
 class Counts:
     """Of one run of the service.
 
@@ -33,6 +57,7 @@ class Counts:
         refused: calls without a place, by whose fault it was.
         failed: streams that ended with an error, by its reason.
         endings: generations that are over, by the reason of their ranks' error; "none" after a clean end.
+        failures: the latest of these that were no clean ends, the last one first.
         saves, failed_saves: snapshots.
     """
 
@@ -41,9 +66,17 @@ class Counts:
         self.refused: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.endings: Counter[str] = Counter()
+        self.failures: deque[Failure] = deque(maxlen=_FAILURES)
         self.saves = 0
         self.failed_saves = 0
         self._traffic: dict[str, Traffic] = {}
+
+    def ended(self, job: str, record: Ended) -> None:
+        """A generation of a job is over."""
+        self.endings[record.reason or "none"] += 1
+        if record.reason is not None:
+            failure = Failure(time.time(), job, record.generation, record.reason, record.text[:_TEXT_CHARACTERS])
+            self.failures.appendleft(failure)
 
     def traffic(self, job: str) -> Traffic:
         """Of a job, for its connections."""

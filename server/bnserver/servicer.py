@@ -344,7 +344,7 @@ class Servicer(rpc.StatisticsServiceServicer):
 
     def _record(self, effect: Record) -> None:
         if isinstance(effect.record, Ended):
-            self.counts.endings[effect.record.reason or "none"] += 1
+            self.counts.ended(effect.job, effect.record)
         if self._saving is not None:
             self._saving.record(effect)
 

@@ -118,10 +118,11 @@ def test_a_scrape_says_who_waits_for_whom(serve: Callable[..., Any], tmp_path: P
     assert service.end(signal.SIGTERM)[0] == 0
 
 
-def test_a_lost_rank_is_counted(serve: Callable[..., Any], tmp_path: Path) -> None:
-    """What alerts are made of."""
+def test_a_lost_rank_is_counted_and_named(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """What alerts are made of; and on the page."""
     log = tmp_path / "log"
-    service = serve("--state-dir", str(tmp_path / "state"), "--metrics", "127.0.0.1:0", "--log-file", str(log))
+    flags = ("--state-dir", str(tmp_path / "state"), "--metrics", "127.0.0.1:0", "--dashboard", "127.0.0.1:0")
+    service = serve(*flags, "--log-file", str(log))
     url = told(log, "metrics: ")
 
     def second() -> None:
@@ -138,6 +139,11 @@ def test_a_lost_rank_is_counted(serve: Callable[..., Any], tmp_path: Path) -> No
     assert _value(samples, "ended_generations_total", reason="PEER_LOST") == 1
     assert (_value(samples, "failed_streams_total", reason="PEER_LOST") or 0) >= 1
     assert (_value(samples, "state_dir_free_bytes") or 0) > 0
+    page = told(log, "dashboard: ")
+    until(lambda: bool(_event(page)["failures"]))
+    (failure,) = _event(page)["failures"]
+    assert (failure["job"], failure["generation"], failure["reason"]) == ("job", 1, "PEER_LOST")
+    assert failure["text"].startswith("rank 1 (host ")
 
 
 def test_metrics_ask_for_what_the_service_asks_for(serve: Callable[..., Any], tmp_path: Path) -> None:

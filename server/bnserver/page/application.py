@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -26,7 +26,8 @@ from bnserver.admission import Admission
 from bnserver.authorization import PAGE, Blame, Refusal, authenticate
 from bnserver.core.observation import JobObservation
 from bnserver.core.waiting import BOUNDS
-from bnserver.page.history import ALARMS, History, described
+from bnserver.counts import Failure
+from bnserver.page.history import History, described
 
 _EVERY_S = 1.0
 _WAKE_S = 0.1
@@ -41,17 +42,29 @@ _HEADERS = (
 Covers = Callable[[str], bool]
 
 
+class Look(NamedTuple):
+    """What the service looks like.
+
+    Attributes:
+        jobs: those that are not over.
+        failures: the latest runs that ended with an error, the last one first.
+    """
+
+    jobs: Sequence[JobObservation]
+    failures: Sequence[Failure]
+
+
 class Sampler:
     """Looks at the service every second, and tells the viewers.
 
     Args:
-        look: observes all jobs that are not over.
+        look: looks at the service.
         now: seconds since 1970.
     """
 
-    def __init__(self, look: Callable[[], Awaitable[list[JobObservation]]], now: Callable[[], float]) -> None:
+    def __init__(self, look: Callable[[], Awaitable[Look]], now: Callable[[], float]) -> None:
         self.history = History()
-        self.jobs: list[JobObservation] = []
+        self._seen = Look([], [])
         self._look = look
         self._now = now
         self._time = 0.0
@@ -66,9 +79,9 @@ class Sampler:
 
     async def sample(self) -> None:
         """Look once."""
-        self.jobs = await self._look()
+        self._seen = await self._look()
         self._time = self._now()
-        self.history.add(self.jobs, self._time)
+        self.history.add(self._seen.jobs, self._time)
         self._looks += 1
 
     def close(self) -> None:
@@ -83,9 +96,12 @@ class Sampler:
 
     def seen(self, covers: Covers) -> dict[str, Any]:
         """What a viewer sees."""
-        jobs = [{**described(job), "layers": self.history.layers(job.job)} for job in self.jobs if covers(job.job)]
+        jobs = [
+            {**described(job), "layers": self.history.layers(job.job)} for job in self._seen.jobs if covers(job.job)
+        ]
         alarms = [alarm for alarm in self.history.alarms if covers(alarm["job"])]
-        return {"time": self._time, "bounds": BOUNDS, "jobs": jobs, "alarms": alarms[:ALARMS]}
+        failures = [failure._asdict() for failure in self._seen.failures if covers(failure.job)]
+        return {"time": self._time, "bounds": BOUNDS, "jobs": jobs, "alarms": alarms, "failures": failures}
 
 
 def application(sampler: Sampler, admission: Admission | None, host: str) -> Starlette:

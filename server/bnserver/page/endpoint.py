@@ -17,8 +17,7 @@ from starlette.applications import Starlette
 
 from bnproto.address import split
 from bnserver.admission import Admission
-from bnserver.core.observation import JobObservation
-from bnserver.page.application import Sampler, application
+from bnserver.page.application import Look, Sampler, application
 from bnserver.servicer import Servicer
 from bnserver.tls import Certificates, Files, Loaded
 
@@ -118,11 +117,12 @@ class Dashboard:
                 _log.exception("a fault of the dashboard")
                 await asyncio.sleep(1)
 
-    async def _look(self) -> list[JobObservation]:
+    async def _look(self) -> Look:
         self._renew()
 
-        async def look() -> list[JobObservation]:
-            return list(self._exchanges.observe(self._exchanges.active))
+        async def look() -> Look:
+            jobs = list(self._exchanges.observe(self._exchanges.active))
+            return Look(jobs, list(self._exchanges.counts.failures))
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(look(), self._loop))
 

@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const AGAIN_MS = 2000;
+const RECENT_S = 300;
 const state = { token: sessionStorage.getItem("token"), seen: null, job: null, layer: null, charts: {}, asking: false };
 
 // ---- what comes in ----
@@ -77,6 +78,11 @@ function show(seen) {
     alarm: job.layers.some((layer) => layer.drifts.length) || job.ranks.some((rank) => rank.straggler),
   })), state.job, (name) => { [state.job, state.layer] = [name, null]; show(state.seen); });
   showAlarms(seen.alarms, jobs);
+  $("failed").hidden = !seen.failures.length;
+  list($("failures"), seen.failures.map((failure) => ({
+    text: `${clock(failure.time)}  ${plain(failure.job)}, generation ${failure.generation}: ${failure.reason}: ${plain(failure.text)}`,
+    name: seen.time - failure.time < RECENT_S ? "alarm" : "",
+  })));
   const job = jobs.find((each) => each.job === state.job);
   $("job").hidden = !job;
   if (job) showJob(job, seen.bounds);
@@ -85,7 +91,7 @@ function show(seen) {
 function showAlarms(alarms, jobs) {
   const now = jobs.flatMap((job) => job.layers.flatMap((layer) => layer.drifts.map((drift) => `${job.job}\n${layer.layer}\n${drift.what}`)));
   list($("alarms"), alarms.length ? alarms.map((alarm) => ({
-    text: `${new Date(alarm.time * 1000).toLocaleTimeString()}  ${plain(alarm.job)}, ${plain(alarm.layer)}, version ${alarm.version}: ` +
+    text: `${clock(alarm.time)}  ${plain(alarm.job)}, ${plain(alarm.layer)}, version ${alarm.version}: ` +
       `the moving ${alarm.what} of ${alarm.channels} channel${alarm.channels > 1 ? "s" : ""} left its recent band; ` +
       `channel ${alarm.channel}: ${short(alarm.before)} → ${short(alarm.now)}`,
     name: now.includes(`${alarm.job}\n${alarm.layer}\n${alarm.what}`) ? "alarm" : "",
@@ -243,6 +249,7 @@ function rows(parent, wanted) {
 const short = (number) => (number === 0 ? "0" : Math.abs(number) >= 1e5 || Math.abs(number) < 1e-3 ? number.toExponential(1) : String(Number(number.toPrecision(3))));
 const brief = (time) => (time < 1 ? `${Number((time * 1000).toPrecision(2))} ms` : `${time} s`);
 const seconds = (time) => (time < 60 ? `${time.toFixed(1)} s` : `${Math.floor(time / 60)} min ${Math.floor(time % 60)} s`);
+const clock = (time) => new Date(time * 1000).toLocaleTimeString();
 const plain = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, "\uFFFD");
 
 listen();
