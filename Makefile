@@ -311,7 +311,7 @@ wheels: .venv-wheels/.ready  ## manylinux wheels for x86-64 and Arm, in dist/
 
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
-	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard --extra tls --extra reflection \
+	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard --extra tls --extra reflection --extra metrics --extra dashboard \
 		--group test --group lint --group docs --group deploy --group build --group lock \
 		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra digits --extra report --group build \
@@ -322,7 +322,7 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--constraints requirements.lock --output-file locks/adapters.lock
 	$(LOCK) pyproject.toml --extra mpich --extra report --group bench \
 		--constraints requirements.lock --output-file locks/bench.lock
-	$(LOCK) pyproject.toml --extra mpich --extra tls --extra reflection \
+	$(LOCK) pyproject.toml --extra mpich --extra tls --extra reflection --extra metrics --extra dashboard \
 		--constraints requirements.lock --output-file locks/runtime.lock
 	$(LOCK) pyproject.toml --extra digits --extra report --extra tensorboard --group test \
 		--constraints requirements.lock --output-file locks/pythons.lock

@@ -72,6 +72,16 @@ def contribution_of(call: Call, payload: pb.Payload | None, sequence: int, gener
     return message
 
 
+def operation_of(call: Call) -> pb.Operation.ValueType:
+    """What a call asks for, on the wire."""
+    return _TO_OPERATION[call.operation]
+
+
+def direction_of(call: Call) -> pb.Direction.ValueType:
+    """The direction of a call, on the wire."""
+    return _TO_DIRECTION[call.key.direction]
+
+
 def call_of(message: pb.Contribution) -> Call:
     """The call in a message.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 Options = list[tuple[str, int]]
 
 SERVICE_NAME = "bnproto.v1.StatisticsService"
+OBSERVATION_NAME = "bnproto.v1.ObservationService"
 # What the health service calls the state directory: SERVING while jobs are saved there.
 SAVING_NAME = f"{SERVICE_NAME}/saving"
 

@@ -6,6 +6,7 @@ itself, or from something that is no statistics service.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -74,6 +75,15 @@ def failure_in(details: bytes) -> pb.Failure | None:
     for detail in status_pb2.Status.FromString(details).details:
         if detail.Unpack(failure):
             return failure
+    return None
+
+
+def error_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> CollectiveError | None:
+    """What the trailing metadata of a call say that it failed of; None where the service did not say."""
+    for key, value in metadata or ():
+        failure = failure_in(value) if key == DETAILS_KEY and isinstance(value, bytes) else None
+        if failure is not None:
+            return error_of(failure)
     return None
 
 

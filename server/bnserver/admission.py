@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
+from bnproto.channel import OBSERVATION_NAME
 from bnproto.failures import DETAILS_KEY, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import Blame, Grant, Grants, Refusal, authenticate, authorize, need_of
@@ -25,9 +28,13 @@ _REASONS = {
     Blame.UNAUTHENTICATED: pb.ERROR_REASON_UNAUTHENTICATED,
     Blame.PERMISSION: pb.ERROR_REASON_PERMISSION,
 }
+_OF_SEVERAL_JOBS = frozenset({f"/{OBSERVATION_NAME}/ListJobs"})
 _LOG_EVERY_S = 1.0  # whoever tries tokens shall not fill the disk with what is said about it
 
 _log = logging.getLogger("bnserver")
+
+# The token of the call in progress; None: the service asks for none. A call that names no job is about the token's.
+grant_of_call: ContextVar[Grant | None] = ContextVar("grant_of_call", default=None)
 
 # A method's implementation. Any: its types are those of its messages.
 _Method = Callable[[Any, Any], Awaitable[Any]]
@@ -58,10 +65,12 @@ class Admission(grpc.aio.ServerInterceptor):
 
     Attributes:
         grants: those that are in force.
+        refused: how many calls were, by why.
     """
 
     def __init__(self, grants: Grants) -> None:
         self.grants = grants
+        self.refused: Counter[str] = Counter()
         self._seats: set[_Seat] = set()
         self._unsaid = 0
         self._said = float("-inf")
@@ -99,8 +108,12 @@ class Admission(grpc.aio.ServerInterceptor):
         outcome = authenticate(self.grants, method, str(shown[0]) if len(shown) == 1 else None)
         if isinstance(outcome, Refusal):
             return _with(handler, self._refusing(outcome))
-        if outcome is None or not need_of(method).of_job:
+        if outcome is None:
             return handler
+        if not need_of(method).of_job:
+            return (
+                _with(handler, self._granting(outcome, _method_of(handler))) if method in _OF_SEVERAL_JOBS else handler
+            )
         admitting = self._admitting_stream if handler.request_streaming else self._admitting_call
         return _with(handler, admitting(outcome, _method_of(handler)))
 
@@ -109,6 +122,13 @@ class Admission(grpc.aio.ServerInterceptor):
             await self._refuse(context, refusal)
 
         return refuse
+
+    def _granting(self, grant: Grant, proceed: _Method) -> _Method:
+        async def call(request: Any, context: Any) -> Any:
+            grant_of_call.set(grant)
+            return await proceed(request, context)
+
+        return call
 
     def _admitting_call(self, grant: Grant, proceed: _Method) -> _Method:
         async def call(request: Any, context: Any) -> Any:
@@ -151,6 +171,7 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _refuse(self, context: Any, refusal: Refusal) -> None:
         """End a call; never returns."""
+        self.refused[refusal.blame.value] += 1
         self._say(f"refused {context.peer()}: {refusal.text}")
         status = status_of(pb.Failure(reason=_REASONS[refusal.blame], text=refusal.text))
         await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))

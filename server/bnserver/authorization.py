@@ -26,7 +26,7 @@ from enum import Enum, IntEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bnproto.channel import SERVICE_NAME
+from bnproto.channel import OBSERVATION_NAME, SERVICE_NAME
 from bnproto.credentials import CredentialsError, valid_token
 
 MOST = 1000  # all are compared with each that is shown, and the file is read while ranks are served
@@ -56,11 +56,18 @@ class Need:
     purpose: str
 
 
+METRICS = "/metrics"  # over HTTP, on a port of its own
+PAGE = "/events"  # likewise: the data of the web page
+
 _OTHER = Need(Role.ADMIN, of_job=False, purpose="administer the service")
 
 METHODS: Mapping[str, Need] = {
     f"/{SERVICE_NAME}/Exchange": Need(Role.WORKER, of_job=True, purpose="join"),
     f"/{SERVICE_NAME}/Heartbeat": Need(Role.WORKER, of_job=True, purpose="take part"),
+    f"/{OBSERVATION_NAME}/ListJobs": Need(Role.READER, of_job=False, purpose="list jobs"),
+    f"/{OBSERVATION_NAME}/ReadStatistics": Need(Role.READER, of_job=True, purpose="read statistics"),
+    METRICS: Need(Role.READER, of_job=False, purpose="read metrics"),
+    PAGE: Need(Role.READER, of_job=False, purpose="see the dashboard"),
     # Probes of orchestrators have no tokens, and learn nothing of any job.
     "/grpc.health.v1.Health/Check": Need(None, of_job=False, purpose="ask for its health"),
     "/grpc.health.v1.Health/List": Need(None, of_job=False, purpose="ask for its health"),

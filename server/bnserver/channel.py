@@ -33,6 +33,12 @@ class Outgoing:
         self.message = message
         self.data = b""
 
+    @property
+    def payload_bytes(self) -> int:
+        """Of the answer that begins with this message, in all its parts."""
+        message = self.message
+        return message.result.payload.size or message.owned.payload.size
+
     def frame(self) -> bytes:
         """The bytes that a local socket sends."""
         self.data = self.data or framed(self.message)

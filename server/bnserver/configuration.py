@@ -23,6 +23,7 @@ PREFIX = "BNSERVER_"  # of the variables
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"  # names the file
 
 _SETTING = "setting"
+_FORMATS = ("text", "json")
 _LEVELS = ("debug", "info", "warning", "error")
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
 
@@ -111,6 +112,12 @@ def _level(text: str) -> str:
     return text
 
 
+def _format(text: str) -> str:
+    if text not in _FORMATS:
+        raise ValueError(f"expected {' or '.join(_FORMATS)}, received {text!r}")
+    return text
+
+
 def _switch(text: str) -> bool:
     if text.lower() not in _YES + _NO:
         raise ValueError(f"expected true or false, received {text!r}")
@@ -190,6 +197,20 @@ class Configuration:
             "how long a rank whose connection broke may take to come back; a killed one is reported so much later",
         ),
     )
+    metrics: str | None = field(
+        default=None,
+        metadata=_setting(
+            _address,
+            "HOST:PORT",
+            "where Prometheus reads metrics, at /metrics; with the service's certificate and tokens, where it has some",
+        ),
+    )
+    dashboard: str | None = field(
+        default=None,
+        metadata=_setting(
+            _address, "HOST:PORT", "where a browser sees jobs, layers and ranks; with the same certificate and tokens"
+        ),
+    )
     reflection: bool = field(
         default=False, metadata=_setting(_switch, "", "answer questions about the methods (gRPC server reflection)")
     )
@@ -198,6 +219,9 @@ class Configuration:
     )
     log_level: str = field(
         default="info", metadata=_setting(_level, "LEVEL", "what is said on stderr: debug, info, warning or error")
+    )
+    log_format: str = field(
+        default="text", metadata=_setting(_format, "FORMAT", "how it is said: text, or json, an object a line")
     )
     log_file: Path | None = field(
         default=None,
@@ -218,19 +242,24 @@ class Configuration:
                 "--tls-client-ca is given, but --tls-cert is not: ranks show a certificate only where the service has "
                 "one. Give --tls-cert and --tls-key."
             )
-        parts = split(self.listen)
+        for address in filter(None, (self.listen, self.metrics, self.dashboard)):
+            self._refuse_open(address)
+
+    def _refuse_open(self, address: str) -> None:
+        """Make sure that not everybody gets in at an address."""
+        parts = split(address)
         assert parts is not None
         if self.insecure or is_loopback(parts[0]):
             return
         if self.tls_cert is None:
             raise ConfigurationError(
-                f"{self.listen} is reachable from other machines, and without --tls-cert and --tls-key everything "
+                f"{address} is reachable from other machines, and without --tls-cert and --tls-key everything "
                 "crosses the network in plain text. bnlayer certs init makes certificates. Or listen on 127.0.0.1, or "
                 "say --insecure if the network is your own."
             )
         if self.tls_client_ca is None and self.tokens is None:
             raise ConfigurationError(
-                f"{self.listen} is reachable from other machines, and without --tokens or --tls-client-ca everybody "
+                f"{address} is reachable from other machines, and without --tokens or --tls-client-ca everybody "
                 "who reaches it may join every job. Give one of them, or say --insecure if the network is your own."
             )
 

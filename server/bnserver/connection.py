@@ -13,6 +13,7 @@ from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.channel import Channel
 from bnserver.core.events import Event, Lost, Malformed
+from bnserver.counts import Traffic
 from bnserver.failpoints import Failpoints
 from bnserver.translation import Reader
 
@@ -30,6 +31,7 @@ class Connection:
         channel: carries requests and answers: the stream, or a local socket that was attached to it.
         generation: of the job that its rank is in; 0 before all ranks have joined.
         is_over: whether the service has ended it.
+        traffic: where its bytes are counted: among its job's, once all ranks have joined.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Connection:
         self.channel = stream
         self.generation = 0
         self.is_over = False
+        self.traffic = Traffic()
         self._stream = stream
         self._dispatch = dispatch
         self._failpoints = failpoints or Failpoints()
@@ -55,6 +58,7 @@ class Connection:
             request: its first message.
             data: all bytes of its payload.
         """
+        self.traffic.received += len(data)
         event = self._reader.read(request, data)
         if self._failpoints.active:
             self._failpoints.reached("before-event")

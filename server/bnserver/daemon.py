@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -21,7 +22,8 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.files import write_atomically
 from bnlayer.kernels import kernels
-from bnproto.channel import SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.channel import OBSERVATION_NAME, SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.v1 import observation_pb2_grpc as observation_rpc
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.admission import Admission
 from bnserver.authorization import TokensError
@@ -30,14 +32,24 @@ from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
 from bnserver.job_file import StoreError
 from bnserver.logs import LogError, logged
+from bnserver.observing import ObservationServicer
 from bnserver.reloading import Reloading, read_tokens
 from bnserver.retention import Keep
 from bnserver.servicer import Servicer
 from bnserver.store import Store
 from bnserver.tls import CertificateError, Certificates, Files, load
 
+if TYPE_CHECKING:
+    from bnserver.metrics_endpoint import Endpoint
+    from bnserver.page.endpoint import Dashboard
+
 _GRACE_S = 2.0  # for ranks to be notified that the service stops; the whole drain has 5 s
 _SOON_DAYS = 14  # a certificate that ends within so many is a warning at the start
+
+_OCCUPIED = (
+    "Can't listen on {}: {}. Another process may hold the port, or the host is not this machine's. "
+    "Stop that process, or listen elsewhere; port 0 takes a free one."
+)
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -59,7 +71,7 @@ def serve(configuration: Configuration) -> int:
     try:
         configuration.check()
         failpoints = Failpoints(os.environ)
-        with logged(configuration.log_level, configuration.log_file):
+        with logged(configuration.log_level, configuration.log_file, configuration.log_format):
             kernels()  # before it listens: a variable that names none is known at once
             asyncio.run(_serve(configuration, failpoints))
     except (ConfigurationError, FailpointError) as error:
@@ -72,12 +84,7 @@ def serve(configuration: Configuration) -> int:
 
 
 async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    stop = _stop_on_signals()
     files = _tls_files(configuration)
     certificates = Certificates(load(files)) if files is not None else None
     admission = Admission(read_tokens(configuration.tokens)) if configuration.tokens is not None else None
@@ -107,10 +114,13 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
+        observing = ObservationServicer(exchanges)
+        observation_rpc.add_ObservationServiceServicer_to_server(observing, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         if configuration.reflection:
             _reflect(server)
         port = _bind(server, configuration.listen, certificates)
+        looking_on = _for_those_who_look_on(configuration, exchanges, admission, certificates, files)
         await server.start()
         watching = asyncio.create_task(reloading.run())
         try:
@@ -120,13 +130,27 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             await stop.wait()
             _log.info("stopping: telling every rank, saving every job")
             await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
+            observing.close()
             await exchanges.close()
         finally:
             watching.cancel()
             await server.stop(_GRACE_S)
+            for each in looking_on:
+                await asyncio.to_thread(each.close)
     finally:
         if store is not None:
             store.close()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """What is set when the service is to stop."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # Batch systems announce a job's end by one of them, to every process of a step. The ranks act on it.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    return stop
 
 
 def _tls_files(configuration: Configuration) -> Files | None:
@@ -151,8 +175,42 @@ def _reflect(server: grpc.aio.Server) -> None:
         from grpc_reflection.v1alpha import reflection
     except ImportError as error:
         raise StartError("--reflection needs grpcio-reflection: pip install 'bnlayer[reflection]'.") from error
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (SERVICE_NAME, OBSERVATION_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
+
+
+def _for_those_who_look_on(
+    configuration: Configuration,
+    exchanges: Servicer,
+    admission: Admission | None,
+    certificates: Certificates | None,
+    files: Files | None,
+) -> list[Endpoint | Dashboard]:
+    """Open the ports of metrics and of the web page, where they are asked for."""
+    opened: list[Endpoint | Dashboard] = []
+    loop = asyncio.get_running_loop()
+    address = ""
+    try:
+        if configuration.metrics is not None:
+            address = configuration.metrics
+            from bnserver.metrics import Source
+            from bnserver.metrics_endpoint import Endpoint
+
+            source = Source(exchanges, loop, admission, certificates, configuration.state_dir)
+            opened.append(Endpoint(address, source, files))
+        if configuration.dashboard is not None:
+            address = configuration.dashboard
+            from bnserver.page.endpoint import Dashboard
+
+            opened.append(Dashboard(address, exchanges, loop, admission, certificates, files))
+    except ImportError as error:
+        raise StartError(
+            f"{error.name} is not installed, which --metrics or --dashboard needs: pip install "
+            "'bnlayer[metrics,dashboard]'."
+        ) from error
+    except OSError as error:
+        raise StartError(_OCCUPIED.format(address, error)) from error
+    return opened
 
 
 def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> int:
@@ -161,10 +219,7 @@ def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | Non
             return server.add_secure_port(listen, certificates.credentials())
         return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise StartError(
-            f"Can't listen on {listen}: {error}. Another process may hold the port, or the host is not this machine's. "
-            "Stop that process, or listen elsewhere; port 0 takes a free one."
-        ) from error
+        raise StartError(_OCCUPIED.format(listen, error)) from error
 
 
 async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:

@@ -62,6 +62,11 @@ class LocalListener:
         self._attached: set[LocalChannel] = set()
         self._strangers: defaultdict[int, dict[LocalChannel, None]] = defaultdict(dict)  # by user, the oldest first
 
+    @property
+    def attached(self) -> int:
+        """How many sockets belong to a connection."""
+        return len(self._attached)
+
     async def open(self, port: int) -> None:
         """Listen; where the machine has no such sockets, ranks stay on their streams.
 

@@ -20,7 +20,9 @@ from typing import Any
 from bnserver.core.effects import Persist, Record
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.service import Service
+from bnserver.counts import Counts
 from bnserver.job_file import StoreError
+from bnserver.logs import fields
 from bnserver.retention import Keep, say
 from bnserver.store import Store
 
@@ -40,6 +42,7 @@ class Saving:
         service: whose.
         report: called with False when jobs can't be saved, and with True when they can again.
         keep: what is kept of jobs that are over; None: everything.
+        counts: where saves are counted.
 
     Attributes:
         tasks: saves in progress.
@@ -47,7 +50,12 @@ class Saving:
     """
 
     def __init__(
-        self, store: Store, service: Service, report: Callable[[bool], None], keep: Keep | None = None
+        self,
+        store: Store,
+        service: Service,
+        report: Callable[[bool], None],
+        keep: Keep | None = None,
+        counts: Counts | None = None,
     ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         self.unsaved: dict[str, Exception] = {}
@@ -55,6 +63,7 @@ class Saving:
         self._service = service
         self._report = report
         self._keep = keep or Keep()
+        self._counts = counts or Counts()
         self._due: set[str] = set()  # jobs of which a snapshot will be taken
         self._saves: dict[str, set[asyncio.Task[None]]] = {}  # in progress, by job
         self._recalling = asyncio.Lock()
@@ -181,16 +190,19 @@ class Saving:
                 self._due.discard(job)
             self._could_not_save(job, error)
             return
+        self._counts.saves += 1
         if self.unsaved.pop(job, None) is not None:
-            _log.warning("Job %r is saved again.", job)
+            _log.warning("Job %r is saved again.", job, extra=fields(job=job))
             self._report(not self.unsaved)
         self.release(job)
 
     def _could_not_save(self, job: str, error: Exception) -> None:
+        self._counts.failed_saves += 1
         if job not in self.unsaved:
             text = "%s It goes on in memory; a new attempt is made every second."
             # What no disk is to blame for is a fault of the service.
-            _log.error(text, described(job, error), exc_info=None if _is_of_the_disk(error) else error)
+            trace = None if _is_of_the_disk(error) else error
+            _log.error(text, described(job, error), exc_info=trace, extra=fields(job=job))
         self.unsaved[job] = error
         self._report(not self.unsaved)
 

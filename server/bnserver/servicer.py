@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from bnlayer.reduction import reduce_in_rank_order
+from bnlayer.state import LayerState
 from bnproto.arrays import WireError
 from bnproto.failures import StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
@@ -36,16 +37,20 @@ from bnserver.core.effects import (
     Straggling,
     Totals,
 )
-from bnserver.core.events import Event, Heartbeat, Stop, Tick
+from bnserver.core.events import Contribute, Event, Heartbeat, Stop, Tick
+from bnserver.core.journal_records import Ended
 from bnserver.core.members import LivenessTimeouts
+from bnserver.core.observation import JobObservation
 from bnserver.core.reasons import Reason
 from bnserver.core.recovery import RecoveryError
 from bnserver.core.service import Service
 from bnserver.core.suspend_aware_clock import TICK_S, SuspendAwareClock
+from bnserver.counts import Counts
 from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import Context, GrpcChannel, Requests
 from bnserver.job_file import StoreError
 from bnserver.local_listener import LocalListener
+from bnserver.logs import fields
 from bnserver.retention import Keep, MemoryRetention
 from bnserver.saving import Saving, SavingCallback, described
 from bnserver.store import Store
@@ -70,6 +75,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         failpoints: faults to inject.
         saving: called with False when jobs can't be saved, and with True when they can again.
         keep: what is kept of jobs that are over; None: everything.
+
+    Attributes:
+        counts: what happens here.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         saving: SavingCallback | None = None,
         keep: Keep | None = None,
     ) -> None:
+        self.counts = Counts()
         self._timeouts = timeouts or LivenessTimeouts()
         self._writer = Writer(boot_id, self._timeouts, durable=store is not None)
         self._store = store
@@ -114,10 +123,10 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._saving: Saving | None = None
         if self._store is None:
             self._retention: Saving | MemoryRetention = MemoryRetention(self._keep, service)
-            self._perform[Record] = _keep_nothing
         else:
-            self._retention = self._saving = Saving(self._store, service, self._say_whether_saving, self._keep)
-            self._perform[Record] = self._saving.record
+            self._saving = Saving(self._store, service, self._say_whether_saving, self._keep, self.counts)
+            self._retention = self._saving
+        self._perform[Record] = self._record
         self._perform[Persist] = self._retention.persist
 
     async def open(self, port: int) -> None:
@@ -154,6 +163,61 @@ class Servicer(rpc.StatisticsServiceServicer):
                 await self._saving.finish()
         finally:
             await self._listener.close()
+
+    # ---- what can be seen ----
+
+    @property
+    def connections(self) -> int:
+        """How many ranks are connected, joining ones included."""
+        return len(self._connections)
+
+    @property
+    def local_sockets(self) -> int:
+        """How many of them use a local socket."""
+        return self._listener.attached
+
+    @property
+    def unsaved(self) -> int:
+        """How many jobs could not be saved, and are tried again."""
+        return len(self._saving.unsaved) if self._saving is not None else 0
+
+    @property
+    def active(self) -> Sequence[str]:
+        """The names of the jobs that are not over."""
+        return self._service.active
+
+    @property
+    def kept(self) -> int:
+        """How many jobs are in memory, and over."""
+        return len(self._service.jobs) - len(self._service.active)
+
+    def observe(self, jobs: Iterable[str]) -> Iterator[JobObservation]:
+        """What there is to see of those jobs that are not over."""
+        now = self._clock.time(time.monotonic())
+        for job in jobs:
+            if self._service.is_active(job):
+                yield self._service.observe(job, now)
+
+    def is_active(self, job: str) -> bool:
+        """Whether a job is not over."""
+        return self._service.is_active(job)
+
+    async def states(self, job: str) -> Mapping[str, LayerState] | None:
+        """The owner's states of a job, by layer; None if there is no such job. One that is over may be read for it.
+
+        Raises:
+            StoreError: its file is corrupt.
+            RecoveryError: its records are inconsistent.
+        """
+        await self._ready.wait()
+        if self._saving is None or self._service.knows(job):
+            return self._service.states(job) if self._service.knows(job) else None
+        await self._saving.recall(job, lambda: self._clock.time(time.monotonic()))
+        if not self._service.knows(job):
+            return None
+        states = self._service.states(job)
+        self._saving.release(job)
+        return states
 
     # ---- what comes in ----
 
@@ -238,7 +302,8 @@ class Servicer(rpc.StatisticsServiceServicer):
     def dispatch(self, event: Event) -> None:
         """Let the core decide about an event, and carry out what it says."""
         try:
-            now = self._clock.time(time.monotonic(), tick=isinstance(event, Tick))
+            began = time.monotonic()
+            now = self._clock.time(began, tick=isinstance(event, Tick))
             effects = self._service.handle(event, now)
         except Exception:  # noqa: BLE001 - the outermost handler
             self._failed(event)
@@ -248,6 +313,8 @@ class Servicer(rpc.StatisticsServiceServicer):
                 self._perform[type(effect)](effect)
             except Exception:  # noqa: BLE001 - the next one may be another job's
                 self._failed(event)
+        if effects and type(event) is Contribute:
+            self.counts.handling.observe(time.monotonic() - began)
 
     def _failed(self, event: Event) -> None:
         """An error of the service must neither hang a rank nor end the other jobs."""
@@ -260,38 +327,39 @@ class Servicer(rpc.StatisticsServiceServicer):
     # ---- what goes out ----
 
     def _joined(self, effect: Joined) -> None:
-        _log.info("job %r, generation %d: %d ranks", effect.job, effect.generation, effect.world_size)
+        _log.info(
+            "job %r, generation %d: %d ranks",
+            effect.job,
+            effect.generation,
+            effect.world_size,
+            extra=fields(job=effect.job, generation=effect.generation, world_size=effect.world_size),
+        )
+        traffic = self.counts.traffic(effect.job)
         for stream in effect.streams:
             connection = self._connections[stream]
-            connection.generation = effect.generation
+            connection.generation, connection.traffic = effect.generation, traffic
             invitation = self._listener.invitation(connection)
             connection.channel.send(self._writer.joined(effect.generation, effect.world_size, invitation))
 
     def _answer(self, effect: Totals | Enrolled | Broadcast | Released) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
         if connections:
-            messages = self._writer.result(effect, connections[0].generation)
-            for connection in connections:
-                connection.channel.send(messages)
+            _send(self._writer.result(effect, connections[0].generation), connections)
 
     def _owned(self, effect: Owned) -> None:
         connection = self._connections.get(effect.stream)
         if connection is not None:
-            connection.channel.send(self._writer.owned(effect, connection.generation))
+            _send(self._writer.owned(effect, connection.generation), [connection])
 
     def _reduce(self, effect: Reduce) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
         generation = connections[0].generation if connections else 0
 
-        def send(messages: Messages) -> None:
-            for connection in connections:
-                connection.channel.send(messages)
-
         async def elsewhere() -> None:
-            send(await asyncio.to_thread(self._reduced, effect, generation))
+            _send(await asyncio.to_thread(self._reduced, effect, generation), connections)
 
         if sum(array.nbytes for arrays in effect.contributions for array in arrays) <= _REDUCE_HERE_BYTES:
-            send(self._reduced(effect, generation))
+            _send(self._reduced(effect, generation), connections)
         else:
             self._start(elsewhere())
 
@@ -302,9 +370,17 @@ class Servicer(rpc.StatisticsServiceServicer):
             return self._writer.overflowed(effect.sequence, generation, str(error))
         return self._writer.reduced(effect.sequence, generation, arrays)
 
+    def _record(self, effect: Record) -> None:
+        if isinstance(effect.record, Ended):
+            self.counts.ended(effect.job, effect.record)
+        if self._saving is not None:
+            self._saving.record(effect)
+
     def _fail(self, effect: Failed) -> None:
+        self.counts.failed[effect.reason] += 1
         status = status_of(failure_of(effect))
-        _log.info("stream %d ends: %s: %s", effect.stream, effect.reason, status.message)
+        said = fields(stream=effect.stream, reason=effect.reason, ranks=effect.ranks, layer=effect.layer)
+        _log.info("stream %d ends: %s: %s", effect.stream, effect.reason, status.message, extra=said)
         connection = self._connections.get(effect.stream)
         if connection is not None:
             connection.end(status)
@@ -334,7 +410,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         return status_of(failure_of(Failed(0, Reason.DATA_LOSS, described(job, error))))
 
     def _log_stragglers(self, effect: Straggling) -> None:
-        _log.warning("job %r: %s", effect.job, effect.text)
+        _log.warning("job %r: %s", effect.job, effect.text, extra=fields(job=effect.job))
 
     def _say_whether_saving(self, saving: bool) -> None:
         if self._report_saving is not None:
@@ -346,6 +422,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         task.add_done_callback(self._tasks.discard)
 
 
-def _keep_nothing(effect: Record) -> None:
-    """Without a state directory."""
-    del effect
+def _send(messages: Messages, connections: Sequence[Connection]) -> None:
+    """Send an answer to ranks of one job."""
+    size = messages[0].payload_bytes
+    for connection in connections:
+        connection.traffic.sent += size
+        connection.channel.send(messages)

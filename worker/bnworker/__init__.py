@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
+    from bnworker.following import MovingStatistics, follow
     from bnworker.joining import join
     from bnworker.world import World
 
@@ -21,14 +22,21 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = os.environ.get("GRPC_ENABLE_FORK_SUPPOR
 __all__ = [
     "CollectiveError",
     "MismatchError",
+    "MovingStatistics",
     "PeerLostError",
     "ServiceError",
     "StallError",
     "World",
+    "follow",
     "join",
 ]
 
-_MODULES = {"World": "bnworker.world", "join": "bnworker.joining"}
+_MODULES = {
+    "MovingStatistics": "bnworker.following",
+    "World": "bnworker.world",
+    "follow": "bnworker.following",
+    "join": "bnworker.joining",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -86,6 +86,7 @@ class Gathering:
         limbs: the total so far.
         replacing: the state that they set by hand before.
         since: when the first of them called.
+        arrivals: when each of them called, by rank, the first one first.
         is_overdue: whether it was aborted because a rank has waited for too long.
         straggling_logged_s: how long they had waited when the log last said so.
     """
@@ -97,6 +98,7 @@ class Gathering:
         self.limbs: Limbs | None = None
         self.replacing: LayerState | None = None
         self.since = 0.0
+        self.arrivals: dict[int, float] = {}
         self.is_overdue = False
         self.straggling_logged_s = 0.0
         self._unheard = world_size
@@ -123,7 +125,7 @@ class Gathering:
         if first is None:
             self.since = now
         self.state = STATES[self.state, Happening.SAME_CALL if first is None or call == first else Happening.OTHER_CALL]
-        self.calls[rank], self._deadlines[rank] = call, deadline
+        self.calls[rank], self.arrivals[rank], self._deadlines[rank] = call, now, deadline
         if isinstance(body, Replacing):
             if rank == min(self.calls):  # they differ only in their versions
                 self.replacing = body.state
@@ -153,6 +155,7 @@ class Gathering:
         """
         if self.calls.pop(rank, None) is None:
             self._unheard -= 1
+        self.arrivals.pop(rank, None)
         self._deadlines.pop(rank, None)
         self._has_failed = self._has_failed or failed
         if failed:

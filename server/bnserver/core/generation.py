@@ -31,8 +31,9 @@ from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberR
 from bnserver.core.layers import Layers
 from bnserver.core.members import LOST, LivenessTimeouts, Member, Membership, Sign
 from bnserver.core.reasons import REASON_OF, Reason
+from bnserver.core.waiting import Waiting
 
-_SLOW_S = 2.0  # after which the log names the ranks that keep the others waiting; again whenever the wait has doubled
+SLOW_S = 2.0  # after which the log names the ranks that keep the others waiting; again whenever the wait has doubled
 
 
 class Phase(Enum):
@@ -80,6 +81,7 @@ class Generation:
         answer: of the last one.
         layer_answer: of the last one on a layer.
         ended: how it ended; None while it is not over.
+        waiting: who has waited for whom.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Generation:
         self.answer: Answer | None = None
         self.layer_answer: Answer | None = None
         self.ended: Ended | None = None
+        self.waiting = Waiting()
         self._job = job
         self._layers = layers
         self._timeouts = timeouts
@@ -120,6 +123,7 @@ class Generation:
             return []
         self.phase = PHASES[self.phase, Turn.ALL_JOINED]
         self._layers.forget_unfinished()
+        self.waiting.begin(now)
         for each in self.members.here.values():
             each.last_seen = now  # no lease was in force while the ranks were joining
         streams = tuple(self.members.streams.values())
@@ -240,8 +244,9 @@ class Generation:
         for peer, stream in frozen:
             text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
             effects.append(Failed(stream, Reason.PEER_LOST, text, (peer.rank,)))
+        self.waiting.tick(now)
         waited = now - self.gathering.since
-        is_slow = waited >= max(_SLOW_S, 2 * self.gathering.straggling_logged_s)
+        is_slow = waited >= max(SLOW_S, 2 * self.gathering.straggling_logged_s)
         if self.phase is Phase.RUNNING and self.gathering.calls and is_slow:
             self.gathering.straggling_logged_s = waited
             text = explanations.straggling(self.members, self.gathering, self._latest, waited)
@@ -333,6 +338,7 @@ class Generation:
         except DisagreementError as error:
             return self._abort(Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
         self.finished(answer)
+        self.waiting.completed(call, done.arrivals, now)
         self.gathering = Gathering(self.world_size)
         effects = answer.to(self.members.streams)
         if record is not None:
@@ -345,6 +351,7 @@ class Generation:
             if not self.members.all_connected:
                 return []
             self.phase = PHASES[self.phase, Turn.ALL_BACK]
+            self.waiting.begin(now)
             answered = min((member.answered for member in self.members.here.values()), default=0)
             self.completed = max(self.completed, answered)
         held, latest = self._held, self.completed + 1

@@ -21,6 +21,7 @@ from bnserver.core.generation import Generation
 from bnserver.core.job import Job
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.members import LivenessTimeouts, Member
+from bnserver.core.observation import JobObservation, observe
 from bnserver.core.reasons import Reason
 from bnserver.core.recovery import records, recovered
 
@@ -72,6 +73,10 @@ class Service:
         """Whether there is a job of this name."""
         return job in self._jobs
 
+    def is_active(self, job: str) -> bool:
+        """Whether a job is not over: some rank is a member, or is waited for."""
+        return job in self._active
+
     def is_over(self, job: str) -> bool:
         """Whether a job is in memory, and no rank takes part in it."""
         return job in self._jobs and job not in self._active
@@ -97,6 +102,15 @@ class Service:
     def states(self, job: str) -> dict[str, LayerState]:
         """The owner's states of a job, by layer."""
         return self._jobs[job].layers.states
+
+    def observe(self, job: str, now: float) -> JobObservation:
+        """What there is to see of a job that is not over.
+
+        Args:
+            job: one of `active`.
+            now: seconds, on the clock of `handle`.
+        """
+        return observe(self._active[job], now)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """The effects of an event.

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from bnproto.channel import SERVICE_NAME
+from bnproto.channel import OBSERVATION_NAME, SERVICE_NAME
+from bnproto.v1 import observation_pb2 as observed
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import (
     METHODS,
@@ -52,10 +53,14 @@ def test_the_table(role: Role | None, allowed: set[str]) -> None:
 
 def test_every_method_of_the_service_is_in_the_table() -> None:
     """One that is forgotten would be refused to ranks."""
-    methods = {
-        f"/{SERVICE_NAME}/{method.name}" for method in pb.DESCRIPTOR.services_by_name["StatisticsService"].methods
-    }
+    services = (
+        pb.DESCRIPTOR.services_by_name["StatisticsService"],
+        observed.DESCRIPTOR.services_by_name["ObservationService"],
+    )
+    methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     assert methods <= set(METHODS)
+    readers = {method for method, need in METHODS.items() if need.role is Role.READER}
+    assert {f"/{OBSERVATION_NAME}/ListJobs", f"/{OBSERVATION_NAME}/ReadStatistics", "/metrics"} < readers
 
 
 @pytest.mark.parametrize(

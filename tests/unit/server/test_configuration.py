@@ -46,10 +46,17 @@ def test_what_is_printed_is_a_file_that_says_the_same() -> None:
 def test_every_setting_says_the_same_in_three_ways() -> None:
     """One name, three spellings; the default is what nobody says."""
     assert resolve({}, {}, None).configuration == Configuration()
+    texts = {
+        "HOST:PORT": "h:1",
+        "SECONDS": "7",
+        "DAYS": "7",
+        "NUMBER": "7",
+        "LEVEL": "error",
+        "FORMAT": "json",
+        "": "true",
+    }
     for setting in SETTINGS:
-        text = {"HOST:PORT": "h:1", "SECONDS": "7", "DAYS": "7", "NUMBER": "7", "LEVEL": "error", "": "true"}.get(
-            setting.metavar, "x"
-        )
+        text = texts.get(setting.metavar, "x")
         (quoted,) = tomllib.loads(f'{setting.key} = "{text}"').values()
         by = [
             resolve({setting.name: text}, {}, None),
@@ -68,6 +75,7 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
         ("keep-jobs-days", "-1", "expected a number of days, 0 or more, received '-1'."),
         ("keep-jobs", "1.5", "expected a whole number, 0 or more, received '1.5'."),
         ("log-level", "loud", "expected debug, info, warning or error, received 'loud'."),
+        ("log-format", "xml", "expected text or json, received 'xml'."),
         ("insecure", "maybe", "expected true or false, received 'maybe'."),
         ("tokens", "a\0b", "expected the name of a file or folder, received 'a\\x00b'."),
     ],

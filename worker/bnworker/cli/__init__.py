@@ -1,6 +1,7 @@
 """The command line: `bnlayer train`, `evaluate`, `export`, `calibrate`, `launch`, `serve`, and what operators need.
 
-`state`, `certs` and `tokens` are groups of commands of their own; `doctor` says what is installed.
+`jobs` shows what a service is doing; `state`, `certs` and `tokens` are groups of commands of their own; `doctor` says
+what is installed.
 
 Exit codes: 0 it worked; 1 training, or the service, failed; 2 it was asked for something wrong; of `launch` and
 `train` otherwise that of the first rank that failed, 128 + signal where a signal ended it.
@@ -24,6 +25,7 @@ from bnworker.cli.doctor import doctor
 from bnworker.cli.errors import CommandError
 from bnworker.cli.evaluate import evaluate
 from bnworker.cli.export import export
+from bnworker.cli.jobs import jobs
 from bnworker.cli.launch import launch
 from bnworker.cli.serve import serve
 from bnworker.cli.state import state
@@ -69,6 +71,7 @@ app.command()(calibrate)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(serve)
 app.add_typer(state, name="state")
+app.command()(jobs)
 app.add_typer(certs, name="certs")
 app.add_typer(tokens, name="tokens")
 app.command()(doctor)

@@ -14,7 +14,7 @@ import grpc
 
 from bnlayer.errors import CollectiveError, ServiceError
 from bnproto.arrays import WireError
-from bnproto.failures import DETAILS_KEY, error_of, failure_in
+from bnproto.failures import error_in
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnworker.transports.service.channel import Answer, AnswerAssembler
@@ -107,10 +107,9 @@ class GrpcChannel:
 
     def _explained(self, error: grpc.RpcError) -> CollectiveError | Broken:
         """The reason that the service gave; or what is known where it could not."""
-        for key, value in self._call.trailing_metadata() or ():
-            failure = failure_in(value) if key == DETAILS_KEY and isinstance(value, bytes) else None
-            if failure is not None:
-                return error_of(failure)
+        explained = error_in(self._call.trailing_metadata())
+        if explained is not None:
+            return explained
         code, text = self._call.code(), self._call.details()
         if code is grpc.StatusCode.UNIMPLEMENTED:
             refusal = ServiceError(f"What listens at {self._address} is no statistics service: {text}.")
