@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 import bnlayer
 import bnserver
 import bnworker
-from bnserver.__main__ import main as serve_main
 from bnworker.cli import app, main
 from bnworker.cli.hosts import Hosts
 
@@ -158,23 +157,6 @@ def test_credentials_are_one_line_too(
     assert "The token would cross the network to trainer:7431 in plain text." in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
-
-
-@pytest.mark.parametrize(
-    "option",
-    ["--metrics", "--dashboard"],
-)
-def test_the_service_takes_no_option_that_nothing_looks_at(
-    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What is planned is an unknown option until it works, under both names of the daemon."""
-    for name, command in (("bnlayer", main), ("bnserver", serve_main)):
-        arguments = ["serve"] if name == "bnlayer" else []
-        monkeypatch.setattr(sys, "argv", [name, *arguments, "--listen", "127.0.0.1:0", option, "x"])
-        with pytest.raises(SystemExit) as raised:
-            command()
-        assert raised.value.code == 2
-        assert option in capsys.readouterr().err
 
 
 def test_unknown_options_are_usage_errors() -> None:
