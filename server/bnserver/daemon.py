@@ -102,6 +102,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             timeouts=LivenessTimeouts(configuration.lease, configuration.away),
             failpoints=failpoints,
             saving=say_whether_saving,
+            quotas=configuration.quotas,
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)

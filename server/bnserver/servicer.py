@@ -16,9 +16,10 @@ from typing import Any
 
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.arrays import WireError
-from bnproto.failures import status_of
+from bnproto.failures import DETAILS_KEY, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.bytes_in_flight import BytesInFlight
 from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.effects import (
@@ -38,6 +39,7 @@ from bnserver.core.effects import (
 )
 from bnserver.core.events import Event, Heartbeat, Stop, Tick
 from bnserver.core.members import LivenessTimeouts
+from bnserver.core.quotas import QuotaError, Quotas, exceeded
 from bnserver.core.reasons import Reason
 from bnserver.core.recovery import RecoveryError
 from bnserver.core.service import Service
@@ -67,6 +69,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         timeouts: how long it waits for signs of life.
         failpoints: faults to inject.
         saving: called with False when jobs can't be saved, and with True when they can again.
+        quotas: how much one job may use, and all together.
     """
 
     def __init__(
@@ -77,7 +80,10 @@ class Servicer(rpc.StatisticsServiceServicer):
         timeouts: LivenessTimeouts | None = None,
         failpoints: Failpoints | None = None,
         saving: SavingCallback | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
+        self._quotas = quotas or Quotas()
+        self._in_flight = BytesInFlight(self._quotas)
         self._timeouts = timeouts or LivenessTimeouts()
         self._writer = Writer(boot_id, self._timeouts, durable=store is not None)
         self._store = store
@@ -102,7 +108,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             Closed: self._close,
             Straggling: self._log_stragglers,
         }
-        self._serve(Service(timeouts=self._timeouts))
+        self._serve(Service(timeouts=self._timeouts, quotas=self._quotas))
 
     def _serve(self, service: Service) -> None:
         self._service = service
@@ -123,7 +129,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         now = time.monotonic()
         self._clock = SuspendAwareClock(now)
         try:
-            self._serve(Service(journals, self._timeouts, now))
+            self._serve(Service(journals, self._timeouts, now, self._quotas))
         except RecoveryError as error:
             raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
         if self._saving is not None:
@@ -151,6 +157,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         self, request_iterator: Requests, context: Context
     ) -> None:
         """One rank's stream, from join to leave."""
+        number = len(self._connections) + 1
+        if number > self._quotas.connections:
+            await _refuse(context, exceeded("connections", self._quotas.connections, number, "--max-connections"))
         stream = GrpcChannel()
         connection = self._connect(stream)
         reading = asyncio.create_task(self._read(connection, request_iterator))
@@ -170,7 +179,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         return self._writer.heartbeat()
 
     def _connect(self, stream: GrpcChannel) -> Connection:
-        connection = Connection(next(self._numbers), stream, self.dispatch, self._failpoints)
+        connection = Connection(
+            next(self._numbers), stream, self.dispatch, self._failpoints, self._quotas, self._in_flight
+        )
         self._connections[connection.number] = connection
         return connection
 
@@ -178,7 +189,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         """Receive what comes on the stream."""
         await self._ready.wait()
         self._unjoined.add(connection)
-        assembler = RequestAssembler()
+        assembler = RequestAssembler(connection.account)
         try:
             async for message in requests:
                 self._unjoined.remove(connection)
@@ -192,8 +203,8 @@ class Servicer(rpc.StatisticsServiceServicer):
                     self._saving.release(message.join.job)
                 else:
                     connection.receive(*whole)
-        except WireError as error:
-            connection.garbled(str(error))
+        except (WireError, QuotaError) as error:
+            connection.garbled(error)
             return
         # The rank closed the stream without a leave; a connection that broke cancels `Exchange` instead.
         connection.lost()
@@ -246,12 +257,12 @@ class Servicer(rpc.StatisticsServiceServicer):
         if connections:
             messages = self._writer.result(effect, connections[0].generation)
             for connection in connections:
-                connection.channel.send(messages)
+                connection.answer(messages)
 
     def _owned(self, effect: Owned) -> None:
         connection = self._connections.get(effect.stream)
         if connection is not None:
-            connection.channel.send(self._writer.owned(effect, connection.generation))
+            connection.answer(self._writer.owned(effect, connection.generation))
 
     def _reduce(self, effect: Reduce) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
@@ -259,7 +270,7 @@ class Servicer(rpc.StatisticsServiceServicer):
 
         def send(messages: Messages) -> None:
             for connection in connections:
-                connection.channel.send(messages)
+                connection.answer(messages)
 
         async def elsewhere() -> None:
             send(await asyncio.to_thread(self._reduced, effect, generation))
@@ -310,6 +321,12 @@ class Servicer(rpc.StatisticsServiceServicer):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _refuse(context: Context, text: str) -> None:
+    """End a stream before it begins; never returns."""
+    status = status_of(pb.Failure(reason=pb.ERROR_REASON_QUOTA, text=f"The service refused this connection: {text}."))
+    await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))
 
 
 def _keep_nothing(effect: Record | Persist) -> None:
