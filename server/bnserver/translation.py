@@ -5,6 +5,8 @@ What comes out of `Reader` is valid by itself: `core.validation` looks at it on 
 
 from __future__ import annotations
 
+import math
+
 from bnlayer.agreement import Peer, shown
 from bnlayer.collective import LayerSignature, Operation
 from bnlayer.state import LayerState
@@ -33,6 +35,8 @@ from bnserver.core.validation import validated
 
 Messages = list[Outgoing]
 
+_ROWS = 10  # that arrays of a layer have at most: limbs of sums in float64
+_FLAGS = "flags"  # of a state: as many as there are, whatever its channels
 # Each takes some microseconds to read, with or without elements: a message has room for half a second of them.
 _ARRAYS = 2**14
 _HOST_CHARACTERS = 255  # DNS permits no more
@@ -99,10 +103,11 @@ class Reader:
 
     def _check_channels(self, payload: pb.Payload, channels: int = 0) -> None:
         """Before any array is made: the arrays of a layer have as many columns as it has channels."""
-        largest = max((size for array in payload.arrays for size in array.shape), default=0)
-        largest = max(largest, channels)
-        if largest > self._quotas.channels:
-            raise QuotaError(exceeded("channels of a layer", self._quotas.channels, largest, "--max-channels"))
+        for array in payload.arrays:
+            if array.name != _FLAGS and array.shape:
+                channels = max(channels, array.shape[-1], math.prod(array.shape) // _ROWS)
+        if channels > self._quotas.channels:
+            raise QuotaError(exceeded("channels of a layer", self._quotas.channels, channels, "--max-channels"))
 
     def _join(self, join: pb.Join) -> Join:
         if join.token:

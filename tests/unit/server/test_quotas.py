@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
+from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moving import Moving
+from bnlayer.state import LayerState
 from bnproto.arrays import pack
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.bytes_in_flight import BytesInFlight
 from bnserver.channel import Outgoing, RequestAssembler
 from bnserver.connection import Connection
-from bnserver.core.events import Contribute, Event, Join, Leave, Malformed, Pull
+from bnserver.core.events import Contribute, Event, Join, Leave, Malformed, Pull, Push
 from bnserver.core.quotas import Quotas
 from bnserver.core.reasons import Reason
+from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import GrpcChannel
 
 _REQUEST_BYTES = 2**10  # that each request counts for beside its payload
@@ -84,6 +90,7 @@ _PUSH = pb.Push(layer="a", payload=pb.Payload(arrays=[pb.Array(name="x", dtype="
         _of_a_layer(Operation.ENROLL, 8, (9,)),
         _of_a_layer(Operation.PROBE, 9, (2, 8)),
         _of_a_layer(Operation.SUMS, 8, (6, 9)),
+        _of_a_layer(Operation.SUMS, 8, (90, 1)),
         pb.ExchangeRequest(push=_PUSH),
     ],
 )
@@ -93,6 +100,14 @@ def test_channels_are_counted_before_an_array_is_made(request_: pb.ExchangeReque
         "expected at most 8 channels of a layer, received a request for 9; the service's --max-channels raises the "
         "quota"
     )
+
+
+def test_a_state_of_one_channel_has_three_flags() -> None:
+    """They are no channels."""
+    state = LayerState(Moving(np.zeros(1), np.ones(1)), Grid.unknown("float64", 1), BackwardGrid.unknown("float64", 1))
+    arrays = state.arrays()
+    push = pb.Push(layer="a", dtype="float64", payload=pack(arrays.values(), tuple(arrays))[0])
+    assert isinstance(_End(Quotas(channels=1)).read(pb.ExchangeRequest(push=push)), Push)
 
 
 def test_as_many_channels_as_permitted_are_read() -> None:
@@ -182,6 +197,23 @@ def test_nothing_is_kept_for_who_has_not_joined() -> None:
     with pytest.raises(ValueError, match="expected one join, as the first request of a stream"):
         RequestAssembler(connection.account).add(_reduction(_LARGE)[0])
     assert in_flight.total == 0
+
+
+def test_written_answers_are_not_counted() -> None:
+    """A rank that reads may ask as often as it wants."""
+
+    async def scene() -> None:
+        channel = GrpcChannel()
+        for _ in range(3):
+            channel.send([Outgoing(pb.ExchangeResponse(owned=pb.Owned()))])
+        assert channel.unread == 3
+        writing = asyncio.create_task(channel.write(AsyncMock(), Failpoints()))
+        await asyncio.sleep(0)
+        assert channel.unread == 0
+        channel.close(None)
+        await writing
+
+    asyncio.run(scene())
 
 
 def test_who_reads_no_answer_is_refused() -> None:
