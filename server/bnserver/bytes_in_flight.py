@@ -11,6 +11,8 @@ from bnserver.core.quotas import QuotaError, Quotas, exceeded
 
 # Of a request beside its payload. Some wait for other ranks, and a request without a payload takes memory as well.
 _REQUEST_BYTES = 2**10
+_OF_A_JOB, _JOB_SETTING = "bytes in flight of a job", "--max-job-bytes"
+_IN_ALL = "bytes in flight of all jobs"
 
 
 class BytesInFlight:
@@ -28,40 +30,34 @@ class BytesInFlight:
         self._quotas = quotas
         self._jobs: Counter[str] = Counter()
 
-    def begin(self, job: str, size: int, count: int) -> int:
-        """A request of `size` bytes begins with `count` of them; returns what to release.
+    def add(self, job: str, count: int, announced: int | None) -> int:
+        """Bytes have arrived; returns what to release.
+
+        Args:
+            job: whose.
+            count: how many.
+            announced: the size of the whole payload, with its first bytes; None with those that follow.
 
         Raises:
             QuotaError: the job, or all jobs together, hold too much.
         """
-        if size > self._quotas.job_bytes:
-            raise QuotaError(exceeded(_OF_A_JOB, self._quotas.job_bytes, size, _JOB_SETTING))
-        return self._add(job, _REQUEST_BYTES + count, in_parts=count != size)
-
-    def continues(self, job: str, count: int) -> int:
-        """More bytes of a request; returns what to release.
-
-        Raises:
-            QuotaError: likewise.
-        """
-        return self._add(job, count, in_parts=True)
-
-    def release(self, job: str, count: int) -> None:
-        """So many bytes are answered, or dropped."""
-        self.total -= count
-        self._jobs[job] -= count
-        if not self._jobs[job]:
-            del self._jobs[job]
-
-    def _add(self, job: str, count: int, *, in_parts: bool) -> int:
+        most, in_parts = self._quotas.job_bytes, count != announced
+        if announced is not None:
+            if announced > most:
+                raise QuotaError(exceeded(_OF_A_JOB, most, announced, _JOB_SETTING))
+            count += _REQUEST_BYTES
         of_job, total = self._jobs[job] + count, self.total + count
-        if of_job > self._quotas.job_bytes:
-            raise QuotaError(exceeded(_OF_A_JOB, self._quotas.job_bytes, of_job, _JOB_SETTING))
+        if of_job > most:
+            raise QuotaError(exceeded(_OF_A_JOB, most, of_job, _JOB_SETTING))
         if in_parts and total > self._quotas.total_bytes:
             raise QuotaError(exceeded(_IN_ALL, self._quotas.total_bytes, total, "--max-bytes"))
         self._jobs[job], self.total = of_job, total
         return count
 
-
-_OF_A_JOB, _JOB_SETTING = "bytes in flight of a job", "--max-job-bytes"
-_IN_ALL = "bytes in flight of all jobs"
+    def release(self, job: str, count: int) -> int:
+        """So many bytes are answered, or dropped; returns how many of them are left."""
+        self.total -= count
+        self._jobs[job] -= count
+        if not self._jobs[job]:
+            del self._jobs[job]
+        return 0

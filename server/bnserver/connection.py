@@ -93,15 +93,13 @@ class Connection:
         """
         if not self._job:
             raise WireError("expected one join, as the first request of a stream")
-        if announced is None:
-            self._held += self._in_flight.continues(self._job, count)
-        else:
-            self._held += self._in_flight.begin(self._job, announced, count)
+        self._held += self._in_flight.add(self._job, count, announced)
 
     def answer(self, messages: Iterable[Outgoing]) -> None:
         """Answer what the rank has asked."""
         self.channel.send(messages)
-        self._release()
+        if self._held:
+            self._held = self._in_flight.release(self._job, self._held)
 
     def garbled(self, error: Exception) -> None:
         """A channel received bytes or messages that make no sense, or too many."""
@@ -116,11 +114,7 @@ class Connection:
     def end(self, status: StatusParts | None) -> None:
         """End it from the service's side, with an error or None; a second time does nothing."""
         self.is_over = True
-        self._release()
+        if self._held:
+            self._held = self._in_flight.release(self._job, self._held)
         self._stream.close(status)
         self.channel.close(status)
-
-    def _release(self) -> None:
-        if self._held:
-            self._in_flight.release(self._job, self._held)
-            self._held = 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from bnlayer.collective import Call, Operation
+from bnlayer.collective import Operation
 from bnlayer.state import LayerState
 from bnserver.core.effects import Closed, Effect, Failed
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
@@ -167,17 +167,14 @@ class Service:
 
     def _within_quota(self, job: Job, event: _Seated) -> _Seated:
         """The event; or, if it would add a layer to a job that has all it may have, what takes its place."""
-        if len(job.layers) < self._quotas.layers:
+        call = event.call if isinstance(event, Contribute) else None
+        if isinstance(event, Push):
+            layer = event.layer
+        elif call is not None and call.operation is Operation.ENROLL:
+            layer = call.key.layer or ""
+        else:
             return event
-        call: Call | None = None
-        match event:
-            case Push():
-                layer = event.layer
-            case Contribute(call=call) if call.operation is Operation.ENROLL:
-                layer = call.key.layer or ""
-            case _:
-                return event
-        if job.layers.pulled(layer) is not None:
+        if len(job.layers) < self._quotas.layers or job.layers.pulled(layer) is not None:
             return event
         text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
         return Malformed(event.stream, text, call, Reason.QUOTA)
