@@ -24,6 +24,9 @@ _METADATA_BYTES = 2**20
 _PING_EVERY_MS = 20_000
 _PING_ANSWER_MS = 20_000
 
+_HANDSHAKE_MS = 10_000  # the default is 120 s
+_IDLE_MS = 60_000  # without a call; the default is for ever
+
 _BOTH: Options = [
     ("grpc.keepalive_time_ms", _PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", _PING_ANSWER_MS),
@@ -36,6 +39,9 @@ SERVER_OPTIONS: Options = [
     *_BOTH,
     ("grpc.so_reuseport", 0),  # 1 is the default: a second daemon would silently share the port
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_EVERY_MS // 4),
+    # Connections of which nothing comes cost memory and a file each. A rank has a stream open as long as it is there.
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+    ("grpc.max_connection_idle_ms", _IDLE_MS),
 ]
 
 CLIENT_OPTIONS: Options = [

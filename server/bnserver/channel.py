@@ -10,7 +10,7 @@ there as `Connection.garbled`, and the end of the channel as `Connection.lost`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from bnproto.arrays import PayloadAssembler, WireError
@@ -46,7 +46,13 @@ class Outgoing:
 
 
 class Channel(Protocol):
-    """Carries answers, each in the order in which it was sent, and none twice."""
+    """Carries answers, each in the order in which it was sent, and none twice.
+
+    Attributes:
+        unread: how many answers were sent since there was last nothing left to send.
+    """
+
+    unread: int
 
     def send(self, messages: Iterable[Outgoing]) -> None:
         """Send messages after those before; never waits. After the end it does nothing."""
@@ -60,9 +66,15 @@ class Channel(Protocol):
 
 
 class RequestAssembler:
-    """Puts requests together from the messages in which they travel on one channel."""
+    """Puts requests together from the messages in which they travel on one channel.
 
-    def __init__(self) -> None:
+    Args:
+        account: called before any bytes of a payload are kept, with how many there are, and with the size that was
+            announced; None for those that continue a payload. It may raise.
+    """
+
+    def __init__(self, account: Callable[[int, int | None], None] | None = None) -> None:
+        self._account = account
         self._begun: tuple[pb.ExchangeRequest, PayloadAssembler] | None = None
 
     def add(self, message: pb.ExchangeRequest) -> tuple[pb.ExchangeRequest, bytes | bytearray] | None:
@@ -70,16 +82,21 @@ class RequestAssembler:
 
         Raises:
             WireError: it does not continue the request that has begun, or begins none.
+            QuotaError: from `account`.
         """
         kind = message.WhichOneof("message")
         if (kind == "part") is not (self._begun is not None):
             raise WireError(f"expected {'a part' if self._begun else 'no part'} here, received {kind}")
         if self._begun is not None:
             request, assembler = self._begun
+            if self._account is not None:
+                self._account(message.ByteSize(), None)  # its data would be copied
             assembler.add(message.part)
         elif kind in ("contribution", "push"):
             payload = message.contribution.payload if kind == "contribution" else message.push.payload
             data = payload.data
+            if self._account is not None:
+                self._account(len(data), payload.size)
             if len(data) == payload.size:
                 return message, data
             request, assembler = message, PayloadAssembler(payload)

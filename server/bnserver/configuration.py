@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bnproto.address import hint, is_loopback, split
+from bnserver.core.quotas import Quotas
 
 PREFIX = "BNSERVER_"  # of the variables
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"  # names the file
@@ -25,6 +26,8 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"  # names the file
 _SETTING = "setting"
 _FORMATS = ("text", "json")
 _LEVELS = ("debug", "info", "warning", "error")
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_QUOTAS = Quotas()
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -104,6 +107,22 @@ def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"expected a whole number, 0 or more, received {text!r}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f"expected a whole number, 1 or more, received {text!r}")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    number, unit = text[:-3], text[-3:]
+    if unit not in _UNITS:
+        number, unit = text, ""
+    try:
+        return _count(number) * _UNITS[unit]
+    except ValueError:
+        raise ValueError(f"expected a number of bytes, such as 1000000, 512MiB or 2GiB, received {text!r}") from None
 
 
 def _level(text: str) -> str:
@@ -211,6 +230,30 @@ class Configuration:
             _address, "HOST:PORT", "where a browser sees jobs, layers and ranks; with the same certificate and tokens"
         ),
     )
+    max_connections: int = field(
+        default=_QUOTAS.connections,
+        metadata=_setting(_count, "N", "quota: connections open at a time"),
+    )
+    max_jobs: int = field(
+        default=_QUOTAS.jobs,
+        metadata=_setting(_count, "N", "quota: jobs that ranks take part in at a time"),
+    )
+    max_ranks: int = field(default=_QUOTAS.ranks, metadata=_setting(_count, "N", "quota: ranks of a job"))
+    max_layers: int = field(default=_QUOTAS.layers, metadata=_setting(_count, "N", "quota: layers of a job"))
+    max_channels: int = field(
+        default=_QUOTAS.channels,
+        metadata=_setting(_count, "N", "quota: channels of a layer; 131072 of them hold up every job for 0.15 s"),
+    )
+    max_job_bytes: int = field(
+        default=_QUOTAS.job_bytes,
+        metadata=_setting(
+            _bytes, "BYTES", "quota: bytes of a job's requests that are not answered yet; also as 512MiB"
+        ),
+    )
+    max_bytes: int = field(
+        default=_QUOTAS.total_bytes,
+        metadata=_setting(_bytes, "BYTES", "quota: likewise, of all jobs together"),
+    )
     reflection: bool = field(
         default=False, metadata=_setting(_switch, "", "answer questions about the methods (gRPC server reflection)")
     )
@@ -227,6 +270,19 @@ class Configuration:
         default=None,
         metadata=_setting(_path, "PATH", "gets the log too, from info on whatever the level for stderr is"),
     )
+
+    @property
+    def quotas(self) -> Quotas:
+        """How much one job may use, and all together."""
+        return Quotas(
+            connections=self.max_connections,
+            jobs=self.max_jobs,
+            ranks=self.max_ranks,
+            layers=self.max_layers,
+            channels=self.max_channels,
+            job_bytes=self.max_job_bytes,
+            total_bytes=self.max_bytes,
+        )
 
     def check(self) -> None:
         """Make sure that the settings go together, and that nobody is let in by mistake.

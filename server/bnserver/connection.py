@@ -7,15 +7,22 @@ how much of it, is for this object to decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from bnproto.arrays import WireError
 from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Channel
-from bnserver.core.events import Event, Lost, Malformed
+from bnserver.bytes_in_flight import BytesInFlight
+from bnserver.channel import Channel, Outgoing
+from bnserver.core.events import Contribute, Event, Join, Lost, Malformed, Pull, Push
+from bnserver.core.quotas import QuotaError, Quotas
+from bnserver.core.reasons import Reason
 from bnserver.counts import Traffic
 from bnserver.failpoints import Failpoints
 from bnserver.translation import Reader
+
+# A rank asks again when it has its answer. One that only asks must not fill the memory with answers.
+_UNREAD = 64
 
 
 class Connection:
@@ -26,6 +33,8 @@ class Connection:
         stream: the gRPC stream, on which it began.
         dispatch: takes the events.
         failpoints: faults to inject.
+        quotas: in force.
+        in_flight: the account of all connections.
 
     Attributes:
         channel: carries requests and answers: the stream, or a local socket that was attached to it.
@@ -40,6 +49,8 @@ class Connection:
         stream: Channel,
         dispatch: Callable[[Event], None],
         failpoints: Failpoints | None = None,
+        quotas: Quotas | None = None,
+        in_flight: BytesInFlight | None = None,
     ) -> None:
         self.number = number
         self.channel = stream
@@ -49,7 +60,11 @@ class Connection:
         self._stream = stream
         self._dispatch = dispatch
         self._failpoints = failpoints or Failpoints()
-        self._reader = Reader(number)
+        quotas = quotas or Quotas()
+        self._reader = Reader(number, quotas)
+        self._in_flight = in_flight or BytesInFlight(quotas)
+        self._held = 0
+        self._job = ""
 
     def receive(self, request: pb.ExchangeRequest, data: bytes | bytearray) -> None:
         """A whole request has arrived, on any channel.
@@ -60,13 +75,40 @@ class Connection:
         """
         self.traffic.received += len(data)
         event = self._reader.read(request, data)
+        if isinstance(event, Join):
+            self._job = event.job
+        if self.channel.unread > _UNREAD and isinstance(event, Contribute | Pull | Push):
+            event = Malformed(
+                self.number,
+                f"expected a rank to read its answers before it asks again; {_UNREAD} are unread",
+                None,
+                Reason.QUOTA,
+            )
         if self._failpoints.active:
             self._failpoints.reached("before-event")
         self._dispatch(event)
 
-    def garbled(self, text: str) -> None:
-        """A channel received bytes or messages that make no sense."""
-        self._dispatch(Malformed(self.number, text))
+    def account(self, count: int, announced: int | None) -> None:
+        """Bytes of a request have arrived: see `RequestAssembler`.
+
+        Raises:
+            QuotaError: they are too many.
+            WireError: they come before the rank has joined.
+        """
+        if not self._job:
+            raise WireError("expected one join, as the first request of a stream")
+        self._held += self._in_flight.add(self._job, count, announced)
+
+    def answer(self, messages: Iterable[Outgoing]) -> None:
+        """Answer what the rank has asked."""
+        self.channel.send(messages)
+        if self._held:
+            self._held = self._in_flight.release(self._job, self._held)
+
+    def garbled(self, error: Exception) -> None:
+        """A channel received bytes or messages that make no sense, or too many."""
+        reason = Reason.QUOTA if isinstance(error, QuotaError) else Reason.INVALID
+        self._dispatch(Malformed(self.number, str(error), reason=reason))
 
     def lost(self) -> None:
         """A channel has ended from the rank's side: the connection ends as a whole."""
@@ -76,5 +118,7 @@ class Connection:
     def end(self, status: StatusParts | None) -> None:
         """End it from the service's side, with an error or None; a second time does nothing."""
         self.is_over = True
+        if self._held:
+            self._held = self._in_flight.release(self._job, self._held)
         self._stream.close(status)
         self.channel.close(status)

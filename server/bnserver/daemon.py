@@ -111,6 +111,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             failpoints=failpoints,
             saving=say_whether_saving,
             keep=Keep(configuration.keep_jobs_days, configuration.keep_jobs),
+            quotas=configuration.quotas,
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)

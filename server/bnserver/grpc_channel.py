@@ -25,16 +25,19 @@ class GrpcChannel:
 
     Attributes:
         outgoing: what is to be written; the last item is a status, or None for a clean end.
+        unread: how many answers were sent since there was last nothing left to write.
     """
 
     def __init__(self) -> None:
         self.outgoing: asyncio.Queue[pb.ExchangeResponse | StatusParts | None] = asyncio.Queue()
+        self.unread = 0
         self._is_closed = False
 
     def send(self, messages: Iterable[Outgoing]) -> None:
         """Send messages after those before."""
         if self._is_closed:
             return
+        self.unread += 1
         for message in messages:
             self.outgoing.put_nowait(message.message)
 
@@ -51,6 +54,8 @@ class GrpcChannel:
             grpc.aio.AbortError: it ends with an error.
         """
         while True:
+            if self.outgoing.empty():
+                self.unread = 0
             message = await self.outgoing.get()
             if isinstance(message, pb.ExchangeResponse):
                 if failpoints.active and failpoints.reached("before-reply"):

@@ -21,6 +21,7 @@ from bnproto.frames import LARGEST_BYTES, Frames
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.channel import Outgoing, RequestAssembler
 from bnserver.connection import Connection
+from bnserver.core.quotas import QuotaError
 from bnserver.failpoints import Failpoints
 
 _ATTACH_BYTES = 64  # that a socket may send before its ticket was seen
@@ -51,6 +52,7 @@ class LocalChannel(asyncio.BufferedProtocol):
 
     Attributes:
         is_closed: whether it has ended, from either side.
+        unread: how many answers were sent since there was last nothing left to send.
     """
 
     def __init__(self, listener: Owner, user: int) -> None:
@@ -61,6 +63,7 @@ class LocalChannel(asyncio.BufferedProtocol):
         self._assembler = RequestAssembler()
         self._connection: Connection | None = None
         self._transport: asyncio.Transport | None = None
+        self.unread = 0
         self.is_closed = False
         self._hurry: asyncio.TimerHandle | None = None
         self._unsent: deque[Outgoing] = deque()
@@ -73,6 +76,7 @@ class LocalChannel(asyncio.BufferedProtocol):
         if self._connection is not None and self._failpoints.active and self._failpoints.reached("before-reply"):
             self._connection.lost()
             return
+        self.unread = self.unread + 1 if self._unsent or self._is_full else 0
         self._unsent.extend(messages)
         while self._unsent and not self._is_full and self._transport is not None:
             message = self._unsent.popleft()
@@ -133,8 +137,8 @@ class LocalChannel(asyncio.BufferedProtocol):
                     self._attach(message.attach.ticket)
                 elif (whole := self._assembler.add(message)) is not None:
                     self._connection.receive(*whole)
-        except (WireError, DecodeError) as error:
-            self._garbled(str(error))
+        except (WireError, QuotaError, DecodeError) as error:
+            self._garbled(error)
 
     def _attach(self, ticket: bytes) -> None:
         self._connection = self._listener.attach(self, ticket)
@@ -142,12 +146,13 @@ class LocalChannel(asyncio.BufferedProtocol):
             self.close(None)
             return
         self._frames.largest = LARGEST_BYTES
+        self._assembler = RequestAssembler(self._connection.account)
         self._calm()
 
-    def _garbled(self, text: str) -> None:
+    def _garbled(self, error: Exception) -> None:
         """Report invalid bytes; nothing that follows them can be read."""
         if self._connection is not None:
-            self._connection.garbled(text)
+            self._connection.garbled(error)
         self.close(None)
 
     def _calm(self) -> None:

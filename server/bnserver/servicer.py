@@ -17,9 +17,10 @@ from typing import Any
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.arrays import WireError
-from bnproto.failures import StatusParts, status_of
+from bnproto.failures import DETAILS_KEY, StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.bytes_in_flight import BytesInFlight
 from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.effects import (
@@ -41,6 +42,7 @@ from bnserver.core.events import Contribute, Event, Heartbeat, Stop, Tick
 from bnserver.core.journal_records import Ended
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.observation import JobObservation
+from bnserver.core.quotas import QuotaError, Quotas, exceeded
 from bnserver.core.reasons import Reason
 from bnserver.core.recovery import RecoveryError
 from bnserver.core.service import Service
@@ -75,6 +77,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         failpoints: faults to inject.
         saving: called with False when jobs can't be saved, and with True when they can again.
         keep: what is kept of jobs that are over; None: everything.
+        quotas: how much one job may use, and all together.
 
     Attributes:
         counts: what happens here.
@@ -89,8 +92,11 @@ class Servicer(rpc.StatisticsServiceServicer):
         failpoints: Failpoints | None = None,
         saving: SavingCallback | None = None,
         keep: Keep | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.counts = Counts()
+        self._quotas = quotas or Quotas()
+        self._in_flight = BytesInFlight(self._quotas)
         self._timeouts = timeouts or LivenessTimeouts()
         self._writer = Writer(boot_id, self._timeouts, durable=store is not None)
         self._store = store
@@ -116,7 +122,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             Closed: self._close,
             Straggling: self._log_stragglers,
         }
-        self._serve(Service(timeouts=self._timeouts))
+        self._serve(Service(timeouts=self._timeouts, quotas=self._quotas))
 
     def _serve(self, service: Service) -> None:
         self._service = service
@@ -142,7 +148,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         now = time.monotonic()
         self._clock = SuspendAwareClock(now)
         try:
-            self._serve(Service(journals, self._timeouts, now))
+            self._serve(Service(journals, self._timeouts, now, self._quotas))
         except RecoveryError as error:
             raise StoreError(f"The state directory holds a job that makes no sense: {error}.") from error
         if self._saving is not None:
@@ -225,6 +231,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         self, request_iterator: Requests, context: Context
     ) -> None:
         """One rank's stream, from join to leave."""
+        number = len(self._connections) + 1
+        if number > self._quotas.connections:
+            await _refuse(context, exceeded("connections", self._quotas.connections, number, "--max-connections"))
         stream = GrpcChannel()
         connection = self._connect(stream)
         reading = asyncio.create_task(self._read(connection, request_iterator))
@@ -244,7 +253,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         return self._writer.heartbeat()
 
     def _connect(self, stream: GrpcChannel) -> Connection:
-        connection = Connection(next(self._numbers), stream, self.dispatch, self._failpoints)
+        connection = Connection(
+            next(self._numbers), stream, self.dispatch, self._failpoints, self._quotas, self._in_flight
+        )
         self._connections[connection.number] = connection
         return connection
 
@@ -252,7 +263,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         """Receive what comes on the stream."""
         await self._ready.wait()
         self._unjoined.add(connection)
-        assembler = RequestAssembler()
+        assembler = RequestAssembler(connection.account)
         try:
             async for message in requests:
                 self._unjoined.remove(connection)
@@ -266,8 +277,8 @@ class Servicer(rpc.StatisticsServiceServicer):
                     self._saving.release(message.join.job)
                 else:
                     connection.receive(*whole)
-        except WireError as error:
-            connection.garbled(str(error))
+        except (WireError, QuotaError) as error:
+            connection.garbled(error)
             return
         # The rank closed the stream without a leave; a connection that broke cancels `Exchange` instead.
         connection.lost()
@@ -427,4 +438,10 @@ def _send(messages: Messages, connections: Sequence[Connection]) -> None:
     size = messages[0].payload_bytes
     for connection in connections:
         connection.traffic.sent += size
-        connection.channel.send(messages)
+        connection.answer(messages)
+
+
+async def _refuse(context: Context, text: str) -> None:
+    """End a stream before it begins; never returns."""
+    status = status_of(pb.Failure(reason=pb.ERROR_REASON_QUOTA, text=f"The service refused this connection: {text}."))
+    await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))

@@ -5,6 +5,8 @@ What comes out of `Reader` is valid by itself: `core.validation` looks at it on 
 
 from __future__ import annotations
 
+import math
+
 from bnlayer.agreement import Peer, shown
 from bnlayer.collective import LayerSignature, Operation
 from bnlayer.state import LayerState
@@ -27,10 +29,16 @@ from bnserver.core.events import (
     Resume,
 )
 from bnserver.core.members import LivenessTimeouts
+from bnserver.core.quotas import QuotaError, Quotas, exceeded
 from bnserver.core.reasons import Reason
 from bnserver.core.validation import validated
 
 Messages = list[Outgoing]
+
+_ROWS = 10  # that arrays of a layer have at most: limbs of sums in float64
+_FLAGS = "flags"  # of a state: as many as there are, whatever its channels
+# Each takes some microseconds to read, with or without elements: a message has room for half a second of them.
+_ARRAYS = 2**14
 
 _REASONS = {
     Reason.MISMATCH: pb.ERROR_REASON_MISMATCH,
@@ -40,6 +48,7 @@ _REASONS = {
     Reason.INVALID: pb.ERROR_REASON_INVALID,
     Reason.STOPPING: pb.ERROR_REASON_STOPPING,
     Reason.STALE: pb.ERROR_REASON_STALE_GENERATION,
+    Reason.QUOTA: pb.ERROR_REASON_QUOTA,
     Reason.DATA_LOSS: pb.ERROR_REASON_DATA_LOSS,
     Reason.INTERNAL: pb.ERROR_REASON_INTERNAL,
 }
@@ -50,10 +59,12 @@ class Reader:
 
     Args:
         stream: the connection's number.
+        quotas: of ranks and channels.
     """
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self, stream: int, quotas: Quotas | None = None) -> None:
         self._stream = stream
+        self._quotas = quotas or Quotas()
         self._joined: Join | None = None
 
     def read(self, request: pb.ExchangeRequest, data: bytes | bytearray) -> Event:
@@ -75,6 +86,7 @@ class Reader:
                     return validated(self._joined)
                 case "push":
                     push = request.push
+                    self._check_channels(push.payload)
                     state = LayerState.from_arrays(named(push.payload, data), push.dtype)
                     return validated(Push(self._stream, push.layer, state, push.number))
                 case "pull":
@@ -83,8 +95,18 @@ class Reader:
                     return validated(Leave(self._stream, shown(request.leave.reason)))
                 case _:
                     raise WireError(f"expected a request, received {kind or 'an empty message'}")
+        except QuotaError as error:
+            return Malformed(self._stream, str(error), reason=Reason.QUOTA)
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
+
+    def _check_channels(self, payload: pb.Payload, channels: int = 0) -> None:
+        """Before any array is made: the arrays of a layer have as many columns as it has channels."""
+        for array in payload.arrays:
+            if array.name != _FLAGS and array.shape:
+                channels = max(channels, array.shape[-1], math.prod(array.shape) // _ROWS)
+        if channels > self._quotas.channels:
+            raise QuotaError(exceeded("channels of a layer", self._quotas.channels, channels, "--max-channels"))
 
     def _join(self, join: pb.Join) -> Join:
         if join.token:
@@ -93,14 +115,21 @@ class Reader:
         if join.HasField("resume"):
             known = join.resume
             resume = Resume(known.generation, known.sequence, known.layer_sequence, dict(known.versions))
+        if join.world_size > self._quotas.ranks:
+            raise QuotaError(exceeded("ranks of a job", self._quotas.ranks, join.world_size, "--max-ranks"))
         peer = Peer(join.rank, shown(join.host), join.pid)
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
         return Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
 
     def _contribution(self, message: pb.Contribution, data: bytes | bytearray) -> Event:
         assert self._joined is not None
+        number = max(len(message.payload.arrays), len(message.plain_signature.arrays))
+        if number > _ARRAYS:
+            raise WireError(f"expected at most {_ARRAYS} arrays in one contribution, received {number}")
         call = call_of(message)
         body: Body
+        if isinstance(call.signature, LayerSignature):
+            self._check_channels(message.payload, call.signature.channels)
         if call.operation is Operation.ENROLL and isinstance(call.signature, LayerSignature):
             body = LayerState.from_arrays(named(message.payload, data), call.signature.dtype)
         elif isinstance(call.signature, LayerSignature) and call.signature.state:

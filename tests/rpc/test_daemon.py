@@ -1,6 +1,7 @@
 """The daemon from outside: how it starts, what it refuses, how it ends, and what outlives it."""
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -45,6 +46,60 @@ def _refused(start: Callable[..., Any], *arguments: str) -> tuple[int, str]:
     code, out, err = start("-m", "bnserver", *arguments).end(within=150)
     assert out == ""
     return code, err
+
+
+# ---- quotas ----
+
+
+@pytest.mark.parametrize("local_socket", [True, False])
+def test_a_rank_is_told_which_quota_it_exceeds(serve: Callable[..., Any], local_socket: bool) -> None:
+    """At once and whatever its timeout, with the setting that raises it; the job beside it goes on."""
+    quotas = ("--max-jobs=2", "--max-ranks=2", "--max-layers=1", "--max-channels=4")
+    address = serve(*quotas, "--max-job-bytes=4MiB").address
+
+    def joined(job: str, rank: int = 0, world_size: int = 1) -> World:
+        transport = ServiceTransport(address, job, rank, world_size, timeout=600.0, local_socket=local_socket)
+        return World(transport, install=False)
+
+    def called(job: str, channels: int, *names: str) -> None:
+        with joined(job) as world:
+            for name in names:
+                layer = BatchNormalization(synchronized=True, name=name, collective=world)
+                layer(np.ones((2, channels), np.float32), training=True)
+
+    def reduced() -> None:
+        with joined("large") as world:
+            world.allreduce([np.zeros(2**20)])
+
+    with joined("calm") as calm:
+        calm.barrier()
+        called("as many as permitted", 4, "a")
+        for exceeds, text in (
+            (
+                lambda: called("wide", 5, "a"),
+                "at most 4 channels of a layer, received a request for 5; the service's --",
+            ),
+            (lambda: called("deep", 4, "a", "b"), "at most 1 layers of a job, received a request for 2"),
+            (lambda: joined("many", 0, 3), "at most 2 ranks of a job, received a request for 3"),
+            (reduced, "at most 4194304 bytes in flight of a job, received a request for 8388608"),
+        ):
+            with pytest.raises(ServiceError, match=re.escape(text)):
+                exceeds()
+            calm.barrier()
+        with joined("second") as second:
+            with pytest.raises(ServiceError, match="job 'third': expected at most 2 jobs at a time"):
+                joined("third")
+            second.barrier()
+        calm.barrier()
+
+
+def test_a_connection_too_many_is_refused(serve: Callable[..., Any]) -> None:
+    """Those that are open stay."""
+    address = serve("--max-connections=1").address
+    with _world(address) as world:
+        with pytest.raises(ServiceError, match="expected at most 1 connections, received a request for 2"):
+            ServiceTransport(address, "other", 0, 1, timeout=600.0)
+        world.barrier()
 
 
 # ---- starting ----

@@ -39,6 +39,8 @@ _TIMEOUTS = LivenessTimeouts(lease=0.0, away=1e9)  # nobody is lost here: what i
 class Wire:
     """The service's channel of a connection: what it sends is on its way."""
 
+    unread = 0
+
     def __init__(self, queue: deque[bytes | Failed | None]) -> None:
         self._queue = queue
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 from bnlayer.state import LayerState
+from bnserver.core.reasons import Reason
 
 Limbs = NDArray[np.int64]
 Arrays = tuple[NDArray[Any], ...]
@@ -145,17 +146,19 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A connection sent an invalid message.
+    """A connection sent an invalid message, or one that exceeds a quota.
 
     Attributes:
         stream: its connection.
         text: what was expected, and what was received.
         call: the contribution that it would have been, as far as it could be read.
+        reason: INVALID, or QUOTA: it asks for more than is permitted.
     """
 
     stream: int
     text: str
     call: Call | None = None
+    reason: Reason = Reason.INVALID
 
 
 @dataclass(frozen=True, slots=True)

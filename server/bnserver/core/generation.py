@@ -195,14 +195,16 @@ class Generation:
         # Saved before the leave is answered: when the last rank has its answer, the job is on disk.
         return [*self.lose({rank: reason}, now), *closed]
 
-    def refuse(self, rank: int, text: str, call: Call | None, now: float) -> list[Effect]:
-        """A rank sent something invalid: remove it, and notify the others."""
+    def refuse(
+        self, rank: int, text: str, call: Call | None, now: float, reason: Reason = Reason.INVALID
+    ) -> list[Effect]:
+        """A rank sent something invalid, or too much: remove it, and notify the others."""
         member = self.members.here[rank]
         failed: list[Effect] = []
         if member.stream is not None:
             layer, step = (call.key.layer, call.key.step) if call is not None else (None, None)
             said = f"The service refused what {member.peer} sent: {text}."
-            failed.append(Failed(member.stream, Reason.INVALID, said, (rank,), layer, step))
+            failed.append(Failed(member.stream, reason, said, (rank,), layer, step))
         return [*failed, *self.lose({rank: f"sent what the service refused: {text}"}, now)]
 
     # ---- ranks are lost, and time passes ----

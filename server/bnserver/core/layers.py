@@ -59,6 +59,10 @@ class Layers:
     def __init__(self) -> None:
         self._layers: dict[str, _Layer] = {}
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
     @property
     def states(self) -> dict[str, LayerState]:
         """Every layer's state."""

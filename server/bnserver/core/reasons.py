@@ -17,6 +17,7 @@ class Reason(StrEnum):
     INVALID = "INVALID"
     STOPPING = "STOPPING"
     STALE = "STALE_GENERATION"
+    QUOTA = "QUOTA"
     DATA_LOSS = "DATA_LOSS"
     INTERNAL = "INTERNAL"
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
+from bnlayer.collective import Operation
 from bnlayer.state import LayerState
 from bnserver.core.effects import Closed, Effect, Failed
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
@@ -22,10 +23,13 @@ from bnserver.core.job import Job
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.members import LivenessTimeouts, Member
 from bnserver.core.observation import JobObservation, observe
+from bnserver.core.quotas import Quotas, exceeded
 from bnserver.core.reasons import Reason
 from bnserver.core.recovery import records, recovered
 
 _STOPPING = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
+
+_Seated = Contribute | Pull | Push | Leave | Lost | Malformed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Service:
         journals: the records of each job, by name.
         timeouts: how long to wait for signs of life.
         now: seconds, on the clock of `handle`.
+        quotas: of jobs, and of the layers of one.
 
     Raises:
         RecoveryError: a journal is inconsistent.
@@ -52,8 +57,10 @@ class Service:
         journals: Mapping[str, Iterable[JournalRecord]] | None = None,
         timeouts: LivenessTimeouts | None = None,
         now: float = 0.0,
+        quotas: Quotas | None = None,
     ) -> None:
         self._timeouts = timeouts or LivenessTimeouts()
+        self._quotas = quotas or Quotas()
         self._jobs = {name: recovered(name, records, self._timeouts, now) for name, records in (journals or {}).items()}
         self._active = {name: job for name, job in self._jobs.items() if job.generations}
         self._seats: dict[int, _Seat] = {}
@@ -141,15 +148,16 @@ class Service:
                 self._seats.pop(effect.stream, None)
         return effects
 
-    def _seated(self, event: Contribute | Pull | Push | Leave | Lost | Malformed, now: float) -> list[Effect]:
+    def _seated(self, event: _Seated, now: float) -> list[Effect]:
         """An event of a stream: it goes to the generation of which its rank is a member."""
         seat = self._seats.get(event.stream)
         if seat is None:
             if isinstance(event, Malformed):
-                return [Failed(event.stream, Reason.INVALID, f"The service refused what you sent: {event.text}.")]
+                return [Failed(event.stream, event.reason, f"The service refused what you sent: {event.text}.")]
             return []
         generation, rank = seat.generation, seat.rank
         generation.members.here[rank].last_seen = now
+        event = self._within_quota(seat.job, event)
         match event:
             case Contribute():
                 effects = generation.contribute(rank, event, now)
@@ -163,13 +171,27 @@ class Service:
                 del self._seats[event.stream]
                 effects = generation.away(rank, now)
             case Malformed():
-                effects = generation.refuse(rank, event.text, event.call, now)
+                effects = generation.refuse(rank, event.text, event.call, now, event.reason)
             case _:
                 assert_never(event)
         if generation.ended is not None:
             seat.job.drop_ended()
             self._note(seat.job)
         return effects
+
+    def _within_quota(self, job: Job, event: _Seated) -> _Seated:
+        """The event; or, if it would add a layer to a job that has all it may have, what takes its place."""
+        call = event.call if isinstance(event, Contribute) else None
+        if isinstance(event, Push):
+            layer = event.layer
+        elif call is not None and call.operation is Operation.ENROLL:
+            layer = call.key.layer or ""
+        else:
+            return event
+        if len(job.layers) < self._quotas.layers or job.layers.pulled(layer) is not None:
+            return event
+        text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
+        return Malformed(event.stream, text, call, Reason.QUOTA)
 
     def _all_active(self, action: Callable[[Job], list[Effect]]) -> list[Effect]:
         effects: list[Effect] = []
@@ -196,6 +218,9 @@ class Service:
     def _join(self, event: Join, now: float) -> list[Effect]:
         if self._stopping:
             return [Failed(event.stream, Reason.STOPPING, _STOPPING)]
+        if event.job not in self._active and len(self._active) >= self._quotas.jobs:
+            text = exceeded("jobs at a time", self._quotas.jobs, len(self._active) + 1, "--max-jobs")
+            return [Failed(event.stream, Reason.QUOTA, f"The service refused job {event.job!r}: {text}.")]
         job = self._jobs.get(event.job) or Job(event.job, self._timeouts)
         generation, effects = job.join(event, now)
         if event.job in self._jobs or generation is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bnserver.configuration import SETTINGS, Configuration, ConfigurationError, resolve
+from bnserver.core.quotas import Quotas
 
 FILE = Path("service.toml")
 
@@ -40,6 +41,7 @@ def test_what_is_printed_is_a_file_that_says_the_same() -> None:
     assert again.configuration == found.configuration
     assert "lease = 0.25  # --lease" in str(found)
     assert "keep-jobs = 3  # --keep-jobs" in str(found)
+    assert "max-job-bytes = 2147483648  # default" in str(found)
     assert "# tokens is not set" in str(found)
 
 
@@ -77,6 +79,8 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
         ("log-level", "loud", "expected debug, info, warning or error, received 'loud'."),
         ("log-format", "xml", "expected text or json, received 'xml'."),
         ("insecure", "maybe", "expected true or false, received 'maybe'."),
+        ("max-jobs", "0", "expected a whole number, 1 or more, received '0'."),
+        ("max-bytes", "2GB", "expected a number of bytes, such as 1000000, 512MiB or 2GiB, received '2GB'."),
         ("tokens", "a\0b", "expected the name of a file or folder, received 'a\\x00b'."),
     ],
 )
@@ -139,3 +143,11 @@ def test_nobody_is_let_in_by_mistake(said: dict[str, str], error: str | None) ->
         return
     with pytest.raises(ConfigurationError, match="^" + re.escape(error)):
         configuration.check()
+
+
+def test_quotas_are_settings() -> None:
+    """Each by a setting of its own."""
+    said = {"max_connections": "1", "max_jobs": "2", "max_ranks": "3", "max_layers": "4", "max_channels": "5"}
+    found = resolve({**said, "max_job_bytes": "6KiB", "max_bytes": "7"}, {}, None).configuration.quotas
+    assert found == Quotas(connections=1, jobs=2, ranks=3, layers=4, channels=5, job_bytes=6 * 2**10, total_bytes=7)
+    assert Configuration().quotas == Quotas()

@@ -18,6 +18,7 @@ from bnserver.core.effects import (
     Enrolled,
     Failed,
     Joined,
+    Owned,
     Persist,
     Record,
     Reduce,
@@ -30,6 +31,7 @@ from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
 from bnserver.core.layers import Layers
 from bnserver.core.members import LivenessTimeouts
+from bnserver.core.quotas import Quotas
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.core.validation import validated
@@ -366,3 +368,38 @@ def test_a_job_that_is_over_can_be_forgotten_and_recalled() -> None:
     service.recall("j", records, 1.0)
     assert service.records("j")[0] == records[0]
     assert list(service.states("j")) == ["a"]
+
+
+def test_a_job_too_many_is_refused() -> None:
+    """It is no job then; one that is there goes on, and when it is over there is room."""
+    service = Service(quotas=Quotas(jobs=1))
+    _join(service, 1)
+    text = (
+        "The service refused job 'k': expected at most 1 jobs at a time, received a request for 2; the service's "
+        "--max-jobs raises the quota."
+    )
+    assert _join(service, 2, job="k") == [Failed(2, Reason.QUOTA, text)]
+    assert service.jobs == ("j",)
+    assert [type(effect) for effect in _enroll(service, 1)] == [Enrolled]
+    _effects_of(service, Leave(1, ""))
+    assert [type(effect) for effect in _join(service, 3, job="k")] == [Joined]
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+def test_a_layer_too_many_is_refused(pushed: bool) -> None:
+    """However it comes; a layer that is there is enrolled and pushed as before."""
+    service = Service(quotas=Quotas(layers=1))
+    _join(service, 1)
+    _enroll(service, 1)
+    call = Call(Operation.ENROLL, ExchangeKey("a", None, 1), _SIGNATURE)
+    assert [type(effect) for effect in _effects_of(service, Contribute(1, 1, 2, call, _STATE))] == [Enrolled]
+    assert [type(effect) for effect in _effects_of(service, Push(1, "a", _STATE, 1))] == [Owned]
+    other = Contribute(1, 1, 3, Call(Operation.ENROLL, ExchangeKey("b", None, 0), _SIGNATURE), _STATE)
+    failed, *_ = _effects_of(service, Push(1, "b", _STATE, 2) if pushed else other)
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.QUOTA
+    assert failed.text == (
+        "The service refused what rank 0 (host h, pid 1) sent: expected at most 1 layers of a job, received a request "
+        "for 2; the service's --max-layers raises the quota."
+    )
+    assert set(service.states("j")) == {"a"}

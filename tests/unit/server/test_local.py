@@ -122,6 +122,25 @@ def test_a_large_answer_waits_for_its_reader_message_by_message() -> None:
     _played(scene)
 
 
+def test_answers_that_nobody_reads_are_counted() -> None:
+    """As long as some wait; a rank that reads them may ask as often as it wants."""
+
+    async def scene(it: _Scene) -> None:
+        connection = it.connection(1)
+        theirs, ours = await _attached(it, connection)
+        answer = [Outgoing(pb.ExchangeResponse(part=pb.Part(data=bytes(2**20))))]
+        size = len(answer[0].frame())
+        for _ in range(3):
+            connection.answer(answer)
+        assert connection.channel.unread == 2  # the first was on its way
+        await theirs.readexactly(3 * size)
+        connection.answer(answer)
+        assert connection.channel.unread == 0
+        ours.close()
+
+    _played(scene)
+
+
 def test_the_first_of_too_many_strangers_is_shown_out() -> None:
     """They would use up the files that ranks need."""
 
