@@ -182,7 +182,7 @@ def test_a_reader_goes_on_forever(serve: Callable[..., Any], tmp_path: Path) -> 
 
 def test_a_large_layer_travels_in_parts(serve: Callable[..., Any]) -> None:
     """gRPC refuses messages above 4 MiB."""
-    service = serve()
+    service = serve("--max-channels", str(2**20))
     x = np.random.default_rng(1).standard_normal((2, 2**20)).astype(np.float32)
     with joined(service.address) as world:
         layer = BatchNormalization(synchronized=True, name="a", collective=world)

@@ -53,6 +53,8 @@ def test_every_setting_says_the_same_in_three_ways() -> None:
         "SECONDS": "7",
         "DAYS": "7",
         "NUMBER": "7",
+        "N": "7",
+        "BYTES": "7MiB",
         "LEVEL": "error",
         "FORMAT": "json",
         "": "true",
