@@ -69,7 +69,7 @@ class Kernels(Protocol):
 
     def moved(
         self, found: BatchStatistics, old_mean: _Array, old_variance: _Array, momentum: float, *, synchronized: bool,
-        masked: bool,
+        masked: bool, unbiased: bool = False,
     ) -> tuple[_Array, _Array]:  # fmt: skip
         """See `formulas.moved`."""
 
@@ -84,15 +84,19 @@ class Kernels(Protocol):
         """See `formulas.gradients`."""
 
     def finish_forward(
-        self, x: _Array, limbs: _Limbs, grid: Grid, call: TrainingCall, *, accepted: bool
+        self, x: _Array, limbs: _Limbs | None, grid: Grid, call: TrainingCall, *, accepted: bool
     ) -> Trained | None:
-        """`statistics`, `moved`, `coefficients` and `normalize` in one; None: not for this call."""
+        """`statistics`, `moved`, `coefficients` and `normalize` in one, and without limbs `moments` before them; None:
+        not for this call.
+        """
 
     def finish_backward(
-        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs, grid: BackwardGrid, forward: BatchStatistics,
+        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs | None, grid: BackwardGrid, forward: BatchStatistics,
         scale_C: _Array, *, accepted: bool,
     ) -> PulledBack | None:  # fmt: skip
-        """`gradients` and `input_gradient` in one; None: not for this call."""
+        """`gradients` and `input_gradient` in one, and without limbs `gradient_sums` before them; None: not for this
+        call.
+        """
 
 
 @cache

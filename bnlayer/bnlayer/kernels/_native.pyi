@@ -42,7 +42,7 @@ def statistics(
 ) -> bool: ...  # fmt: skip
 def moved(
     variant: int, rows: _Double, nonfinite: _Truths, old_mean: _Single, old_variance: _Single, momentum: float,
-    synchronized: bool, masked: bool, new: _Single, /,
+    synchronized: bool, masked: bool, unbiased: bool, new: _Single, /,
 ) -> None: ...  # fmt: skip
 def coefficients(
     variant: int, rows: _Double, gamma: _Single | None, beta: _Single | None, made: _Single, /
@@ -52,12 +52,14 @@ def gradients(
     rows: _Double, singles: _Single, flags: _Truths, /,
 ) -> bool: ...  # fmt: skip
 def finish_forward(
-    variant: int, threads: int, worth: int, x: _Array, limbs: _Long, pivot: _Double, exponent: _Long, epsilon: float,
-    e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single, old_variance: _Single,
-    momentum: float, synchronized: bool, rows: _Double, singles: _Single, reach: _Long, flags: _Truths, y: _Array, /,
+    variant: int, threads: int, worth: int, x: _Array, limbs: _Long | None, pivot: _Double, exponent: _Long,
+    epsilon: float, e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single,
+    old_variance: _Single, momentum: float, synchronized: bool, unbiased: bool, rows: _Double, singles: _Single,
+    reach: _Long, flags: _Truths, y: _Array, /,
 ) -> bool: ...  # fmt: skip
 def finish_backward(
-    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long, gradient: _Long,
-    deviation: _Long, accepted: bool, forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single,
-    rows: _Double, singles: _Single, flags: _Truths, dx: _Array, /,
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long | None,
+    gradient: _Long, deviation: _Long, pivot: _Single, reach: _Long, lowest: int, highest: int, accepted: bool,
+    forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single, rows: _Double, singles: _Single,
+    flags: _Truths, dx: _Array, /,
 ) -> bool: ...  # fmt: skip

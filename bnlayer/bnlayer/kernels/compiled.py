@@ -144,14 +144,18 @@ class Compiled:
         *,
         synchronized: bool,
         masked: bool,
+        unbiased: bool = False,
     ) -> tuple[Array, Array]:
         """The moving mean and variance after a batch; see `formulas.moved`."""
         if old_mean.dtype != _FLOAT32:
-            return formulas.moved(found, old_mean, old_variance, momentum, synchronized=synchronized, masked=masked)
+            return formulas.moved(
+                found, old_mean, old_variance, momentum, synchronized=synchronized, masked=masked, unbiased=unbiased
+            )
         new = np.empty((2, old_mean.size), np.float32)
         native.moved(
-            self._variant, found.rows, found.nonfinite, old_mean, old_variance, momentum, synchronized, masked, new
-        )
+            self._variant, found.rows, found.nonfinite, old_mean, old_variance, momentum, synchronized, masked,
+            unbiased, new,
+        )  # fmt: skip
         return new[0], new[1]
 
     def coefficients(
@@ -180,13 +184,13 @@ class Compiled:
         return Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if any_refused else None
 
     def finish_forward(
-        self, x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool
+        self, x: Array, limbs: NDArray[np.int64] | None, grid: Grid, call: TrainingCall, *, accepted: bool
     ) -> Trained | None:
         """All that follows from a training call's totals, in one; None: not for this call.
 
         Args:
             x: (A, C, B), the batch; `takes` it.
-            limbs: (W, C), reduced.
+            limbs: (W, C), reduced; None: those of the batch itself, where every value counts.
             grid: what they are in units of.
             call: what else the results follow from.
             accepted: whether channels that are refused are taken all the same.
@@ -201,9 +205,9 @@ class Compiled:
         rows, singles = np.empty((8, channels)), np.empty((6, channels), np.float32)
         reach, flags, y = np.empty(channels, np.int64), np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
         refused = native.finish_forward(
-            self._variant, self._threads, self._worth, _plain(x), _plain(limbs), grid.pivot_C, grid.exponent_C,
-            call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance, call.momentum, call.synchronized,
-            rows, singles, reach, flags, _plain(y),
+            self._variant, self._threads, self._worth, _plain(x), None if limbs is None else _plain(limbs),
+            grid.pivot_C, grid.exponent_C, call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance,
+            call.momentum, call.synchronized, call.unbiased, rows, singles, reach, flags, _plain(y),
         )  # fmt: skip
         rounded, pivot, mean, variance, scale, _ = singles
         statistics = BatchStatistics(rows, rounded, pivot, reach, flags[0])
@@ -214,7 +218,7 @@ class Compiled:
         dy: Array,
         x: Array,
         mask: Mask,
-        limbs: NDArray[np.int64],
+        limbs: NDArray[np.int64] | None,
         grid: BackwardGrid,
         forward: BatchStatistics,
         scale_C: Array,
@@ -225,21 +229,23 @@ class Compiled:
 
         Args:
             dy, x, mask: the batch; `takes` it.
-            limbs: (W, C), reduced.
-            grid: what they are in units of.
+            limbs: (W, C), reduced; None: those of the batch itself.
+            grid: what they are in units of; without them, the kept one: it is made to reach the call's batch.
             forward: the statistics of the training call.
             scale_C: γs.
             accepted: whether channels that are refused are taken all the same.
         """
-        if grid.precision.folds == 2:
+        precision = grid.precision
+        if precision.folds == 2:
             return None
         channels = x.shape[1]
         rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
         flags, dx = np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
         refused = native.finish_backward(
-            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), _plain(limbs),
-            grid.gradient_C, grid.deviation_C, accepted, forward.rows, forward.nonfinite, forward.rounded_mean, scale_C,
-            rows, singles, flags, _plain(dx),
+            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x),
+            None if limbs is None else _plain(limbs), grid.gradient_C, grid.deviation_C, forward.pivot, forward.reach,
+            precision.deviation_floor, precision.deviation_ceiling, accepted, forward.rows, forward.nonfinite,
+            forward.rounded_mean, scale_C, rows, singles, flags, _plain(dx),
         )  # fmt: skip
         return PulledBack(Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if refused else None, dx)
 

@@ -321,7 +321,9 @@ def _shape(x: Array) -> tuple[int, int, int]:
     return a, c, b
 
 
-def finish_forward(x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool) -> None:
+def finish_forward(
+    x: Array, limbs: NDArray[np.int64] | None, grid: Grid, call: TrainingCall, *, accepted: bool
+) -> None:
     """None: one after the other."""
     del x, limbs, grid, call, accepted
 
@@ -330,7 +332,7 @@ def finish_backward(
     dy: Array,
     x: Array,
     mask: Mask,
-    limbs: NDArray[np.int64],
+    limbs: NDArray[np.int64] | None,
     grid: BackwardGrid,
     forward: BatchStatistics,
     scale_C: Array,

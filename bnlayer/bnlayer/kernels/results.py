@@ -82,6 +82,7 @@ class TrainingCall(NamedTuple):
         moving_mean, moving_variance: (C,), as they were before.
         momentum: weight of the old values.
         synchronized: whether one rank's bad values must not destroy the statistics of all.
+        unbiased: whether the moving variance follows the unbiased one.
         dtype: of the output.
     """
 
@@ -93,6 +94,7 @@ class TrainingCall(NamedTuple):
     moving_variance: NDArray[Any]
     momentum: float
     synchronized: bool
+    unbiased: bool
     dtype: np.dtype[Any]
 
 

@@ -41,16 +41,17 @@ void do_part(void* given, int i) {
   }
 }
 
-// Makes a pass that reduces; `merge(total, part)` joins what the other parts have found to the first one's.
+// Makes a pass that reduces; `merge(total, part)` joins what the other parts have found to the first one's. False: there
+// is not so much memory.
 template <class Pass, class Merge>
-PyObject* reduced(
+bool reduce_to(
     const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
     void (*reduce)(const Pass&, const Part&, void*, int64_t*), int64_t words, int64_t* to, Merge merge) {
-  if (words == 0) Py_RETURN_NONE;  // no channels
+  if (words == 0) return true;  // no channels
   const Parts parts = split(pass.batch.layout, sharing.threads, sharing.worth);
   const int64_t bytes = workspace_of(pass), result = parts.count > 1 ? (words * 8 + 63) / 64 * 8 : 0;
   auto* memory = static_cast<char*>(workspace(parts.count * (bytes + result * 8)));
-  if (memory == nullptr) return PyErr_NoMemory();
+  if (memory == nullptr) return false;
   int64_t* found = parts.count > 1 ? reinterpret_cast<int64_t*>(memory) : to;
   Work<Pass> work{pass, parts, memory + parts.count * result * 8, bytes, found, result, reduce, nullptr};
   Py_BEGIN_ALLOW_THREADS;
@@ -58,6 +59,14 @@ PyObject* reduced(
   for (int i = 1; i < parts.count; ++i) merge(found, found + i * result);
   for (int64_t at = 0; parts.count > 1 && at < words; ++at) to[at] = found[at];
   Py_END_ALLOW_THREADS;
+  return true;
+}
+
+template <class Pass, class Merge>
+PyObject* reduced(
+    const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
+    void (*reduce)(const Pass&, const Part&, void*, int64_t*), int64_t words, int64_t* to, Merge merge) {
+  if (!reduce_to(pass, sharing, workspace_of, reduce, words, to, merge)) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 
@@ -113,6 +122,19 @@ struct Largest {
   void operator()(int64_t* total, const int64_t* part) const {
     for (int64_t at = 0; at < size; ++at) total[at] = part[at] > total[at] ? part[at] : total[at];
   }
+};
+
+// Integers of one call, which outlive the workspace of a pass.
+class Integers {
+ public:
+  explicit Integers(int64_t size) : memory_(static_cast<int64_t*>(PyMem_Malloc(static_cast<size_t>(size) * 8))) {}
+  Integers(const Integers&) = delete;
+  Integers& operator=(const Integers&) = delete;
+  ~Integers() { PyMem_Free(memory_); }
+  int64_t* get() const { return memory_; }
+
+ private:
+  int64_t* memory_;
 };
 
 int64_t sums_of(Storage storage) { return storage == Storage::kFloat64 ? 8 : 4; }
@@ -272,7 +294,7 @@ PyObject* py_statistics(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyObject* py_moved(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "moved", 9);
+  Arguments arguments(given, count, "moved", 10);
   Array rows, nonfinite, old_mean, old_variance, made;
   MovedPass pass{};
   const Table* table = arguments.variant();
@@ -288,6 +310,7 @@ PyObject* py_moved(PyObject*, PyObject* const* given, Py_ssize_t count) {
   pass.momentum = arguments.real("momentum");
   pass.synchronized = arguments.truth("synchronized");
   pass.masked = arguments.truth("masked");
+  pass.unbiased = arguments.truth("unbiased");
   pass.new_mean = arguments.output<float>(made, "new", Kind::kFloat32, 2 * channels);
   if (!arguments.sound()) return nullptr;
   pass.new_variance = pass.new_mean + channels;
@@ -340,9 +363,10 @@ PyObject* py_gradients(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 // All that follows from the totals of a training call, in one: what `statistics`, `moved`, `coefficients` and `normalize`
-// do one after the other. Where a channel is refused, and that is not to be overlooked, the rest is left.
+// do one after the other. Where a channel is refused, and that is not to be overlooked, the rest is left. Without totals
+// they are those of the batch itself, all of whose values count: `moments` comes first.
 PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_forward", 21);
+  Arguments arguments(given, count, "finish_forward", 22);
   Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, rows, singles, reach, flags, y;
   NormalizePass pass{};
   StatisticsPass found{};
@@ -353,7 +377,7 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   arguments.batch(x, pass.batch);
   const int64_t channels = pass.batch.layout.channels;
   found.channels = moving.channels = of.channels = channels;
-  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
+  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
   found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
   found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
   found.epsilon = arguments.real("epsilon");
@@ -366,6 +390,7 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   moving.momentum = arguments.real("momentum");
   moving.synchronized = arguments.truth("synchronized");
   moving.masked = found.e != 0.0;
+  moving.unbiased = arguments.truth("unbiased");
   found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 8 * channels);
   found.rounded = arguments.output<float>(singles, "singles", Kind::kFloat32, 6 * channels);
   found.reach = arguments.output<int64_t>(reach, "reach", Kind::kInt64, channels);
@@ -375,6 +400,15 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
     arguments.fail(PyExc_TypeError, "finish_forward: float64 batches have two folds.");
   }
   if (!arguments.sound()) return nullptr;
+  const Integers own(found.limbs == nullptr ? 6 * channels : 0);
+  if (found.limbs == nullptr) {
+    const MomentsPass summed{pass.batch, found.pivot, found.exponent};
+    if (own.get() == nullptr ||
+        !reduce_to(summed, shared, table->moments_workspace, table->moments, 6 * channels, own.get(), Limbs{channels, 4, true})) {
+      return PyErr_NoMemory();
+    }
+    found.limbs = own.get();
+  }
   found.about = found.rounded + channels;
   found.refused = found.nonfinite + channels;
   const bool refused = table->statistics(found);
@@ -398,10 +432,14 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   return PyBool_FromLong(refused);
 }
 
-// The same of a backward pass: `gradients`, then `input_gradient`.
+// The same of a backward pass: `gradients`, then `input_gradient`. Without totals, `gradient_sums` comes first, about
+// `pivot`, with deviations that reach from `lowest` to `highest` as `BackwardGrid.reaching` says; a call with channels
+// that are not finite is refused.
 PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_backward", 18);
+  Arguments arguments(given, count, "finish_backward", 22);
   Array x, dy, mask, limbs, gradient, deviation, forward, forward_nonfinite, mean, scale, rows, singles, flags, dx;
+  Array pivot, reach;
+  GradientSumsPass summed{};
   InputGradientPass pass{};
   GradientsPass found{};
   const Table* table = arguments.variant();
@@ -412,9 +450,12 @@ PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count
   const Storage storage = pass.batch.storage;
   const int64_t channels = pass.batch.layout.channels;
   found.channels = channels;
-  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
+  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
   found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
   found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  summed.pivot = arguments.coefficients(pivot, "pivot", storage, channels);
+  const int64_t* farthest = arguments.elements<int64_t>(reach, "reach", Kind::kInt64, channels);
+  const int64_t lowest = arguments.integer("lowest"), highest = arguments.integer("highest");
   const bool accepted = arguments.truth("accepted");
   const double* of_forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
   found.forward_nonfinite =
@@ -429,6 +470,27 @@ PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count
     arguments.fail(PyExc_TypeError, "finish_backward: float64 batches have two folds.");
   }
   if (!arguments.sound()) return nullptr;
+  const Integers own(found.limbs == nullptr ? 7 * channels : 0);
+  if (found.limbs == nullptr) {
+    int64_t *sums = own.get(), *deviations = sums + 6 * channels;
+    if (sums == nullptr) return PyErr_NoMemory();
+    for (int64_t c = 0; c < channels; ++c) {
+      if (found.forward_nonfinite[c] != 0) Py_RETURN_TRUE;
+      const int64_t wide = farthest[c] > found.deviation[c] ? farthest[c] : found.deviation[c];
+      deviations[c] = wide < lowest ? lowest : wide > highest ? highest : wide;
+    }
+    summed.batch = pass.batch;
+    summed.dy = pass.dy;
+    summed.gradient = found.gradient;
+    summed.deviation = found.deviation = deviations;
+    summed.fits = true;
+    if (!reduce_to(
+            summed, shared, table->gradient_sums_workspace, table->gradient_sums, 6 * channels, sums,
+            Limbs{channels, 4, false})) {
+      return PyErr_NoMemory();
+    }
+    found.limbs = sums;
+  }
   found.divisor = of_forward + channels;
   found.inverse_std = of_forward + 4 * channels;
   found.residual = of_forward + 5 * channels;
