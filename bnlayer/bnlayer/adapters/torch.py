@@ -157,7 +157,7 @@ class SyncBatchNorm(_BatchNorm):
                 f"beside float32 weights; received {dtype}."
             )
         core = self.core
-        if core is None or not core.suits(policy):
+        if core is None or (core.dtype_policy is not policy and not core.suits(policy)):
             self.core = None  # the old one lets go of the name first
             core = self.core = _Core(self, policy)
         updates = self.training and self.track_running_stats and not _within_backward()
@@ -211,9 +211,10 @@ class _Core(BatchNormalization):
             self.gamma.take(gamma)
             self.beta.take(beta)
         if updates:
-            module.num_batches_tracked.add_(1)
-            momentum = module.momentum
-            self.momentum = 1.0 - (1.0 / float(module.num_batches_tracked) if momentum is None else momentum)
+            batches, momentum = module._buffers["num_batches_tracked"], module.momentum  # noqa: SLF001
+            assert batches is not None
+            batches.add_(1)
+            self.momentum = 1.0 - (1.0 / float(batches) if momentum is None else momentum)
         if module.track_running_stats:
             self._read(moving)
         return moving

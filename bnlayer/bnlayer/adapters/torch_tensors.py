@@ -5,6 +5,7 @@ Shape suffixes: A axes before the channels, C channels, B axes after them.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +18,7 @@ from bnlayer.view import View, flat_shape
 
 HALF = (torch.float16, torch.bfloat16)
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT32, _BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
 def layout_of(x: Any) -> Any:
@@ -30,11 +31,13 @@ def layout_of(x: Any) -> Any:
 
 def flattened(x: Any, layout: Any) -> Any:
     """A tensor as (A, C, B), without a copy where it has the memory format: an array, or on a device a tensor."""
+    if layout is torch.contiguous_format:
+        x = x.contiguous()  # the same tensor, where it is
+        flat = array_of(x) if _on_host(x) else x.detach()
+        return flat.reshape(flat_shape(flat.shape, 1))
     if not x.is_contiguous(memory_format=layout):
         x = x.contiguous(memory_format=layout)
     flat = array_of(x) if _on_host(x) else x.detach()
-    if layout is torch.contiguous_format:
-        return flat.reshape(flat_shape(flat.shape, 1))
     return _last(flat).reshape(-1, flat.shape[1], 1)
 
 
@@ -55,6 +58,8 @@ def view_of(x: Any, mask: Any, layout: Any) -> View:
         ValueError: the mask has not the shape of the batch without its channels.
     """
     flat = flattened(x, layout)
+    if mask is None and isinstance(flat, np.ndarray):
+        return View(flat, None, flat.shape)
     if mask is not None:
         if tuple(mask.shape) != (x.shape[0], *x.shape[2:]):
             raise ValueError(
@@ -97,23 +102,25 @@ class Contents:
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Any, int, NDArray[Any] | None]] = []
+        self._tensors: tuple[Any, ...] = ()
+        self._addresses: list[int | None] = []
+        self._arrays: list[NDArray[Any] | None] = []
 
     def arrays(self, *tensors: Any) -> list[NDArray[Any] | None]:
         """An array for each tensor: its own memory, or a copy of one that is not on the CPU; None for None."""
-        seen = self._seen
-        if len(seen) != len(tensors):
-            seen = self._seen = [(None, 0, None)] * len(tensors)
-        for at, (tensor, (known, address, _)) in enumerate(zip(tensors, seen, strict=True)):
-            if tensor is not known or (tensor is not None and (not tensor.is_cpu or tensor.data_ptr() != address)):
-                seen[at] = (None, 0, None) if tensor is None else (tensor, tensor.data_ptr(), array_of(tensor))
-        return [array for _, _, array in seen]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses or not all(map(is_, tensors, self._tensors)):
+            self._tensors, self._addresses = tensors, addresses
+            self._arrays = [None if tensor is None else array_of(tensor) for tensor in tensors]
+            if not all(tensor is None or tensor.is_cpu for tensor in tensors):
+                self._addresses = []  # of copies, which are made each time
+        return self._arrays
 
 
 def tensor_of(array: Any) -> Any:
     """An array's own memory as a tensor; a tensor as it is."""
     if not isinstance(array, np.ndarray):
         return array
-    if array.dtype == _BFLOAT16:
+    if array.dtype is not _FLOAT32 and array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
