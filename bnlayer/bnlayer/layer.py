@@ -180,7 +180,13 @@ class BatchNormalization(Member):
         """A training call; its output as (A, C, B)."""
         before, signature = self.state, self._signature()
         changes = self._changes(before)
-        if driver.alone and before.forward.known and self._renorm is None and self._observer is None and not view.passes:
+        if (
+            driver.alone
+            and before.forward.known
+            and self._renorm is None
+            and self._observer is None
+            and not view.passes
+        ):
             # A world of one has nothing to agree on: the kernels do it all in one crossing. At (32, 64) a call takes 27
             # µs this way, and 47 by way of an exchange, which has the same bits, and takes all that is refused here.
             trained = passes().train_alone(view, before.forward, self._call(before.moving, view))
@@ -188,9 +194,7 @@ class BatchNormalization(Member):
                 moving = Moving(trained.mean, trained.variance) if update_moving else None
                 self._keep(before.after_forward(trained.statistics, before.forward, moving))
                 step = driver.done_alone(Direction.FORWARD)
-                saved = SavedTraining(
-                    driver, signature, step, view, b"", trained.statistics, trained.scale, None, None
-                )
+                saved = SavedTraining(driver, signature, step, view, b"", trained.statistics, trained.scale, None, None)
                 return trained.y, saved
         return self._train_with_ranks(driver, view, before, changes, update_moving)
 

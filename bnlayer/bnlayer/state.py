@@ -70,9 +70,7 @@ class LayerState:
                     f"{bad[0]}: in a synchronized layer they would stay so. Set finite ones, or reset them."
                 )
 
-    def after_forward(
-        self, statistics: BatchStatistics, grid: Grid, rule: Rule | Moving | None
-    ) -> LayerState:
+    def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | Moving | None) -> LayerState:
         """The state after one completed forward exchange: updated once, its grid committed.
 
         Args:

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnlayer.adapters.torch_alone import AloneCore, SavedAlone
 from bnlayer.adapters.torch_tensors import HALF, Contents, array_of, flattened, layout_of, restored, tensor_of, view_of
 from bnlayer.base import automatic_name
 from bnlayer.collective import Collective
 from bnlayer.discovery import discovered
 from bnlayer.dtypes import Policy
-from bnlayer.layer import BatchNormalization
 from bnlayer.pullback import SavedTraining
 from bnlayer.view import View
 
@@ -174,7 +174,7 @@ class SyncBatchNorm(_BatchNorm):
         return y, saved
 
 
-class _Core(BatchNormalization):
+class _Core(AloneCore):
     """The layer behind a module: its arithmetic, its grids and its enrolment with the ranks."""
 
     def __init__(self, module: SyncBatchNorm, policy: Policy) -> None:
@@ -189,6 +189,13 @@ class _Core(BatchNormalization):
         if module.track_running_stats:
             self._read([array_of(module.running_mean), array_of(module.running_var)])
 
+    def catch_up(self) -> bool:
+        """As of the class above; what its calls have written into the buffers is known, too."""
+        found = super().catch_up()
+        if found:
+            self._known = [variable.value.tobytes() for variable in self._moving]
+        return found
+
     def suits(self, policy: Policy) -> bool:
         """Whether the state that is kept here is of a policy's dtypes."""
         mine = self.dtype_policy
@@ -200,6 +207,7 @@ class _Core(BatchNormalization):
         Returns:
             The running mean and variance as arrays.
         """
+        self.catch_up()
         self.dtype_policy, self.epsilon = policy, module.eps
         if module.process_group is not None:
             self.collective = _collective_of(module.process_group)
@@ -259,6 +267,20 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, mask: Any, module: SyncBatchNorm) -> Any:
+        core = module.core
+        if (
+            core is not None
+            and mask is None
+            and module.training
+            and module.track_running_stats
+            and not _within_backward()
+        ):
+            done = core.forward_alone(module, x, weight, bias)
+            if done is not None:
+                ctx.save_for_backward(x, None)
+                ctx.core, ctx.layout = core, torch.contiguous_format
+                y, ctx.saved = done
+                return y
         layout = layout_of(x)
         view = view_of(x, mask, layout)
         y, saved = module.normalize(view, x.dtype, weight, bias)
@@ -278,7 +300,12 @@ class _Normalize(torch.autograd.Function):
     def pulled(ctx: Any, dy: Any) -> tuple[Any, ...]:
         x, mask = ctx.saved_tensors
         core: _Core = ctx.core
-        saved: SavedTraining = ctx.saved
+        saved: SavedTraining | SavedAlone = ctx.saved
+        if isinstance(saved, SavedAlone):
+            done = core.backward_alone(saved, x, dy)
+            if done is not None:
+                return *done, None, None
+            saved = saved.general(core, view_of(x, None, ctx.layout))
         saved.view = view_of(x, mask, ctx.layout)
         try:
             dx, dgamma, dbeta = core.pull(saved, flattened(dy, ctx.layout))

@@ -97,8 +97,8 @@ def array_of(tensor: Any) -> NDArray[Any]:
 class Contents:
     """Some tensors of a module as arrays of their own memory, made anew where a tensor was replaced or lies elsewhere.
 
-    To make the arrays of a normalization's five tensors takes 8 µs, a third of what torch's own takes for a small batch;
-    to see that they are where they were, 1 µs. What was made holds the memory, so nothing else can lie at its address.
+    To make the arrays of a normalization's tensors takes 8 µs, a third of what torch's own takes for a small batch; to
+    see that they are where they were, 1 µs. What was made holds the memory, so nothing else can lie at its address.
     """
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ _Truths = NDArray[np.bool_]
 _Long = NDArray[np.int64]
 _Double = NDArray[np.float64]
 _Single = NDArray[np.float32]
+_Bytes = NDArray[np.uint8]
 
 def variants() -> list[str]: ...
 def compiled() -> list[str]: ...
@@ -62,4 +63,13 @@ def finish_backward(
     gradient: _Long, deviation: _Long, pivot: _Single, reach: _Long, lowest: int, highest: int, accepted: bool,
     forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single, rows: _Double, singles: _Single,
     flags: _Truths, dx: _Array, /,
+) -> bool: ...  # fmt: skip
+def forward_at(
+    variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, y: int, affine: bool, gamma: int, beta: int,
+    mean: int, variance: int, pivot: _Double, exponent: _Long, epsilon: float, momentum: float, unbiased: bool,
+    before: _Bytes, record: _Bytes, /,
+) -> bool: ...  # fmt: skip
+def backward_at(
+    variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, dy: int, dx: int, gamma: int, beta: int,
+    record: _Bytes, gradient: _Long, deviation: _Long, lowest: int, highest: int, /,
 ) -> bool: ...  # fmt: skip

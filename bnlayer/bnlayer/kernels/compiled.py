@@ -249,6 +249,57 @@ class Compiled:
         )  # fmt: skip
         return PulledBack(Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if refused else None, dx)
 
+    def forward_at(
+        self,
+        shape: tuple[int, int, int],
+        x: int,
+        y: int,
+        affine: bool,
+        weights: tuple[int, ...],
+        grid: Grid,
+        epsilon: float,
+        momentum: float,
+        unbiased: bool,
+        before: NDArray[np.uint8],
+        record: NDArray[np.uint8],
+    ) -> bool:
+        """A training call of a world of one on contiguous float32 memory, given by its addresses.
+
+        Args:
+            shape: (A, C, B).
+            x, y: where the batch and the output lie.
+            affine: whether there are gamma and beta.
+            weights: where gamma, beta and the moving mean and variance lie: these are updated in place.
+            grid: that is known.
+            epsilon, momentum, unbiased: the layer's.
+            before: the `Record` of the call before: the moving statistics must still be its.
+            record: the `Record` to write.
+
+        Returns:
+            Whether it was made; otherwise nothing of it counts.
+        """
+        return native.forward_at(
+            self._variant, self._threads, self._worth, *shape, x, y, affine, *weights, grid.pivot_C, grid.exponent_C,
+            epsilon, momentum, unbiased, before, record,
+        )  # fmt: skip
+
+    def backward_at(
+        self,
+        shape: tuple[int, int, int],
+        x: int,
+        dy: int,
+        dx: int,
+        gradients: tuple[int, int],
+        record: NDArray[np.uint8],
+        grid: BackwardGrid,
+    ) -> bool:
+        """Its backward pass, which writes dx, and dγ and dβ, rounded, at `gradients`; 0: there are none."""
+        precision = grid.precision
+        return native.backward_at(
+            self._variant, self._threads, self._worth, *shape, x, dy, dx, *gradients, record, grid.gradient_C,
+            grid.deviation_C, precision.deviation_floor, precision.deviation_ceiling,
+        )  # fmt: skip
+
 
 def _plain(x: Array) -> Array:
     """A batch as the module takes it: in one piece, and of a dtype that has a buffer."""

@@ -33,8 +33,8 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
 __all__ = [
-    "coefficients", "finish_backward", "finish_forward", "gradient_probe", "gradient_sums", "gradients",
-    "input_gradient", "moments", "moved", "name", "normalize", "probe", "statistics", "takes",
+    "backward_at", "coefficients", "finish_backward", "finish_forward", "forward_at", "gradient_probe", "gradient_sums",
+    "gradients", "input_gradient", "moments", "moved", "name", "normalize", "probe", "statistics", "takes",
 ]  # fmt: skip
 
 name = "reference (NumPy)"
@@ -326,6 +326,18 @@ def finish_forward(
 ) -> None:
     """None: one after the other."""
     del x, limbs, grid, call, accepted
+
+
+def forward_at(*arguments: Any) -> bool:
+    """False: not on addresses."""
+    del arguments
+    return False
+
+
+def backward_at(*arguments: Any) -> bool:
+    """False: not on addresses."""
+    del arguments
+    return False
 
 
 def finish_backward(
