@@ -189,13 +189,6 @@ class _Core(AloneCore):
         if module.track_running_stats:
             self._read([array_of(module.running_mean), array_of(module.running_var)])
 
-    def catch_up(self) -> bool:
-        """As of the class above; what its calls have written into the buffers is known, too."""
-        found = super().catch_up()
-        if found:
-            self._known = [variable.value.tobytes() for variable in self._moving]
-        return found
-
     def suits(self, policy: Policy) -> bool:
         """Whether the state that is kept here is of a policy's dtypes."""
         mine = self.dtype_policy

@@ -66,17 +66,16 @@ class AloneCore(BatchNormalization):
         self.catch_up()
         return super().state
 
-    def catch_up(self) -> bool:
-        """Make the calls known to the state; whether there were any."""
+    def catch_up(self) -> None:
+        """Make the calls known to the state."""
         record, kept = self._record, self._kept
         if not self._calls or record is None or kept is None:
-            return False
+            return
         moving = Moving(record.mean, record.variance)
         self._kept = LayerState(moving, kept.forward, kept.backward, kept.version + self._calls)
         for variable, vector in zip(self._moving, moving.values, strict=True):
             variable.take(vector)
         self._calls = 0
-        return True
 
     def forward_alone(self, module: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, SavedAlone] | None:
         """A training call that updates the running statistics; None: not this way, nothing has happened."""
