@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.collective import (
+    Alone,
     Call,
     Collective,
     Direction,
@@ -100,6 +101,7 @@ class ExchangeDriver:
 
     def __init__(self, collective: Collective, name: str) -> None:
         self.collective = collective
+        self.alone = type(collective) is Alone  # every exchange returns its own input
         self._name = name
         self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
         self._signatures: dict[tuple[Direction, bool], tuple[LayerSignature, LayerSignature]] = {}
@@ -127,6 +129,12 @@ class ExchangeDriver:
         except BaseException:
             release(self.collective, self._name, claimed)
             raise
+
+    def done_alone(self, direction: Direction) -> int:
+        """Count an exchange with nobody, which the kernels made by themselves; returns its step."""
+        step = self._steps[direction]
+        self._steps[direction] = step + 1
+        return step
 
     def forward(
         self,

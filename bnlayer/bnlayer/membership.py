@@ -8,6 +8,7 @@ finite is refused then, before anything is sent and whatever the ranks exchange 
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 from bnlayer.collective import Alone, Collective, LayerSignature, current, is_current
@@ -43,9 +44,7 @@ class Member(Definition):
             channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
             grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
             state = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
-        elif any(
-            variable.value is not vector for variable, vector in zip(self._moving, state.moving.values, strict=True)
-        ):
+        elif not all(map(is_, [variable.value for variable in self._moving], state.moving.values)):
             # A variable was assigned to.
             state = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
             self._state_set = True

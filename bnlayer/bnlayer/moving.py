@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bnlayer.dtypes import rounded
 from bnlayer.kernels import kernels
-from bnlayer.kernels.formulas import towards, unrounded
+from bnlayer.kernels.formulas import towards, unrounded, with_unbiased_variance
 from bnlayer.kernels.results import BatchStatistics
 
 Vector = NDArray[Any]
@@ -91,12 +91,14 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
     Returns:
         New arrays of the dtypes of the old ones.
     """
-    if rule.unbiased:
-        statistics = _unbiased(statistics)
     if moving.stddev is None:
         arguments = moving.mean, moving.variance, rule.momentum
-        mean, variance = kernels().moved(statistics, *arguments, synchronized=rule.synchronized, masked=rule.masked)
+        mean, variance = kernels().moved(
+            statistics, *arguments, synchronized=rule.synchronized, masked=rule.masked, unbiased=rule.unbiased
+        )
         return Moving(mean, variance)
+    if rule.unbiased:
+        statistics = with_unbiased_variance(statistics)
     mean, variance, apply = statistics.mean, statistics.variance, statistics.count > 0
     if not rule.synchronized:
         apply = apply | rule.masked
@@ -110,19 +112,6 @@ def update(moving: Moving, statistics: BatchStatistics, rule: Rule) -> Moving:
     old = moving.vectors
     vectors = {name: np.where(apply, vector, old[name]) for name, vector in new.vectors.items()}
     return Moving(*vectors.values())
-
-
-def _unbiased(statistics: BatchStatistics) -> BatchStatistics:
-    """The statistics with the unbiased variance, v·N/(N − 1); a channel of one value counts as one without a value."""
-    count, variance = statistics.count, statistics.variance
-    several = count > 1
-    rows = statistics.rows.copy()
-    if several.all():  # nearly always; with the same roundings as below
-        rows[3] = variance * (count / (count - 1.0))
-        return statistics._replace(rows=rows)
-    rows[0] = np.where(several, count, 0.0)
-    rows[3] = variance * (rows[0] / np.where(several, count - 1.0, 1.0))
-    return statistics._replace(rows=rows)
 
 
 def _moved_with_renorm(moving: Moving, mean: NDArray[np.float64], variance: NDArray[np.float64], rule: Rule) -> Moving:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer.collective import LayerSignature
+from bnlayer.collective import Direction, LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.gradients import Gradients
 from bnlayer.grid import BackwardGrid
@@ -101,6 +101,13 @@ class SavedTraining:
         """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
         view, statistics = self.view, self.statistics
         seen = view.alike(dy)
+        if self.driver.alone and grid.known and self.r_C is None and not view.passes:
+            # As forward: in one crossing, 26 µs instead of 47 at (32, 64), where nobody is to be agreed with. This
+            # rank's share of the gradients is all of them.
+            pulled = passes().pull_alone(seen, view, grid, statistics, self.scale_C, dtype)
+            if pulled is not None:
+                self.driver.done_alone(Direction.BACKWARD)
+                return Pulled(view.restore(pulled.dx), pulled.gradients.gamma, pulled.gradients.beta, grid)
         dx = None
 
         def finish(

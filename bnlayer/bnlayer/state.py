@@ -70,17 +70,15 @@ class LayerState:
                     f"{bad[0]}: in a synchronized layer they would stay so. Set finite ones, or reset them."
                 )
 
-    def after_forward(
-        self, statistics: BatchStatistics, grid: Grid, rule: Rule | None, moving: Moving | None = None
-    ) -> LayerState:
+    def after_forward(self, statistics: BatchStatistics, grid: Grid, rule: Rule | Moving | None) -> LayerState:
         """The state after one completed forward exchange: updated once, its grid committed.
 
         Args:
             statistics: of the batch.
             grid: the one that its sums were accepted on.
-            rule: how the moving statistics follow; None: the call updates nothing, as if it had not been made, but a
-                layer without a grid still takes this one: otherwise it would probe at each such call.
-            moving: what `update` gives, where it is known already.
+            rule: how the moving statistics follow, or what they are then, where that is known already; None: the call
+                updates nothing, as if it had not been made, but a layer without a grid still takes this one: otherwise
+                it would probe at each such call.
         """
         if rule is None and self.forward.known:
             return self
@@ -91,7 +89,8 @@ class LayerState:
             backward = self.backward.renewed(changed)
         if rule is None:
             return LayerState(self.moving, grid, backward, self.version)
-        return LayerState(moving or update(self.moving, statistics, rule), grid, backward, self.version + 1)
+        moving = rule if isinstance(rule, Moving) else update(self.moving, statistics, rule)
+        return LayerState(moving, grid, backward, self.version + 1)
 
     def after_backward(self, grid: BackwardGrid) -> LayerState:
         """The state after one completed backward exchange: only the grid can have changed."""

@@ -132,10 +132,33 @@ class Passes:
             call.momentum,
             synchronized=call.synchronized,
             masked=call.e != 0,
+            unbiased=call.unbiased,
         )
         scale, shift = kernels.coefficients(statistics, call.gamma, call.beta, grid.precision.dtype)
         y = self.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, call.dtype)
         return Trained(statistics, refused, mean, variance, scale, y)
+
+    def train_alone(self, view: View, grid: Grid, call: TrainingCall) -> Trained | None:
+        """A training call of a world of one, in one crossing; None: not for this call, or the grid does not fit."""
+        if view.mask is not None or not self._kernels.takes(view.x, None):
+            return None
+        trained = self._kernels.finish_forward(view.x, None, grid, call, accepted=False)
+        return None if trained is None or trained.refused is not None else trained
+
+    def pull_alone(
+        self,
+        dy: View,
+        view: View,
+        grid: BackwardGrid,
+        forward: BatchStatistics,
+        scale_C: Array,
+        dtype: np.dtype[Any],
+    ) -> PulledBack | None:
+        """The same of a backward pass, with the kept grid."""
+        if view.x.dtype is not dtype or not self._takes(view, dy):
+            return None
+        pulled = self._kernels.finish_backward(dy.x, view.x, view.mask, None, grid, forward, scale_C, accepted=False)
+        return None if pulled is None or pulled.refused is not None else pulled
 
     def finish_backward(
         self,

@@ -11,6 +11,7 @@ import torch
 
 from bnlayer.adapters import torch_tensors
 from bnlayer.adapters.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from bnlayer.adapters.torch_alone import AloneCore
 from support.adapters import SIZES, batch, network, one_training, shard, torchrun
 
 Outcomes = dict[int, list[dict[str, Any]]]
@@ -129,6 +130,8 @@ def test_the_passes_of_other_devices_have_the_same_bits(
 
     def run(on_host: bool) -> list[torch.Tensor]:
         monkeypatch.setattr(torch_tensors, "_on_host", lambda x: on_host)
+        if not on_host:
+            monkeypatch.setattr(AloneCore, "forward_alone", lambda *_: None)
         seen = []
         for shape in ((8, 3, 4, 4), (8, 3), (0, 3, 2), (70, 3, 30)):
             for scale, mean in ((1.0, 0.0), (1e-3, 1000.0)):
@@ -146,6 +149,83 @@ def test_the_passes_of_other_devices_have_the_same_bits(
         return [torch.nan_to_num(tensor, nan=12345.0) for tensor in seen]
 
     assert _same(run(True), run(False))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(32, 64), (9, 3, 5), (4, 1, 3, 3), (2, 7, 1, 2, 3)])
+def test_the_short_way_of_a_world_of_one_has_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], affine: bool
+) -> None:
+    """By the tensors' addresses, or as the layer goes, whatever happens between two calls, and to their tensors."""
+    taken: list[bool] = []
+    forward_alone = AloneCore.forward_alone
+
+    def counted(core: AloneCore, *arguments: Any) -> Any:
+        done = forward_alone(core, *arguments)
+        taken.append(done is not None)
+        return done
+
+    def run(short: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(AloneCore, "forward_alone", counted if short else lambda *_: None)
+        layer, seen = SyncBatchNorm(shape[1], affine=affine), []
+        for step, (what, scale, tiny) in enumerate(_STEPS):
+            x = batch(shape, torch.float32, step) * scale
+            _change(layer, x, what)
+            if what == "not contiguous":
+                x = x.movedim(0, -1).contiguous().movedim(-1, 0)
+            elif what == "bfloat16":
+                x = x.bfloat16()
+            x.requires_grad_()
+            if what == "no gradient":
+                with torch.no_grad():
+                    seen.append(layer(x))
+                continue
+            other = layer(x * 2) if what == "twice" else None
+            y = layer(x)
+            y.backward(batch(y.shape, y.dtype, 7) * tiny, retain_graph=what == "again")
+            if what == "again":
+                y.backward(batch(y.shape, y.dtype, 8))
+            if other is not None:
+                other.sum().backward()
+            seen += [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+            seen += [buffer.clone() for buffer in layer.buffers()]
+            if layer.core is not None and what == "looked at":
+                seen += [torch.from_numpy(array) for array in layer.core.state.arrays().values()]
+        assert layer.core is not None
+        state = layer.core.state
+        return [*seen, *(torch.from_numpy(array) for array in state.arrays().values())]
+
+    with_it = run(True)
+    without = run(False)
+    nan = [[torch.nan_to_num(tensor, nan=12345.0) for tensor in side] for side in (with_it, without)]
+    assert _same(*nan)
+    # Not the two whose data leave the grid, those that find other buffers, memory or dtypes, and the one after these.
+    assert (len(taken), sum(taken)) == (len(_STEPS), 17)
+
+
+# What is done before or in each step, the scale of its data, and that of its gradients.
+_STEPS = [
+    *[("", 1, 1), ("", 1, 1), ("", 1, 1e-9), ("", 1e6, 1), ("", 1, 1), ("no gradient", 1, 1), ("twice", 1, 1)],
+    *[("again", 1, 1), ("buffers written", 1, 1), ("", 1, 1), ("buffers replaced", 1, 1), ("", 1, 1)],
+    *[("weights written", 1, 1), ("weights replaced", 1, 1), ("not contiguous", 1, 1), ("", 1, 1), ("bfloat16", 1, 1)],
+    *[("", 1, 1), ("looked at", 1, 1), ("", 1, 1), ("not a number", 1, 1), ("", 1, 1), ("epsilon", 1, 1), ("", 1, 1)],
+]
+
+
+def _change(layer: SyncBatchNorm, x: torch.Tensor, what: str) -> None:
+    with torch.no_grad():
+        if what == "buffers written":
+            layer.running_mean.add_(1)
+        elif what == "buffers replaced":
+            layer.running_var = layer.running_var.clone() * 2
+        elif what == "weights written" and layer.affine:
+            layer.weight.mul_(3)
+        elif what == "weights replaced" and layer.affine:
+            layer.weight.data = layer.weight.data.clone() + 1
+        elif what == "not a number":
+            x.view(-1)[0] = torch.nan
+        elif what == "epsilon":
+            layer.eps = 1e-3
 
 
 def test_a_converted_model_is_the_same_model() -> None:

@@ -80,14 +80,15 @@ def test_statistics_and_what_is_refused(compiled: Compiled, epsilon: float, mask
 
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_moving_update(compiled: Compiled, synchronized: bool, masked: bool) -> None:
-    """Channels without a value, nonfinite ones, and results that float32 can't hold."""
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_moving_update(compiled: Compiled, synchronized: bool, masked: bool, unbiased: bool) -> None:
+    """Channels without a value or of a single one, nonfinite ones, and results that float32 can't hold."""
     for seed in range(40):
         batch, _ = formulas.statistics(*some_moments(seed), 1e-3, 1e-7 * masked)
         old = np.random.default_rng(seed).normal(size=(2, C)).astype(np.float32)
         arguments: tuple[Any, ...] = batch, old[0], old[1], 0.9
-        got = compiled.moved(*arguments, synchronized=synchronized, masked=masked)
-        wanted = formulas.moved(*arguments, synchronized=synchronized, masked=masked)
+        got = compiled.moved(*arguments, synchronized=synchronized, masked=masked, unbiased=unbiased)
+        wanted = formulas.moved(*arguments, synchronized=synchronized, masked=masked, unbiased=unbiased)
         for a, b in zip(got, wanted, strict=True):
             same(a, b)
 

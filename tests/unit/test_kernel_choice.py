@@ -18,6 +18,7 @@ from bnlayer.kernels import compiled, kernels, reference
 from bnlayer.kernels.choice import VARIANTS
 from bnlayer.kernels.choice import chosen as choose
 from bnlayer.kernels.compiled import Compiled, all_variants, variants
+from bnlayer.kernels.results import Record
 
 
 def test_the_widest_variant_is_the_default(chosen: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,6 +159,45 @@ def test_arrays_that_a_kernel_does_not_take_are_refused() -> None:
             _native.moments(*arguments)
     with pytest.raises(TypeError, match="expected 8 arguments, received 1"):
         _native.moments(0)  # type: ignore[call-arg]  # on purpose
+
+
+def test_a_call_by_addresses_takes_no_null_and_no_wrong_size() -> None:
+    """Nothing is read or written where an address is missing, the moving statistics are others, or an array is short."""
+    from bnlayer.kernels import _native
+
+    x, y, dx, vectors = (np.ones(shape, np.float32) for shape in ((8, 4), (8, 4), (8, 4), (4, 4)))
+    before, record = Record.of_moving(vectors[2], vectors[3]).memory, Record.empty(4).memory
+    places = [vector.ctypes.data for vector in vectors]
+    exponents = np.full(4, 3, np.int64)
+    sound = [0, 1, 1, 8, 4, 1, x.ctypes.data, y.ctypes.data, True, *places, np.zeros(4), exponents, 1e-3, 0.9, False]
+    sound += [before, record]
+    back = [0, 1, 1, 8, 4, 1, x.ctypes.data, x.ctypes.data, dx.ctypes.data, *places[:2], record, exponents, exponents]
+    back += [-148, 130]
+    for function, arguments, optional in ((_native.forward_at, sound, set()), (_native.backward_at, back, {9, 10})):
+        for at, value in enumerate(arguments):
+            wrong: list[Any] = [*arguments]
+            if isinstance(value, int) and value > 2**16 and at not in optional:
+                wrong[at] = 0
+                assert function(*wrong) is False, at
+                wrong[at] = None
+                with pytest.raises(TypeError):
+                    function(*wrong)
+            elif isinstance(value, np.ndarray):
+                for other in (value[:-1], value.astype(np.float16)):
+                    wrong[at] = other
+                    with pytest.raises((TypeError, ValueError)):
+                        function(*wrong)
+        with pytest.raises(TypeError, match=f"expected {len(arguments)} arguments, received 1"):
+            function(0)
+    wrong = [*sound]
+    wrong[-2] = Record.of_moving(vectors[2], vectors[3] * 2).memory
+    assert _native.forward_at(*wrong) is False
+    assert y.tolist() == dx.tolist() == x.tolist(), "something was written"
+    assert vectors.tolist() == np.ones((4, 4)).tolist()
+    assert _native.forward_at(*sound) is True
+    assert _native.backward_at(*back) is True
+    assert y.tolist() == np.ones((8, 4)).tolist()  # (1 − 1)·γs + β
+    assert vectors[2:].tolist() == [[1.0] * 4, [np.float32(0.9)] * 4]
 
 
 def test_a_batch_that_is_not_aligned_or_not_in_one_piece_is_taken() -> None:

@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bnlayer import BatchNormalization
+from bnlayer import BatchNormalization, tiling
+from bnlayer.collective import Alone, Direction
+from bnlayer.exchange_driver import ExchangeDriver
+from bnlayer.kernels.compiled import Compiled, variants
+from bnlayer.tiling import Passes
 from support.families import FAMILIES, draw
 from support.layers import gradients
 from support.ranks import Meeting, SimulatedRank, run_all
@@ -63,6 +67,56 @@ def test_uneven_and_empty_shards_give_one_process_bits(family: str, dtype: str, 
     one = train(family, dtype, masked, [[]] * STEPS, 32)
     for cuts in ([13], [7, 7], [0, 5, 31]):
         assert train(family, dtype, masked, [cuts] * STEPS, 32) == one
+
+
+class ByExchange(Alone):
+    """A world of one that the layer does not know for one: it goes by way of an exchange."""
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_short_way_of_a_world_of_one_has_the_bits_of_an_exchange(
+    monkeypatch: pytest.MonkeyPatch, variant: str, dtype: str, family: str
+) -> None:
+    """In one crossing, or step by step: on data that leave the grid, that are not finite, of one row and of none."""
+    before = tiling.install(Passes(Compiled(variant)))
+    short = []
+    done_alone = ExchangeDriver.done_alone
+
+    def counted(driver: ExchangeDriver, direction: Direction) -> int:
+        short.append(direction)
+        return done_alone(driver, direction)
+
+    monkeypatch.setattr(ExchangeDriver, "done_alone", counted)
+    try:
+        seen = [_trained(family, dtype, world) for world in (Alone, ByExchange)]
+    finally:
+        tiling.install(before)
+    assert seen[0] == seen[1]
+    if family == "normal":
+        assert short.count(Direction.FORWARD) == 3 * STEPS, "all but the first, which finds the grid"
+        assert short.count(Direction.BACKWARD) == 3 * (STEPS - 1)
+
+
+def _trained(family: str, dtype: str, world: type[Alone]) -> list[list[bytes]]:
+    """Steps of layers whose moving variance is biased or not, with gamma and beta or not: all that they leave."""
+    seen = []
+    for settings_of in ({}, {"center": False}, {"scale": False}):
+        bn = BatchNormalization(synchronized=True, name="bn", dtype=dtype, collective=world(), **settings_of)
+        bn.unbiased = "scale" in settings_of
+        for step in range(STEPS):
+            rows = (32, 1, 32, 32, 32)[step] if family != "normal" else 32
+            x = draw(family, 0, step, (rows, 5), "float32")
+            if family == "sparse" and step == 3:
+                x[2, 1] = np.nan
+            y, pull = bn.vjp(x, training=True, update_moving=step != 2)
+            back = pull(draw("normal" if family == "normal" else "jump", 1, step, (rows, 5), "float32"))
+            state = bn.state.arrays().values()
+            seen.append([array.tobytes() for array in (y, *back, *state) if array is not None])
+        y, pull = bn.vjp(np.zeros((0, 5), np.float32), training=True)
+        seen.append([array.tobytes() for array in (y, *bn.state.arrays().values())])
+    return seen
 
 
 @settings(max_examples=60)

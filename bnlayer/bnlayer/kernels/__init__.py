@@ -69,7 +69,7 @@ class Kernels(Protocol):
 
     def moved(
         self, found: BatchStatistics, old_mean: _Array, old_variance: _Array, momentum: float, *, synchronized: bool,
-        masked: bool,
+        masked: bool, unbiased: bool = False,
     ) -> tuple[_Array, _Array]:  # fmt: skip
         """See `formulas.moved`."""
 
@@ -84,15 +84,27 @@ class Kernels(Protocol):
         """See `formulas.gradients`."""
 
     def finish_forward(
-        self, x: _Array, limbs: _Limbs, grid: Grid, call: TrainingCall, *, accepted: bool
+        self, x: _Array, limbs: _Limbs | None, grid: Grid, call: TrainingCall, *, accepted: bool
     ) -> Trained | None:
-        """`statistics`, `moved`, `coefficients` and `normalize` in one; None: not for this call."""
+        """`moments` without limbs, `statistics`, `moved`, `coefficients` and `normalize` in one; None: not for this."""
 
     def finish_backward(
-        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs, grid: BackwardGrid, forward: BatchStatistics,
+        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs | None, grid: BackwardGrid, forward: BatchStatistics,
         scale_C: _Array, *, accepted: bool,
     ) -> PulledBack | None:  # fmt: skip
-        """`gradients` and `input_gradient` in one; None: not for this call."""
+        """`gradient_sums` without limbs, `gradients` and `input_gradient` in one; None: not for this call."""
+
+    def forward_at(
+        self, shape: tuple[int, int, int], x: int, y: int, affine: bool, weights: tuple[int, ...], grid: Grid,
+        epsilon: float, momentum: float, unbiased: bool, before: NDArray[np.uint8], record: NDArray[np.uint8], /,
+    ) -> bool:  # fmt: skip
+        """A training call of a world of one on addresses; False: not for this call. See `compiled.Compiled`."""
+
+    def backward_at(
+        self, shape: tuple[int, int, int], x: int, dy: int, dx: int, gradients: tuple[int, int],
+        record: NDArray[np.uint8], grid: BackwardGrid, /,
+    ) -> bool:  # fmt: skip
+        """Its backward pass; False: not for this call."""
 
 
 @cache

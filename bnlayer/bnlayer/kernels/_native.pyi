@@ -13,6 +13,7 @@ _Truths = NDArray[np.bool_]
 _Long = NDArray[np.int64]
 _Double = NDArray[np.float64]
 _Single = NDArray[np.float32]
+_Bytes = NDArray[np.uint8]
 
 def variants() -> list[str]: ...
 def compiled() -> list[str]: ...
@@ -42,7 +43,7 @@ def statistics(
 ) -> bool: ...  # fmt: skip
 def moved(
     variant: int, rows: _Double, nonfinite: _Truths, old_mean: _Single, old_variance: _Single, momentum: float,
-    synchronized: bool, masked: bool, new: _Single, /,
+    synchronized: bool, masked: bool, unbiased: bool, new: _Single, /,
 ) -> None: ...  # fmt: skip
 def coefficients(
     variant: int, rows: _Double, gamma: _Single | None, beta: _Single | None, made: _Single, /
@@ -52,12 +53,23 @@ def gradients(
     rows: _Double, singles: _Single, flags: _Truths, /,
 ) -> bool: ...  # fmt: skip
 def finish_forward(
-    variant: int, threads: int, worth: int, x: _Array, limbs: _Long, pivot: _Double, exponent: _Long, epsilon: float,
-    e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single, old_variance: _Single,
-    momentum: float, synchronized: bool, rows: _Double, singles: _Single, reach: _Long, flags: _Truths, y: _Array, /,
+    variant: int, threads: int, worth: int, x: _Array, limbs: _Long | None, pivot: _Double, exponent: _Long,
+    epsilon: float, e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single,
+    old_variance: _Single, momentum: float, synchronized: bool, unbiased: bool, rows: _Double, singles: _Single,
+    reach: _Long, flags: _Truths, y: _Array, /,
 ) -> bool: ...  # fmt: skip
 def finish_backward(
-    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long, gradient: _Long,
-    deviation: _Long, accepted: bool, forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single,
-    rows: _Double, singles: _Single, flags: _Truths, dx: _Array, /,
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long | None,
+    gradient: _Long, deviation: _Long, pivot: _Single, reach: _Long, lowest: int, highest: int, accepted: bool,
+    forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single, rows: _Double, singles: _Single,
+    flags: _Truths, dx: _Array, /,
+) -> bool: ...  # fmt: skip
+def forward_at(
+    variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, y: int, affine: bool, gamma: int, beta: int,
+    mean: int, variance: int, pivot: _Double, exponent: _Long, epsilon: float, momentum: float, unbiased: bool,
+    before: _Bytes, record: _Bytes, /,
+) -> bool: ...  # fmt: skip
+def backward_at(
+    variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, dy: int, dx: int, gamma: int, beta: int,
+    record: _Bytes, gradient: _Long, deviation: _Long, lowest: int, highest: int, /,
 ) -> bool: ...  # fmt: skip

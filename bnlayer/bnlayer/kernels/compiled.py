@@ -144,14 +144,18 @@ class Compiled:
         *,
         synchronized: bool,
         masked: bool,
+        unbiased: bool = False,
     ) -> tuple[Array, Array]:
         """The moving mean and variance after a batch; see `formulas.moved`."""
         if old_mean.dtype != _FLOAT32:
-            return formulas.moved(found, old_mean, old_variance, momentum, synchronized=synchronized, masked=masked)
+            return formulas.moved(
+                found, old_mean, old_variance, momentum, synchronized=synchronized, masked=masked, unbiased=unbiased
+            )
         new = np.empty((2, old_mean.size), np.float32)
         native.moved(
-            self._variant, found.rows, found.nonfinite, old_mean, old_variance, momentum, synchronized, masked, new
-        )
+            self._variant, found.rows, found.nonfinite, old_mean, old_variance, momentum, synchronized, masked,
+            unbiased, new,
+        )  # fmt: skip
         return new[0], new[1]
 
     def coefficients(
@@ -180,13 +184,13 @@ class Compiled:
         return Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if any_refused else None
 
     def finish_forward(
-        self, x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool
+        self, x: Array, limbs: NDArray[np.int64] | None, grid: Grid, call: TrainingCall, *, accepted: bool
     ) -> Trained | None:
         """All that follows from a training call's totals, in one; None: not for this call.
 
         Args:
             x: (A, C, B), the batch; `takes` it.
-            limbs: (W, C), reduced.
+            limbs: (W, C), reduced; None: those of the batch itself, where every value counts.
             grid: what they are in units of.
             call: what else the results follow from.
             accepted: whether channels that are refused are taken all the same.
@@ -201,9 +205,9 @@ class Compiled:
         rows, singles = np.empty((8, channels)), np.empty((6, channels), np.float32)
         reach, flags, y = np.empty(channels, np.int64), np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
         refused = native.finish_forward(
-            self._variant, self._threads, self._worth, _plain(x), _plain(limbs), grid.pivot_C, grid.exponent_C,
-            call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance, call.momentum, call.synchronized,
-            rows, singles, reach, flags, _plain(y),
+            self._variant, self._threads, self._worth, _plain(x), None if limbs is None else _plain(limbs),
+            grid.pivot_C, grid.exponent_C, call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance,
+            call.momentum, call.synchronized, call.unbiased, rows, singles, reach, flags, _plain(y),
         )  # fmt: skip
         rounded, pivot, mean, variance, scale, _ = singles
         statistics = BatchStatistics(rows, rounded, pivot, reach, flags[0])
@@ -214,7 +218,7 @@ class Compiled:
         dy: Array,
         x: Array,
         mask: Mask,
-        limbs: NDArray[np.int64],
+        limbs: NDArray[np.int64] | None,
         grid: BackwardGrid,
         forward: BatchStatistics,
         scale_C: Array,
@@ -225,23 +229,76 @@ class Compiled:
 
         Args:
             dy, x, mask: the batch; `takes` it.
-            limbs: (W, C), reduced.
-            grid: what they are in units of.
+            limbs: (W, C), reduced; None: those of the batch itself.
+            grid: what they are in units of; without them, the kept one: it is made to reach the call's batch.
             forward: the statistics of the training call.
             scale_C: γs.
             accepted: whether channels that are refused are taken all the same.
         """
-        if grid.precision.folds == 2:
+        precision = grid.precision
+        if precision.folds == 2:
             return None
         channels = x.shape[1]
         rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
         flags, dx = np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
         refused = native.finish_backward(
-            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), _plain(limbs),
-            grid.gradient_C, grid.deviation_C, accepted, forward.rows, forward.nonfinite, forward.rounded_mean, scale_C,
-            rows, singles, flags, _plain(dx),
+            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x),
+            None if limbs is None else _plain(limbs), grid.gradient_C, grid.deviation_C, forward.pivot, forward.reach,
+            precision.deviation_floor, precision.deviation_ceiling, accepted, forward.rows, forward.nonfinite,
+            forward.rounded_mean, scale_C, rows, singles, flags, _plain(dx),
         )  # fmt: skip
         return PulledBack(Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if refused else None, dx)
+
+    def forward_at(
+        self,
+        shape: tuple[int, int, int],
+        x: int,
+        y: int,
+        affine: bool,
+        weights: tuple[int, ...],
+        grid: Grid,
+        epsilon: float,
+        momentum: float,
+        unbiased: bool,
+        before: NDArray[np.uint8],
+        record: NDArray[np.uint8],
+    ) -> bool:
+        """A training call of a world of one on contiguous float32 memory, given by its addresses.
+
+        Args:
+            shape: (A, C, B).
+            x, y: where the batch and the output lie.
+            affine: whether there are gamma and beta.
+            weights: where gamma, beta and the moving mean and variance lie: these are updated in place.
+            grid: that is known.
+            epsilon, momentum, unbiased: the layer's.
+            before: the `Record` of the call before: the moving statistics must still be its.
+            record: the `Record` to write.
+
+        Returns:
+            Whether it was made; otherwise nothing of it counts.
+        """
+        return native.forward_at(
+            self._variant, self._threads, self._worth, *shape, x, y, affine, *weights, grid.pivot_C, grid.exponent_C,
+            epsilon, momentum, unbiased, before, record,
+        )  # fmt: skip
+
+    def backward_at(
+        self,
+        shape: tuple[int, int, int],
+        x: int,
+        dy: int,
+        dx: int,
+        gradients: tuple[int, int],
+        record: NDArray[np.uint8],
+        grid: BackwardGrid,
+    ) -> bool:
+        """Its backward pass, which writes dx, and dγ and dβ, rounded, at `gradients`; 0: there are none."""
+        precision = grid.precision
+        return native.backward_at(
+            self._variant, self._threads, self._worth, *shape, x, dy, dx, *gradients, record, grid.gradient_C,
+            grid.deviation_C, precision.deviation_floor, precision.deviation_ceiling,
+        )  # fmt: skip
 
 
 def _plain(x: Array) -> Array:

@@ -106,7 +106,14 @@ def statistics(
 
 @np.errstate(all="ignore")
 def moved(
-    found: BatchStatistics, old_mean: Array, old_variance: Array, momentum: float, *, synchronized: bool, masked: bool
+    found: BatchStatistics,
+    old_mean: Array,
+    old_variance: Array,
+    momentum: float,
+    *,
+    synchronized: bool,
+    masked: bool,
+    unbiased: bool = False,
 ) -> tuple[Array, Array]:
     """The moving mean and variance after a batch, in their dtypes.
 
@@ -114,6 +121,8 @@ def moved(
 
     Which channels are left alone: see `bnlayer.moving.update`.
     """
+    if unbiased:
+        found = with_unbiased_variance(found)
     count, mean, variance = found.count, found.mean, found.variance
     if not synchronized:
         mean, variance = (np.where(found.nonfinite, np.nan, batch) for batch in (mean, variance))
@@ -123,6 +132,15 @@ def moved(
     else:
         apply = (count > 0) | masked
     return np.where(apply, to_mean, old_mean), np.where(apply, to_variance, old_variance)
+
+
+def with_unbiased_variance(found: BatchStatistics) -> BatchStatistics:
+    """The statistics with v·N/(N − 1) for the variance; a channel of one value counts as one without a value."""
+    several = found.count > 1
+    rows = found.rows.copy()
+    rows[0] = np.where(several, found.count, 0.0)
+    rows[3] = found.variance * (rows[0] / np.where(several, found.count - 1.0, 1.0))
+    return found._replace(rows=rows)
 
 
 def towards(old: Array, batch: Doubles, momentum: float) -> Array:

@@ -33,8 +33,8 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None
 
 __all__ = [
-    "coefficients", "finish_backward", "finish_forward", "gradient_probe", "gradient_sums", "gradients",
-    "input_gradient", "moments", "moved", "name", "normalize", "probe", "statistics", "takes",
+    "backward_at", "coefficients", "finish_backward", "finish_forward", "forward_at", "gradient_probe", "gradient_sums",
+    "gradients", "input_gradient", "moments", "moved", "name", "normalize", "probe", "statistics", "takes",
 ]  # fmt: skip
 
 name = "reference (NumPy)"
@@ -321,16 +321,30 @@ def _shape(x: Array) -> tuple[int, int, int]:
     return a, c, b
 
 
-def finish_forward(x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool) -> None:
+def finish_forward(
+    x: Array, limbs: NDArray[np.int64] | None, grid: Grid, call: TrainingCall, *, accepted: bool
+) -> None:
     """None: one after the other."""
     del x, limbs, grid, call, accepted
+
+
+def forward_at(*arguments: Any) -> bool:
+    """False: not on addresses."""
+    del arguments
+    return False
+
+
+def backward_at(*arguments: Any) -> bool:
+    """False: not on addresses."""
+    del arguments
+    return False
 
 
 def finish_backward(
     dy: Array,
     x: Array,
     mask: Mask,
-    limbs: NDArray[np.int64],
+    limbs: NDArray[np.int64] | None,
     grid: BackwardGrid,
     forward: BatchStatistics,
     scale_C: Array,

@@ -82,6 +82,7 @@ class TrainingCall(NamedTuple):
         moving_mean, moving_variance: (C,), as they were before.
         momentum: weight of the old values.
         synchronized: whether one rank's bad values must not destroy the statistics of all.
+        unbiased: whether the moving variance follows the unbiased one.
         dtype: of the output.
     """
 
@@ -93,6 +94,7 @@ class TrainingCall(NamedTuple):
     moving_variance: NDArray[Any]
     momentum: float
     synchronized: bool
+    unbiased: bool
     dtype: np.dtype[Any]
 
 
@@ -113,6 +115,57 @@ class Trained(NamedTuple):
     variance: NDArray[Any] | None = None
     scale: NDArray[Any] | None = None
     y: NDArray[Any] | None = None
+
+
+class Record(NamedTuple):
+    """What a training call found, in one piece of memory: to make one array takes less than to make five.
+
+    The offsets are those of `Record` in `native/training.cpp`.
+
+    Attributes:
+        memory: (98·C,) bytes: (8, C) float64, (C,) int64, (6, C) float32, (2, C) bool, one after the other.
+    """
+
+    memory: NDArray[np.uint8]
+
+    @classmethod
+    def empty(cls, channels: int) -> Record:
+        """One to be written."""
+        return cls(np.empty(98 * channels, np.uint8))
+
+    @classmethod
+    def of_moving(cls, mean: NDArray[Any], variance: NDArray[Any]) -> Record:
+        """One that holds float32 moving statistics, and nothing else."""
+        record = cls(np.zeros(98 * mean.size, np.uint8))
+        record.mean[...], record.variance[...] = mean, variance
+        return record
+
+    @property
+    def statistics(self) -> BatchStatistics:
+        """Of the batch."""
+        c = self.memory.size // 98
+        rows, reach = self.memory[: 64 * c].view(np.float64), self.memory[64 * c : 72 * c].view(np.int64)
+        nonfinite = self.memory[96 * c : 97 * c].view(np.bool_)
+        return BatchStatistics(rows.reshape(8, c), self._single(0), self._single(1), reach, nonfinite)
+
+    @property
+    def mean(self) -> NDArray[np.float32]:
+        """(C,), the moving mean after the call."""
+        return self._single(2)
+
+    @property
+    def variance(self) -> NDArray[np.float32]:
+        """(C,), the moving variance after it."""
+        return self._single(3)
+
+    @property
+    def scale(self) -> NDArray[np.float32]:
+        """(C,), γs."""
+        return self._single(4)
+
+    def _single(self, row: int) -> NDArray[np.float32]:
+        c = self.memory.size // 98
+        return self.memory[(72 + 4 * row) * c : (76 + 4 * row) * c].view(np.float32)
 
 
 class Gradients(NamedTuple):

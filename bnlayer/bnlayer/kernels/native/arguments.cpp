@@ -105,6 +105,14 @@ bool Arguments::truth(const char* name) {
   return found > 0;
 }
 
+void* Arguments::address(const char* name) {
+  PyObject* value = next(name);
+  if (value == nullptr) return nullptr;
+  void* found = PyLong_AsVoidPtr(value);
+  if (found == nullptr && PyErr_Occurred() != nullptr) sound_ = false;
+  return found;
+}
+
 bool Arguments::array(Array& to, const char* name, Kind kind, bool written) {
   PyObject* value = next(name);
   if (value == nullptr) return false;

@@ -51,6 +51,7 @@ class Arguments {
   int64_t integer(const char* name);
   double real(const char* name);
   bool truth(const char* name);
+  void* address(const char* name);  // an integer; null: 0
   bool array(Array& to, const char* name, Kind kind, bool written = false);
   // Of so many elements, or null for None where that is allowed.
   template <class T>

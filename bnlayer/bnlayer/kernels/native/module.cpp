@@ -4,77 +4,18 @@
 
 #include "arguments.hpp"
 #include "dispatch.hpp"
-#include "tasks.hpp"
+#include "passing.hpp"
+#include "training.hpp"
 
 namespace bnlayer {
 namespace {
 
-// How many threads may share a pass, and how many elements are worth one.
-struct Sharing {
-  int64_t threads, worth;
-};
-Sharing sharing(Arguments& arguments) {
-  const int64_t threads = arguments.integer("threads"), worth = arguments.integer("worth");
-  return {threads, worth};
-}
-
-template <class Pass>
-struct Work {
-  const Pass& pass;
-  const Parts& parts;
-  char* workspace;
-  int64_t bytes;   // of a part's workspace
-  int64_t* found;  // of all parts, one after the other
-  int64_t words;   // of what one part finds
-  void (*reduce)(const Pass&, const Part&, void*, int64_t*);
-  void (*write)(const Pass&, const Part&, void*);
-};
-
-template <class Pass>
-void do_part(void* given, int i) {
-  const auto& work = *static_cast<Work<Pass>*>(given);
-  void* workspace = work.workspace + i * work.bytes;
-  if (work.reduce != nullptr) {
-    work.reduce(work.pass, work.parts.part[i], workspace, work.found + i * work.words);
-  } else {
-    work.write(work.pass, work.parts.part[i], workspace);
-  }
-}
-
-// Makes a pass that reduces; `merge(total, part)` joins what the other parts have found to the first one's.
 template <class Pass, class Merge>
 PyObject* reduced(
     const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
     void (*reduce)(const Pass&, const Part&, void*, int64_t*), int64_t words, int64_t* to, Merge merge) {
-  if (words == 0) Py_RETURN_NONE;  // no channels
-  const Parts parts = split(pass.batch.layout, sharing.threads, sharing.worth);
-  const int64_t bytes = workspace_of(pass), result = parts.count > 1 ? (words * 8 + 63) / 64 * 8 : 0;
-  auto* memory = static_cast<char*>(workspace(parts.count * (bytes + result * 8)));
-  if (memory == nullptr) return PyErr_NoMemory();
-  int64_t* found = parts.count > 1 ? reinterpret_cast<int64_t*>(memory) : to;
-  Work<Pass> work{pass, parts, memory + parts.count * result * 8, bytes, found, result, reduce, nullptr};
-  Py_BEGIN_ALLOW_THREADS;
-  over(parts.count, do_part<Pass>, &work);
-  for (int i = 1; i < parts.count; ++i) merge(found, found + i * result);
-  for (int64_t at = 0; parts.count > 1 && at < words; ++at) to[at] = found[at];
-  Py_END_ALLOW_THREADS;
+  if (!reduce_to(pass, sharing, workspace_of, reduce, words, to, merge)) return PyErr_NoMemory();
   Py_RETURN_NONE;
-}
-
-template <class Pass>
-bool wrote(
-    const Pass& pass, const Sharing& sharing, int64_t (*workspace_of)(const Pass&),
-    void (*write)(const Pass&, const Part&, void*)) {
-  if (pass.batch.layout.images == 0 || pass.batch.layout.channels == 0) return true;
-  const Parts parts = split(pass.batch.layout, sharing.threads, sharing.worth);
-  const int64_t bytes = workspace_of(pass);
-  auto* memory = static_cast<char*>(workspace(parts.count * bytes));
-  if (memory == nullptr) return false;
-  Work<Pass> work{pass, parts, memory, bytes, nullptr, 0, nullptr, write};
-  Py_BEGIN_ALLOW_THREADS;
-  over(parts.count, do_part<Pass>, &work);
-  Py_END_ALLOW_THREADS;
-  return true;
 }
 
 template <class Pass>
@@ -84,38 +25,6 @@ PyObject* written(
   if (!wrote(pass, sharing, workspace_of, write)) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
-
-// Adds the limbs of one part to those of another: sums are added and carried, the last rows joined.
-struct Limbs {
-  int64_t channels, sums;
-  bool counts;  // whether the row after the sums is a number, and not a flag
-
-  void operator()(int64_t* total, const int64_t* part) const {
-    for (int64_t row = 0; row < sums; row += 2) {
-      int64_t *hi = total + row * channels, *lo = hi + channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t low = lo[c] + part[(row + 1) * channels + c];
-        hi[c] += part[row * channels + c] + (low >> 32);
-        lo[c] = low & 0xFFFF'FFFF;
-      }
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      int64_t *first = total + sums * channels + c, *second = first + channels;
-      const int64_t other = part[sums * channels + c];
-      *first = counts ? *first + other : *first | other;
-      *second |= part[(sums + 1) * channels + c];
-    }
-  }
-};
-
-struct Largest {
-  int64_t size;
-  void operator()(int64_t* total, const int64_t* part) const {
-    for (int64_t at = 0; at < size; ++at) total[at] = part[at] > total[at] ? part[at] : total[at];
-  }
-};
-
-int64_t sums_of(Storage storage) { return storage == Storage::kFloat64 ? 8 : 4; }
 
 PyObject* names(const Table* const* tables) {
   PyObject* made = PyList_New(0);
@@ -272,7 +181,7 @@ PyObject* py_statistics(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyObject* py_moved(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "moved", 9);
+  Arguments arguments(given, count, "moved", 10);
   Array rows, nonfinite, old_mean, old_variance, made;
   MovedPass pass{};
   const Table* table = arguments.variant();
@@ -288,6 +197,7 @@ PyObject* py_moved(PyObject*, PyObject* const* given, Py_ssize_t count) {
   pass.momentum = arguments.real("momentum");
   pass.synchronized = arguments.truth("synchronized");
   pass.masked = arguments.truth("masked");
+  pass.unbiased = arguments.truth("unbiased");
   pass.new_mean = arguments.output<float>(made, "new", Kind::kFloat32, 2 * channels);
   if (!arguments.sound()) return nullptr;
   pass.new_variance = pass.new_mean + channels;
@@ -339,112 +249,6 @@ PyObject* py_gradients(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return PyBool_FromLong(table->gradients(pass));
 }
 
-// All that follows from the totals of a training call, in one: what `statistics`, `moved`, `coefficients` and `normalize`
-// do one after the other. Where a channel is refused, and that is not to be overlooked, the rest is left.
-PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_forward", 21);
-  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, rows, singles, reach, flags, y;
-  NormalizePass pass{};
-  StatisticsPass found{};
-  MovedPass moving{};
-  CoefficientsPass of{};
-  const Table* table = arguments.variant();
-  const Sharing shared = sharing(arguments);
-  arguments.batch(x, pass.batch);
-  const int64_t channels = pass.batch.layout.channels;
-  found.channels = moving.channels = of.channels = channels;
-  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
-  found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
-  found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
-  found.epsilon = arguments.real("epsilon");
-  found.e = arguments.real("e");
-  const bool accepted = arguments.truth("accepted");
-  of.gamma = arguments.elements<float>(gamma, "gamma", Kind::kFloat32, channels, true);
-  of.beta = arguments.elements<float>(beta, "beta", Kind::kFloat32, channels, true);
-  moving.old_mean = arguments.elements<float>(old_mean, "old_mean", Kind::kFloat32, channels);
-  moving.old_variance = arguments.elements<float>(old_variance, "old_variance", Kind::kFloat32, channels);
-  moving.momentum = arguments.real("momentum");
-  moving.synchronized = arguments.truth("synchronized");
-  moving.masked = found.e != 0.0;
-  found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 8 * channels);
-  found.rounded = arguments.output<float>(singles, "singles", Kind::kFloat32, 6 * channels);
-  found.reach = arguments.output<int64_t>(reach, "reach", Kind::kInt64, channels);
-  found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
-  pass.y = arguments.alike(y, "y", pass.batch, true);
-  if (arguments.sound() && pass.batch.storage == Storage::kFloat64) {
-    arguments.fail(PyExc_TypeError, "finish_forward: float64 batches have two folds.");
-  }
-  if (!arguments.sound()) return nullptr;
-  found.about = found.rounded + channels;
-  found.refused = found.nonfinite + channels;
-  const bool refused = table->statistics(found);
-  if (refused && !accepted) Py_RETURN_TRUE;
-  moving.count = found.rows;
-  moving.mean = found.rows + 2 * channels;
-  moving.variance = found.rows + 3 * channels;
-  moving.nonfinite = pass.nonfinite = found.nonfinite;
-  moving.new_mean = found.rounded + 2 * channels;
-  moving.new_variance = found.rounded + 3 * channels;
-  table->moved(moving);
-  of.inverse_std = found.rows + 4 * channels;
-  of.residual = found.rows + 5 * channels;
-  of.scale = found.rounded + 4 * channels;
-  of.shift = found.rounded + 5 * channels;
-  table->coefficients(of);
-  pass.mean = found.rounded;
-  pass.scale = of.scale;
-  pass.shift = of.shift;
-  if (!wrote(pass, shared, table->normalize_workspace, table->normalize)) return PyErr_NoMemory();
-  return PyBool_FromLong(refused);
-}
-
-// The same of a backward pass: `gradients`, then `input_gradient`.
-PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_backward", 18);
-  Array x, dy, mask, limbs, gradient, deviation, forward, forward_nonfinite, mean, scale, rows, singles, flags, dx;
-  InputGradientPass pass{};
-  GradientsPass found{};
-  const Table* table = arguments.variant();
-  const Sharing shared = sharing(arguments);
-  arguments.batch(x, pass.batch);
-  pass.dy = arguments.alike(dy, "dy", pass.batch, false);
-  arguments.mask(mask, x, pass.batch);
-  const Storage storage = pass.batch.storage;
-  const int64_t channels = pass.batch.layout.channels;
-  found.channels = channels;
-  found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
-  found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
-  found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
-  const bool accepted = arguments.truth("accepted");
-  const double* of_forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
-  found.forward_nonfinite =
-      arguments.elements<uint8_t>(forward_nonfinite, "forward_nonfinite", Kind::kTruths, channels);
-  pass.mean = arguments.coefficients(mean, "mean", storage, channels);
-  pass.scale = arguments.coefficients(scale, "scale", storage, channels);
-  found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 4 * channels);
-  found.offset = arguments.output<float>(singles, "singles", Kind::kFloat32, 2 * channels);
-  found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
-  pass.dx = arguments.alike(dx, "dx", pass.batch, true);
-  if (arguments.sound() && storage == Storage::kFloat64) {
-    arguments.fail(PyExc_TypeError, "finish_backward: float64 batches have two folds.");
-  }
-  if (!arguments.sound()) return nullptr;
-  found.divisor = of_forward + channels;
-  found.inverse_std = of_forward + 4 * channels;
-  found.residual = of_forward + 5 * channels;
-  found.mean_share = of_forward + 6 * channels;
-  found.pivot_residual = of_forward + 7 * channels;
-  found.slope = found.offset + channels;
-  found.refused = found.nonfinite + channels;
-  const bool refused = table->gradients(found);
-  if (refused && !accepted) Py_RETURN_TRUE;
-  pass.offset = found.offset;
-  pass.slope = found.slope;
-  pass.nonfinite = found.nonfinite;
-  if (!wrote(pass, shared, table->input_gradient_workspace, table->input_gradient)) return PyErr_NoMemory();
-  return PyBool_FromLong(refused);
-}
-
 #define BNLAYER_METHOD(name, function) \
   {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr}
 
@@ -463,6 +267,8 @@ PyMethodDef methods[] = {
     BNLAYER_METHOD("gradients", py_gradients),
     BNLAYER_METHOD("finish_forward", py_finish_forward),
     BNLAYER_METHOD("finish_backward", py_finish_backward),
+    BNLAYER_METHOD("forward_at", py_forward_at),
+    BNLAYER_METHOD("backward_at", py_backward_at),
     {nullptr, nullptr, 0, nullptr},
 };
 

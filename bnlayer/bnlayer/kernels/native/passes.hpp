@@ -98,7 +98,7 @@ struct MovedPass {
   const uint8_t* nonfinite;
   const float *old_mean, *old_variance;
   double momentum;
-  bool synchronized, masked;
+  bool synchronized, masked, unbiased;
   float *new_mean, *new_variance;
 };
 

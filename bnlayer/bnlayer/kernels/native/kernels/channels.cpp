@@ -124,18 +124,25 @@ bool statistics(const StatisticsPass& p) {
 
 void moved(const MovedPass& p) {
   const Longs local = Longs::all(p.synchronized ? 0 : -1), masked = Longs::all(p.masked ? -1 : 0);
-  const Doubles nan = Doubles::all(__builtin_nan(""));
+  const Doubles nan = Doubles::all(__builtin_nan("")), one = Doubles::all(1.0);
   const Doubles momentum = Doubles::all(p.momentum), rest = Doubles::all(1.0 - p.momentum);
   for (int64_t c = 0; c < p.channels; c += kLanes) {
     const int64_t left = p.channels - c;
     const Longs nonfinite = in_truths(p.nonfinite, c, left);
     const Floats old_mean = in(p.old_mean, c, left), old_variance = in(p.old_variance, c, left);
-    const auto towards = [&](const Floats& old, const double* batch) {
-      const Doubles value = either(nonfinite & local, nan, in(batch, c, left));
+    Doubles count = in(p.count, c, left), spread = in(p.variance, c, left);
+    if (p.unbiased) {  // a channel of one value has no such variance: it counts as one without a value
+      const Longs several = count > one;
+      const Doubles others = either(several, count - one, one);
+      count = either(several, count, Doubles{});
+      spread = spread * (count / others);
+    }
+    const auto towards = [&](const Floats& old, const Doubles& batch) {
+      const Doubles value = either(nonfinite & local, nan, batch);
       return converted<float>(converted<double>(old) * momentum + value * rest);
     };
-    const Floats mean = towards(old_mean, p.mean), variance = towards(old_variance, p.variance);
-    const Longs some = in(p.count, c, left) > Doubles{};
+    const Floats mean = towards(old_mean, in(p.mean, c, left)), variance = towards(old_variance, spread);
+    const Longs some = count > Doubles{};
     const Longs sound = negated(nonfinite) & converted<int64_t>(finite(mean) & finite(variance));
     const auto apply = converted<int32_t>(either(local, some | masked, some & sound));
     out(p.new_mean, c, left, either(apply, mean, old_mean));

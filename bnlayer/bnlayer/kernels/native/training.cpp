@@ -1,0 +1,307 @@
+// What follows from a training call's totals, and from those of its backward pass: several passes in one crossing.
+
+#include "training.hpp"
+
+#include <cstring>
+
+#include "passing.hpp"
+
+namespace bnlayer {
+namespace {
+
+// All that follows from the totals of a training call, in one: what `statistics`, `moved`, `coefficients` and `normalize`
+// do one after the other. Where a channel is refused, and that is not to be overlooked, the rest is left. Without totals
+// they are those of the batch itself, all of whose values count: `moments` comes first.
+struct ForwardCall {
+  NormalizePass pass{};
+  StatisticsPass found{};
+  MovedPass moving{};
+  CoefficientsPass of{};
+  bool accepted = false;
+
+  Outcome run(const Table* table, const Sharing& sharing) {
+    const int64_t channels = found.channels = moving.channels = of.channels = pass.batch.layout.channels;
+    const Integers own(found.limbs == nullptr ? 6 * channels : 0);
+    if (found.limbs == nullptr) {
+      const MomentsPass summed{pass.batch, found.pivot, found.exponent};
+      const Limbs merge{channels, 4, true};
+      if (own.get() == nullptr ||
+          !reduce_to(summed, sharing, table->moments_workspace, table->moments, 6 * channels, own.get(), merge)) {
+        return Outcome::kNoMemory;
+      }
+      found.limbs = own.get();
+    }
+    found.about = found.rounded + channels;
+    found.refused = found.nonfinite + channels;
+    const bool refused = table->statistics(found);
+    if (refused && !accepted) return Outcome::kRefused;
+    moving.count = found.rows;
+    moving.mean = found.rows + 2 * channels;
+    moving.variance = found.rows + 3 * channels;
+    moving.nonfinite = pass.nonfinite = found.nonfinite;
+    moving.masked = found.e != 0.0;
+    moving.new_mean = found.rounded + 2 * channels;
+    moving.new_variance = found.rounded + 3 * channels;
+    table->moved(moving);
+    of.inverse_std = found.rows + 4 * channels;
+    of.residual = found.rows + 5 * channels;
+    of.scale = found.rounded + 4 * channels;
+    of.shift = found.rounded + 5 * channels;
+    table->coefficients(of);
+    pass.mean = found.rounded;
+    pass.scale = of.scale;
+    pass.shift = of.shift;
+    if (!wrote(pass, sharing, table->normalize_workspace, table->normalize)) return Outcome::kNoMemory;
+    return refused ? Outcome::kRefused : Outcome::kDone;
+  }
+};
+
+}  // namespace
+
+PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "finish_forward", 22);
+  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, rows, singles, reach, flags, y;
+  ForwardCall call;
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  arguments.batch(x, call.pass.batch);
+  const int64_t channels = call.pass.batch.layout.channels;
+  call.found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
+  call.found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
+  call.found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
+  call.found.epsilon = arguments.real("epsilon");
+  call.found.e = arguments.real("e");
+  call.accepted = arguments.truth("accepted");
+  call.of.gamma = arguments.elements<float>(gamma, "gamma", Kind::kFloat32, channels, true);
+  call.of.beta = arguments.elements<float>(beta, "beta", Kind::kFloat32, channels, true);
+  call.moving.old_mean = arguments.elements<float>(old_mean, "old_mean", Kind::kFloat32, channels);
+  call.moving.old_variance = arguments.elements<float>(old_variance, "old_variance", Kind::kFloat32, channels);
+  call.moving.momentum = arguments.real("momentum");
+  call.moving.synchronized = arguments.truth("synchronized");
+  call.moving.unbiased = arguments.truth("unbiased");
+  call.found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 8 * channels);
+  call.found.rounded = arguments.output<float>(singles, "singles", Kind::kFloat32, 6 * channels);
+  call.found.reach = arguments.output<int64_t>(reach, "reach", Kind::kInt64, channels);
+  call.found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
+  call.pass.y = arguments.alike(y, "y", call.pass.batch, true);
+  if (arguments.sound() && call.pass.batch.storage == Storage::kFloat64) {
+    arguments.fail(PyExc_TypeError, "finish_forward: float64 batches have two folds.");
+  }
+  if (!arguments.sound()) return nullptr;
+  const Outcome outcome = call.run(table, shared);
+  return outcome == Outcome::kNoMemory ? PyErr_NoMemory() : PyBool_FromLong(outcome == Outcome::kRefused);
+}
+
+namespace {
+
+// The same of a backward pass: `gradients`, then `input_gradient`. Without totals, `gradient_sums` comes first, about
+// `pivot`, with deviations that reach from `lowest` to `highest` as `BackwardGrid.reaching` says; a call with channels
+// that are not finite is refused.
+struct BackwardCall {
+  InputGradientPass pass{};
+  GradientsPass found{};
+  const void* pivot = nullptr;
+  const int64_t* reach = nullptr;
+  int64_t lowest = 0, highest = 0;
+  const double* forward = nullptr;  // the call's (8, C)
+  bool accepted = false;
+
+  Outcome run(const Table* table, const Sharing& sharing) {
+    const int64_t channels = found.channels = pass.batch.layout.channels;
+    const Integers own(found.limbs == nullptr ? 7 * channels : 0);
+    if (found.limbs == nullptr) {
+      int64_t *sums = own.get(), *deviations = sums + 6 * channels;
+      if (sums == nullptr) return Outcome::kNoMemory;
+      for (int64_t c = 0; c < channels; ++c) {
+        if (found.forward_nonfinite[c] != 0) return Outcome::kRefused;
+        const int64_t wide = reach[c] > found.deviation[c] ? reach[c] : found.deviation[c];
+        deviations[c] = wide < lowest ? lowest : wide > highest ? highest : wide;
+      }
+      const GradientSumsPass summed{pass.batch, pass.dy, pivot, found.gradient, deviations, true};
+      const Limbs merge{channels, 4, false};
+      if (!reduce_to(
+              summed, sharing, table->gradient_sums_workspace, table->gradient_sums, 6 * channels, sums, merge)) {
+        return Outcome::kNoMemory;
+      }
+      found.deviation = deviations;
+      found.limbs = sums;
+    }
+    found.divisor = forward + channels;
+    found.inverse_std = forward + 4 * channels;
+    found.residual = forward + 5 * channels;
+    found.mean_share = forward + 6 * channels;
+    found.pivot_residual = forward + 7 * channels;
+    found.slope = found.offset + channels;
+    found.refused = found.nonfinite + channels;
+    const bool refused = table->gradients(found);
+    if (refused && !accepted) return Outcome::kRefused;
+    pass.offset = found.offset;
+    pass.slope = found.slope;
+    pass.nonfinite = found.nonfinite;
+    if (!wrote(pass, sharing, table->input_gradient_workspace, table->input_gradient)) return Outcome::kNoMemory;
+    return refused ? Outcome::kRefused : Outcome::kDone;
+  }
+};
+
+}  // namespace
+
+PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "finish_backward", 22);
+  Array x, dy, mask, limbs, gradient, deviation, pivot, reach, forward, forward_nonfinite, mean, scale;
+  Array rows, singles, flags, dx;
+  BackwardCall call;
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  Batch& batch = call.pass.batch;
+  arguments.batch(x, batch);
+  call.pass.dy = arguments.alike(dy, "dy", batch, false);
+  arguments.mask(mask, x, batch);
+  const int64_t channels = batch.layout.channels;
+  call.found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
+  call.found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
+  call.found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  call.pivot = arguments.coefficients(pivot, "pivot", batch.storage, channels);
+  call.reach = arguments.elements<int64_t>(reach, "reach", Kind::kInt64, channels);
+  call.lowest = arguments.integer("lowest");
+  call.highest = arguments.integer("highest");
+  call.accepted = arguments.truth("accepted");
+  call.forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
+  call.found.forward_nonfinite =
+      arguments.elements<uint8_t>(forward_nonfinite, "forward_nonfinite", Kind::kTruths, channels);
+  call.pass.mean = arguments.coefficients(mean, "mean", batch.storage, channels);
+  call.pass.scale = arguments.coefficients(scale, "scale", batch.storage, channels);
+  call.found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 4 * channels);
+  call.found.offset = arguments.output<float>(singles, "singles", Kind::kFloat32, 2 * channels);
+  call.found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
+  call.pass.dx = arguments.alike(dx, "dx", batch, true);
+  if (arguments.sound() && batch.storage == Storage::kFloat64) {
+    arguments.fail(PyExc_TypeError, "finish_backward: float64 batches have two folds.");
+  }
+  if (!arguments.sound()) return nullptr;
+  const Outcome outcome = call.run(table, shared);
+  return outcome == Outcome::kNoMemory ? PyErr_NoMemory() : PyBool_FromLong(outcome == Outcome::kRefused);
+}
+
+namespace {
+
+// What a training call finds of each channel, in one piece of memory, which its backward pass reads. The offsets are
+// those of `compiled.Found`.
+struct Record {
+  static constexpr int64_t kBytes = 98;  // a channel
+
+  double* rows;        // (8, C)
+  int64_t* reach;      // (C,)
+  float* singles;      // (6, C)
+  uint8_t* nonfinite;  // (2, C)
+
+  Record(uint8_t* memory, int64_t channels)
+      : rows(reinterpret_cast<double*>(memory)),
+        reach(reinterpret_cast<int64_t*>(memory + 64 * channels)),
+        singles(reinterpret_cast<float*>(memory + 72 * channels)),
+        nonfinite(memory + 96 * channels) {}
+  const float* moved(int64_t channels) const { return singles + 2 * channels; }
+};
+
+// A float32 batch at an address, of which every value counts.
+void batch_at(Arguments& arguments, Batch& batch) {
+  const int64_t a = arguments.integer("A"), c = arguments.integer("C"), b = arguments.integer("B");
+  batch.storage = Storage::kFloat32;
+  batch.layout = c == 1 ? Layout{1, 1, a * b} : Layout{a, c, b};
+  batch.x = arguments.address("x");
+  batch.mask = Mask{nullptr, false, 1};
+}
+
+}  // namespace
+
+// A training call of a world of one, on memory that is given by its addresses: 5 µs of a call at (32, 64) are the checks
+// of a dozen arrays. Writes the moving statistics where the old ones are. False: nothing was written but y and the
+// record; the grid does not fit, an address is null, or the moving statistics are not those of the record before.
+PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "forward_at", 20);
+  Array pivot, exponent, before, record;
+  ForwardCall call;
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  batch_at(arguments, call.pass.batch);
+  const int64_t channels = call.pass.batch.layout.channels;
+  call.pass.y = arguments.address("y");
+  const bool affine = arguments.truth("affine");
+  call.of.gamma = static_cast<const float*>(arguments.address("gamma"));
+  call.of.beta = static_cast<const float*>(arguments.address("beta"));
+  auto* mean = static_cast<float*>(arguments.address("mean"));
+  auto* variance = static_cast<float*>(arguments.address("variance"));
+  call.found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
+  call.found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
+  call.found.epsilon = arguments.real("epsilon");
+  call.moving.momentum = arguments.real("momentum");
+  call.moving.synchronized = true;
+  call.moving.unbiased = arguments.truth("unbiased");
+  const auto* last = arguments.elements<uint8_t>(before, "before", Kind::kTruths, Record::kBytes * channels);
+  auto* memory = arguments.output<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
+  if (!arguments.sound()) return nullptr;
+  const bool given_all = call.pass.batch.x != nullptr && call.pass.y != nullptr && mean != nullptr &&
+                         variance != nullptr && affine == (call.of.gamma != nullptr) &&
+                         affine == (call.of.beta != nullptr);
+  const auto size = static_cast<size_t>(channels) * sizeof(float);
+  const float* known = Record(const_cast<uint8_t*>(last), channels).moved(channels);
+  if (!given_all || std::memcmp(mean, known, size) != 0 || std::memcmp(variance, known + channels, size) != 0) {
+    Py_RETURN_FALSE;
+  }
+  const Record found(memory, channels);
+  call.moving.old_mean = mean;
+  call.moving.old_variance = variance;
+  call.found.rows = found.rows;
+  call.found.rounded = found.singles;
+  call.found.reach = found.reach;
+  call.found.nonfinite = found.nonfinite;
+  const Outcome outcome = call.run(table, shared);
+  if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
+  if (outcome == Outcome::kDone) {
+    std::memcpy(mean, found.moved(channels), size);
+    std::memcpy(variance, found.moved(channels) + channels, size);
+  }
+  return PyBool_FromLong(outcome == Outcome::kDone);
+}
+
+// Its backward pass, which writes the gradients of gamma and beta, rounded, where there are such.
+PyObject* py_backward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "backward_at", 16);
+  Array record, gradient, deviation;
+  BackwardCall call;
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  batch_at(arguments, call.pass.batch);
+  const int64_t channels = call.pass.batch.layout.channels;
+  call.pass.dy = arguments.address("dy");
+  call.pass.dx = arguments.address("dx");
+  auto* gamma = static_cast<float*>(arguments.address("gamma"));
+  auto* beta = static_cast<float*>(arguments.address("beta"));
+  auto* memory = arguments.elements<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
+  call.found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
+  call.found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  call.lowest = arguments.integer("lowest");
+  call.highest = arguments.integer("highest");
+  if (!arguments.sound()) return nullptr;
+  if (call.pass.batch.x == nullptr || call.pass.dy == nullptr || call.pass.dx == nullptr) Py_RETURN_FALSE;
+  const Record of_call(memory, channels);
+  call.forward = of_call.rows;
+  call.reach = of_call.reach;
+  call.found.forward_nonfinite = of_call.nonfinite;
+  call.pass.mean = of_call.singles;
+  call.pivot = of_call.singles + channels;
+  call.pass.scale = of_call.singles + 4 * channels;
+  const Integers own(4 * channels + channels + channels);  // (4, C) doubles, (2, C) singles, (2, C) truths
+  if (own.get() == nullptr) return PyErr_NoMemory();
+  call.found.rows = reinterpret_cast<double*>(own.get());
+  call.found.offset = reinterpret_cast<float*>(own.get() + 4 * channels);
+  call.found.nonfinite = reinterpret_cast<uint8_t*>(own.get() + 5 * channels);
+  const Outcome outcome = call.run(table, shared);
+  if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
+  for (int64_t c = 0; outcome == Outcome::kDone && c < channels; ++c) {
+    if (beta != nullptr) beta[c] = static_cast<float>(call.found.rows[c]);
+    if (gamma != nullptr) gamma[c] = static_cast<float>(call.found.rows[channels + c]);
+  }
+  return PyBool_FromLong(outcome == Outcome::kDone);
+}
+
+}  // namespace bnlayer
