@@ -102,7 +102,8 @@ def test_the_short_way_of_a_world_of_one_has_the_bits_of_an_exchange(
 def _trained(family: str, dtype: str, world: type[Alone]) -> list[list[bytes]]:
     """Steps of layers whose moving variance is biased or not, with gamma and beta or not: all that they leave."""
     seen = []
-    for settings_of in ({}, {"center": False}, {"scale": False}):
+    kinds: list[dict[str, Any]] = [{}, {"center": False}, {"scale": False}]
+    for settings_of in kinds:
         bn = BatchNormalization(synchronized=True, name="bn", dtype=dtype, collective=world(), **settings_of)
         bn.unbiased = "scale" in settings_of
         for step in range(STEPS):

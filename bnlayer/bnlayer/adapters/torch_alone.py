@@ -25,7 +25,7 @@ from bnlayer.pullback import SavedTraining
 from bnlayer.state import LayerState
 from bnlayer.view import View, flat_shape
 
-_FLOAT32 = torch.float32
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class SavedAlone(NamedTuple):
@@ -85,7 +85,7 @@ class AloneCore(BatchNormalization):
         if not driver.alone or kept is None or not kept.forward.known or shape[0] * shape[2] < 2:
             return None
         buffers = module._buffers  # noqa: SLF001 - torch looks for an attribute everywhere else first: 1 µs
-        tensors = weight, bias, buffers["running_mean"], buffers["running_var"]
+        tensors = weight, bias, buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if self._observer is not None or self.dtype_policy.name != "float32" or not self._are_here(tensors):
             return None
         before = self._record
@@ -98,7 +98,6 @@ class AloneCore(BatchNormalization):
         )  # fmt: skip
         if not done:
             return None
-        buffers["num_batches_tracked"].add_(1)
         self._record = record
         self._calls += 1
         return y, SavedAlone(driver, driver.done_alone(Direction.FORWARD), record)
@@ -125,24 +124,23 @@ class AloneCore(BatchNormalization):
         """Whether a module's tensors lie where kernels can take them by their addresses, which are looked up."""
         addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         if addresses != self._addresses or not all(map(is_, tensors, self._tensors)):
-            channels = self.moving_mean.shape
-            if not all(tensor is None or (_is_plain(tensor) and tensor.shape == channels) for tensor in tensors):
+            channels, *of_channels, count = self.moving_mean.shape, *tensors
+            if not all(tensor is None or (_is_plain(tensor) and tensor.shape == channels) for tensor in of_channels):
+                return False
+            if count is None or not _is_plain(count, torch.int64):
                 return False
             self._tensors, self._addresses = tensors, addresses
             self._held = tuple([None if tensor is None else tensor.detach() for tensor in tensors])
         return True
 
 
-def _is_plain(x: Any) -> bool:
+def _is_plain(x: Any, dtype: Any = torch.float32) -> bool:
     """Whether a tensor is what lies at its address, value by value."""
     return bool(
-        x.dtype is _FLOAT32
+        x.dtype is dtype
         and type(x) in _PLAIN
         and x.is_cpu
         and x.layout is torch.strided
         and x.is_contiguous()
         and not x.is_neg()
     )
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)

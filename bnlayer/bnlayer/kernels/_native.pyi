@@ -66,8 +66,8 @@ def finish_backward(
 ) -> bool: ...  # fmt: skip
 def forward_at(
     variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, y: int, affine: bool, gamma: int, beta: int,
-    mean: int, variance: int, pivot: _Double, exponent: _Long, epsilon: float, momentum: float, unbiased: bool,
-    before: _Bytes, record: _Bytes, /,
+    mean: int, variance: int, calls: int, pivot: _Double, exponent: _Long, epsilon: float, momentum: float,
+    unbiased: bool, before: _Bytes, record: _Bytes, /,
 ) -> bool: ...  # fmt: skip
 def backward_at(
     variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, dy: int, dx: int, gamma: int, beta: int,

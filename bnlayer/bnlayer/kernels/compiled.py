@@ -269,7 +269,8 @@ class Compiled:
             shape: (A, C, B).
             x, y: where the batch and the output lie.
             affine: whether there are gamma and beta.
-            weights: where gamma, beta and the moving mean and variance lie: these are updated in place.
+            weights: where gamma, beta, the moving mean and variance, and an int64 that counts the calls lie; the last
+                three are updated in place.
             grid: that is known.
             epsilon, momentum, unbiased: the layer's.
             before: the `Record` of the call before: the moving statistics must still be its.
@@ -278,9 +279,10 @@ class Compiled:
         Returns:
             Whether it was made; otherwise nothing of it counts.
         """
+        gamma, beta, mean, variance, calls = weights
         return native.forward_at(
-            self._variant, self._threads, self._worth, *shape, x, y, affine, *weights, grid.pivot_C, grid.exponent_C,
-            epsilon, momentum, unbiased, before, record,
+            self._variant, self._threads, self._worth, *shape, x, y, affine, gamma, beta, mean, variance, calls,
+            grid.pivot_C, grid.exponent_C, epsilon, momentum, unbiased, before, record,
         )  # fmt: skip
 
     def backward_at(

@@ -217,7 +217,7 @@ void batch_at(Arguments& arguments, Batch& batch) {
 // of a dozen arrays. Writes the moving statistics where the old ones are. False: nothing was written but y and the
 // record; the grid does not fit, an address is null, or the moving statistics are not those of the record before.
 PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "forward_at", 20);
+  Arguments arguments(given, count, "forward_at", 21);
   Array pivot, exponent, before, record;
   ForwardCall call;
   const Table* table = arguments.variant();
@@ -230,6 +230,7 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   call.of.beta = static_cast<const float*>(arguments.address("beta"));
   auto* mean = static_cast<float*>(arguments.address("mean"));
   auto* variance = static_cast<float*>(arguments.address("variance"));
+  auto* calls = static_cast<int64_t*>(arguments.address("calls"));
   call.found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
   call.found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
   call.found.epsilon = arguments.real("epsilon");
@@ -240,7 +241,7 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   auto* memory = arguments.output<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
   if (!arguments.sound()) return nullptr;
   const bool given_all = call.pass.batch.x != nullptr && call.pass.y != nullptr && mean != nullptr &&
-                         variance != nullptr && affine == (call.of.gamma != nullptr) &&
+                         variance != nullptr && calls != nullptr && affine == (call.of.gamma != nullptr) &&
                          affine == (call.of.beta != nullptr);
   const auto size = static_cast<size_t>(channels) * sizeof(float);
   const float* known = Record(const_cast<uint8_t*>(last), channels).moved(channels);
@@ -259,6 +260,7 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (outcome == Outcome::kDone) {
     std::memcpy(mean, found.moved(channels), size);
     std::memcpy(variance, found.moved(channels) + channels, size);
+    ++*calls;
   }
   return PyBool_FromLong(outcome == Outcome::kDone);
 }
