@@ -89,8 +89,8 @@ _PUSH = pb.Push(layer="a", payload=pb.Payload(arrays=[pb.Array(name="x", dtype="
         _of_a_layer(Operation.ENROLL, 9, (8,)),
         _of_a_layer(Operation.ENROLL, 8, (9,)),
         _of_a_layer(Operation.PROBE, 9, (2, 8)),
-        _of_a_layer(Operation.SUMS, 8, (6, 9)),
-        _of_a_layer(Operation.SUMS, 8, (90, 1)),
+        _of_a_layer(Operation.SUMS, 9, (6, 8)),
+        _of_a_layer(Operation.ENROLL, 8, (90, 1)),
         pb.ExchangeRequest(push=_PUSH),
     ],
 )
