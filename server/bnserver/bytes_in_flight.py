@@ -5,8 +5,6 @@ What counts is what has arrived: an announcement costs nothing, and holds nothin
 
 from __future__ import annotations
 
-from collections import Counter
-
 from bnserver.core.quotas import QuotaError, Quotas, exceeded
 
 # Of a request beside its payload. Some wait for other ranks, and a request without a payload takes memory as well.
@@ -28,7 +26,7 @@ class BytesInFlight:
     def __init__(self, quotas: Quotas) -> None:
         self.total = 0
         self._quotas = quotas
-        self._jobs: Counter[str] = Counter()
+        self._jobs: dict[str, int] = {}
 
     def add(self, job: str, count: int, announced: int | None) -> int:
         """Bytes have arrived; returns what to release.
@@ -46,7 +44,7 @@ class BytesInFlight:
             if announced > most:
                 raise QuotaError(exceeded(_OF_A_JOB, most, announced, _JOB_SETTING))
             count += _REQUEST_BYTES
-        of_job, total = self._jobs[job] + count, self.total + count
+        of_job, total = self._jobs.get(job, 0) + count, self.total + count
         if of_job > most:
             raise QuotaError(exceeded(_OF_A_JOB, most, of_job, _JOB_SETTING))
         if in_parts and total > self._quotas.total_bytes:

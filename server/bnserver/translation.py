@@ -100,13 +100,17 @@ class Reader:
         except (ValueError, KeyError) as error:
             return Malformed(self._stream, str(error))
 
-    def _check_channels(self, payload: pb.Payload, channels: int = 0) -> None:
+    def _check_channels(self, payload: pb.Payload) -> None:
         """Before any array is made: the arrays of a layer have as many columns as it has channels."""
+        channels = 0
         for array in payload.arrays:
             if array.name != _FLAGS and array.shape:
                 channels = max(channels, array.shape[-1], math.prod(array.shape) // _ROWS)
         if channels > self._quotas.channels:
-            raise QuotaError(exceeded("channels of a layer", self._quotas.channels, channels, "--max-channels"))
+            raise self._too_many(channels)
+
+    def _too_many(self, channels: int) -> QuotaError:
+        return QuotaError(exceeded("channels of a layer", self._quotas.channels, channels, "--max-channels"))
 
     def _join(self, join: pb.Join) -> Join:
         if join.token:
@@ -129,7 +133,10 @@ class Reader:
         call = call_of(message)
         body: Body
         if isinstance(call.signature, LayerSignature):
-            self._check_channels(message.payload, call.signature.channels)
+            if call.signature.channels > self._quotas.channels:
+                raise self._too_many(call.signature.channels)
+            if call.operation is Operation.ENROLL or call.signature.state:  # of limbs no copy is made
+                self._check_channels(message.payload)
         if call.operation is Operation.ENROLL and isinstance(call.signature, LayerSignature):
             body = LayerState.from_arrays(named(message.payload, data), call.signature.dtype)
         elif isinstance(call.signature, LayerSignature) and call.signature.state:

@@ -106,7 +106,7 @@ def test_a_connection_too_many_is_refused(serve: Callable[..., Any]) -> None:
 def test_a_connection_that_says_nothing_ends(serve: Callable[..., Any]) -> None:
     """Long before gRPC's own two minutes: each takes a file of the service."""
     host, _, port = serve().address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=60.0) as mute:
+    with socket.create_connection((host, int(port)), timeout=30.0) as mute:
         while mute.recv(4096):  # what HTTP/2 begins with
             pass
 

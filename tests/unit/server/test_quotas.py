@@ -89,8 +89,8 @@ _PUSH = pb.Push(layer="a", payload=pb.Payload(arrays=[pb.Array(name="x", dtype="
         _of_a_layer(Operation.ENROLL, 9, (8,)),
         _of_a_layer(Operation.ENROLL, 8, (9,)),
         _of_a_layer(Operation.PROBE, 9, (2, 8)),
-        _of_a_layer(Operation.SUMS, 8, (6, 9)),
-        _of_a_layer(Operation.SUMS, 8, (90, 1)),
+        _of_a_layer(Operation.SUMS, 9, (6, 8)),
+        _of_a_layer(Operation.ENROLL, 8, (90, 1)),
         pb.ExchangeRequest(push=_PUSH),
     ],
 )
@@ -168,11 +168,11 @@ def test_a_job_holds_no_more_than_its_quota() -> None:
 
 def test_all_jobs_hold_no_more_than_the_quota() -> None:
     """Who sends large arrays is refused then; a small exchange of another job is not."""
-    quotas = Quotas(total_bytes=_LARGE.nbytes + _REQUEST_BYTES)
+    quotas = Quotas(total_bytes=_LARGE.nbytes + 2 * _REQUEST_BYTES)
     in_flight = BytesInFlight(quotas)
     assert isinstance(_End(quotas, in_flight, "greedy").read(*_reduction(_LARGE)), Contribute)
     text = _refused(_End(quotas, in_flight, "late").read(*_reduction(_LARGE)))
-    assert "3146752 bytes in flight of all jobs" in text
+    assert "3147776 bytes in flight of all jobs" in text
     assert text.endswith("the service's --max-bytes raises the quota")
     assert isinstance(_End(quotas, in_flight, "small").read(*_reduction(_SMALL)), Contribute)
 
