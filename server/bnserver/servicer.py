@@ -232,9 +232,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         _log.info("job %r, generation %d: %d ranks", effect.job, effect.generation, effect.world_size)
         for stream in effect.streams:
             connection = self._connections[stream]
-            connection.generation = effect.generation
+            connection.joined(effect.generation, effect.world_size)
             invitation = self._listener.invitation(connection)
-            connection.channel.send(self._writer.joined(effect.generation, effect.world_size, invitation))
+            connection.channel.send(self._writer.joined(effect.generation, effect.world_size, invitation, effect.rank))
 
     def _answer(self, effect: Totals | Enrolled | Broadcast | Released) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]

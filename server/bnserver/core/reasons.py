@@ -19,6 +19,8 @@ class Reason(StrEnum):
     STALE = "STALE_GENERATION"
     DATA_LOSS = "DATA_LOSS"
     INTERNAL = "INTERNAL"
+    REGROUP = "REGROUP"
+    FINISHED = "FINISHED"
 
 
 REASON_OF: dict[type[CollectiveError], Reason] = {
