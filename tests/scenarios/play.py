@@ -123,7 +123,9 @@ class Scene:
         rank.stream, rank.deaf, rank.frozen = next(self._streams), False, False
         self._by_stream[rank.stream] = rank
         peer, incarnation = replace(rank.join.peer, rank=rank.rank), 1000 + rank.stream
-        rank.join = replace(rank.join, stream=rank.stream, peer=peer, incarnation=incarnation, came_from=rank.generation)
+        rank.join = replace(
+            rank.join, stream=rank.stream, peer=peer, incarnation=incarnation, came_from=rank.generation
+        )
         self._ranks[name] = self._by_stream[rank.stream] = Rank(name, rank.rank, rank.stream, rank.join)
         self._handle(rank.join)
 
@@ -352,11 +354,7 @@ class Scene:
 def _described(effect: Any, rank: Rank) -> str:
     match effect:
         case Joined():
-            back, rank.generation = rank.generation == effect.generation, effect.generation
-            where = f"generation {effect.generation} of job {effect.job!r}"
-            if effect.rank is not None:
-                rank.rank, where = effect.rank, f"{where} as rank {effect.rank}"
-            return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
+            return _joined(effect, rank)
         case Enrolled():
             assert rank.last is not None
             name = str(rank.last[0].key.layer)
@@ -380,6 +378,14 @@ def _described(effect: Any, rank: Rank) -> str:
             return f"{type(error).__name__}{where}, ranks {list(error.ranks)}: {effect.text}"
         case _:
             raise AssertionError(effect)
+
+
+def _joined(effect: Joined, rank: Rank) -> str:
+    back, rank.generation = rank.generation == effect.generation, effect.generation
+    where = f"generation {effect.generation} of job {effect.job!r}"
+    if effect.rank is not None:
+        rank.rank, where = effect.rank, f"{where} as rank {effect.rank}"
+    return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
 
 
 def _bits(states: dict[str, LayerState]) -> dict[str, dict[str, bytes]]:

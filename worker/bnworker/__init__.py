@@ -11,7 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
+    from bnlayer.errors import (
+        CollectiveError,
+        JobFinishedError,
+        MismatchError,
+        PeerLostError,
+        RegroupError,
+        ServiceError,
+        StallError,
+    )
+    from bnworker.elastic_job import State, elastic
     from bnworker.joining import join
     from bnworker.world import World
 
@@ -20,15 +29,24 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = os.environ.get("GRPC_ENABLE_FORK_SUPPOR
 
 __all__ = [
     "CollectiveError",
+    "JobFinishedError",
     "MismatchError",
     "PeerLostError",
+    "RegroupError",
     "ServiceError",
     "StallError",
+    "State",
     "World",
+    "elastic",
     "join",
 ]
 
-_MODULES = {"World": "bnworker.world", "join": "bnworker.joining"}
+_MODULES = {
+    "State": "bnworker.elastic_job",
+    "World": "bnworker.world",
+    "elastic": "bnworker.elastic_job",
+    "join": "bnworker.joining",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -115,7 +115,9 @@ class Rendezvous:
         if not late:
             return []
         if running:
-            return [effect for stream in late for effect in self._fail(stream, self._why_still_waiting(stream, running))]
+            return [
+                effect for stream in late for effect in self._fail(stream, self._why_still_waiting(stream, running))
+            ]
         text = self._too_few()
         return [effect for stream in tuple(self.waiting) for effect in self._fail(stream, text)]
 

@@ -135,11 +135,7 @@ class Service:
         """An event of a stream: it goes to the generation of which its rank is a member."""
         seat = self._seats.get(event.stream)
         if seat is None:
-            if event.stream in self._waiting:
-                return self._of_waiting(event)
-            if isinstance(event, Malformed):
-                return [Failed(event.stream, Reason.INVALID, f"The service refused what you sent: {event.text}.")]
-            return []
+            return self._unseated(event)
         generation, rank = seat.generation, seat.rank
         generation.members.here[rank].last_seen = now
         match event:
@@ -163,21 +159,20 @@ class Service:
             self._note(seat.job)
         return effects
 
-    def _of_waiting(self, event: Contribute | Pull | Push | Leave | Lost | Malformed) -> list[Effect]:
-        """An event of a rank that waits for a generation of an elastic job: it waits no more."""
-        job = self._waiting.pop(event.stream)
-        job.withdraw(event.stream)
-        self._note(job)
-        match event:
-            case Lost():
-                return []
-            case Leave():
-                return [Closed(event.stream)]
-            case Malformed():
-                return [Failed(event.stream, Reason.INVALID, f"The service refused what you sent: {event.text}.")]
-            case _:
-                text = "The service refused what you sent: expected nothing before all ranks have joined."
-                return [Failed(event.stream, Reason.INVALID, text)]
+    def _unseated(self, event: Contribute | Pull | Push | Leave | Lost | Malformed) -> list[Effect]:
+        """An event of a stream without a seat; one that waits for a generation of an elastic job waits no more."""
+        job = self._waiting.pop(event.stream, None)
+        if job is not None:
+            job.withdraw(event.stream)
+            self._note(job)
+        if isinstance(event, Malformed):
+            return [Failed(event.stream, Reason.INVALID, f"The service refused what you sent: {event.text}.")]
+        if job is None or isinstance(event, Lost):
+            return []
+        if isinstance(event, Leave):
+            return [Closed(event.stream)]
+        text = "The service refused what you sent: expected nothing before all ranks have joined."
+        return [Failed(event.stream, Reason.INVALID, text)]
 
     def _seat(self, stream: int, rank: int) -> None:
         """A rank that waited is in a generation of its job."""
