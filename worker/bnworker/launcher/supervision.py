@@ -245,12 +245,17 @@ class Supervision:
         """How many ranks run."""
         return sum(1 for who in self.running if who >= 0)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a rank has succeeded: in an elastic job all do together, and nothing is to be gone on with."""
+        return any(not each.failed for each in self.ended)
+
     def can_lose(self, end: Ended) -> bool:
         """Whether an elastic job goes on after a failure."""
         elastic = self.elastic
         if elastic is None or self.phase is not Phase.RUNNING or LAUNCHER < end.who < 0 or end.status in elastic.final:
             return False
-        if any(not each.failed for each in self.ended):
+        if self.is_finished:
             return False
         if end.who >= 0 and self.restarted < elastic.restarts:
             return True
@@ -295,7 +300,7 @@ def after_a_loss(before: Supervision, after: Supervision, end: Ended) -> str:
         return f"{end}; it is started again (restart {after.restarted} of {elastic.restarts}: --max-restarts)"
     if after.phase is Phase.RUNNING:
         return f"{end}; the job goes on with {after.ranks} rank{'s' * (after.ranks != 1)} (--elastic)"
-    if after.ranks >= elastic.minimum:
+    if after.ranks >= elastic.minimum or before.is_finished:
         return ""
     left = f"{after.ranks} ranks are" if after.ranks != 1 else "1 rank is"
     return f"{left} left, fewer than the {elastic.minimum} of --elastic, and no restart (--max-restarts)"
