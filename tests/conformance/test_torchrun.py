@@ -32,10 +32,10 @@ def kill():
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGKILL)
 
-if sys.argv[1] == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+if sys.argv[1] != "whole" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
     threading.Thread(target=kill, daemon=True).start()
 files = ["--save=run.safetensors", "--save-every=5", "--resume"]
-sys.argv[1:] = ["train", "--epochs=1000", "--steps=400", "--hidden=8", *files]
+sys.argv[1:] = ["train", "--epochs=1000", "--steps=200", "--hidden=8", *files]
 main()
 """
 
@@ -63,8 +63,7 @@ def test_ranks_of_torchrun(rendezvous: list[str], tmp_path: Path) -> None:
     assert "rank 0 starts the service at 127.0.0.1:0" in done.stderr
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "own"])
-def test_restarts_of_torchrun(kept: bool, tmp_path: Path) -> None:
+def test_restarts_of_torchrun(tmp_path: Path) -> None:
     """A rank is killed, and torchrun starts all of them again: they go on from the checkpoint, to the same bytes.
 
     Over a service that was there before, where they are a new generation of the job; and over that of rank 0.
@@ -72,11 +71,11 @@ def test_restarts_of_torchrun(kept: bool, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(_TRAINS, encoding="utf-8")
     files = {}
     with daemon() as address:
-        for how in ("killed", "whole"):
+        for how in ("whole", "killed, kept service", "killed, own service"):
             folder = tmp_path / how
             folder.mkdir()
             environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
-            environ |= {"BNLAYER_ADDRESS": address, "BNLAYER_JOB": f"{how}"} if kept else {}
+            environ |= {"BNLAYER_ADDRESS": address, "BNLAYER_JOB": "j"} if "kept" in how else {}
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
             done = subprocess.run(
                 [*torchrun, "--nproc-per-node=2", "../rank.py", how],
@@ -88,6 +87,6 @@ def test_restarts_of_torchrun(kept: bool, tmp_path: Path) -> None:
                 cwd=folder,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-            assert ("resumed after step" in done.stdout + done.stderr) is (how == "killed")
+            assert ("resumed after step" in done.stdout + done.stderr) is (how != "whole")
             files[how] = (folder / "run.safetensors").read_bytes()
-    assert files["killed"] == files["whole"]
+    assert len(set(files.values())) == 1
