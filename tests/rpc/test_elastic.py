@@ -9,7 +9,7 @@ import pytest
 
 from support.elastic import RANKS, planned, run
 from support.killing import killed_and_going_on
-from support.processes import PYTHON, arguments, launch, script
+from support.processes import arguments, launch, script
 from support.service import daemon
 
 pytestmark = pytest.mark.rpc
@@ -27,9 +27,7 @@ def test_ranks_are_killed(kills: int, tmp_path: Path) -> None:
     assert len(parts.killed) == kills
     assert parts.digests == alone.digests
     assert parts.err.count("it is started again (restart ") == kills
-    # A loss, and the rank that comes back: two generations each, or one where it was back so soon.
-    last = max(int(str(line["generation"])) for line in parts.told if "generation" in line)
-    assert kills + 1 <= last <= 2 * kills + 1
+    assert max(int(str(line["generation"])) for line in parts.told if "generation" in line) > kills
 
 
 @pytest.mark.fault
@@ -105,11 +103,3 @@ def test_what_the_loop_refuses() -> None:
     assert done.returncode == 1
     text = 'The ranks made different states: rank 1 made another one than {"names": ["step", "of_0"], "layers": []}.'
     assert done.stderr.count(f"MismatchError: {text} Make the same State on every rank.") == 2
-
-
-def test_train_needs_the_service() -> None:
-    """Over MPI a lost rank ends the job."""
-    command = [PYTHON, "-m", "bnworker.cli", "train", "--workers=2", "--elastic=1:2", "--transport=mpi"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("bnlayer: train: --elastic needs the statistics service, received transport mpi: ")

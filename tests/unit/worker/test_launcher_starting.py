@@ -26,7 +26,7 @@ FOLDER = Path("/tmp/launch")
         ),
         (
             {"command": ("x",), "ranks": 2, "transport": "mpi", "elastic": Limits(1, 2)},
-            "--elastic needs the statistics service, received transport mpi: over MPI the loss of a rank ends the job.",
+            "--elastic needs the statistics service, received transport mpi: there the loss of a rank ends the job.",
         ),
         (
             {"command": ("x",), "ranks": 1, "elastic": Limits(2, 4)},

@@ -94,11 +94,17 @@ def train(
     from bnlayer.environment import variable
     from bnworker.cli.checks import refuse_what_cannot_work
     from bnworker.cli.rank import run
+    from bnworker.limits import VARIABLE as ELASTIC
     from bnworker.train.loop import Replica
 
     ranks, files = given(context, Ranks), given(context, Files)
     address = address_of_service(context, ranks.address, ranks.transport)
-    rank = _rank(os.environ, ranks.workers)
+    rank, elastic = _rank(os.environ, ranks.workers), given(context, Elasticity)
+    if elastic.elastic is not None and rank is not None and variable(os.environ, ELASTIC) is None:
+        raise CommandError(
+            f"train: --elastic {elastic.elastic}, but {rank.source} started this process as rank {rank.rank}, and "
+            "starts no rank again: leave it out, or let bnlayer start the ranks: train --workers."
+        )
     settings = given(context, Settings)
     alone = ranks.transport is TrainTransport.none or (
         ranks.transport is None and variable(os.environ, "BNLAYER_TRANSPORT") == "alone"
@@ -114,7 +120,7 @@ def train(
             _show(data, settings, many, str(ranks.transport or TrainTransport.service), start)
         return
     if launching:
-        raise typer.Exit(_launch(context, ranks, hosts, given(context, Elasticity), address))
+        raise typer.Exit(_launch(context, ranks, hosts, elastic, address))
     run(
         data,
         settings,

@@ -138,7 +138,7 @@ class Job:
     def _check_elastic(self, limits: Limits) -> None:
         if self.transport != "service":
             raise LaunchError(
-                f"--elastic needs the statistics service, received transport {self.transport}: over MPI the loss of a "
+                f"--elastic needs the statistics service, received transport {self.transport}: there the loss of a "
                 "rank ends the job. Leave out --transport, or start the job again from its checkpoint (--resume)."
             )
         if self.max_restarts < 0:
