@@ -83,6 +83,24 @@ def test_a_rank_joins_a_running_job() -> None:
 
 
 @pytest.mark.fault
+def test_the_state_that_was_saved_last() -> None:
+    """A rank had not saved yet when another one was lost: it goes on from what a third one has, as that one does."""
+    body = """\
+        if generation.number == 1:
+            for _ in range(rank):
+                state.step += 1
+                state.save()
+            state.step = 99
+            world.barrier()
+            if rank == 2: os.kill(os.getpid(), 9)
+            world.barrier()
+"""
+    done = launch(3, *script(_LOOP + body), options=["--elastic=2:3", "--max-restarts=0"])
+    assert done.returncode == 0, done.stderr
+    assert {"[0] in 2 0 2 1", "[1] in 2 1 2 1"} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.fault
 def test_too_few_are_left() -> None:
     """The launcher knows that no rank will come: it ends the job, with the code of the one that was one too many."""
     body = "        while True:\n            world.barrier()\n            if rank == 1: os.kill(os.getpid(), 9)\n"
