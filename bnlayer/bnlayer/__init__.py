@@ -9,7 +9,15 @@ from typing import Any
 
 from bnlayer.calibration import calibrating
 from bnlayer.collective import Alone, Collective
-from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
+from bnlayer.errors import (
+    CollectiveError,
+    JobFinishedError,
+    MismatchError,
+    PeerLostError,
+    RegroupError,
+    ServiceError,
+    StallError,
+)
 from bnlayer.layer import BatchNormalization
 from bnlayer.running import RunningMoments, moments
 
@@ -18,8 +26,10 @@ __all__ = [
     "BatchNormalization",
     "Collective",
     "CollectiveError",
+    "JobFinishedError",
     "MismatchError",
     "PeerLostError",
+    "RegroupError",
     "RunningMoments",
     "ServiceError",
     "StallError",

@@ -126,6 +126,7 @@ class PlainSignature:
 
 
 SYNCHRONIZE = "synchronize"
+ADMIT = "admit"
 
 
 class Call(NamedTuple):

@@ -53,5 +53,13 @@ class PeerLostError(CollectiveError):
     """A rank crashed, failed or froze."""
 
 
+class RegroupError(PeerLostError):
+    """The ranks of an elastic job change, by a loss or by ranks that join: those that are left join anew."""
+
+
 class ServiceError(CollectiveError):
     """The statistics service refuses, or stays away."""
+
+
+class JobFinishedError(ServiceError):
+    """An elastic job was finished by the other ranks before this one had joined it."""

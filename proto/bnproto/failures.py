@@ -13,7 +13,15 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
+from bnlayer.errors import (
+    CollectiveError,
+    JobFinishedError,
+    MismatchError,
+    PeerLostError,
+    RegroupError,
+    ServiceError,
+    StallError,
+)
 from bnproto.channel import SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 
@@ -31,6 +39,8 @@ _MEANING: dict[pb.ErrorReason.ValueType, tuple[type[CollectiveError], grpc.Statu
     pb.ERROR_REASON_UNAUTHENTICATED: (ServiceError, grpc.StatusCode.UNAUTHENTICATED),
     pb.ERROR_REASON_PERMISSION: (ServiceError, grpc.StatusCode.PERMISSION_DENIED),
     pb.ERROR_REASON_DATA_LOSS: (ServiceError, grpc.StatusCode.DATA_LOSS),
+    pb.ERROR_REASON_REGROUP: (RegroupError, grpc.StatusCode.ABORTED),
+    pb.ERROR_REASON_FINISHED: (JobFinishedError, grpc.StatusCode.FAILED_PRECONDITION),
 }
 _RETRY_AFTER_S = {pb.ERROR_REASON_STOPPING: 1, pb.ERROR_REASON_QUOTA: 5}
 _MESSAGE_CHARACTERS = 500  # of the status message, which proxies and logs copy about

@@ -66,6 +66,11 @@ class Connection:
         self._held = 0
         self._job = ""
 
+    def joined(self, generation: int, world_size: int) -> None:
+        """Its rank is in a generation of so many ranks."""
+        self.generation = generation
+        self._reader.joined(world_size)
+
     def receive(self, request: pb.ExchangeRequest, data: bytes | bytearray) -> None:
         """A whole request has arrived, on any channel.
 

@@ -21,7 +21,7 @@ from bnproto.arrays import named, unpack, whole
 from bnproto.calls import call_of, contribution_of, with_state, without_state
 from bnproto.v1 import journal_pb2 as pb
 from bnproto.v1 import statistics_pb2 as wire
-from bnserver.core.events import Replacing
+from bnserver.core.events import Elastic, Replacing
 from bnserver.core.journal_records import (
     Began,
     Completed,
@@ -117,6 +117,8 @@ def encode(record: JournalRecord) -> bytes:
                 for each in record.members
             ]
             began = pb.Began(generation=record.generation, world_size=record.world_size, members=members)
+            if record.elastic is not None:
+                began.min_ranks, began.max_ranks = record.elastic.minimum, record.elastic.maximum
             encoded = pb.Record(began=began)
         case Completed():
             body = record.body
@@ -183,7 +185,8 @@ def _decoded(encoded: pb.Record) -> JournalRecord | pb.Header:
                 MemberRecord(Peer(each.rank, each.host, each.pid), each.incarnation, each.timeout, each.pushes)
                 for each in began.members
             )
-            return Began(began.generation, began.world_size, members)
+            elastic = Elastic(began.min_ranks, began.max_ranks) if began.max_ranks else None
+            return Began(began.generation, began.world_size, members, elastic)
         case "operation":
             return _operated(encoded.operation, encoded.known)
         case "pushed":

@@ -348,9 +348,10 @@ class Servicer(rpc.StatisticsServiceServicer):
         traffic = self.counts.traffic(effect.job)
         for stream in effect.streams:
             connection = self._connections[stream]
-            connection.generation, connection.traffic = effect.generation, traffic
+            connection.joined(effect.generation, effect.world_size)
+            connection.traffic = traffic
             invitation = self._listener.invitation(connection)
-            connection.channel.send(self._writer.joined(effect.generation, effect.world_size, invitation))
+            connection.channel.send(self._writer.joined(effect.generation, effect.world_size, invitation, effect.rank))
 
     def _answer(self, effect: Totals | Enrolled | Broadcast | Released) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]

@@ -6,6 +6,7 @@ What comes out of `Reader` is valid by itself: `core.validation` looks at it on 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from bnlayer.agreement import Peer, shown
 from bnlayer.collective import LayerSignature, Operation
@@ -19,6 +20,7 @@ from bnserver.core.events import (
     Arrays,
     Body,
     Contribute,
+    Elastic,
     Event,
     Join,
     Leave,
@@ -51,6 +53,8 @@ _REASONS = {
     Reason.QUOTA: pb.ERROR_REASON_QUOTA,
     Reason.DATA_LOSS: pb.ERROR_REASON_DATA_LOSS,
     Reason.INTERNAL: pb.ERROR_REASON_INTERNAL,
+    Reason.REGROUP: pb.ERROR_REASON_REGROUP,
+    Reason.FINISHED: pb.ERROR_REASON_FINISHED,
 }
 
 
@@ -66,6 +70,11 @@ class Reader:
         self._stream = stream
         self._quotas = quotas or Quotas()
         self._joined: Join | None = None
+        self._world_size = 0
+
+    def joined(self, world_size: int) -> None:
+        """The rank is in a generation of so many ranks."""
+        self._world_size = world_size
 
     def read(self, request: pb.ExchangeRequest, data: bytes | bytearray) -> Event:
         """The event of a request; `Malformed` if it is invalid.
@@ -123,7 +132,12 @@ class Reader:
             raise QuotaError(exceeded("ranks of a job", self._quotas.ranks, join.world_size, "--max-ranks"))
         peer = Peer(join.rank, shown(join.host), join.pid)
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
-        return Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
+        event = Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
+        if not join.HasField("elastic"):
+            return event
+        given = join.elastic
+        elastic = Elastic(given.min, given.max)
+        return replace(event, elastic=elastic, came_from=given.generation, restarted=given.restarted)
 
     def _contribution(self, message: pb.Contribution, data: bytes | bytearray) -> Event:
         assert self._joined is not None
@@ -151,7 +165,7 @@ class Reader:
         else:
             body = None
         contribution = Contribute(self._stream, message.generation, message.sequence, call, body)
-        return validated(contribution, self._joined.world_size)
+        return validated(contribution, self._world_size or self._joined.world_size)
 
 
 class Writer:
@@ -168,10 +182,12 @@ class Writer:
         self._lease_ms = round(timeouts.lease * 1000)
         self._durable = durable
 
-    def joined(self, generation: int, world_size: int, local_socket: pb.LocalSocket | None) -> Messages:
+    def joined(
+        self, generation: int, world_size: int, local_socket: pb.LocalSocket | None, rank: int | None = None
+    ) -> Messages:
         """The response once all ranks have joined."""
         message = pb.Joined(
-            world_size=world_size, lease_ms=self._lease_ms, durable=self._durable, local_socket=local_socket
+            world_size=world_size, lease_ms=self._lease_ms, durable=self._durable, local_socket=local_socket, rank=rank
         )
         return [Outgoing(pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, joined=message))]
 

@@ -35,6 +35,19 @@ def test_a_loop_of_ones_own() -> None:
     assert float(alone.split()[-5].removesuffix("%")) > 95
 
 
+@pytest.mark.fault
+def test_an_elastic_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three processes is killed: what is printed is what one process prints, but for the number of ranks."""
+    program = EXAMPLES / "elastic_loop.py"
+    alone = ran(*LAUNCH, "-n", "1", "--elastic", "1:1", "--", sys.executable, program)
+    monkeypatch.setenv("CRASH_AT_STEP", "30")
+    together = ran(*LAUNCH, "-n", "3", "--elastic", "2:3", "--", sys.executable, program)
+    figures, ranks = [line.rpartition(", ")[0] for line in alone.splitlines()], together.splitlines()
+    assert [line.rpartition(", ")[0] for line in ranks] == figures
+    assert ranks[0].endswith(", 3 ranks")
+    assert float(figures[-1].split()[3].removesuffix("%")) > 95
+
+
 @pytest.mark.slow
 def test_synchronized_is_one_process_and_plain_is_not(tmp_path: Path) -> None:
     """The experiment, with three workers and three epochs; its picture is drawn."""

@@ -29,6 +29,17 @@ def test_kills(kills: int, tmp_path: Path) -> None:
     assert parts == whole
 
 
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+def test_kills_of_the_whole_job(kills: int, tmp_path: Path) -> None:
+    """Four ranks, launcher and service at once: weights, statistics and grids are those of the undisturbed run."""
+    whole = undisturbed(tmp_path, "service", kills, ranks=4)
+    parts, story = killed_and_resumed(tmp_path, "service", kills, seed=kills, ranks=4, whole=True)
+    print("\n".join(story))
+    assert parts == whole
+
+
 def test_with_another_number_of_workers(tmp_path: Path) -> None:
     """Twenty steps with three, the rest with two: the result of a single process, to the rounding of its sums."""
     alone = trained(tmp_path / "alone", "--transport=none", *FIFTY_STEPS)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.hosts import Host, hosts, needs_root
 from support.processes import PYTHON, launch, script
 from support.running import Running
-from support.several import COMPUTES, ENDINGS, GONE, JOINED, PORT, Ending, Job
+from support.several import COMPUTES, ELASTIC, ENDINGS, GONE, JOINED, PORT, Ending, Job
 
 pytestmark = [pytest.mark.rpc, needs_root]
 
@@ -43,7 +46,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Starts jobs, and leaves nothing of them."""
     with ExitStack() as stack:
 
-        def start(on: Sequence[Host], program: Sequence[str], **options: int) -> Job:
+        def start(on: Sequence[Host], program: Sequence[str], **options: Any) -> Job:
             job = Job(on, program, tmp_path, **options)
             for node in job.nodes:
                 stack.callback(node.clean_up)
@@ -156,3 +159,42 @@ def test_training_on_two_hosts(pair: list[Host], tmp_path: Path) -> None:
     assert two.read_bytes() == one.read_bytes()
     assert "epoch 1/1" in said[0]
     assert said[1] == ""
+
+
+# ---- elastic jobs ----
+
+
+@pytest.mark.fault
+def test_an_elastic_job_loses_a_host(pair: list[Host], started: Callable[..., Job]) -> None:
+    """Its launcher is killed, and its ranks with it: the others go on, and nothing is left there."""
+    body = "        while w.world_size > 2:\n            w.barrier()\n            time.sleep(0.01)\n"
+    job = started(pair, script(ELASTIC + body + "        print('ends', w.world_size)\n"), options=["--elastic=2:4"])
+    for node in job.nodes:
+        node.ready()
+    job.nodes[1].process.kill()
+    assert job.end() == [0, 137]
+    out, err = job.said()[0]
+    assert sorted(line for line in out.splitlines() if "ends" in line) == ["[one:0] ends 2", "[one:1] ends 2"]
+    assert f"bnlayer launch: {GONE.format('1 (two)')}; the job goes on with 2 ranks (--elastic)" in err
+    assert job.carriers() == []
+
+
+@pytest.mark.fault
+def test_a_rank_on_another_host_is_started_again(pair: list[Host], started: Callable[..., Job]) -> None:
+    """Node 0's launcher decides, the other one does it; the rank is let in."""
+    body = """\
+        back = float('BNLAYER_RESTART_COUNT' in os.environ)
+        while not w.allreduce([back])[0]:
+            w.admit()
+            time.sleep(0.01)
+        print('ends', w.world_size)
+"""
+    job = started(pair, script(ELASTIC + body), options=["--elastic=2:4", "--max-restarts=1"])
+    job.nodes[0].ready()
+    os.kill(job.nodes[1].ready()[3], signal.SIGKILL)
+    assert job.end() == [0, 0]
+    ends = [line for out, _ in job.said() for line in out.splitlines() if "ends" in line]
+    assert sorted(ends) == ["[one:0] ends 4", "[one:1] ends 4", "[two:2] ends 4", "[two:3] ends 4"]
+    text = "rank 3 (two) was killed by SIGKILL; it is started again (restart 1 of 1: --max-restarts)"
+    assert text in job.said()[0][1]
+    assert job.carriers() == []

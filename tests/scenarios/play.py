@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from bnlayer.agreement import Peer
-from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
+from bnlayer.collective import ADMIT, Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moving import Moving
 from bnlayer.reduction import reduce_in_rank_order
@@ -47,6 +47,7 @@ from bnserver.core.effects import (
 from bnserver.core.events import (
     Body,
     Contribute,
+    Elastic,
     Event,
     Heartbeat,
     Join,
@@ -109,9 +110,24 @@ class Scene:
         timeout = float(options.get("timeout", 300))
         world = int(options["world"])
         join = Join(stream, options.get("job", "j"), peer, world, timeout, timeout, incarnation=1000 + stream)
+        if "elastic" in options:
+            elastic = Elastic(*map(int, options["elastic"].split(":")))
+            join = replace(join, elastic=elastic, restarted="restarted" in options)
         rank = Rank(name, number, stream, join)
         self._ranks[name] = self._by_stream[stream] = rank
         self._handle(join)
+
+    def _do_rejoin(self, name: str, options: Options) -> None:
+        """A rank of an elastic job that was told to regroup joins the next generation."""
+        rank = self._ranks[name]
+        rank.stream, rank.deaf, rank.frozen = next(self._streams), False, False
+        self._by_stream[rank.stream] = rank
+        peer, incarnation = replace(rank.join.peer, rank=rank.rank), 1000 + rank.stream
+        rank.join = replace(
+            rank.join, stream=rank.stream, peer=peer, incarnation=incarnation, came_from=rank.generation
+        )
+        self._ranks[name] = self._by_stream[rank.stream] = Rank(name, rank.rank, rank.stream, rank.join)
+        self._handle(rank.join)
 
     def _do_enroll(self, name: str, options: Options) -> None:
         rank, channels = self._ranks[name], int(options.get("channels", 1))
@@ -167,7 +183,11 @@ class Scene:
 
     def _do_barrier(self, name: str, options: Options) -> None:
         key = ExchangeKey(None, None, int(options.get("step", 0)))
-        self._contribute(self._ranks[name], Call(Operation.BARRIER, key, PlainSignature()), None)
+        rank = self._ranks[name]
+        if "generation" in options:
+            rank.generation = int(options["generation"])
+        signature = PlainSignature(ADMIT if "admit" in options else "")
+        self._contribute(rank, Call(Operation.BARRIER, key, signature), None)
 
     def _do_allreduce(self, name: str, options: Options) -> None:
         array = numbers(options["x"])[0].astype(options.get("dtype", "float32"))
@@ -336,9 +356,7 @@ class Scene:
 def _described(effect: Any, rank: Rank) -> str:
     match effect:
         case Joined():
-            back, rank.generation = rank.generation == effect.generation, effect.generation
-            where = f"generation {effect.generation} of job {effect.job!r}"
-            return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
+            return _joined(effect, rank)
         case Enrolled():
             assert rank.last is not None
             name = str(rank.last[0].key.layer)
@@ -362,6 +380,14 @@ def _described(effect: Any, rank: Rank) -> str:
             return f"{type(error).__name__}{where}, ranks {list(error.ranks)}: {effect.text}"
         case _:
             raise AssertionError(effect)
+
+
+def _joined(effect: Joined, rank: Rank) -> str:
+    back, rank.generation = rank.generation == effect.generation, effect.generation
+    where = f"generation {effect.generation} of job {effect.job!r}"
+    if effect.rank is not None:
+        rank.rank, where = effect.rank, f"{where} as rank {effect.rank}"
+    return f"is back in {where}" if back else f"joined {where}, {effect.world_size} ranks"
 
 
 def _bits(states: dict[str, LayerState]) -> dict[str, dict[str, bytes]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,12 +20,13 @@ RANKS = 3
 # More than a run makes from its start until it is killed: up to 3 checkpoints of up to 5 steps each, and what it makes
 # before a busy machine lets us look.
 _STEPS_PER_KILL = 40
-_OPTIONS = ("--data=digits", f"--workers={RANKS}", "--epochs=1000", "--hidden=16,8", "--seed=7")
+_ELASTIC_STEPS_PER_KILL = 100  # while a rank is started again, the others go on
+_OPTIONS = ("--data=digits", "--epochs=1000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
 _KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
 _LIMIT_S = 150.0
-_LAUNCHER = RANKS  # the victim that is no rank
+_LAUNCHER, _ALL = -1, -2  # victims that are no rank; all: every rank, the launcher and the service
 
 
 def steps_for(kills: int) -> int:
@@ -32,19 +34,21 @@ def steps_for(kills: int) -> int:
     return 80 + _STEPS_PER_KILL * kills
 
 
-def undisturbed(folder: Path, transport: str, kills: int) -> bytes:
+def undisturbed(folder: Path, transport: str, kills: int, *, ranks: int = RANKS) -> bytes:
     """The file that a run leaves which nobody disturbs, of the length for so many kills."""
     path = folder / "whole.safetensors"
-    with _Launch(path, transport, 50, steps_for(kills)) as launch:
+    with _Launch(path, transport, ranks, 50, steps_for(kills)) as launch:
         assert launch.wait() == 0, launch.output()
     return path.read_bytes()
 
 
-def killed_and_resumed(folder: Path, transport: str, kills: int, seed: int) -> tuple[bytes, list[str]]:
+def killed_and_resumed(
+    folder: Path, transport: str, kills: int, seed: int, *, ranks: int = RANKS, whole: bool = False
+) -> tuple[bytes, list[str]]:
     """Kill a run with -9 so many times, go on each time, and let it end.
 
     Who is killed, how many checkpoints after the start, how long after that, and how often checkpoints are written
-    is drawn.
+    is drawn; with `whole` it is all of it, each time.
 
     Returns:
         The file that it leaves; and the story, a line a kill.
@@ -52,9 +56,10 @@ def killed_and_resumed(folder: Path, transport: str, kills: int, seed: int) -> t
     path, rng = folder / "parts.safetensors", np.random.default_rng(seed)
     story: list[str] = []
     for _ in range(kills):
-        victim, every = int(rng.integers(RANKS + 1)), int(rng.integers(1, 6))
+        drawn, every = int(rng.integers(ranks + 1)), int(rng.integers(1, 6))
+        victim = _ALL if whole else _LAUNCHER if drawn == ranks else drawn
         checkpoints, delay = int(rng.integers(3)), float(rng.uniform(0, 0.05))
-        with _Launch(path, transport, every, steps_for(kills)) as launch:
+        with _Launch(path, transport, ranks, every, steps_for(kills)) as launch:
             launch.await_ranks()
             launch.await_checkpoints(checkpoints)
             time.sleep(delay)  # no matter where this hits it: that is what is tested
@@ -62,25 +67,58 @@ def killed_and_resumed(folder: Path, transport: str, kills: int, seed: int) -> t
             code = launch.wait()
             assert code != 0, f"the run was over before it was killed: {story}"
         checkpoint = read(path)
-        who = "launcher" if victim == _LAUNCHER else f"rank {victim}"
+        who = {_LAUNCHER: "launcher", _ALL: "all"}.get(victim, f"rank {victim}")
         story.append(f"{who}: exit code {code}, checkpoint at step {checkpoint.progress.steps if checkpoint else 0}")
-    with _Launch(path, transport, 50, steps_for(kills)) as launch:
+    with _Launch(path, transport, ranks, 50, steps_for(kills)) as launch:
         assert launch.wait() == 0, launch.output()
     return path.read_bytes(), story
+
+
+def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) -> tuple[float, float, str]:
+    """An elastic job whose ranks are killed with -9, one after the other, at moments that are drawn.
+
+    Returns:
+        Accuracy of an undisturbed run, and of this one; and what it wrote.
+    """
+    accuracies, output, rng = [], "", np.random.default_rng(seed)
+    for name in ("whole", "parts"):
+        path, summary = folder / f"{name}.safetensors", folder / f"{name}.json"
+        elastic = ("--elastic=2:4", f"--max-restarts={kills}", f"--summary={summary}") if name == "parts" else ()
+        options = elastic or (f"--summary={summary}",)
+        with _Launch(path, "service", ranks, 5, _ELASTIC_STEPS_PER_KILL * (kills + 1), options) as launch:
+            for _ in range(kills if elastic else 0):
+                launch.await_ranks()
+                launch.await_checkpoints(1 + int(rng.integers(3)))
+                time.sleep(float(rng.uniform(0, 0.05)))  # no matter where this hits it: that is what is tested
+                launch.kill(int(rng.integers(ranks)))
+            assert launch.wait() == 0, launch.output()
+            output = launch.output()
+        accuracies.append(json.loads(summary.read_text(encoding="utf-8"))["test_accuracy"])
+    return accuracies[0], accuracies[1], output
 
 
 class _Launch:
     """One start of the training; gone, all of it, when the `with` block is left."""
 
-    def __init__(self, path: Path, transport: str, every: int, steps: int) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, transport: str, ranks: int, every: int, steps: int, options: Sequence[str] = ()
+    ) -> None:
+        self._path, self._count = path, ranks
         self._mark = f"{_MARK}={path}".encode()
         self._log = path.with_suffix(".log")
         environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
         saving = (f"--save={path}", f"--save-every={every}", "--resume")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*COMMAND, *_OPTIONS, f"--steps={steps}", f"--transport={transport}", *saving],
+                [
+                    *COMMAND,
+                    *_OPTIONS,
+                    *options,
+                    f"--workers={ranks}",
+                    f"--steps={steps}",
+                    f"--transport={transport}",
+                    *saving,
+                ],
                 env={**environ, **_KERNELS, _MARK: str(path)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -105,7 +143,7 @@ class _Launch:
 
     def await_ranks(self) -> None:
         """Until every rank was started."""
-        self._await(lambda: self._over() or len(self._ranks()) == RANKS, "all ranks are there")
+        self._await(lambda: self._over() or len(self._ranks()) == self._count, "all ranks are there")
 
     def await_checkpoints(self, count: int) -> None:
         """Until so many more were written."""
@@ -113,8 +151,13 @@ class _Launch:
             self._await_another(self._written())
 
     def kill(self, victim: int) -> None:
-        """Kill a rank, or the launcher, with -9."""
+        """Kill a rank, the launcher, or all, with -9."""
         assert not self._over(), f"it ended before it was killed:\n{self.output()}"
+        if victim == _ALL:
+            for each in (self._process.pid, *self._alive()):
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            return
         pid = self._process.pid if victim == _LAUNCHER else self._ranks().get(victim)
         if pid is not None:
             with suppress(ProcessLookupError):

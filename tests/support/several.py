@@ -27,8 +27,10 @@ COMPUTES = "ready()\n    while True: time.sleep(0.05)"
 class Job:
     """A launch on each of several hosts."""
 
-    def __init__(self, on: Sequence[Host], program: Sequence[str], folder: Path, *, ranks: int = 2) -> None:
-        where = ["--insecure", f"--rendezvous={on[0].address}:{PORT}", f"--nnodes={len(on)}", "--grace=5"]
+    def __init__(
+        self, on: Sequence[Host], program: Sequence[str], folder: Path, *, ranks: int = 2, options: Sequence[str] = ()
+    ) -> None:
+        where = [*options, "--insecure", f"--rendezvous={on[0].address}:{PORT}", f"--nnodes={len(on)}", "--grace=5"]
         self.nodes = [
             Running(ranks, program, [*where, f"--node-rank={node}"], folder / host.name, prefix=host.prefix)
             for node, host in enumerate(on)
@@ -45,6 +47,19 @@ class Job:
     def said(self) -> list[tuple[str, str]]:
         """stdout and stderr of each."""
         return [(node.out.all(), node.err.all()) for node in self.nodes]
+
+
+ELASTIC = """\
+import bnworker
+def ready():
+    print('ready', os.getpid(), os.environ['BNLAYER_LAUNCH_DIR'], flush=True)
+state = bnworker.State(step=0)
+for generation in bnworker.elastic(state):
+    with generation as w:
+        if generation.number == 1:
+            w.barrier()
+            ready()
+"""
 
 
 def _kill(number: int) -> Callable[[Job], None]:

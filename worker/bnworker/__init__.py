@@ -11,7 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, ServiceError, StallError
+    from bnlayer.errors import (
+        CollectiveError,
+        JobFinishedError,
+        MismatchError,
+        PeerLostError,
+        RegroupError,
+        ServiceError,
+        StallError,
+    )
+    from bnworker.elastic_job import State, elastic
     from bnworker.following import MovingStatistics, follow
     from bnworker.joining import join
     from bnworker.world import World
@@ -21,19 +30,25 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = os.environ.get("GRPC_ENABLE_FORK_SUPPOR
 
 __all__ = [
     "CollectiveError",
+    "JobFinishedError",
     "MismatchError",
     "MovingStatistics",
     "PeerLostError",
+    "RegroupError",
     "ServiceError",
     "StallError",
+    "State",
     "World",
+    "elastic",
     "follow",
     "join",
 ]
 
 _MODULES = {
     "MovingStatistics": "bnworker.following",
+    "State": "bnworker.elastic_job",
     "World": "bnworker.world",
+    "elastic": "bnworker.elastic_job",
     "follow": "bnworker.following",
     "join": "bnworker.joining",
 }

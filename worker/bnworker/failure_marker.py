@@ -31,6 +31,11 @@ def mark(environ: Mapping[str, str] = os.environ) -> None:
     _write(environ, _PEER_FAILURE)
 
 
+def recovered(environ: Mapping[str, str] = os.environ) -> None:
+    """Take that back: this rank of an elastic job goes on."""
+    closed(_PEER_FAILURE, environ)
+
+
 def opened(what: str, environ: Mapping[str, str] = os.environ) -> None:
     """Mark one of `OPEN` as open; a forked child must not do it."""
     _write(environ, what)
@@ -41,6 +46,13 @@ def closed(what: str, environ: Mapping[str, str] = os.environ) -> None:
     if (file := _file(environ, what)) is not None:
         with suppress(OSError):
             file.unlink(missing_ok=True)
+
+
+def forget(folder: Path, rank: int) -> None:
+    """Remove what a rank has left: another process takes its place."""
+    for what in (_PEER_FAILURE, *OPEN):
+        with suppress(OSError):
+            (folder / f"{rank}.{what}").unlink(missing_ok=True)
 
 
 def is_marked(folder: Path, rank: int) -> bool:

@@ -6,9 +6,12 @@ import faulthandler
 import logging
 import math
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bnlayer.environment import variable
 from bnworker import own_service, process_groups
+from bnworker.limits import RESTARTED, VARIABLE, Limits
 from bnworker.plan import Plan, plan
 from bnworker.presence import Presence
 from bnworker.transports import Transport
@@ -63,8 +66,12 @@ def join(
         RuntimeError: the process has joined already, or mpiexec belongs to another MPI than mpi4py.
         CollectiveError: the service refuses, or not all ranks came in time.
     """
-    if isinstance(timeout, bool) or not (timeout > 0 and math.isfinite(timeout)):
-        raise ValueError(f"join(timeout=): expected a number of seconds above 0, received {timeout!r}.")
+    _refuse_timeout("join", timeout)
+    if (elastic := variable(os.environ, VARIABLE)) is not None:
+        raise ValueError(
+            f"This job is elastic ({VARIABLE}={elastic}): its ranks change while it runs, and this program joins it "
+            "once. Use bnworker.elastic() in place of bnworker.join(), or start the job without --elastic."
+        )
     Presence.refuse_second()
     chosen = plan(
         os.environ,
@@ -81,6 +88,90 @@ def join(
     if chosen.warning:
         logger.warning("%s", chosen.warning)
     return world
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank was in an elastic job.
+
+    Attributes:
+        generation: its number.
+        rank, world_size: as the service chose them.
+    """
+
+    generation: int
+    rank: int
+    world_size: int
+
+
+def join_elastic(
+    limits: Limits,
+    before: Place | None,
+    *,
+    address: str | None = None,
+    job: str | None = None,
+    token: str | None = None,
+    timeout: float = 300,
+) -> tuple[World, Place]:
+    """Make this process a rank of an elastic job's next generation; for `elastic`.
+
+    Args:
+        limits: how many ranks the job may have.
+        before: where this process was in the generation before; None: it is new.
+        address, job, token, timeout: as of `join`.
+
+    Returns:
+        The world, and where in the job it is.
+
+    Raises:
+        ValueError: as `join`; or the job would not use a service that outlives its ranks.
+        RuntimeError: the process has joined already.
+        JobFinishedError: the others have finished the job.
+        RegroupError: the ranks changed again.
+        CollectiveError: the service refuses, or too few ranks came in time.
+    """
+    _refuse_timeout("elastic", timeout)
+    Presence.refuse_second()
+    chosen = plan(os.environ, address=address, job=job, token=token, process_group=process_groups.is_initialized())
+    if chosen.transport != "service" or chosen.own is not None:
+        own = chosen.own is not None
+        what = (
+            "a service that rank 0 would start, and that would end with it" if own else f"transport {chosen.transport}"
+        )
+        raise ValueError(
+            f"elastic(): an elastic job needs a statistics service that outlives its ranks, and this one would use "
+            f"{what} ({chosen.reason}). Start it with `bnlayer launch --elastic MIN:MAX`, or name a service: "
+            "BNLAYER_ADDRESS."
+        )
+    from bnproto.v1 import statistics_pb2 as pb
+    from bnworker.transports.service import ServiceTransport
+
+    restarted = variable(os.environ, RESTARTED) is not None and before is None
+    elastic = pb.Elastic(min=limits.minimum, max=limits.maximum, restarted=restarted)
+    assert chosen.rank is not None
+    assert chosen.world_size is not None
+    rank, world_size = chosen.rank, chosen.world_size
+    if before is not None:
+        elastic.generation, rank, world_size = before.generation, before.rank, before.world_size
+    transport = ServiceTransport(
+        str(chosen.address),
+        str(chosen.job),
+        rank,
+        world_size,
+        timeout=timeout,
+        local_socket=chosen.local_socket,
+        credentials=chosen.credentials,
+        elastic=elastic,
+    )
+    world = World(transport)
+    place = Place(transport.generation, world.rank, world.world_size)
+    logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, place.generation, chosen.reason)
+    return world, place
+
+
+def _refuse_timeout(function: str, timeout: float) -> None:
+    if isinstance(timeout, bool) or not (timeout > 0 and math.isfinite(timeout)):
+        raise ValueError(f"{function}(timeout=): expected a number of seconds above 0, received {timeout!r}.")
 
 
 def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:

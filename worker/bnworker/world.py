@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnlayer import BatchNormalization
-from bnlayer.collective import SYNCHRONIZE, Call, ExchangeKey, Operation, PlainSignature, Total
+from bnlayer.collective import ADMIT, SYNCHRONIZE, Call, ExchangeKey, Operation, PlainSignature, Total
 from bnlayer.errors import CollectiveError
 from bnlayer.reduction import OPS
 from bnlayer.state import LayerState
@@ -217,6 +217,18 @@ class World:
         sent = limbs.nbytes if state is None else limbs.nbytes + size(state.arrays().values())
         action = partial(self._transport.exchange, call, limbs, state)
         return self._latched(partial(self._counted, call, sent, action, _limbs_size))
+
+    def admit(self) -> None:
+        """Return when every rank has called it; in an elastic job, let ranks in that wait to join.
+
+        A barrier, that is, which raises a `RegroupError` on every rank where some wait and there is a place: all then
+        join the next generation. `State.commit` calls it.
+
+        Raises:
+            CollectiveError: the ranks disagree, one is lost, or they regroup.
+        """
+        signature = PlainSignature(ADMIT)
+        self._plain(Operation.BARRIER, signature, 0, self._transport.barrier, lambda _: 0)
 
     def pull(self, layer: Layer | str) -> LayerState | None:
         """Fetch the owner's moving statistics of a layer, and put them into it.

@@ -150,8 +150,13 @@ class Began(google.protobuf.message.Message):
     GENERATION_FIELD_NUMBER: builtins.int
     WORLD_SIZE_FIELD_NUMBER: builtins.int
     MEMBERS_FIELD_NUMBER: builtins.int
+    MIN_RANKS_FIELD_NUMBER: builtins.int
+    MAX_RANKS_FIELD_NUMBER: builtins.int
     generation: builtins.int
     world_size: builtins.int
+    min_ranks: builtins.int
+    """Of an elastic job: how many ranks it may have; 0: it is none."""
+    max_ranks: builtins.int
     @property
     def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___MemberRecord]: ...
     def __init__(
@@ -160,8 +165,10 @@ class Began(google.protobuf.message.Message):
         generation: builtins.int = ...,
         world_size: builtins.int = ...,
         members: collections.abc.Iterable[Global___MemberRecord] | None = ...,
+        min_ranks: builtins.int = ...,
+        max_ranks: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["generation", b"generation", "members", b"members", "world_size", b"world_size"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["generation", b"generation", "max_ranks", b"max_ranks", "members", b"members", "min_ranks", b"min_ranks", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Began: typing_extensions.TypeAlias = Began

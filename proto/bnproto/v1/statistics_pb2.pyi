@@ -117,6 +117,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """PERMISSION_DENIED: the token belongs to another job."""
     ERROR_REASON_DATA_LOSS: _ErrorReason.ValueType  # 12
     """DATA_LOSS: a snapshot is corrupt."""
+    ERROR_REASON_REGROUP: _ErrorReason.ValueType  # 13
+    """ABORTED: the ranks of an elastic job change; those that are left join its next generation."""
+    ERROR_REASON_FINISHED: _ErrorReason.ValueType  # 14
+    """FAILED_PRECONDITION: an elastic job was finished before this rank had joined it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper): ...
 
@@ -145,6 +149,10 @@ ERROR_REASON_PERMISSION: ErrorReason.ValueType  # 11
 """PERMISSION_DENIED: the token belongs to another job."""
 ERROR_REASON_DATA_LOSS: ErrorReason.ValueType  # 12
 """DATA_LOSS: a snapshot is corrupt."""
+ERROR_REASON_REGROUP: ErrorReason.ValueType  # 13
+"""ABORTED: the ranks of an elastic job change; those that are left join its next generation."""
+ERROR_REASON_FINISHED: ErrorReason.ValueType  # 14
+"""FAILED_PRECONDITION: an elastic job was finished before this rank had joined it."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final
@@ -255,6 +263,7 @@ class Join(google.protobuf.message.Message):
     TIMEOUT_MS_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    ELASTIC_FIELD_NUMBER: builtins.int
     job: builtins.str
     rank: builtins.int
     world_size: builtins.int
@@ -272,6 +281,12 @@ class Join(google.protobuf.message.Message):
     def resume(self) -> Global___Resume:
         """Set by a rank that comes back into a running generation; unset by one that starts."""
 
+    @property
+    def elastic(self) -> Global___Elastic:
+        """Set: the job may have as many ranks as come, within limits. The service then chooses the rank, and world_size is how
+        many were started together, which the first generation waits for.
+        """
+
     def __init__(
         self,
         *,
@@ -285,13 +300,43 @@ class Join(google.protobuf.message.Message):
         timeout_ms: builtins.int = ...,
         resume: Global___Resume | None = ...,
         incarnation: builtins.int = ...,
+        elastic: Global___Elastic | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["resume", b"resume"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["elastic", b"elastic", "resume", b"resume"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["host", b"host", "incarnation", b"incarnation", "job", b"job", "join_timeout_ms", b"join_timeout_ms", "pid", b"pid", "rank", b"rank", "resume", b"resume", "timeout_ms", b"timeout_ms", "token", b"token", "world_size", b"world_size"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["elastic", b"elastic", "host", b"host", "incarnation", b"incarnation", "job", b"job", "join_timeout_ms", b"join_timeout_ms", "pid", b"pid", "rank", b"rank", "resume", b"resume", "timeout_ms", b"timeout_ms", "token", b"token", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Join: typing_extensions.TypeAlias = Join
+
+@typing.final
+class Elastic(google.protobuf.message.Message):
+    """How many ranks an elastic job may have, the same on every rank; and where the one that joins comes from."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MIN_FIELD_NUMBER: builtins.int
+    MAX_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    RESTARTED_FIELD_NUMBER: builtins.int
+    min: builtins.int
+    max: builtins.int
+    generation: builtins.int
+    """The generation that it was in; 0: none, it is new."""
+    restarted: builtins.bool
+    """Whether a launcher started it in place of one that was lost."""
+    def __init__(
+        self,
+        *,
+        min: builtins.int = ...,
+        max: builtins.int = ...,
+        generation: builtins.int = ...,
+        restarted: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["generation", b"generation", "max", b"max", "min", b"min", "restarted", b"restarted"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Elastic: typing_extensions.TypeAlias = Elastic
 
 @typing.final
 class Resume(google.protobuf.message.Message):
@@ -354,11 +399,14 @@ class Joined(google.protobuf.message.Message):
     LEASE_MS_FIELD_NUMBER: builtins.int
     DURABLE_FIELD_NUMBER: builtins.int
     LOCAL_SOCKET_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     world_size: builtins.int
     lease_ms: builtins.int
     """A rank that sends nothing for this long is taken for frozen; 0: never."""
     durable: builtins.bool
     """Whether the service keeps its jobs on disk, so that it is worth waiting for its return."""
+    rank: builtins.int
+    """Of the rank that is told, in an elastic job: it may be another one than in the join. Absent elsewhere."""
     @property
     def local_socket(self) -> Global___LocalSocket:
         """Where this rank may attach a local socket; absent: nowhere."""
@@ -370,11 +418,15 @@ class Joined(google.protobuf.message.Message):
         lease_ms: builtins.int = ...,
         durable: builtins.bool = ...,
         local_socket: Global___LocalSocket | None = ...,
+        rank: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["local_socket", b"local_socket"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_rank", b"_rank", "local_socket", b"local_socket", "rank", b"rank"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["durable", b"durable", "lease_ms", b"lease_ms", "local_socket", b"local_socket", "world_size", b"world_size"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_rank", b"_rank", "durable", b"durable", "lease_ms", b"lease_ms", "local_socket", b"local_socket", "rank", b"rank", "world_size", b"world_size"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rank: typing_extensions.TypeAlias = typing.Literal["rank"]
+    _WhichOneofArgType__rank: typing_extensions.TypeAlias = typing.Literal["_rank", b"_rank"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
 
 Global___Joined: typing_extensions.TypeAlias = Joined
 
@@ -635,7 +687,9 @@ class PlainSignature(google.protobuf.message.Message):
     ARRAYS_FIELD_NUMBER: builtins.int
     ROOT_FIELD_NUMBER: builtins.int
     op: builtins.str
-    """"sum", "max" or "min"; empty for a broadcast or a barrier; "synchronize" for a broadcast of layers."""
+    """"sum", "max" or "min"; empty for a broadcast or a barrier; "synchronize" for a broadcast of layers; "admit" for a
+    barrier at which ranks that wait to join an elastic job are let in.
+    """
     root: builtins.int
     """The broadcasting rank; -1 elsewhere."""
     @property

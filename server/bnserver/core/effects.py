@@ -12,12 +12,17 @@ from bnserver.core.reasons import Reason
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """All ranks have joined."""
+    """All ranks have joined.
+
+    Attributes:
+        rank: of the only stream, in an elastic job, where the service chooses the ranks; None elsewhere.
+    """
 
     streams: tuple[int, ...]
     job: str
     generation: int
     world_size: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -52,6 +52,21 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Elastic:
+    """How many ranks a job may have, where that is not fixed.
+
+    Attributes:
+        minimum, maximum: of ranks.
+    """
+
+    minimum: int
+    maximum: int
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.maximum}"
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     """A rank joins a job, or reconnects to it.
 
@@ -64,6 +79,9 @@ class Join:
         timeout: seconds that it waits for the others in one exchange.
         incarnation: a random number of its process, which identifies it on reconnect; 0: it does not reconnect.
         resume: how far it had come, if all ranks had joined before its connection broke.
+        elastic: how many ranks the job may have, as this rank was configured; None: `world_size`.
+        came_from: in an elastic job: the generation that this rank was in; 0: it is new.
+        restarted: likewise: whether it was started in place of one that was lost.
     """
 
     stream: int
@@ -74,6 +92,9 @@ class Join:
     timeout: float
     incarnation: int = 0
     resume: Resume | None = None
+    elastic: Elastic | None = None
+    came_from: int = 0
+    restarted: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -56,6 +56,28 @@ def overdue(members: Membership, gathering: Gathering, latest: Call | None) -> V
     return Verdict(PeerLostError, text, missing[:RANKS_BLAMED])
 
 
+def regroup(job: str) -> str:
+    """What the ranks that are left of an elastic job do."""
+    return (
+        f"Job {job!r} is elastic: the ranks that are left form its next generation, and go on from the last state that "
+        "was saved (bnworker.elastic)."
+    )
+
+
+def joiners(job: str, count: int) -> str:
+    """Why the ranks of an elastic job regroup though none was lost."""
+    who = "1 rank joins" if count == 1 else f"{count} ranks join"
+    return (
+        f"{who} elastic job {job!r}: all ranks form its next generation, and go on from the state that was saved last "
+        "(bnworker.elastic)."
+    )
+
+
+def finished(job: str) -> str:
+    """What a rank is told that comes too late."""
+    return f"Elastic job {job!r} was finished by its other ranks before this one had joined: there is nothing to do."
+
+
 def straggling(members: Membership, gathering: Gathering, latest: Call | None, waited: float) -> str:
     """Who keeps the others waiting, and for how long."""
     missing = tuple(members.others(set(gathering.calls) | set(members.left)))

@@ -11,6 +11,8 @@ Laws:
 4. After a restart of the service nothing is decided before all ranks are back. The last answers that they received
    show how far the generation was: plain operations are not journaled.
 5. After a failure every rank gets the error once.
+6. One of an elastic job begins with its ranks (`rendezvous`). Where a rank is lost, or ranks wait to join when all
+   admit them, those that are left are told to regroup.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from collections.abc import Mapping
 from enum import Enum, auto
 
 from bnlayer.agreement import Verdict, judge
-from bnlayer.collective import Call, PlainSignature
-from bnlayer.errors import MismatchError, ServiceError
+from bnlayer.collective import ADMIT, Call, Operation, PlainSignature
+from bnlayer.errors import MismatchError, RegroupError, ServiceError
 from bnlayer.state import LayerState
 from bnserver.core import explanations
 from bnserver.core.answers import Answer, DisagreementError, plain
 from bnserver.core.effects import Closed, Effect, Failed, Joined, Owned, Persist, Record, Straggling
-from bnserver.core.events import Contribute, Join, Pull, Push, Replacing
+from bnserver.core.events import Contribute, Elastic, Join, Pull, Push, Replacing
 from bnserver.core.gathering import Gathering, State
 from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberRecord
 from bnserver.core.layers import Layers
@@ -72,6 +74,7 @@ class Generation:
         layers: what the job owns.
         timeouts: how long it waits for signs of life.
         recovering: whether it was running before the service was restarted.
+        elastic: how many ranks the job may have; None: `world_size`.
 
     Attributes:
         phase: where it is.
@@ -82,6 +85,8 @@ class Generation:
         layer_answer: of the last one on a layer.
         ended: how it ended; None while it is not over.
         waiting: who has waited for whom.
+        left: of an elastic job: how many ranks were connected when it ended, and go on.
+        awaited: likewise: how many ranks wait to join.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Generation:
         timeouts: LivenessTimeouts,
         *,
         recovering: bool = False,
+        elastic: Elastic | None = None,
     ) -> None:
         self.number = number
         self.world_size = world_size
@@ -104,10 +110,17 @@ class Generation:
         self.layer_answer: Answer | None = None
         self.ended: Ended | None = None
         self.waiting = Waiting()
+        self.elastic = elastic
+        self.left = 0
+        self.awaited = 0
         self._job = job
         self._layers = layers
         self._timeouts = timeouts
         self._held: list[tuple[int, Contribute]] = []  # too early: other ranks are away, or lack an answer
+
+    def rank_on(self, stream: int) -> int:
+        """The rank that is connected on a stream."""
+        return next(rank for rank, each in self.members.streams.items() if each == stream)
 
     @property
     def is_running(self) -> bool:
@@ -127,11 +140,15 @@ class Generation:
         for each in self.members.here.values():
             each.last_seen = now  # no lease was in force while the ranks were joining
         streams = tuple(self.members.streams.values())
-        return [Record(self._job, self.began()), Joined(streams, self._job, self.number, self.world_size)]
+        began = Record(self._job, self.began())
+        if self.elastic is None:
+            return [began, Joined(streams, self._job, self.number, self.world_size)]
+        return [began, *(self._joined(rank, stream) for rank, stream in self.members.streams.items())]
 
     def returned(self, event: Join, now: float) -> list[Effect]:
         """A rank has reconnected on another stream; the end of the one before may not have been noticed yet."""
-        member, known = self.members.here[event.peer.rank], event.resume
+        rank, known = event.peer.rank, event.resume
+        member = self.members.here[rank]
         effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
         member.connect(event.stream, known.answered if known is not None and self.is_running else 0, now)
         if not self.is_running:
@@ -145,8 +162,12 @@ class Generation:
                 "checkpoint."
             )
             return effects + self._abort(Verdict(ServiceError, text, ()), Reason.DATA_LOSS)
-        effects.append(Joined((event.stream,), self._job, self.number, self.world_size))
+        effects.append(self._joined(rank, event.stream))
         return effects + self._take_held(now)
+
+    def _joined(self, rank: int, stream: int) -> Joined:
+        chosen = rank if self.elastic is not None else None
+        return Joined((stream,), self._job, self.number, self.world_size, chosen)
 
     # ---- requests of ranks ----
 
@@ -233,7 +254,9 @@ class Generation:
                 effects.append(Record(self._job, Left(self.number, rank, reason)))
         effects += self._go_on(now)
         if not self.members.here and self.phase is not Phase.OVER:
-            effects += self._end(Ended(self.number))
+            finished = self.elastic is not None and not any(self.members.left.values())
+            text = explanations.finished(self._job)
+            effects += self._end(Ended(self.number, Reason.FINISHED, text) if finished else Ended(self.number))
         return effects
 
     def tick(self, now: float) -> list[Effect]:
@@ -245,7 +268,8 @@ class Generation:
         effects = self.lose(lost, now, silent=True) if lost else self._wait(now)
         for peer, stream in frozen:
             text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
-            effects.append(Failed(stream, Reason.PEER_LOST, text, (peer.rank,)))
+            reason = Reason.PEER_LOST if self.elastic is None else Reason.REGROUP
+            effects.append(Failed(stream, reason, text, (peer.rank,)))
         self.waiting.tick(now)
         waited = now - self.gathering.since
         is_slow = waited >= max(SLOW_S, 2 * self.gathering.straggling_logged_s)
@@ -266,7 +290,7 @@ class Generation:
         members = tuple(
             MemberRecord(m.peer, m.incarnation, m.timeout, m.pushes) for _, m in sorted(self.members.here.items())
         )
-        return Began(self.number, self.world_size, members)
+        return Began(self.number, self.world_size, members, self.elastic)
 
     def finished(self, answer: Answer) -> None:
         """An operation is complete."""
@@ -326,6 +350,9 @@ class Generation:
         """Every rank has contributed: compute the answer, record it, and let the next operation begin."""
         done, sequence, record = self.gathering, self.completed + 1, None
         call = done.call
+        if self._admits(call):
+            text = explanations.joiners(self._job, self.awaited)
+            return self._abort(Verdict(RegroupError, text, ()), Reason.REGROUP)
         try:
             if isinstance(call.signature, PlainSignature):
                 answer = plain(sequence, call, done.bodies)
@@ -346,6 +373,13 @@ class Generation:
         if record is not None:
             effects.insert(0, Record(self._job, record))
         return effects + self._take_held(now) if self._held else effects
+
+    def _admits(self, call: Call) -> bool:
+        """Whether ranks wait to join, there is a place, and all ranks are where they let others in."""
+        if self.elastic is None or not self.awaited or len(self.members.here) >= self.elastic.maximum:
+            return False
+        signature = call.signature
+        return call.operation is Operation.BARRIER and isinstance(signature, PlainSignature) and signature.op == ADMIT
 
     def _take_held(self, now: float) -> list[Effect]:
         """Take the contributions that came too early, if all ranks are back."""
@@ -376,6 +410,10 @@ class Generation:
 
     def _abort(self, verdict: Verdict, reason: Reason) -> list[Effect]:
         """Send the error to every connected rank, and end the generation."""
+        if self.elastic is not None and reason in (Reason.PEER_LOST, Reason.DEADLINE):
+            text = f"{verdict.text} {explanations.regroup(self._job)}"
+            verdict, reason = Verdict(RegroupError, text, verdict.ranks), Reason.REGROUP
+        self.left = len(self.members.streams) if reason is Reason.REGROUP else 0
         effects: list[Effect] = []
         for rank, stream in self.members.streams.items():
             call = self.gathering.calls.get(rank)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 from bnlayer.state import LayerState
-from bnserver.core.events import Limbs, Replacing
+from bnserver.core.events import Elastic, Limbs, Replacing
 from bnserver.core.reasons import Reason
 
 
@@ -50,6 +50,7 @@ class Began:
     generation: int
     world_size: int
     members: tuple[MemberRecord, ...]
+    elastic: Elastic | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

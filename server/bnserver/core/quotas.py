@@ -30,7 +30,7 @@ class Quotas:
 
     connections: int = 2**14
     jobs: int = 2**12
-    ranks: int = 2**14
+    ranks: int = 2**20
     layers: int = 2**12
     channels: int = 2**17
     job_bytes: int = 2**31

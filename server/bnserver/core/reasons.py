@@ -20,6 +20,8 @@ class Reason(StrEnum):
     QUOTA = "QUOTA"
     DATA_LOSS = "DATA_LOSS"
     INTERNAL = "INTERNAL"
+    REGROUP = "REGROUP"
+    FINISHED = "FINISHED"
 
 
 REASON_OF: dict[type[CollectiveError], Reason] = {

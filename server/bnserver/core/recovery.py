@@ -39,7 +39,7 @@ def records(job: Job) -> list[JournalRecord]:
     if running is not None:
         begin = running.began()
         departed = tuple(MemberRecord(peer, 0, 0.0) for peer in running.members.departed.values())
-        records.append(Began(begin.generation, begin.world_size, begin.members + departed))
+        records.append(Began(begin.generation, begin.world_size, begin.members + departed, begin.elastic))
         records += [Left(running.number, rank, reason) for rank, reason in running.members.left.items()]
         answer = running.layer_answer
         if answer is not None and isinstance(answer.result, Enrolled):
@@ -115,7 +115,9 @@ def _leave(job: Job, record: Left, now: float) -> None:
 
 def _generation(job: Job, record: Began, now: float) -> Generation:
     timeouts = job.timeouts
-    generation = Generation(job.name, record.generation, record.world_size, job.layers, timeouts, recovering=True)
+    generation = Generation(
+        job.name, record.generation, record.world_size, job.layers, timeouts, recovering=True, elastic=record.elastic
+    )
     for enlisted in record.members:
         member = Member(enlisted.peer, enlisted.timeout, 0.0, enlisted.incarnation, pushes=enlisted.pushes)
         member.disconnect(timeouts.return_s(enlisted.incarnation, enlisted.timeout), now, Sign.RESTARTS)

@@ -16,7 +16,7 @@ from typing import assert_never
 
 from bnlayer.collective import Operation
 from bnlayer.state import LayerState
-from bnserver.core.effects import Closed, Effect, Failed
+from bnserver.core.effects import Closed, Effect, Failed, Joined
 from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
 from bnserver.core.generation import Generation
 from bnserver.core.job import Job
@@ -62,8 +62,9 @@ class Service:
         self._timeouts = timeouts or LivenessTimeouts()
         self._quotas = quotas or Quotas()
         self._jobs = {name: recovered(name, records, self._timeouts, now) for name, records in (journals or {}).items()}
-        self._active = {name: job for name, job in self._jobs.items() if job.generations}
+        self._active = {name: job for name, job in self._jobs.items() if job.is_active}
         self._seats: dict[int, _Seat] = {}
+        self._waiting: dict[int, Job] = {}  # streams of ranks that wait for a generation of an elastic job
         self._stopping = False
 
     @property
@@ -146,15 +147,16 @@ class Service:
         for effect in effects:
             if isinstance(effect, Failed | Closed):
                 self._seats.pop(effect.stream, None)
+                self._waiting.pop(effect.stream, None)
+            elif isinstance(effect, Joined) and effect.rank is not None:
+                self._seat(effect.streams[0], effect.rank)
         return effects
 
     def _seated(self, event: _Seated, now: float) -> list[Effect]:
         """An event of a stream: it goes to the generation of which its rank is a member."""
         seat = self._seats.get(event.stream)
         if seat is None:
-            if isinstance(event, Malformed):
-                return [Failed(event.stream, event.reason, f"The service refused what you sent: {event.text}.")]
-            return []
+            return self._unseated(event)
         generation, rank = seat.generation, seat.rank
         generation.members.here[rank].last_seen = now
         event = self._within_quota(seat.job, event)
@@ -193,6 +195,27 @@ class Service:
         text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
         return Malformed(event.stream, text, call, Reason.QUOTA)
 
+    def _unseated(self, event: Contribute | Pull | Push | Leave | Lost | Malformed) -> list[Effect]:
+        """An event of a stream without a seat; one that waits for a generation of an elastic job waits no more."""
+        job = self._waiting.pop(event.stream, None)
+        if job is not None:
+            job.withdraw(event.stream)
+            self._note(job)
+        if isinstance(event, Malformed):
+            return [Failed(event.stream, event.reason, f"The service refused what you sent: {event.text}.")]
+        if job is None or isinstance(event, Lost):
+            return []
+        if isinstance(event, Leave):
+            return [Closed(event.stream)]
+        text = "The service refused what you sent: expected nothing before all ranks have joined."
+        return [Failed(event.stream, Reason.INVALID, text)]
+
+    def _seat(self, stream: int, rank: int) -> None:
+        """A rank that waited is in a generation of its job."""
+        job = self._waiting.pop(stream, None)
+        if job is not None:
+            self._seats[stream] = _Seat(job, job.generations[-1], rank)
+
     def _all_active(self, action: Callable[[Job], list[Effect]]) -> list[Effect]:
         effects: list[Effect] = []
         for job in tuple(self._active.values()):
@@ -202,7 +225,7 @@ class Service:
 
     def _note(self, job: Job) -> None:
         """Record whether a job is over, after an event of its own."""
-        if job.generations:
+        if job.is_active:
             self._active[job.name] = job
         else:
             self._active.pop(job.name, None)
@@ -223,9 +246,12 @@ class Service:
             return [Failed(event.stream, Reason.QUOTA, f"The service refused job {event.job!r}: {text}.")]
         job = self._jobs.get(event.job) or Job(event.job, self._timeouts)
         generation, effects = job.join(event, now)
-        if event.job in self._jobs or generation is not None:
+        if event.job in self._jobs or job.is_active:
+            self._jobs[event.job] = job
             self._note(job)
         if generation is not None:
-            self._jobs[event.job] = job
-            self._seats[event.stream] = _Seat(job, generation, event.peer.rank)
+            rank = event.peer.rank if event.elastic is None else generation.rank_on(event.stream)
+            self._seats[event.stream] = _Seat(job, generation, rank)
+        elif event.elastic is not None and not any(isinstance(effect, Failed) for effect in effects):
+            self._waiting[event.stream] = job
         return effects

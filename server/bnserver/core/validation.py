@@ -93,6 +93,9 @@ def _check_join(join: Join) -> None:
         raise RefusedError(
             f"expected the name of a host of up to {_HOST_CHARACTERS} characters, received {len(join.peer.host)}"
         )
+    elastic = join.elastic
+    if elastic is not None and not 1 <= elastic.minimum <= elastic.maximum <= _MOST_RANKS:
+        raise RefusedError(f"expected 1 <= MIN <= MAX <= {_MOST_RANKS} of an elastic job, received {elastic}")
     if not (join.timeout > 0 and join.join_timeout > 0):
         raise RefusedError(f"expected a timeout above 0 s, received {min(join.timeout, join.join_timeout)}")
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnlayer.agreement import Peer
 from bnserver import job_file as module
-from bnserver.core.events import Replacing
+from bnserver.core.events import Elastic, Replacing
 from bnserver.core.journal_records import (
     Began,
     Completed,
@@ -17,8 +18,10 @@ from bnserver.core.journal_records import (
     JournalRecord,
     LayerSnapshot,
     Left,
+    MemberRecord,
     Pushed,
 )
+from bnserver.core.reasons import Reason
 from bnserver.failpoints import VARIABLE, Failpoints
 from bnserver.job_file import StoreError
 from bnserver.journal_encoding import decode, encode
@@ -28,7 +31,10 @@ from support.journals import JOURNAL, SNAPSHOT, SUMS, all_loaded, same, state_of
 # ---- what is written ----
 
 
-@pytest.mark.parametrize("record", [*SNAPSHOT, *JOURNAL], ids=lambda record: type(record).__name__)
+_ELASTIC = Began(4, 1, (MemberRecord(Peer(0, "h", 7), 6, 1.0),), Elastic(1, 5)), Ended(4, Reason.FINISHED, "text")
+
+
+@pytest.mark.parametrize("record", [*SNAPSHOT, *JOURNAL, *_ELASTIC], ids=lambda record: type(record).__name__)
 def test_an_entry_comes_back_as_it_was(record: JournalRecord) -> None:
     """Every field, and every bit of an array."""
     got = decode(encode(record))

@@ -8,6 +8,7 @@ import pytest
 
 from bnworker.launcher.remote import Remote, launch
 from bnworker.launcher.starting import Job, LaunchError, Several, check, environment
+from bnworker.limits import Limits
 from bnworker.own_service import daemon_environment
 
 FOLDER = Path("/tmp/launch")
@@ -23,6 +24,19 @@ FOLDER = Path("/tmp/launch")
             {"command": ("x",), "ranks": 1, "transport": "mpi", "address": "h:1"},
             "an address is for transport service, received transport mpi.",
         ),
+        (
+            {"command": ("x",), "ranks": 2, "transport": "mpi", "elastic": Limits(1, 2)},
+            "--elastic needs the statistics service, received transport mpi: there the loss of a rank ends the job.",
+        ),
+        (
+            {"command": ("x",), "ranks": 1, "elastic": Limits(2, 4)},
+            "--elastic 2:4: expected 2 to 4 ranks to start with, received 1.",
+        ),
+        (
+            {"command": ("x",), "ranks": 5, "address": "h:1", "elastic": Limits(2, 4)},
+            "--elastic 2:4: expected 1 to 4 ranks to start with, received 5.",
+        ),
+        ({"command": ("x",), "ranks": 1, "elastic": Limits(1, 4), "max_restarts": -1}, "--max-restarts: expected 0 or"),
         ({"command": ("x",), "ranks": 1, "grace_s": -1.0}, "--grace: expected a number of seconds, 0 or more"),
         ({"command": ("x",), "ranks": 1, "wait_s": float("nan")}, "--wait: expected a number of seconds, 0 or more"),
     ],
@@ -48,6 +62,15 @@ def test_the_ranks_environment() -> None:
         "BNLAYER_JOB": "mine",
         "BNLAYER_ADDRESS": "127.0.0.1:5",
     }
+
+
+def test_the_ranks_of_an_elastic_job() -> None:
+    """They know its limits; what an outer launcher said of its own is gone."""
+    outer = {"BNLAYER_ELASTIC": "1:9", "BNLAYER_RESTART_COUNT": "3"}
+    inner = environment(Job(("x",), 2, elastic=Limits(2, 4)), FOLDER, "127.0.0.1:5", outer)
+    assert inner["BNLAYER_ELASTIC"] == "2:4"
+    assert not {"BNLAYER_ELASTIC", "BNLAYER_RESTART_COUNT"} & environment(Job(("x",), 2), FOLDER, None, outer).keys()
+    assert "BNLAYER_RESTART_COUNT" not in inner
 
 
 def test_a_job_without_a_name_gets_a_fresh_one() -> None:

@@ -15,14 +15,17 @@ from bnworker.launcher.supervision import (
     SERVICE,
     Alarm,
     Effect,
+    Elastic,
     Ended,
     Event,
     Happening,
     Interrupted,
     Phase,
+    Restart,
     SendSignal,
     Supervision,
     TimeUp,
+    after_a_loss,
 )
 
 TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
@@ -39,8 +42,9 @@ def play(ranks: int, *events: Event, mpiexec: bool = False) -> tuple[Supervision
 
 
 def test_every_pair_is_decided_or_cannot_happen() -> None:
-    """The table is complete: time is up only in phases that set an alarm."""
+    """The table is complete: time is up only in phases that set an alarm; ranks are lost while all is well."""
     impossible = {(Phase.RUNNING, Happening.TIME_UP), (Phase.KILLING, Happening.TIME_UP)}
+    impossible |= {(phase, Happening.LOST) for phase in Phase if phase is not Phase.RUNNING}
     assert set(product(Phase, Happening)) - set(_AFTER) == impossible
 
 
@@ -215,3 +219,61 @@ def test_the_loss_of_a_launcher_ends_its_ranks() -> None:
     assert str(secondary[0]) == "rank 0 (one) exited with code 1"
     job, _ = play(4, Interrupted(INT), lost)
     assert (sorted(job.running), job.exit_code()) == ([0, 1], 130)
+
+
+def elastic(ranks: int, minimum: int, restarts: int, *events: Event) -> tuple[Supervision, list[Effect], list[str]]:
+    """An elastic job after some events, everything that was to be done, and what was said."""
+    job = Supervision(frozenset(range(ranks)), elastic=Elastic(minimum, restarts, frozenset({2})))
+    done: list[Effect] = []
+    said: list[str] = []
+    for event in events:
+        before = job
+        job, effects = job.handle(event)
+        done += effects
+        if isinstance(event, Ended) and (text := after_a_loss(before, job, event)):
+            said.append(text)
+    return job, done, said
+
+
+def test_an_elastic_job_starts_lost_ranks_again_then_goes_on_without() -> None:
+    """While restarts are left, and then while enough ranks are; what was lost does not count for the exit code."""
+    job, done, said = elastic(4, 2, 1, Ended(1, -KILL), Ended(1, 1), Ended(3, -KILL), Ended(0, 0), Ended(2, 0))
+    assert done == [Restart(1, 1)]
+    assert said == [
+        "rank 1 was killed by SIGKILL; it is started again (restart 1 of 1: --max-restarts)",
+        "rank 1 exited with code 1; the job goes on with 3 ranks (--elastic)",
+        "rank 3 was killed by SIGKILL; the job goes on with 2 ranks (--elastic)",
+    ]
+    assert (job.done, job.exit_code()) == (True, 0)
+
+
+def test_an_elastic_job_with_too_few_ranks_fails() -> None:
+    """The one that was one too many is the first cause."""
+    job, done, said = elastic(3, 2, 0, Ended(0, 7), Ended(2, -KILL), Ended(1, 1, secondary=True))
+    assert said[1] == "1 rank is left, fewer than the 2 of --elastic, and no restart (--max-restarts)"
+    assert (job.done, job.exit_code(), done) == (True, 137, [Alarm(GRACE_S)])
+
+
+@pytest.mark.parametrize(
+    ("events", "code"),
+    [
+        ((Ended(0, 0), Ended(1, -KILL)), 137),  # after one has succeeded
+        ((Ended(1, 2), Ended(0, 1, secondary=True)), 2),  # nothing that a restart would mend
+        ((Ended(SERVICE, -KILL), Ended(0, 1, secondary=True), Ended(1, 1, secondary=True)), 137),
+        ((Interrupted(INT), Ended(0, -INT), Ended(1, -INT)), 130),
+    ],
+)
+def test_what_an_elastic_job_does_not_survive(events: tuple[Event, ...], code: int) -> None:
+    """It ends as others do: nothing is started again."""
+    job, done, said = elastic(2, 1, 3, *events)
+    assert (job.exit_code(), said) == (code, [])
+    assert not any(isinstance(effect, Restart) for effect in done)
+
+
+def test_a_host_of_an_elastic_job_is_lost() -> None:
+    """Nobody could start its ranks again: the others go on, if they are enough."""
+    gone = Ended(LAUNCHER - 1, -KILL, host="two", takes=frozenset({2, 3}))
+    job, done, said = elastic(4, 2, 3, gone, Ended(0, 0), Ended(1, 0))
+    assert (job.done, job.exit_code(), done) == (True, 0, [])
+    assert said == [f"{gone}; the job goes on with 2 ranks (--elastic)"]
+    assert elastic(4, 3, 3, gone)[0].phase is Phase.GRACE

@@ -219,3 +219,20 @@ def test_an_answer_is_put_together_from_its_parts() -> None:
     answer = assembler.add(pb.ExchangeResponse(part=pb.Part(data=b"e")))
     assert answer is not None
     assert (answer.response, bytes(answer.data)) == (first, b"abcde")
+
+
+def test_in_an_elastic_job_it_comes_back_under_the_rank_that_it_was_given() -> None:
+    """The service chooses rank and world size; one that does not know elastic jobs chooses none, and is refused."""
+    join = pb.Join(job="j", rank=5, world_size=6, elastic=pb.Elastic(min=1, max=9))
+    session = Session("h:1", join, 300.0, 0.0)
+    session.handle(happened.Begin(), 0.0)
+    session.handle(happened.Joined(1, 3, durable=True, rank=2, world_size=4), 0.0)
+    disconnect(session, 1.0)
+    (opened,) = session.handle(happened.PauseOver(), 1.1)
+    assert isinstance(opened, do.Open)
+    again = opened.requests[0].join
+    assert (again.rank, again.world_size, again.elastic.max, again.resume.generation) == (2, 4, 9, 3)
+    older = Session("h:1", join, 300.0, 0.0)
+    older.handle(happened.Begin(), 0.0)
+    assert older.handle(happened.Joined(1, 3, durable=True), 0.0) == [do.HangUp()]
+    assert str(older.error).startswith("The service at h:1 does not know elastic jobs: use a newer one")

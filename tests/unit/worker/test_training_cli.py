@@ -52,8 +52,9 @@ def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.Monkey
 
 ACCEPTED = (
     "address, batch-size, beta-constraint, beta-regularizer, bn-momentum, classes, data, decay, decay-epochs, dry-run, "
-    "dtype, early-stop, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, hostfile, hosts, init-from, "
-    "insecure, job, last-batch, learning-rate, momentum, nnodes, node-rank, rendezvous, report, resume, save, "
+    "dtype, early-stop, elastic, epochs, epsilon, gamma-constraint, gamma-regularizer, hidden, hostfile, hosts, "
+    "init-from, insecure, job, last-batch, learning-rate, max-restarts, momentum, nnodes, "
+    "node-rank, rendezvous, report, resume, save, "
     "save-every, schedule, seed, ssh, steps, summary, tensorboard, transport, validation-split, "
     "warmup-steps, weight-decay, workers."
 )
@@ -131,6 +132,35 @@ def test_a_file_that_is_not_there(command: Command) -> None:
 def test_options_that_cannot_work(arguments: list[str], line: str, command: Command) -> None:
     """Said before anything is started."""
     assert command("train", *arguments) == (2, "", f"bnlayer: train: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            ["--workers=2", "--elastic=1:2", "--transport=mpi"],
+            (
+                "bnlayer: train: --elastic needs the statistics service, received transport mpi: there the loss of a "
+                "rank ends the job. Leave out --transport, or start the job again from its checkpoint (--resume).\n"
+            ),
+        ),
+        (["--elastic=2"], "bnlayer: train: --elastic: expected MIN:MAX, such as 2:8, received '2'.\n"),
+        (["--elastic=2:4"], "bnlayer: train: --elastic 2:4: expected 2 to 4 ranks to start with, received 1.\n"),
+    ],
+)
+def test_an_elastic_run_that_cannot_be(options: list[str], line: str, command: Command) -> None:
+    """It is told before anything is started."""
+    assert command("train", *options) == (2, "", line)
+
+
+def test_an_elastic_run_under_another_launcher(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would start no rank again."""
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    code, _, err = command("train", "--elastic=1:2")
+    assert code == 2
+    assert err.startswith("bnlayer: train: --elastic 1:2, but ")
+    assert "started this process as rank 0, and starts no rank again: leave it out, or let bnlayer start" in err
 
 
 def test_a_file_that_is_no_checkpoint(command: Command) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bnworker.cli.elasticity import Elasticity
 from bnworker.cli.errors import CommandError
 from bnworker.cli.hosts import Hosts
 from bnworker.cli.options import address_of_service, given, with_options
@@ -23,7 +24,7 @@ class LaunchTransport(StrEnum):
     mpi = "mpi"
 
 
-@with_options(Hosts)
+@with_options(Hosts, Elasticity)
 def launch(
     context: typer.Context,
     command: Annotated[
@@ -96,6 +97,9 @@ def launch(
     a second one kills them. SIGUSR1 and SIGUSR2 are passed on. Nothing is left running, background processes of the
     ranks included.
 
+    With `--elastic 2:8` the job goes on when ranks are lost, and others may join: the program then calls
+    `bnworker.elastic()`. Lost ranks are started again, `--max-restarts` of them.
+
     Each rank finds BNLAYER_TRANSPORT, BNLAYER_RANK, BNLAYER_WORLD_SIZE, BNLAYER_JOB and, with a service,
     BNLAYER_ADDRESS.
     """
@@ -103,10 +107,10 @@ def launch(
     from bnworker.launcher import launch as run
 
     used = address_of_service(context, address, transport)
-    hosts = given(context, Hosts)
+    hosts, elastic = given(context, Hosts), given(context, Elasticity)
     if listed := hosts.listed("launch", ranks):
         options: dict[str, object] = {"transport": transport.value, "job": job, "address": used, "wait": wait}
-        options |= {"grace": grace, "timestamps": timestamps, "log-dir": log_dir}
+        options |= {"grace": grace, "timestamps": timestamps, "log-dir": log_dir, **elastic.given}
         raise typer.Exit(_launch_over_ssh(hosts.remote(listed, tuple(command or ()), options)))
     place = None if first_rank is None or world_size is None else (first_rank, world_size)
     several = hosts.several("launch", ranks, wait, place=place, attached=attached)
@@ -121,6 +125,8 @@ def launch(
             grace_s=grace,
             stop_s=stop,
             several=several,
+            elastic=elastic.limits,
+            max_restarts=elastic.max_restarts,
         )
         code = run(described, Output(timestamps, log_dir))
     except LaunchError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from bnlayer import CollectiveError
+from bnlayer import CollectiveError, RegroupError
+from bnlayer.environment import variable
 from bnworker.cli.display import Display
 from bnworker.cli.errors import RESUMABLE, CommandError
 from bnworker.cli.files import Files
 from bnworker.cli.interruption import Interruption, ignore_batch_systems
+from bnworker.elastic_job import elastic
 from bnworker.joining import join
+from bnworker.limits import VARIABLE
 from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
 from bnworker.train.data import DataError, Dataset, listed, load
+from bnworker.train.elastic import Kept
 from bnworker.train.events import Event
 from bnworker.train.files import write_atomically
 from bnworker.train.initial import Sizes
@@ -62,6 +67,9 @@ def run(
         CommandError: joining failed, the data or the checkpoint is bad, or a file cannot be written.
         typer.Exit: training failed; it was said why.
     """
+    if variable(os.environ, VARIABLE) is not None:
+        _run_elastic(data, settings, address=address, job=job, files=files)
+        return
     try:
         # Floats in rank order: over MPI too, the result then is the service's, and a resumed run's that of another.
         world = join(transport=transport, address=address or None, job=job or None, deterministic=True)
@@ -72,6 +80,25 @@ def run(
     first = world.rank == 0 and replica.index == 0
     with world:
         problem = _train(data, settings, world, replica, files, first=first)
+    _end(problem, first=first)
+
+
+def _run_elastic(data: str, settings: Settings, *, address: str | None, job: str | None, files: Files) -> None:
+    """The same as one of the ranks of an elastic job, which may change while it runs."""
+    kept, problem, first = Kept(), None, False
+    try:
+        for generation in elastic(kept, address=address or None, job=job or None):
+            with generation as world:
+                first = world.rank == 0
+                problem = _train(data, settings, world, Replica(), files, first=first, kept=kept)
+    except CollectiveError as error:
+        raise CommandError(f"train: {type(error).__name__}: {error}", 1) from None
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise CommandError(f"train: {error}") from None
+    _end(problem, first=first)
+
+
+def _end(problem: DataError | CheckpointError | WeightFileError | _Stopped | None, *, first: bool) -> None:
     if isinstance(problem, _Stopped):
         raise typer.Exit(problem.code)
     if problem is not None:
@@ -82,13 +109,20 @@ def run(
 
 
 def _train(
-    data: str, settings: Settings, world: World, replica: Replica, files: Files, *, first: bool
+    data: str,
+    settings: Settings,
+    world: World,
+    replica: Replica,
+    files: Files,
+    *,
+    first: bool,
+    kept: Kept | None = None,
 ) -> DataError | CheckpointError | WeightFileError | _Stopped | None:
     """Train, show and write; returns what every rank finds wrong with what the user gave, or that it was stopped."""
     recorder: Recorder | None = None
     interruption = Interruption()
     try:
-        start = read_by_first(world, files.save) if files.resume and files.save is not None else None
+        start = _start(world, files, kept)
         loaded = load(
             data,
             settings.dtype,
@@ -124,6 +158,7 @@ def _train(
                     initial=initial,
                     saving=saving,
                     stop=interruption.asked,
+                    keep=None if kept is None else kept.keep,
                 )
             except StoppedError as error:
                 outcome = error
@@ -133,6 +168,8 @@ def _train(
     except (DataError, CheckpointError, WeightFileError) as error:
         _report_failure(recorder, data, settings, world, str(error))
         return error
+    except RegroupError:  # the ranks of an elastic job go on
+        raise
     except (CollectiveError, DivergedError) as error:
         # Printed here, because leaving a broken MPI world may end the process.
         rank = replica.index if replica.count > 1 else world.rank
@@ -143,6 +180,13 @@ def _train(
     if recorder is not None:
         _finish(outcome, world, replica, settings, data, files, display, recorder)
     return None
+
+
+def _start(world: World, files: Files, kept: Kept | None) -> Checkpoint | None:
+    """Where to go on: from what the ranks of an elastic job had, or the file; None: from the beginning."""
+    if kept is not None and kept.checkpoint is not None:
+        return kept.checkpoint
+    return read_by_first(world, files.save) if files.resume and files.save is not None else None
 
 
 def _agreed(world: World, received: signal.Signals | None) -> signal.Signals:

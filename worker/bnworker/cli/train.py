@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnworker.cli import configuration
+from bnworker.cli.elasticity import Elasticity
 from bnworker.cli.errors import EXPLAINED, RESUMABLE, CommandError
 from bnworker.cli.files import Files
 from bnworker.cli.hosts import Hosts
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 # From Ctrl-C to SIGKILL: a step is ended, a checkpoint and a report are written; Kubernetes' own patience. A second
 # Ctrl-C kills at once.
 _STOP_S = 30.0
-_OF_THE_LAUNCHER = ("config", "dry_run", *names(Ranks, Hosts))  # not passed on to ranks
+_OF_THE_LAUNCHER = ("config", "dry_run", *names(Ranks, Hosts, Elasticity))  # not passed on to ranks
 
 
-@with_options(Ranks, Hosts, Settings, Files)
+@with_options(Ranks, Hosts, Elasticity, Settings, Files)
 def train(
     context: typer.Context,
     data: Annotated[
@@ -68,6 +69,10 @@ def train(
 
     `bnlayer train --workers 3 --save out/digits.safetensors --save-every 100 --resume`
 
+    One that goes on when workers are lost, with two or more, and starts them again:
+
+    `bnlayer train --workers 4 --elastic 2:4`
+
     One that begins where a Keras or torch model of this form is, or an export of ours:
 
     `bnlayer train --data digits --init-from model.keras`
@@ -89,11 +94,17 @@ def train(
     from bnlayer.environment import variable
     from bnworker.cli.checks import refuse_what_cannot_work
     from bnworker.cli.rank import run
+    from bnworker.limits import VARIABLE as ELASTIC
     from bnworker.train.loop import Replica
 
     ranks, files = given(context, Ranks), given(context, Files)
     address = address_of_service(context, ranks.address, ranks.transport)
-    rank = _rank(os.environ, ranks.workers)
+    rank, elastic = _rank(os.environ, ranks.workers), given(context, Elasticity)
+    if elastic.elastic is not None and rank is not None and variable(os.environ, ELASTIC) is None:
+        raise CommandError(
+            f"train: --elastic {elastic.elastic}, but {rank.source} started this process as rank {rank.rank}, and "
+            "starts no rank again: leave it out, or let bnlayer start the ranks: train --workers."
+        )
     settings = given(context, Settings)
     alone = ranks.transport is TrainTransport.none or (
         ranks.transport is None and variable(os.environ, "BNLAYER_TRANSPORT") == "alone"
@@ -109,7 +120,7 @@ def train(
             _show(data, settings, many, str(ranks.transport or TrainTransport.service), start)
         return
     if launching:
-        raise typer.Exit(_launch(context, ranks, hosts, address))
+        raise typer.Exit(_launch(context, ranks, hosts, elastic, address))
     run(
         data,
         settings,
@@ -164,7 +175,7 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
         raise CommandError(f"train: {error}") from None
 
 
-def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, address: str | None) -> int:
+def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, elastic: Elasticity, address: str | None) -> int:
     """Run this command again as each of the ranks."""
     from bnworker.launcher import Job, LaunchError, launch
     from bnworker.launcher.remote import launch as launch_over_ssh
@@ -174,7 +185,13 @@ def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, address: str | N
     kind = "alone" if transport is TrainTransport.none else transport.value
     try:
         if listed := hosts.listed("train", workers):
-            options = {"transport": kind, "job": ranks.job or None, "address": address, "stop": _STOP_S}
+            options = {
+                "transport": kind,
+                "job": ranks.job or None,
+                "address": address,
+                "stop": _STOP_S,
+                **elastic.given,
+            }
             return launch_over_ssh(hosts.remote(listed, command, options))
         return launch(
             Job(
@@ -189,6 +206,9 @@ def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, address: str | N
                 explained=EXPLAINED,
                 resumable=RESUMABLE,
                 several=hosts.several("train", workers, 0.0),
+                elastic=elastic.limits,
+                max_restarts=elastic.max_restarts,
+                final=frozenset({2, RESUMABLE}),
             )
         )
     except LaunchError as error:

@@ -18,7 +18,7 @@ from bnworker.launcher.reactor import Reactor
 from bnworker.launcher.starting import Job, LaunchError
 from bnworker.launcher.supervision import LAUNCHER, Ended
 
-VERSION = 1  # of the messages
+VERSION = 2  # of the messages
 
 _PAUSE_S = 0.2  # between attempts to reach node 0
 _ATTEMPT_S = 2.0
@@ -123,6 +123,12 @@ class Head:
         for peer in self._peers.values():
             peer.link.send(kind="signal", number=number)
 
+    def restart(self, rank: int, number: int) -> None:
+        """Have a rank on another host started again, in an elastic job."""
+        for peer in self._peers.values():
+            if rank in peer.ranks:
+                peer.link.send(kind="restart", rank=rank, number=number)
+
     def refuse(self, text: str, code: int) -> None:
         """The job can't begin."""
         for peer in self._peers.values():
@@ -195,6 +201,7 @@ class Member:
         reactor: waits for node 0.
         job: of this host.
         told_to_signal: called with a signal that the ranks here shall get.
+        told_to_restart: called with a rank here that shall be started again, and the number of that restart.
         lost: called when node 0 is gone.
         started: the job's name and the service's address, once node 0 has sent them.
         refusal: why the job can't begin.
@@ -205,6 +212,7 @@ class Member:
     reactor: Reactor
     job: Job
     told_to_signal: Callable[[int], None]
+    told_to_restart: Callable[[int, int], None]
     lost: Callable[[], None]
     started: tuple[str, str] | None = None
     refusal: LaunchError | None = None
@@ -281,6 +289,8 @@ class Member:
                 self.refusal = LaunchError(text, code)
             case {"kind": "signal", "number": int(number)}:
                 self.told_to_signal(number)
+            case {"kind": "restart", "rank": int(rank), "number": int(number)} if rank in self.job.local_ranks:
+                self.told_to_restart(rank, number)
             case {"kind": "exit", "code": int(code), "cause": str(cause)}:
                 self.exit = code, cause
             case _:

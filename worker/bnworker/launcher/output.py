@@ -68,6 +68,14 @@ class Log:
         """Close it."""
         self._file.close()
 
+    def go_on(self) -> None:
+        """Open it again, after another process of the same rank."""
+        if self._file.closed:
+            try:
+                self._file = self._path.open("ab", buffering=0)
+            except OSError as error:
+                self._failed(f"{self._path}: {error.strerror}; what follows is on the screen alone")
+
 
 class _Screen:
     """A stream as lines with their heads, for a sink or a log."""
@@ -115,6 +123,8 @@ class Outputs:
         """Pass on a rank's output; kind is "out" or "err"."""
         sink, style = (self._out, self._out_style) if kind == "out" else (self._err, self._err_style)
         log = self._logs.get(f"rank-{rank}.{kind}")
+        if log is not None:
+            log.go_on()
         label = f"[{self._host}:{rank}]" if self._host else f"[{rank}]"
         shown = _Screen(sink.put, style, label, rank)
         self._stream(descriptor, sink, [log, shown] if log is not None else [shown])

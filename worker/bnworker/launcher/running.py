@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bnworker.failure_marker import FOLDER, is_marked, left_open
+from bnworker.failure_marker import FOLDER, forget, is_marked, left_open
 from bnworker.launcher import starting
 from bnworker.launcher.command import foreign_python
 from bnworker.launcher.guardian import sweep
@@ -35,13 +35,16 @@ from bnworker.launcher.supervision import (
     MPIEXEC,
     SERVICE,
     Alarm,
+    Elastic,
     Ended,
     Event,
     Interrupted,
     Phase,
+    Restart,
     SendSignal,
     Supervision,
     TimeUp,
+    after_a_loss,
 )
 
 # Python, NumPy and gRPC on a cold disk beside busy ranks; a start takes half a second otherwise.
@@ -120,11 +123,17 @@ class _Run:
             Head(self.reactor, job, self._ended_elsewhere, self.signalled) if several and not several.node else None
         )
         self._member = (
-            Member(self.reactor, job, self._send_signal, self._abandoned) if several and several.node else None
+            Member(self.reactor, job, self._send_signal, self._restart, self._abandoned)
+            if several and several.node
+            else None
         )
         self._host = os.uname().nodename if several else ""
         self._said: set[str] = set()
         self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s, resumable=job.resumable)
+        if job.elastic is not None and self._member is None:  # node 0 decides
+            fewest = job.elastic.minimum if job.embeds_service else 1
+            self.supervision = replace(self.supervision, elastic=Elastic(fewest, job.max_restarts, job.final))
+        self._inner: dict[str, str] = {}
         self._job = job
         self._log_dir = output.log_dir
         self._outputs = Outputs(self.reactor, job, output, environ, self._unread)
@@ -148,13 +157,26 @@ class _Run:
         if job.transport == "mpi":
             self._start_mpi(inner)
             return
+        self._inner = inner
         for rank in job.local_ranks:
-            foreground = job.foreground and rank == 0 and self._log_dir is None
-            process = starting.start_rank(job, rank, inner, foreground=foreground)
-            self._supervise(rank, process)
-            for pipe, kind in ((process.stdout, "out"), (process.stderr, "err")):
-                if pipe is not None:
-                    self._outputs.rank(starting.detach(pipe), rank, kind)
+            self._start_rank(rank)
+
+    def _start_rank(self, rank: int, restarts: int = 0) -> None:
+        foreground = self._job.foreground and rank == 0 and self._log_dir is None
+        process = starting.start_rank(self._job, rank, self._inner, foreground=foreground, restarts=restarts)
+        self._supervise(rank, process)
+        for pipe, kind in ((process.stdout, "out"), (process.stderr, "err")):
+            if pipe is not None:
+                self._outputs.rank(starting.detach(pipe), rank, kind)
+
+    def _restart(self, rank: int, number: int) -> None:
+        """Start a rank of an elastic job again."""
+        if rank not in self._job.local_ranks:
+            assert self._head is not None
+            self._head.restart(rank, number)
+        elif not self._finishing:
+            forget(self.folder, rank)
+            self._start_rank(rank, number)
 
     def _agreed(self, environ: Mapping[str, str]) -> tuple[str, str | None] | None:
         """The job's name and the service's address, once all launchers are there; None if a signal came first."""
@@ -299,10 +321,12 @@ class _Run:
 
     def _ended_elsewhere(self, end: Ended) -> None:
         """Node 0: a rank on another host has ended, or its launcher is gone."""
-        if end.who <= LAUNCHER:
-            self._hurry()
         if not self._finishing:
+            if end.who <= LAUNCHER and not self.supervision.can_lose(end):
+                self._hurry()
             self._handle(end)
+        elif end.who <= LAUNCHER:
+            self._hurry()
 
     def _abandoned(self) -> None:
         """Another node: the launcher of node 0 is gone."""
@@ -331,13 +355,8 @@ class _Run:
                 self._member.ended(event)
             elif isinstance(event, Interrupted):
                 self._member.interrupted(event.signal)
-        counted = len(self.supervision.ended) > len(before.ended)
-        if isinstance(event, Ended) and counted and event.failed and event.status not in self._job.explained:
-            self._said.add(str(event))
-            self._outputs.announce(str(event))
-            if event.status == 1 and self._advice is not None:  # an uncaught exception
-                self._outputs.announce(self._advice)
-                self._advice = None
+        if isinstance(event, Ended):
+            self._announce(event, before)
         self._name_unreported(before)
         for effect in effects:
             match effect:
@@ -345,6 +364,20 @@ class _Run:
                     self._send_signal(number)
                 case Alarm(seconds):
                     self.reactor.ring(seconds, lambda: self._handle(TimeUp()))
+                case Restart(rank, number):
+                    self._restart(rank, number)
+
+    def _announce(self, end: Ended, before: Supervision) -> None:
+        """Say how a process failed, and what becomes of the job."""
+        counted = len(self.supervision.ended) > len(before.ended)
+        if counted and end.failed and end.status not in self._job.explained:
+            self._said.add(str(end))
+            self._outputs.announce(str(end))
+            if end.status == 1 and self._advice is not None:  # an uncaught exception
+                self._outputs.announce(self._advice)
+                self._advice = None
+        if text := after_a_loss(before, self.supervision, end):
+            self._outputs.announce(text)
 
     def _name_unreported(self, before: Supervision) -> None:
         """Report the ranks that mpiexec ended, unless another rank's failure explains it."""

@@ -25,6 +25,7 @@ from bnworker.failure_marker import FOLDER
 from bnworker.launcher import mpi
 from bnworker.launcher.command import NOT_EXECUTABLE, refusal
 from bnworker.launcher.supervision import GRACE_S
+from bnworker.limits import RESTARTED, VARIABLE, Limits
 from bnworker.own_service import daemon_environment, refuse_credentials
 
 _HERE = Path(__file__).parent
@@ -92,6 +93,9 @@ class Job:
         explained: exit codes whose reason the ranks print themselves: the launcher prints no line for them.
         resumable: the exit code of ranks that a signal stopped, and that can be resumed; None: they have none.
         several: where this host stands among several; None: it is the only one.
+        elastic: how many ranks the job may have; None: as many as are started.
+        max_restarts: how many of an elastic job's ranks are started again after they were lost.
+        final: exit codes of ranks that starting them again would not mend.
     """
 
     command: tuple[str, ...]
@@ -107,6 +111,9 @@ class Job:
     explained: frozenset[int] = frozenset()
     resumable: int | None = None
     several: Several | None = None
+    elastic: Limits | None = None
+    max_restarts: int = 3
+    final: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -122,9 +129,26 @@ class Job:
                 f"several hosts are for transport service, received transport {self.transport}: mpiexec and srun start "
                 "MPI ranks on several hosts themselves."
             )
+        if self.elastic is not None:
+            self._check_elastic(self.elastic)
         for name, seconds in (("wait", self.wait_s), ("grace", self.grace_s)):
             if not 0 <= seconds < math.inf:
                 raise LaunchError(f"--{name}: expected a number of seconds, 0 or more, received {seconds:g}.")
+
+    def _check_elastic(self, limits: Limits) -> None:
+        if self.transport != "service":
+            raise LaunchError(
+                f"--elastic needs the statistics service, received transport {self.transport}: there the loss of a "
+                "rank ends the job. Leave out --transport, or start the job again from its checkpoint (--resume)."
+            )
+        if self.max_restarts < 0:
+            raise LaunchError(f"--max-restarts: expected 0 or more, received {self.max_restarts}.")
+        fewest = limits.minimum if self.address is None else 1  # at a service that runs already others may join it
+        if not fewest <= self.world_size <= limits.maximum:
+            raise LaunchError(
+                f"--elastic {limits}: expected {fewest} to {limits.maximum} ranks to start with, received "
+                f"{self.world_size}."
+            )
 
     @property
     def embeds_service(self) -> bool:
@@ -149,7 +173,7 @@ def environment(job: Job, folder: Path, address: str | None, environ: Mapping[st
     Ranks that an outer launcher announced are taken out: these processes have others. So are credentials where the
     service is this job's own: it speaks plain text, and would be shown what is another service's.
     """
-    outer = {found.variable for found in announced(environ)} | {"PMIX_RANK", "BNLAYER_ADDRESS"}
+    outer = {found.variable for found in announced(environ)} | {"PMIX_RANK", "BNLAYER_ADDRESS", VARIABLE, RESTARTED}
     if job.embeds_service:
         outer |= set(VARIABLES)
     inner = {name: value for name, value in environ.items() if name not in outer}
@@ -161,6 +185,8 @@ def environment(job: Job, folder: Path, address: str | None, environ: Mapping[st
     }
     if address is not None:
         inner["BNLAYER_ADDRESS"] = address
+    if job.elastic is not None:
+        inner[VARIABLE] = str(job.elastic)
     return inner
 
 
@@ -222,10 +248,21 @@ def start_service(job: Job, environ: Mapping[str, str], log: Path | None) -> sub
     return _start(command, daemon_environment(environ), subprocess.PIPE)
 
 
-def start_rank(job: Job, rank: int, environ: Mapping[str, str], *, foreground: bool) -> subprocess.Popen[bytes]:
-    """Start one rank; in the foreground it has the launcher's own output."""
+def start_rank(
+    job: Job, rank: int, environ: Mapping[str, str], *, foreground: bool, restarts: int = 0
+) -> subprocess.Popen[bytes]:
+    """Start one rank; in the foreground it has the launcher's own output.
+
+    Args:
+        job: whose.
+        rank: which.
+        environ: of the job's processes.
+        foreground: whether it does.
+        restarts: of the job's ranks so far, this one included.
+    """
     output = None if foreground else subprocess.PIPE
-    return _start(list(job.command), {**environ, "BNLAYER_RANK": str(rank)}, output)
+    inner = {**environ, "BNLAYER_RANK": str(rank)} | ({RESTARTED: str(restarts)} if restarts else {})
+    return _start(list(job.command), inner, output)
 
 
 def start_mpiexec(job: Job, folder: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -9,6 +9,8 @@ Laws:
    Ranks that the signal made end with the code for "stopped, can be resumed", all of them, speak for the job.
 4. It is 0 only if every rank has reported its own end, with 0 and nothing left open.
 5. What is not in the table cannot happen.
+6. In an elastic job a rank that fails is started again while restarts are left, or the others go on while they are
+   enough; its failure then does not count. This ends with the first rank that succeeds: the job is finished then.
 
 Statuses are those of `subprocess`: an exit code, or minus the number of the signal that killed the process.
 """
@@ -48,6 +50,7 @@ class Happening(StrEnum):
 
     SUCCEEDED = "a process exited with 0"
     FAILED = "a process failed"
+    LOST = "a rank of an elastic job failed, and is started again, or is not needed"
     INTERRUPTED = "the launcher got a signal"
     TIME_UP = "the time of a phase is over"
 
@@ -123,11 +126,40 @@ class Alarm:
     seconds: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Effect: start a rank again.
+
+    Attributes:
+        rank: which.
+        number: of this restart among those of the job, from 1.
+    """
+
+    rank: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Elastic:
+    """What a job may lose.
+
+    Attributes:
+        minimum: of ranks: with fewer it can't go on.
+        restarts: that it may make.
+        final: exit codes of ranks that a restart would not mend.
+    """
+
+    minimum: int
+    restarts: int
+    final: frozenset[int] = frozenset()
+
+
 Event = Ended | Interrupted | TimeUp
-Effect = SendSignal | Alarm
+Effect = SendSignal | Alarm | Restart
 
 _AFTER = {
     (Phase.RUNNING, Happening.SUCCEEDED): Phase.RUNNING,
+    (Phase.RUNNING, Happening.LOST): Phase.RUNNING,
     (Phase.RUNNING, Happening.FAILED): Phase.GRACE,
     (Phase.RUNNING, Happening.INTERRUPTED): Phase.TERMINATING,
     (Phase.GRACE, Happening.SUCCEEDED): Phase.GRACE,
@@ -158,6 +190,8 @@ class Supervision:
         stop_s: seconds that all have after a signal from outside; None: `grace_s`.
         resumable: the exit code of a rank that was stopped and can be resumed; None: there is none.
         stopped: how ranks ended that were asked to.
+        elastic: what the job may lose; None: nothing.
+        restarted: how many ranks were started again.
     """
 
     running: frozenset[int]
@@ -169,6 +203,8 @@ class Supervision:
     stop_s: float | None = None
     resumable: int | None = None
     stopped: frozenset[int] = frozenset()
+    elastic: Elastic | None = None
+    restarted: int = 0
 
     @property
     def seconds_to_kill(self) -> float:
@@ -182,7 +218,10 @@ class Supervision:
 
     def handle(self, event: Event) -> tuple[Supervision, list[Effect]]:
         """The job after an event, and the effects."""
-        phase = _AFTER[self.phase, _happening(event)]
+        happening = _happening(event)
+        if isinstance(event, Ended) and happening is Happening.FAILED and self.can_lose(event):
+            return self._lose(event)
+        phase = _AFTER[self.phase, happening]
         after = replace(self, phase=phase)
         if isinstance(event, Ended):
             counts = phase in (Phase.RUNNING, Phase.GRACE)
@@ -200,6 +239,37 @@ class Supervision:
         if phase is self.phase:
             return after, []
         return after, list(_on_entering(phase, event, self.grace_s, after.seconds_to_kill))
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks run."""
+        return sum(1 for who in self.running if who >= 0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a rank has succeeded: in an elastic job all do together, and nothing is to be gone on with."""
+        return any(not each.failed for each in self.ended)
+
+    def can_lose(self, end: Ended) -> bool:
+        """Whether an elastic job goes on after a failure."""
+        elastic = self.elastic
+        if elastic is None or self.phase is not Phase.RUNNING or LAUNCHER < end.who < 0 or end.status in elastic.final:
+            return False
+        if self.is_finished:
+            return False
+        if end.who >= 0 and self.restarted < elastic.restarts:
+            return True
+        left = {who for who in self.running - end.takes - {end.who} if who >= 0}
+        return len(left) >= elastic.minimum
+
+    def _lose(self, end: Ended) -> tuple[Supervision, list[Effect]]:
+        """A rank of an elastic job, or those of a host, failed."""
+        assert self.elastic is not None
+        phase = _AFTER[self.phase, Happening.LOST]
+        if end.who >= 0 and self.restarted < self.elastic.restarts:
+            number = self.restarted + 1
+            return replace(self, phase=phase, restarted=number), [Restart(end.who, number)]
+        return replace(self, phase=phase, running=self.running - end.takes - {end.who}), []
 
     def exit_code(self) -> int:
         """The launcher's exit code, by law 3."""
@@ -219,6 +289,21 @@ class Supervision:
         if mpiexec is not None and ranks:
             return _confirmed(ranks, mpiexec)
         return _first_cause(failures) if failures else None
+
+
+def after_a_loss(before: Supervision, after: Supervision, end: Ended) -> str:
+    """What becomes of an elastic job after a failure, as text; "" if the failure is none of a job that was going on."""
+    elastic = before.elastic
+    if elastic is None or not end.failed or before.phase is not Phase.RUNNING:
+        return ""
+    if after.restarted > before.restarted:
+        return f"{end}; it is started again (restart {after.restarted} of {elastic.restarts}: --max-restarts)"
+    if after.phase is Phase.RUNNING:
+        return f"{end}; the job goes on with {after.ranks} rank{'s' * (after.ranks != 1)} (--elastic)"
+    if after.ranks >= elastic.minimum or before.is_finished:
+        return ""
+    left = f"{after.ranks} ranks are" if after.ranks != 1 else "1 rank is"
+    return f"{left} left, fewer than the {elastic.minimum} of --elastic, and no restart (--max-restarts)"
 
 
 def _happening(event: Event) -> Happening:

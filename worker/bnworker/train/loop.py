@@ -71,6 +71,10 @@ class Saving:
     every: int | None = None
 
 
+Keep = Callable[[Checkpoint], None]
+"""Keeps the state after a step, in memory, on every rank: in an elastic job the ranks go on from there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What a run leaves.
@@ -115,6 +119,7 @@ def train(
     initial: Mapping[str, NDArray[Any]] | None = None,
     saving: Saving | None = None,
     stop: Callable[[], bool] = lambda: False,
+    keep: Keep | None = None,
 ) -> Outcome:
     """Train; every rank of the world calls it with the same arguments.
 
@@ -128,6 +133,7 @@ def train(
         initial: weights to begin with, as of `Perceptron.begin`; None: drawn by the seed.
         saving: of checkpoints; None: none.
         stop: called in every step: whether this rank shall end; if one shall, all end.
+        keep: in an elastic job: called after every step. Ranks that wait to join are let in at the ends of epochs.
 
     Raises:
         ValueError: the data was loaded for another world, or a regularizer's or constraint's name is unknown.
@@ -142,7 +148,7 @@ def train(
             f"train(data=): it was loaded for rank {data.rank} of {data.world_size}, and this is rank {world.rank} of "
             f"{world.world_size}: expected load(..., world=world)."
         )
-    run = _Run(settings, data, world, replica, watch, saving, start, initial, stop)
+    run = _Run(settings, data, world, replica, watch, saving, start, initial, stop, keep)
     while not run.over:
         run.epoch()
     return run.outcome()
@@ -162,10 +168,11 @@ class _Run:
         start: Checkpoint | None,
         initial: Mapping[str, NDArray[Any]] | None,
         stop: Callable[[], bool],
+        keep: Keep | None,
     ) -> None:
         settings = settings.completed(None if start is None else start.settings)
         self._settings, self._data, self._world, self._replica = settings, data, world, replica
-        self._watch, self._stop = watch, stop
+        self._watch, self._stop, self._keep = watch, stop, keep
         self._saving = saving if world.rank == 0 else None
         self._origin = Origin.of(data)
         self._steps_per_epoch = data.steps_per_epoch(settings.batch_size, settings.last_batch)
@@ -244,6 +251,8 @@ class _Run:
         seconds, waited = 0.0, 0.0
         for _ in range(min(self._steps_per_epoch - first, self._last - self._progress.steps)):
             made = self._step(batches, number)
+            if self._keep is not None:
+                self._keep(self._checkpoint())
             seconds, waited = seconds + made.seconds, waited + made.waiting_seconds
             self._watch(made)
             if self._stopping and not self._at_an_end(number):
@@ -261,6 +270,9 @@ class _Run:
             self._unfinished = evaluated
         self._watch(evaluated)
         self._save()
+        if self._keep is not None:
+            self._keep(self._checkpoint())
+            self._world.admit()
         if self._stopping and not self.over:
             raise StoppedError(self._progress.steps)
 
@@ -328,9 +340,12 @@ class _Run:
     def _save(self) -> None:
         if self._saving is None or self._saved_steps == self._progress.steps:
             return
-        self._saving.write(Checkpoint(self._tensors(), self._progress, self._settings.as_json(), self._origin))
+        self._saving.write(self._checkpoint())
         self._saved_steps = self._progress.steps
         self._watch(Saved(self._progress.steps))
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._tensors(), self._progress, self._settings.as_json(), self._origin)
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         tensors = self._model.tensors(self._progress.steps)

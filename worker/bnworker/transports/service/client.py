@@ -308,7 +308,9 @@ class Client:
             local = attached(response, self._address, self._timeout)
             connection.channel = local or connection.stream
             self._wants_socket = local is not None  # once is enough: each attempt may cost a connection
-        event: Event | None = Joined(connection.number, response.generation, durable=response.joined.durable)
+        joined = response.joined
+        chosen = (joined.rank, joined.world_size) if joined.HasField("rank") else (None, None)
+        event: Event | None = Joined(connection.number, response.generation, joined.durable, *chosen)
         while event is not None:
             actions, event = self._handle(event), None
             for action in actions:

@@ -30,11 +30,14 @@ class Joined:
 
     Attributes:
         durable: whether the service keeps its jobs on disk.
+        rank, world_size: in an elastic job, where the service chooses them; None elsewhere.
     """
 
     connection: int
     generation: int
     durable: bool
+    rank: int | None = None
+    world_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,14 @@ def forked(pid: int, rank: int) -> ServiceError:
     )
 
 
+def not_elastic(address: str) -> ServiceError:
+    """The service is older than elastic jobs."""
+    return ServiceError(
+        f"The service at {address} does not know elastic jobs: use a newer one, or give every rank a fixed place "
+        "(bnworker.join, no --elastic)."
+    )
+
+
 def out_of_step(address: str, answered: int, asked: int) -> ServiceError:
     """The service answered another contribution than the one that waits."""
     return ServiceError(

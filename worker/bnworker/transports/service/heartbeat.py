@@ -68,6 +68,8 @@ class Heartbeat:
         """
         if joined is not None:
             self._lease = joined.joined.lease_ms / 1000 or _FIRST_LEASE_S
+            if joined.joined.HasField("rank"):  # in an elastic job the service chooses it
+                self._request.rank = joined.joined.rank
         self._target = _Target(stub, None if joined is None else joined.boot_id, cut)
         self._woken.set()  # the lease may be shorter than what it sleeps for
 

@@ -93,7 +93,7 @@ class Session:
 
     Args:
         address: of the service, for errors.
-        join: how this rank takes its place.
+        join: how this rank takes its place; gets the rank and world size that the service chooses in an elastic job.
         timeout: seconds to wait for all ranks, for each answer, and for a service that is away.
         now: seconds, on the clock of `handle`.
 
@@ -217,6 +217,10 @@ class Session:
         """The service takes part: it gets what it may lack, then the rank goes on."""
         del now
         actions: list[Action] = []
+        if self._join.HasField("elastic"):
+            if event.rank is None or event.world_size is None:
+                return self._close(explanations.not_elastic(self._address))
+            self._join.rank, self._join.world_size = event.rank, event.world_size
         if self.generation:
             actions.append(Warn(f"rank {self._join.rank} is back at the service at {self._address}"))
         self.generation = self.generation or event.generation

@@ -35,6 +35,8 @@ class ServiceTransport:
         local_socket: whether to exchange over a local socket where the service is on this machine.
         credentials: what is used towards the service.
         left: called once this rank has left.
+        elastic: how many ranks the job may have; the service then chooses the rank, and `world_size` is how many were
+            started together.
 
     Raises:
         CredentialsError: they can't be read, or would cross a network in plain text.
@@ -57,9 +59,8 @@ class ServiceTransport:
         local_socket: bool = True,
         credentials: Credentials = NONE,
         left: Callable[[], None] | None = None,
+        elastic: pb.Elastic | None = None,
     ) -> None:
-        self.rank = rank
-        self.world_size = world_size
         self._pushes = 0
         self._left = left
         join = pb.Join(
@@ -71,9 +72,16 @@ class ServiceTransport:
             join_timeout_ms=max(1, round(timeout * 1000)),
             timeout_ms=max(1, round(timeout * 1000)),
             incarnation=secrets.randbits(63) + 1,
+            elastic=elastic,
         )
         connector = Connector(address, credentials)
         self._client = Client(connector, join, timeout, local_socket=local_socket)
+        self.rank, self.world_size = join.rank, join.world_size  # as joined
+
+    @property
+    def generation(self) -> int:
+        """Of the job: which of its rendezvous this is, from 1."""
+        return self._client.session.generation
 
     def enroll(self, call: Call, state: LayerState) -> Seeded:
         """Enroll a layer with all ranks; returns the owner's state, seeded by rank 0's."""

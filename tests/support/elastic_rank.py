@@ -1,0 +1,78 @@
+"""A rank of an elastic job whose sums are exact: what is lost or doubled anywhere shows in the bits that it ends with.
+
+It kills itself with -9 where `BNLAYER_TEST_KILLS` says so, once each: a list of [slot, step, point], with a folder that
+remembers which were done. Before each the ranks wait, letting others in, until they are as many as were started.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bnworker
+from bnlayer import BatchNormalization
+from support.elastic import BEFORE, BETWEEN, COMMIT_EVERY, SAVED, SUMMED
+
+folder, steps, full = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+slot = int(os.environ["BNLAYER_RANK"])
+kills = json.loads(os.environ.get("BNLAYER_TEST_KILLS", "[]"))
+norm = BatchNormalization(synchronized=True, name="bn", dtype="float64", momentum=0.9)
+norm.build((None, 5))
+state: Any = bnworker.State(layers=[norm], total=np.zeros(5, np.int64), step=0)
+holds = {step - (where == SAVED): number for number, (_, step, where) in enumerate(kills)}
+
+
+def done(step: int) -> bool:
+    """Whether the kill before which the ranks wait at this step was done."""
+    return (folder / f"kill-{holds[step]}").exists()
+
+
+def die_at(point: str) -> None:
+    """If it is planned."""
+    for number, (victim, step, where) in enumerate(kills):
+        mark = folder / f"kill-{number}"
+        if (victim, step, where) == (slot, state.step, point) and not mark.exists():
+            mark.write_text(f"{time.monotonic()} {generation.number}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell(**facts: object) -> None:
+    """A line for the test."""
+    print(json.dumps({"slot": slot, "time": time.monotonic(), **facts}), flush=True)
+
+
+for generation in bnworker.elastic(state, timeout=120):
+    with generation as world:
+        tell(generation=generation.number, rank=world.rank, ranks=world.world_size, step=state.step)
+        begun = state.step
+        while state.step < steps:
+            while state.step in holds and not done(state.step) and world.world_size < full:
+                time.sleep(0.02)
+                world.admit()
+            rows = np.random.default_rng(state.step).integers(-99, 99, (37, 5))
+            mine = rows[world.shard(len(rows))]
+            die_at(BEFORE)
+            y = norm(mine.astype(np.float64), training=True)
+            die_at(BETWEEN)
+            norm.backward(y * mine)
+            (total,) = world.allreduce([mine.sum(axis=0)])
+            die_at(SUMMED)
+            for weight in norm.trainable_weights:
+                assert weight.gradient is not None
+                weight.assign(weight.value - 1e-4 * weight.gradient)
+            state.total = state.total + total
+            state.step += 1
+            if state.step == begun + 1:
+                tell(goes_on=generation.number)
+            state.save()
+            die_at(SAVED)
+            if state.step % COMMIT_EVERY == 0:
+                state.commit()
+        arrays = [state.total, *(weight.numpy() for weight in norm.weights), *norm.state.arrays().values()]
+        tell(ends=hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest(), step=state.step)
