@@ -112,7 +112,9 @@ class Gathering:
         return next(iter(self.calls.values()))
 
     def add(self, rank: int, call: Call, body: Body, now: float, deadline: float) -> None:
-        """A rank calls: the one place where the ranks' sums are added.
+        """A rank calls. The limbs of all ranks are added here, on arrival, and nowhere else.
+
+        Arrays of a plain reduction are kept until all ranks have called; `bnlayer.reduction` adds them in rank order.
 
         Args:
             rank: which.

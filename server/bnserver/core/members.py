@@ -4,7 +4,8 @@ Laws:
 1. A member's presence changes as `PRESENCES` says, and in no other way.
 2. Whatever a rank sends is a sign of life. A connected rank that gives none for a lease counts as frozen.
 3. A slow rank is not a dead one: how long it computes between exchanges is not limited here.
-4. That a rank is dead is decided in `Member.end`, when time passes, and nowhere else.
+4. That a rank is dead is decided in `Member.end`, when time passes. Two need no time: one that can't reconnect
+   (`Generation.away`), and one whose place a new process takes while it is away (`Job._make_room`).
 """
 
 from __future__ import annotations
