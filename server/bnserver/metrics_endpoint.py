@@ -65,14 +65,14 @@ class Endpoint:
         self._server.shutdown()
         self._server.server_close()
 
-    def _answer(self, environ: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
-        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
+    def _answer(self, request: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
+        if request.get("REQUEST_METHOD") not in ("GET", "HEAD"):
             return _said(respond, "405 Method Not Allowed", "Expected GET.")
-        if environ.get("PATH_INFO") != METRICS:
+        if request.get("PATH_INFO") != METRICS:
             return _said(respond, "404 Not Found", f"The metrics are at {METRICS}.")
         covers, admission = _all, self._source.admission
         if admission is not None:
-            outcome = authenticate(admission.grants, METRICS, environ.get("HTTP_AUTHORIZATION"))
+            outcome = authenticate(admission.grants, METRICS, request.get("HTTP_AUTHORIZATION"))
             if isinstance(outcome, Refusal):
                 admission.refused[outcome.blame.value] += 1
                 unknown = outcome.blame is Blame.UNAUTHENTICATED
@@ -81,7 +81,7 @@ class Endpoint:
             covers = outcome.covers
         registry = CollectorRegistry()
         try:
-            return self._scraped(registry, covers, environ, respond)
+            return self._scraped(registry, covers, request, respond)
         except TimeoutError:
             return _said(respond, "503 Service Unavailable", "The service is too busy to look at itself.")
 
@@ -89,7 +89,7 @@ class Endpoint:
         self,
         registry: CollectorRegistry,
         covers: Callable[[str], bool],
-        environ: WSGIEnvironment,
+        request: WSGIEnvironment,
         respond: StartResponse,
     ) -> Iterable[bytes]:
         with self._one_scrape:
@@ -97,7 +97,7 @@ class Endpoint:
             began = time.monotonic()
             try:
                 registry.register(self._source.collector(covers))
-                answer: Iterable[bytes] = make_wsgi_app(registry)(environ, respond)
+                answer: Iterable[bytes] = make_wsgi_app(registry)(request, respond)
             finally:
                 took = time.monotonic() - began
                 self._not_before = began + (1 + _PAUSE) * took
