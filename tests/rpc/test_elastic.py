@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.elastic import RANKS, planned, run
-from support.killing import killed_and_going_on
+from support.killing import KILLS, killed_and_going_on
 from support.processes import arguments, launch, script
 from support.service import daemon
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.rpc
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_ranks_are_killed(kills: int, tmp_path: Path) -> None:
     """With -9, anywhere in a step: the others go on, and with those that are started again make the very same sums."""
     plan, steps = planned(kills, seed=kills)
@@ -32,7 +32,7 @@ def test_ranks_are_killed(kills: int, tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_training_goes_on(kills: int, tmp_path: Path) -> None:
     """`train --elastic`, one rank of four killed after the other: as accurate as a run that nobody disturbed."""
     whole, parts, output = killed_and_going_on(tmp_path, kills, seed=kills)

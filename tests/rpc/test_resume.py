@@ -11,7 +11,7 @@ import pytest
 
 from bnworker.train.checkpoint import read
 from support.disk import disk
-from support.killing import killed_and_resumed, undisturbed
+from support.killing import KILLS, killed_and_resumed, undisturbed
 from support.service import daemon
 from support.training import COMMAND, FIFTY_STEPS, same_result, trained
 
@@ -31,7 +31,7 @@ def test_kills(kills: int, tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_kills_of_the_whole_job(kills: int, tmp_path: Path) -> None:
     """Four ranks, launcher and service at once: weights, statistics and grids are those of the undisturbed run."""
     whole = undisturbed(tmp_path, "service", kills, ranks=4)

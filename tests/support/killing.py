@@ -25,6 +25,9 @@ _OPTIONS = ("--data=digits", "--epochs=1000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
 _KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
+# Of the campaigns that `make test-long` runs: KILLS=20 make test-long takes half an hour.
+KILLS = int(os.environ.get("KILLS", "5"))
+
 _LIMIT_S = 150.0
 _LAUNCHER, _ALL = -1, -2  # victims that are no rank; all: every rank, the launcher and the service
 
