@@ -19,9 +19,10 @@ from typing import Any
 import grpc.aio
 
 from bnproto.channel import OBSERVATION_NAME
-from bnproto.failures import DETAILS_KEY, status_of
+from bnproto.failures import status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import Blame, Grant, Grants, Refusal, authenticate, authorize, need_of
+from bnserver.grpc_channel import abort
 from bnserver.unjoined import JOIN_WITHIN_S
 
 _REASONS = {
@@ -173,8 +174,7 @@ class Admission(grpc.aio.ServerInterceptor):
         """End a call; never returns."""
         self.refused[refusal.blame.value] += 1
         self._say(f"refused {context.peer()}: {refusal.text}")
-        status = status_of(pb.Failure(reason=_REASONS[refusal.blame], text=refusal.text))
-        await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))
+        await abort(context, status_of(pb.Failure(reason=_REASONS[refusal.blame], text=refusal.text)))
 
     def _say(self, text: str) -> None:
         now = time.monotonic()

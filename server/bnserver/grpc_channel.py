@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 import grpc.aio
 
@@ -18,6 +19,19 @@ from bnserver.failpoints import Failpoints
 
 Context = grpc.aio.ServicerContext[pb.ExchangeRequest, pb.ExchangeResponse]
 Requests = AsyncIterator[pb.ExchangeRequest]
+
+
+async def abort(context: Any, status: StatusParts) -> None:
+    """End a call with an error; never returns.
+
+    Args:
+        context: of any call.
+        status: why.
+
+    Raises:
+        grpc.aio.AbortError: always.
+    """
+    await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))
 
 
 class GrpcChannel:
@@ -66,4 +80,4 @@ class GrpcChannel:
             elif message is None:
                 return
             else:
-                await context.abort(message.code, message.message, ((DETAILS_KEY, message.details),))
+                await abort(context, message)

@@ -93,7 +93,7 @@ class Endpoint:
         respond: StartResponse,
     ) -> Iterable[bytes]:
         with self._one_scrape:
-            time.sleep(max(self._not_before - time.monotonic(), 0.0))
+            time.sleep(max(self._not_before - time.monotonic(), 0.0))  # however many scrape, a core is theirs in part
             began = time.monotonic()
             try:
                 registry.register(self._source.collector(covers))

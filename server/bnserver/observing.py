@@ -18,7 +18,7 @@ from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 from bnproto.arrays import pack
 from bnproto.calls import direction_of, operation_of
-from bnproto.failures import DETAILS_KEY, status_of
+from bnproto.failures import status_of
 from bnproto.v1 import observation_pb2 as pb
 from bnproto.v1 import observation_pb2_grpc as rpc
 from bnproto.v1 import statistics_pb2 as wire
@@ -26,6 +26,7 @@ from bnserver.admission import grant_of_call
 from bnserver.core.generation import Phase
 from bnserver.core.observation import JobObservation, RankObservation
 from bnserver.core.recovery import RecoveryError
+from bnserver.grpc_channel import abort
 from bnserver.job_file import StoreError
 from bnserver.servicer import Servicer
 
@@ -185,5 +186,4 @@ def _rank(seen: RankObservation) -> pb.JobRank:
 
 async def _refuse(context: _ReadContext, reason: wire.ErrorReason.ValueType, text: str) -> None:
     """End a call; never returns."""
-    status = status_of(wire.Failure(reason=reason, text=text))
-    await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))
+    await abort(context, status_of(wire.Failure(reason=reason, text=text)))

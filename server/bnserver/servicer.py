@@ -17,7 +17,7 @@ from typing import Any
 from bnlayer.reduction import reduce_in_rank_order
 from bnlayer.state import LayerState
 from bnproto.arrays import WireError
-from bnproto.failures import DETAILS_KEY, StatusParts, status_of
+from bnproto.failures import StatusParts, status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.bytes_in_flight import BytesInFlight
@@ -49,7 +49,7 @@ from bnserver.core.service import Service
 from bnserver.core.suspend_aware_clock import TICK_S, SuspendAwareClock
 from bnserver.counts import Counts
 from bnserver.failpoints import Failpoints
-from bnserver.grpc_channel import Context, GrpcChannel, Requests
+from bnserver.grpc_channel import Context, GrpcChannel, Requests, abort
 from bnserver.job_file import StoreError
 from bnserver.local_listener import LocalListener
 from bnserver.logs import fields
@@ -233,7 +233,9 @@ class Servicer(rpc.StatisticsServiceServicer):
         """One rank's stream, from join to leave."""
         number = len(self._connections) + 1
         if number > self._quotas.connections:
-            await _refuse(context, exceeded("connections", self._quotas.connections, number, "--max-connections"))
+            text = exceeded("connections", self._quotas.connections, number, "--max-connections")
+            refused = f"The service refused this connection: {text}."
+            await abort(context, status_of(pb.Failure(reason=pb.ERROR_REASON_QUOTA, text=refused)))
         stream = GrpcChannel()
         connection = self._connect(stream)
         reading = asyncio.create_task(self._read(connection, request_iterator))
@@ -266,17 +268,20 @@ class Servicer(rpc.StatisticsServiceServicer):
         assembler = RequestAssembler(connection.account)
         try:
             async for message in requests:
-                self._unjoined.remove(connection)
                 whole = assembler.add(message)
                 if whole is None:
                     continue
-                if message.HasField("join") and self._saving is not None:
-                    if not await self._recall(self._saving, connection, message.join.job):
-                        return
+                if not message.HasField("join"):
+                    connection.receive(*whole)
+                    continue
+                self._unjoined.remove(connection)
+                if self._saving is None:
+                    connection.receive(*whole)
+                elif await self._recall(self._saving, connection, message.join.job):
                     connection.receive(*whole)
                     self._saving.release(message.join.job)
                 else:
-                    connection.receive(*whole)
+                    return
         except (WireError, QuotaError) as error:
             connection.garbled(error)
             return
@@ -440,9 +445,3 @@ def _send(messages: Messages, connections: Sequence[Connection]) -> None:
     for connection in connections:
         connection.traffic.sent += size
         connection.answer(messages)
-
-
-async def _refuse(context: Context, text: str) -> None:
-    """End a stream before it begins; never returns."""
-    status = status_of(pb.Failure(reason=pb.ERROR_REASON_QUOTA, text=f"The service refused this connection: {text}."))
-    await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))

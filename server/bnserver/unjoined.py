@@ -13,12 +13,10 @@ from bnserver.connection import Connection
 
 JOIN_WITHIN_S = 5.0
 MOST = 512  # at a time; all ranks of a large job may connect at once
-_LATE = f"Expected a join within {JOIN_WITHIN_S:g} s of opening the stream, received nothing."
-_TOO_MANY = f"More than {MOST} streams are open whose ranks have not joined: the oldest is closed. Try again."
 
 
 class Unjoined:
-    """Ends connections whose rank sends nothing.
+    """Ends connections whose rank sends no join.
 
     Args:
         join_within_s: seconds that each has.
@@ -32,13 +30,17 @@ class Unjoined:
 
     def add(self, connection: Connection) -> None:
         """A stream was opened."""
-        timer = asyncio.get_running_loop().call_later(self._join_within_s, self._end, connection, _LATE)
+        late = f"Expected a join within {self._join_within_s:g} s of opening the stream, received none."
+        timer = asyncio.get_running_loop().call_later(self._join_within_s, self._end, connection, late)
         self._timers[connection] = timer
         if len(self._timers) > self._most:
-            self._end(next(iter(self._timers)), _TOO_MANY)
+            text = (
+                f"More than {self._most} streams are open whose ranks have not joined: the oldest is closed. Try again."
+            )
+            self._end(next(iter(self._timers)), text)
 
     def remove(self, connection: Connection) -> None:
-        """Its first message has arrived, or it has ended; more than once does nothing."""
+        """Its rank has sent a join, or it has ended; more than once does nothing."""
         timer = self._timers.pop(connection, None)
         if timer is not None:
             timer.cancel()

@@ -24,7 +24,7 @@ _ELASTIC_STEPS_PER_KILL = 100  # while a rank is started again, the others go on
 _OPTIONS = ("--data=digits", "--epochs=1000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
-_KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits, and no compiler to be loaded by every process
+_KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits in slower steps: a kill falls within one more often
 # Of the campaigns that `make test-long` runs: KILLS=20 make test-long takes half an hour.
 KILLS = int(os.environ.get("KILLS", "5"))
 

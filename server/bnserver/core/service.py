@@ -159,7 +159,8 @@ class Service:
             return self._unseated(event)
         generation, rank = seat.generation, seat.rank
         generation.members.here[rank].last_seen = now
-        event = self._within_quota(seat.job, event)
+        if isinstance(event, Push) or (isinstance(event, Contribute) and event.call.operation is Operation.ENROLL):
+            event = self._within_quota(seat.job, event)
         match event:
             case Contribute():
                 effects = generation.contribute(rank, event, now)
@@ -181,15 +182,10 @@ class Service:
             self._note(seat.job)
         return effects
 
-    def _within_quota(self, job: Job, event: _Seated) -> _Seated:
-        """The event; or, if it would add a layer to a job that has all it may have, what takes its place."""
+    def _within_quota(self, job: Job, event: Contribute | Push) -> Contribute | Push | Malformed:
+        """A push or an enrolment; or what takes its place, if it would add a layer to a job that may have no more."""
         call = event.call if isinstance(event, Contribute) else None
-        if isinstance(event, Push):
-            layer = event.layer
-        elif call is not None and call.operation is Operation.ENROLL:
-            layer = call.key.layer or ""
-        else:
-            return event
+        layer = event.layer if isinstance(event, Push) else event.call.key.layer or ""
         if len(job.layers) < self._quotas.layers or job.layers.pulled(layer) is not None:
             return event
         text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")

@@ -54,8 +54,12 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
     """
     try:
         match event:
-            case Contribute():
-                _check_contribution(event, world_size)
+            case Contribute() if event.sequence < 1:
+                raise RefusedError(f"expected the number of a contribution, 1 or more, received {event.sequence}")
+            case Contribute() if isinstance(event.call.signature, LayerSignature):
+                _check_layer(event.call, event.call.signature, event.body)
+            case Contribute() if isinstance(event.call.signature, PlainSignature):
+                _check_plain(event.call, event.call.signature, event.body, world_size)
             case Join():
                 _check_join(event)
             case Pull():
@@ -69,16 +73,6 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
 
 
 # ---- one check for each kind of request ----
-
-
-def _check_contribution(event: Contribute, world_size: int) -> None:
-    call, signature = event.call, event.call.signature
-    if event.sequence < 1:
-        raise RefusedError(f"expected the number of a contribution, 1 or more, received {event.sequence}")
-    if isinstance(signature, LayerSignature):
-        _check_layer(call, signature, event.body)
-    else:
-        _check_plain(call, signature, event.body, world_size)
 
 
 def _check_join(join: Join) -> None:
