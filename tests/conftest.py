@@ -5,6 +5,7 @@
 3. Property tests draw the same examples in every run, and none of them looks at the clock.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ _UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.
 hypothesis.settings.register_profile("same", _UNTIMED, derandomize=True)
 hypothesis.settings.register_profile("explore", _UNTIMED, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("same")
+
+
+def pytest_configure() -> None:
+    """A shell without job control lets commands behind & ignore SIGINT, and so would all that the tests send it to."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:
