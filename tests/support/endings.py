@@ -149,6 +149,20 @@ _GOT_USR = (
 _SAVES = f"try:\n    ready()\n    {_SLEEP}\nexcept KeyboardInterrupt: print('saved')"
 # Not print: the signal may come while `ready` holds the stream.
 _SAVES_ON_TERM = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), os._exit(0)))\n" + _WAIT
+# Rank 1 is still saving when rank 0 has ended: mpiexec ends the others within milliseconds of the first.
+_SAVES_SLOWLY = (
+    """\
+first = int(w.allreduce([os.getpid() if rank == 0 else 0])[0])
+def save(*_):
+    try:
+        while rank == 1: os.kill(first, 0); time.sleep(0.01)
+    except ProcessLookupError: time.sleep(0.5)
+    os.write(1, b'saved\\n')
+    os._exit(0)
+signal.signal(signal.SIGTERM, save)
+"""
+    + _WAIT
+)
 # Each byte is in the log, and so has been read by the launcher, before the next one is written.
 _BYTE_BY_BYTE = (
     "text = 'a \\U0001f600 \\u20ac\\n'.encode()\n"
@@ -285,6 +299,15 @@ ENDINGS = (
         "SIGTERM",
         143,
         _SAVES_ON_TERM,
+        _sent(signal.SIGTERM),
+        messages=("SIGTERM sent to ranks 0, 1",),
+        shows=_holds("[0] saved", "[1] saved"),
+        grace=30,
+    ),
+    Ending(
+        "SIGTERM, and a rank saves longer than another",
+        143,
+        _SAVES_SLOWLY,
         _sent(signal.SIGTERM),
         messages=("SIGTERM sent to ranks 0, 1",),
         shows=_holds("[0] saved", "[1] saved"),

@@ -1,8 +1,9 @@
-"""Marks that a rank leaves for its launcher beside its exit code, as empty files in the launcher's folder.
+"""Files in the launcher's folder: what a rank tells its launcher beside its exit code, and the launcher the ranks.
 
     RANK.peer-failure  the rank got an error because another rank failed: its own failure is a consequence
     RANK.world         the rank has joined, and not yet left
     RANK.mpi           the rank has initialized MPI, and not yet reached the process's normal end, where it is finalized
+    stopping           the launcher asks these ranks to end: the seconds that they have, and their numbers
 
 Every rank of a job with a lost rank raises a `CollectiveError`, and may exit before the lost one does: the launcher
 must not take its exit code for the cause. And an exit code of 0 is no success while something is open: such a rank
@@ -12,7 +13,7 @@ ended by `os._exit(0)`, or in a library's own exit, and others may wait for it. 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def forget(folder: Path, rank: int) -> None:
 def is_marked(folder: Path, rank: int) -> bool:
     """Whether a rank is marked as failing because of another's failure."""
     return (folder / f"{rank}.{_PEER_FAILURE}").exists()
+
+
+def stopping(folder: Path, seconds: float, ranks: Iterable[int]) -> None:
+    """Say which ranks are asked to end, and how many seconds they have; read by `launcher/mpirank.py`."""
+    new = folder / "stopping.new"
+    with suppress(OSError):  # a full disk must not keep the signal back
+        new.write_text(" ".join(map(str, (seconds, *ranks))))
+        new.replace(folder / "stopping")
 
 
 def left_open(folder: Path, rank: int) -> str:

@@ -10,8 +10,9 @@ Each word of the command has a "=" in front: mpiexec takes a word ":" for the en
 
 Signals for this process are passed to the rank, which dies with this process, and this process ends as the rank
 did. If the rank failed because of another's failure (`N.peer-failure`), it first waits for that one: mpiexec ends all
-ranks when the first fails, and would end the one that caused it. If it ended with 0 but has left its world or MPI open
-(`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
+ranks when the first fails, and would end the one that caused it. For the same reason a rank that was asked to end
+(`stopping`) first waits for the others that were, which may still be saving. If it ended with 0 but has left its world
+or MPI open (`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
 
 Standard library alone: it starts once per rank, before the rank does.
 """
@@ -68,6 +69,17 @@ def _wait_for_the_cause(folder: Path, ranks: range) -> None:
         time.sleep(_PAUSE_S)
 
 
+def _wait_for_those_who_stop(folder: Path) -> None:
+    """Return when every rank that the launcher has asked to end has ended, or their time is up."""
+    try:
+        seconds, *ranks = (folder / "stopping").read_text().split()
+    except FileNotFoundError:
+        return
+    deadline = time.monotonic() + float(seconds)
+    while time.monotonic() < deadline and not all((folder / f"{rank}.ended").exists() for rank in ranks):
+        time.sleep(_PAUSE_S)
+
+
 def _end_like(status: int) -> None:
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has dumped its core already
@@ -111,11 +123,13 @@ def main() -> None:
     running.clear()  # before its number is free for another process
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(report, f"{status}\n".encode())
+    if folder.is_dir():
+        (folder / f"{rank}.ended").touch()
     if status != 0 and (folder / f"{rank}.peer-failure").exists():  # see bnworker.failure_marker
         _wait_for_the_cause(folder, ranks)
-    elif folder.is_dir():
-        (folder / f"{rank}.ended").touch()
     unfinished = status == 0 and any((folder / f"{rank}.{what}").exists() for what in _OPEN)
+    if status != 0 or unfinished:
+        _wait_for_those_who_stop(folder)
     _end_like(1 if unfinished else status)
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bnworker.failure_marker import FOLDER, forget, is_marked, left_open
+from bnworker.failure_marker import FOLDER, forget, is_marked, left_open, stopping
 from bnworker.launcher import starting
 from bnworker.launcher.command import foreign_python
 from bnworker.launcher.guardian import sweep
@@ -393,6 +393,8 @@ class _Run:
         if self._head is not None:
             self._head.signal(number)
         ranks = {who for who in self._groups if who >= 0}
+        if number not in (signal.SIGKILL, *_PASSED_ON):
+            stopping(self.folder, self.supervision.seconds_to_kill, ranks)
         for who in self._groups if number == signal.SIGKILL or not ranks else ranks:
             with suppress(ProcessLookupError):
                 os.killpg(self._groups[who], number)
