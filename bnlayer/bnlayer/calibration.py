@@ -16,13 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.layer import BatchNormalization
 from bnlayer.moments import Moments
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 class Population:
@@ -51,9 +54,9 @@ class Population:
         """μ and v of each channel, rounded once; 0 without a value."""
         mean, variance = [], []
         for n, s, q in self._sums:
-            center = s / n if n else Fraction(0)
+            center = s / n if n else s
             mean.append(float(center))
-            variance.append(float(max(q / n - center * center, Fraction(0))) if n else 0.0)
+            variance.append(max(0.0, float(q / n - center * center)) if n else 0.0)
         return np.array(mean), np.array(variance)
 
 

@@ -9,7 +9,7 @@ Source: `keras.initializers`, Keras 3.15.1. Orthogonal, Identity and STFT are fo
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
@@ -81,7 +81,7 @@ class _Random:
                 f"{type(self).__name__}: expected an int from 0 to 2^32 - 1, or None, as seed; received {seed!r}."
             )
         self._given = seed
-        self.seed = secrets.randbelow(10**9) if seed is None else seed
+        self.seed = int.from_bytes(os.urandom(8), "little") % 10**9 if seed is None else seed
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__

@@ -9,7 +9,7 @@ Shape suffixes: C channels, W limbs of a packed sum: per fold S_hi, S_lo; per fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from bnlayer.grid import Grid
 from bnlayer.kernels import formulas, kernels
 from bnlayer.kernels.results import BatchStatistics
 from bnlayer.limbs import as_ints, counted, limbs_of_sum, two_folds
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 __all__ = ["MASKED_COUNT_EPSILON", "BatchStatistics", "Moments"]
 
@@ -73,6 +76,8 @@ class Moments:
 
     def exact(self) -> list[tuple[int, Fraction, Fraction]]:
         """N, Σx and Σx² of each channel, without any further rounding; for pooling over grids."""
+        from fractions import Fraction  # with `decimal` a twentieth of this package's import
+
         folds = self.grid.precision.folds
         if folds == 2:
             sums, squares = two_folds(self.limbs[0:4], 52), two_folds(self.limbs[4:8], 51)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnlayer.limbs import product_error
 from bnlayer.plain import plain_array
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 _UNIT = 1074  # every float64 is a whole number of 2^-1074, its square one of 2^-2148
 _DIGIT = 32  # bits of a digit in which integers are saved and sent: the sum of 2^31 ranks' digits fits int64
@@ -141,6 +143,8 @@ def integers_of(digits: NDArray[np.int64], low: int) -> list[int]:
 
 
 def _block(x_RC: Array, live_RC: NDArray[np.bool_] | None) -> Totals:
+    from fractions import Fraction  # with `decimal` a twentieth of this package's import
+
     wide = x_RC.astype(np.float64)
     finite = np.isfinite(wide)
     live = np.ones(wide.shape, bool) if live_RC is None else live_RC
@@ -177,6 +181,8 @@ def _block(x_RC: Array, live_RC: NDArray[np.bool_] | None) -> Totals:
 
 def _exact_sum(t_RC: NDArray[np.float64]) -> list[Fraction]:
     """Σt of each channel, |t| ≤ 1: all values give up 30 bits at a time, as integers, until nothing is left of them."""
+    from fractions import Fraction
+
     totals = [Fraction(0)] * t_RC.shape[1]
     k = 0
     while t_RC.any():
@@ -190,9 +196,10 @@ def _exact_sum(t_RC: NDArray[np.float64]) -> list[Fraction]:
 
 def _shifted(value: Fraction, k: int) -> int:
     """value·2^k, which is a whole number."""
-    product = value * Fraction(2) ** k
-    assert product.denominator == 1
-    return product.numerator
+    numerator = value.numerator << max(k, 0)
+    quotient, rest = divmod(numerator, value.denominator << max(-k, 0))
+    assert rest == 0
+    return quotient
 
 
 def _quotient(a: int, b: int) -> float:
