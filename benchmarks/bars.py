@@ -80,6 +80,7 @@ def _mpi(figure: str) -> tuple[str, ...]:
     return tuple(f"mpi/2 ranks/C={c}/{figure}" for c in (64, 256, 1024, 2048))
 
 
+_THREADED = tuple(f"threads/32,7,7,{c}/{which}, two vs one" for c in (128, 256) for which in ("forward", "backward"))
 _OTHERS = tuple(shape for shape in EVERY if shape != "32,56,56,64")
 
 BARS = (
@@ -116,7 +117,9 @@ BARS = (
     Bar("forward, exact ÷ float kernels", _kernels(EVERY, "forward/compiled ÷ float"), 1.4, 1.15),
     Bar("backward, exact ÷ float kernels", _kernels(EVERY, "backward/compiled ÷ float"), 1.3, 1.0),
     Bar("masked ÷ unmasked forward", _kernels(EVERY, "compiled/masked ÷ unmasked"), 2.0, 1.3),
-    Bar("whole call (32,64), time ÷ torch", ("layer/32,64/call ÷ torch",), 2.5, 1.5, peer="torch"),
+    Bar("whole call (32,64), time ÷ torch", ("layer/32,64/call ÷ torch",), 1.4, peer="torch"),
+    Bar("a call beyond its kernels", ("layer/32,14,14,256/call − kernels",), 25e-6, scale=1e6, unit="µs"),
+    Bar("two threads, speed vs one, arrays in the caches", _THREADED, 1.7, at_least=True),
     Bar("call: peak extra memory ÷ output", ("layer/memory/call ÷ output",), 1.1),
     Bar("backward: peak extra memory ÷ dx", ("layer/memory/backward ÷ dx",), 1.1),
     Bar("variance error at mean 1e4", ("accuracy/variance",), 2e-6, unit=""),

@@ -5,6 +5,7 @@ A section is imported when it runs, after the peers' threads were limited.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -69,6 +70,17 @@ def layer(settings: Settings) -> Figures:
         figures |= layer_section.beyond_kernels(shape, 8.0 if settings.full else 2.0)
     settings.report("layer: memory")
     return figures | layer_section.memory()
+
+
+def threads(settings: Settings) -> Figures:
+    """Two threads beside one."""
+    from benchmarks.processes import alone
+
+    if len(os.sched_getaffinity(0)) < 2:
+        settings.report("threads: this process has one core, NOT MEASURED")
+        return {}
+    settings.report("threads: two beside one")
+    return alone("benchmarks.threads", "8" if settings.full else "2")
 
 
 def accuracy(settings: Settings) -> Figures:
@@ -143,6 +155,7 @@ def step(settings: Settings) -> Figures:
 SECTIONS: dict[str, Callable[[Settings], Figures]] = {
     "kernels": kernels,
     "layer": layer,
+    "threads": threads,
     "accuracy": accuracy,
     "starting": starting,
     "mpi": mpi,
