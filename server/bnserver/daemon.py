@@ -115,7 +115,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)
         rpc.add_StatisticsServiceServicer_to_server(exchanges, server)
-        observing = ObservationServicer(exchanges)
+        observing = ObservationServicer(exchanges.jobs)
         observation_rpc.add_ObservationServiceServicer_to_server(observing, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         if configuration.reflection:

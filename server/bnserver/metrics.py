@@ -89,22 +89,22 @@ class Seen:
     """
 
     def __init__(self, exchanges: Servicer, covers: Callable[[str], bool]) -> None:
-        active = exchanges.active
+        active = exchanges.jobs.active
         counts = exchanges.counts
         counts.forget(frozenset(active))
         covered = [job for job in active if covers(job)]
         self.jobs: list[JobObservation] = []
         self.phases = dict.fromkeys(Phase, 0)
         ranks = 0
-        for job in exchanges.observe(covered):
+        for job in exchanges.jobs.observe(covered):
             self.phases[job.phase] += 1
             ranks += len(job.ranks)
             if len(self.jobs) < MOST_JOBS and ranks <= MOST_RANKS:
                 self.jobs.append(job)
         self.left_out = len(covered) - len(self.jobs)
-        self.kept = exchanges.kept
+        self.kept = exchanges.jobs.kept
         self.connections = {"stream": exchanges.connections, "local_socket": exchanges.local_sockets}
-        self.unsaved = exchanges.unsaved
+        self.unsaved = exchanges.jobs.unsaved
         self.saves, self.failed_saves = counts.saves, counts.failed_saves
         self.failed, self.endings = dict(counts.failed), dict(counts.endings)
         self.handling = tuple(counts.handling.counts), counts.handling.seconds

@@ -27,8 +27,8 @@ from bnserver.core.generation import Phase
 from bnserver.core.observation import JobObservation, RankObservation
 from bnserver.core.recovery import RecoveryError
 from bnserver.grpc_channel import abort
+from bnserver.hosted_jobs import HostedJobs
 from bnserver.job_file import StoreError
-from bnserver.servicer import Servicer
 
 _READERS = 256  # that wait at a time
 _LOOK_EVERY_S = 0.1
@@ -49,11 +49,11 @@ class ObservationServicer(rpc.ObservationServiceServicer):
     """Serves those who look on.
 
     Args:
-        exchanges: serves the ranks.
+        jobs: of the service.
     """
 
-    def __init__(self, exchanges: Servicer) -> None:
-        self._exchanges = exchanges
+    def __init__(self, jobs: HostedJobs) -> None:
+        self._jobs = jobs
         self._readers = 0
         self._is_closed = False
 
@@ -67,9 +67,9 @@ class ObservationServicer(rpc.ObservationServiceServicer):
         """The jobs that are not over: those of the token that is shown."""
         del request
         grant = grant_of_call.get()
-        for job in self._exchanges.active:
+        for job in self._jobs.active:
             if grant is None or grant.covers(job):
-                for seen in self._exchanges.observe([job]):
+                for seen in self._jobs.observe([job]):
                     await context.write(pb.ListJobsResponse(job=_job(seen)))
 
     async def ReadStatistics(  # type: ignore[override]  # likewise
@@ -96,13 +96,13 @@ class ObservationServicer(rpc.ObservationServiceServicer):
     async def _read(self, request: pb.ReadStatisticsRequest, context: _ReadContext) -> None:
         deadline = time.monotonic() + min(request.wait_ms / 1000, _LONGEST_WAIT_S)
         reader = _Reader(request)
-        is_active = self._exchanges.is_active(request.job)
-        states = await self._exchanges.states(request.job)
+        is_active = self._jobs.is_active(request.job)
+        states = await self._jobs.states(request.job)
         while not reader.lacks(states) and time.monotonic() < deadline and (is_active or request.forever):
             await asyncio.sleep(_LOOK_EVERY_S)
-            was_active, is_active = is_active, self._exchanges.is_active(request.job)
+            was_active, is_active = is_active, self._jobs.is_active(request.job)
             if was_active or is_active:
-                states = await self._exchanges.states(request.job)
+                states = await self._jobs.states(request.job)
             if self._is_closed:
                 await _refuse(context, wire.ERROR_REASON_STOPPING, "The service is stopping.")
         for layer, state, stamp in reader.changed:

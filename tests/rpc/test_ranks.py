@@ -16,7 +16,7 @@ import pytest
 from bnlayer import MismatchError, PeerLostError, ServiceError
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
-from bnworker.transports.service.session import _GOODBYE_S
+from bnworker.transports.service.goodbye import GOODBYE_S
 
 pytestmark = pytest.mark.rpc
 
@@ -138,14 +138,14 @@ def test_leaving_is_quick(serve: Callable[..., Any]) -> None:
     begin = time.monotonic()
     worlds[0].leave()
     worlds[0].leave()
-    assert time.monotonic() - begin < _GOODBYE_S
+    assert time.monotonic() - begin < GOODBYE_S
     broken = _world(service.address, 0, 1)
     service.end(signal.SIGKILL)
     with pytest.raises(ServiceError):
         broken.barrier()
     begin = time.monotonic()
     broken.leave()
-    assert time.monotonic() - begin < _GOODBYE_S
+    assert time.monotonic() - begin < GOODBYE_S
 
 
 # ---- deadlines ----

@@ -121,7 +121,7 @@ class Dashboard:
         self._renew()
 
         async def look() -> Look:
-            jobs = list(self._exchanges.observe(self._exchanges.active))
+            jobs = list(self._exchanges.jobs.observe(self._exchanges.jobs.active))
             return Look(jobs, list(self._exchanges.counts.failures))
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(look(), self._loop))

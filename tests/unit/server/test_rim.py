@@ -42,11 +42,11 @@ def test_a_goodbye_is_answered_after_earlier_records_are_saved(tmp_path: Path) -
     async def scene() -> None:
         store = _SlowStore(tmp_path)
         exchanges = Servicer(1, store)
-        exchanges._service.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
+        exchanges.jobs.core.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
         stream = GrpcChannel()
         exchanges._connect(stream)
         for effect in (Persist("j"), Closed(1, "j")):
-            exchanges._perform[type(effect)](effect)
+            exchanges._handlers.of[type(effect)](effect)
         for _ in range(10):
             await asyncio.sleep(0)
         assert stream.outgoing.empty()
@@ -118,10 +118,10 @@ def test_jobs_that_are_over_are_neither_kept_in_memory_nor_written_again(tmp_pat
         before = _inodes(tmp_path)
         exchanges = Servicer(1, store)
         await exchanges.open(1)
-        assert list(exchanges._service.jobs) == ["unsaved"]
-        assert exchanges._saving is not None
-        await asyncio.gather(*exchanges._saving.tasks)
-        assert not exchanges._service.jobs
+        assert list(exchanges.jobs.core.jobs) == ["unsaved"]
+        assert exchanges.jobs.saving is not None
+        await asyncio.gather(*exchanges.jobs.saving.tasks)
+        assert not exchanges.jobs.core.jobs
         assert store._files == {}
         connection = exchanges._connect(GrpcChannel())
         await exchanges._read(connection, _requests(_join("running", incarnation=7)))
@@ -146,11 +146,11 @@ def test_a_job_that_is_over_is_read_back_once_for_all_ranks_that_join_it(tmp_pat
     async def scene() -> None:
         store = _Counting(tmp_path)
         exchanges = Servicer(1, store)
-        exchanges._ready.set()
+        exchanges.jobs.accept()
         streams = [GrpcChannel() for _ in range(3)]
         connections = [exchanges._connect(stream) for stream in streams]
         await exchanges._read(connections[2], _requests(_join("j", rank=2, world_size=2)))
-        assert (store.reads, exchanges._service.jobs) == (["j"], ())
+        assert (store.reads, exchanges.jobs.core.jobs) == (["j"], ())
         end = asyncio.Event()
         requests = [_requests(_join("j", rank, 2), hangs_up=end) for rank in (0, 1)]
         reading = [asyncio.create_task(exchanges._read(connections[rank], requests[rank])) for rank in (0, 1)]
@@ -161,9 +161,9 @@ def test_a_job_that_is_over_is_read_back_once_for_all_ranks_that_join_it(tmp_pat
         assert store.reads == ["j", "j"]
         end.set()
         await asyncio.gather(*reading)
-        assert exchanges._saving is not None
-        await asyncio.gather(*exchanges._saving.tasks)
-        assert not exchanges._service.jobs
+        assert exchanges.jobs.saving is not None
+        await asyncio.gather(*exchanges.jobs.saving.tasks)
+        assert not exchanges.jobs.core.jobs
         (ended, *_) = store.read("j")
         assert isinstance(ended, Ended)
         assert ended.generation == 5
@@ -179,7 +179,7 @@ def test_who_comes_too_late_hears_why_from_a_job_that_left_memory(tmp_path: Path
     async def scene() -> object:
         store = Store(tmp_path)
         exchanges = Servicer(1, store)
-        exchanges._ready.set()
+        exchanges.jobs.accept()
         stream = GrpcChannel()
         connection = exchanges._connect(stream)
         await exchanges._read(connection, _requests(_join("j", 0, 2, incarnation=7, resume=pb.Resume(generation=4))))
@@ -198,7 +198,7 @@ def test_a_file_that_broke_meanwhile_is_named_to_who_joins_its_job(tmp_path: Pat
     async def scene() -> tuple[object, Path]:
         store = Store(tmp_path)
         exchanges = Servicer(1, store)
-        exchanges._ready.set()
+        exchanges.jobs.accept()
         stream = GrpcChannel()
         connection = exchanges._connect(stream)
         store.path("j").write_bytes(b"not a snapshot at all")
@@ -227,7 +227,7 @@ def test_a_fault_of_the_service_costs_one_stream(caplog: pytest.LogCaptureFixtur
 
     async def scene() -> StatusParts:
         exchanges = Servicer(1, None)
-        exchanges._service = _BrokenService()
+        exchanges.jobs.core = _BrokenService()
         stream = GrpcChannel()
         exchanges._connect(stream)
         exchanges.dispatch(Tick())
@@ -276,7 +276,7 @@ def test_a_goodbye_waits_for_its_own_jobs_save_and_no_others(tmp_path: Path) -> 
     async def scene() -> None:
         store = _Stuck(tmp_path)
         exchanges = Servicer(1, store)
-        exchanges._ready.set()
+        exchanges.jobs.accept()
         streams, reading = {}, []
         for job in ("stuck", "quick"):
             stream = streams[job] = GrpcChannel()
@@ -302,7 +302,7 @@ def test_a_goodbye_is_not_answered_with_success_when_the_job_is_not_on_disk(tmp_
         store = Store(tmp_path)
         store.path("j").with_suffix(".part").mkdir()  # stands in the way
         exchanges = Servicer(1, store)
-        exchanges._ready.set()
+        exchanges.jobs.accept()
         stream = GrpcChannel()
         reading = _leaves(exchanges, stream, "j")
         assert isinstance(await stream.outgoing.get(), pb.ExchangeResponse)
@@ -324,15 +324,15 @@ def test_a_job_that_can_not_be_encoded_costs_itself_alone(tmp_path: Path, caplog
     async def scene() -> None:
         store = Store(tmp_path)
         exchanges = Servicer(1, store)
-        exchanges._ready.set()
+        exchanges.jobs.accept()
         for job in ("good", "bad", "other"):
             await exchanges._read(
                 exchanges._connect(GrpcChannel()), _requests(_join(job, incarnation=7), hangs_up=None)
             )
-        bad = exchanges._service._jobs["bad"]
+        bad = exchanges.jobs.core._jobs["bad"]
         bad.layers.keep(LayerSnapshot("a", impossible))
-        exchanges._perform[Record](Record("bad", Pushed(0, 1, "a", impossible)))
-        assert exchanges._saving is not None
+        exchanges._handlers.of[Record](Record("bad", Pushed(0, 1, "a", impossible)))
+        assert exchanges.jobs.saving is not None
         with pytest.raises(StoreError, match=r"^Job 'bad' could not be saved: OverflowError: .*\.$"):
             await exchanges.close()
         store.close()

@@ -54,19 +54,11 @@ from bnworker.transports.service.events import (
     Requests,
     TimedOut,
 )
+from bnworker.transports.service.goodbye import Goodbye
+from bnworker.transports.service.outage import Outage
 
-_WARN_AFTER_S = 2.0  # a service that listens answers sooner; then the log says what the rank waits for
-_GOODBYE_S = 2.0  # how long leaving may take
-# How long it may take where the answer counts: the job is on disk by then; or the service is away, and others may lack
-# what only this rank can repeat.
-_LONG_GOODBYE_S = 20.0
 # The service ends a wait at the deadline, and knows why; it gets this long to say so.
 _LATE_S = 1.0
-# Between two attempts to connect. A broken connection is made anew at once: others wait for it.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-# A service that keeps nothing on disk, and whose port nobody holds any more, has nothing to come back to.
-_NOBODY_S = 0.5
-
 # Any: each method takes the events of its own kind.
 _Decide = Callable[["Session", Any, float], list[Action]]
 
@@ -103,7 +95,6 @@ class Session:
         generation: of the job; 0 before all ranks have joined.
         answered: the number of the last contribution that was answered.
         answer_within: seconds that the rank waits before `TimedOut`.
-        leave_by: when it stops waiting for the answer to its goodbye.
     """
 
     def __init__(self, address: str, join: pb.Join, timeout: float, now: float) -> None:
@@ -112,7 +103,6 @@ class Session:
         self.generation = 0
         self.answered = 0
         self.answer_within = timeout + _LATE_S
-        self.leave_by = 0.0
         self._address = address
         self._join = join
         self._timeout = timeout
@@ -126,15 +116,13 @@ class Session:
         self._connection = 0
         self._joined = False  # on this connection
         self._repeated: Requests = ()  # that was asked, when what is repeated on this connection was put together
-        self._goodbye_on = 0  # the connection that carried it
-        self._goodbye_waits_longer = False
-        self._left_at, self._left_cleanly = 0.0, False
-        # The attempts to make one.
-        self._since = now
-        self._pause = _FIRST_PAUSE_S
-        self._warned = False
-        self._outage_s = timeout
-        self._ended: Disconnected | None = None
+        self._outage = Outage(timeout, now)
+        self._goodbye = Goodbye()
+
+    @property
+    def leave_by(self) -> float:
+        """When it stops waiting for the answer to its goodbye."""
+        return self._goodbye.answer_by
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what an event brings about.
@@ -208,7 +196,7 @@ class Session:
         requests = [pb.ExchangeRequest(join=join)]
         if self.state is State.LEAVING:
             requests += self._repetition()
-            self._goodbye_on = self._connection
+            self._goodbye.connection = self._connection
         else:
             self.state = State.JOINING
         return [Open(self._connection, requests)]
@@ -249,45 +237,42 @@ class Session:
         return [CloseChannel(self._connection)]
 
     def _disconnect(self, event: Disconnected, now: float) -> list[Action]:
-        if self.state is State.LEAVING and event.code == "OK" and self._goodbye_on == event.connection:
+        if self.state is State.LEAVING and event.code == "OK" and self._goodbye.connection == event.connection:
             return self._close(explanations.left())
         if self._joined or self.state is State.AWAY:  # it was of use
-            self._since, self._pause, self._warned = now, _FIRST_PAUSE_S, False
-        self._joined, self._ended = False, event
+            self._outage.begin(now)
+        self._joined, self._outage.ended = False, event
         if self.state is not State.LEAVING:
             self.state = State.AWAY if self.generation else State.CONNECTING
-        if not self._durable and now - self._since >= _NOBODY_S:
+        if not self._durable and self._outage.may_be_permanent(now):
             return [Probe()]
         return self._reconnect(event, now)
 
     def _judge_outage(self, event: Probed, now: float) -> list[Action]:
-        assert self._ended is not None
+        assert self._outage.ended is not None
         if not event.listens:
-            self._outage_s = _NOBODY_S
-        return self._reconnect(self._ended, now)
+            self._outage.port_is_free()
+        return self._reconnect(self._outage.ended, now)
 
     def _reconnect(self, ended: Disconnected, now: float) -> list[Action]:
         """Connect once more after a pause, or give up."""
-        away = now - self._since
-        if away >= self._outage_s:
+        outage = self._outage
+        if outage.is_over_limit(now):
             if not self.generation:
                 return self._close(explanations.never_reached(self._address, self._timeout))
             if self.state is State.LEAVING:
                 return self._unconfirmed(f"{ended.code}: {ended.text}")
-            return self._close(explanations.not_made_anew(self._address, self._outage_s, ended))
+            return self._close(explanations.not_made_anew(self._address, outage.limit_s, ended))
         actions: list[Action] = []
-        if not self._warned and (self.generation or away >= min(_WARN_AFTER_S, self._timeout)):
-            self._warned = True
+        if outage.must_warn(now, has_joined=self.generation > 0):
             if self.state is State.LEAVING:
                 text = explanations.goodbye_repeated(self._join.rank, self._address, ended)
             elif self.generation:
-                text = explanations.broken(self._join.rank, self._address, self._outage_s, ended)
+                text = explanations.broken(self._join.rank, self._address, outage.limit_s, ended)
             else:
                 text = explanations.not_reached_yet(self._address, self._timeout)
             actions.append(Warn(text))
-        pause = min(self._pause * (0.5 + 0.5 * ended.jitter), self._outage_s - away)
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
-        return [*actions, Pause(pause)]
+        return [*actions, Pause(outage.next_pause(now, ended.jitter))]
 
     # ---- the end ----
 
@@ -298,12 +283,10 @@ class Session:
     def _leave(self, event: Leave, now: float) -> list[Action]:
         """Say goodbye, on the stream: what was interrupted may still hold up the channel."""
         before, self.state = self.state, State.LEAVING
-        self._left_at, self._left_cleanly = now, not event.reason
-        self.leave_by = now + _GOODBYE_S
-        self._asked = [pb.ExchangeRequest(leave=pb.Leave(reason=event.reason))]
+        self._asked = [self._goodbye.say(event.reason, now)]
         if before is State.AWAY:
             return []
-        self._goodbye_on = self._connection
+        self._goodbye.connection = self._connection
         return [SendOnStream(self._connection, self._asked if before is State.ACTIVE else self._repetition())]
 
     def _time_out(self, event: TimedOut, now: float) -> list[Action]:
@@ -312,24 +295,21 @@ class Session:
 
     def _time_out_leaving(self, event: TimedOut, now: float) -> list[Action]:
         del event
-        longer = min(self._timeout, _LONG_GOODBYE_S) - _GOODBYE_S
-        counts = self._durable and (self._left_cleanly or not self._joined)
-        if self._goodbye_waits_longer or not counts or longer <= 0:
-            return self._unconfirmed(f"no answer within {now - self._left_at:g} s")
-        self._goodbye_waits_longer = True
-        self.leave_by += longer
-        return []
+        counts = self._durable and (self._goodbye.is_clean or not self._joined)
+        if counts and self._goodbye.extend(self._timeout):
+            return []
+        return self._unconfirmed(self._goodbye.late(now))
 
     def _fail_leaving(self, event: Refused, now: float) -> list[Action]:
         del now
-        return self._unconfirmed(str(event.error)) if self._left_cleanly else self._close(explanations.left())
+        return self._unconfirmed(str(event.error)) if self._goodbye.is_clean else self._close(explanations.left())
 
     def _unconfirmed(self, why: str) -> list[Action]:
         """The goodbye was not answered: that is said, and not taken for success."""
-        saves = self._durable and self._left_cleanly
-        warn = Warn(explanations.unconfirmed(self._join, self._address, why, saves=saves))
         # Without a state directory, a service that has gone has nothing to confirm.
-        return [*([warn] if self._durable or self._joined else []), *self._close(explanations.left())]
+        says = self._durable or self._joined
+        warn = self._goodbye.unconfirmed(self._join, self._address, why, durable=self._durable)
+        return [*([warn] if says else []), *self._close(explanations.left())]
 
     def _abandon(self, event: Abandon, now: float) -> list[Action]:
         del event, now
