@@ -154,7 +154,7 @@ class Rank:
     def _asking(self, asked: Asked) -> happened.Ask:
         request, payload = asked
         if request.HasField("contribution"):
-            request.contribution.sequence = self.session.answered + 1
+            request.contribution.sequence = self.session.repetition.answered + 1
             request.contribution.generation = self.session.generation
         parts = []
         if payload is not None:

@@ -183,7 +183,7 @@ def test_an_answer_counts_once() -> None:
     session.handle(happened.Ask(contribution(2)), 0.0)
     assert session.handle(happened.Received(1, result(1)), 0.0) == []
     assert session.handle(happened.Received(1, OWNED), 0.0) == []
-    assert session.answered == 1
+    assert session.repetition.answered == 1
 
 
 def test_an_answer_counts_on_the_connection_that_is_current() -> None:

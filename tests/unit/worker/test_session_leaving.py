@@ -83,7 +83,7 @@ def test_how_long_a_goodbye_may_take(away: bool, durable: bool, reason: str, unt
     session.handle(happened.Leave(reason), 0.0)
     now, actions = 0.0, []
     while session.state is State.LEAVING:
-        now = session.leave_by
+        now = session.goodbye.answer_by
         actions = session.handle(happened.TimedOut(), now)
     assert now == until
     said = f"rank 1 has left job 'j', but the service at h:1 did not confirm {what}: no answer within {until:g} s."

@@ -176,7 +176,7 @@ class Client:
         if reason is not None:
             self._handle(Leave(reason))
         while self.session.state is State.LEAVING:
-            self._take_turn(self.session.leave_by)
+            self._take_turn(self.session.goodbye.answer_by)
         self._handle(Abandon())
         if self._connection is not None and not self._over.is_set():  # an interrupt came before it was done
             self._hang_up(HangUp())

@@ -107,7 +107,7 @@ class PauseOver:
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """The rank has waited for `answer_within`, or until `leave_by`."""
+    """The rank has waited for `answer_within`, or until its goodbye's `answer_by`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,8 @@ It decides what is sent, and sent again on the next connection; which answers co
 long that may take, and what the rank raises where it fails. It has no clock, socket or thread: the time is passed in,
 and `client` does what the actions say. So it runs against the service's own core in memory (`test_session_history`).
 
-What a rank must repeat, so that everything counts exactly once:
-
-* What was asked is kept until it is answered, and is asked again on the next connection.
-* The latest contribution that was answered is kept, too, and sent again: after a restart of the service another rank
-  may lack that answer, and plain operations leave no trace on the service's disk.
-* An answer counts once, and only on the connection that is current: on the next one it is asked for again.
+An answer counts once, and only on the connection that is current: on the next one it is asked for again. What that
+next connection begins with is kept in `repetition`, the times of an outage in `outage`, those of leaving in `goodbye`.
 """
 
 from __future__ import annotations
@@ -56,6 +52,7 @@ from bnworker.transports.service.events import (
 )
 from bnworker.transports.service.goodbye import Goodbye
 from bnworker.transports.service.outage import Outage
+from bnworker.transports.service.repetition import Repetition
 
 # The service ends a wait at the deadline, and knows why; it gets this long to say so.
 _LATE_S = 1.0
@@ -93,7 +90,8 @@ class Session:
         state: where it is.
         error: what every exchange raises once it is over.
         generation: of the job; 0 before all ranks have joined.
-        answered: the number of the last contribution that was answered.
+        repetition: what was asked and answered.
+        goodbye: how it leaves.
         answer_within: seconds that the rank waits before `TimedOut`.
     """
 
@@ -101,28 +99,17 @@ class Session:
         self.state = State.CONNECTING
         self.error: CollectiveError | None = None
         self.generation = 0
-        self.answered = 0
         self.answer_within = timeout + _LATE_S
         self._address = address
         self._join = join
         self._timeout = timeout
         self._durable = True
-        # What to repeat.
-        self._versions: dict[str, int] = {}
-        self._layer_answered = 0
-        self._asked: Requests = ()
-        self._contributed: Requests = ()
-        # The connection.
         self._connection = 0
         self._joined = False  # on this connection
         self._repeated: Requests = ()  # that was asked, when what is repeated on this connection was put together
+        self.repetition = Repetition()
         self._outage = Outage(timeout, now)
-        self._goodbye = Goodbye()
-
-    @property
-    def leave_by(self) -> float:
-        """When it stops waiting for the answer to its goodbye."""
-        return self._goodbye.answer_by
+        self.goodbye = Goodbye()
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Decide what an event brings about.
@@ -146,39 +133,35 @@ class Session:
 
     def _ask(self, event: Ask, now: float) -> list[Action]:
         del now
-        self._asked = event.requests
+        self.repetition.asked = event.requests
         return [Send(self._connection, event.requests)]
 
     def _ask_later(self, event: Ask, now: float) -> list[Action]:
         """There is no connection to ask on: the next one begins with what is not answered."""
         del now
-        self._asked = event.requests
+        self.repetition.asked = event.requests
         return []
 
     def _receive(self, event: Received, now: float) -> list[Action]:
         del now
-        if event.connection != self._connection or not self._asked:
+        if event.connection != self._connection or not self.repetition.asked:
             return []
-        response, asked = event.answer.response, self._asked[0]
+        response, asked = event.answer.response, self.repetition.asked[0]
         if response.HasField("result") and asked.HasField("contribution"):
             contribution, sequence = asked.contribution, response.result.sequence
-            if sequence <= self.answered:
+            if sequence <= self.repetition.answered:
                 return []  # to what was repeated
             if sequence != contribution.sequence:
                 return self._close(explanations.out_of_step(self._address, sequence, contribution.sequence))
-            self.answered = sequence
-            if contribution.HasField("layer"):
-                self._layer_answered = sequence
-                self._versions[contribution.layer] = response.result.version
-            self._contributed = self._asked
+            self.repetition.contribution_answered(contribution, response.result)
         elif not response.HasField("owned") or not (asked.HasField("pull") or asked.HasField("push")):
             return []
-        self._asked = ()
+        self.repetition.asked = ()
         return [Deliver(event.answer)]
 
     def _note_version(self, event: OwnerVersion, now: float) -> list[Action]:
         del now
-        self._versions[event.layer] = event.version
+        self.repetition.note_version(event.layer, event.version)
         return []
 
     # ---- a connection, from its begin to its end ----
@@ -189,14 +172,11 @@ class Session:
         join = pb.Join()
         join.CopyFrom(self._join)
         if self.generation:
-            join.resume.generation = self.generation
-            join.resume.sequence = self.answered
-            join.resume.layer_sequence = self._layer_answered
-            join.resume.versions.update(self._versions)
+            self.repetition.resume(join, self.generation)
         requests = [pb.ExchangeRequest(join=join)]
         if self.state is State.LEAVING:
-            requests += self._repetition()
-            self._goodbye.connection = self._connection
+            requests += self.repetition.requests
+            self.goodbye.connection = self._connection
         else:
             self.state = State.JOINING
         return [Open(self._connection, requests)]
@@ -215,18 +195,17 @@ class Session:
         self._durable, self._joined = event.durable, True
         if self.state is State.LEAVING:  # its goodbye came with the join
             return actions
-        self._repeated = self._asked
-        repetition = self._repetition()
-        if repetition:
-            return [*actions, Repeat(self._connection, repetition)]
+        self._repeated = self.repetition.asked
+        if requests := self.repetition.requests:
+            return [*actions, Repeat(self._connection, requests)]
         self.state = State.ACTIVE
         return [*actions, Wake()]
 
     def _go_on(self, event: Repeated, now: float) -> list[Action]:
         del event, now
         self.state = State.ACTIVE
-        if self._asked and self._asked is not self._repeated:  # it was asked meanwhile
-            return [Send(self._connection, self._asked), Wake()]
+        if self.repetition.asked and self.repetition.asked is not self._repeated:  # it was asked meanwhile
+            return [Send(self._connection, self.repetition.asked), Wake()]
         return [Wake()]
 
     def _lose_channel(self, event: ChannelLost, now: float) -> list[Action]:
@@ -237,7 +216,7 @@ class Session:
         return [CloseChannel(self._connection)]
 
     def _disconnect(self, event: Disconnected, now: float) -> list[Action]:
-        if self.state is State.LEAVING and event.code == "OK" and self._goodbye.connection == event.connection:
+        if self.state is State.LEAVING and event.code == "OK" and self.goodbye.connection == event.connection:
             return self._close(explanations.left())
         if self._joined or self.state is State.AWAY:  # it was of use
             self._outage.begin(now)
@@ -283,11 +262,15 @@ class Session:
     def _leave(self, event: Leave, now: float) -> list[Action]:
         """Say goodbye, on the stream: what was interrupted may still hold up the channel."""
         before, self.state = self.state, State.LEAVING
-        self._asked = [self._goodbye.say(event.reason, now)]
+        self.repetition.asked = [self.goodbye.say(event.reason, now)]
         if before is State.AWAY:
             return []
-        self._goodbye.connection = self._connection
-        return [SendOnStream(self._connection, self._asked if before is State.ACTIVE else self._repetition())]
+        self.goodbye.connection = self._connection
+        return [
+            SendOnStream(
+                self._connection, self.repetition.asked if before is State.ACTIVE else self.repetition.requests
+            )
+        ]
 
     def _time_out(self, event: TimedOut, now: float) -> list[Action]:
         del event, now
@@ -295,21 +278,20 @@ class Session:
 
     def _time_out_leaving(self, event: TimedOut, now: float) -> list[Action]:
         del event
-        counts = self._durable and (self._goodbye.is_clean or not self._joined)
-        if counts and self._goodbye.extend(self._timeout):
+        counts = self._durable and (self.goodbye.is_clean or not self._joined)
+        if counts and self.goodbye.extend(self._timeout):
             return []
-        return self._unconfirmed(self._goodbye.late(now))
+        return self._unconfirmed(self.goodbye.late(now))
 
     def _fail_leaving(self, event: Refused, now: float) -> list[Action]:
         del now
-        return self._unconfirmed(str(event.error)) if self._goodbye.is_clean else self._close(explanations.left())
+        return self._unconfirmed(str(event.error)) if self.goodbye.is_clean else self._close(explanations.left())
 
     def _unconfirmed(self, why: str) -> list[Action]:
         """The goodbye was not answered: that is said, and not taken for success."""
         # Without a state directory, a service that has gone has nothing to confirm.
-        says = self._durable or self._joined
-        warn = self._goodbye.unconfirmed(self._join, self._address, why, durable=self._durable)
-        return [*([warn] if says else []), *self._close(explanations.left())]
+        warn = self.goodbye.unconfirmed(self._join, self._address, why, durable=self._durable)
+        return [*([warn] if self._durable or self._joined else []), *self._close(explanations.left())]
 
     def _abandon(self, event: Abandon, now: float) -> list[Action]:
         del event, now
@@ -329,10 +311,6 @@ class Session:
     def _close(self, error: CollectiveError) -> list[Action]:
         self.error = self.error or error
         return [HangUp()]
-
-    def _repetition(self) -> list[pb.ExchangeRequest]:
-        """What the service may lack, in order."""
-        return [*self._contributed, *self._asked]
 
     # What can happen in which state, and what decides about it then. What is not in the table can't happen.
     TABLE: ClassVar[Mapping[State, Mapping[type[Event], _Decide]]] = {

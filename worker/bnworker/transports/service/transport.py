@@ -142,7 +142,7 @@ class ServiceTransport:
         """Contribute, and wait for the answer; errors say in which exchange this rank was."""
         session = self._client.session
         payload, parts = pack(arrays, names) if arrays is not None else (None, [])
-        contribution = contribution_of(call, payload, session.answered + 1, session.generation)
+        contribution = contribution_of(call, payload, session.repetition.answered + 1, session.generation)
         try:
             return self._client.request(pb.ExchangeRequest(contribution=contribution), parts)
         except CollectiveError as error:
