@@ -2,8 +2,10 @@
 
     address answers → guardian → service → ranks …… all ended → service → guardian's sweep → last output → exit code
 
-`supervision` decides; this module carries its decisions out. Where the job has several hosts (`nodes`), node 0's
-launcher decides for all of them; the others report to it what ends here, and act for themselves only once it is gone.
+`supervision` decides; this module gives it the events (ends of `processes`, signals, other launchers' messages), and
+carries its decisions out. Where the job has several hosts (`nodes`), node 0's launcher decides for all of them; the
+others report to it what ends here, and act for themselves only once it is gone. How a process is started, signalled
+and waited for is in `processes`.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from bnworker.failure_marker import FOLDER, forget, is_marked, left_open, stopping
+from bnworker.failure_marker import FOLDER, is_marked, left_open
 from bnworker.launcher import starting
 from bnworker.launcher.command import foreign_python
 from bnworker.launcher.guardian import sweep
 from bnworker.launcher.nodes import Head, Member, parsed
 from bnworker.launcher.output import Output, Outputs
+from bnworker.launcher.processes import Processes
 from bnworker.launcher.reach import reach
 from bnworker.launcher.reactor import Reactor, signals
 from bnworker.launcher.remote import attach
@@ -47,10 +49,6 @@ from bnworker.launcher.supervision import (
     after_a_loss,
 )
 
-# Python, NumPy and gRPC on a cold disk beside busy ranks; a start takes half a second otherwise.
-_SERVICE_START_S = 60.0
-# The service drains within 5 s.
-_SERVICE_STOP_S = 6.0
 # The guardian gives up after 10 s.
 _SWEEP_S = 12.0
 
@@ -59,8 +57,6 @@ _ABANDONED_S = 1.5
 
 # Signals that are passed to the ranks, and don't end the job.
 _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
-
-_LISTENING = b"bnserver listening on "
 
 
 def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = os.environ) -> int:
@@ -133,14 +129,19 @@ class _Run:
         if job.elastic is not None and self._member is None:  # node 0 decides
             fewest = job.elastic.minimum if job.embeds_service else 1
             self.supervision = replace(self.supervision, elastic=Elastic(fewest, job.max_restarts, job.final))
-        self._inner: dict[str, str] = {}
         self._job = job
-        self._log_dir = output.log_dir
         self._outputs = Outputs(self.reactor, job, output, environ, self._unread)
         self.folder = Path(tempfile.mkdtemp(prefix="bnlayer-launch-"))
-        self._reports: dict[int, int] = {}  # rank: the pipe through which it reports its end
-        self._groups: dict[int, int] = {}  # who: the process group that gets its signals
-        self._service: subprocess.Popen[bytes] | None = None
+        self._processes = Processes(
+            self.reactor,
+            job,
+            self.folder,
+            self._outputs,
+            output.log_dir,
+            started=self._started,
+            ended=self._ended,
+            service_ended=self._service_ended,
+        )
         self._finishing = False
         self._impatient = False
 
@@ -153,21 +154,7 @@ class _Run:
         if agreed is None:
             return
         name, address = agreed
-        inner = starting.environment(replace(job, name=name), self.folder, address, environ)
-        if job.transport == "mpi":
-            self._start_mpi(inner)
-            return
-        self._inner = inner
-        for rank in job.local_ranks:
-            self._start_rank(rank)
-
-    def _start_rank(self, rank: int, restarts: int = 0) -> None:
-        foreground = self._job.foreground and rank == 0 and self._log_dir is None
-        process = starting.start_rank(self._job, rank, self._inner, foreground=foreground, restarts=restarts)
-        self._supervise(rank, process)
-        for pipe, kind in ((process.stdout, "out"), (process.stderr, "err")):
-            if pipe is not None:
-                self._outputs.rank(starting.detach(pipe), rank, kind)
+        self._processes.start(starting.environment(replace(job, name=name), self.folder, address, environ))
 
     def _restart(self, rank: int, number: int) -> None:
         """Start a rank of an elastic job again."""
@@ -175,8 +162,7 @@ class _Run:
             assert self._head is not None
             self._head.restart(rank, number)
         elif not self._finishing:
-            forget(self.folder, rank)
-            self._start_rank(rank, number)
+            self._processes.restart(rank, number)
 
     def _agreed(self, environ: Mapping[str, str]) -> tuple[str, str | None] | None:
         """The job's name and the service's address, once all launchers are there; None if a signal came first."""
@@ -185,7 +171,10 @@ class _Run:
             head.listen()
         name, address = job.name or starting.fresh_name(), job.address
         if job.embeds_service:
-            address = self._start_service(starting.environment(job, self.folder, None, environ))
+            address = self._processes.start_service(
+                starting.environment(job, self.folder, None, environ),
+                lambda: self.supervision.phase is not Phase.RUNNING,
+            )
         if self.supervision.phase is not Phase.RUNNING:
             return None
         if head is not None:
@@ -225,60 +214,6 @@ class _Run:
             raise LaunchError("the launcher of node 0 ended before the job began.", 1)
         return None if stop() or member.exit else member.started
 
-    def _start_service(self, environ: Mapping[str, str]) -> str:
-        log = self._log_dir and self._log_dir / "service.log"
-        self._service = process = starting.start_service(self._job, environ, log)
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self._outputs.other(starting.detach(process.stderr), "service")
-        message = bytearray()
-        speaks = starting.detach(process.stdout)
-
-        def ready() -> None:
-            chunk = os.read(speaks, 4096)
-            message.extend(chunk or b"\n")  # its end ends the waiting
-
-        self.reactor.watch(speaks, ready)
-        self.reactor.pump(lambda: b"\n" in message or self.supervision.phase is not Phase.RUNNING, _SERVICE_START_S)
-        self.reactor.forget(speaks)
-        self._outputs.other(speaks, "service")
-        line = bytes(message).partition(b"\n")[0]
-        if self.supervision.phase is Phase.RUNNING and not line.startswith(_LISTENING):
-            raise LaunchError("the statistics service for this job did not start; what it said stands above.", 1)
-        self._on_end(process, self._service_ended)
-        return line.removeprefix(_LISTENING).decode()
-
-    def _start_mpi(self, environ: Mapping[str, str]) -> None:
-        process = starting.start_mpiexec(self._job, self.folder, environ)
-        self._supervise(MPIEXEC, process)
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            self._outputs.other(starting.detach(pipe), "mpiexec")
-        for rank in range(self._job.ranks):
-            self.supervision = replace(self.supervision, running=self.supervision.running | {rank})
-            for kind in ("out", "err"):
-                self._outputs.rank(self._opened(f"{rank}.{kind}"), rank, kind)
-            self._reports[rank] = report = self._opened(f"{rank}.end")
-            self.reactor.watch(report, partial(self._reported, rank))
-
-    def _opened(self, pipe: str) -> int:
-        return os.open(self.folder / pipe, os.O_RDONLY | os.O_NONBLOCK)
-
-    def _supervise(self, who: int, process: subprocess.Popen[bytes]) -> None:
-        self._groups[who] = process.pid
-        self.supervision = replace(self.supervision, running=self.supervision.running | {who})
-        self._on_end(process, partial(self._ended, who))
-
-    def _on_end(self, process: subprocess.Popen[bytes], ended: Callable[[int], None]) -> None:
-        handle = os.pidfd_open(process.pid)
-
-        def ready() -> None:
-            self.reactor.forget(handle)
-            os.close(handle)
-            ended(process.wait())
-
-        self.reactor.watch(handle, ready)
-
     # ---- what happens ----
 
     def signalled(self, number: int) -> None:
@@ -295,27 +230,10 @@ class _Run:
         if not self._finishing:
             self._handle(Interrupted(signal.SIGPIPE))
 
-    def _reported(self, rank: int) -> None:
-        report = self._reports[rank]
-        try:
-            message = os.read(report, 4096)
-        except BlockingIOError:  # nothing yet
-            return
-        if not message:
-            self.reactor.forget(report)
-            os.close(report)
-            del self._reports[rank]
-        for line in message.split():
-            if rank not in self._groups:
-                self._groups[rank] = int(line)
-            else:
-                self._ended(rank, int(line))
+    def _started(self, who: int) -> None:
+        self.supervision = replace(self.supervision, running=self.supervision.running | {who})
 
     def _ended(self, who: int, status: int) -> None:
-        if who == MPIEXEC:  # it ended after its ranks, whichever event came first
-            for rank in tuple(self._reports):
-                self._reported(rank)
-        self._groups.pop(who, None)
         secondary, open_ = (is_marked(self.folder, who), left_open(self.folder, who)) if who >= 0 else (False, "")
         self._handle(Ended(who, status, secondary, open_ if status == 0 else "", self._host if who >= 0 else ""))
 
@@ -342,7 +260,6 @@ class _Run:
         self.supervision = replace(self.supervision, grace_s=grace_s, stop_s=None)
 
     def _service_ended(self, status: int) -> None:
-        self._service = None
         if not self._finishing:
             self._handle(Ended(SERVICE, status or 1))  # even in peace: no rank can go on without it
 
@@ -389,17 +306,13 @@ class _Run:
     # ---- what is done ----
 
     def _send_signal(self, number: int) -> None:
-        """Send a signal to the ranks; mpiexec, which would end them at once, gets only the last one."""
+        """Send a signal to the ranks, here and on the other hosts."""
         if self._head is not None:
             self._head.signal(number)
-        ranks = {who for who in self._groups if who >= 0}
-        if number not in (signal.SIGKILL, *_PASSED_ON):
-            stopping(self.folder, self.supervision.seconds_to_kill, ranks)
-        for who in self._groups if number == signal.SIGKILL or not ranks else ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(self._groups[who], number)
+        asked = number not in (signal.SIGKILL, *_PASSED_ON)
+        ranks = self._processes.signal(number, self.supervision.seconds_to_kill if asked else None)
         if ranks and number not in _PASSED_ON:
-            message = f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, sorted(ranks)))}"
+            message = f"{signal.Signals(number).name} sent to ranks {', '.join(map(str, ranks))}"
             then = f"; SIGKILL follows in {self.supervision.seconds_to_kill:g} s, or at once on Ctrl-C"
             self._outputs.announce(message if number == signal.SIGKILL else message + then)
 
@@ -428,12 +341,9 @@ class _Run:
             if self._member.exit is not None and self._member.exit[1] not in self._said | {""}:
                 self._outputs.announce(self._member.exit[1])
             self._member.close()
-        if self._service is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._service.pid, signal.SIGTERM)
-            self.reactor.pump(lambda: self._service is None, _SERVICE_STOP_S)
+        self._processes.stop_service()
         swept = [False]
-        self._on_end(guardian, lambda _: swept.__setitem__(0, True))
+        self._processes.on_end(guardian, lambda _: swept.__setitem__(0, True))
         assert guardian.stdin is not None
         with suppress(BrokenPipeError):  # it was killed
             guardian.stdin.write(b".")
