@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from bnlayer.agreement import RANKS_BLAMED, Verdict, listed
+from bnlayer.agreement import RANKS_BLAMED, Peer, Verdict, listed
 from bnlayer.collective import Call
 from bnlayer.errors import PeerLostError
 from bnserver.core.gathering import Gathering
@@ -54,6 +54,22 @@ def overdue(members: Membership, gathering: Gathering, latest: Call | None) -> V
     who = f"{listed(names, len(missing))}; {listed(waits, len(gathering.calls))}"
     text = f"{who}. Look at what it is doing; if it is only slow, wait longer: timeout=."
     return Verdict(PeerLostError, text, missing[:RANKS_BLAMED])
+
+
+def lost_answers(job: str, peer: Peer, answered: int, completed: int) -> str:
+    """Why the ranks can't go on with a service that lacks what it answered to them.
+
+    Args:
+        job: theirs.
+        peer: a rank that came back.
+        answered: its last contribution to a layer that was answered.
+        completed: the last one that the service knows of.
+    """
+    return (
+        f"The service lost what the ranks of job {job!r} were told: {peer} knows of contribution {answered}, the "
+        f"service's state directory of {completed}. The machine lost its power, its disk was full, or the directory "
+        "is an old copy. Start the job again, from its checkpoint."
+    )
 
 
 def regroup(job: str) -> str:

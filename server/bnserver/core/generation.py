@@ -1,17 +1,15 @@
 """One generation of a job: its ranks from rendezvous to the end, and one operation after the other.
 
 An event of a rank comes down here once, and its effects go back once. Who is here is kept in `members`, what is being
-gathered in `gathering`, and what is owned in `layers`; none of the three knows of the others.
+gathered in `gathering`, how far it is in `progress`, and what is owned in `layers`; none of them knows of the others.
 
 Laws:
 1. Its phase changes as `PHASES` says, and in no other way. One that failed is over: no rank can go on in it.
-2. A rank has at most one contribution outstanding; a contribution counts once, however often it arrives.
-3. Only the latest answer is kept, for a rank that did not get it and asks again. No rank can be further behind,
-   because the next operation completes only with all of them.
-4. After a restart of the service nothing is decided before all ranks are back. The last answers that they received
+2. A rank has at most one contribution outstanding.
+3. After a restart of the service nothing is decided before all ranks are back. The last answers that they received
    show how far the generation was: plain operations are not journaled.
-5. After a failure every rank gets the error once.
-6. One of an elastic job begins with its ranks (`rendezvous`). Where a rank is lost, or ranks wait to join when all
+4. After a failure every rank gets the error once.
+5. One of an elastic job begins with its ranks (`rendezvous`). Where a rank is lost, or ranks wait to join when all
    admit them, those that are left are told to regroup.
 """
 
@@ -25,13 +23,14 @@ from bnlayer.collective import ADMIT, Call, Operation, PlainSignature
 from bnlayer.errors import MismatchError, RegroupError, ServiceError
 from bnlayer.state import LayerState
 from bnserver.core import explanations
-from bnserver.core.answers import Answer, DisagreementError, plain
+from bnserver.core.answers import DisagreementError, plain
 from bnserver.core.effects import Closed, Effect, Failed, Joined, Owned, Persist, Record, Straggling
 from bnserver.core.events import Contribute, Elastic, Join, Pull, Push, Replacing
 from bnserver.core.gathering import Gathering, State
 from bnserver.core.journal_records import Began, Completed, Ended, Left, MemberRecord
 from bnserver.core.layers import Layers
 from bnserver.core.members import LOST, LivenessTimeouts, Member, Membership, Sign
+from bnserver.core.progress import Progress
 from bnserver.core.reasons import REASON_OF, Reason
 from bnserver.core.waiting import Waiting
 
@@ -80,9 +79,7 @@ class Generation:
         phase: where it is.
         members: who is here.
         gathering: the operation that the ranks are in.
-        completed: operations so far.
-        answer: of the last one.
-        layer_answer: of the last one on a layer.
+        progress: how far it is.
         ended: how it ended; None while it is not over.
         waiting: who has waited for whom.
         left: of an elastic job: how many ranks were connected when it ended, and go on.
@@ -105,9 +102,7 @@ class Generation:
         self.phase = Phase.RECOVERING if recovering else Phase.JOINING
         self.members = Membership(world_size)
         self.gathering = Gathering(world_size)
-        self.completed = 0
-        self.answer: Answer | None = None
-        self.layer_answer: Answer | None = None
+        self.progress = Progress()
         self.ended: Ended | None = None
         self.waiting = Waiting()
         self.elastic = elastic
@@ -153,14 +148,9 @@ class Generation:
         member.connect(event.stream, known.answered if known is not None and self.is_running else 0, now)
         if not self.is_running:
             return effects
-        if known is not None and self._is_behind(known.layer_answered, known.versions):
-            completed = self.layer_answer.sequence if self.layer_answer is not None else 0
-            text = (
-                f"The service lost what the ranks of job {self._job!r} were told: {event.peer} knows of contribution "
-                f"{known.layer_answered}, the service's state directory of {completed}. The machine "
-                "lost its power, its disk was full, or the directory is an old copy. Start the job again, from its "
-                "checkpoint."
-            )
+        progress = self.progress
+        if known is not None and progress.is_behind(known.layer_answered, known.versions, self._layers.states):
+            text = explanations.lost_answers(self._job, event.peer, known.layer_answered, progress.layer_completed)
             return effects + self._abort(Verdict(ServiceError, text, ()), Reason.DATA_LOSS)
         effects.append(self._joined(rank, event.stream))
         return effects + self._take_held(now)
@@ -178,12 +168,12 @@ class Generation:
             state = "running" if self.is_running else "not complete yet"
             text = f"expected contributions to generation {self.number}, which is {state}; received one to "
             return self.refuse(rank, f"{text}{event.generation}", event.call, now)
-        if self.phase is Phase.RECOVERING or self.completed + 1 < sequence <= member.answered + 1:
+        if self.phase is Phase.RECOVERING or self.progress.completed + 1 < sequence <= member.answered + 1:
             self._held.append((rank, event))
             return []
-        if sequence != self.completed + 1 or rank in self.gathering.calls:
+        if sequence != self.progress.completed + 1 or rank in self.gathering.calls:
             return self._repeated(rank, event, now)
-        member.seen, member.answered = event.call, max(member.answered, self.completed)
+        member.seen, member.answered = event.call, max(member.answered, self.progress.completed)
         self.gathering.add(rank, event.call, event.body, now, now + member.timeout)
         return self._go_on(now) if self.gathering.state is not State.GATHERING else []
 
@@ -275,7 +265,7 @@ class Generation:
         is_slow = waited >= max(SLOW_S, 2 * self.gathering.straggling_logged_s)
         if self.phase is Phase.RUNNING and self.gathering.calls and is_slow:
             self.gathering.straggling_logged_s = waited
-            text = explanations.straggling(self.members, self.gathering, self._latest, waited)
+            text = explanations.straggling(self.members, self.gathering, self.progress.latest, waited)
             effects.append(Straggling(self._job, text))
         return effects
 
@@ -292,39 +282,19 @@ class Generation:
         )
         return Began(self.number, self.world_size, members, self.elastic)
 
-    def finished(self, answer: Answer) -> None:
-        """An operation is complete."""
-        self.completed, self.answer = answer.sequence, answer
-        if answer.call.key.layer is not None:
-            self.layer_answer = answer
-
     # ---- what follows ----
 
-    @property
-    def _latest(self) -> Call | None:
-        return self.answer.call if self.answer is not None else None
-
     def _seen(self, rank: int) -> str:
-        return explanations.seen(rank, self.members, self.gathering, self._latest)
+        return explanations.seen(rank, self.members, self.gathering, self.progress.latest)
 
     def _repeated(self, rank: int, event: Contribute, now: float) -> list[Effect]:
         """A contribution with a number that is not the next one's, or of a rank that waits already."""
-        sequence, answer = event.sequence, self.answer
-        if sequence == self.completed + 1:
-            if event.call == self.gathering.calls[rank]:
-                return []
-            text = f"expected nothing while contribution {sequence} waits for its answer, received another"
-        elif sequence <= min(self.members.here[rank].answered, self.completed):
-            return []
-        elif answer is not None and sequence == answer.sequence:
-            if event.call == answer.call:
-                streams = self.members.streams
-                return answer.to({rank: streams[rank]} if rank in streams else {})
-            text = f"expected contribution {sequence} as it was before, received another of this number"
-        else:
-            kept = ", whose answer is not kept any more" if sequence <= self.completed else ""
-            text = f"expected contribution {self.completed + 1}, received contribution {sequence}{kept}"
-        return self.refuse(rank, text, event.call, now)
+        waiting = self.gathering.calls.get(rank)
+        said = self.progress.repeated(event.sequence, event.call, self.members.here[rank].answered, waiting)
+        if isinstance(said, str):
+            return self.refuse(rank, said, event.call, now)
+        streams = self.members.streams
+        return said.to({rank: streams[rank]}) if said is not None and rank in streams else []
 
     def _wait(self, now: float) -> list[Effect]:
         if self.phase is Phase.JOINING:
@@ -339,7 +309,9 @@ class Generation:
         if self.gathering.state is State.COMPLETE:
             return self._complete(now)
         if self.gathering.is_overdue:
-            return self._abort(explanations.overdue(self.members, self.gathering, self._latest), Reason.DEADLINE)
+            return self._abort(
+                explanations.overdue(self.members, self.gathering, self.progress.latest), Reason.DEADLINE
+            )
         if self.gathering.state is State.ABORTED or (self.phase is Phase.JOINING and self.members.left):
             verdict = judge(self.gathering.calls, self.members.left, self.members.peers)
             assert verdict is not None
@@ -348,7 +320,7 @@ class Generation:
 
     def _complete(self, now: float) -> list[Effect]:
         """Every rank has contributed: compute the answer, record it, and let the next operation begin."""
-        done, sequence, record = self.gathering, self.completed + 1, None
+        done, sequence, record = self.gathering, self.progress.completed + 1, None
         call = done.call
         if self._admits(call):
             text = explanations.joiners(self._job, self.awaited)
@@ -366,7 +338,7 @@ class Generation:
                 answer = self._layers.completed(record)
         except DisagreementError as error:
             return self._abort(Verdict(MismatchError, str(error), ()), Reason.MISMATCH)
-        self.finished(answer)
+        self.progress.finished(answer)
         self.waiting.completed(call, done.arrivals, now)
         self.gathering = Gathering(self.world_size)
         effects = answer.to(self.members.streams)
@@ -389,24 +361,14 @@ class Generation:
             self.phase = PHASES[self.phase, Turn.ALL_BACK]
             self.waiting.begin(now)
             answered = min((member.answered for member in self.members.here.values()), default=0)
-            self.completed = max(self.completed, answered)
-        held, latest = self._held, self.completed + 1
+            self.progress.completed = max(self.progress.completed, answered)
+        held, latest = self._held, self.progress.completed + 1
         self._held = [(rank, event) for rank, event in held if event.sequence > latest]
         effects: list[Effect] = []
         for rank, event in held:
             if event.sequence <= latest and rank in self.members.here and self.phase is not Phase.OVER:
                 effects += self.contribute(rank, event, now)
         return effects
-
-    def _is_behind(self, layer_answered: int, versions: Mapping[str, int]) -> bool:
-        """Whether the owner lacks something that was answered to a rank."""
-        completed = self.layer_answer.sequence if self.layer_answer is not None else 0
-        if layer_answered != completed:
-            # A rank that lacks an answer may know of a higher version, as ranks can set an earlier state. The owner
-            # can't lack a push that this rank knows of: it came before the rank's contribution to that answer.
-            return layer_answered > completed
-        states = self._layers.states
-        return any(name not in states or states[name].version < version for name, version in versions.items())
 
     def _abort(self, verdict: Verdict, reason: Reason) -> list[Effect]:
         """Send the error to every connected rank, and end the generation."""

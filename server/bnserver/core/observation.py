@@ -91,13 +91,13 @@ def observe(job: Job, now: float) -> JobObservation:
     """
     generation = job.generations[-1]
     waiting, gathering = generation.waiting, generation.gathering
-    latest = generation.answer.call if generation.answer is not None else None
+    latest = generation.progress.latest
     return JobObservation(
         job.name,
         generation.phase,
         generation.number,
         generation.world_size,
-        generation.completed,
+        generation.progress.completed,
         next(iter(gathering.calls.values()), latest),
         job.layers.states,
         dict(waiting.operations),

@@ -41,7 +41,7 @@ def records(job: Job) -> list[JournalRecord]:
         departed = tuple(MemberRecord(peer, 0, 0.0) for peer in running.members.departed.values())
         records.append(Began(begin.generation, begin.world_size, begin.members + departed, begin.elastic))
         records += [Left(running.number, rank, reason) for rank, reason in running.members.left.items()]
-        answer = running.layer_answer
+        answer = running.progress.layer_answer
         if answer is not None and isinstance(answer.result, Enrolled):
             # For ranks that lack this answer. Later changes of the layer are in the records that follow.
             records.append(Completed(answer.sequence, answer.call, answer.result.state, answer.result.known))
@@ -102,8 +102,8 @@ def _take(job: Job, record: JournalRecord, now: float) -> None:
 def _answer(job: Job, answer: Answer) -> None:
     # Layers are written one after the other, so the numbers may jump back.
     for generation in job.generations:
-        if answer.sequence > generation.completed:
-            generation.finished(answer)
+        if answer.sequence > generation.progress.completed:
+            generation.progress.finished(answer)
 
 
 def _leave(job: Job, record: Left, now: float) -> None:
