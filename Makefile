@@ -17,6 +17,10 @@ NATIVE := CMakeLists.txt $(wildcard bnlayer/bnlayer/kernels/native/*.[ch]pp bnla
 # Warnings of the C++ compiler are errors in CI; elsewhere they depend on which compiler there is.
 WERROR ?= $(if $(CI),ON,OFF)
 
+# Compiled modules are kept, whatever the shell says: the tests start Python some thousand times, and compiling what it
+# imports anew would be more than a third of the time.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The suite that every build of the kernels passes: with sanitizers, and on Arm.
 KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py
 
