@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,16 +29,22 @@ class Host:
         name: its hostname.
         namespace: for `ip`.
         address: of its only interface, eth0.
+        switch: the namespace of the bridge that it is on.
+        table: a file with the names and addresses of all, its /etc/hosts.
     """
 
     name: str
     namespace: str
     address: str
+    switch: str
+    table: Path
 
     @property
     def prefix(self) -> list[str]:
         """What makes a command run there; the process is the command's."""
-        named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh"]
+        # ip gives it a mount namespace of its own.
+        own = f'hostname {self.name} && mount --bind {self.table} /etc/hosts && exec "$@"'
+        named = ["unshare", "--uts", "sh", "-c", own, "sh"]
         return ["ip", "netns", "exec", self.namespace, *named]
 
     def processes(self) -> list[int]:
@@ -52,6 +59,21 @@ class Host:
     def cut_off(self) -> None:
         """Take its interface down: nothing arrives, and nobody is told."""
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
+
+    def drop(self) -> None:
+        """Lose every packet to and from it on the way, until `heal`: its interface stays up."""
+        rules = (
+            "add table bridge partition",
+            "add chain bridge partition lost { type filter hook forward priority 0; }",
+            f'add rule bridge partition lost iifname "{self.name}" drop',
+            f'add rule bridge partition lost oifname "{self.name}" drop',
+        )
+        for rule in rules:
+            _ip("netns", "exec", self.switch, "nft", rule)
+
+    def heal(self) -> None:
+        """End what `drop` began."""
+        _ip("netns", "exec", self.switch, "nft", "delete table bridge partition")
 
 
 @contextmanager
@@ -101,10 +123,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def hosts(*names: str) -> Iterator[list[Host]]:
     """Make hosts that reach each other; gone afterwards."""
     unique = f"bn{secrets.token_hex(3)}"
-    made = [Host(name, f"{unique}-{name}", f"10.77.0.{number}") for number, name in enumerate(names, start=1)]
-    switch = f"{unique}-switch"
+    switch, folder = f"{unique}-switch", Path(tempfile.mkdtemp(prefix="bnlayer-hosts-"))
+    addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, start=1)}
+    made = [Host(name, f"{unique}-{name}", address, switch, folder / "hosts") for name, address in addresses.items()]
     namespaces = [switch, *(host.namespace for host in made)]
     try:
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+        (folder / "hosts").write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
         for namespace in namespaces:
             _ip("netns", "add", namespace)
             _ip("-n", namespace, "link", "set", "lo", "up")
@@ -120,6 +145,7 @@ def hosts(*names: str) -> Iterator[list[Host]]:
     finally:
         for namespace in namespaces:
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
+        shutil.rmtree(folder)
 
 
 def _ip(*arguments: str) -> str:
