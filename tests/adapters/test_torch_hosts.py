@@ -6,8 +6,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 from support.adapters import Ended, run
 from support.framework_jobs import Jobs, differing
 from support.hosts import Host, hosts, needs_root
@@ -31,7 +29,16 @@ def test_the_bits_of_one_process_on_two_hosts(tmp_path: Path) -> None:
         def started(host: Host) -> Ended:
             meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{_PORT}", "--rdzv-id=two-hosts"]
             here = ["--nnodes=2", "--nproc-per-node=2", f"--local-addr={host.address}"]
-            command = [*host.prefix, sys.executable, "-m", "torch.distributed.run", *here, *meet, _RANK, tmp_path]
+            command = [
+                *host.prefix,
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *here,
+                *meet,
+                str(_RANK),
+                str(tmp_path),
+            ]
             return run(command, environ={"BNLAYER_INSECURE": "1", "GLOO_SOCKET_IFNAME": "eth0"}, limit_s=170)
 
         ended = list(pool.map(started, made))

@@ -18,6 +18,7 @@ STEPS, ROWS, CHANNELS = 20, 48, 33
 def train(world: bnworker.World, name: str, folder: Path) -> None:
     """Some steps, forward and backward; this rank's last rows and the layer's statistics go to a file."""
     layer = SyncBatchNorm(CHANNELS, name=name)
+    x = y = torch.empty(0)
     for step in range(STEPS):
         rows = np.random.default_rng(step).normal(3, 2, (ROWS, CHANNELS)).astype(np.float32)
         x = torch.from_numpy(rows[world.shard(ROWS)]).requires_grad_()
@@ -25,8 +26,12 @@ def train(world: bnworker.World, name: str, folder: Path) -> None:
         (y * x).sum().backward()
     assert x.grad is not None
     arrays = {"y": y.detach(), "dx": x.grad, "mean": layer.running_mean, "variance": layer.running_var}
-    np.savez(folder / f"{name}-{world.world_size}-{world.rank}.npz", **{key: each.numpy() for key, each in arrays.items()})
-    sys.stdout.write(f"{name}: rank {world.rank} of {world.world_size} over {world.transport}\n")  # as one: all share it
+    np.savez(
+        folder / f"{name}-{world.world_size}-{world.rank}.npz", **{key: each.numpy() for key, each in arrays.items()}
+    )
+    sys.stdout.write(
+        f"{name}: rank {world.rank} of {world.world_size} over {world.transport}\n"
+    )  # as one: all share it
     sys.stdout.flush()
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from bnworker.train.checkpoint import read
 from support.elastic import RANKS, planned, run
 from support.killing import KILLS, killed_and_going_on
 from support.processes import arguments, launch, script
 from support.service import daemon
+from support.training import COMMAND, pid_of_rank
 
 pytestmark = pytest.mark.rpc
 
@@ -34,12 +38,55 @@ def test_ranks_are_killed(kills: int, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_training_goes_on(kills: int, tmp_path: Path) -> None:
-    """`train --elastic`, one rank of four killed after the other: as accurate as a run that nobody disturbed."""
-    whole, parts, output = killed_and_going_on(tmp_path, kills, seed=kills)
+    """`train --elastic`, one rank of four killed after the other: as accurate as a run that nobody disturbed.
+
+    A step that was cut short, and made again, has updated the moving statistics once.
+    """
+    undisturbed, disturbed, output = killed_and_going_on(tmp_path, kills, seed=kills)
+    whole, parts = undisturbed["test_accuracy"], disturbed["test_accuracy"]
     print(f"accuracy {whole:.4f} undisturbed, {parts:.4f} after {kills} kills")
+    for summary in (undisturbed, disturbed):
+        assert {layer["moving_version"] for layer in summary["layers"]} == {summary["steps"]}
+        assert summary["moving_version"] == summary["steps"]
     assert output.count("it is started again (restart ") == kills
     assert "resumed after step" in output
     assert abs(whole - parts) < 0.005
+
+
+@pytest.mark.fault
+def test_training_is_stopped_while_a_rank_is_missing(tmp_path: Path) -> None:
+    """The others wait for it, and no step will follow: SIGTERM ends that, with the checkpoint and its exit code."""
+    saved = tmp_path / "saved.safetensors"
+    train = [*COMMAND, "--data=digits", "--batch-size=300", "--hidden=8", f"--save={saved}"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
+    process = subprocess.Popen(
+        [*train, "--epochs=1000", "--workers=3", "--elastic=3:3", "--max-restarts=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert next(line for line in process.stdout if "epoch 2/1000" in line)
+        os.kill(pid_of_rank(process.pid, 0), signal.SIGKILL)  # which writes the checkpoints
+        said = [next(line for line in process.stderr if "it is started again (restart 1 of 1" in line)]
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 75, said[0] + out + err
+    kept = read(saved)
+    assert kept is not None
+    steps = kept.progress.steps
+    assert f"stopped after step {steps:,}, while the ranks formed the next generation; {saved} goes on from" in err, err
+    resumed = subprocess.run(
+        [*train, "--epochs=1000", f"--steps={steps + 3}", "--workers=2", "--resume"],
+        env=environ, capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    assert f"resumed after step {steps:,}" in resumed.stdout
 
 
 # ---- ranks join, and are missing ----

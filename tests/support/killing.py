@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,8 @@ _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
 _KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits in slower steps: a kill falls within one more often
 # Of the campaigns that `make test-long` runs: KILLS=20 make test-long takes half an hour.
 KILLS = int(os.environ.get("KILLS", "5"))
+
+Summary = dict[str, Any]
 
 _LIMIT_S = 150.0
 _LAUNCHER, _ALL = -1, -2  # victims that are no rank; all: every rank, the launcher and the service
@@ -77,13 +80,13 @@ def killed_and_resumed(
     return path.read_bytes(), story
 
 
-def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) -> tuple[float, float, str]:
+def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) -> tuple[Summary, Summary, str]:
     """An elastic job whose ranks are killed with -9, one after the other, at moments that are drawn.
 
     Returns:
-        Accuracy of an undisturbed run, and of this one; and what it wrote.
+        Summaries of an undisturbed run, and of this one; and what it wrote.
     """
-    accuracies, output, rng = [], "", np.random.default_rng(seed)
+    summaries, output, rng = [], "", np.random.default_rng(seed)
     for name in ("whole", "parts"):
         path, summary = folder / f"{name}.safetensors", folder / f"{name}.json"
         elastic = ("--elastic=2:4", f"--max-restarts={kills}", f"--summary={summary}") if name == "parts" else ()
@@ -96,8 +99,8 @@ def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) 
                 launch.kill(int(rng.integers(ranks)))
             assert launch.wait() == 0, launch.output()
             output = launch.output()
-        accuracies.append(json.loads(summary.read_text(encoding="utf-8"))["test_accuracy"])
-    return accuracies[0], accuracies[1], output
+        summaries.append(json.loads(summary.read_text(encoding="utf-8")))
+    return summaries[0], summaries[1], output
 
 
 class _Launch:

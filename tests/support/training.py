@@ -85,7 +85,7 @@ def stopped(folder: Path, number: signal.Signals, *options: str, rank: int | Non
     try:
         assert process.stdout is not None
         seen = [next(line for line in process.stdout if "epoch 2/1000" in line)]
-        os.kill(process.pid if rank is None else _rank(process.pid, rank), number)
+        os.kill(process.pid if rank is None else pid_of_rank(process.pid, rank), number)
         out, err = process.communicate(timeout=80)
     finally:
         process.kill()
@@ -94,7 +94,7 @@ def stopped(folder: Path, number: signal.Signals, *options: str, rank: int | Non
     return Trained({}, load_file(folder / "saved.safetensors"), out, err)
 
 
-def _rank(launcher: int, rank: int) -> int:
+def pid_of_rank(launcher: int, rank: int) -> int:
     """The pid of one of its ranks."""
     wanted = f"BNLAYER_RANK={rank}".encode()
     (match,) = (pid for pid in children(launcher) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))

@@ -120,6 +120,27 @@ def test_ranks_that_were_stopped_and_can_be_resumed(ends: list[int], code: int) 
     assert (job.done, job.exit_code()) == (True, code)
 
 
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ([75, 75], 75),
+        ([-KILL, 75], 75),  # it was lost as the signal came
+        ([-TERM, 75], 75),  # it was just being started again, and did not take note of signals yet
+        ([-TERM, -TERM], 143),
+        ([1, 143], 143),
+    ],
+)
+def test_an_elastic_job_that_was_stopped_while_a_rank_was_lost(ends: list[int], code: int) -> None:
+    """Those that are left have written the checkpoint: one that says so speaks for the job."""
+    job = Supervision(frozenset({0, 1, 2}), resumable=75, elastic=Elastic(2, 1))
+    job, effects = job.handle(Ended(0, -KILL))
+    assert effects == [Restart(0, 1)]
+    for event in (Interrupted(TERM), Ended(0, ends[0]), Ended(1, ends[1]), Ended(2, ends[1])):
+        job, effects = job.handle(event)
+        assert Restart(0, 1) not in effects
+    assert (job.done, job.exit_code()) == (True, code)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGPIPE, 141)])
 def test_a_lost_terminal_or_reader_ends_the_job_with_sigterm(number: int, code: int) -> None:
     """The ranks may not notice a SIGPIPE, nor a SIGHUP; the code says what came."""

@@ -234,6 +234,7 @@ def test_early_stop_keeps_the_best(world: World) -> None:
     best = min(range(len(losses)), key=lambda index: losses[index] or 0.0)
     assert len(losses) == best + 3 < 40
     assert outcome.kept == best + 1
+    assert set(outcome.updates.values()) == {outcome.epochs[best].steps}
     assert (outcome.test_loss, outcome.test_accuracy) == (
         outcome.epochs[best].test_loss,
         outcome.epochs[best].test_accuracy,

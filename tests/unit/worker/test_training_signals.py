@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bnworker.cli.files import Files
-from bnworker.cli.interruption import Interruption
-from bnworker.cli.rank import _end_stopped
+from bnworker.cli.interruption import Interruption, WaitInterrupted
+from bnworker.cli.rank import _end_stopped, _stopped_between
+from bnworker.train.checkpoint import Checkpoint, Origin, Progress, encode, read
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
@@ -69,3 +71,42 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
             assert not interruption.asked()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_ends_the_wait_for_other_ranks() -> None:
+    """One that comes meanwhile, and one that has come before; elsewhere it is only noted."""
+    with Interruption() as interruption:
+        with interruption.waiting():
+            pass
+        with pytest.raises(WaitInterrupted), interruption.waiting():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(WaitInterrupted), interruption.waiting():
+            pytest.fail("it waits")
+    assert interruption.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("in_file", "kept"), [(None, 7), (3, 7), (7, 7), (9, 9), ("another run's", 7), ("none", 7)])
+def test_a_rank_between_two_generations_keeps_its_state(in_file: int | str | None, kept: int, tmp_path: Path) -> None:
+    """Unless the file is as far already; that of another run is replaced, as during the run."""
+    path = tmp_path / "run.safetensors"
+    origin = Origin("digits", "abc", 64, 10)
+    latest = Checkpoint({}, Progress(7), Settings().as_json(), origin)
+    if isinstance(in_file, int):
+        path.write_bytes(encode(replace(latest, progress=Progress(in_file))))
+    elif in_file is not None:
+        other = replace(latest, progress=Progress(9), settings=Settings(seed=5).as_json())
+        path.write_bytes(encode(other) if in_file == "another run's" else b"none")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    interruption = Interruption()
+    interruption.signal = signal.SIGTERM
+    try:
+        assert _stopped_between(latest, interruption, Files(save=path), first=False).code == 75
+        assert _stopped_between(None, interruption, Files(save=path), first=False).code == 143
+        assert _stopped_between(latest, interruption, Files(), first=False).code == 143
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    saved = read(path)
+    assert saved is not None
+    assert saved.progress.steps == kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from bnlayer.environment import variable
 from bnworker.cli.display import Display
 from bnworker.cli.errors import RESUMABLE, CommandError
 from bnworker.cli.files import Files
-from bnworker.cli.interruption import Interruption, ignore_batch_systems
+from bnworker.cli.interruption import Interruption, WaitInterrupted, ignore_batch_systems
 from bnworker.elastic_job import elastic
 from bnworker.joining import join
 from bnworker.limits import VARIABLE
-from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read_by_first
+from bnworker.train.checkpoint import Checkpoint, CheckpointError, encode, labels_of, read, read_by_first
 from bnworker.train.data import DataError, Dataset, listed, load
 from bnworker.train.elastic import Kept
 from bnworker.train.events import Event
@@ -85,17 +86,63 @@ def run(
 
 def _run_elastic(data: str, settings: Settings, *, address: str | None, job: str | None, files: Files) -> None:
     """The same as one of the ranks of an elastic job, which may change while it runs."""
-    kept, problem, first = Kept(), None, False
+    kept, first, interruption = Kept(), False, Interruption()
+    problem: DataError | CheckpointError | WeightFileError | _Stopped | None = None
     try:
-        for generation in elastic(kept, address=address or None, job=job or None):
-            with generation as world:
-                first = world.rank == 0
-                problem = _train(data, settings, world, Replica(), files, first=first, kept=kept)
+        with interruption:
+            generations = elastic(kept, address=address or None, job=job or None)
+            while True:
+                try:
+                    with interruption.waiting():
+                        generation = next(generations, None)
+                except WaitInterrupted:
+                    problem = _stopped_between(kept.checkpoint, interruption, files, first=first)
+                    break
+                if generation is None:
+                    break
+                with generation as world:
+                    first = world.rank == 0
+                    problem = _train(data, settings, world, Replica(), files, first=first, elastic=(kept, interruption))
     except CollectiveError as error:
         raise CommandError(f"train: {type(error).__name__}: {error}", 1) from None
     except (ValueError, ImportError, RuntimeError) as error:
         raise CommandError(f"train: {error}") from None
     _end(problem, first=first)
+
+
+def _stopped_between(latest: Checkpoint | None, interruption: Interruption, files: Files, *, first: bool) -> _Stopped:
+    """Stop where the ranks of an elastic job are no world: some are lost, and who of the others is first is open.
+
+    Each holds the state after the step before, or after the one before that. Either is good to go on from, so each
+    writes it, unless the file is as far already.
+    """
+    assert interruption.signal is not None
+    saving = _saving(files)
+    ended = _Stopped(interruption.signal, latest is not None and saving is not None)
+    if ended.code == RESUMABLE:
+        ignore_batch_systems()
+    if latest is None or saving is None:
+        return ended
+    assert files.save is not None
+    if behind := not _has(files.save, latest):
+        saving.write(latest)
+    if behind or first:
+        typer.echo(
+            f"bnlayer: train: {ended.signal.name}: stopped after step {latest.progress.steps:,}, while the ranks "
+            f"formed the next generation; {files.save} goes on from there with --resume",
+            err=True,
+        )
+    return ended
+
+
+def _has(path: Path, latest: Checkpoint) -> bool:
+    """Whether a file has a state of the same run, as late as this one or later."""
+    try:
+        saved = read(path)
+    except CheckpointError:
+        return False
+    same = saved is not None and (saved.settings, saved.data) == (latest.settings, latest.data)
+    return same and saved is not None and saved.progress.steps >= latest.progress.steps
 
 
 def _end(problem: DataError | CheckpointError | WeightFileError | _Stopped | None, *, first: bool) -> None:
@@ -116,11 +163,14 @@ def _train(
     files: Files,
     *,
     first: bool,
-    kept: Kept | None = None,
+    elastic: tuple[Kept, Interruption] | None = None,
 ) -> DataError | CheckpointError | WeightFileError | _Stopped | None:
-    """Train, show and write; returns what every rank finds wrong with what the user gave, or that it was stopped."""
+    """Train, show and write; returns what every rank finds wrong with what the user gave, or that it was stopped.
+
+    `elastic`: of a rank of an elastic job, its latest state and its signals, which are more than one generation's.
+    """
     recorder: Recorder | None = None
-    interruption = Interruption()
+    kept, interruption = elastic or (None, Interruption())
     try:
         start = _start(world, files, kept)
         loaded = load(
@@ -146,7 +196,7 @@ def _train(
 
         saving = _saving(files) if first else None
         outcome: Outcome | StoppedError
-        with display, interruption:
+        with display, interruption if elastic is None else nullcontext():
             try:
                 outcome = train(
                     settings,

@@ -274,7 +274,9 @@ class Supervision:
     def exit_code(self) -> int:
         """The launcher's exit code, by law 3."""
         if self.interrupted is not None:
-            if self.resumable is not None and self.stopped == {self.resumable}:
+            # A rank of an elastic job that says so answers for those that were lost, or were just being started again.
+            said = {self.resumable} & self.stopped if self.elastic is not None else self.stopped
+            if self.resumable is not None and said == {self.resumable}:
                 return self.resumable
             return 128 + self.interrupted
         cause = self.cause

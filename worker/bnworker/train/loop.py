@@ -89,6 +89,8 @@ class Outcome:
         test_loss, test_accuracy: of this model.
         resumed_steps: made before this process went on; 0 for a run of its own.
         rows, seconds: what this process trained on, and the time that its steps took.
+        updates: of the moving statistics that each layer holds, by its name, as their owner has counted them; rank 0's
+            are right. Its version counts replacements too, and exchanges of steps that were lost with a rank.
     """
 
     model: Perceptron
@@ -101,6 +103,7 @@ class Outcome:
     resumed_steps: int
     rows: int
     seconds: float
+    updates: Mapping[str, int]
 
     @property
     def steps(self) -> int:
@@ -219,10 +222,15 @@ class _Run:
     def _spread(self) -> None:
         """Give the owner the starting state: every rank has it already, but the owner may hold another run's."""
         _own(self._model, self._world)
+        self._uncounted = self._beyond(self._progress.steps)
         # The same by the seed; but a rank with another NumPy might draw other numbers.
         weights = self._optimizer.weights
         for weight, value in zip(weights, self._world.broadcast([weight.value for weight in weights]), strict=True):
             weight.assign(value)
+
+    def _beyond(self, updates: int) -> dict[str, int]:
+        """What the version of each layer's state is above the number of updates that it holds."""
+        return {norm.name: norm.state.version - updates for norm in self._model.norms}
 
     # ---- the middle ----
 
@@ -373,6 +381,7 @@ class _Run:
             kept = made.best
             self._model.load(self._best)
             _own(self._model, self._world)
+            self._uncounted = self._beyond(kept.steps)
         return Outcome(
             self._model,
             self._optimizer,
@@ -384,6 +393,7 @@ class _Run:
             self._resumed_steps,
             self._rows,
             self._seconds,
+            {norm.name: norm.state.version - self._uncounted[norm.name] for norm in self._model.norms},
         )
 
 

@@ -18,11 +18,11 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
         test_accuracy, test_loss (of the model that is kept), train_loss (mean cross-entropy over the last epoch's
         training rows), epochs, steps, kept_epoch (whose model it is), resumed_steps (made by an earlier process),
         world_size, transport ("service", "mpi" or "alone"), seconds (of this process's training steps alone),
-        labels (output k of the model stands for the k-th), moving_version (completed forward exchanges of each
-        layer), layers (name, channels, moving_mean,
-        moving_variance, moving_version), history (per epoch: loss, accuracy, test_loss, …); and, of this rank:
-        rows_per_second, exchanges (by layer, direction and operation), bytes_sent, bytes_received,
-        waiting_seconds, replicas, data, settings.
+        labels (output k of the model stands for the k-th), moving_version (updates that the moving statistics of
+        each layer hold: one for each completed forward exchange, where a step that was lost with a rank, and made
+        again, counts once), layers (name, channels, moving_mean, moving_variance, moving_version), history
+        (per epoch: loss, accuracy, test_loss, …); and, of this rank: rows_per_second, exchanges (by layer, direction
+        and operation), bytes_sent, bytes_received, waiting_seconds, replicas, data, settings.
     """
     last, statistics = outcome.epochs[-1], world.statistics
     layers = [
@@ -31,7 +31,7 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
             "channels": norm.state.channels,
             "moving_mean": norm.state.moving.mean.tolist(),
             "moving_variance": norm.state.moving.variance.tolist(),
-            "moving_version": norm.state.version,
+            "moving_version": outcome.updates[norm.name],
         }
         for norm in outcome.model.norms
     ]
@@ -47,7 +47,7 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
         "transport": world.transport,
         "seconds": outcome.seconds,
         "labels": list(outcome.labels),
-        "moving_version": min((norm.state.version for norm in outcome.model.norms), default=0),
+        "moving_version": min(outcome.updates.values(), default=0),
         "layers": layers,
         "history": [epoch.record() for epoch in outcome.epochs],
         "rows_per_second": outcome.rows / outcome.seconds if outcome.seconds else 0.0,
