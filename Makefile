@@ -275,7 +275,7 @@ lint: setup  ## style: ruff format --check, ruff check
 CPP := $(filter %pp,$(NATIVE)) benchmarks/native.cpp
 CPP_FLAGS = -std=gnu++20 -fno-exceptions -fno-rtti -Ibnlayer/bnlayer/kernels/native -DBNLAYER_HAS_BASELINE=1 -DBNLAYER_HAS_AVX2=1 \
 	-DPy_LIMITED_API=0x030B0000 -isystem$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
-	-DBNLAYER_VARIANT=avx2 --target=x86_64-linux-gnu -mavx2 -mfma
+	-DBNLAYER_VARIANT=avx2 --target=x86_64-linux-gnu -mavx2 -mfma -Wall -Wextra
 
 lint-native: setup  ## the C++ sources: clang-format, clang-tidy (.clang-tidy has the exceptions, and why)
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
