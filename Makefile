@@ -218,7 +218,7 @@ test-arm: build/arm/.ready .venv-wheels/.ready  ## the kernels' suite with the A
 	rm -rf build/arm/bnlayer && $(BIN)/python -m zipfile -e dist/bnlayer-*_aarch64.whl build/arm/bnlayer
 	PYTHONPATH=build/arm/bnlayer:build/arm/site build/arm/python -m pytest -p no:cacheprovider -n auto --dist=worksteal -k "not threads" $(KERNEL_TESTS)
 
-# The suite without wire or MPI, and without the files in deploy/, on every Python that is named: make test-pythons PYTHONS="3.12 3.14"
+# The tests of the code by itself, without wire or MPI, on every Python that is named: make test-pythons PYTHONS="3.12 3.14"
 PYTHONS ?= 3.12 3.13
 
 test-pythons: $(PYTHONS:%=test-python-%)  ## the fast tests on other Pythons (PYTHONS="3.12 3.13")
@@ -234,7 +234,7 @@ test-pythons: $(PYTHONS:%=test-python-%)  ## the fast tests on other Pythons (PY
 	@touch $@
 
 test-python-3.%: .venv-3.%/.ready
-	.venv-3.$*/bin/pytest $(PURE) --ignore=tests/deploy
+	.venv-3.$*/bin/pytest $(PURE) tests/unit tests/scenarios
 
 .PRECIOUS: .venv-3.%/.packages .venv-3.%/.ready
 
@@ -316,7 +316,7 @@ wheels: .venv-wheels/.ready  ## manylinux wheels for x86-64 and Arm, in dist/
 # LOCK_FLAGS=--upgrade takes new versions; without it only what pyproject.toml asks for moves.
 lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions)
 	$(LOCK) pyproject.toml --extra mpich --extra digits --extra report --extra tensorboard --extra tls --extra reflection --extra metrics --extra dashboard \
-		--group test --group lint --group docs --group deploy --group build --group lock \
+		--group test --group browser --group lint --group docs --group deploy --group build --group lock \
 		--output-file requirements.lock
 	$(LOCK) pyproject.toml --extra digits --extra report --group build \
 		--constraints requirements.lock --output-file locks/train.lock
