@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import bnlayer
 import bnserver
 import bnworker
-from bnworker.cli import app, main
+from bnworker.cli import main
+from bnworker.cli.commands import app
 from bnworker.cli.hosts import Hosts
 
 BNLAYER_MAIN = str(Path(bnlayer.__file__).with_name("__main__.py"))
@@ -105,7 +106,7 @@ def test_every_package_has_its_version() -> None:
 def test_help_imports_nothing_heavy() -> None:
     """`bnlayer --help` answers at once: half a second, interpreter included."""
     code = (
-        "import sys, bnworker.cli; "
+        "import sys, bnworker.cli.commands; "
         "print([name for name in ('numpy', 'grpc', 'sklearn', 'mpi4py') if name in sys.modules])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bnworker import cli
-from bnworker.cli import app
+from bnworker.cli.commands import app
 from bnworker.cli.display import Display, show_calibration
 from bnworker.cli.forecast import show
 from bnworker.train.data import load
@@ -23,9 +23,9 @@ from bnworker.train.settings import Settings
 from support.events import STEPS_PER_EPOCH, epoch, run, step
 
 
-def shown(events: list[Event], epochs: int, capsys: pytest.CaptureFixture[str], *, first: bool = True) -> str:
+def shown(events: list[Event], epochs: int, capsys: pytest.CaptureFixture[str]) -> str:
     """What a display writes."""
-    with Display(epochs * STEPS_PER_EPOCH, epochs, shown=first, plain=False) as display:
+    with Display(epochs * STEPS_PER_EPOCH, epochs, plain=False) as display:
         for event in events:
             display.watch(event)
     return capsys.readouterr().out
@@ -42,11 +42,6 @@ def test_a_resumed_run_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     """With the step that it goes on from."""
     out = shown([Resumed(7, (epoch(1),)), step(8), epoch(2)], 2, capsys)
     assert out.splitlines()[0] == "resumed after step 7"
-
-
-def test_only_one_rank_speaks(capsys: pytest.CaptureFixture[str]) -> None:
-    """The others are silent."""
-    assert shown(run(2), 2, capsys, first=False) == ""
 
 
 @pytest.mark.parametrize(
@@ -83,7 +78,7 @@ def test_a_result_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], mo
     outcome: Any = SimpleNamespace(
         epochs=(epoch(1),), seconds=1.0, kept=1, test_accuracy=0.5, test_loss=0.5, resumed_steps=0, labels=(0, 1)
     )
-    with Display(1, 1, shown=True, plain=False) as display:
+    with Display(1, 1, plain=False) as display:
         display.table(outcome, summary)
     out = capsys.readouterr().out
     assert f"{_ODD}: 1 steps" in out

@@ -110,7 +110,10 @@ def test_only_recorded_data_are_drawn(events: list[Event], names: list[str] | No
 
 
 def test_no_module_is_imported_needlessly() -> None:
-    """A run without a report loads neither matplotlib nor tensorboardX."""
-    code = "import sys, bnworker.cli.rank; print([n for n in ('matplotlib', 'tensorboardX') if n in sys.modules])"
+    """A run without a report loads neither matplotlib nor tensorboardX; a rank no parser, and nothing to show a run."""
+    code = (
+        "import sys, bnworker.cli.rank, bnworker.cli.started; "
+        "print([n for n in ('matplotlib', 'pydantic', 'rich', 'tensorboardX', 'typer') if n in sys.modules])"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert ended.stdout == "[]\n"

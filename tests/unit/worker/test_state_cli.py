@@ -16,7 +16,7 @@ from bnlayer import BatchNormalization, interchange
 from bnserver.job_file import file_name
 from bnserver.state_survey import survey
 from bnserver.store import Store
-from bnworker.cli import app
+from bnworker.cli.commands import app
 from bnworker.cli.errors import CommandError
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "state" / "with-directory-id" / "jobs"

@@ -9,8 +9,12 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from bnworker.cli import app
+from bnworker.cli.commands import app
+from bnworker.cli.files import Files
+from bnworker.cli.started import main as start_rank
 from bnworker.launcher import Job
+from bnworker.train.loop import Replica
+from bnworker.train.settings import Settings
 from support.command_line import SMALL_RUN, Command, squeezed
 
 
@@ -43,11 +47,46 @@ def test_the_ranks_get_every_option(command: Command, monkeypatch: pytest.Monkey
     code, _, err = command("train", "--config=run.toml", "--momentum=0", "--job=mine", "--save=a.safetensors")
     assert (code, err) == (7, "")
     assert (started[0].ranks, started[0].transport, started[0].name) == (3, "service", "mine")
-    given = started[0].command[started[0].command.index("train") + 1 :]
+    given = started[0].command[started[0].command.index("bnworker.cli.started") + 1 :]
     assert {"--momentum=0.0", "--seed=4", "--resume", "--save=a.safetensors", "--hidden=128,64"} <= set(given)
     names = {argument.partition("=")[0] for argument in given}
     assert names.isdisjoint({"--workers", "--transport", "--job", "--address", "--config", "--dry-run"})
     assert names.isdisjoint({"--steps", "--report"})
+
+
+def test_a_rank_has_its_launchers_settings(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher passes on is read as it was given: numbers of every kind, words, names of files, and flags."""
+    started: list[Job] = []
+
+    def launch(job: Job) -> int:
+        started.append(job)
+        return 7
+
+    monkeypatch.setattr("bnworker.launcher.launch", launch)
+    options = (
+        "--hidden=8,4",
+        "--learning-rate=1e-3",
+        "--dtype=float64",
+        "--last-batch=drop",
+        "--seed=3",
+        "--classes=10",
+    )
+    code, _, err = command("train", "--workers=2", *options, "--save=a=b.safetensors", "--save-every=3", "--resume")
+    assert (code, err) == (7, "")
+    given = started[0].command[started[0].command.index("bnworker.cli.started") + 1 :]
+    monkeypatch.setattr("bnworker.cli.rank.run", lambda *run, **how: runs.append((*run, how)))
+    monkeypatch.setattr("sys.argv", ["started", *given])
+    monkeypatch.setenv("BNLAYER_TRANSPORT", "alone")
+    monkeypatch.setenv("BNLAYER_RANK", "0")
+    monkeypatch.setenv("BNLAYER_WORLD_SIZE", "1")
+    runs: list[tuple[object, ...]] = []
+    start_rank()
+    settings = Settings(
+        hidden=(8, 4), learning_rate=1e-3, dtype="float64", last_batch="drop", seed=3, classes=10, batch_size=64
+    )
+    files = Files(save=Path("a=b.safetensors"), save_every=3, resume=True)
+    how = {"transport": "alone", "address": None, "job": None, "replica": Replica(0, 1), "files": files}
+    assert runs == [("digits", settings, how)]
 
 
 ACCEPTED = (

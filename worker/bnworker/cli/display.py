@@ -32,23 +32,19 @@ class Display:
 
     Args:
         steps, epochs: how many there will be, unless the run stops early.
-        shown: False on all ranks but one: nothing is shown.
         plain: lines even if the output looks like a terminal: Open MPI gives its ranks one, wherever its own
             output goes.
     """
 
-    def __init__(self, steps: int, epochs: int, *, shown: bool, plain: bool) -> None:
+    def __init__(self, steps: int, epochs: int, *, plain: bool) -> None:
         self._epochs = epochs
-        self._shown = shown
         self._console = console(plain=plain)
         self._bar: _Bar | None = None
-        if shown and self._console.is_terminal:
+        if self._console.is_terminal:
             self._bar = _Bar(self._console, steps, epochs)
 
     def watch(self, event: Event) -> None:
         """Show an event of the run."""
-        if not self._shown:
-            return
         if isinstance(event, Resumed):
             self._console.print(f"resumed after step {event.steps:,}")
         if self._bar is not None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from bnworker.cli.errors import CommandError
-from bnworker.train.declaration import Declared, SettingsError, declared, option, spelled
+from bnworker.train.declaration import Declared, SettingsError, declared, option, read, spelled
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def given(context: typer.Context, declaration: type[T]) -> T:
     for entry in declared(declaration):
         value = context.params[entry.name]
         try:
-            values[entry.name] = None if value is None else _read(entry)(value)
+            values[entry.name] = None if value is None else read(entry, value)
         except ValueError as error:
             raise CommandError(f"{command}: {option(entry.name)}: {error}.") from None
     try:
@@ -100,12 +100,6 @@ def arguments(context: typer.Context, *, without: Sequence[str]) -> list[str]:
 def names(*declarations: type[Any]) -> list[str]:
     """Of the settings that are declared."""
     return [entry.name for declaration in declarations for entry in declared(declaration)]
-
-
-def _read(entry: Declared) -> Callable[[Any], Any]:
-    if entry.setting.read is not None:
-        return entry.setting.read
-    return str if entry.setting.accepted.choices else entry.kind
 
 
 def _parameter(entry: Declared) -> inspect.Parameter:

@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 
 from bnlayer import CollectiveError, RegroupError
 from bnlayer.environment import variable
-from bnworker.cli.display import Display
 from bnworker.cli.errors import RESUMABLE, CommandError
 from bnworker.cli.files import Files
 from bnworker.cli.interruption import Interruption, WaitInterrupted, ignore_batch_systems
+from bnworker.cli.lines import write_line
 from bnworker.elastic_job import elastic
 from bnworker.joining import join
 from bnworker.limits import VARIABLE
@@ -36,6 +35,9 @@ from bnworker.train.settings import Settings
 from bnworker.train.summary import summary, summary_file
 from bnworker.train.weight_files import WeightFileError
 from bnworker.world import World
+
+if TYPE_CHECKING:
+    from bnworker.cli.display import Display
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def run(
 
     Raises:
         CommandError: joining failed, the data or the checkpoint is bad, or a file cannot be written.
-        typer.Exit: training failed; it was said why.
+        SystemExit: training failed; it was said why.
     """
     if variable(os.environ, VARIABLE) is not None:
         _run_elastic(data, settings, address=address, job=job, files=files)
@@ -147,12 +149,12 @@ def _has(path: Path, latest: Checkpoint) -> bool:
 
 def _end(problem: DataError | CheckpointError | WeightFileError | _Stopped | None, *, first: bool) -> None:
     if isinstance(problem, _Stopped):
-        raise typer.Exit(problem.code)
+        raise SystemExit(problem.code)
     if problem is not None:
         # The same on every rank, so no notification was needed: one prints it.
         if first:
             raise CommandError(f"train: {problem}")
-        raise typer.Exit(2)
+        raise SystemExit(2)
 
 
 def _train(
@@ -181,22 +183,22 @@ def _train(
             labels=labels_of(settings, start),
         )
         if first and loaded.ignored:
-            typer.echo(f"bnlayer: train: --data {data}: not read: {listed(loaded.ignored)}", err=True)
+            write_line(f"bnlayer: train: --data {data}: not read: {listed(loaded.ignored)}", error=True)
         settings = settings.completed(None if start is None else start.settings)
         initial = _initial(world, settings, loaded, start, first=first)
         steps_per_epoch = loaded.steps_per_epoch(settings.batch_size, settings.last_batch)
         steps = settings.total_steps(steps_per_epoch)
-        display = Display(steps, settings.epochs, shown=first, plain=world.transport == "mpi")
+        display = _display(steps, settings.epochs, world) if first else None
         recorder = Recorder(files.report, files.tensorboard, steps, steps_per_epoch) if first else None
+        watching = [each for each in (display, recorder) if each is not None]
 
         def watch(event: Event) -> None:
-            display.watch(event)
-            if recorder is not None:
-                recorder.watch(event)
+            for each in watching:
+                each.watch(event)
 
         saving = _saving(files) if first else None
         outcome: Outcome | StoppedError
-        with display, interruption if elastic is None else nullcontext():
+        with display or nullcontext(), interruption if elastic is None else nullcontext():
             try:
                 outcome = train(
                     settings,
@@ -224,12 +226,18 @@ def _train(
         # Printed here, because leaving a broken MPI world may end the process.
         rank = replica.index if replica.count > 1 else world.rank
         why = f"{type(error).__name__}: {error}"
-        typer.echo(f"bnlayer: train: rank {rank}: {why}", err=True)
+        write_line(f"bnlayer: train: rank {rank}: {why}", error=True)
         _report_failure(recorder, data, settings, world, why)
-        raise typer.Exit(1) from None
-    if recorder is not None:
+        raise SystemExit(1) from None
+    if recorder is not None and display is not None:
         _finish(outcome, world, replica, settings, data, files, display, recorder)
     return None
+
+
+def _display(steps: int, epochs: int, world: World) -> Display:
+    from bnworker.cli.display import Display  # here: what draws it is nothing to the ranks that show nothing
+
+    return Display(steps, epochs, plain=world.transport == "mpi")
 
 
 def _start(world: World, files: Files, kept: Kept | None) -> Checkpoint | None:
@@ -254,7 +262,7 @@ def _end_stopped(
         ignore_batch_systems()
     if recorder is not None:
         kept = f"; {files.save} goes on from there with --resume" if files.save is not None else ""
-        typer.echo(f"bnlayer: train: {by.name}: stopped after step {steps:,}{kept}", err=True)
+        write_line(f"bnlayer: train: {by.name}: stopped after step {steps:,}{kept}", error=True)
         _report_failure(recorder, data, settings, world, f"{by.name} after step {steps:,}.", stopped=True)
     # An exit code other than 0 makes mpiexec, and srun --kill-on-bad-exit, kill the ranks that still run.
     world.barrier()
@@ -269,7 +277,7 @@ def _initial(
         return None
     initial = initial_by_first(world, Path(settings.init_from), Sizes.of(settings, data))
     if first:
-        typer.echo(initial.text)
+        write_line(initial.text)
     return initial.tensors
 
 
@@ -326,4 +334,4 @@ def _report(
     except OSError as error:
         raise CommandError(f"train: --report: {error}", 1) from None
     if page is not None:
-        typer.echo(f"report: {page}")
+        write_line(f"report: {page}")

@@ -17,6 +17,7 @@ from bnworker.cli.files import Files
 from bnworker.cli.hosts import Hosts
 from bnworker.cli.options import address_of_service, arguments, given, names, with_options
 from bnworker.cli.ranks import Ranks, TrainTransport
+from bnworker.cli.started import one_thread
 from bnworker.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -88,9 +89,7 @@ def train(
     Exit code 1: training failed. 2: wrong options, data or checkpoint. Otherwise that of the first worker that failed.
     """
     del config
-    # Before NumPy is imported. A rank's share of a batch is small: threads for it cost more than they bring, and
-    # those of several ranks fight for the cores.
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
+    one_thread()
     from bnlayer.environment import variable
     from bnworker.cli.checks import refuse_what_cannot_work
     from bnworker.cli.rank import run
@@ -176,11 +175,11 @@ def _show(data: str, settings: Settings, workers: int, transport: str, start: Ch
 
 
 def _launch(context: typer.Context, ranks: Ranks, hosts: Hosts, elastic: Elasticity, address: str | None) -> int:
-    """Run this command again as each of the ranks."""
+    """Start the ranks, each with this command's options."""
     from bnworker.launcher import Job, LaunchError, launch
     from bnworker.launcher.remote import launch as launch_over_ssh
 
-    command = (sys.executable, "-P", "-m", "bnworker.cli", "train", *arguments(context, without=_OF_THE_LAUNCHER))
+    command = (sys.executable, "-P", "-m", "bnworker.cli.started", *arguments(context, without=_OF_THE_LAUNCHER))
     transport, workers = ranks.transport or TrainTransport.service, ranks.workers or 1
     kind = "alone" if transport is TrainTransport.none else transport.value
     try:

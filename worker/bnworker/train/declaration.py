@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 
 class SettingsError(ValueError):
@@ -104,6 +106,35 @@ def _declared(declaration: Any) -> tuple[Declared, ...]:
         kind = origin if isinstance(origin, type) else str
         declared.append(Declared(field.name, kind, NoneType in parts, field.default, setting))
     return tuple(declared)
+
+
+def read(entry: Declared, value: Any) -> Any:
+    """The value that one written for this setting stands for, once it has the type of the command line.
+
+    Raises:
+        ValueError: it stands for nothing; the text says why.
+    """
+    if entry.setting.read is not None:
+        return entry.setting.read(value)
+    return str(value) if entry.setting.accepted.choices else entry.kind(value)
+
+
+def from_options(declaration: type[T], options: Mapping[str, str | bool]) -> T:
+    """The settings of a command line that was checked before.
+
+    Args:
+        declaration: of the settings.
+        options: what was given, by the option's name; True where it has no value.
+
+    Raises:
+        ValueError: a value is not accepted; the text says why.
+    """
+    values = {}
+    for entry in declared(declaration):
+        if (text := options.get(option(entry.name))) is not None:
+            written = entry.setting.written
+            values[entry.name] = read(entry, text if written is None else written(text))
+    return declaration(**values)
 
 
 def refuse(settings: Any) -> None:

@@ -1,0 +1,12 @@
+"""Lines of a rank, without the libraries that a command line needs."""
+
+from __future__ import annotations
+
+import sys
+
+
+def write_line(text: str, *, error: bool = False) -> None:
+    """Write a line to stdout or stderr, at once: the process may be about to be ended."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
