@@ -23,10 +23,9 @@ pytestmark = [pytest.mark.rpc, pytest.mark.timeout(600)]
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_kills(kills: int, tmp_path: Path) -> None:
     """Of ranks and of the launcher, with -9: the final file's bytes are those of the undisturbed run."""
-    whole = undisturbed(tmp_path, "service", kills)
-    parts, story = killed_and_resumed(tmp_path, "service", kills, seed=kills)
+    parts, steps, story = killed_and_resumed(tmp_path, "service", kills, seed=kills)
     print("\n".join(story))
-    assert parts == whole
+    assert parts == undisturbed(tmp_path, "service", steps)
 
 
 @pytest.mark.fault
@@ -34,10 +33,9 @@ def test_kills(kills: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_kills_of_the_whole_job(kills: int, tmp_path: Path) -> None:
     """Four ranks, launcher and service at once: weights, statistics and grids are those of the undisturbed run."""
-    whole = undisturbed(tmp_path, "service", kills, ranks=4)
-    parts, story = killed_and_resumed(tmp_path, "service", kills, seed=kills, ranks=4, whole=True)
+    parts, steps, story = killed_and_resumed(tmp_path, "service", kills, seed=kills, ranks=4, whole=True)
     print("\n".join(story))
-    assert parts == whole
+    assert parts == undisturbed(tmp_path, "service", steps, ranks=4)
 
 
 def test_with_another_number_of_workers(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from bnworker.train.checkpoint import read
 from support.training import COMMAND
 
 RANKS = 3
-# More than a run makes from its start until it is killed: up to 3 checkpoints of up to 5 steps each, and what it makes
-# before a busy machine lets us look.
-_STEPS_PER_KILL = 40
+_ENDLESS = 1_000_000  # of a run that is to be killed, however long a busy machine needs to do it
+_STEPS_LEFT = 20  # that one makes which nobody kills any more
 _ELASTIC_STEPS_PER_KILL = 100  # while a rank is started again, the others go on
-_OPTIONS = ("--data=digits", "--epochs=1000", "--hidden=16,8", "--seed=7")
+# The same bits in slower steps: else the others would be done before the rank that is started again is there.
+_ELASTIC_KERNELS = {"BNLAYER_KERNELS": "reference"}
+_OPTIONS = ("--data=digits", "--epochs=1000000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
-_KERNELS = {"BNLAYER_KERNELS": "reference"}  # the same bits in slower steps: a kill falls within one more often
 # Of the campaigns that `make test-long` runs: KILLS=20 make test-long takes half an hour.
 KILLS = int(os.environ.get("KILLS", "5"))
 
@@ -35,37 +35,33 @@ _LIMIT_S = 150.0
 _LAUNCHER, _ALL = -1, -2  # victims that are no rank; all: every rank, the launcher and the service
 
 
-def steps_for(kills: int) -> int:
-    """How long a run must be to be killed so often."""
-    return 80 + _STEPS_PER_KILL * kills
-
-
-def undisturbed(folder: Path, transport: str, kills: int, *, ranks: int = RANKS) -> bytes:
-    """The file that a run leaves which nobody disturbs, of the length for so many kills."""
+def undisturbed(folder: Path, transport: str, steps: int, *, ranks: int = RANKS) -> bytes:
+    """The file that a run of so many steps leaves which nobody disturbs."""
     path = folder / "whole.safetensors"
-    with _Launch(path, transport, ranks, 50, steps_for(kills)) as launch:
+    with _Launch(path, transport, ranks, 50, steps) as launch:
         assert launch.wait() == 0, launch.output()
     return path.read_bytes()
 
 
 def killed_and_resumed(
     folder: Path, transport: str, kills: int, seed: int, *, ranks: int = RANKS, whole: bool = False
-) -> tuple[bytes, list[str]]:
-    """Kill a run with -9 so many times, go on each time, and let it end.
+) -> tuple[bytes, int, list[str]]:
+    """Kill a run with -9 so many times, go on each time, and then let it make the rest of its steps.
 
     Who is killed, how many checkpoints after the start, how long after that, and how often checkpoints are written
-    is drawn; with `whole` it is all of it, each time.
+    is drawn; with `whole` it is all of it, each time. How many steps it makes until then is left to the machine.
 
     Returns:
-        The file that it leaves; and the story, a line a kill.
+        The file that it leaves; how many steps it made; and the story, a line a kill.
     """
     path, rng = folder / "parts.safetensors", np.random.default_rng(seed)
     story: list[str] = []
+    made = 0
     for _ in range(kills):
         drawn, every = int(rng.integers(ranks + 1)), int(rng.integers(1, 6))
         victim = _ALL if whole else _LAUNCHER if drawn == ranks else drawn
         checkpoints, delay = int(rng.integers(3)), float(rng.uniform(0, 0.05))
-        with _Launch(path, transport, ranks, every, steps_for(kills)) as launch:
+        with _Launch(path, transport, ranks, every, _ENDLESS) as launch:
             launch.await_ranks()
             launch.await_checkpoints(checkpoints)
             time.sleep(delay)  # no matter where this hits it: that is what is tested
@@ -73,11 +69,12 @@ def killed_and_resumed(
             code = launch.wait()
             assert code != 0, f"the run was over before it was killed: {story}"
         checkpoint = read(path)
+        made = checkpoint.progress.steps if checkpoint else 0
         who = {_LAUNCHER: "launcher", _ALL: "all"}.get(victim, f"rank {victim}")
-        story.append(f"{who}: exit code {code}, checkpoint at step {checkpoint.progress.steps if checkpoint else 0}")
-    with _Launch(path, transport, ranks, 50, steps_for(kills)) as launch:
+        story.append(f"{who}: exit code {code}, checkpoint at step {made}")
+    with _Launch(path, transport, ranks, 50, made + _STEPS_LEFT) as launch:
         assert launch.wait() == 0, launch.output()
-    return path.read_bytes(), story
+    return path.read_bytes(), made + _STEPS_LEFT, story
 
 
 def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) -> tuple[Summary, Summary, str]:
@@ -91,7 +88,8 @@ def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) 
         path, summary = folder / f"{name}.safetensors", folder / f"{name}.json"
         elastic = ("--elastic=2:4", f"--max-restarts={kills}", f"--summary={summary}") if name == "parts" else ()
         options = elastic or (f"--summary={summary}",)
-        with _Launch(path, "service", ranks, 5, _ELASTIC_STEPS_PER_KILL * (kills + 1), options) as launch:
+        steps = _ELASTIC_STEPS_PER_KILL * (kills + 1)
+        with _Launch(path, "service", ranks, 5, steps, options, _ELASTIC_KERNELS) as launch:
             for _ in range(kills if elastic else 0):
                 launch.await_ranks()
                 launch.await_checkpoints(1 + int(rng.integers(3)))
@@ -107,7 +105,14 @@ class _Launch:
     """One start of the training; gone, all of it, when the `with` block is left."""
 
     def __init__(
-        self, path: Path, transport: str, ranks: int, every: int, steps: int, options: Sequence[str] = ()
+        self,
+        path: Path,
+        transport: str,
+        ranks: int,
+        every: int,
+        steps: int,
+        options: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self._path, self._count = path, ranks
         self._mark = f"{_MARK}={path}".encode()
@@ -125,7 +130,7 @@ class _Launch:
                     f"--transport={transport}",
                     *saving,
                 ],
-                env={**environ, **_KERNELS, _MARK: str(path)},
+                env={**environ, **(variables or {}), _MARK: str(path)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -177,7 +182,7 @@ class _Launch:
         deadline = time.monotonic() + _LIMIT_S
         while not holds():
             assert time.monotonic() < deadline, f"waited {_LIMIT_S} s until {what}:\n{self.output()}"
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def _await_another(self, seen: int) -> None:
         self._await(lambda: self._over() or self._written() != seen, "another checkpoint is there")
@@ -198,7 +203,7 @@ class _Launch:
                 variables = dict(part.partition(b"=")[::2] for part in _read(pid, "environ"))
                 limbs = _read(pid, "cmdline")
                 number = next((variables[name] for name in _RANK if name in variables), None)
-                if number is not None and b"bnworker.cli" in limbs and b"-n" not in limbs:
+                if number is not None and b"bnworker.cli.started" in limbs and b"-n" not in limbs:
                     pids[int(number)] = pid
         return pids
 
