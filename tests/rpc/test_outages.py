@@ -308,7 +308,7 @@ def test_a_frozen_rank_is_reported_within_its_lease(
     assert time.monotonic() - begin < lease + 1.0 + _SLACK_S
     step = caught.value.step
     who = f"rank 2 (host {_HOST}, pid {frozen.popen.pid})"
-    why = f"{who} was lost: it froze, without a sign of life for 1.5 s (last seen "
+    why = f"{who} was lost: it froze or was cut off, without a sign of life for 1.5 s (last seen "
     assert str(caught.value).startswith(why)
     assert "layer 'a' (forward, step " in str(caught.value)
     assert reported.startswith(f"PeerLostError [2] a {step} {why}")

@@ -19,7 +19,7 @@ from bnlayer.agreement import Peer
 from bnlayer.collective import Call
 
 LOST = "was lost: its connection broke without a goodbye"
-_FROZEN = "was lost: it froze, without a sign of life for {:g} s"
+_FROZEN = "was lost: it froze or was cut off, without a sign of life for {:g} s"
 _STAYED_AWAY = "was lost: it did not come back within {:g} s after the service was started again"
 
 

@@ -81,14 +81,17 @@ class Connection:
         number: the session's.
         stream: how the rank joins and leaves, and learns why the connection ends.
         channel: what carries requests and answers once all have joined: the stream, or a way beside it.
+        fault: why this side ended it: a code and a text, as of one that ended by itself; None: it did not.
     """
 
     number: int
     stream: GrpcChannel
     channel: Channel
+    fault: tuple[str, str] | None = None
 
-    def cut(self) -> None:
+    def cut(self, fault: tuple[str, str] | None = None) -> None:
         """End it, from whichever thread."""
+        self.fault = self.fault or fault
         self.stream.close()
         self.channel.close()
 
@@ -298,7 +301,8 @@ class Client:
             fault = self._connector.fault() if ended.code == "UNAVAILABLE" and not self.session.generation else None
             if fault is not None:
                 return Refused(connection.number, ServiceError(fault))
-            return Disconnected(connection.number, ended.code, ended.text, random.random())
+            code, text = connection.fault or (ended.code, ended.text)
+            return Disconnected(connection.number, code, text, random.random())
         return Refused(connection.number, ended)
 
     def _enter(self, connection: Connection, response: pb.ExchangeResponse) -> None:

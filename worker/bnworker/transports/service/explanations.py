@@ -56,7 +56,8 @@ def not_made_anew(address: str, outage: float, ended: Disconnected) -> ServiceEr
     """A connection broke, and no other one could be made."""
     return ServiceError(
         f"The connection to the service at {address} broke, and could not be made anew within {outage:g} s "
-        f"({ended.code}: {ended.text}). Look at the service's log; once it is back, start the job again."
+        f"({ended.code}: {ended.text}). It is down, or this host is cut off from it. Look at the service's log; "
+        "once it is back, start the job again."
     )
 
 

@@ -28,6 +28,15 @@ _PER_LEASE = 5  # a rank that is held up for half a lease is still alive
 _ANSWERED_WITHIN = 0.5  # of a lease: the other half is for coming back
 _FIRST_LEASE_S = 5.0  # until the service says how long its lease is: when all ranks have joined
 
+Cut = Callable[[tuple[str, str]], None]
+"""Ends a connection; gets the reason, a code and a text."""
+
+_RESTARTED = ("RESTARTED", "another run of the service answers")
+
+
+def _cut_off(seconds: float) -> tuple[str, str]:
+    return "CUT_OFF", f"no heartbeat was answered for {seconds:g} s; this host is cut off from the service, or it froze"
+
 
 @dataclass(frozen=True, slots=True)
 class _Target:
@@ -35,7 +44,7 @@ class _Target:
 
     stub: rpc.StatisticsServiceStub
     boot_id: int | None
-    cut: Callable[[], None]
+    cut: Cut
 
 
 class Heartbeat:
@@ -55,9 +64,7 @@ class Heartbeat:
         self._thread = Thread(target=self._run, name="bnworker-heartbeat", daemon=True)
         self._thread.start()
 
-    def start(
-        self, stub: rpc.StatisticsServiceStub, cut: Callable[[], None], joined: pb.ExchangeResponse | None = None
-    ) -> None:
+    def start(self, stub: rpc.StatisticsServiceStub, cut: Cut, joined: pb.ExchangeResponse | None = None) -> None:
         """Send heartbeats on a connection.
 
         Args:
@@ -98,9 +105,9 @@ class Heartbeat:
             future = target.stub.Heartbeat.future(self._request, timeout=lease * _ANSWERED_WITHIN)
         except ValueError:  # the channel was closed in this moment
             return
-        future.add_done_callback(partial(self._answered, target))
+        future.add_done_callback(partial(self._answered, target, lease * _ANSWERED_WITHIN))
 
-    def _answered(self, target: _Target, done: grpc.Future[pb.HeartbeatResponse]) -> None:
+    def _answered(self, target: _Target, limit: float, done: grpc.Future[pb.HeartbeatResponse]) -> None:
         """Cut a connection that lets nothing through, or leads to another run of the service."""
         self._send()
         if done.cancelled():
@@ -108,6 +115,6 @@ class Heartbeat:
         error = done.exception()
         if error is None:
             if target.boot_id not in (None, done.result().boot_id):
-                target.cut()
+                target.cut(_RESTARTED)
         elif isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            target.cut()
+            target.cut(_cut_off(limit))
