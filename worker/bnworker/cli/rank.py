@@ -129,10 +129,10 @@ def _stopped_between(latest: Checkpoint | None, interruption: Interruption, file
     if behind := not _has(files.save, latest):
         saving.write(latest)
     if behind or first:
-        typer.echo(
+        write_line(
             f"bnlayer: train: {ended.signal.name}: stopped after step {latest.progress.steps:,}, while the ranks "
             f"formed the next generation; {files.save} goes on from there with --resume",
-            err=True,
+            error=True,
         )
     return ended
 
