@@ -38,8 +38,8 @@ class WireError(ValueError):
     """A message is invalid."""
 
 
-def pack(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> tuple[pb.Payload, list[pb.Part]]:
-    """Arrays as a payload and the parts that follow its message on the wire.
+def whole(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Payload:
+    """Arrays as one payload, however large: for files, which know no limit.
 
     Args:
         arrays: of any dtype that travels, C-contiguous or not.
@@ -48,21 +48,18 @@ def pack(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> tuple[pb.
     Raises:
         WireError: a dtype doesn't travel.
     """
-    payload = whole(arrays, names)
-    data = payload.data
-    if payload.size <= PART_BYTES:
-        return payload, []
-    payload.data = data[:PART_BYTES]
-    rest = [pb.Part(data=data[start : start + PART_BYTES]) for start in range(PART_BYTES, len(data), PART_BYTES)]
-    return payload, rest
+    return pack(arrays, names, part_bytes=sys.maxsize)[0]
 
 
-def whole(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Payload:
-    """Arrays as one payload, however large: for files, which know no limit.
+def pack(
+    arrays: Iterable[NDArray[Any]], names: Sequence[str] = (), part_bytes: int = PART_BYTES
+) -> tuple[pb.Payload, list[pb.Part]]:
+    """Arrays as a payload and the parts that follow its message on the wire.
 
     Args:
         arrays: of any dtype that travels, C-contiguous or not.
         names: one for each array; empty for arrays whose order says enough.
+        part_bytes: that one message may carry.
 
     Raises:
         WireError: a dtype doesn't travel.
@@ -74,7 +71,9 @@ def whole(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Paylo
         headers.append(pb.Array(name=name, dtype=dtype, shape=array.shape))
         parts.append(array.astype(_ON_THE_WIRE[dtype], copy=False).tobytes())
     data = b"".join(parts)
-    return pb.Payload(arrays=headers, data=data, size=len(data))
+    size = len(data)
+    payload = pb.Payload(arrays=headers, data=data[:part_bytes], size=size)
+    return payload, [pb.Part(data=data[start : start + part_bytes]) for start in range(part_bytes, size, part_bytes)]
 
 
 def unpack(payload: pb.Payload, data: bytes | bytearray) -> list[NDArray[Any]]:

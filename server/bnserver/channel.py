@@ -25,19 +25,15 @@ class Outgoing:
     Attributes:
         message: as gRPC takes it.
         data: as a local socket takes it; made when the first of them sends it.
+        payload_bytes: of the answer that begins with this message, in all its parts.
     """
 
-    __slots__ = ("data", "message")
+    __slots__ = ("data", "message", "payload_bytes")
 
-    def __init__(self, message: pb.ExchangeResponse) -> None:
+    def __init__(self, message: pb.ExchangeResponse, payload_bytes: int = 0) -> None:
         self.message = message
         self.data = b""
-
-    @property
-    def payload_bytes(self) -> int:
-        """Of the answer that begins with this message, in all its parts."""
-        message = self.message
-        return message.result.payload.size or message.owned.payload.size
+        self.payload_bytes = payload_bytes
 
     def frame(self) -> bytes:
         """The bytes that a local socket sends."""

@@ -7,12 +7,11 @@ how much of it, is for this object to decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
-from bnproto.arrays import WireError
 from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.bytes_in_flight import BytesInFlight
+from bnserver.bytes_in_flight import Account, BytesInFlight
 from bnserver.channel import Channel, Outgoing
 from bnserver.core.events import Contribute, Event, Join, Lost, Malformed, Pull, Push
 from bnserver.core.quotas import QuotaError, Quotas
@@ -41,6 +40,7 @@ class Connection:
         generation: of the job that its rank is in; 0 before all ranks have joined.
         is_over: whether the service has ended it.
         traffic: where its bytes are counted: among its job's, once all ranks have joined.
+        account: of the bytes that are not answered yet.
     """
 
     def __init__(
@@ -62,9 +62,7 @@ class Connection:
         self._failpoints = failpoints or Failpoints()
         quotas = quotas or Quotas()
         self._reader = Reader(number, quotas)
-        self._in_flight = in_flight or BytesInFlight(quotas)
-        self._held = 0
-        self._job = ""
+        self.account = Account(in_flight or BytesInFlight(quotas))
 
     def joined(self, generation: int, world_size: int) -> None:
         """Its rank is in a generation of so many ranks."""
@@ -81,7 +79,7 @@ class Connection:
         self.traffic.received += len(data)
         event = self._reader.read(request, data)
         if isinstance(event, Join):
-            self._job = event.job
+            self.account.job = event.job
         if self.channel.unread > _UNREAD and isinstance(event, Contribute | Pull | Push):
             event = Malformed(
                 self.number,
@@ -93,22 +91,11 @@ class Connection:
             self._failpoints.reached("before-event")
         self._dispatch(event)
 
-    def account(self, count: int, announced: int | None) -> None:
-        """Bytes of a request have arrived: see `RequestAssembler`.
-
-        Raises:
-            QuotaError: they are too many.
-            WireError: they come before the rank has joined.
-        """
-        if not self._job:
-            raise WireError("expected one join, as the first request of a stream")
-        self._held += self._in_flight.add(self._job, count, announced)
-
-    def answer(self, messages: Iterable[Outgoing]) -> None:
+    def answer(self, messages: Sequence[Outgoing]) -> None:
         """Answer what the rank has asked."""
         self.channel.send(messages)
-        if self._held:
-            self._held = self._in_flight.release(self._job, self._held)
+        self.traffic.sent += messages[0].payload_bytes
+        self.account.release()
 
     def garbled(self, error: Exception) -> None:
         """A channel received bytes or messages that make no sense, or too many."""
@@ -123,7 +110,6 @@ class Connection:
     def end(self, status: StatusParts | None) -> None:
         """End it from the service's side, with an error or None; a second time does nothing."""
         self.is_over = True
-        if self._held:
-            self._held = self._in_flight.release(self._job, self._held)
+        self.account.release()
         self._stream.close(status)
         self.channel.close(status)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from bnlayer.reduction import reduce_in_rank_order
@@ -110,23 +110,30 @@ class EffectHandlers:
 
     def _answer(self, effect: Totals | Enrolled | Broadcast | Released) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
-        if connections:
-            _send(self._writer.result(effect, connections[0].generation), connections)
+        if not connections:
+            return
+        messages = self._writer.result(effect, connections[0].generation)
+        for connection in connections:
+            connection.answer(messages)
 
     def _owned(self, effect: Owned) -> None:
         connection = self._connections.get(effect.stream)
         if connection is not None:
-            _send(self._writer.owned(effect, connection.generation), [connection])
+            connection.answer(self._writer.owned(effect, connection.generation))
 
     def _reduce(self, effect: Reduce) -> None:
         connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
         generation = connections[0].generation if connections else 0
 
+        def answer(messages: Messages) -> None:
+            for connection in connections:
+                connection.answer(messages)
+
         async def elsewhere() -> None:
-            _send(await asyncio.to_thread(self._reduced, effect, generation), connections)
+            answer(await asyncio.to_thread(self._reduced, effect, generation))
 
         if sum(array.nbytes for arrays in effect.contributions for array in arrays) <= _REDUCE_HERE_BYTES:
-            _send(self._reduced(effect, generation), connections)
+            answer(self._reduced(effect, generation))
         else:
             self._start(elsewhere())
 
@@ -186,11 +193,3 @@ class EffectHandlers:
 
     def _log_stragglers(self, effect: Straggling) -> None:
         _log.warning("job %r: %s", effect.job, effect.text, extra=fields(job=effect.job))
-
-
-def _send(messages: Messages, connections: Sequence[Connection]) -> None:
-    """Send an answer to ranks of one job."""
-    size = messages[0].payload_bytes
-    for connection in connections:
-        connection.traffic.sent += size
-        connection.answer(messages)

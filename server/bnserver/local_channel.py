@@ -146,7 +146,7 @@ class LocalChannel(asyncio.BufferedProtocol):
             self.close(None)
             return
         self._frames.largest = LARGEST_BYTES
-        self._assembler = RequestAssembler(self._connection.account)
+        self._assembler = RequestAssembler(self._connection.account.add)
         self._calm()
 
     def _garbled(self, error: Exception) -> None:

@@ -170,7 +170,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         """Receive what comes on the stream."""
         await self.jobs.ready()
         self._unjoined.add(connection)
-        assembler = RequestAssembler(connection.account)
+        assembler = RequestAssembler(connection.account.add)
         try:
             async for message in requests:
                 whole = assembler.add(message)

@@ -240,7 +240,7 @@ class Writer:
         else:
             first = pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, owned=answer)
         rest = (pb.ExchangeResponse(boot_id=self._boot_id, generation=generation, part=part) for part in parts)
-        return [Outgoing(message) for message in (first, *rest)]
+        return [Outgoing(first, answer.payload.size), *map(Outgoing, rest)]
 
 
 def failure_of(effect: Failed) -> pb.Failure:

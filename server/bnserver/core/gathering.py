@@ -106,11 +106,6 @@ class Gathering:
         self._has_failed = False
         self._doomed_since: float | None = None
 
-    @property
-    def call(self) -> Call:
-        """The call of all ranks, where they agree."""
-        return next(iter(self.calls.values()))
-
     def add(self, rank: int, call: Call, body: Body, now: float, deadline: float) -> None:
         """A rank calls. The limbs of all ranks are added here, on arrival, and nowhere else.
 

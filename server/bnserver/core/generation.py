@@ -175,7 +175,9 @@ class Generation:
             return self._repeated(rank, event, now)
         member.seen, member.answered = event.call, max(member.answered, self.progress.completed)
         self.gathering.add(rank, event.call, event.body, now, now + member.timeout)
-        return self._go_on(now) if self.gathering.state is not State.GATHERING else []
+        if self.gathering.state is State.COMPLETE:
+            return self._complete(event.call, now)
+        return [] if self.gathering.state is State.GATHERING else self._abort_if_due()
 
     def pull(self, rank: int, event: Pull, now: float) -> list[Effect]:
         """A rank asks for the owner's state of a layer."""
@@ -242,7 +244,7 @@ class Generation:
             self.members.remove(rank, reason)
             if self.is_running:
                 effects.append(Record(self._job, Left(self.number, rank, reason)))
-        effects += self._go_on(now)
+        effects += self._abort_if_due()
         if not self.members.here and self.phase is not Phase.OVER:
             finished = self.elastic is not None and not any(self.members.left.values())
             text = explanations.finished(self._job)
@@ -302,12 +304,10 @@ class Generation:
                 return self._abort(explanations.not_joined(self.members, self.world_size), Reason.DEADLINE)
             return []
         self.gathering.wait(now)
-        return self._go_on(now)
+        return self._abort_if_due()
 
-    def _go_on(self, now: float) -> list[Effect]:
-        """Complete or abort the operation, if it is time."""
-        if self.gathering.state is State.COMPLETE:
-            return self._complete(now)
+    def _abort_if_due(self) -> list[Effect]:
+        """Abort the operation, if it is time."""
         if self.gathering.is_overdue:
             return self._abort(
                 explanations.overdue(self.members, self.gathering, self.progress.latest), Reason.DEADLINE
@@ -318,11 +318,10 @@ class Generation:
             return self._abort(verdict, REASON_OF[verdict.kind])
         return []
 
-    def _complete(self, now: float) -> list[Effect]:
-        """Every rank has contributed: compute the answer, record it, and let the next operation begin."""
+    def _complete(self, call: Call, now: float) -> list[Effect]:
+        """Every rank has contributed the same call: compute the answer, record it, let the next operation begin."""
         done, sequence, record = self.gathering, self.progress.completed + 1, None
-        call = done.call
-        if self._admits(call):
+        if self.elastic is not None and self._admits(call, self.elastic):
             text = explanations.joiners(self._job, self.awaited)
             return self._abort(Verdict(RegroupError, text, ()), Reason.REGROUP)
         try:
@@ -346,9 +345,9 @@ class Generation:
             effects.insert(0, Record(self._job, record))
         return effects + self._take_held(now) if self._held else effects
 
-    def _admits(self, call: Call) -> bool:
+    def _admits(self, call: Call, elastic: Elastic) -> bool:
         """Whether ranks wait to join, there is a place, and all ranks are where they let others in."""
-        if self.elastic is None or not self.awaited or len(self.members.here) >= self.elastic.maximum:
+        if not self.awaited or len(self.members.here) >= elastic.maximum:
             return False
         signature = call.signature
         return call.operation is Operation.BARRIER and isinstance(signature, PlainSignature) and signature.op == ADMIT

@@ -164,9 +164,9 @@ class Layers:
         layer = self._layers.get(name) if name is not None else None
         if layer is None:
             raise DisagreementError(f"The owner knows no layer {name!r}: enroll it first, on every rank.")
-        renorm = signature.renorm is not None
-        before = layer.state
-        if (signature.channels, signature.dtype, renorm) != _shape(before):
+        before, renorm = layer.state, signature.renorm is not None
+        owned = before.channels, before.forward.dtype, before.moving.stddev is not None
+        if (signature.channels, signature.dtype, renorm) != owned:
             raise DisagreementError(
                 f"{call.key}: the ranks have {signature.channels} channels in {signature.dtype} "
                 f"{_with_renorm(renorm)}, the owner has {before.kind}. Enroll the layer anew, on every rank."
@@ -253,10 +253,6 @@ def _check_kind(name: str, owned: LayerState, other: LayerState) -> None:
             f"Layer {name!r}: the owner has {owned.kind}, received {other.kind}. Every rank must build the same "
             "model, and the model that the job began with; a new model needs a new job name."
         )
-
-
-def _shape(state: LayerState) -> tuple[int, str, bool]:
-    return state.channels, state.forward.dtype, state.moving.stddev is not None
 
 
 def _with_renorm(renorm: bool) -> str:

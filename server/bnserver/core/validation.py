@@ -96,7 +96,11 @@ def _check_join(join: Join) -> None:
 
 def _check_name(layer: str | None) -> None:
     if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
-        raise RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {_shown(layer)}")
+        raise _invalid_name(layer)
+
+
+def _invalid_name(layer: str | None) -> RefusedError:
+    return RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {_shown(layer)}")
 
 
 def _check_state(state: LayerState) -> None:
@@ -131,8 +135,8 @@ def _check_exponents(what: str, exponents: Limbs, lowest: int, highest: int) -> 
 
 def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
     layer = call.key.layer
-    _check_name(layer)
-    assert layer is not None
+    if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
+        raise _invalid_name(layer)
     if call.operation not in (Operation.ENROLL, *_EXCHANGES):
         raise RefusedError(f"expected an operation of a layer for layer {layer!r}, received {call.operation}")
     _check_signature(layer, signature)

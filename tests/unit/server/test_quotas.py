@@ -38,7 +38,7 @@ class _End:
     def __init__(self, quotas: Quotas, in_flight: BytesInFlight | None = None, job: str = "j", size: int = 1) -> None:
         self._events: list[Event] = []
         self.connection = Connection(7, GrpcChannel(), self._events.append, None, quotas, in_flight)
-        self._assembler = RequestAssembler(self.connection.account)
+        self._assembler = RequestAssembler(self.connection.account.add)
         self.joined = self.read(_join(job, size))
 
     def read(self, *messages: pb.ExchangeRequest) -> Event | None:
@@ -160,7 +160,7 @@ def test_a_job_holds_no_more_than_its_quota() -> None:
     assert isinstance(ranks[0].read(*_reduction(_LARGE)), Contribute)
     assert "bytes in flight of a job" in _refused(ranks[1].read(*_reduction(_LARGE)))
     assert isinstance(_End(quotas, in_flight, "other").read(*_reduction(_LARGE)), Contribute)
-    ranks[0].connection.answer([])
+    ranks[0].connection.answer([Outgoing(pb.ExchangeResponse())])
     ranks[1].connection.end(None)
     assert in_flight.total == pytest.approx(_LARGE.nbytes, abs=2 * _REQUEST_BYTES)
     assert isinstance(_End(quotas, in_flight).read(*_reduction(_LARGE)), Contribute)
@@ -195,7 +195,7 @@ def test_nothing_is_kept_for_who_has_not_joined() -> None:
     in_flight = BytesInFlight(Quotas())
     connection = Connection(7, GrpcChannel(), events.append, None, None, in_flight)
     with pytest.raises(ValueError, match="expected one join, as the first request of a stream"):
-        RequestAssembler(connection.account).add(_reduction(_LARGE)[0])
+        RequestAssembler(connection.account.add).add(_reduction(_LARGE)[0])
     assert in_flight.total == 0
 
 
