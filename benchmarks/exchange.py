@@ -42,7 +42,7 @@ from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Ope
 from bnlayer.exchange import ForwardExchange
 from bnlayer.kernels import kernels
 from bnlayer.view import View
-from bnproto.channel import CLIENT_OPTIONS, SERVER_OPTIONS
+from bnproto.grpc_options import CLIENT_OPTIONS, SERVER_OPTIONS
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 

@@ -27,7 +27,7 @@ class CollectiveError(RuntimeError):
         self.layer = layer
         self.step = step
 
-    def again(self) -> Self:
+    def copy_for_raise(self) -> Self:
         """A fresh exception of the same kind and content, to be raised by a later exchange."""
         return type(self)(str(self), ranks=self.ranks, layer=self.layer, step=self.step)
 

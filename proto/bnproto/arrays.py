@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bnproto.channel import PART_BYTES
+from bnproto.grpc_options import PART_BYTES
 from bnproto.v1 import statistics_pb2 as pb
 
 _KINDS: dict[str, np.dtype[Any]] = {

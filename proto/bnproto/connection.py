@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Self
 import grpc
 
 from bnproto.address import split
-from bnproto.channel import CLIENT_OPTIONS, Options
 from bnproto.credentials import NONE, Credentials, CredentialsError, valid_token
+from bnproto.grpc_options import CLIENT_OPTIONS, Options
 from bnproto.private_files import PrivateFileError, read_private, read_public
 from bnproto.tls import EXPIRED, NOT_YET_VALID, WRONG_NAME, attempt, load_authorities, load_pair, reason
 

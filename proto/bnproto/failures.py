@@ -22,7 +22,7 @@ from bnlayer.errors import (
     ServiceError,
     StallError,
 )
-from bnproto.channel import SERVICE_NAME
+from bnproto.grpc_options import SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 
 # reason: what a rank raises, and the status that proxies in between understand.

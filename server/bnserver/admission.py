@@ -18,8 +18,8 @@ from typing import Any
 
 import grpc.aio
 
-from bnproto.channel import OBSERVATION_NAME
 from bnproto.failures import status_of
+from bnproto.grpc_options import OBSERVATION_NAME
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import Blame, Grant, Grants, Refusal, authenticate, authorize, need_of
 from bnserver.grpc_channel import abort

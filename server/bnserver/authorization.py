@@ -26,8 +26,8 @@ from enum import Enum, IntEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bnproto.channel import OBSERVATION_NAME, SERVICE_NAME
 from bnproto.credentials import CredentialsError, valid_token
+from bnproto.grpc_options import OBSERVATION_NAME, SERVICE_NAME
 
 MOST = 1000  # all are compared with each that is shown, and the file is read while ranks are served
 _LONGEST = 1000  # characters of what may be a token

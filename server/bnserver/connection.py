@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.bytes_in_flight import Account, BytesInFlight
-from bnserver.channel import Channel, Outgoing
 from bnserver.core.events import Contribute, Event, Join, Lost, Malformed, Pull, Push
 from bnserver.core.quotas import QuotaError, Quotas
 from bnserver.core.reasons import Reason
 from bnserver.counts import Traffic
 from bnserver.failpoints import Failpoints
+from bnserver.rank_channel import Channel, Outgoing
 from bnserver.translation import Reader
 
 # A rank asks again when it has its answer. One that only asks must not fill the memory with answers.

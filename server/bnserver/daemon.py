@@ -22,7 +22,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from bnlayer.files import write_atomically
 from bnlayer.kernels import kernels
-from bnproto.channel import OBSERVATION_NAME, SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
+from bnproto.grpc_options import OBSERVATION_NAME, SAVING_NAME, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import observation_pb2_grpc as observation_rpc
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.admission import Admission

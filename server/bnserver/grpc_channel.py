@@ -14,8 +14,8 @@ import grpc.aio
 
 from bnproto.failures import DETAILS_KEY, StatusParts
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Outgoing
 from bnserver.failpoints import Failpoints
+from bnserver.rank_channel import Outgoing
 
 Context = grpc.aio.ServicerContext[pb.ExchangeRequest, pb.ExchangeResponse]
 Requests = AsyncIterator[pb.ExchangeRequest]

@@ -19,10 +19,10 @@ from bnproto.arrays import WireError
 from bnproto.failures import StatusParts
 from bnproto.frames import LARGEST_BYTES, Frames
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Outgoing, RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.quotas import QuotaError
 from bnserver.failpoints import Failpoints
+from bnserver.rank_channel import Outgoing, RequestAssembler
 
 _ATTACH_BYTES = 64  # that a socket may send before its ticket was seen
 

@@ -17,10 +17,10 @@ import struct
 from collections import defaultdict
 
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Outgoing
 from bnserver.connection import Connection
 from bnserver.failpoints import Failpoints
 from bnserver.local_channel import LocalChannel
+from bnserver.rank_channel import Outgoing
 
 _ATTACH_WITHIN_S = 5.0  # a socket that has sent no ticket by then is closed
 _STRANGERS = 512  # at a time; all ranks of a large job may connect at once

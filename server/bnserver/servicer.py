@@ -20,7 +20,6 @@ from bnproto.failures import status_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.bytes_in_flight import BytesInFlight
-from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.effects import Failed
 from bnserver.core.events import Contribute, Event, Heartbeat, Stop, Tick
@@ -36,6 +35,7 @@ from bnserver.grpc_channel import Context, GrpcChannel, Requests, abort
 from bnserver.hosted_jobs import HostedJobs
 from bnserver.job_file import StoreError
 from bnserver.local_listener import LocalListener
+from bnserver.rank_channel import RequestAssembler
 from bnserver.retention import Keep
 from bnserver.saving import SavingCallback
 from bnserver.store import Store

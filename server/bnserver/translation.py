@@ -14,7 +14,6 @@ from bnlayer.state import LayerState
 from bnproto.arrays import WireError, named, pack, unpack
 from bnproto.calls import call_of, without_state
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Outgoing
 from bnserver.core.effects import Broadcast, Enrolled, Failed, Owned, Released, Totals
 from bnserver.core.events import (
     Arrays,
@@ -34,6 +33,7 @@ from bnserver.core.members import LivenessTimeouts
 from bnserver.core.quotas import QuotaError, Quotas, exceeded
 from bnserver.core.reasons import Reason
 from bnserver.core.validation import validated
+from bnserver.rank_channel import Outgoing
 
 Messages = list[Outgoing]
 

@@ -26,10 +26,10 @@ from bnlayer import BatchNormalization
 from bnlayer.state import LayerState
 from bnproto.arrays import unpack
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import RequestAssembler
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.recovery import recovered
 from bnserver.job_file import loaded
+from bnserver.rank_channel import RequestAssembler
 from bnserver.translation import Reader
 from bnworker import World
 from bnworker.transports.service import ServiceTransport

@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
-from bnproto.channel import CLIENT_OPTIONS, SERVICE_NAME
+from bnproto.grpc_options import CLIENT_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnworker import World

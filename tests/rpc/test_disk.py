@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bnlayer import BatchNormalization
-from bnproto.channel import CLIENT_OPTIONS, SAVING_NAME, SERVICE_NAME
+from bnproto.grpc_options import CLIENT_OPTIONS, SAVING_NAME, SERVICE_NAME
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 

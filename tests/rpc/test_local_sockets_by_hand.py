@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from bnproto.arrays import pack
-from bnproto.channel import CLIENT_OPTIONS
 from bnproto.frames import Frames, framed
+from bnproto.grpc_options import CLIENT_OPTIONS
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.local_listener import _ATTACH_WITHIN_S

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from bnlayer import BatchNormalization, ServiceError
-from bnproto.channel import CLIENT_OPTIONS
 from bnproto.credentials import Credentials
+from bnproto.grpc_options import CLIENT_OPTIONS
 from bnproto.v1 import observation_pb2 as pb
 from bnproto.v1 import observation_pb2_grpc as rpc
 from bnserver.authorization import Role, entry

@@ -23,9 +23,9 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bnlayer import BatchNormalization, ServiceError
-from bnproto.channel import SERVICE_NAME
 from bnproto.connection import Connector
 from bnproto.credentials import NONE, Credentials
+from bnproto.grpc_options import SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver.authorization import Role, entry

@@ -10,10 +10,10 @@ from threading import Thread
 import numpy as np
 
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.service.channel import Answer
 from bnworker.transports.service.client import Client
 from bnworker.transports.service.events import Requests
 from bnworker.transports.service.local_channel import LocalChannel
+from bnworker.transports.service.service_channel import Answer
 
 _ATTACHING = 3  # uses, in which the service takes a socket
 _OF_USE = 4  # uses: a request goes out, is out, is answered; and the next one goes out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service import actions as do
 from bnworker.transports.service import events as happened
-from bnworker.transports.service.channel import Answer
+from bnworker.transports.service.service_channel import Answer
 from bnworker.transports.service.session import Session, State
 
 JOIN = pb.Join(job="j", rank=1, world_size=2, incarnation=7)

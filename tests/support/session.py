@@ -16,7 +16,6 @@ from itertools import count
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Outgoing, RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.effects import Broadcast, Closed, Effect, Enrolled, Failed, Owned, Record, Reduce, Released, Totals
 from bnserver.core.effects import Joined as AllJoined
@@ -25,9 +24,10 @@ from bnserver.core.events import Lost
 from bnserver.core.journal_records import Ended, JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.service import Service
+from bnserver.rank_channel import Outgoing, RequestAssembler
 from bnserver.translation import Messages, Writer
 from bnworker.transports.service import events as happened
-from bnworker.transports.service.channel import AnswerAssembler
+from bnworker.transports.service.service_channel import AnswerAssembler
 from bnworker.transports.service.session import State
 from support.forward_exchange import bits
 from support.session_program import Program

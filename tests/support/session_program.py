@@ -15,7 +15,7 @@ from bnlayer.state import LayerState
 from bnproto.arrays import named, unpack, whole
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.service.channel import Answer
+from bnworker.transports.service.service_channel import Answer
 from support.forward_exchange import bits, contribution, unprobed_state
 
 T = TypeVar("T")

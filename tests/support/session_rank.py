@@ -8,13 +8,13 @@ from typing import Literal, Protocol
 
 from bnproto.failures import error_of
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.effects import Failed
+from bnserver.rank_channel import RequestAssembler
 from bnserver.translation import failure_of
 from bnworker.transports.service import actions as do
 from bnworker.transports.service import events as happened
-from bnworker.transports.service.channel import Answer, AnswerAssembler
+from bnworker.transports.service.service_channel import Answer, AnswerAssembler
 from bnworker.transports.service.session import Session, State
 from support.session_program import Asked, Program
 

@@ -265,7 +265,7 @@ def test_collective_errors_keep_their_attributes() -> None:
     import pickle
 
     error = PeerLostError("rank 2 is gone", ranks=(3, 2), layer="a", step=4)
-    for copy in (error, error.again(), pickle.loads(pickle.dumps(error))):
+    for copy in (error, error.copy_for_raise(), pickle.loads(pickle.dumps(error))):
         assert (type(copy), str(copy), copy.ranks, copy.layer, copy.step) == (
             PeerLostError,
             "rank 2 is gone",

@@ -369,7 +369,7 @@ class World:
                 ranks=(self.rank,),
             )
         if self._error is not None:
-            raise self._error.again()
+            raise self._error.copy_for_raise()
         if self._left:
             raise RuntimeError(f"{self!r}: this world was left; make exchanges inside `with bnworker.join()`.")
 

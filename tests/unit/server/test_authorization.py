@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bnproto.channel import OBSERVATION_NAME, SERVICE_NAME
+from bnproto.grpc_options import OBSERVATION_NAME, SERVICE_NAME
 from bnproto.v1 import observation_pb2 as observed
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import (

@@ -11,12 +11,12 @@ import pytest
 
 from bnproto.frames import framed
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import Outgoing
 from bnserver.connection import Connection
 from bnserver.core.events import Event, Lost, Pull
 from bnserver.grpc_channel import GrpcChannel
 from bnserver.local_channel import LocalChannel
 from bnserver.local_listener import _STRANGERS, LocalListener
+from bnserver.rank_channel import Outgoing
 
 _LIMIT_S = 60.0
 

@@ -17,13 +17,13 @@ from bnproto.arrays import pack
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.bytes_in_flight import BytesInFlight
-from bnserver.channel import Outgoing, RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.events import Contribute, Event, Join, Leave, Malformed, Pull, Push
 from bnserver.core.quotas import Quotas
 from bnserver.core.reasons import Reason
 from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import GrpcChannel
+from bnserver.rank_channel import Outgoing, RequestAssembler
 
 _REQUEST_BYTES = 2**10  # that each request counts for beside its payload
 _PART = 2**20

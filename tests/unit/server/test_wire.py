@@ -19,14 +19,14 @@ from bnlayer.renorm import Renorm
 from bnlayer.state import LayerState
 from bnproto.arrays import PayloadAssembler, WireError, pack, unpack
 from bnproto.calls import call_of, contribution_of, with_state
-from bnproto.channel import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.failures import error_of, failure_in, status_of
+from bnproto.grpc_options import CLIENT_OPTIONS, PART_BYTES, SERVER_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.events import Contribute, Event, Join, Leave, Malformed, Push, Replacing, Resume
 from bnserver.core.reasons import Reason
 from bnserver.grpc_channel import GrpcChannel
+from bnserver.rank_channel import RequestAssembler
 from bnserver.translation import _REASONS, Reader
 
 _RENORM = Renorm(0.9, rmax=3.0, dmax=0.0)

@@ -10,8 +10,8 @@ from bnlayer import PeerLostError
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service import actions as do
 from bnworker.transports.service import events as happened
-from bnworker.transports.service.channel import Answer, AnswerAssembler
 from bnworker.transports.service.events import Event
+from bnworker.transports.service.service_channel import Answer, AnswerAssembler
 from bnworker.transports.service.session import ImpossibleEventError, Session, State
 from support.rank_session import (
     JOIN,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bnworker.transports.service.channel import Answer
 from bnworker.transports.service.events import Requests
+from bnworker.transports.service.service_channel import Answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,6 @@ from bnworker.transports.service.actions import (
     Wake,
     Warn,
 )
-from bnworker.transports.service.channel import Answer, Channel
 from bnworker.transports.service.events import (
     Abandon,
     Ask,
@@ -64,6 +63,7 @@ from bnworker.transports.service.events import (
 from bnworker.transports.service.grpc_channel import Broken, GrpcChannel
 from bnworker.transports.service.heartbeat import Heartbeat
 from bnworker.transports.service.local_channel import attached
+from bnworker.transports.service.service_channel import Answer, Channel
 from bnworker.transports.service.session import Session, State
 
 _HANG_UP_S = 1.0  # how long closing the connection may take; then it is left to the process's end
@@ -140,7 +140,7 @@ class Client:
             deadline = time.monotonic() + self.session.answer_within
             while not self.session.generation:
                 if self.session.error is not None:
-                    raise self.session.error.again() from self.session.error.__cause__
+                    raise self.session.error.copy_for_raise() from self.session.error.__cause__
                 self._take_turn(deadline)
         except BaseException:
             self.close(None)
@@ -166,7 +166,7 @@ class Client:
         answer = None
         while answer is None:
             if self.session.error is not None:
-                raise self.session.error.again() from self.session.error.__cause__
+                raise self.session.error.copy_for_raise() from self.session.error.__cause__
             answer = self._take_turn(deadline)
         return answer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bnlayer.errors import CollectiveError
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.service.channel import Answer
+from bnworker.transports.service.service_channel import Answer
 
 Requests = Sequence[pb.ExchangeRequest]
 

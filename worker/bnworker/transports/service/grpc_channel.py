@@ -17,8 +17,8 @@ from bnproto.arrays import WireError
 from bnproto.failures import error_in
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
-from bnworker.transports.service.channel import Answer, AnswerAssembler
 from bnworker.transports.service.events import Requests
+from bnworker.transports.service.service_channel import Answer, AnswerAssembler
 
 
 @dataclass(frozen=True, slots=True)

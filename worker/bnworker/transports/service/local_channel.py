@@ -21,8 +21,8 @@ from google.protobuf.message import DecodeError
 from bnproto.arrays import WireError
 from bnproto.frames import Frames, framed
 from bnproto.v1 import statistics_pb2 as pb
-from bnworker.transports.service.channel import Answer, AnswerAssembler
 from bnworker.transports.service.events import Requests
+from bnworker.transports.service.service_channel import Answer, AnswerAssembler
 
 _ATTACH_S = 1.0  # a service that runs answers within a millisecond
 _MOMENT_S = 0.001

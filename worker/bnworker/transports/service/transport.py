@@ -20,8 +20,8 @@ from bnproto.connection import Connector
 from bnproto.credentials import NONE, Credentials
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports import Seeded
-from bnworker.transports.service.channel import Answer
 from bnworker.transports.service.client import Client
+from bnworker.transports.service.service_channel import Answer
 
 
 class ServiceTransport:
