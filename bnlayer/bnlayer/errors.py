@@ -62,4 +62,4 @@ class ServiceError(CollectiveError):
 
 
 class JobFinishedError(ServiceError):
-    """An elastic job was finished by the other ranks before this one had joined it."""
+    """An elastic job was finished by the other ranks before this one had joined it, or while it was away."""

@@ -15,12 +15,15 @@ from support.processes import PYTHON, arguments
 # Where in a step a rank can be killed.
 BEFORE, BETWEEN, SUMMED, SAVED = "before the forward pass", "before the backward pass", "after the sums", "after a save"
 POINTS = (BEFORE, BETWEEN, SUMMED, SAVED)
+# What is lost there: the rank; all that runs on its host, and nobody is told, as when the power fails; or the way to
+# the host, on which all goes on.
+RANK, POWER, WAY = "the rank", "its host", "the way to its host"
 COMMIT_EVERY = 5
 
 RANKS = 4
-_TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
 _STEPS_PER_KILL = 6
-_PROGRAM = Path(__file__).with_name("elastic_rank.py")
+PROGRAM = Path(__file__).with_name("elastic_rank.py")
 
 Kill = tuple[int, int, str]
 
@@ -67,11 +70,11 @@ def planned(kills: int, seed: int) -> tuple[list[Kill], int]:
 def run(folder: Path, ranks: int, elastic: str, steps: int, kills: list[Kill], *options: str) -> Run:
     """An elastic job from start to end."""
     folder.mkdir(parents=True)
-    program = (PYTHON, str(_PROGRAM), str(folder), str(steps), str(ranks))
+    program = (PYTHON, str(PROGRAM), str(folder), str(steps), str(ranks))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
     done = subprocess.run(
         arguments(ranks, *program, options=["--elastic", elastic, *options]),
-        env={**environ, "BNLAYER_TEST_KILLS": json.dumps(kills), "PYTHONPATH": str(_TESTS)},
+        env={**environ, "BNLAYER_TEST_KILLS": json.dumps(kills), "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=200 + 30 * len(kills),

@@ -2,14 +2,17 @@
 
 It kills itself with -9 where `BNLAYER_TEST_KILLS` says so, once each: a list of [slot, step, point], with a folder that
 remembers which were done. Before each the ranks wait, letting others in, until they are as many as were started.
+`BNLAYER_TEST_LOSES` says what is lost with it: see `support.elastic`.
 """
 
 import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,15 @@ import numpy as np
 
 import bnworker
 from bnlayer import BatchNormalization
-from support.elastic import BEFORE, BETWEEN, COMMIT_EVERY, SAVED, SUMMED
+from support.elastic import BEFORE, BETWEEN, COMMIT_EVERY, POWER, RANK, SAVED, SUMMED, WAY
 
 folder, steps, full = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-slot = int(os.environ["BNLAYER_RANK"])
+slot = int(os.environ.get("BNLAYER_TEST_FIRST", "0")) + int(os.environ["BNLAYER_RANK"])
 kills = json.loads(os.environ.get("BNLAYER_TEST_KILLS", "[]"))
 norm = BatchNormalization(synchronized=True, name="bn", dtype="float64", momentum=0.9)
 norm.build((None, 5))
 state: Any = bnworker.State(layers=[norm], total=np.zeros(5, np.int64), step=0)
+comes_back = "BNLAYER_TEST_LOSES" in os.environ  # what was lost: they end together
 holds = {step - (where == SAVED): number for number, (_, step, where) in enumerate(kills)}
 
 
@@ -38,8 +42,32 @@ def die_at(point: str) -> None:
     for number, (victim, step, where) in enumerate(kills):
         mark = folder / f"kill-{number}"
         if (victim, step, where) == (slot, state.step, point) and not mark.exists():
-            mark.write_text(f"{time.monotonic()} {generation.number}")
-            os.kill(os.getpid(), signal.SIGKILL)
+            lose(os.environ.get("BNLAYER_TEST_LOSES", RANK), mark)
+
+
+def lose(what: str, mark: Path) -> None:
+    """This process, its host, or the way there."""
+    if what == POWER:
+        subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+    elif what == WAY:
+        for rule in (
+            "add table inet lost",
+            *(
+                f"add chain inet lost {way} {{ type filter hook {way} priority 0; policy drop; }}"
+                for way in ("input", "output")
+            ),
+        ):
+            subprocess.run(["nft", rule], check=True)
+    mark.write_text(f"{time.monotonic()} {generation.number}")
+    if what == WAY:
+        return
+    if what == POWER:
+        here = Path("/proc/self/ns/net").stat().st_ino
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if (folder / "ns/net").stat().st_ino == here and int(folder.name) != os.getpid():
+                    os.kill(int(folder.name), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tell(**facts: object) -> None:
@@ -52,7 +80,8 @@ for generation in bnworker.elastic(state, timeout=120):
         tell(generation=generation.number, rank=world.rank, ranks=world.world_size, step=state.step)
         begun = state.step
         while state.step < steps:
-            while state.step in holds and not done(state.step) and world.world_size < full:
+            holding = state.step in holds and not done(state.step)
+            while (holding or (comes_back and state.step == steps - 1)) and world.world_size < full:
                 time.sleep(0.02)
                 world.admit()
             rows = np.random.default_rng(state.step).integers(-99, 99, (37, 5))

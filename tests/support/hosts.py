@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 SSH_PORT = 2222
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="needs OpenSSH's sshd")
+needs_nft = pytest.mark.skipif(shutil.which("nft", path=_PATH) is None, reason="needs nftables' nft")
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="only root makes network namespaces, with iproute2's ip"
 )
@@ -59,6 +61,10 @@ class Host:
     def cut_off(self) -> None:
         """Take its interface down: nothing arrives, and nobody is told."""
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
+
+    def connect(self) -> None:
+        """Bring it up again."""
+        _ip("-n", self.namespace, "link", "set", "eth0", "up")
 
     def drop(self) -> None:
         """Lose every packet to and from it on the way, until `heal`: its interface stays up."""

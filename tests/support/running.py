@@ -54,6 +54,11 @@ class _Text:
             assert self._come.wait_for(lambda: len(matches()) >= count, _LIMIT_S), self._text
             return matches()
 
+    def so_far(self) -> str:
+        """What has come until now."""
+        with self._come:
+            return self._text.decode(errors="replace")
+
     def all(self) -> str:
         """Everything, once the pipe has ended."""
         self._thread.join(_LIMIT_S)

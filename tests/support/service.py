@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,9 @@ from support.contract.timing import Watch, watch
 
 
 @contextmanager
-def daemon(*arguments: str) -> Iterator[str]:
-    """Run `python -m bnserver` for the length of a `with` block; yields its address."""
-    command = [sys.executable, "-m", "bnserver", "--listen", "127.0.0.1:0", *arguments]
+def daemon(*arguments: str, prefix: Sequence[str] = ()) -> Iterator[str]:
+    """Run `python -m bnserver` for the length of a `with` block, behind a command; yields its address."""
+    command = [*prefix, sys.executable, "-m", "bnserver", "--listen", "127.0.0.1:0", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -183,7 +183,7 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Leave; a `RegroupError` ends here, and the loop goes on."""
+        """Leave; a `RegroupError` ends here, and the loop goes on, and a `JobFinishedError`, and the loop ends."""
         finished = False
         if error is None:
             try:
@@ -191,8 +191,11 @@ class Generation:
                 finished = True
             except RegroupError as change:
                 error = change
+        finished = finished or isinstance(
+            error, JobFinishedError
+        )  # this rank was given up, and the others go without it
         self._job.leave(self.world, error, finished=finished)
-        return isinstance(error, RegroupError)
+        return isinstance(error, RegroupError | JobFinishedError)
 
 
 class ElasticJob(Iterator[Generation]):
@@ -239,7 +242,7 @@ class ElasticJob(Iterator[Generation]):
         world.__exit__(None if error is None else type(error), error, None)
         self._inside = False
         self._finished = finished
-        if isinstance(error, RegroupError):
+        if isinstance(error, RegroupError | JobFinishedError):
             logger.warning("%s", error)
             failure_marker.recovered()
 

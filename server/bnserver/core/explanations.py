@@ -94,6 +94,11 @@ def finished(job: str) -> str:
     return f"Elastic job {job!r} was finished by its other ranks before this one had joined: there is nothing to do."
 
 
+def finished_meanwhile(job: str) -> str:
+    """What a rank is told that was given up, and comes back when there is nothing left to come back to."""
+    return f"Elastic job {job!r} was finished by its other ranks while this one was away: there is nothing to do."
+
+
 def straggling(members: Membership, gathering: Gathering, latest: Call | None, waited: float) -> str:
     """Who keeps the others waiting, and for how long."""
     missing = tuple(members.others(set(gathering.calls) | set(members.left)))

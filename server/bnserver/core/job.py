@@ -185,6 +185,8 @@ class Job:
             return Failed(event.stream, Reason.REGROUP, f"{text} {explanations.regroup(self.name)}")
         if ended.generation == number and ended.reason is not None:
             return Failed(event.stream, ended.reason, ended.text, ended.ranks)
+        if event.elastic is not None:  # it was given up, and the others have finished since
+            return Failed(event.stream, Reason.FINISHED, explanations.finished_meanwhile(self.name))
         if not self.number:
             why = "this service knows nothing of the job: it was started anew, without what it had kept (--state-dir)"
         else:

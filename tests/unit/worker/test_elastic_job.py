@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import bnworker
-from bnlayer import BatchNormalization
+from bnlayer import BatchNormalization, ServiceError
+from bnlayer.errors import JobFinishedError
+from bnworker.elastic_job import ElasticJob, Generation
 from bnworker.limits import Limits
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
@@ -95,6 +97,21 @@ def test_an_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert bnworker.elastic(bnworker.State(), max=4)._limits == Limits(2, 4)
     with pytest.raises(ValueError, match=r"elastic\(min=, max=\): expected 1 <= MIN <= MAX <= 1048576, received 9:8"):
         bnworker.elastic(bnworker.State(), min=9)
+
+
+def test_a_rank_that_comes_back_when_the_others_have_finished() -> None:
+    """Its loop ends, as that of a rank which comes too late; other errors leave it."""
+    world = World(AloneTransport(), install=False)
+    for error, ends in ((JobFinishedError("over"), True), (ServiceError("away"), False)):
+        job = ElasticJob(bnworker.State(), Limits(1, 2), 1.0)
+        generation = Generation(job, world, 1)
+        if ends:
+            with generation:
+                raise error
+            assert list(job) == []
+        else:
+            with pytest.raises(ServiceError, match="away"), generation:
+                raise error
 
 
 def test_it_needs_a_service() -> None:
