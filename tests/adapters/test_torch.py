@@ -256,6 +256,27 @@ def test_a_converted_model_is_the_same_model() -> None:
     assert convert_sync_batchnorm(torch.nn.SyncBatchNorm(3)).weight is not None
 
 
+def test_what_can_not_be_converted_is_said() -> None:
+    """A subclass that does more than normalize would lose it; a lazy module would stay as it is."""
+
+    class WithActivation(torch.nn.BatchNorm2d):
+        def forward(self, x: Any) -> Any:
+            return torch.relu(super().forward(x))
+
+    class Renamed(torch.nn.BatchNorm2d):
+        pass
+
+    model = torch.nn.Sequential(WithActivation(3), Renamed(3))
+    with pytest.warns(UserWarning, match="WithActivation at '0' stays unsynchronized: its forward is not BatchNorm's"):
+        convert_sync_batchnorm(model)
+    assert [type(module) for module in model] == [WithActivation, SyncBatchNorm]
+    lazy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"received LazyBatchNorm1d at '1'\. Run the model on one batch first"):
+        convert_sync_batchnorm(lazy)
+    lazy(torch.ones(4, 3))
+    assert type(convert_sync_batchnorm(lazy)[1]) is SyncBatchNorm
+
+
 def test_errors_name_what_was_expected() -> None:
     """Shapes, dtypes and masks that do not fit."""
     layer = SyncBatchNorm(3)

@@ -17,6 +17,7 @@ Shape suffixes: C channels; batches are (A, C, B).
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnlayer.adapters.torch_alone import AloneCore, SavedAlone
 from bnlayer.adapters.torch_tensors import HALF, Contents, array_of, flattened, layout_of, restored, tensor_of, view_of
@@ -233,6 +235,7 @@ class _Core(AloneCore):
         arrays = [variable.value for variable in self._moving]
         tensors = module._buffers["running_mean"], module._buffers["running_var"]  # noqa: SLF001
         for tensor, buffer, array in zip(tensors, buffers, arrays, strict=True):
+            assert tensor is not None
             if tensor.is_cpu:
                 buffer[...] = array  # in the tensor's own memory
             else:
@@ -329,7 +332,8 @@ def convert_sync_batchnorm(module: Any, process_group: Any = None) -> Any:
     """Replace every `BatchNorm1d/2d/3d` and `torch.nn.SyncBatchNorm` of a model by a `SyncBatchNorm`.
 
     Parameters and buffers are the same tensors as before, so an optimizer may be made before or after. Each layer is
-    named for its place in the model, e.g. "layer1.0.bn1".
+    named for its place in the model, e.g. "layer1.0.bn1". A subclass with a `forward` of its own does more than
+    normalize: it is left alone, unsynchronized, with a warning.
 
     Args:
         module: the model, or a normalization itself.
@@ -337,6 +341,9 @@ def convert_sync_batchnorm(module: Any, process_group: Any = None) -> Any:
 
     Returns:
         The model; the new module where it was a normalization itself.
+
+    Raises:
+        ValueError: a lazy normalization does not know its number of features yet.
     """
     return _replaced(module, "", lambda old, name: _converted(old, process_group, name))
 
@@ -377,8 +384,20 @@ def _replaced(module: Any, path: str, replace: Any, done: dict[int, Any] | None 
 
 
 def _converted(old: Any, process_group: Any, name: str) -> Any:
-    plain = isinstance(old, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d | torch.nn.BatchNorm3d | torch.nn.SyncBatchNorm)
-    if not plain and not isinstance(old, BatchNorm):
+    if not isinstance(old, _BatchNorm) or isinstance(old, SyncBatchNorm):
+        return old
+    kind = type(old).__name__
+    if isinstance(old, LazyModuleMixin):
+        raise ValueError(
+            f"Expected normalizations that know their number of features, received {kind} at {name!r}. Run the model "
+            "on one batch first, then convert it."
+        )
+    if type(old).forward not in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward):
+        warnings.warn(
+            f"{kind} at {name!r} stays unsynchronized: its forward is not BatchNorm's. Replace it by a SyncBatchNorm "
+            "and what else it does.",
+            stacklevel=3,
+        )
         return old
     new = SyncBatchNorm(
         old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, process_group, device="meta",
