@@ -63,9 +63,25 @@ def variable(environ: Mapping[str, str], name: str) -> str | None:
     return environ.get(name) or None
 
 
+def _is_batch(environ: Mapping[str, str]) -> bool:
+    """Whether this is a batch script that was submitted from within a step, whose variables it has.
+
+    Slurm replaces those of the job and of the task, and leaves SLURM_STEP_*. Every task of srun's has SLURM_UMASK,
+    which Slurm takes from the environment of a batch script.
+    """
+    return (
+        variable(environ, "ENVIRONMENT") == "BATCH"
+        and variable(environ, "SLURM_UMASK") is None
+        and variable(environ, "SLURM_GTIDS") == "0"
+        and variable(environ, "SLURM_PROCID") == "0"
+    )
+
+
 def _is_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has no step's number, and is always process 0."""
+    """Whether srun started this process; a batch script has no step's number of its own, and is always process 0."""
     step, rank = variable(environ, "SLURM_STEP_ID"), variable(environ, "SLURM_PROCID")
+    if _is_batch(environ):
+        return False
     if step is None:
         return rank not in (None, "0")
     return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
@@ -74,6 +90,14 @@ def _is_step(environ: Mapping[str, str]) -> bool:
 def _step(environ: Mapping[str, str]) -> str | None:
     job, step = variable(environ, "SLURM_JOB_ID"), variable(environ, "SLURM_STEP_ID")
     return f"{job}.{step}" if job is not None and step is not None else None
+
+
+def _has_stale_pmi(environ: Mapping[str, str]) -> bool:
+    """Whether PMI's variables are those of a `srun --mpi=pmi2` in which this job, or step, was started by a program."""
+    job, step = variable(environ, "PMI_JOBID"), _step(environ)
+    if job is None or step is None or variable(environ, "MPI_LOCALNRANKS") is not None:  # mpiexec's
+        return False
+    return job != step or _is_batch(environ)
 
 
 def _step_job(environ: Mapping[str, str]) -> str | None:
@@ -112,10 +136,20 @@ _LAUNCHERS = (
         "PMI_RANK",
         ("PMI_SIZE",),
         mpi=True,
-        started=lambda environ: _step(environ) is not None and variable(environ, "PMI_JOBID") == _step(environ),
+        started=lambda environ: (
+            _step(environ) is not None
+            and variable(environ, "PMI_JOBID") == _step(environ)
+            and not _has_stale_pmi(environ)
+        ),
         job=_step_job,
     ),
-    _Launcher("MPICH's mpiexec", "PMI_RANK", ("PMI_SIZE",), mpi=True),
+    _Launcher(
+        "MPICH's mpiexec",
+        "PMI_RANK",
+        ("PMI_SIZE",),
+        mpi=True,
+        started=lambda environ: not _has_stale_pmi(environ),
+    ),
     _Launcher(
         "Slurm's srun --mpi=pmix",
         "PMIX_RANK",
@@ -174,7 +208,8 @@ def batch_script(environ: Mapping[str, str]) -> str | None:
         return None
     which = f"SLURM_PROCID={rank}" if rank is not None else f"SLURM_JOB_ID={job}"
     what = "a batch script or a child of one" if rank is not None else "one of an allocation (salloc)"
+    step = "is that of the step in which it was submitted" if _is_batch(environ) and _step(environ) else "is not"
     return (
-        f"{which} and SLURM_NTASKS={tasks} are set, but SLURM_STEP_ID is not: this process is {what}, not a rank, and "
+        f"{which} and SLURM_NTASKS={tasks} are set, but SLURM_STEP_ID {step}: this process is {what}, not a rank, and "
         "trains alone. Start the ranks with srun, or with bnlayer launch."
     )

@@ -122,6 +122,20 @@ def test_which_processes_are_ranks(slurm: Cluster, tmp_path: Path) -> None:
     slurm.wait(job, "COMPLETED", log)
     assert log.read_text(encoding="utf-8") == "batch is no rank warned\n"
 
+    # It is submitted from within a step, and has that one's variables of step and PMI as well.
+    script.write_text(
+        f"#!/bin/sh\n{sys.executable} who.py batch\nsrun --mpi=none {sys.executable} who.py step 2>/dev/null\n",
+        encoding="utf-8",
+    )
+    submit = f'test "$SLURM_PROCID" = 0 || exec sbatch --wait --ntasks=2 --output={log} --open-mode=truncate {script}'
+    done = slurm.run("srun", "--ntasks=2", "--mpi=pmi2", "sh", "-c", submit, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(log.read_text(encoding="utf-8").splitlines()) == [
+        "batch is no rank warned",
+        "step 0 of 2 not warned",
+        "step 1 of 2 not warned",
+    ]
+
 
 def _await_file(path: Path, log: Path) -> None:
     deadline = time.monotonic() + 300

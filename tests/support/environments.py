@@ -63,6 +63,39 @@ SALLOC = _ALLOCATION | {"SLURM_JOB_NAME": "interactive"}
 SBATCH = _ALLOCATION | {"SLURMD_NODENAME": "n1", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 # salloc where the administrator has set LaunchParameters=use_interactive_step: the shell is a step without number.
 SALLOC_STEP = SBATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1"}
+# A batch script that a task of a step has submitted, and a step in it: the first one's SLURM_STEP_* are in the script.
+# The first step has three tasks on n1, the second one two on n2; they may as well be alike, and on one node.
+SBATCH_IN_STEP = {
+    "ENVIRONMENT": "BATCH",
+    "SLURMD_NODENAME": "n2",
+    "SLURM_GTIDS": "0",
+    "SLURM_JOB_ID": "4",
+    "SLURM_JOB_NODELIST": "n2",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "3",
+    "SLURM_TASK_PID": "1094",
+}
+SRUN_IN_THAT = SBATCH_IN_STEP | {
+    "SLURM_GTIDS": "0,1",
+    "SLURM_LOCALID": "1",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_NODELIST": "n2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_TASK_PID": "1114",
+    "SLURM_UMASK": "0022",
+}
+# What remains of the first step's `--mpi=pmi2`.
+STALE_PMI = {"PMI_FD": "11", "PMI_JOBID": "1.0", "PMI_RANK": "2", "PMI_SIZE": "3"}
 SRUN = _ALLOCATION | {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NODELIST": "n[1-2]",

@@ -15,6 +15,7 @@ from bnworker import failure_marker
 from bnworker.launcher import mpi
 from bnworker.launcher.prefix import Style
 from bnworker.plan import plan
+from support import environments
 
 _ROOT = Path(__file__).parents[2]
 _STEP = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
@@ -59,6 +60,7 @@ _READERS: dict[Callable[[Mapping[str, str]], object], tuple[str, ...]] = {
         *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_ID", "PMI_JOBID"),
         *("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "BNLAYER_INSECURE", "MASTER_ADDR", "MASTER_PORT"),
         *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE"),
+        *("ENVIRONMENT", "SLURM_UMASK", "SLURM_GTIDS", "MPI_LOCALNRANKS"),
         *("PMIX_RANK", "PMIX_NAMESPACE", "I_MPI_HYDRA_UUID", "JOB_COMPLETION_INDEX", "HOSTNAME", "TORCHELASTIC_RUN_ID"),
     ),
     announced: ("BNLAYER_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK", "SLURM_PROCID", "SLURM_STEP_ID"),
@@ -73,6 +75,7 @@ _READERS: dict[Callable[[Mapping[str, str]], object], tuple[str, ...]] = {
 }
 _SETTINGS: tuple[dict[str, str], ...] = (
     {},
+    environments.SBATCH_IN_STEP | environments.STALE_PMI | {"SLURM_UMASK": "0022"},
     _STEP,
     _ADDRESS,
     {"RANK": "1", "WORLD_SIZE": "2"},

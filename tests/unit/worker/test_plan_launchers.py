@@ -75,6 +75,37 @@ LAUNCHED: dict[str, tuple[dict[str, str], tuple[Any, ...] | str, tuple[Any, ...]
         ("alone", 0, 1, None, "nothing announces other ranks"),
         "missing the job's name (job= or BNLAYER_JOB), this process's rank",
     ),
+    "sbatch in a step": (
+        started.SBATCH_IN_STEP,
+        ("alone", 0, 1, None, "nothing announces other ranks"),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank",
+    ),
+    "sbatch in a step of the same form": (
+        started.SBATCH_IN_STEP | {"SLURM_STEP_NODELIST": "n2", "SLURM_STEP_NUM_TASKS": "2"},
+        ("alone", 0, 1, None, "nothing announces other ranks"),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank",
+    ),
+    "sbatch in a step of PMI": (
+        started.SBATCH_IN_STEP | started.STALE_PMI,
+        ("alone", 0, 1, None, "nothing announces other ranks"),
+        "missing the job's name (job= or BNLAYER_JOB), this process's rank",
+    ),
+    "srun in sbatch in a step of PMI": (
+        started.SRUN_IN_THAT | started.STALE_PMI,
+        (
+            *("service", 1, 2, "slurm-4.0"),
+            (
+                "Slurm's srun announces 2 ranks; SLURM_PROCID says the rank; Slurm's srun names the job slurm-4.0; "
+                "rank 0 starts the service at 127.0.0.1:61444"
+            ),
+        ),
+        ("service", 1, 2, "slurm-4.0", f"{AT}SLURM_PROCID says the rank; Slurm's srun names the job slurm-4.0"),
+    ),
+    "mpiexec in sbatch in a step of PMI": (
+        started.SBATCH_IN_STEP | started.STALE_PMI | started.MPICH,
+        ("mpi", 1, 2, None, "MPICH's mpiexec started this process; PMI_RANK says the rank"),
+        "missing the job's name (job= or BNLAYER_JOB).",
+    ),
     "srun": (
         started.SRUN,
         (
@@ -182,8 +213,8 @@ def test_in_the_environment_of_each_launcher(launcher: str, address: bool, monke
     else:
         chosen = plan(environ)
         assert (chosen.transport, chosen.rank, chosen.world_size, chosen.job, chosen.reason) == wanted
-        assert bool(chosen.warning) is (launcher in ("salloc", "sbatch", "salloc in a step"))
-    if launcher not in ("salloc", "sbatch", "salloc in a step"):
+        assert bool(chosen.warning) is (chosen.transport == "alone")
+    if not launcher.startswith(("salloc", "sbatch")):
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         bn = BatchNormalization(synchronized=True)
