@@ -6,22 +6,21 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from bnworker.launcher import guardian
 from support.hosts import Host, hosts, needs_root, needs_sshd, ssh_servers
-from support.processes import children, script
+from support.over_ssh import ENDINGS, Ending
+from support.processes import script
 from support.running import Running
-from support.several import COMPUTES, JOINED
+from support.several import JOINED
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault, needs_root, needs_sshd]
 
 _LEFT_S = 5.0  # the promise, as for launchers that were started by hand
-_EXCHANGES = "ready()\n    while True: w.barrier(); time.sleep(0.01)"
 
 
 @dataclass(frozen=True)
@@ -47,56 +46,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     ):
         servers = frozenset(pid for host in (one, two) for pid in host.processes())
         yield Desk(origin, (one, two), ssh, servers)
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How it ends: the exit code, what is done to it, the ranks' program, and what stderr must say."""
-
-    row: str
-    code: int
-    act: Callable[[Running], None] = lambda _: None
-    body: str = _EXCHANGES
-    says: str = ""
-
-
-def _connections(job: Running) -> list[int]:
-    """The ssh processes, node 0's first."""
-    found = children(job.process.pid)
-    assert not any(guardian.__file__ in Path(f"/proc/{pid}/cmdline").read_text() for pid in found)
-    return sorted(found)
-
-
-def _kill_connection(number: int) -> Callable[[Running], None]:
-    return lambda job: os.kill(_connections(job)[number], signal.SIGKILL)
-
-
-ENDINGS = (
-    Ending("succeeds", 0, body="print('done')"),
-    Ending(
-        "a rank fails",
-        7,
-        body="ready()\n    w.barrier()\n    sys.exit(7 * (rank == 2))",
-        says="bnlayer launch: rank 2 (two) exited with code 7",
-    ),
-    Ending("Ctrl-C", 130, lambda job: job.signal(signal.SIGINT), says="bnlayer launch: SIGINT sent to ranks 2, 3"),
-    Ending("SIGTERM", 143, lambda job: job.signal(signal.SIGTERM), COMPUTES),
-    Ending("killed with SIGKILL", 137, lambda job: job.process.kill(), COMPUTES),
-    Ending(
-        "the first connection is killed",
-        137,
-        _kill_connection(0),
-        COMPUTES,
-        "bnlayer launch: the connection to 10.77.0.2 was killed by SIGKILL",
-    ),
-    Ending(
-        "the other connection is killed",
-        137,
-        _kill_connection(1),
-        COMPUTES,
-        "bnlayer launch: the connection to 10.77.0.3 was killed by SIGKILL",
-    ),
-)
 
 
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.row)

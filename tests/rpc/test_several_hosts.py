@@ -109,7 +109,9 @@ def test_a_host_is_cut_off(started: Callable[..., Job]) -> None:
 def test_what_does_not_go_together(pair: list[Host], started: Callable[..., Job], tmp_path: Path) -> None:
     """A node that differs is refused, and the job goes on without it until the right one comes."""
     program = script(JOINED + "    print('here')")
-    job = started(pair, program)
+    over = tmp_path / "over"
+    held = script(JOINED + f"    ready()\n    while not os.path.exists({str(over)!r}): w.barrier(); time.sleep(0.01)")
+    job = started(pair, held)
     where = ["--insecure", f"--rendezvous={pair[0].address}:{PORT + 10}", "--nnodes=2"]
     head = Running(1, program, [*where, "--node-rank=0"], tmp_path / "head", prefix=pair[0].prefix)
     try:
@@ -130,6 +132,20 @@ def test_what_does_not_go_together(pair: list[Host], started: Callable[..., Job]
         assert "bnlayer: launch: node 1 (two): nonsense: command not found\n" in head.err.all()
     finally:
         head.clean_up()
+    job.nodes[0].ready()
+    nowhere = f"{pair[0].address}:{PORT + 30}"
+    for rendezvous, node, says in (
+        (PORT, 1, "node 0: --node-rank 1 is taken by two. Give each host another one."),
+        (PORT, 2, "--node-rank: expected 0 to 1 with --nnodes 2, received 2."),
+        (PORT + 30, 0, f"node 1 did not come to {nowhere} within 1 s (--wait). Start the command with that --no"),
+        (PORT + 30, 1, f"--rendezvous {nowhere}: nobody listens on port {PORT + 31} of {pair[0].address}, where"),
+    ):
+        where = ["--insecure", f"--rendezvous={pair[0].address}:{rendezvous}", "--nnodes=2", "-n2", "--wait=1"]
+        command = [*pair[node != 0].prefix, PYTHON, "-m", "bnworker.cli", "launch", *where, f"--node-rank={node}"]
+        done = subprocess.run([*command, "--", *program], capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode in (1, 2)
+        assert f"bnlayer: launch: {says}" in done.stderr, done.stderr
+    over.touch()
     assert job.end() == [0, 0]
 
 

@@ -240,6 +240,13 @@ def test_a_single_process(tmp_path: object) -> None:
             "--hosts starts the command on each host; --nnodes and --node-rank are for starting it.",
         ),
         (["--hosts=a:0"], "--hosts: expected HOST, HOST:N or HOST slots=N, received 'a:0'."),
+        (
+            ["--hosts=[::1]:2"],
+            (
+                "--hosts: expected HOST, HOST:N or HOST slots=N, received '[::1]:2'. Give an IPv6 address a name, in "
+                "/etc/hosts or ~/.ssh/config."
+            ),
+        ),
         (["--hosts=,"], "--hosts: expected a host, received none."),
         (["--hostfile=none"], "--hostfile none: No such file or directory."),
         (
@@ -261,7 +268,7 @@ def test_hosts_that_cannot_work(arguments: list[str], line: str, command: Callab
 def test_a_host_file(tmp_path: Path) -> None:
     """Open MPI's form and MPICH's, comments, and hosts without a number; the first rank of each follows."""
     path = tmp_path / "hosts"
-    path.write_text("# mine\nme@a slots=2\n\nb:3   # the big one\nc\n", encoding="utf-8")
+    path.write_text("# mine, not yours\nme@a slots=2\n\nb:3   # the big one, too\nc\n", encoding="utf-8")
     hosts = Hosts(hostfile=path, ssh="ssh -p 22", rendezvous="a:7431")
     listed = hosts.listed("launch", 4)
     assert listed == (("me@a", 2), ("b", 3), ("c", 4))

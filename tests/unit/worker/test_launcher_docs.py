@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from support.endings import ENDINGS
+from support.over_ssh import ENDINGS as ENDINGS_OVER_SSH
 from support.several import ENDINGS as ENDINGS_OF_SEVERAL
 
 _DOCS = Path(__file__).parents[3] / "docs" / "launching.md"
@@ -25,6 +26,12 @@ def test_the_table_of_several_hosts_is_the_tested_one() -> None:
     )
     tested = [(ending.row, *ending.codes) for ending in ENDINGS_OF_SEVERAL]
     assert documented == sorted([*tested, ("a host is cut off from the network", 137, 137)])
+
+
+def test_the_table_of_jobs_over_ssh_is_the_tested_one() -> None:
+    """With the exit code of the launcher that started them."""
+    documented = sorted((row[1].strip(), int(row[2])) for row in _rows(_SEVERAL, "## From one host, over ssh"))
+    assert documented == sorted((ending.row, ending.code) for ending in ENDINGS_OVER_SSH)
 
 
 def _rows(page: Path, heading: str) -> list[list[str]]:

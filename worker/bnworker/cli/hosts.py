@@ -79,12 +79,15 @@ class Hosts:
             text = self.hosts if self.hostfile is None else self.hostfile.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CommandError(f"{command}: {name}: {getattr(error, 'strerror', None) or error}.") from None
-        lines = [line.partition("#")[0].strip() for part in (text or "").splitlines() for line in part.split(",")]
+        lines = [part.strip() for line in (text or "").splitlines() for part in line.partition("#")[0].split(",")]
         found = []
         for line in filter(None, lines):
             match = re.fullmatch(r"([^\s:]+)(?:(?::|\s+slots\s*=\s*)([1-9]\d*))?", line)
             if match is None:
-                raise CommandError(f"{command}: {name}: expected HOST, HOST:N or HOST slots=N, received {line!r}.")
+                hint = " Give an IPv6 address a name, in /etc/hosts or ~/.ssh/config." if line.count(":") > 1 else ""
+                raise CommandError(
+                    f"{command}: {name}: expected HOST, HOST:N or HOST slots=N, received {line!r}.{hint}"
+                )
             found.append((match[1], int(match[2] or ranks)))
         if not found:
             raise CommandError(f"{command}: {name}: expected a host, received none.")

@@ -174,7 +174,7 @@ class Head:
         elif not 0 < node < place.nodes:
             text = f"expected --node-rank from 1 to {place.nodes - 1}, received {node}"
         elif node in self._peers:
-            text = f"--node-rank {node} is taken by {self._peers[node].host}"
+            text = f"--node-rank {node} is taken by {self._peers[node].host}. Give each host another one"
         if text:
             link.send(kind="refused", text=f"node 0: {text}.", code=2)
             return

@@ -187,7 +187,11 @@ class _Run:
             refusal = head.refusal
             if refusal is None and not head.complete:
                 late = ", ".join(map(str, head.missing()))
-                refusal = LaunchError(f"node {late} did not come to {job.several.rendezvous} within {wait_s:g} s.", 1)
+                refusal = LaunchError(
+                    f"node {late} did not come to {job.several.rendezvous} within {wait_s:g} s (--wait). Start the "
+                    "command with that --node-rank on its host, which must reach this port and the one after it.",
+                    1,
+                )
             if refusal is not None:
                 head.refuse(str(refusal), refusal.code)
                 raise refusal
