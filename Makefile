@@ -49,7 +49,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-adapters test-long \
-	test-pythons test-sanitized test-arm soak bench bench-full bench-docs coverage format lint lint-native types contracts stubs \
+	test-pythons test-sanitized test-arm soak bench bench-full bench-docs what-works coverage format lint lint-native types types-adapters contracts stubs \
 	stubs-check docs package-test deploy-test image-test wheels lock clean ci
 
 help:  ## list the targets
@@ -161,7 +161,7 @@ test-openmpi: setup .venv-openmpi/.ready
 test-keras: .venv-adapters/.ready  ## the layer beside Keras, JAX's autograd and torch
 	KERAS_BACKEND=numpy .venv-adapters/bin/pytest tests/conformance
 
-test-adapters: .venv-adapters/.ready  ## the adapters in torch, Keras, JAX and TensorFlow
+test-adapters: .venv-adapters/.ready types-adapters  ## the adapters in torch, Keras, JAX and TensorFlow, and their types
 	.venv-adapters/bin/pytest $(SIDE_BY_SIDE) tests/adapters
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
@@ -251,6 +251,10 @@ bench-docs: .venv-bench/.ready  ## out/bench.json into docs/performance.md: its 
 	.venv-bench/bin/python -m benchmarks.picture
 	.venv-bench/bin/python -m benchmarks.page
 
+what-works: .venv-adapters/.ready setup  ## every framework's layers, ours and theirs, in each case: docs/what-works.md
+	.venv-adapters/bin/python -m benchmarks.what_works
+	$(BIN)/python -m benchmarks.what_works_picture
+
 package-test: setup  ## build the wheel and install it in a fresh environment
 	$(BIN)/pytest tests/packaging
 
@@ -283,6 +287,9 @@ lint-native: setup  ## the C++ sources: clang-format, clang-tidy (.clang-tidy ha
 
 types: setup  ## mypy, strict
 	$(BIN)/mypy
+
+types-adapters: setup .venv-adapters/.ready  ## mypy, strict: the adapters, with the types that the frameworks ship
+	$(BIN)/mypy --config-file tests/adapters/mypy.ini --cache-dir .mypy_cache/adapters --python-executable .venv-adapters/bin/python
 
 contracts: setup  ## who may import whom
 	$(BIN)/lint-imports --no-logo
