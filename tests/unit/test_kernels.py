@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bnlayer.dtypes import dtype_named, rounded
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import reference
 from bnlayer.kernels.compiled import Compiled, variants
@@ -60,10 +62,10 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
 def same(got: Array, wanted: Array) -> None:
     """Bit for bit; but one NaN is as good as another."""
     assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-    if got.dtype.kind == "f":
-        nan = np.isnan(wanted)
+    if got.dtype.kind in "fV":  # V: bfloat16
+        nan, zero = np.isnan(wanted), got.dtype.type(0)
         assert (np.isnan(got) == nan).all()
-        got, wanted = np.where(nan, 0, got), np.where(nan, 0, wanted)
+        got, wanted = np.where(nan, zero, got), np.where(nan, zero, wanted)
     assert got.tobytes() == wanted.tobytes()
 
 
@@ -77,27 +79,31 @@ def masked(kind: str, shape: tuple[int, int, int], rng: np.random.Generator) -> 
 def alike(
     compiled: Compiled, x: Array, dy: Array, mask: NDArray[np.bool_] | None, grid: Grid, rng: np.random.Generator
 ) -> None:
-    """Compare every kernel on one batch."""
-    channels = x.shape[1]
-    same(compiled.probe(x, mask, grid), reference.probe(x, mask, grid))
-    limbs = reference.moments(x, mask, grid)
+    """Compare every kernel on one batch; the reference has float16 and bfloat16 as float32, and rounds once."""
+    channels, kind = x.shape[1], x.dtype
+    wide_x, wide_dy = (v if v.dtype.itemsize > 2 else v.astype(np.float32) for v in (x, dy))
+    wide = wide_x.dtype
+    same(compiled.probe(x, mask, grid), reference.probe(wide_x, mask, grid))
+    limbs = reference.moments(wide_x, mask, grid)
     same(compiled.moments(x, mask, grid), limbs)
     statistics = Moments(limbs, grid).statistics(1e-3, mask is not None)
     mean, pivot, nonfinite = statistics.rounded_mean, statistics.pivot, statistics.nonfinite
-    offset, slope, scale, shift = rng.normal(size=(4, channels)).astype(x.dtype)
-    same(compiled.normalize(x, mean, scale, shift, nonfinite), reference.normalize(x, mean, scale, shift, nonfinite))
-    unknown = BackwardGrid.unknown(x.dtype.name, channels).reaching(statistics.reach)
-    reached = reference.gradient_probe(dy, x, pivot, unknown)
+    offset, slope, scale, shift = rng.normal(size=(4, channels)).astype(wide)
+    of_channels: tuple[Array, ...] = mean, scale, shift, nonfinite
+    same(compiled.normalize(x, *of_channels), rounded(reference.normalize(wide_x, *of_channels), kind))
+    unknown = BackwardGrid.unknown(wide.name, channels).reaching(statistics.reach)
+    reached = reference.gradient_probe(wide_dy, wide_x, pivot, unknown)
     same(compiled.gradient_probe(dy, x, pivot, unknown), reached)
     probed = unknown.probed(reached, np.ones(channels, bool))
     fits = mask is None and not nonfinite.any()
     for factor in (1, 150, 1e6, 1e-9):  # within the window, near its end, above it, far below it
-        scaled = (dy * factor).astype(x.dtype)
-        wanted = reference.gradient_sums(scaled, x, mask, pivot, probed)
+        scaled = (wide_dy * factor).astype(kind)
+        wanted = reference.gradient_sums(scaled.astype(wide), wide_x, mask, pivot, probed)
         same(compiled.gradient_sums(scaled, x, mask, pivot, probed), wanted)
         same(compiled.gradient_sums(scaled, x, mask, pivot, probed, fits=fits), wanted)
-    arguments = dy, x, mask, mean, offset, slope, scale, nonfinite
-    same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
+    of_channels = mean, offset, slope, scale, nonfinite
+    wanted = rounded(reference.input_gradient(wide_dy, wide_x, mask, *of_channels), kind)
+    same(compiled.input_gradient(dy, x, mask, *of_channels), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
@@ -301,16 +307,20 @@ def test_padding_beyond_every_window_gives_no_wrong_gradient(chosen: pytest.Monk
     assert np.isnan(layer.gamma.gradient).tolist() == np.isnan(dx).all(0).tolist() == [True, False]
 
 
-def test_zeros_keep_their_signs(compiled: Compiled) -> None:
-    """−0 and +0 are different bits, in the probe's keys as in the output."""
-    x = np.array([0.0, -0.0, -0.0, 0.0] * 16, np.float32).reshape(16, 4, 1)
-    grid = Grid.unknown("float32", 4)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(16, 4, 1), (2, 3, 21), (1, 2, 300)], ids=str)
+def test_zeros_keep_their_signs(compiled: Compiled, shape: tuple[int, int, int], dtype: str) -> None:
+    """−0 and +0 are different bits, in the probe's keys as in the output: of the data, and of the coefficients."""
+    x = np.resize(np.array([0.0, -0.0, -0.0, 0.0, 1.0, -1.0], dtype), shape)
+    grid = Grid.unknown(dtype, shape[1])
     same(compiled.probe(x, None, grid), reference.probe(x, None, grid))
-    one, none = np.ones(4, np.float32), np.zeros(4, np.float32)
-    no_channel = np.zeros(4, bool)
-    same(compiled.normalize(x, none, one, -none, no_channel), reference.normalize(x, none, one, -none, no_channel))
-    arguments = x, x, None, none, none, none, -one, no_channel
-    same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
+    no_channel = np.zeros(shape[1], bool)
+    for values in product((0.0, -0.0), (0.0, -0.0), (0.0, -0.0), (1.0, -1.0, -0.0)):
+        first, second, third, scale = (np.full(shape[1], value, dtype) for value in values)
+        written: tuple[Array, ...] = x, first, scale, second, no_channel
+        same(compiled.normalize(*written), reference.normalize(*written))
+        arguments = x, x, None, first, second, third, scale, no_channel
+        same(compiled.input_gradient(*arguments), reference.input_gradient(*arguments))
 
 
 @pytest.mark.parametrize("shape", [(9, 64, 1), (2, 3, 21)], ids=str)
@@ -358,3 +368,39 @@ def test_where_windows_of_gradients_begin_and_end(compiled: Compiled, shape: tup
                 same(compiled.gradient_sums(dy, x, None, pivot, grid), wanted)
                 seen.add(tuple(wanted[-2:, 0].tolist()))
     assert len(seen) == 4, "in and outside, large and small"
+
+
+# (A, C, B): whole vectors, rows with some left over, long runs, runs shorter than a vector.
+HALF_SHAPES = ((8192, 8, 1), (5041, 13, 1), (1, 2, 32_768), (9, 7, 1037), (4369, 3, 5))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", HALF_SHAPES, ids=str)
+def test_half_types(compiled: Compiled, shape: tuple[int, int, int], dtype: str) -> None:
+    """Every kernel: on numbers, and on all 65,536 patterns, infinities, NaN and subnormal numbers among them."""
+    kind, size, rng = dtype_named(dtype), int(np.prod(shape)), np.random.default_rng([*shape])
+    numbers = [(rng.normal(size=shape) * 10).astype(kind) for _ in range(2)]
+    patterns = [rng.permutation(2**16).astype(np.uint16)[:size].view(kind).reshape(shape) for _ in range(2)]
+    for x, dy in (numbers, patterns):
+        for kind_of_mask in MASKS:
+            mask = masked(kind_of_mask, shape, rng)
+            unknown = Grid.unknown("float32", shape[1])
+            probed = reference.probe(x.astype(np.float32), mask, unknown)
+            alike(compiled, x, dy, mask, unknown.probed(probed, np.ones(shape[1], bool)), rng)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", HALF_SHAPES, ids=str)
+def test_half_types_are_rounded_once(compiled: Compiled, shape: tuple[int, int, int], dtype: str) -> None:
+    """To even where it is a tie, of normal and of subnormal numbers; to infinity from the tie above the largest on."""
+    kind, size, rng = dtype_named(dtype), int(np.prod(shape)), np.random.default_rng([*shape])
+    x = rng.permutation(2**16).astype(np.uint16)[:size].view(kind).reshape(shape)
+    zero, no_channel = np.zeros(shape[1], np.float32), np.zeros(shape[1], bool)
+    wide, ones = x.astype(np.float32), np.ones(shape, kind)
+    for factor in (1, 1.5, 0.375, 1.25, -3, 1.001):
+        scale = np.full(shape[1], factor, np.float32)
+        wanted = rounded(wide * scale[:, None], kind)
+        same(compiled.normalize(x, zero, scale, -zero, no_channel), wanted)
+        same(compiled.input_gradient(x, ones, None, zero, zero, zero, scale, no_channel), wanted)

@@ -68,7 +68,7 @@ struct Pack {
 
   static BNLAYER_INLINE Pack all(T value) {
     Pack made;
-    for (int i = 0; i < kCount; ++i) made.reg[i] = Reg{} + value;
+    for (int i = 0; i < kCount; ++i) made.reg[i] = value - Reg{};  // not a sum: −0 + 0 is +0
     return made;
   }
   static BNLAYER_INLINE Pack load(const T* from) {
