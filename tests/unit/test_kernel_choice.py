@@ -157,6 +157,12 @@ def test_arrays_that_a_kernel_does_not_take_are_refused() -> None:
         arguments[at] = wrong
         with pytest.raises(error):
             _native.moments(*arguments)
+    between = np.frombuffer(b"." + bytes(32), np.uint8)[1:].view(np.float64)
+    for pivot, received in ((vector.astype(np.float32), "'f'"), (between, "'d' that is not aligned")):
+        with pytest.raises(
+            TypeError, match=f"pivot: expected an aligned array of float64, received one of format {received}"
+        ):
+            _native.moments(*sound[:5], pivot, *sound[6:])
     with pytest.raises(TypeError, match="expected 8 arguments, received 1"):
         _native.moments(0)  # type: ignore[call-arg]  # on purpose
 

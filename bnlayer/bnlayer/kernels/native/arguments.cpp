@@ -18,6 +18,23 @@ bool is_one_of(const char* format, const char* kinds) {
   return format != nullptr && format[0] != '\0' && format[1] == '\0' && std::strchr(kinds, format[0]) != nullptr;
 }
 
+// What a kind of array is, as errors name it.
+const char* described(Kind kind) {
+  switch (kind) {
+    case Kind::kNumbers:
+      return "float32, float64, float16 or bfloat16 (as uint16)";
+    case Kind::kFloat32:
+      return "float32";
+    case Kind::kFloat64:
+      return "float64";
+    case Kind::kInt64:
+      return "int64";
+    case Kind::kTruths:
+      return "bool or uint8";
+  }
+  return "";
+}
+
 }  // namespace
 
 bool Array::take(PyObject* from, const char* name, Kind kind, bool written) {
@@ -53,8 +70,8 @@ bool Array::take(PyObject* from, const char* name, Kind kind, bool written) {
   const auto address = reinterpret_cast<uintptr_t>(buffer_.buf);
   if (fits && address % static_cast<uintptr_t>(item) == 0) return true;
   PyErr_Format(
-      PyExc_TypeError, "%s: received an array of format '%s' that is not what a kernel takes, or not aligned.", name,
-      format == nullptr ? "" : format);
+      PyExc_TypeError, "%s: expected an aligned array of %s, received one of format '%s'%s.", name, described(kind),
+      format == nullptr ? "" : format, fits ? " that is not aligned" : "");
   return false;
 }
 

@@ -79,7 +79,7 @@ struct InputGradientPass {
   void* dx;
 };
 
-// What follows from the limbs of a float32 batch, a channel at a time; see `reference.py` for the formulas.
+// What follows from the limbs of a float32 batch, a channel at a time; see `formulas.py` for the formulas.
 struct StatisticsPass {
   int64_t channels;
   const int64_t* limbs;

@@ -1,6 +1,6 @@
 // What follows from the sums of float32 data, eight channels at a time: a dozen small NumPy calls in one.
 //
-// Each function computes, operation by operation, what the one of its name does in `reference.py`, where the formulas are
+// Each function computes, operation by operation, what the one of its name does in `formulas.py`, where the formulas are
 // explained.
 
 #include "kernels/arithmetic.hpp"

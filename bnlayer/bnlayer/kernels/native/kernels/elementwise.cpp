@@ -18,7 +18,8 @@ constexpr int64_t kWidestTurned = 4096;  // elements: longer rows are taken one 
 template <class N>
 constexpr int kVector = kRegisterBytes / static_cast<int>(sizeof(N));
 
-// A formula has coefficients per channel, of which `kCount` vectors go into `of`, and inputs.
+// A formula has `kCount` coefficients per channel, and inputs: for `kVector<N>` elements at a time, `of`, and for one that
+// is left over, `one`. Both compute in float32 or float64, whatever is stored, and must give the same bits.
 template <class S>
 struct Normal {
   using N = Number<S>;
@@ -183,6 +184,7 @@ class Writing {
     if (at < end) eight(end - kStep);
   }
 
+  // Which coefficient is the scale: of mean, scale, shift; or of mean, offset, slope, scale.
   static constexpr int kScale = kCount == 3 ? 1 : 3;
 
   const Formula& formula_;
