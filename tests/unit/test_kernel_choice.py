@@ -158,7 +158,8 @@ def test_arrays_that_a_kernel_does_not_take_are_refused() -> None:
         with pytest.raises(error):
             _native.moments(*arguments)
     between = np.frombuffer(b"." + bytes(32), np.uint8)[1:].view(np.float64)
-    for pivot, received in ((vector.astype(np.float32), "'f'"), (between, "'d' that is not aligned")):
+    pivots: list[tuple[Any, str]] = [(vector.astype(np.float32), "'f'"), (between, "'d' that is not aligned")]
+    for pivot, received in pivots:
         with pytest.raises(
             TypeError, match=f"pivot: expected an aligned array of float64, received one of format {received}"
         ):
