@@ -74,7 +74,7 @@ class Compiled:
     def normalize(
         self, x: Array, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, out: Array | None = None
     ) -> Array:
-        """(x − mean)·scale + shift; see `reference.normalize`. For float16 and bfloat16 the coefficients are float32."""
+        """(x − mean)·scale + shift; see `reference.normalize`. Of half types, the coefficients are float32."""
         y = np.empty(x.shape, x.dtype) if out is None else out
         native.normalize(
             self._variant, self._threads, self._worth, _plain(x), mean_C, scale_C, shift_C, nonfinite_C, _plain(y)
