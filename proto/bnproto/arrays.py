@@ -133,11 +133,14 @@ class PayloadAssembler:
         """Append a part.
 
         Raises:
-            WireError: it brings more bytes than were announced.
+            WireError: it brings none, or more than were announced.
         """
+        data = part.data
+        if not data:
+            raise WireError("expected a part with data, received an empty one")
         if not self._bytes:
             self._bytes += self._first
-        self._bytes += part.data
+        self._bytes += data
         self._check(len(self._bytes))
 
     def _check(self, received: int) -> None:

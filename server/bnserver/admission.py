@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from bnproto.failures import status_of
 from bnproto.grpc_options import OBSERVATION_NAME
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.authorization import Blame, Grant, Grants, Refusal, authenticate, authorize, need_of
 from bnserver.grpc_channel import abort
-from bnserver.unjoined import JOIN_WITHIN_S
+from bnserver.unjoined import JOIN_WITHIN_S, MOST
 
 _REASONS = {
     Blame.UNAUTHENTICATED: pb.ERROR_REASON_UNAUTHENTICATED,
@@ -73,6 +74,7 @@ class Admission(grpc.aio.ServerInterceptor):
         self.grants = grants
         self.refused: Counter[str] = Counter()
         self._seats: set[_Seat] = set()
+        self._waiting: Counter[bytes] = Counter()  # streams whose first message has not come, by token
         self._unsaid = 0
         self._said = float("-inf")
 
@@ -142,12 +144,20 @@ class Admission(grpc.aio.ServerInterceptor):
 
     def _admitting_stream(self, grant: Grant, proceed: _Method) -> _Method:
         async def stream(requests: AsyncIterator[pb.ExchangeRequest], context: Any) -> None:
-            coming = aiter(requests)
+            if self._waiting[grant.digest] >= MOST:
+                text = f"{MOST} streams with the token {grant.name!r} are open that have not joined. Try again."
+                await abort(context, status_of(pb.Failure(reason=pb.ERROR_REASON_QUOTA, text=text)))
+            self._waiting[grant.digest] += 1
+            coming, first = aiter(requests), None
             try:
                 async with asyncio.timeout(JOIN_WITHIN_S):
                     first = await anext(coming, None)
             except TimeoutError:
                 first = None
+            except DecodeError as error:
+                await abort(context, status_of(pb.Failure(reason=pb.ERROR_REASON_INVALID, text=f"{error}.")))
+            finally:
+                self._waiting[grant.digest] -= 1
             if first is None:
                 return
             # Whoever begins with anything else is refused by the servicer, for that.

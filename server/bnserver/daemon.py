@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import secrets
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ from bnserver.authorization import TokensError
 from bnserver.configuration import Configuration, ConfigurationError
 from bnserver.core.members import LivenessTimeouts
 from bnserver.failpoints import FailpointError, Failpoints
+from bnserver.health import Health
 from bnserver.job_file import StoreError
 from bnserver.logs import LogError, logged
 from bnserver.observing import ObservationServicer
@@ -68,6 +71,7 @@ def serve(configuration: Configuration) -> int:
         used.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read anew
+    _permit_open_files()
     try:
         configuration.check()
         failpoints = Failpoints(os.environ)
@@ -96,7 +100,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
     _say_who_may(configuration, certificates)
     store = Store(configuration.state_dir, failpoints) if configuration.state_dir is not None else None
     try:
-        health_service = health.aio.HealthServicer()
+        health_service = Health()
         await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
 
         async def say_whether_saving(saving: bool) -> None:
@@ -141,6 +145,14 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
     finally:
         if store is not None:
             store.close()
+
+
+def _permit_open_files() -> None:
+    """As many as the system allows: the usual 1024 are fewer than strangers may hold beside the ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -223,7 +235,7 @@ def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | Non
         raise StartError(_OCCUPIED.format(listen, error)) from error
 
 
-async def _set_health(servicer: health.aio.HealthServicer, status: int) -> None:
+async def _set_health(servicer: Health, status: int) -> None:
     # "" is the whole server, which the package would report as serving from the start.
     for service in ("", SERVICE_NAME):
         await servicer.set(service, status)

@@ -24,6 +24,8 @@ from bnserver.core.quotas import QuotaError
 from bnserver.failpoints import Failpoints
 from bnserver.rank_channel import Outgoing, RequestAssembler
 
+# A rank waits for its answer before it asks again. Whoever sends thousands of small messages at once waits for others.
+_AT_ONCE = 16
 _ATTACH_BYTES = 64  # that a socket may send before its ticket was seen
 
 
@@ -68,6 +70,7 @@ class LocalChannel(asyncio.BufferedProtocol):
         self._hurry: asyncio.TimerHandle | None = None
         self._unsent: deque[Outgoing] = deque()
         self._is_full = False
+        self._has_more = False  # than was handled in one turn: nothing is read meanwhile
 
     def send(self, messages: Iterable[Outgoing]) -> None:
         """Send messages after those before, each once the kernel has taken the one before."""
@@ -130,8 +133,15 @@ class LocalChannel(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Something was received."""
         self._frames.received(nbytes)
+        self._take()
+
+    def _take(self) -> None:
+        """Handle what has arrived: a few messages, then the other connections have their turn."""
         try:
-            while not self.is_closed and (data := self._frames.next()) is not None:
+            for _ in range(_AT_ONCE):
+                if self.is_closed or (data := self._frames.next()) is None:
+                    self._read_on()
+                    return
                 message = pb.ExchangeRequest.FromString(data)
                 if self._connection is None:
                     self._attach(message.attach.ticket)
@@ -139,6 +149,17 @@ class LocalChannel(asyncio.BufferedProtocol):
                     self._connection.receive(*whole)
         except (WireError, QuotaError, DecodeError) as error:
             self._garbled(error)
+            return
+        if not self._has_more and self._transport is not None:
+            self._has_more = True
+            self._transport.pause_reading()
+        asyncio.get_running_loop().call_soon(self._take)
+
+    def _read_on(self) -> None:
+        """Everything is handled that has arrived."""
+        if self._has_more and self._transport is not None and not self.is_closed:
+            self._transport.resume_reading()
+        self._has_more = False
 
     def _attach(self, ticket: bytes) -> None:
         self._connection = self._listener.attach(self, ticket)

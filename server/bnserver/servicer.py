@@ -15,6 +15,8 @@ from collections.abc import Coroutine
 from itertools import count
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from bnproto.arrays import WireError
 from bnproto.failures import status_of
 from bnproto.v1 import statistics_pb2 as pb
@@ -184,7 +186,7 @@ class Servicer(rpc.StatisticsServiceServicer):
                     return
                 connection.receive(*whole)
                 self.jobs.release(message.join.job)
-        except (WireError, QuotaError) as error:
+        except (WireError, QuotaError, DecodeError) as error:
             connection.garbled(error)
             return
         # The rank closed the stream without a leave; a connection that broke cancels `Exchange` instead.

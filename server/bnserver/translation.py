@@ -32,12 +32,13 @@ from bnserver.core.events import (
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.quotas import QuotaError, Quotas, exceeded
 from bnserver.core.reasons import Reason
-from bnserver.core.validation import validated
+from bnserver.core.validation import NAME_CHARACTERS, validated
 from bnserver.rank_channel import Outgoing
 
 Messages = list[Outgoing]
 
 _ROWS = 10  # that arrays of a layer have at most: limbs of sums in float64
+_LAYERS = "layers of a job"
 _FLAGS = "flags"  # of a state: as many as there are, whatever its channels
 # Each takes some microseconds to read, with or without elements: a message has room for half a second of them.
 _ARRAYS = 2**14
@@ -127,6 +128,10 @@ class Reader:
         resume = None
         if join.HasField("resume"):
             known = join.resume
+            if len(known.versions) > self._quotas.layers:  # before they are copied: a rank may wait here for long
+                raise QuotaError(exceeded(_LAYERS, self._quotas.layers, len(known.versions), "--max-layers"))
+            if any(len(name) > NAME_CHARACTERS for name in known.versions):
+                raise WireError(f"expected names of layers of up to {NAME_CHARACTERS} characters, received longer ones")
             resume = Resume(known.generation, known.sequence, known.layer_sequence, dict(known.versions))
         if join.world_size > self._quotas.ranks:
             raise QuotaError(exceeded("ranks of a job", self._quotas.ranks, join.world_size, "--max-ranks"))

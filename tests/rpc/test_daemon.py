@@ -2,11 +2,12 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnproto.grpc_options import CLIENT_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver.authorization import Role, entry
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 
 pytestmark = pytest.mark.rpc
 
 _X = np.arange(12, dtype=np.float32).reshape(6, 2)
+_JOIN = pb.Join(job="j", world_size=1, incarnation=1, timeout_ms=600_000, join_timeout_ms=600_000)
 
 
 def _world(address: str, rank: int = 0, world_size: int = 1, timeout: float = 60.0) -> World:
@@ -109,6 +112,46 @@ def test_a_connection_that_says_nothing_ends(serve: Callable[..., Any]) -> None:
     with socket.create_connection((host, int(port)), timeout=30.0) as mute:
         while mute.recv(4096):  # what HTTP/2 begins with
             pass
+
+
+@pytest.mark.parametrize("first", [b"", pb.ExchangeRequest(join=_JOIN).SerializeToString()], ids=["first", "joined"])
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_what_is_no_message_is_refused_at_once(
+    serve: Callable[..., Any], tmp_path: Path, first: bytes, with_tokens: bool
+) -> None:
+    """The reading of the stream ended in silence: seconds later its rank was said to have frozen."""
+    tokens = tmp_path / "tokens.toml"
+    tokens.touch(0o600)
+    tokens.write_text(entry("ops", "secret", ["*"], Role.ADMIN))
+    flags = ["--lease", "0", *(["--tokens", str(tokens)] if with_tokens else [])]
+    hang_up = threading.Event()
+
+    def sent() -> Iterator[bytes]:
+        if first:
+            yield first
+        yield b"\xff\xff\xff"
+        hang_up.wait()
+
+    with grpc.insecure_channel(serve(*flags).address, CLIENT_OPTIONS) as channel:
+        call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")
+        try:
+            with pytest.raises(grpc.RpcError) as raised:
+                list(call(sent(), timeout=150, metadata=[("authorization", "Bearer secret")]))
+        finally:
+            hang_up.set()
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Error parsing message with type 'bnproto.v1.ExchangeRequest'" in str(raised.value)
+
+
+def test_the_service_may_open_as_many_files_as_the_system_allows(serve: Callable[..., Any]) -> None:
+    """Each connection takes one, strangers' too; with the usual 1024, they took those of the journals."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        service = serve()
+        assert resource.prlimit(service.popen.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---- starting ----

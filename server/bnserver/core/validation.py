@@ -18,7 +18,7 @@ from bnlayer.precision import DOUBLE, SINGLE
 from bnlayer.state import LayerState
 from bnserver.core.events import Body, Contribute, Join, Leave, Limbs, Malformed, Pull, Push, Replacing
 
-_NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
+NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
 _HOST_CHARACTERS = 255
 _TERM_CHARACTERS = 1000  # of what a plain operation says of one of its arrays or layers
 _SHOWN_CHARACTERS = 60  # of what was received instead
@@ -76,8 +76,8 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
 
 
 def _check_join(join: Join) -> None:
-    if not 1 <= len(join.job) <= _NAME_CHARACTERS:
-        raise RefusedError(f"expected a job name of 1 to {_NAME_CHARACTERS} characters, received {len(join.job)}")
+    if not 1 <= len(join.job) <= NAME_CHARACTERS:
+        raise RefusedError(f"expected a job name of 1 to {NAME_CHARACTERS} characters, received {len(join.job)}")
     if not 0 <= join.peer.rank < join.world_size <= _MOST_RANKS:
         raise RefusedError(
             f"expected 0 <= rank < world_size <= {_MOST_RANKS}, received rank {join.peer.rank} and world_size "
@@ -95,12 +95,12 @@ def _check_join(join: Join) -> None:
 
 
 def _check_name(layer: str | None) -> None:
-    if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
+    if layer is None or not 1 <= len(layer) <= NAME_CHARACTERS:
         raise _invalid_name(layer)
 
 
 def _invalid_name(layer: str | None) -> RefusedError:
-    return RefusedError(f"expected a layer name of 1 to {_NAME_CHARACTERS} characters, received {_shown(layer)}")
+    return RefusedError(f"expected a layer name of 1 to {NAME_CHARACTERS} characters, received {_shown(layer)}")
 
 
 def _check_state(state: LayerState) -> None:
@@ -135,7 +135,7 @@ def _check_exponents(what: str, exponents: Limbs, lowest: int, highest: int) -> 
 
 def _check_layer(call: Call, signature: LayerSignature, body: Body) -> None:
     layer = call.key.layer
-    if layer is None or not 1 <= len(layer) <= _NAME_CHARACTERS:
+    if layer is None or not 1 <= len(layer) <= NAME_CHARACTERS:
         raise _invalid_name(layer)
     if call.operation not in (Operation.ENROLL, *_EXCHANGES):
         raise RefusedError(f"expected an operation of a layer for layer {layer!r}, received {call.operation}")
@@ -186,7 +186,7 @@ def _check_signature(layer: str, signature: LayerSignature) -> None:
             f"expected 1 channel or more in {' or '.join(_PRECISIONS)} for layer {layer!r}, received "
             f"{signature.channels} in {_shown(signature.dtype)}"
         )
-    if len(signature.policy) > _NAME_CHARACTERS:
+    if len(signature.policy) > NAME_CHARACTERS:
         raise RefusedError(
             f"expected the name of a dtype policy for layer {layer!r}, received {_shown(signature.policy)}"
         )

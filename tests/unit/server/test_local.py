@@ -14,7 +14,7 @@ from bnproto.v1 import statistics_pb2 as pb
 from bnserver.connection import Connection
 from bnserver.core.events import Event, Lost, Pull
 from bnserver.grpc_channel import GrpcChannel
-from bnserver.local_channel import LocalChannel
+from bnserver.local_channel import _AT_ONCE, LocalChannel
 from bnserver.local_listener import _STRANGERS, LocalListener
 from bnserver.rank_channel import Outgoing
 
@@ -116,6 +116,27 @@ def test_a_large_answer_waits_for_its_reader_message_by_message() -> None:
         assert sum(message.data != b"" for message in messages) <= 3
         for message in messages:
             assert await theirs.readexactly(len(message.frame())) == message.data
+        ours.close()
+        assert await it.events.get() == Lost(1)
+
+    _played(scene)
+
+
+def test_many_small_messages_are_handled_a_few_at_a_time() -> None:
+    """One rank that sent thousands at once held up all others until the last was handled."""
+    number = 20_000  # several times what is received at once
+
+    async def scene(it: _Scene) -> None:
+        _, ours = await _attached(it, it.connection(1))
+        ours.write(number * framed(pb.ExchangeRequest(pull=pb.Pull(layer="a"))))
+        handled = most = 0
+        while handled < number:
+            await asyncio.sleep(0)  # one turn of the loop
+            came = it.events.qsize()
+            for _ in range(came):
+                assert it.events.get_nowait() == Pull(1, "a")
+            handled, most = handled + came, max(most, came)
+        assert most <= 2 * _AT_ONCE
         ours.close()
         assert await it.events.get() == Lost(1)
 

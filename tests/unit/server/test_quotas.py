@@ -24,6 +24,7 @@ from bnserver.core.reasons import Reason
 from bnserver.failpoints import Failpoints
 from bnserver.grpc_channel import GrpcChannel
 from bnserver.rank_channel import Outgoing, RequestAssembler
+from bnserver.translation import Reader
 
 _REQUEST_BYTES = 2**10  # that each request counts for beside its payload
 _PART = 2**20
@@ -150,6 +151,30 @@ def test_an_announcement_above_the_quota_is_refused_at_once() -> None:
     begun = pb.ExchangeRequest(contribution=pb.Contribution(payload=announced))
     assert _End(quotas, in_flight).read(begun) is None
     assert in_flight.total == 1 + _REQUEST_BYTES
+
+
+def test_a_part_brings_something() -> None:
+    """Empty ones took the service's time without end, and counted for next to nothing."""
+    first, *_ = _reduction(_LARGE)
+    event = _End(Quotas()).read(first, pb.ExchangeRequest(part=pb.Part()))
+    assert isinstance(event, Malformed)
+    assert event.text == "expected a part with data, received an empty one"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("abc", "expected at most 2 layers of a job, received a request for 3; the service's --max-layers raises the "),
+        (["x" * 201], "expected names of layers of up to 200 characters, received longer ones"),
+    ],
+)
+def test_what_a_rank_remembers_is_counted(names: Any, text: str) -> None:
+    """It is kept for as long as the rank waits for the others: 4 MiB of names took 20 MB for each."""
+    join = _join("j", 2)
+    join.join.resume.versions.update(dict.fromkeys(names, 1))
+    event = Reader(7, Quotas(layers=2)).read(join, b"")
+    assert isinstance(event, Malformed)
+    assert event.text.startswith(text)
 
 
 def test_a_job_holds_no_more_than_its_quota() -> None:
