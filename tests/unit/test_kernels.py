@@ -44,7 +44,7 @@ SHAPES = (
     (3, 0, 2),
 )
 DATA = ("normal", "not finite", "outside", "constant", "tiny", "grown", "grown late", "half units", "on both sides")
-MASKS = ("none", "rows", "elements")
+MASKS = ("none", "rows", "elements", "spread")
 
 
 def every_set() -> list[Compiled]:
@@ -73,7 +73,17 @@ def masked(kind: str, shape: tuple[int, int, int], rng: np.random.Generator) -> 
     """A mask of a kind, as a `View` makes it."""
     if kind == "none":
         return None
+    if kind == "spread":  # each truth is that of several values side by side
+        several = next((n for n in (7, 5, 3, 2) if shape[2] % n == 0), 1)
+        return rng.random((*shape[:2], shape[2] // several)) < 0.6
     return rng.random((shape[0], 1, 1) if kind == "rows" and shape[2] == 1 else shape) < 0.6
+
+
+def of_elements(mask: NDArray[np.bool_] | None, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
+    """As the reference takes it: not spread."""
+    if mask is None or mask.shape[:2] != shape[:2] or mask.shape[2] in (0, shape[2]):
+        return mask
+    return np.repeat(mask, shape[2] // mask.shape[2], axis=2)
 
 
 def alike(
@@ -82,9 +92,9 @@ def alike(
     """Compare every kernel on one batch; the reference has float16 and bfloat16 as float32, and rounds once."""
     channels, kind = x.shape[1], x.dtype
     wide_x, wide_dy = (v if v.dtype.itemsize > 2 else v.astype(np.float32) for v in (x, dy))
-    wide = wide_x.dtype
-    same(compiled.probe(x, mask, grid), reference.probe(wide_x, mask, grid))
-    limbs = reference.moments(wide_x, mask, grid)
+    wide, elements = wide_x.dtype, of_elements(mask, x.shape)
+    same(compiled.probe(x, mask, grid), reference.probe(wide_x, elements, grid))
+    limbs = reference.moments(wide_x, elements, grid)
     same(compiled.moments(x, mask, grid), limbs)
     statistics = Moments(limbs, grid).statistics(1e-3, mask is not None)
     mean, pivot, nonfinite = statistics.rounded_mean, statistics.pivot, statistics.nonfinite
@@ -98,11 +108,11 @@ def alike(
     fits = mask is None and not nonfinite.any()
     for factor in (1, 150, 1e6, 1e-9):  # within the window, near its end, above it, far below it
         scaled = (wide_dy * factor).astype(kind)
-        wanted = reference.gradient_sums(scaled.astype(wide), wide_x, mask, pivot, probed)
+        wanted = reference.gradient_sums(scaled.astype(wide), wide_x, elements, pivot, probed)
         same(compiled.gradient_sums(scaled, x, mask, pivot, probed), wanted)
         same(compiled.gradient_sums(scaled, x, mask, pivot, probed, fits=fits), wanted)
     of_channels = mean, offset, slope, scale, nonfinite
-    wanted = rounded(reference.input_gradient(wide_dy, wide_x, mask, *of_channels), kind)
+    wanted = rounded(reference.input_gradient(wide_dy, wide_x, elements, *of_channels), kind)
     same(compiled.input_gradient(dy, x, mask, *of_channels), wanted)
 
 
@@ -125,7 +135,7 @@ def test_the_same_bits(compiled: Compiled, shape: tuple[int, int, int], data: st
             x = rng.normal(size=shape).astype(dtype)
         mask = masked(kind, shape, rng)
         unknown = Grid.unknown(dtype, shape[1])
-        grid = unknown.probed(reference.probe(x, mask, unknown), np.ones(shape[1], bool))
+        grid = unknown.probed(reference.probe(x, of_elements(mask, shape), unknown), np.ones(shape[1], bool))
         if data == "not finite" and x.size:
             x.reshape(-1)[rng.integers(x.size, size=2)] = np.nan, -np.inf
             dy.reshape(-1)[rng.integers(x.size, size=2)] = np.inf, np.nan
@@ -231,7 +241,7 @@ def same_bits_on(
     x = np.ldexp(rng.standard_cauchy(shape), exponent).astype(np.float32)
     element_mask = masked(mask, shape, rng)
     unknown = Grid.unknown("float32", shape[1])
-    grid = unknown.probed(reference.probe(x, element_mask, unknown), np.ones(shape[1], bool))
+    grid = unknown.probed(reference.probe(x, of_elements(element_mask, shape), unknown), np.ones(shape[1], bool))
     with np.errstate(all="ignore"):
         alike(compiled, x, rng.normal(size=shape).astype(np.float32), element_mask, grid, rng)
 
@@ -386,7 +396,7 @@ def test_half_types(compiled: Compiled, shape: tuple[int, int, int], dtype: str)
         for kind_of_mask in MASKS:
             mask = masked(kind_of_mask, shape, rng)
             unknown = Grid.unknown("float32", shape[1])
-            probed = reference.probe(x.astype(np.float32), mask, unknown)
+            probed = reference.probe(x.astype(np.float32), of_elements(mask, shape), unknown)
             alike(compiled, x, dy, mask, unknown.probed(probed, np.ones(shape[1], bool)), rng)
 
 
