@@ -7,16 +7,18 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from support.hosts import Host, hosts, needs_root, needs_sshd, ssh_servers
+from bnworker.launcher.remote import AGENT
+from support.hosts import Host, hosts, needs_nft, needs_root, needs_sshd, ssh_servers
 from support.over_ssh import ENDINGS, Ending
 from support.processes import script
 from support.running import Running
-from support.several import JOINED
+from support.several import COMPUTES, JOINED
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault, needs_root, needs_sshd]
 
@@ -34,7 +36,14 @@ class Desk:
 
     def left(self) -> set[int]:
         """What runs on the hosts besides their ssh servers."""
-        return {pid for host in self.hosts for pid in host.processes()} - self.servers
+        found = {pid for host in self.hosts for pid in host.processes()} - self.servers
+        return {pid for pid in found if _name(pid) != "sshd"}  # one for each connection, which it may not know is dead
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "sshd"  # it has ended
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,29 @@ def test_ending(ending: Ending, desk: Desk, tmp_path: Path) -> None:
         if ending.body.startswith("print"):
             assert sorted(out.splitlines()) == ["[one:0] done", "[one:1] done", "[two:2] done", "[two:3] done"]
     finally:
+        job.clean_up()
+        for pid in desk.left():
+            os.kill(pid, signal.SIGKILL)
+
+
+@needs_nft
+def test_a_host_is_cut_off(desk: Desk, tmp_path: Path) -> None:
+    """No packet says so: ssh gives up by its keep-alive options, the launchers on both hosts by theirs."""
+    one, two = desk.hosts
+    ssh = f"{desk.ssh} {AGENT.partition('BatchMode=yes ')[2]}"
+    where = ["--insecure", f"--ssh={ssh}", f"--hosts={one.address}:2,{two.address}:2", "--grace=5"]
+    job = Running(4, script(JOINED + "    " + COMPUTES), where, tmp_path / "logs", prefix=desk.desk.prefix)
+    try:
+        job.ready()
+        two.drop()
+        code = job.end()
+        ended = time.monotonic()
+        while desk.left() and time.monotonic() < ended + _LEFT_S:
+            time.sleep(0.02)
+        assert desk.left() == set()
+        assert code in (255, 137), job.err.all()  # whichever notices first
+    finally:
+        two.heal()
         job.clean_up()
         for pid in desk.left():
             os.kill(pid, signal.SIGKILL)

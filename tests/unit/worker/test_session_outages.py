@@ -46,7 +46,13 @@ def test_it_warns_once_an_outage_of_what_it_waits_for() -> None:
             False,
             "No statistics service could be reached at h:1 within 5 s. Check the address, and that the service runs",
         ),
-        (True, "The connection to the service at h:1 broke, and could not be made anew within 5 s (UNAVAILABLE: x). "),
+        (
+            True,
+            (
+                "The connection to the service at h:1 broke, and could not be made anew within 5 s (UNAVAILABLE: x). "
+                "It is down, or this host is cut off from it. "
+            ),
+        ),
     ],
 )
 def test_it_gives_up_after_its_timeout(joined: bool, text: str) -> None:

@@ -35,7 +35,7 @@ _RESTARTED = ("RESTARTED", "another run of the service answers")
 
 
 def _cut_off(seconds: float) -> tuple[str, str]:
-    return "CUT_OFF", f"no heartbeat was answered for {seconds:g} s; this host is cut off from the service, or it froze"
+    return "CUT_OFF", f"no heartbeat was answered for {seconds:g} s; this host is cut off, or the service is too slow"
 
 
 @dataclass(frozen=True, slots=True)
