@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from support.elastic import POINTS, PROGRAM, RANKS, TESTS, WAY, Kill, planned
-from support.hosts import Host
+from support.hosts import NFT, Host
 from support.processes import PYTHON
 from support.running import Running
 from support.service import daemon
@@ -78,9 +78,7 @@ def run(folder: Path, on: Sequence[Host], what: str, plan: list[Kill], steps: in
                 story.gaps.append(max(line["time"] for line in others) - when)
                 story.without.append(others[0]["goes_on"])
                 if what == WAY:
-                    subprocess.run(
-                        ["ip", "netns", "exec", theirs.namespace, "nft", "delete table inet lost"], check=True
-                    )
+                    subprocess.run(["ip", "netns", "exec", theirs.namespace, NFT, "delete table inet lost"], check=True)
                 else:
                     assert other.end() == 137
                     other.clean_up()

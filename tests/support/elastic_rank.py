@@ -57,7 +57,7 @@ def lose(what: str, mark: Path) -> None:
                 for way in ("input", "output")
             ),
         ):
-            subprocess.run(["nft", rule], check=True)
+            subprocess.run(["/usr/sbin/nft", rule], check=True)
     mark.write_text(f"{time.monotonic()} {generation.number}")
     if what == WAY:
         return

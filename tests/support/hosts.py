@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 SSH_PORT = 2222
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+NFT = "/usr/sbin/nft"
 needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="needs OpenSSH's sshd")
-needs_nft = pytest.mark.skipif(shutil.which("nft", path=_PATH) is None, reason="needs nftables' nft")
+needs_nft = pytest.mark.skipif(not Path(NFT).exists(), reason="needs nftables' nft")
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="only root makes network namespaces, with iproute2's ip"
 )
@@ -75,11 +75,11 @@ class Host:
             f'add rule bridge partition lost oifname "{self.name}" drop',
         )
         for rule in rules:
-            _ip("netns", "exec", self.switch, "nft", rule)
+            _ip("netns", "exec", self.switch, NFT, rule)
 
     def heal(self) -> None:
         """End what `drop` began."""
-        _ip("netns", "exec", self.switch, "nft", "delete table bridge partition")
+        _ip("netns", "exec", self.switch, NFT, "delete table bridge partition")
 
 
 @contextmanager
