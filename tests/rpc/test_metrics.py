@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,38 @@ def test_who_connects_to_the_metrics_and_is_mute_holds_up_nobody(serve: Callable
     until(is_served)
     for path, code in (("", 404), ("/metrics/../x", 404)):
         assert _refused(url.removesuffix("/metrics") + path)[0] == code
+    assert service.end(signal.SIGTERM)[0] == 0
+
+
+def test_who_connects_to_the_page_and_asks_for_nothing_is_closed(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """Mute, or with half a request; the 129th at once. They took viewers' places and files of the service for ever."""
+    log = tmp_path / "log"
+    service = serve("--dashboard", "127.0.0.1:0", "--log-file", str(log))
+    url = told(log, "dashboard: ")
+    host, _, port = url.removeprefix("http://").strip("/").partition(":")
+    with ExitStack() as open_ones:
+
+        def connected(said: bytes = b"") -> socket.socket:
+            one = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=LONG_S))
+            one.sendall(said)
+            return one
+
+        request = b"GET /events HTTP/1.1\r\nHost: localhost\r\n"
+        viewer, mute, half = connected(request + b"\r\n"), connected(), connected(request)
+        assert viewer.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        last = [connected() for _ in range(126)][-1]
+        for closed in (last, mute, half):
+            with suppress(ConnectionResetError):
+                assert closed.recv(1) == b""
+
+        def is_served() -> bool:
+            with suppress(urllib.error.HTTPError):  # as long as others are to be closed
+                return bool(_event(url)["time"])
+            return False
+
+        until(is_served)
+        viewer.setblocking(False)
+        assert b"data: " in viewer.recv(2**16)  # it was not closed meanwhile, nor left without news
     assert service.end(signal.SIGTERM)[0] == 0
 
 

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from bnproto.address import split
 from bnserver.admission import Admission
 from bnserver.page.application import Look, Sampler, application
+from bnserver.page.bounded_http import BoundedHttp
 from bnserver.servicer import Servicer
 from bnserver.tls import Certificates, Files, Loaded
 
@@ -90,7 +91,7 @@ class Dashboard:
             server_header=False,
             lifespan="on",
             ws="none",
-            http="h11",
+            http=BoundedHttp,
             loop="asyncio",
             limit_concurrency=_VIEWERS,
             timeout_graceful_shutdown=_GRACE_S,
