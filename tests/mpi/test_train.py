@@ -20,11 +20,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return trained(tmp_path_factory.mktemp("alone"), "--transport=none", *FIFTY_STEPS)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_the_launchers_ranks(alone: Trained, workers: int, tmp_path: Path) -> None:
+def test_the_launchers_ranks(alone: Trained, tmp_path: Path) -> None:
     """Fifty float64 steps over MPI, against one process."""
-    run = trained(tmp_path, "--transport=mpi", f"--workers={workers}", *FIFTY_STEPS)
-    assert (run.summary["transport"], run.summary["world_size"]) == ("mpi", workers)
+    run = trained(tmp_path, "--transport=mpi", "--workers=2", *FIFTY_STEPS)
+    assert (run.summary["transport"], run.summary["world_size"]) == ("mpi", 2)
     assert "[0] epoch 1/20  loss " in run.out
     same_result(alone, run)
 
@@ -41,7 +40,7 @@ def test_mpiexecs_own_ranks(alone: Trained, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_that_was_stopped(tmp_path: Path) -> None:
     """Ctrl-C reaches the ranks at different moments; all end after the same step, and leave report and checkpoint."""
-    run = stopped(tmp_path, signal.SIGINT, "--transport=mpi", "--workers=3")
+    run = stopped(tmp_path, signal.SIGINT, "--transport=mpi", "--workers=2")
     steps = run.tensors["bn_1/state/flags"].tolist()[-1]
     assert f"[0] bnlayer: train: SIGINT: stopped after step {steps:,}; " in run.err
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

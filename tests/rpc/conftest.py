@@ -8,6 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 
+from support.training import FIFTY_STEPS, Trained, trained
+
+
+@pytest.fixture(scope="session")
+def fifty_steps_alone(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Of a single process: what any number of workers is compared with."""
+    return trained(tmp_path_factory.mktemp("alone"), "--transport=none", *FIFTY_STEPS)
+
 
 @dataclass
 class Process:

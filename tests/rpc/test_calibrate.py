@@ -37,13 +37,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_any_number_of_workers_writes_the_same_statistics(trained: Path, tmp_path: Path) -> None:
-    """All weights stay, the model does better, and three workers find what one does.
+    """All weights stay, the model does better, and two workers find what one does.
 
     Up to the rounding of a matrix product, which depends on how many rows a rank multiplies at once: of equal inputs
     the statistics are the same bits (tests/unit/test_calibration.py).
     """
     files, shown = {}, ""
-    for workers in (1, 3):
+    for workers in (1, 2):
         out = tmp_path / f"{workers}.safetensors"
         done = bnlayer("calibrate", trained, out, "--workers", workers)
         assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def test_any_number_of_workers_writes_the_same_statistics(trained: Path, tmp_pat
     before = checkpoint(trained).tensors
     for name, tensor in files[1].tensors.items():
         if name.startswith("bn_1/state/moving"):
-            assert tensor == pytest.approx(files[3].tensors[name], rel=1e-4, abs=1e-6)
+            assert tensor == pytest.approx(files[2].tensors[name], rel=1e-4, abs=1e-6)
             assert tensor.tobytes() != before[name].tobytes()
         elif "/state/" not in name:
             assert tensor.tobytes() == before[name].tobytes()
@@ -83,11 +83,11 @@ def test_bad_files_are_one_line_and_exit_code_2(trained: Path, tmp_path: Path) -
 def test_any_number_of_workers_judges_the_same(trained: Path) -> None:
     """`bnlayer evaluate`: the counts are equal, the loss up to the rounding of a matrix product."""
     found = {}
-    for workers in (1, 3):
+    for workers in (1, 2):
         done = bnlayer("evaluate", trained, "--split", "all", "--json", "--workers", workers)
         assert done.returncode == 0, done.stderr
         found[workers] = json.loads(done.stdout)
         assert (found[workers]["rows"], found[workers]["world_size"]) == (1797, workers)
     for key in ("accuracy", "classes", "confusion"):
-        assert found[1][key] == found[3][key]
-    assert found[1]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)
+        assert found[1][key] == found[2][key]
+    assert found[1]["loss"] == pytest.approx(found[2]["loss"], rel=1e-6)

@@ -38,7 +38,7 @@ def test_ranks_are_killed(kills: int, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_training_goes_on(kills: int, tmp_path: Path) -> None:
-    """`train --elastic`, one rank of four killed after the other: as accurate as a run that nobody disturbed.
+    """`train --elastic`, one rank of three killed after the other: as accurate as a run that nobody disturbed.
 
     A step that was cut short, and made again, has updated the moving statistics once.
     """

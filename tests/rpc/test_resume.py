@@ -13,7 +13,7 @@ from bnworker.train.checkpoint import read
 from support.disk import disk
 from support.killing import KILLS, killed_and_resumed, undisturbed
 from support.service import daemon
-from support.training import COMMAND, FIFTY_STEPS, same_result, trained
+from support.training import COMMAND, FIFTY_STEPS, Trained, same_result, trained
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(600)]
 
@@ -38,19 +38,23 @@ def test_kills_of_the_whole_job(kills: int, tmp_path: Path) -> None:
     assert parts == undisturbed(tmp_path, "service", steps, ranks=4)
 
 
-def test_with_another_number_of_workers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Of two workers whom nobody disturbed."""
+    return trained(tmp_path_factory.mktemp("whole"), "--workers=2", *FIFTY_STEPS)
+
+
+def test_with_another_number_of_workers(fifty_steps_alone: Trained, tmp_path: Path) -> None:
     """Twenty steps with three, the rest with two: the result of a single process, to the rounding of its sums."""
-    alone = trained(tmp_path / "alone", "--transport=none", *FIFTY_STEPS)
     trained(tmp_path / "parts", "--workers=3", "--resume", *FIFTY_STEPS, "--steps=20")
     parts = trained(tmp_path / "parts", "--workers=2", "--resume", *FIFTY_STEPS)
     assert parts.summary["resumed_steps"] == 20
     assert parts.summary["world_size"] == 2
-    same_result(alone, parts)
+    same_result(fifty_steps_alone, parts)
 
 
-def test_the_owner_gets_the_checkpoints_state(tmp_path: Path) -> None:
+def test_the_owner_gets_the_checkpoints_state(whole: Trained, tmp_path: Path) -> None:
     """Of a job whose service went on without the ranks: its newer statistics are replaced; the bits are the same."""
-    whole = trained(tmp_path / "whole", "--workers=2", *FIFTY_STEPS)
     with daemon() as address:
         job = ("--address", address, "--job=kept", "--workers=2", "--resume", *FIFTY_STEPS)
         trained(tmp_path / "parts", *job, "--steps=20")
@@ -63,9 +67,8 @@ def test_the_owner_gets_the_checkpoints_state(tmp_path: Path) -> None:
         assert parts.tensors[name].tobytes() == tensor.tobytes(), name
 
 
-def test_a_new_run_in_an_old_job(tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_job(whole: Trained, tmp_path: Path) -> None:
     """It begins with its own statistics, not with those that the job's last run left."""
-    whole = trained(tmp_path / "whole", "--workers=2", *FIFTY_STEPS)
     with daemon() as address:
         job = ("--address", address, "--job=kept", "--workers=2", *FIFTY_STEPS)
         trained(tmp_path / "first", *job, "--seed=9", "--steps=7")
@@ -78,11 +81,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
     """One clear line, exit code 1; the file is the checkpoint of before, and it can be gone on from."""
     with disk(tmp_path / "disk", "mount") as tiny:
         path = tiny.folder / "run.safetensors"
-        train = (*COMMAND, "--workers=2", "--hidden=256", "--epochs=4", "--save", path, "--save-every=3", "--resume")
-        subprocess.run([*train, "--steps=3"], capture_output=True, timeout=200, check=True)
+        train = (*COMMAND, "--hidden=256", "--epochs=4", "--save", path, "--save-every=3", "--resume")
+        subprocess.run([*train, "--transport=none", "--steps=3"], capture_output=True, timeout=200, check=True)
         before = path.read_bytes()
         # There is room for one checkpoint, not for a second beside it.
-        command = tiny.command(len(before) - 1, *train)
+        command = tiny.command(len(before) - 1, *train, "--workers=2")
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 1, done.stderr
         assert (
@@ -101,7 +104,7 @@ def test_what_all_ranks_find_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     train = (sys.executable, "-m", "bnworker.cli", "train", "--hidden=4", "--steps=2", f"--save={path}")
     launch = (sys.executable, "-m", "bnworker.cli", "launch", "-n", "2", "--")
-    subprocess.run([*launch, *train], capture_output=True, timeout=200, check=True)
+    subprocess.run([*train, "--transport=none"], capture_output=True, timeout=200, check=True)
     other = tmp_path / "other.npz"
     np.savez(other, x=np.eye(30, 64), y=np.arange(30) % 10)
     done = subprocess.run(

@@ -19,14 +19,14 @@ pytestmark = pytest.mark.rpc
 OPTIONS = ("--dtype=float64", "--steps=20", "--batch-size=16", "--hidden=6", "--learning-rate=0.01")
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5])
-def test_shards_and_any_number_of_workers(workers: int, tmp_path: Path) -> None:
-    """Three shards of unlike sizes: fewer workers than shards, as many, and more."""
+def test_shards_and_any_number_of_workers(tmp_path: Path) -> None:
+    """Three shards of unlike sizes: fewer workers than shards, and more."""
     data = f"--data={write(tmp_path / 'shards', [70, 9, 41])}"
     alone = trained(tmp_path / "alone", data, "--transport=none", *OPTIONS)
-    together = trained(tmp_path / "together", data, f"--workers={workers}", *OPTIONS)
-    assert together.summary["world_size"] == workers
-    same_result(alone, together)
+    for workers in (2, 5):
+        together = trained(tmp_path / f"{workers}", data, f"--workers={workers}", *OPTIONS)
+        assert together.summary["world_size"] == workers
+        same_result(alone, together)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
@@ -90,14 +90,13 @@ def test_a_bad_label(workers: int, tmp_path: Path) -> None:
     assert reported(folder, workers) == f"{line}\n"
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_bad_row_in_the_middle_of_an_epoch(workers: int, tmp_path: Path) -> None:
+def test_a_bad_row_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     """Seen by the last rank alone, when it reads the row; all end together, with one line."""
     folder = write(tmp_path / "shards", [20, 20, 20])
     x, y = rows(20, 40)
     x[:, 2] = np.nan
     np.savez(folder / "2.npz", x=x, y=y)
-    text = reported(folder, workers)
+    text = reported(folder, 3)
     assert text.count(f"bnlayer: train: {folder}/2.npz: row ") == 1
     assert text.count("feature 2 is nan; expected a finite number.") == 1
 

@@ -77,28 +77,26 @@ def killed_and_resumed(
     return path.read_bytes(), made + _STEPS_LEFT, story
 
 
-def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 4) -> tuple[Summary, Summary, str]:
+def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 3) -> tuple[Summary, Summary, str]:
     """An elastic job whose ranks are killed with -9, one after the other, at moments that are drawn.
 
     Returns:
-        Summaries of an undisturbed run, and of this one; and what it wrote.
+        Summaries of an undisturbed process, and of this job; and what it wrote.
     """
-    summaries, output, rng = [], "", np.random.default_rng(seed)
-    for name in ("whole", "parts"):
-        path, summary = folder / f"{name}.safetensors", folder / f"{name}.json"
-        elastic = ("--elastic=2:4", f"--max-restarts={kills}", f"--summary={summary}") if name == "parts" else ()
-        options = elastic or (f"--summary={summary}",)
-        steps = _ELASTIC_STEPS_PER_KILL * (kills + 1)
-        with _Launch(path, "service", ranks, 5, steps, options, _ELASTIC_KERNELS) as launch:
-            for _ in range(kills if elastic else 0):
-                launch.await_ranks()
-                launch.await_checkpoints(1 + int(rng.integers(3)))
-                time.sleep(float(rng.uniform(0, 0.05)))  # no matter where this hits it: that is what is tested
-                launch.kill(int(rng.integers(ranks)))
-            assert launch.wait() == 0, launch.output()
-            output = launch.output()
-        summaries.append(json.loads(summary.read_text(encoding="utf-8")))
-    return summaries[0], summaries[1], output
+    steps, rng = _ELASTIC_STEPS_PER_KILL * (kills + 1), np.random.default_rng(seed)
+    undisturbed = ("--transport=none", "--workers=1", f"--steps={steps}", f"--summary={folder / 'whole.json'}")
+    subprocess.run([*COMMAND, *_OPTIONS, *undisturbed], capture_output=True, timeout=_LIMIT_S, check=True)
+    elastic = (f"--elastic=2:{ranks}", f"--max-restarts={kills}", f"--summary={folder / 'parts.json'}")
+    with _Launch(folder / "parts.safetensors", "service", ranks, 5, steps, elastic, _ELASTIC_KERNELS) as launch:
+        for _ in range(kills):
+            launch.await_ranks()
+            launch.await_checkpoints(1 + int(rng.integers(3)))
+            time.sleep(float(rng.uniform(0, 0.05)))  # no matter where this hits it: that is what is tested
+            launch.kill(int(rng.integers(ranks)))
+        assert launch.wait() == 0, launch.output()
+        output = launch.output()
+    whole, parts = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "parts"))
+    return whole, parts, output
 
 
 class _Launch:
