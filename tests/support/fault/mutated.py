@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from bnserver.channel import RequestAssembler
 from google.protobuf.message import DecodeError
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
@@ -29,7 +30,6 @@ from bnproto.calls import contribution_of
 from bnproto.failures import StatusParts
 from bnproto.frames import Frames, framed
 from bnproto.v1 import statistics_pb2 as pb
-from bnserver.channel import RequestAssembler
 from bnserver.connection import Connection
 from bnserver.core.events import Tick
 from bnserver.core.members import LivenessTimeouts
