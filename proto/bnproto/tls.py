@@ -91,6 +91,6 @@ def attempt(certificate: Path, key: Path, *, of_server: bool) -> Tried:
             side.do_handshake()
         except ssl.SSLWantReadError:
             continue
-    found: Any = (client if of_server else server).getpeercert()
-    names = tuple(str(name) for _, name in found.get("subjectAltName", ()))
-    return Tried(names, datetime.fromtimestamp(ssl.cert_time_to_seconds(found["notAfter"]), UTC))
+    parsed: Any = (client if of_server else server).getpeercert()
+    names = tuple(str(name) for _, name in parsed.get("subjectAltName", ()))
+    return Tried(names, datetime.fromtimestamp(ssl.cert_time_to_seconds(parsed["notAfter"]), UTC))

@@ -13,8 +13,8 @@ from bnserver.configuration import CONFIG_VARIABLE, SETTINGS, ConfigurationError
 
 _ABOUT = """\
 Run the statistics service: it reduces what the ranks of a training job contribute, and owns the moving mean and
-variance of their layers. Many jobs can share it. Stop it with SIGTERM or Ctrl-C: the ranks are told, the jobs saved.
-SIGHUP reads certificates and tokens anew.
+variance of their layers. Many jobs can share it. Stop it with SIGTERM or Ctrl-C: the ranks get an error, and
+the jobs are saved. SIGHUP reads certificates and tokens anew.
 """
 _EXAMPLES = """\
 examples:
@@ -50,11 +50,11 @@ def main() -> int:
             parser.add_argument(setting.flag, metavar=setting.metavar, help=described)
     parser.add_argument("--config", metavar="FILE", help="settings in TOML, e.g. state-dir = 'state'")
     parser.add_argument(
-        "--print-config", action="store_true", help="print each setting and who said it, and do nothing else"
+        "--print-config", action="store_true", help="print each setting and where it was set, and do nothing else"
     )
     options = vars(parser.parse_args())
     config, show = options.pop("config"), options.pop("print_config")
-    flags = {name: None if said is None else str(said) for name, said in options.items()}
+    flags = {name: None if value is None else str(value) for name, value in options.items()}
     return run(flags, os.environ, config, show=show)
 
 

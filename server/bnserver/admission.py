@@ -76,7 +76,7 @@ class Admission(grpc.aio.ServerInterceptor):
         self._seats: set[_Seat] = set()
         self._waiting: Counter[bytes] = Counter()  # streams whose first message has not come, by token
         self._unsaid = 0
-        self._said = float("-inf")
+        self._logged = float("-inf")
 
     def replace(self, grants: Grants) -> int:
         """Take other tokens, and end the streams that they do not allow; returns how many those are."""
@@ -183,15 +183,15 @@ class Admission(grpc.aio.ServerInterceptor):
     async def _refuse(self, context: Any, refusal: Refusal) -> None:
         """End a call; never returns."""
         self.refused[refusal.blame.value] += 1
-        self._say(f"refused {context.peer()}: {refusal.text}")
+        self._log_refusal(f"refused {context.peer()}: {refusal.text}")
         await abort(context, status_of(pb.Failure(reason=_REASONS[refusal.blame], text=refusal.text)))
 
-    def _say(self, text: str) -> None:
+    def _log_refusal(self, text: str) -> None:
         now = time.monotonic()
-        if now < self._said + _LOG_EVERY_S:
+        if now < self._logged + _LOG_EVERY_S:
             self._unsaid += 1
             return
-        unsaid, self._unsaid, self._said = self._unsaid, 0, now
+        unsaid, self._unsaid, self._logged = self._unsaid, 0, now
         _log.warning("%s%s", text, f" ({unsaid} more refusals were not logged)" if unsaid else "")
 
 
@@ -205,8 +205,8 @@ async def _all(
 
 def _method_of(handler: Any) -> _Method:
     methods = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-    found: _Method = next(method for method in methods if method is not None)
-    return found
+    method: _Method = next(method for method in methods if method is not None)
+    return method
 
 
 def _with(handler: Any, method: _Method) -> grpc.RpcMethodHandler[Any, Any]:

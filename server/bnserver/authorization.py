@@ -106,7 +106,7 @@ class Grant:
 class Blame(Enum):
     """Why a call is refused."""
 
-    UNAUTHENTICATED = "unauthenticated"  # nobody knows who calls
+    UNAUTHENTICATED = "unauthenticated"  # it is not known who calls
     PERMISSION = "permission"  # it is known who calls, and that they may not
 
 
@@ -138,11 +138,11 @@ class Grants:
     def find(self, token: str) -> Grant | None:
         """Whose token it is. All are compared, so that the time says nothing of which one is alike."""
         digest = _digest(token)
-        found = None
+        matching = None
         for grant in self.grants:
             if hmac.compare_digest(grant.digest, digest):
-                found = grant
-        return found
+                matching = grant
+        return matching
 
 
 def need_of(method: str) -> Need:

@@ -95,7 +95,7 @@ def check(
         key: the file of its key; None: not looked at.
         ca: the CA that should have signed it; None: not looked at.
         hosts: names that it should be for.
-        soon_days: an end within so many is told.
+        soon_days: an end within so many is reported.
         now: the time.
 
     Returns:
@@ -105,15 +105,15 @@ def check(
         CertificateFilesError: a file can't be read.
     """
     chain = _read_certificates(certificate)
-    found = chain[0]
-    names = names_of(found)
-    left = (found.not_valid_after_utc - now).days
-    what = f"{_subject(found)}, for {', '.join(names) or 'no host'}, {left} days left"
+    leaf = chain[0]
+    names = names_of(leaf)
+    left = (leaf.not_valid_after_utc - now).days
+    what = f"{_subject(leaf)}, for {', '.join(names) or 'no host'}, {left} days left"
     wrong: list[str] = []
-    if now < found.not_valid_before_utc:
-        wrong.append(f"is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
-    if now > found.not_valid_after_utc:
-        wrong.append(f"has expired on {found.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+    if now < leaf.not_valid_before_utc:
+        wrong.append(f"is not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+    if now > leaf.not_valid_after_utc:
+        wrong.append(f"has expired on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     elif left < soon_days:
         wrong.append(f"expires in {left} days")
     wrong += [f"is not for {host}" for host in hosts if not _covers(names, host)]
@@ -121,7 +121,7 @@ def check(
         wrong += _chain_faults(chain, _read_certificates(ca), now)
     if key is not None:
         try:
-            if _read_key(key).public_key() != found.public_key():
+            if _read_key(key).public_key() != leaf.public_key():
                 wrong.append(f"does not belong to the key in {key}")
         except CertificateFilesError as error:
             wrong.append(f"can't be used: {error}")

@@ -32,7 +32,7 @@ _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
 
 
 class ConfigurationError(ValueError):
-    """A setting is unknown, malformed, or at odds with another one; the text says which, and who said it."""
+    """A setting is unknown, malformed, or at odds with another one; the text says which, and where it was set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Setting:
 
     Attributes:
         name: of the field, e.g. `state_dir`.
-        default: where nobody says anything; None: nothing.
+        default: where it is not set; None: nothing.
         read: makes a value of text; raises ValueError with what was expected.
         metavar: of the value; "" for a switch.
         help: what it is for, in one sentence without a full stop.
@@ -143,13 +143,13 @@ def _switch(text: str) -> bool:
     return text.lower() in _YES
 
 
-def _setting(read: Callable[[str], Any], metavar: str, said: str) -> dict[str, Any]:
-    return {_SETTING: (read, metavar, said)}
+def _setting(read: Callable[[str], Any], metavar: str, meaning: str) -> dict[str, Any]:
+    return {_SETTING: (read, metavar, meaning)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """What the daemon is told; the attributes are described by what `--help` says of them."""
+    """The daemon's settings; the attributes are described by what `--help` says of them."""
 
     listen: str = field(
         default="127.0.0.1:50051",
@@ -165,16 +165,14 @@ class Configuration:
     )
     keep_jobs_days: float | None = field(
         default=None,
-        metadata=_setting(
-            _days, "DAYS", "forget jobs that have been over for longer; all are kept if nobody says anything"
-        ),
+        metadata=_setting(_days, "DAYS", "forget jobs that have been over for longer; all are kept if it is not set"),
     )
     keep_jobs: int | None = field(
         default=None,
         metadata=_setting(
             _number,
             "NUMBER",
-            "forget jobs that are over beyond the latest so many; all are kept if nobody says anything",
+            "forget jobs that are over beyond the latest so many; all are kept if it is not set",
         ),
     )
     tls_cert: Path | None = field(
@@ -205,7 +203,7 @@ class Configuration:
         metadata=_setting(
             _seconds,
             "SECONDS",
-            "a rank that gives no sign of life for so long is taken for frozen, and the others are told; 0: never",
+            "a rank that gives no sign of life for so long is taken for frozen, and the others get an error; 0: never",
         ),
     )
     away: float = field(
@@ -285,7 +283,7 @@ class Configuration:
         )
 
     def check(self) -> None:
-        """Make sure that the settings go together, and that nobody is let in by mistake.
+        """Make sure that the settings go together, and that no port is open to others by mistake.
 
         Raises:
             ConfigurationError: they don't.
@@ -331,14 +329,14 @@ class Resolved:
 
     Attributes:
         configuration: of the daemon.
-        sources: name of a setting: who said it.
+        sources: name of a setting: where it was set.
     """
 
     configuration: Configuration
     sources: Mapping[str, str]
 
     def __str__(self) -> str:
-        """A file for `--config` that says the same, with who said it."""
+        """A file for `--config` that says the same, with where each setting was made."""
         lines = []
         for setting in SETTINGS:
             value = getattr(self.configuration, setting.name)
@@ -358,7 +356,7 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str], file: t
         file: its path and content; None: there is none.
 
     Raises:
-        ConfigurationError: somebody said something that can't be.
+        ConfigurationError: a setting is invalid.
     """
     from bnlayer.environment import variable  # here, since it imports NumPy, which `--help` needs not
 
@@ -366,12 +364,12 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str], file: t
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for setting in SETTINGS:
-        said = (
+        candidates = (
             (flags.get(setting.name), setting.flag),
             (variable(environ, setting.variable), setting.variable),
             (keys.get(setting.key), f"{file[0]}: {setting.key}" if file is not None else ""),
         )
-        text, source = next((pair for pair in said if pair[0] is not None), (None, "default"))
+        text, source = next((pair for pair in candidates if pair[0] is not None), (None, "default"))
         sources[setting.name] = source
         if text is None:
             continue
@@ -388,12 +386,12 @@ def _keys(path: Path, content: str) -> dict[str, str]:
         table = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: expected TOML: {error}.") from None
-    known = [setting.key for setting in SETTINGS]
+    keys = [setting.key for setting in SETTINGS]
     for key, value in table.items():
-        if key not in known:
-            near = difflib.get_close_matches(key.replace("_", "-"), known, n=1)
+        if key not in keys:
+            near = difflib.get_close_matches(key.replace("_", "-"), keys, n=1)
             guess = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigurationError(f"{path}: unknown key {key!r}.{guess} Known are {', '.join(known)}.")
+            raise ConfigurationError(f"{path}: unknown key {key!r}.{guess} Known are {', '.join(keys)}.")
         if not isinstance(value, str | int | float):
             raise ConfigurationError(f"{path}: {key}: expected a string, a number or a boolean, received {value!r}.")
     return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in table.items()}

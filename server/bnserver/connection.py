@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from bnproto.failures import StatusParts
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.bytes_in_flight import Account, BytesInFlight
-from bnserver.core.events import Contribute, Event, Join, Lost, Malformed, Pull, Push
+from bnserver.core.events import ConnectionEnded, Contribute, Event, Join, Malformed, Pull, Push
 from bnserver.core.quotas import QuotaError, Quotas
 from bnserver.core.reasons import Reason
 from bnserver.counts import Traffic
@@ -102,9 +102,9 @@ class Connection:
         reason = Reason.QUOTA if isinstance(error, QuotaError) else Reason.INVALID
         self._dispatch(Malformed(self.number, str(error), reason=reason))
 
-    def lost(self) -> None:
+    def disconnected(self) -> None:
         """A channel has ended from the rank's side: the connection ends as a whole."""
-        self._dispatch(Lost(self.number))
+        self._dispatch(ConnectionEnded(self.number))
         self.end(None)
 
     def end(self, status: StatusParts | None) -> None:

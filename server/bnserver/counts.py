@@ -39,7 +39,7 @@ class Failure(NamedTuple):
         job: the job's name.
         generation: its number.
         reason: the kind of error.
-        text: what the ranks were told; may be cut.
+        text: of the ranks' error; may be cut.
     """
 
     time: float

@@ -97,23 +97,23 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
         (configuration.tokens, admission) if configuration.tokens is not None and admission is not None else None,
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.request)
-    _say_who_may(configuration, certificates)
+    _log_access(configuration, certificates)
     store = Store(configuration.state_dir, failpoints) if configuration.state_dir is not None else None
     try:
         health_service = Health()
         await _set_health(health_service, HealthCheckResponse.NOT_SERVING)
 
-        async def say_whether_saving(saving: bool) -> None:
+        async def report_whether_saving(saving: bool) -> None:
             status = HealthCheckResponse.SERVING if saving else HealthCheckResponse.NOT_SERVING
             await health_service.set(SAVING_NAME, status)
 
-        await say_whether_saving(store is not None)
+        await report_whether_saving(store is not None)
         exchanges = Servicer(
             secrets.randbits(63),
             store,
             timeouts=LivenessTimeouts(configuration.lease, configuration.away),
             failpoints=failpoints,
-            saving=say_whether_saving,
+            saving=report_whether_saving,
             keep=Keep(configuration.keep_jobs_days, configuration.keep_jobs),
             quotas=configuration.quotas,
         )
@@ -172,7 +172,7 @@ def _tls_files(configuration: Configuration) -> Files | None:
     return Files(configuration.tls_cert, configuration.tls_key, configuration.tls_client_ca)
 
 
-def _say_who_may(configuration: Configuration, certificates: Certificates | None) -> None:
+def _log_access(configuration: Configuration, certificates: Certificates | None) -> None:
     if certificates is None:
         if configuration.tokens is not None and configuration.insecure:
             _log.warning("--insecure: tokens cross the network in plain text, and whoever listens there can use them")

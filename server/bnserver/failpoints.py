@@ -21,9 +21,9 @@ VARIABLE = "BNSERVER_FAILPOINTS"
 
 POINTS = {
     "before-event": "a request was read, and nothing was decided",
-    "before-journal": "an entry is about to be written; nobody was told",
+    "before-journal": "an entry is about to be written; no answer was sent",
     "in-journal": "half of an entry's bytes are written (kill, stop, full)",
-    "after-journal": "an entry is written; nobody was told",
+    "after-journal": "an entry is written; no answer was sent",
     "before-reply": "a message is about to be sent to one rank (drop: it is lost, and the connection cut)",
     "after-reply": "a message was sent to one rank, and not to those whose turn comes later",
     "in-snapshot": "half of a snapshot's bytes are written aside (kill, stop, full)",

@@ -1,7 +1,7 @@
 """The jobs of a service: in the core, and on disk where there is a state directory.
 
-It knows where a job is: running, over and still in memory, or over and in its file alone. So it is also what everybody
-asks who looks on: metrics, the dashboard, `bnlayer jobs`, readers of statistics. It knows no connection and no
+It knows where a job is: running, over and still in memory, or over and in its file alone. So metrics, the
+dashboard, `bnlayer jobs` and readers of statistics get from it what they show. It knows no connection and no
 message, and decides nothing about a job: the core does (`core.service`), and `saving` says when it is written.
 """
 
@@ -116,7 +116,7 @@ class HostedJobs:
         if self.saving is not None:
             self.saving.release(job)
 
-    # ---- what lookers-on see ----
+    # ---- what can be observed ----
 
     @property
     def active(self) -> Sequence[str]:

@@ -203,8 +203,8 @@ def loaded(path: Path) -> tuple[str, list[JournalRecord], JobFile]:
     Raises:
         StoreError: it is corrupt.
     """
-    found = scan(path)
-    return found.job, found.records(), found.mend()
+    scanned = scan(path)
+    return scanned.job, scanned.records(), scanned.mend()
 
 
 def scan(path: Path) -> Scan:

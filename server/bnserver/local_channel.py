@@ -67,7 +67,7 @@ class LocalChannel(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self.unread = 0
         self.is_closed = False
-        self._hurry: asyncio.TimerHandle | None = None
+        self._attach_timer: asyncio.TimerHandle | None = None
         self._unsent: deque[Outgoing] = deque()
         self._is_full = False
         self._has_more = False  # than was handled in one turn: nothing is read meanwhile
@@ -77,7 +77,7 @@ class LocalChannel(asyncio.BufferedProtocol):
         if self.is_closed:
             return
         if self._connection is not None and self._failpoints.active and self._failpoints.reached("before-reply"):
-            self._connection.lost()
+            self._connection.disconnected()
             return
         self.unread = self.unread + 1 if self._unsent or self._is_full else 0
         self._unsent.extend(messages)
@@ -101,19 +101,19 @@ class LocalChannel(asyncio.BufferedProtocol):
         """Wait for a ticket."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._hurry = asyncio.get_running_loop().call_later(self._listener.attach_within_s, transport.abort)
+        self._attach_timer = asyncio.get_running_loop().call_later(self._listener.attach_within_s, transport.abort)
         self._listener.connected(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended, from either side."""
         del exc
-        self._calm()
+        self._cancel_timer()
         self._transport = None
         self._unsent.clear()
         self._listener.disconnected(self)
         was_closed, self.is_closed = self.is_closed, True
         if self._connection is not None and not was_closed:
-            self._connection.lost()
+            self._connection.disconnected()
 
     def pause_writing(self) -> None:
         """The kernel's buffer is full."""
@@ -168,7 +168,7 @@ class LocalChannel(asyncio.BufferedProtocol):
             return
         self._frames.largest = LARGEST_BYTES
         self._assembler = RequestAssembler(self._connection.account.add)
-        self._calm()
+        self._cancel_timer()
 
     def _garbled(self, error: Exception) -> None:
         """Report invalid bytes; nothing that follows them can be read."""
@@ -176,7 +176,7 @@ class LocalChannel(asyncio.BufferedProtocol):
             self._connection.garbled(error)
         self.close(None)
 
-    def _calm(self) -> None:
-        if self._hurry is not None:
-            self._hurry.cancel()
-            self._hurry = None
+    def _cancel_timer(self) -> None:
+        if self._attach_timer is not None:
+            self._attach_timer.cancel()
+            self._attach_timer = None

@@ -3,8 +3,8 @@
 Laws:
 1. Any user of this machine can connect, and as often as the machine permits. What that costs is bounded: a few are
    accepted at a time, with a pause after them in which the ranks' messages are handled.
-2. A socket is a stranger until it presents a ticket. Strangers are few, and where they are too many, one of the user
-   with the most of them is closed: others can't take the place of a job's.
+2. A socket is unattached until it presents a ticket. Only so many may be unattached at a time; beyond that, one of the
+   user with the most of them is closed, so that no user can keep the sockets of another one's job out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bnserver.local_channel import LocalChannel
 from bnserver.rank_channel import Outgoing
 
 _ATTACH_WITHIN_S = 5.0  # a socket that has sent no ticket by then is closed
-_STRANGERS = 512  # at a time; all ranks of a large job may connect at once
+_MOST_UNATTACHED = 512  # at a time; all ranks of a large job may connect at once
 _BACKLOG = 4096  # ranks that connect at once, as all of a job do; the kernel takes less if its own limit is lower
 # Accepting one takes some 0.1 ms. asyncio's own listener accepts up to a whole backlog before anything else has its
 # turn: connecting without end then stopped every job of the service.
@@ -60,7 +60,7 @@ class LocalListener:
         self._tickets: dict[bytes, Connection] = {}  # not presented yet
         self._invited: dict[Connection, bytes] = {}
         self._attached: set[LocalChannel] = set()
-        self._strangers: defaultdict[int, dict[LocalChannel, None]] = defaultdict(dict)  # by user, the oldest first
+        self._unattached: defaultdict[int, dict[LocalChannel, None]] = defaultdict(dict)  # by user, the oldest first
 
     @property
     def attached(self) -> int:
@@ -95,8 +95,8 @@ class LocalListener:
             self._pause.cancel()
         if self._accepting:
             await asyncio.wait(self._accepting)
-        strangers = [channel for channels in self._strangers.values() for channel in channels]
-        for channel in (*self._attached, *strangers):
+        unattached = [channel for channels in self._unattached.values() for channel in channels]
+        for channel in (*self._attached, *unattached):
             channel.close(None)
 
     def invitation(self, connection: Connection) -> pb.LocalSocket | None:
@@ -108,16 +108,16 @@ class LocalListener:
         return pb.LocalSocket(name=self._name, ticket=ticket, port=self._port)
 
     def revoke(self, connection: Connection) -> None:
-        """A connection has ended: its ticket is good for nothing any more."""
+        """A connection has ended: its ticket is no longer valid."""
         self._tickets.pop(self._invited.pop(connection, b""), None)
 
     # ---- called by a socket ----
 
     def connected(self, channel: LocalChannel) -> None:
         """A socket has connected."""
-        self._strangers[channel.user][channel] = None
-        if sum(map(len, self._strangers.values())) > _STRANGERS:
-            most = max(self._strangers.values(), key=len)
+        self._unattached[channel.user][channel] = None
+        if sum(map(len, self._unattached.values())) > _MOST_UNATTACHED:
+            most = max(self._unattached.values(), key=len)
             next(iter(most)).close(None)
 
     def attach(self, channel: LocalChannel, ticket: bytes) -> Connection | None:
@@ -125,7 +125,7 @@ class LocalListener:
         connection = self._tickets.pop(ticket, None)
         if connection is None or connection.is_over:
             return None
-        self._no_stranger(channel)
+        self._remove_unattached(channel)
         self._attached.add(channel)
         connection.channel = channel
         channel.send([Outgoing(pb.ExchangeResponse(boot_id=self._boot_id, attached=pb.Attached()))])
@@ -133,14 +133,14 @@ class LocalListener:
 
     def disconnected(self, channel: LocalChannel) -> None:
         """A socket has ended."""
-        self._no_stranger(channel)
+        self._remove_unattached(channel)
         self._attached.discard(channel)
 
-    def _no_stranger(self, channel: LocalChannel) -> None:
-        channels = self._strangers[channel.user]
+    def _remove_unattached(self, channel: LocalChannel) -> None:
+        channels = self._unattached[channel.user]
         channels.pop(channel, None)
         if not channels:
-            del self._strangers[channel.user]
+            del self._unattached[channel.user]
 
     # ---- called by the event loop ----
 

@@ -42,18 +42,20 @@ def fields(**named: object) -> dict[str, object]:
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, ASCII alone: nothing that a peer said can end it, or reach a terminal as an escape."""
-        said: dict[str, object] = {
+        record_fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
         if record.exc_info is not None:
-            said["exception"] = self.formatException(record.exc_info)
+            record_fields["exception"] = self.formatException(record.exc_info)
         elif record.exc_text is not None:
-            said["exception"] = record.exc_text
-        said |= {name: value for name, value in getattr(record, "fields", {}).items() if name not in said}
-        return json.dumps(said, default=str)
+            record_fields["exception"] = record.exc_text
+        record_fields |= {
+            name: value for name, value in getattr(record, "fields", {}).items() if name not in record_fields
+        }
+        return json.dumps(record_fields, default=str)
 
 
 class _ToQueue(QueueHandler):

@@ -67,23 +67,23 @@ class Endpoint:
 
     def _answer(self, request: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
         if request.get("REQUEST_METHOD") not in ("GET", "HEAD"):
-            return _said(respond, "405 Method Not Allowed", "Expected GET.")
+            return _response(respond, "405 Method Not Allowed", "Expected GET.")
         if request.get("PATH_INFO") != METRICS:
-            return _said(respond, "404 Not Found", f"The metrics are at {METRICS}.")
+            return _response(respond, "404 Not Found", f"The metrics are at {METRICS}.")
         covers, admission = _all, self._source.admission
         if admission is not None:
             outcome = authenticate(admission.grants, METRICS, request.get("HTTP_AUTHORIZATION"))
             if isinstance(outcome, Refusal):
                 admission.refused[outcome.blame.value] += 1
                 unknown = outcome.blame is Blame.UNAUTHENTICATED
-                return _said(respond, "401 Unauthorized" if unknown else "403 Forbidden", outcome.text)
+                return _response(respond, "401 Unauthorized" if unknown else "403 Forbidden", outcome.text)
             assert outcome is not None
             covers = outcome.covers
         registry = CollectorRegistry()
         try:
             return self._scraped(registry, covers, request, respond)
         except TimeoutError:
-            return _said(respond, "503 Service Unavailable", "The service is too busy to look at itself.")
+            return _response(respond, "503 Service Unavailable", "The service is too busy to look at itself.")
 
     def _scraped(
         self,
@@ -128,7 +128,7 @@ def _all(job: str) -> bool:
     return True
 
 
-def _said(respond: StartResponse, status: str, text: str) -> list[bytes]:
+def _response(respond: StartResponse, status: str, text: str) -> list[bytes]:
     """An answer in plain text."""
     headers = [("Content-Type", "text/plain; charset=utf-8")]
     if status.startswith("401"):

@@ -1,4 +1,4 @@
-"""The servicer of those who look on: `bnlayer jobs`, evaluators, inference servers.
+"""The servicer of observers: `bnlayer jobs`, evaluators, inference servers.
 
 A reader asks, and is answered once. What it does not ask for is not sent, so a slow one neither fills a buffer here nor
 gets values that are out of date. Ranks do not notice it: nothing is done when an exchange completes. For a reader that
@@ -46,7 +46,7 @@ _ReadContext = grpc.aio.ServicerContext[pb.ReadStatisticsRequest, pb.ReadStatist
 
 
 class ObservationServicer(rpc.ObservationServiceServicer):
-    """Serves those who look on.
+    """Serves observers.
 
     Args:
         jobs: of the service.
@@ -58,7 +58,7 @@ class ObservationServicer(rpc.ObservationServiceServicer):
         self._is_closed = False
 
     def close(self) -> None:
-        """The service stops: readers do not wait any longer, and are told so."""
+        """The service stops: readers that wait get an error."""
         self._is_closed = True
 
     async def ListJobs(  # type: ignore[override]  # the stubs allow only generators, gRPC coroutines too

@@ -5,7 +5,7 @@ it joined (`grpc_channel`), or a local socket that it attaches to that stream (`
 asks which one it is.
 
 A channel gives whole requests to its `Connection`, in the order in which they were sent. What cannot be read ends
-there as `Connection.garbled`, and the end of the channel as `Connection.lost`.
+there as `Connection.garbled`, and the end of the channel as `Connection.disconnected`.
 """
 
 from __future__ import annotations

@@ -77,10 +77,10 @@ class MemoryRetention:
         for job in expired:
             self._service.forget(job)
             del self._ended[job]
-        say(expired)
+        log_forgotten(expired)
 
 
-def say(forgotten: Sequence[str]) -> None:
+def log_forgotten(forgotten: Sequence[str]) -> None:
     """Log what was forgotten."""
     if forgotten:
         more = ", …" if len(forgotten) > _LISTED else ""

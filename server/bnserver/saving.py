@@ -3,7 +3,7 @@
 A record is appended before the answers that depend on it are sent. If that fails (a full disk), the jobs go on in
 memory, the log and the health service report it, and a snapshot is tried every second until it is on disk.
 
-Each save stands alone: whatever goes wrong with one, that job is not saved, which is told, and tried again.
+Saves are independent of each other: where one fails, its job alone is unsaved; that is logged, and tried again.
 
 A job that is over and saved is dropped from memory; the first rank that joins it again has it read from its file.
 """
@@ -23,7 +23,7 @@ from bnserver.core.service import Service
 from bnserver.counts import Counts
 from bnserver.job_file import StoreError
 from bnserver.logs import fields
-from bnserver.retention import Keep, say
+from bnserver.retention import Keep, log_forgotten
 from bnserver.store import Store
 
 _log = logging.getLogger("bnserver")
@@ -87,7 +87,7 @@ class Saving:
             if self._service.is_over(job):
                 self._start(job)
 
-    def try_again(self) -> None:
+    def retry(self) -> None:
         """Save what could not be saved."""
         if not self.tasks:
             for job in self.unsaved:
@@ -154,7 +154,7 @@ class Saving:
                     if name not in in_memory:
                         self._store.delete(name)
             await asyncio.sleep(0)
-        say(expired)
+        log_forgotten(expired)
 
     def _in_memory(self) -> set[str]:
         """The names of the files of all jobs in memory."""

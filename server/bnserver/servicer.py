@@ -44,7 +44,7 @@ from bnserver.store import Store
 from bnserver.translation import Writer
 from bnserver.unjoined import Unjoined
 
-_SAVE_AGAIN_TICKS = 10  # after a failure
+_SAVE_RETRY_TICKS = 10  # after a failure
 _EXPIRE_TICKS = 600  # from one look at what is not kept any more to the next: a minute
 
 _log = logging.getLogger("bnserver")
@@ -90,7 +90,7 @@ class Servicer(rpc.StatisticsServiceServicer):
         self._unjoined = Unjoined()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = LocalListener(boot_id, self._failpoints)
-        self.jobs = HostedJobs(store, timeouts, self._quotas, keep or Keep(), self.counts, self._say_whether_saving)
+        self.jobs = HostedJobs(store, timeouts, self._quotas, keep or Keep(), self.counts, self._report_whether_saving)
         self._handlers = EffectHandlers(
             self.jobs, self._connections, self._writer, self._listener, self.counts, self._start
         )
@@ -153,7 +153,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             del self._connections[connection.number]
             self._unjoined.remove(connection)
             self._listener.revoke(connection)
-            connection.lost()
+            connection.disconnected()
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
         """A rank's sign of life."""
@@ -190,7 +190,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             connection.garbled(error)
             return
         # The rank closed the stream without a leave; a connection that broke cancels `Exchange` instead.
-        connection.lost()
+        connection.disconnected()
 
     async def _recall(self, connection: Connection, job: str) -> bool:
         """Load the job that a rank joins, if it is over; returns whether the rank may join."""
@@ -208,8 +208,8 @@ class Servicer(rpc.StatisticsServiceServicer):
             await asyncio.sleep(TICK_S)
             self._failpoints.reached("tick")
             self.dispatch(Tick())
-            if number % _SAVE_AGAIN_TICKS == 0 and self.jobs.saving is not None:
-                self.jobs.saving.try_again()
+            if number % _SAVE_RETRY_TICKS == 0 and self.jobs.saving is not None:
+                self.jobs.saving.retry()
             if number % _EXPIRE_TICKS == 1:
                 self._start(self._expire())
 
@@ -246,7 +246,7 @@ class Servicer(rpc.StatisticsServiceServicer):
             text = "The service failed at what this rank sent; its log has the traceback."
             self._handlers.fail(Failed(stream, Reason.INTERNAL, text))
 
-    def _say_whether_saving(self, saving: bool) -> None:
+    def _report_whether_saving(self, saving: bool) -> None:
         if self._report_saving is not None:
             self._start(self._report_saving(saving))
 

@@ -110,7 +110,7 @@ def identity(directory: Path) -> str:
         with os.fdopen(create(aside), "wb") as file:
             file.write(f"{name}\n".encode())
         aside.replace(path)
-    except OSError as error:  # the disk is full: the jobs go on, and are told from others' by their names alone
+    except OSError as error:  # the disk is full: the jobs go on, and only their names distinguish them from others'
         _log.warning("The state directory %s can't be given a name: %s.", directory, error)
         return ""
     return name
@@ -126,11 +126,11 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE)
 
 
-def close_to_others(found: Scan) -> None:
+def close_to_others(scan: Scan) -> None:
     """Take a file that an earlier version wrote from everybody but its owner, where this process may do so."""
-    if found.mode & 0o077:
+    if scan.mode & 0o077:
         with suppress(OSError):
-            found.path.chmod(found.mode & 0o700)
+            scan.path.chmod(scan.mode & 0o700)
 
 
 def job_files(directory: Path) -> list[Path]:
@@ -139,24 +139,24 @@ def job_files(directory: Path) -> list[Path]:
         return [directory / name for name in sorted(entry.name for entry in entries) if name.endswith(SUFFIX)]
 
 
-def refuse_copies(found: Iterable[Scan]) -> None:
+def refuse_copies(scans: Iterable[Scan]) -> None:
     """Make sure that each job has one file, and that it has the job's name.
 
     Raises:
         StoreError: there are two files for one job, or one has another name; the text says which.
     """
     by_job: dict[str, list[Scan]] = {}
-    for scan in found:
+    for scan in scans:
         by_job.setdefault(scan.job, []).append(scan)
-    for job, scans in by_job.items():
-        if len(scans) > 1:
-            listed = " and ".join(f"{scan.path} ({describe(scan)})" for scan in scans[:_LISTED])
-            more = f" and {len(scans) - _LISTED} more" if len(scans) > _LISTED else ""
+    for job, copies in by_job.items():
+        if len(copies) > 1:
+            listed = " and ".join(f"{scan.path} ({describe(scan)})" for scan in copies[:_LISTED])
+            more = f" and {len(copies) - _LISTED} more" if len(copies) > _LISTED else ""
             raise StoreError(
                 f"The state directory holds job {job!r} more than once: {listed}{more}. The service can't know which "
                 f"one counts: keep that one, as {file_name(job)}, and move the others away."
             )
-        scan = scans[0]
+        scan = copies[0]
         if scan.path.name != file_name(job):
             raise StoreError(
                 f"{scan.path} holds job {job!r} ({describe(scan)}), whose file is named otherwise. If it is the right "

@@ -81,8 +81,8 @@ def survey(directory: Path) -> list[Entry]:
             scans[path] = scan(path)
         except StoreError as error:
             scans[path] = error
-    faults = _misplaced(found for found in scans.values() if isinstance(found, Scan))
-    return [_entry(path, found, faults.get(path, "")) for path, found in scans.items()]
+    faults = _misplaced(scanned for scanned in scans.values() if isinstance(scanned, Scan))
+    return [_entry(path, scanned, faults.get(path, "")) for path, scanned in scans.items()]
 
 
 def look(directory: Path, job: str) -> Entry | None:
@@ -95,10 +95,10 @@ def look(directory: Path, job: str) -> Entry | None:
     if not path.exists():
         return None
     try:
-        found = scan(path)
+        scanned = scan(path)
     except StoreError as error:
         return _entry(path, error, "")
-    return _entry(path, found, _misplaced([found]).get(path, ""))
+    return _entry(path, scanned, _misplaced([scanned]).get(path, ""))
 
 
 def layer_as_json(state: LayerState) -> dict[str, Any]:
@@ -121,33 +121,33 @@ def ranges(state: LayerState) -> dict[str, tuple[float, float]]:
 def _misplaced(scans: Iterable[Scan]) -> dict[Path, str]:
     """Why files are not where they belong, by file."""
     by_job: dict[str, list[Scan]] = {}
-    for found in scans:
-        by_job.setdefault(found.job, []).append(found)
+    for scanned in scans:
+        by_job.setdefault(scanned.job, []).append(scanned)
     faults = {}
     for each in by_job.values():
         try:
             state_directory.refuse_copies(each)
         except StoreError as error:
-            faults.update({found.path: str(error) for found in each})
+            faults.update({scanned.path: str(error) for scanned in each})
     return faults
 
 
-def _entry(path: Path, found: Scan | StoreError, fault: str) -> Entry:
+def _entry(path: Path, scanned: Scan | StoreError, fault: str) -> Entry:
     try:
         status = path.stat()
         entry = Entry(path, fault, size=status.st_size, written=status.st_mtime)
     except OSError:  # a link to nowhere
         entry = Entry(path, fault)
-    if isinstance(found, StoreError):
-        return replace(entry, fault=str(found))
-    head = found.header
-    entry = replace(entry, job=found.job, directory=head.directory, snapshot=head.number, journal=found.journal)
+    if isinstance(scanned, StoreError):
+        return replace(entry, fault=str(scanned))
+    head = scanned.header
+    entry = replace(entry, job=scanned.job, directory=head.directory, snapshot=head.number, journal=scanned.journal)
     try:
-        job = recovered(found.job, found.records(), LivenessTimeouts(), 0.0)
+        job = recovered(scanned.job, scanned.records(), LivenessTimeouts(), 0.0)
     except (RecoveryError, StoreError) as error:
         return replace(entry, fault=f"{path} makes no sense: {error}")
     state, text = OVER if job.ended.reason is None else FAILED, job.ended.text
     if job.generations:
         latest = job.generations[-1]
         state, text = UNFINISHED, f"{len(latest.members.here)} of {latest.world_size} ranks may come back"
-    return replace(entry, state=state, text=text, torn=found.torn, generation=job.number, layers=job.layers.states)
+    return replace(entry, state=state, text=text, torn=scanned.torn, generation=job.number, layers=job.layers.states)

@@ -80,17 +80,17 @@ class Store:
         Raises:
             StoreError: a file is corrupt, or not the one that its name says; or a job has two.
         """
-        journals, found, foreign = {}, list[Scan](), list[Scan]()
+        journals, scans, foreign = {}, list[Scan](), list[Scan]()
         for path in state_directory.job_files(self._directory):
             file = scan(path)
             if finished or file.journal or not (file.snapshot and is_over(file.bodies)):
                 journals[file.job] = file.records()
             file.bodies.clear()
-            found.append(file)
+            scans.append(file)
             if file.header.directory not in ("", self._identity):
                 foreign.append(file)
-        state_directory.refuse_copies(found)
-        for file in found:
+        state_directory.refuse_copies(scans)
+        for file in scans:
             state_directory.close_to_others(file)
             kept = file.mend()
             if file.job in journals:

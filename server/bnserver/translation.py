@@ -127,12 +127,12 @@ class Reader:
             raise WireError("expected no token, which this version of the service would not check, received one")
         resume = None
         if join.HasField("resume"):
-            known = join.resume
-            if len(known.versions) > self._quotas.layers:  # before they are copied: a rank may wait here for long
-                raise QuotaError(exceeded(_LAYERS, self._quotas.layers, len(known.versions), "--max-layers"))
-            if any(len(name) > NAME_CHARACTERS for name in known.versions):
+            sent = join.resume
+            if len(sent.versions) > self._quotas.layers:  # before they are copied: a rank may wait here for long
+                raise QuotaError(exceeded(_LAYERS, self._quotas.layers, len(sent.versions), "--max-layers"))
+            if any(len(name) > NAME_CHARACTERS for name in sent.versions):
                 raise WireError(f"expected names of layers of up to {NAME_CHARACTERS} characters, received longer ones")
-            resume = Resume(known.generation, known.sequence, known.layer_sequence, dict(known.versions))
+            resume = Resume(sent.generation, sent.sequence, sent.layer_sequence, dict(sent.versions))
         if join.world_size > self._quotas.ranks:
             raise QuotaError(exceeded("ranks of a job", self._quotas.ranks, join.world_size, "--max-ranks"))
         peer = Peer(join.rank, shown(join.host), join.pid)
@@ -142,7 +142,7 @@ class Reader:
             return event
         given = join.elastic
         elastic = Elastic(given.min, given.max)
-        return replace(event, elastic=elastic, came_from=given.generation, restarted=given.restarted)
+        return replace(event, elastic=elastic, previous_generation=given.generation, restarted=given.restarted)
 
     def _contribution(self, message: pb.Contribution, data: bytes | bytearray) -> Event:
         assert self._joined is not None

@@ -46,13 +46,13 @@ from bnserver.core.effects import (
 )
 from bnserver.core.events import (
     Body,
+    ConnectionEnded,
     Contribute,
     Elastic,
     Event,
     Heartbeat,
     Join,
     Leave,
-    Lost,
     Malformed,
     Pull,
     Push,
@@ -124,7 +124,7 @@ class Scene:
         self._by_stream[rank.stream] = rank
         peer, incarnation = replace(rank.join.peer, rank=rank.rank), 1000 + rank.stream
         rank.join = replace(
-            rank.join, stream=rank.stream, peer=peer, incarnation=incarnation, came_from=rank.generation
+            rank.join, stream=rank.stream, peer=peer, incarnation=incarnation, previous_generation=rank.generation
         )
         self._ranks[name] = self._by_stream[rank.stream] = Rank(name, rank.rank, rank.stream, rank.join)
         self._handle(rank.join)
@@ -220,7 +220,7 @@ class Scene:
         """A connection breaks."""
         rank = self._ranks[name]
         rank.deaf = True
-        self._handle(Lost(rank.stream))
+        self._handle(ConnectionEnded(rank.stream))
 
     def _do_deafen(self, name: str, options: Options) -> None:
         """What the service says does not arrive any more, though nobody has noticed yet."""

@@ -19,8 +19,8 @@ from bnproto.v1 import statistics_pb2 as pb
 from bnserver.connection import Connection
 from bnserver.core.effects import Broadcast, Closed, Effect, Enrolled, Failed, Owned, Record, Reduce, Released, Totals
 from bnserver.core.effects import Joined as AllJoined
+from bnserver.core.events import ConnectionEnded
 from bnserver.core.events import Event as ServiceEvent
-from bnserver.core.events import Lost
 from bnserver.core.journal_records import Ended, JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.service import Service
@@ -159,7 +159,7 @@ class Play:
         """A rank's local socket breaks, and it notices that first."""
         link = self.ranks[rank].link
         if link is not None and link.joined and not link.broken:
-            self.ranks[rank].handle(happened.ChannelLost(link.number))
+            self.ranks[rank].handle(happened.ChannelBroken(link.number))
 
     def end_channel(self, link: Link) -> None:
         """The service hears of the end of a socket, and ends the stream."""
@@ -188,7 +188,7 @@ class Play:
 
     def _lose(self, link: Link) -> None:
         link.closed = True
-        self._dispatch(Lost(link.stream))
+        self._dispatch(ConnectionEnded(link.stream))
 
     def _deliver(self, link: Link, way: str) -> None:
         request = pb.ExchangeRequest.FromString(link.up[way].popleft())

@@ -134,18 +134,18 @@ class State:
             CollectiveError: another rank is lost, or disagrees.
         """
         header, *rest = arrays
-        told, mine = json.loads(header.tobytes()), self._header()
-        differ = float(any(told[key] != mine[key] for key in ("names", "layers")))
+        root, mine = json.loads(header.tobytes()), self._header()
+        differ = float(any(root[key] != mine[key] for key in ("names", "layers")))
         (marks,) = world.allreduce([np.array([differ * (world.rank == rank) for rank in range(world.world_size)])])
         if marks.any():
             ranks = tuple(np.flatnonzero(marks).tolist())
             raise MismatchError(
                 f"The ranks made different states: {', '.join(f'rank {rank}' for rank in ranks)} made another one than "
-                f"{json.dumps({key: told[key] for key in ('names', 'layers')})}. Make the same State on every rank.",
+                f"{json.dumps({key: root[key] for key in ('names', 'layers')})}. Make the same State on every rank.",
                 ranks=ranks,
             )
         self._world, self._saves = world, saves
-        for name, kind in zip(self._names, told["kinds"], strict=True):
+        for name, kind in zip(self._names, root["kinds"], strict=True):
             setattr(self, name, _unpacked(kind, rest.pop(0)))
         for layer in self._layers:
             layer.forget_calls()  # of the step that was cut short
@@ -303,15 +303,15 @@ def elastic(
 
 
 def _limits(least: int | None, most: int | None) -> Limits:
-    said = variable(os.environ, limits.VARIABLE)
-    if (least is None or most is None) and said is None:
+    value = variable(os.environ, limits.VARIABLE)
+    if (least is None or most is None) and value is None:
         raise ValueError(
             "elastic(): expected min= and max=, or a launcher that says them (bnlayer launch --elastic MIN:MAX)."
         )
     try:
-        default = Limits(least or 1, most or 1) if said is None else Limits.parsed(said)
+        default = Limits(least or 1, most or 1) if value is None else Limits.parsed(value)
     except ValueError as error:
-        raise ValueError(f"{limits.VARIABLE if said is not None else 'elastic(min=, max=)'}: {error}.") from None
+        raise ValueError(f"{limits.VARIABLE if value is not None else 'elastic(min=, max=)'}: {error}.") from None
     try:
         return Limits(default.minimum if least is None else least, default.maximum if most is None else most)
     except ValueError as error:

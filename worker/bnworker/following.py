@@ -28,8 +28,8 @@ from bnproto.v1 import observation_pb2_grpc as rpc
 
 _WAIT_S = 5.0  # for a change, at the service; then it is asked anew, so that one that is gone is noticed
 _ANSWER_S = 60.0  # after that, for all layers
-_AGAIN_S = 0.5  # between two attempts to reach it
-_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_RETRY_S = 0.5  # between two attempts to reach it
+_UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,14 +107,14 @@ def _followed(reader: _Reader, interval: float, timeout: float) -> Iterator[Movi
         while True:
             began = time.monotonic()
             try:
-                found = reader.ask()
+                changed = reader.ask()
             except _AwayError as error:
                 if time.monotonic() >= reached + timeout:
                     raise ServiceError(f"{error} No answer for {timeout:g} s.") from error
-                time.sleep(_AGAIN_S)
+                time.sleep(_RETRY_S)
                 continue
             reached = time.monotonic()
-            yield from found
+            yield from changed
             if reader.is_over:
                 return
             time.sleep(max(began + interval - time.monotonic(), 0.0))
@@ -172,15 +172,15 @@ class _Reader:
             self._channel = None
 
     def _received(self, call: Iterable[pb.ReadStatisticsResponse]) -> list[MovingStatistics]:
-        found: list[MovingStatistics] = []
+        changed: list[MovingStatistics] = []
         stamps: dict[str, bytes] = {}
         statistics, assembler = pb.LayerStatistics(), PayloadAssembler(pb.LayerStatistics().payload)
         for response in call:
             kind = response.WhichOneof("message")
             if kind == "job":
-                self._judge(response.job)
+                self._check_job(response.job)
                 self._seen |= stamps
-                return found
+                return changed
             if kind == "statistics":
                 statistics = response.statistics
                 assembler = PayloadAssembler(statistics.payload)
@@ -191,11 +191,11 @@ class _Reader:
             if assembler.complete:
                 arrays = named(statistics.payload, assembler.data)
                 mean, variance = arrays["moving_mean"], arrays["moving_variance"]
-                found.append(MovingStatistics(self.job, statistics.layer, statistics.version, mean, variance))
+                changed.append(MovingStatistics(self.job, statistics.layer, statistics.version, mean, variance))
                 stamps[statistics.layer] = statistics.stamp
         raise WireError("expected what it knows of the job, received the end")
 
-    def _judge(self, job: pb.JobSeen) -> None:
+    def _check_job(self, job: pb.JobSeen) -> None:
         if self.forever:
             return
         if not job.known:
@@ -213,7 +213,7 @@ class _Reader:
                 f"What listens at {self.connector.address} shows no statistics: it is no statistics service, or one of "
                 f"a release before this one; upgrade it. It says: {text}."
             )
-        if code in _GONE:
+        if code in _UNREACHABLE:
             fault = self.connector.fault()
             if fault is not None:
                 return ServiceError(fault)

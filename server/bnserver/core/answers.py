@@ -9,7 +9,7 @@ from bnlayer.collective import Call, Operation, PlainSignature
 from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released, Totals
 from bnserver.core.events import Arrays, Body
 
-_NOBODY = ()  # an answer is made before its recipients are known
+_NO_STREAMS = ()  # an answer is made before its recipients are known
 
 
 class DisagreementError(Exception):
@@ -61,17 +61,17 @@ def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
     signature = call.signature
     assert isinstance(signature, PlainSignature)
     if call.operation is Operation.BARRIER:
-        return Answer(sequence, call, Released(_NOBODY, sequence))
+        return Answer(sequence, call, Released(_NO_STREAMS, sequence))
     if call.operation is Operation.BROADCAST:
         body = bodies[signature.root]
         if not isinstance(body, tuple):
             raise DisagreementError(f"The root of the broadcast, rank {signature.root}, sent no arrays.")
-        return Answer(sequence, call, Broadcast(_NOBODY, sequence, body))
+        return Answer(sequence, call, Broadcast(_NO_STREAMS, sequence, body))
     contributions = tuple(body for _, body in sorted(bodies.items()) if isinstance(body, tuple))
     kinds = {_described(arrays) for arrays in contributions}
     if len(kinds) > 1:
         raise DisagreementError(f"The ranks sent different arrays to the allreduce: {'; '.join(sorted(kinds))}.")
-    return Answer(sequence, call, Reduce(_NOBODY, sequence, signature.op, contributions))
+    return Answer(sequence, call, Reduce(_NO_STREAMS, sequence, signature.op, contributions))
 
 
 def _described(arrays: Arrays) -> str:

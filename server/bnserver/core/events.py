@@ -80,7 +80,7 @@ class Join:
         incarnation: a random number of its process, which identifies it on reconnect; 0: it does not reconnect.
         resume: how far it had come, if all ranks had joined before its connection broke.
         elastic: how many ranks the job may have, as this rank was configured; None: `world_size`.
-        came_from: in an elastic job: the generation that this rank was in; 0: it is new.
+        previous_generation: in an elastic job: the generation that this rank was in; 0: it is new.
         restarted: likewise: whether it was started in place of one that was lost.
     """
 
@@ -93,7 +93,7 @@ class Join:
     incarnation: int = 0
     resume: Resume | None = None
     elastic: Elastic | None = None
-    came_from: int = 0
+    previous_generation: int = 0
     restarted: bool = False
 
 
@@ -159,7 +159,7 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class ConnectionEnded:
     """A connection ended without a leave."""
 
     stream: int
@@ -192,4 +192,4 @@ class Stop:
     """The service shuts down."""
 
 
-Event = Join | Contribute | Pull | Push | Leave | Heartbeat | Lost | Malformed | Tick | Stop
+Event = Join | Contribute | Pull | Push | Leave | Heartbeat | ConnectionEnded | Malformed | Tick | Stop

@@ -90,7 +90,7 @@ def joiners(job: str, count: int) -> str:
 
 
 def finished(job: str) -> str:
-    """What a rank is told that comes too late."""
+    """The error of a rank that joins too late."""
     return f"Elastic job {job!r} was finished by its other ranks before this one had joined: there is nothing to do."
 
 

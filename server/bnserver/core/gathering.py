@@ -34,14 +34,14 @@ class State(Enum):
 
 
 class Happening(Enum):
-    """What an operation is told."""
+    """What can happen to an operation."""
 
     SAME_CALL = auto()  # a rank calls: the first one, or like the others
     OTHER_CALL = auto()  # a rank calls something else
     LEAVES = auto()  # a rank leaves cleanly
     LEAVES_LAST = auto()  # likewise, and no other rank waits or has failed
     FAILS = auto()  # a rank leaves with a failure, or is lost
-    ALL_HEARD = auto()  # every rank has called or left
+    ALL_ACCOUNTED_FOR = auto()  # every rank has called or left
     GRACE_OVER = auto()
     OVERDUE = auto()  # a rank has waited for longer than its timeout
 
@@ -55,21 +55,21 @@ STATES = {
     (State.GATHERING, Happening.LEAVES): State.DOOMED,
     (State.GATHERING, Happening.LEAVES_LAST): State.DEPARTED,
     (State.GATHERING, Happening.FAILS): State.DOOMED,
-    (State.GATHERING, Happening.ALL_HEARD): State.COMPLETE,
+    (State.GATHERING, Happening.ALL_ACCOUNTED_FOR): State.COMPLETE,
     (State.GATHERING, Happening.OVERDUE): State.ABORTED,
     (State.DEPARTED, Happening.SAME_CALL): State.DOOMED,
     (State.DEPARTED, Happening.LEAVES_LAST): State.DEPARTED,
     (State.DEPARTED, Happening.FAILS): State.DOOMED,
-    (State.DEPARTED, Happening.ALL_HEARD): State.DEPARTED,
+    (State.DEPARTED, Happening.ALL_ACCOUNTED_FOR): State.DEPARTED,
     (State.DOOMED, Happening.SAME_CALL): State.DOOMED,
     (State.DOOMED, Happening.OTHER_CALL): State.DOOMED,
     (State.DOOMED, Happening.LEAVES): State.DOOMED,
     (State.DOOMED, Happening.LEAVES_LAST): State.DEPARTED,  # those whose calls differed have left
     (State.DOOMED, Happening.FAILS): State.DOOMED,
-    (State.DOOMED, Happening.ALL_HEARD): State.ABORTED,
+    (State.DOOMED, Happening.ALL_ACCOUNTED_FOR): State.ABORTED,
     (State.DOOMED, Happening.GRACE_OVER): State.ABORTED,
     (State.ABORTED, Happening.FAILS): State.ABORTED,  # several ranks are lost at once
-    (State.ABORTED, Happening.ALL_HEARD): State.ABORTED,
+    (State.ABORTED, Happening.ALL_ACCOUNTED_FOR): State.ABORTED,
 }
 
 
@@ -101,7 +101,7 @@ class Gathering:
         self.arrivals: dict[int, float] = {}
         self.is_overdue = False
         self.straggling_logged_s = 0.0
-        self._unheard = world_size
+        self._outstanding = world_size
         self._deadlines: dict[int, float] = {}
         self._has_failed = False
         self._doomed_since: float | None = None
@@ -135,9 +135,9 @@ class Gathering:
             np.maximum(self.limbs, body, out=self.limbs)
         elif self.state is State.GATHERING:
             self.limbs += body
-        self._unheard -= 1
-        if self._unheard == 0:
-            self.state = STATES[self.state, Happening.ALL_HEARD]
+        self._outstanding -= 1
+        if self._outstanding == 0:
+            self.state = STATES[self.state, Happening.ALL_ACCOUNTED_FOR]
         elif self.state is State.DOOMED:
             self._doom(now, now)
 
@@ -151,7 +151,7 @@ class Gathering:
             failed: whether it left with a failure.
         """
         if self.calls.pop(rank, None) is None:
-            self._unheard -= 1
+            self._outstanding -= 1
         self.arrivals.pop(rank, None)
         self._deadlines.pop(rank, None)
         self._has_failed = self._has_failed or failed
@@ -160,8 +160,8 @@ class Gathering:
         else:
             happening = Happening.LEAVES if self.calls or self._has_failed else Happening.LEAVES_LAST
         self.state = STATES[self.state, happening]
-        if self._unheard == 0:
-            self.state = STATES[self.state, Happening.ALL_HEARD]
+        if self._outstanding == 0:
+            self.state = STATES[self.state, Happening.ALL_ACCOUNTED_FOR]
         elif self.state is State.DOOMED:
             self._doom(since if failed else now, now)
 

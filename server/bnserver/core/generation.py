@@ -10,7 +10,7 @@ Laws:
    show how far the generation was: plain operations are not journaled.
 4. After a failure every rank gets the error once.
 5. One of an elastic job begins with its ranks (`rendezvous`). Where a rank is lost, or ranks wait to join when all
-   admit them, those that are left are told to regroup.
+   admit them, those that are left regroup (`RegroupError`).
 """
 
 from __future__ import annotations
@@ -142,15 +142,15 @@ class Generation:
 
     def returned(self, event: Join, now: float) -> list[Effect]:
         """A rank has reconnected on another stream; the end of the one before may not have been noticed yet."""
-        rank, known = event.peer.rank, event.resume
+        rank, resume = event.peer.rank, event.resume
         member = self.members.here[rank]
         effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
-        member.connect(event.stream, known.answered if known is not None and self.is_running else 0, now)
+        member.connect(event.stream, resume.answered if resume is not None and self.is_running else 0, now)
         if not self.is_running:
             return effects
         progress = self.progress
-        if known is not None and progress.is_behind(known.layer_answered, known.versions, self._layers.states):
-            text = explanations.lost_answers(self._job, event.peer, known.layer_answered, progress.layer_completed)
+        if resume is not None and progress.is_behind(resume.layer_answered, resume.versions, self._layers.states):
+            text = explanations.lost_answers(self._job, event.peer, resume.layer_answered, progress.layer_completed)
             return effects + self._abort(Verdict(ServiceError, text, ()), Reason.DATA_LOSS)
         effects.append(self._joined(rank, event.stream))
         return effects + self._take_held(now)
@@ -216,8 +216,8 @@ class Generation:
         failed: list[Effect] = []
         if member.stream is not None:
             layer, step = (call.key.layer, call.key.step) if call is not None else (None, None)
-            said = f"The service refused what {member.peer} sent: {text}."
-            failed.append(Failed(member.stream, reason, said, (rank,), layer, step))
+            message = f"The service refused what {member.peer} sent: {text}."
+            failed.append(Failed(member.stream, reason, message, (rank,), layer, step))
         return [*failed, *self.lose({rank: f"sent what the service refused: {text}"}, now)]
 
     # ---- ranks are lost, and time passes ----
@@ -292,11 +292,11 @@ class Generation:
     def _repeated(self, rank: int, event: Contribute, now: float) -> list[Effect]:
         """A contribution with a number that is not the next one's, or of a rank that waits already."""
         waiting = self.gathering.calls.get(rank)
-        said = self.progress.repeated(event.sequence, event.call, self.members.here[rank].answered, waiting)
-        if isinstance(said, str):
-            return self.refuse(rank, said, event.call, now)
+        response = self.progress.repeated(event.sequence, event.call, self.members.here[rank].answered, waiting)
+        if isinstance(response, str):
+            return self.refuse(rank, response, event.call, now)
         streams = self.members.streams
-        return said.to({rank: streams[rank]}) if said is not None and rank in streams else []
+        return response.to({rank: streams[rank]}) if response is not None and rank in streams else []
 
     def _wait(self, now: float) -> list[Effect]:
         if self.phase is Phase.JOINING:

@@ -125,11 +125,11 @@ class Layers:
         assert isinstance(call.signature, LayerSignature)
         name = call.key.layer or ""
         layer = self._layers.get(name)
-        known = layer is not None and not call.signature.anew
-        state = layer.state if layer is not None and known else seeds[min(seeds)]
+        had = layer is not None and not call.signature.anew
+        state = layer.state if layer is not None and had else seeds[min(seeds)]
         for seed in seeds.values():
             _check_kind(name, state, seed)
-        return state, known
+        return state, had
 
     def completed(self, record: Completed) -> Answer:
         """Apply the record of an operation on a layer that all ranks have completed; returns the answer.

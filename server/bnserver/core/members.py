@@ -48,7 +48,7 @@ class Presence(Enum):
     CONNECTED = auto()  # it has a stream
     AWAY = auto()  # it has none; it may connect, until a short time has passed
     RETURNING = auto()  # likewise, and longer: the service was restarted, and others are away as well
-    GONE = auto()  # it has left, or is lost
+    ENDED = auto()  # it has left, or is lost
 
 
 class Sign(Enum):
@@ -64,12 +64,12 @@ PRESENCES = {
     (Presence.CONNECTED, Sign.CONNECTS): Presence.CONNECTED,  # the end of the stream before was not noticed yet
     (Presence.CONNECTED, Sign.BREAKS): Presence.AWAY,
     (Presence.CONNECTED, Sign.RESTARTS): Presence.RETURNING,
-    (Presence.CONNECTED, Sign.ENDS): Presence.GONE,
+    (Presence.CONNECTED, Sign.ENDS): Presence.ENDED,
     (Presence.AWAY, Sign.CONNECTS): Presence.CONNECTED,
     (Presence.AWAY, Sign.RESTARTS): Presence.RETURNING,
-    (Presence.AWAY, Sign.ENDS): Presence.GONE,
+    (Presence.AWAY, Sign.ENDS): Presence.ENDED,
     (Presence.RETURNING, Sign.CONNECTS): Presence.CONNECTED,
-    (Presence.RETURNING, Sign.ENDS): Presence.GONE,
+    (Presence.RETURNING, Sign.ENDS): Presence.ENDED,
 }
 
 

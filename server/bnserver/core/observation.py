@@ -116,11 +116,11 @@ def _ranks(generation: Generation, now: float) -> tuple[RankObservation, ...]:
         held_up[missing[0]] += now - max(arrivals.values())
     straggler = waiting.straggler(held_up, now) if generation.phase is Phase.RUNNING else None
     awaited = now - generation.gathering.since if missing else 0.0
-    found = []
+    layers = []
     for rank, member in sorted(members.items()):
         since = now - arrivals[rank] if rank in arrivals else 0.0
         awaited_now = awaited if rank in missing else 0.0
-        found.append(
+        layers.append(
             RankObservation(
                 member.peer,
                 member.stream is not None,
@@ -132,4 +132,4 @@ def _ranks(generation: Generation, now: float) -> tuple[RankObservation, ...]:
                 rank == straggler or awaited_now >= SLOW_S,
             )
         )
-    return tuple(found)
+    return tuple(layers)

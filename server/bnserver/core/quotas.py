@@ -38,7 +38,7 @@ class Quotas:
 
 
 def exceeded(quota: str, limit: int, asked: int, setting: str) -> str:
-    """What a rank is told, without a full stop at the end.
+    """The text of a rank's error, without a full stop at the end.
 
     Args:
         quota: what is limited, with its unit.

@@ -118,8 +118,8 @@ def _generation(job: Job, record: Began, now: float) -> Generation:
     generation = Generation(
         job.name, record.generation, record.world_size, job.layers, timeouts, recovering=True, elastic=record.elastic
     )
-    for enlisted in record.members:
-        member = Member(enlisted.peer, enlisted.timeout, 0.0, enlisted.incarnation, pushes=enlisted.pushes)
-        member.disconnect(timeouts.return_s(enlisted.incarnation, enlisted.timeout), now, Sign.RESTARTS)
+    for recorded in record.members:
+        member = Member(recorded.peer, recorded.timeout, 0.0, recorded.incarnation, pushes=recorded.pushes)
+        member.disconnect(timeouts.return_s(recorded.incarnation, recorded.timeout), now, Sign.RESTARTS)
         generation.members.add(member)
     return generation

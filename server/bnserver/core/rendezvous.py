@@ -18,7 +18,7 @@ from bnserver.core.effects import Effect, Failed
 from bnserver.core.events import Elastic, Join
 from bnserver.core.reasons import Reason
 
-# Those that are left were told at once, and only finish what they compute: the others shall go on within 5 s.
+# Those that are left got the error at once, and only finish what they compute: the others shall go on within 5 s.
 LAST_CALL_S = 3.0
 # From the first processes of a job to its last one: a busy machine takes seconds to start Python; torchrun's own value.
 FIRST_CALL_S = 30.0
@@ -60,14 +60,14 @@ class Rendezvous:
 
     @property
     def elastic(self) -> Elastic | None:
-        """How many ranks the job may have, as those that wait say; None: nobody waits."""
+        """How many ranks the job may have, as those that wait say; None: no rank waits."""
         first = next(iter(self.waiting.values()), None)
         return first.join.elastic if first is not None else None
 
     def add(self, join: Join, now: float) -> None:
         """A rank waits from now on; its place of before, if it has connected anew, is not waited in any more."""
-        again = [stream for stream, each in self.waiting.items() if each.join.incarnation == join.incarnation != 0]
-        for stream in again:
+        earlier = [stream for stream, each in self.waiting.items() if each.join.incarnation == join.incarnation != 0]
+        for stream in earlier:
             del self.waiting[stream]
         self.waiting[join.stream] = Waiting(join, now + join.join_timeout)
 
@@ -88,16 +88,18 @@ class Rendezvous:
         since = self._enough_since = now if self._enough_since is None else self._enough_since
         if count >= elastic.maximum:
             return True
-        came = [each.join for each in self.waiting.values()]
+        joins = [each.join for each in self.waiting.values()]
         if self.left:
-            return self._came_back() >= self.left or now >= since + LAST_CALL_S
-        return count >= max(join.world_size for join in came) or now >= since + FIRST_CALL_S
+            return self._number_returned() >= self.left or now >= since + LAST_CALL_S
+        return count >= max(join.world_size for join in joins) or now >= since + FIRST_CALL_S
 
     def take(self) -> list[Waiting]:
         """Those that are in the next generation, in the order of their ranks; they don't wait any more."""
         elastic = self.elastic
         assert elastic is not None
-        order = sorted(self.waiting.items(), key=lambda each: (-each[1].join.came_from, each[1].join.peer.rank))
+        order = sorted(
+            self.waiting.items(), key=lambda each: (-each[1].join.previous_generation, each[1].join.peer.rank)
+        )
         chosen = order[: elastic.maximum]
         for stream, _ in chosen:
             del self.waiting[stream]
@@ -129,8 +131,8 @@ class Rendezvous:
         self.remove(stream)
         return [Failed(stream, reason, text)]
 
-    def _came_back(self) -> int:
-        return sum(1 for each in self.waiting.values() if each.join.came_from == self.before)
+    def _number_returned(self) -> int:
+        return sum(1 for each in self.waiting.values() if each.join.previous_generation == self.before)
 
     def _too_few(self) -> str:
         elastic = self.elastic

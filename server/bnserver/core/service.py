@@ -17,7 +17,19 @@ from typing import assert_never
 from bnlayer.collective import Operation
 from bnlayer.state import LayerState
 from bnserver.core.effects import Closed, Effect, Failed, Joined
-from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.events import (
+    ConnectionEnded,
+    Contribute,
+    Event,
+    Heartbeat,
+    Join,
+    Leave,
+    Malformed,
+    Pull,
+    Push,
+    Stop,
+    Tick,
+)
 from bnserver.core.generation import Generation
 from bnserver.core.job import Job
 from bnserver.core.journal_records import JournalRecord
@@ -29,7 +41,7 @@ from bnserver.core.recovery import records, recovered
 
 _STOPPING = "The service is stopping. Start the job again once it is back; its statistics are kept by --state-dir."
 
-_Seated = Contribute | Pull | Push | Leave | Lost | Malformed
+_Seated = Contribute | Pull | Push | Leave | ConnectionEnded | Malformed
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +140,7 @@ class Service:
             now: seconds, on a clock that never goes back.
         """
         match event:
-            case Contribute() | Pull() | Push() | Leave() | Lost() | Malformed():
+            case Contribute() | Pull() | Push() | Leave() | ConnectionEnded() | Malformed():
                 effects = self._seated(event, now)
             case Heartbeat():
                 member = self._member(event)
@@ -170,7 +182,7 @@ class Service:
                 effects = generation.push(rank, event, now)
             case Leave():
                 effects = generation.leave(rank, event.reason, now)
-            case Lost():
+            case ConnectionEnded():
                 del self._seats[event.stream]
                 effects = generation.away(rank, now)
             case Malformed():
@@ -191,7 +203,7 @@ class Service:
         text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
         return Malformed(event.stream, text, call, Reason.QUOTA)
 
-    def _unseated(self, event: Contribute | Pull | Push | Leave | Lost | Malformed) -> list[Effect]:
+    def _unseated(self, event: Contribute | Pull | Push | Leave | ConnectionEnded | Malformed) -> list[Effect]:
         """An event of a stream without a seat; one that waits for a generation of an elastic job waits no more."""
         job = self._waiting.pop(event.stream, None)
         if job is not None:
@@ -199,7 +211,7 @@ class Service:
             self._note(job)
         if isinstance(event, Malformed):
             return [Failed(event.stream, event.reason, f"The service refused what you sent: {event.text}.")]
-        if job is None or isinstance(event, Lost):
+        if job is None or isinstance(event, ConnectionEnded):
             return []
         if isinstance(event, Leave):
             return [Closed(event.stream)]

@@ -133,8 +133,8 @@ def application(sampler: Sampler, admission: Admission | None, host: str) -> Sta
         if isinstance(covers, Response):
             return covers
         job, layer = request.query_params.get("job", ""), request.query_params.get("layer", "")
-        found = sampler.history.series(job, layer) if covers(job) else None
-        return JSONResponse(found) if found is not None else JSONResponse({"error": "There is no such layer."}, 404)
+        series = sampler.history.series(job, layer) if covers(job) else None
+        return JSONResponse(series) if series is not None else JSONResponse({"error": "There is no such layer."}, 404)
 
     hosts = (
         None if admission is not None or not is_loopback(host) else frozenset({host, "localhost", "127.0.0.1", "::1"})
@@ -188,8 +188,8 @@ class _Guard:
 
 
 def _host(scope: Scope) -> str:
-    said = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-    parts = split(said) or split(f"{said}:0")
+    host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+    parts = split(host) or split(f"{host}:0")
     return parts[0] if parts is not None else ""
 
 

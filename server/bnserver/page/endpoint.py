@@ -71,7 +71,7 @@ class Dashboard:
         _log.info("dashboard: %s://%s:%d/", scheme, address.rpartition(":")[0], port)
 
     def close(self) -> None:
-        """Listen no more, and hang up."""
+        """Stop listening, and close all connections."""
         self._sampler.close()
         self._server.should_exit = True
         self._thread.join(2 * _GRACE_S)

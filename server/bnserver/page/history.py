@@ -111,8 +111,8 @@ class History:
             layer.band, layer.drifts = followed(layer.band, mean_C, variance_C)
             for drift in layer.drifts:
                 if drift.what not in before:
-                    said = {"time": now, "job": key[0], "layer": key[1], "version": state.version}
-                    self.alarms.appendleft(said | _described(drift))
+                    alarm = {"time": now, "job": key[0], "layer": key[1], "version": state.version}
+                    self.alarms.appendleft(alarm | _described(drift))
         layer.rows.append((now, state.version, _quantiles(mean_C), _quantiles(variance_C)))
         return layer
 

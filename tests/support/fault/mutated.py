@@ -18,7 +18,6 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from bnserver.channel import RequestAssembler
 from google.protobuf.message import DecodeError
 
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
@@ -35,6 +34,7 @@ from bnserver.core.events import Tick
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.quotas import QuotaError, Quotas
 from bnserver.grpc_channel import GrpcChannel
+from bnserver.rank_channel import RequestAssembler
 from bnserver.retention import Keep
 from bnserver.servicer import Servicer
 
@@ -109,7 +109,7 @@ async def _attack(random: Random, messages: int) -> Outcome:
                 if healthy.exchanged() != reference.exchanged():
                     outcome.faults.append(f"another answer of the healthy job, before visitor {visitor}")
                 exchanges.dispatch(Tick())
-                await exchanges._retention.expire()
+                await exchanges.jobs.retention.expire()
                 await asyncio.sleep(0)
             if outcome.messages * 10 >= len(outcome.resident) * messages:
                 outcome.resident.append(_resident())
@@ -130,7 +130,7 @@ class _End:
         self.stream = GrpcChannel()
         self.connection: Connection = exchanges._connect(self.stream)
         self._frames = Frames()
-        self._assembler = RequestAssembler(self.connection.account)
+        self._assembler = RequestAssembler(self.connection.account.add)
 
     def say(self, data: bytes) -> bool:
         """Send bytes; returns whether the service still listens."""
@@ -156,7 +156,7 @@ class _End:
     def hang_up(self) -> None:
         """End it from this side."""
         del self._exchanges._connections[self.connection.number]
-        self.connection.lost()
+        self.connection.disconnected()
 
     def told(self) -> list[pb.ExchangeResponse | StatusParts | None]:
         """What has come."""

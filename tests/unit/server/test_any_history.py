@@ -17,7 +17,7 @@ from bnlayer.agreement import Peer
 from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature
 from bnlayer.moving import Rule
 from bnserver.core.effects import Closed, Effect, Enrolled, Failed, Joined, Record, Released, Totals
-from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Resume, Tick
+from bnserver.core.events import ConnectionEnded, Contribute, Event, Heartbeat, Join, Leave, Resume, Tick
 from bnserver.core.journal_records import JournalRecord
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.reasons import Reason
@@ -126,7 +126,7 @@ class AnyHistory(RuleBasedStateMachine):
         if process is None:
             return
         if process.stream is not None:
-            self.does(Lost(process.stream))
+            self.does(ConnectionEnded(process.stream))
         if self.returning or self.ending:
             self.ending = bool(self.ranks)  # it has a lease to come back, like those that still will
             return
@@ -141,7 +141,7 @@ class AnyHistory(RuleBasedStateMachine):
         process = self.ranks.get(rank)
         if process is not None and process.stream is not None:
             stream, process.stream = process.stream, None
-            self.does(Lost(stream))
+            self.does(ConnectionEnded(stream))
 
     @rule(rank=_RANKS)
     def grows_deaf(self, rank: int) -> None:

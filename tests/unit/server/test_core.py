@@ -25,7 +25,19 @@ from bnserver.core.effects import (
     Released,
     Totals,
 )
-from bnserver.core.events import Contribute, Event, Heartbeat, Join, Leave, Lost, Malformed, Pull, Push, Stop, Tick
+from bnserver.core.events import (
+    ConnectionEnded,
+    Contribute,
+    Event,
+    Heartbeat,
+    Join,
+    Leave,
+    Malformed,
+    Pull,
+    Push,
+    Stop,
+    Tick,
+)
 from bnserver.core.gathering import GRACE_S
 from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
@@ -87,7 +99,7 @@ def test_what_becomes_of_an_operation(root: int, speakers: int, reported: list[t
         Pull(7, "a"),
         Push(7, "a", _STATE),
         Leave(7, ""),
-        Lost(7),
+        ConnectionEnded(7),
         Heartbeat("j", 0, 1),
         Tick(),
     ],
@@ -109,7 +121,7 @@ def test_a_stream_loses_its_seat_with_its_connection() -> None:
     """Numbers of streams are not used again, but what is late must not find a seat."""
     service = Service()
     _join(service, 1)
-    service.handle(Lost(1), 0.0)
+    service.handle(ConnectionEnded(1), 0.0)
     assert service.handle(Leave(1, ""), 0.0) == []
 
 

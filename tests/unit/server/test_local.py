@@ -12,10 +12,10 @@ import pytest
 from bnproto.frames import framed
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.connection import Connection
-from bnserver.core.events import Event, Lost, Pull
+from bnserver.core.events import ConnectionEnded, Event, Pull
 from bnserver.grpc_channel import GrpcChannel
 from bnserver.local_channel import _AT_ONCE, LocalChannel
-from bnserver.local_listener import _STRANGERS, LocalListener
+from bnserver.local_listener import _MOST_UNATTACHED, LocalListener
 from bnserver.rank_channel import Outgoing
 
 _LIMIT_S = 60.0
@@ -117,7 +117,7 @@ def test_a_large_answer_waits_for_its_reader_message_by_message() -> None:
         for message in messages:
             assert await theirs.readexactly(len(message.frame())) == message.data
         ours.close()
-        assert await it.events.get() == Lost(1)
+        assert await it.events.get() == ConnectionEnded(1)
 
     _played(scene)
 
@@ -138,7 +138,7 @@ def test_many_small_messages_are_handled_a_few_at_a_time() -> None:
             handled, most = handled + came, max(most, came)
         assert most <= 2 * _AT_ONCE
         ours.close()
-        assert await it.events.get() == Lost(1)
+        assert await it.events.get() == ConnectionEnded(1)
 
     _played(scene)
 
@@ -162,14 +162,14 @@ def test_answers_that_nobody_reads_are_counted() -> None:
     _played(scene)
 
 
-def test_the_first_of_too_many_strangers_is_shown_out() -> None:
+def test_the_oldest_of_too_many_unattached_sockets_is_closed() -> None:
     """They would use up the files that ranks need."""
 
     async def scene(it: _Scene) -> None:
         invitation = it.listener.invitation(it.connection(1))
         assert invitation is not None
         path = f"\0{invitation.name}"
-        ends = [await asyncio.open_unix_connection(path) for _ in range(_STRANGERS + 1)]
+        ends = [await asyncio.open_unix_connection(path) for _ in range(_MOST_UNATTACHED + 1)]
         (theirs, _), *others = ends
         assert await theirs.read() == b""
         _, ours = others[0]
@@ -225,13 +225,13 @@ def test_few_are_accepted_before_others_have_their_turn() -> None:
     _played(scene)
 
 
-def test_many_strangers_of_one_user_do_not_displace_another() -> None:
+def test_many_unattached_sockets_of_one_user_do_not_displace_another() -> None:
     """Whose sockets they are is known from the kernel."""
 
     async def scene(it: _Scene) -> None:
         mine = LocalChannel(it.listener, user=1)
         it.listener.connected(mine)
-        strangers = [LocalChannel(it.listener, user=2) for _ in range(_STRANGERS)]
+        strangers = [LocalChannel(it.listener, user=2) for _ in range(_MOST_UNATTACHED)]
         for stranger in strangers:
             it.listener.connected(stranger)
         assert [stranger.is_closed for stranger in strangers].count(True) == 1

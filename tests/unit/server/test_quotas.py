@@ -209,8 +209,8 @@ def test_what_is_over_is_not_counted() -> None:
     first, part, _ = _reduction(_LARGE)
     end.read(first, part)
     assert in_flight.total > 2 * _PART
-    end.connection.lost()
-    end.connection.lost()
+    end.connection.disconnected()
+    end.connection.disconnected()
     assert in_flight.total == 0
 
 

@@ -128,10 +128,10 @@ def test_a_log_of_refusals_stays_short(caplog: pytest.LogCaptureFixture) -> None
     """However many tokens somebody tries."""
     admission = Admission(Grants([]))
     for number in range(1000):
-        admission._say(f"refused {number}")
+        admission._log_refusal(f"refused {number}")
     assert caplog.messages == ["refused 0"]
-    admission._said -= 1.0
-    admission._say("refused again")
+    admission._logged -= 1.0
+    admission._log_refusal("refused again")
     assert caplog.messages[1:] == ["refused again (999 more refusals were not logged)"]
 
 

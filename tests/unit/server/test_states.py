@@ -9,7 +9,7 @@ import pytest
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation
 from bnserver.core import gathering, generation, members
-from bnserver.core.events import Event, Join, Leave, Lost, Resume, Tick
+from bnserver.core.events import ConnectionEnded, Event, Join, Leave, Resume, Tick
 from bnserver.core.gathering import GRACE_S, STATES, Gathering, State
 from bnserver.core.generation import PHASES
 from bnserver.core.members import PRESENCES
@@ -138,9 +138,9 @@ def test_ranks_and_generations_are_always_in_their_tables(monkeypatch: pytest.Mo
     both: list[Event | float | None] = [_join(1, 0), _join(2, 1)]
     back: list[Event | float | None] = [_join(3, 0, resume=True), _join(4, 1, resume=True)]
     _played([_join(1, 0), Leave(1, "")])
-    _played([*both, Lost(1), *back, Leave(3, ""), Leave(4, "")])
-    _played([*both, Lost(1), 1.0, 2.0])
+    _played([*both, ConnectionEnded(1), *back, Leave(3, ""), Leave(4, "")])
+    _played([*both, ConnectionEnded(1), 1.0, 2.0])
     _played([*both, None, *back, Leave(3, ""), Leave(4, "")])
-    _played([*both, None, _join(3, 0, resume=True), Lost(3), 6.0, 7.0])
+    _played([*both, None, _join(3, 0, resume=True), ConnectionEnded(3), 6.0, 7.0])
     assert phases.used == set(PHASES)
     assert presences.used == set(PRESENCES)

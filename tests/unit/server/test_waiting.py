@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnlayer.agreement import Peer
 from bnlayer.collective import Call, ExchangeKey, Operation, PlainSignature
-from bnserver.core.events import Contribute, Join, Leave, Lost, Tick
+from bnserver.core.events import ConnectionEnded, Contribute, Join, Leave, Tick
 from bnserver.core.generation import Phase
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.observation import JobObservation
@@ -106,7 +106,7 @@ def test_who_has_joined_and_who_is_away_is_seen() -> None:
     seen = job.seen(1.0)
     assert (seen.phase, seen.world_size, [rank.peer.rank for rank in seen.ranks]) == (Phase.JOINING, 3, [0, 1])
     job = _Job(2)
-    job.service.handle(Lost(1), 1.0)
+    job.service.handle(ConnectionEnded(1), 1.0)
     assert [rank.is_connected for rank in job.seen(1.25).ranks] == [True, False]
     assert job.seen(1.25).ranks[1].silent == 0.25
     for rank in (0, 1):

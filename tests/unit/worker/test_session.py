@@ -37,7 +37,7 @@ _EXAMPLES: dict[type[Event], Event] = {
     happened.Repeated: happened.Repeated(1),
     happened.Received: happened.Received(1, Answer(pb.ExchangeResponse(owned=pb.Owned()), b"")),
     happened.OwnerVersion: happened.OwnerVersion("a", 4),
-    happened.ChannelLost: happened.ChannelLost(1),
+    happened.ChannelBroken: happened.ChannelBroken(1),
     happened.Disconnected: happened.Disconnected(1, **_BREAK),  # type: ignore[arg-type]  # one of them is a number
     happened.Refused: happened.Refused(1, PeerLostError("rank 0 was lost")),
     happened.Probed: happened.Probed(listens=True),
@@ -58,29 +58,30 @@ _NEXT = {
     State.JOINING: {
         "Ask Received OwnerVersion": "JOINING",
         "Joined Repeated": "ACTIVE",
-        "ChannelLost": "AWAY",
+        "ChannelBroken": "AWAY",
         "Disconnected": "CONNECTING",
         "Leave": "LEAVING",
         "Refused TimedOut Abandon Forked": "CLOSED",
     },
     State.ACTIVE: {
         "Ask Joined Received OwnerVersion": "ACTIVE",
-        "ChannelLost Disconnected": "AWAY",
+        "ChannelBroken Disconnected": "AWAY",
         "Leave": "LEAVING",
         "Refused TimedOut Abandon Forked": "CLOSED",
     },
     State.AWAY: {
-        "Ask Joined Repeated Received OwnerVersion ChannelLost Disconnected Probed": "AWAY",
+        "Ask Joined Repeated Received OwnerVersion ChannelBroken Disconnected Probed": "AWAY",
         "PauseOver": "JOINING",
         "Leave": "LEAVING",
         "Refused TimedOut Abandon Forked": "CLOSED",
     },
     State.LEAVING: {
-        "Ask Joined Repeated Received OwnerVersion ChannelLost Disconnected Probed PauseOver Leave TimedOut": "LEAVING",
+        "Ask Joined Repeated Received OwnerVersion ChannelBroken Disconnected Probed PauseOver Leave": "LEAVING",
+        "TimedOut": "LEAVING",
         "Refused Abandon Forked": "CLOSED",
     },
     State.CLOSED: {
-        "Ask Joined Repeated Received OwnerVersion ChannelLost Disconnected Refused Probed PauseOver TimedOut Leave "
+        "Ask Joined Repeated Received OwnerVersion ChannelBroken Disconnected Refused Probed PauseOver TimedOut Leave "
         "Abandon Forked": "CLOSED",
     },
 }
@@ -106,15 +107,15 @@ def test_each_event_in_each_state(state: State, kind: type[Event]) -> None:
 def test_a_signal_handler_may_close_it_in_the_middle_of_a_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays closed, whatever was decided meanwhile."""
     session = active()
-    lose = Session.TABLE[State.ACTIVE][happened.ChannelLost]
+    lose = Session.TABLE[State.ACTIVE][happened.ChannelBroken]
 
     def interrupted(self: Session, event: Event, now: float) -> list[do.Action]:
         self.handle(happened.Abandon(), now)
         return lose(self, event, now)
 
-    table = {**Session.TABLE, State.ACTIVE: {**Session.TABLE[State.ACTIVE], happened.ChannelLost: interrupted}}
+    table = {**Session.TABLE, State.ACTIVE: {**Session.TABLE[State.ACTIVE], happened.ChannelBroken: interrupted}}
     monkeypatch.setattr(Session, "TABLE", types.MappingProxyType(table))
-    session.handle(happened.ChannelLost(1), 0.0)
+    session.handle(happened.ChannelBroken(1), 0.0)
     assert session.state is State.CLOSED
 
 

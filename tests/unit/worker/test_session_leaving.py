@@ -53,7 +53,7 @@ def test_a_goodbye_while_it_comes_back_follows_the_join() -> None:
 def test_the_end_of_a_connection_without_the_goodbye_is_no_answer_to_it() -> None:
     """Its local socket had broken, so the service ended it: the goodbye comes on the next one."""
     session = active()
-    session.handle(happened.ChannelLost(1), 0.0)
+    session.handle(happened.ChannelBroken(1), 0.0)
     session.handle(happened.Leave(""), 0.0)
     assert disconnect(session, 0.0, code="OK")[-1] == do.Pause(0.02)
     (opened,) = session.handle(happened.PauseOver(), 0.0)

@@ -86,7 +86,7 @@ def test_a_service_that_keeps_nothing_is_not_waited_for_once_nobody_listens() ->
 def test_a_local_socket_that_ends_is_closed_and_the_reason_waited_for() -> None:
     """The service ends the connection then, and may say why."""
     session = active()
-    assert session.handle(happened.ChannelLost(1), 0.0) == [do.CloseChannel(1)]
+    assert session.handle(happened.ChannelBroken(1), 0.0) == [do.CloseChannel(1)]
     assert session.handle(happened.Ask(pull()), 0.0) == []
     assert session.handle(happened.Refused(1, PeerLostError("rank 0 was lost")), 0.0) == [do.HangUp()]
     assert isinstance(session.error, PeerLostError)

@@ -112,33 +112,34 @@ def show_calibration(result: Calibrated, out: Path) -> None:
     console().print(table)
 
 
-def show_evaluation(found: Mapping[str, Any]) -> None:
+def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     """Show how a model does; class by class where there are few classes.
 
     Args:
         found: what `bnlayer evaluate --json` prints.
     """
     out = console()
-    title = f"{found['checkpoint']}, step {found['steps']:,}: {found['data']}, {_ROWS_OF[found['split']]}"
+    rows = _ROWS_OF[evaluation["split"]]
+    title = f"{evaluation['checkpoint']}, step {evaluation['steps']:,}: {evaluation['data']}, {rows}"
     out.print(Text(title), soft_wrap=True)
     whole = Table(show_header=False)
     whole.add_column()
     whole.add_column(justify="right")
-    loss = found["loss"]
+    loss = evaluation["loss"]
     for name, value in (
-        ("rows", f"{found['rows']:,}"),
-        ("accuracy", f"{found['accuracy']:.2%}"),
+        ("rows", f"{evaluation['rows']:,}"),
+        ("accuracy", f"{evaluation['accuracy']:.2%}"),
         ("loss", "not finite" if loss is None else f"{loss:.4f}"),
     ):
         whole.add_row(name, value)
     out.print(whole)
-    if len(found["classes"]) > _SHOWN_CLASSES:
+    if len(evaluation["classes"]) > _SHOWN_CLASSES:
         return
     classes = Table(title="class by class", title_justify="left")
     for heading in ("label", "rows", "recall", "precision", "most often taken for"):
         classes.add_column(heading, justify="right")
-    labels = [entry["label"] for entry in found["classes"]]
-    for number, (entry, taken) in enumerate(zip(found["classes"], found["confusion"], strict=True)):
+    labels = [entry["label"] for entry in evaluation["classes"]]
+    for number, (entry, taken) in enumerate(zip(evaluation["classes"], evaluation["confusion"], strict=True)):
         others = [0 if other == number else count for other, count in enumerate(taken)]
         most = max(others)
         mistaken = f"{labels[others.index(most)]} ({most:,})" if most else ""

@@ -42,7 +42,7 @@ def doctor(
     Exit code 1 if the address was given and nothing answers there. `--json` prints the same as one object: names and
     texts, and for the service `address`, `serving` and `text`, or null.
     """
-    found = {
+    report = {
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.platform()}, {len(os.sched_getaffinity(0))} usable cores",
         **{package: _installed(package) for package in _PACKAGES},
@@ -54,9 +54,9 @@ def doctor(
     serving, text = _reach(address) if address else (None, "no address given (--address)")
     if as_json:
         service = None if serving is None else {"address": address, "serving": serving, "text": text}
-        typer.echo(json.dumps({**found, "service": service}, indent=2))
+        typer.echo(json.dumps({**report, "service": service}, indent=2))
     else:
-        _print_table({**found, "service": text})
+        _print_table({**report, "service": text})
     raise typer.Exit(1 if serving is False else 0)
 
 
@@ -108,18 +108,18 @@ def _mpi_library() -> str:
 def _mpiexec() -> str:
     from bnworker.launcher import mpi
 
-    found = mpi.find(os.environ)
-    return f"{found} ({mpi.vendor(mpi.version(found))})" if found else "none beside this Python, nor on PATH"
+    mpiexec = mpi.find(os.environ)
+    return f"{mpiexec} ({mpi.vendor(mpi.version(mpiexec))})" if mpiexec else "none beside this Python, nor on PATH"
 
 
 def _ranks() -> str:
     from bnlayer.environment import announced
 
     try:
-        found = announced(os.environ)
+        announcements = announced(os.environ)
     except ValueError as error:
         return str(error)
-    return "; ".join(f"{a.source}: rank {a.rank} of {a.world_size}" for a in found) or "none"
+    return "; ".join(f"{a.source}: rank {a.rank} of {a.world_size}" for a in announcements) or "none"
 
 
 def _reach(address: str) -> tuple[bool, str]:

@@ -163,26 +163,32 @@ def _evaluated(world: World, start: Checkpoint, name: str | None, split: Split |
     return _contents(evaluate_splits(model, data, world, names), world, start, data, split)
 
 
-def _contents(found: Evaluation, world: World, start: Checkpoint, data: Dataset, split: Split) -> dict[str, Any]:
+def _contents(evaluation: Evaluation, world: World, start: Checkpoint, data: Dataset, split: Split) -> dict[str, Any]:
     import math
 
     def share(part: int, of: int) -> float | None:
         return part / of if of else None
 
-    counts = zip(data.labels, found.rows_K.tolist(), found.predicted_K.tolist(), found.correct_K.tolist(), strict=True)
+    counts = zip(
+        data.labels,
+        evaluation.rows_K.tolist(),
+        evaluation.predicted_K.tolist(),
+        evaluation.correct_K.tolist(),
+        strict=True,
+    )
     return {
         "checkpoint": start.name,
         "steps": start.progress.steps,
         "data": data.name,
         "split": split.value,
-        "rows": found.rows,
-        "accuracy": found.accuracy,
-        "loss": found.loss if math.isfinite(found.loss) else None,
+        "rows": evaluation.rows,
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
         "classes": [
             {"label": label, "rows": rows, "recall": share(correct, rows), "precision": share(correct, predicted)}
             for label, rows, predicted, correct in counts
         ],
-        "confusion": None if found.confusion_KK is None else found.confusion_KK.tolist(),
+        "confusion": None if evaluation.confusion_KK is None else evaluation.confusion_KK.tolist(),
         "world_size": world.world_size,
         "transport": world.transport,
     }

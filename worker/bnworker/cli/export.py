@@ -50,19 +50,19 @@ def export(
     if out.suffix not in (".npz", ".safetensors"):
         raise CommandError(f"export: {out}: expected a name that ends in .npz or .safetensors.")
     try:
-        found = read(checkpoint)
+        restored = read(checkpoint)
     except CheckpointError as error:
         raise CommandError(f"export: {error}") from None
-    if found is None:
+    if restored is None:
         raise CommandError(f"export: {checkpoint}: no such file.")
     try:
         if names is Names.bnlayer:
-            save(out, layers(found))
+            save(out, layers(restored))
         else:
-            write_atomically(out, encoded(found, names.value, out.suffix))
+            write_atomically(out, encoded(restored, names.value, out.suffix))
     except CheckpointError as error:
         raise CommandError(f"export: {error}") from None
     except OSError as error:
         raise CommandError(f"export: {out}: {error.strerror}", 1) from None
-    if found.data.numbered is not None and names is not Names.bnlayer:
-        typer.echo(f"outputs 0 to {found.data.classes - 1} stand for the labels {spelled(found.data.labels)}")
+    if restored.data.numbered is not None and names is not Names.bnlayer:
+        typer.echo(f"outputs 0 to {restored.data.classes - 1} stand for the labels {spelled(restored.data.labels)}")

@@ -80,7 +80,7 @@ class Hosts:
         except (OSError, UnicodeDecodeError) as error:
             raise CommandError(f"{command}: {name}: {getattr(error, 'strerror', None) or error}.") from None
         lines = [part.strip() for line in (text or "").splitlines() for part in line.partition("#")[0].split(",")]
-        found = []
+        pairs = []
         for line in filter(None, lines):
             match = re.fullmatch(r"([^\s:]+)(?:(?::|\s+slots\s*=\s*)([1-9]\d*))?", line)
             if match is None:
@@ -88,10 +88,10 @@ class Hosts:
                 raise CommandError(
                     f"{command}: {name}: expected HOST, HOST:N or HOST slots=N, received {line!r}.{hint}"
                 )
-            found.append((match[1], int(match[2] or ranks)))
-        if not found:
+            pairs.append((match[1], int(match[2] or ranks)))
+        if not pairs:
             raise CommandError(f"{command}: {name}: expected a host, received none.")
-        return tuple(found)
+        return tuple(pairs)
 
     def remote(
         self, hosts: tuple[tuple[str, int], ...], program: tuple[str, ...], options: Mapping[str, object]

@@ -61,32 +61,32 @@ def _show(connector: Any, *, as_json: bool, watch: bool) -> None:
     from bnworker.cli.console import console
 
     if as_json:
-        for found in _looks(connector, watch=watch):
-            typer.echo(json.dumps({"jobs": found}, indent=None if watch else 2))
+        for jobs in _looks(connector, watch=watch):
+            typer.echo(json.dumps({"jobs": jobs}, indent=None if watch else 2))
         return
     screen = console()
     if not watch or not screen.is_terminal:
-        for found in _looks(connector, watch=watch):
-            screen.print(_table(found))
+        for jobs in _looks(connector, watch=watch):
+            screen.print(_table(jobs))
         return
     from rich.live import Live
 
     with Live(console=screen, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
-        for found in _looks(connector, watch=True):
-            live.update(_table(found), refresh=True)
+        for jobs in _looks(connector, watch=True):
+            live.update(_table(jobs), refresh=True)
 
 
 def _looks(connector: Any, *, watch: bool) -> Any:
     """What there is to see: once, or every second."""
     with connector.channel() as channel:
         while True:
-            yield _found(connector, channel)
+            yield _listed(connector, channel)
             if not watch:
                 return
             time.sleep(_EVERY_S)
 
 
-def _found(connector: Any, channel: Any) -> list[dict[str, Any]]:
+def _listed(connector: Any, channel: Any) -> list[dict[str, Any]]:
     """All jobs, as JSON has them."""
     import grpc
 
@@ -147,14 +147,14 @@ def _described(job: Any) -> dict[str, Any]:
 # ---- the table ----
 
 
-def _table(found: list[dict[str, Any]]) -> Table:
+def _table(jobs: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, caption=None if found else "no job runs", caption_justify="left")
+    table = Table(box=None, pad_edge=False, caption=None if jobs else "no job runs", caption_justify="left")
     for name in _COLUMNS:
         table.add_column(name, justify="right" if name in ("step", "waited", "held up others") else "left")
-    for job in found:
+    for job in jobs:
         here = len(job["ranks"]) + job["more_ranks"]
         ranks = f"{here} of {job['world_size']}" if here != job["world_size"] else str(here)
         table.add_row(Text(_plain(job["job"]), "bold"), job["state"], ranks, str(job["completed"]), "", "", _where(job))

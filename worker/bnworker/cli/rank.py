@@ -322,8 +322,8 @@ def _report_failure(
     recorder: Recorder | None, data: str, settings: Settings, world: World, why: str, *, stopped: bool = False
 ) -> None:
     if recorder is not None:
-        known = {"data": data, "world_size": world.world_size, "transport": world.transport}
-        _report(recorder, {**known, "settings": settings.as_json()}, why, stopped=stopped)
+        run = {"data": data, "world_size": world.world_size, "transport": world.transport}
+        _report(recorder, {**run, "settings": settings.as_json()}, why, stopped=stopped)
 
 
 def _report(

@@ -18,7 +18,7 @@ def _run(**given: Any) -> None:
     from bnserver.__main__ import run
 
     config, show = given.pop("config"), given.pop("print_config")
-    flags = {name: None if said is None else str(said) for name, said in given.items()}
+    flags = {name: None if value is None else str(value) for name, value in given.items()}
     raise typer.Exit(run(flags, os.environ, config, show=show))
 
 
@@ -42,7 +42,7 @@ def serve(**given: Any) -> None:
 
 def _options() -> list[inspect.Parameter]:
     """The settings, as typer reads the parameters of a function."""
-    found: list[tuple[str, Any, Any]] = []
+    parameters: list[tuple[str, Any, Any]] = []
     for setting in SETTINGS:
         shown = str(setting.default) if setting.default not in (None, False) else False
         option = typer.Option(
@@ -51,13 +51,13 @@ def _options() -> list[inspect.Parameter]:
             help=f"{setting.help[0].upper()}{setting.help[1:]}.",
             show_default=shown,
         )
-        found.append((setting.name, Annotated[bool | None if setting.is_switch else str | None, option], None))
+        parameters.append((setting.name, Annotated[bool | None if setting.is_switch else str | None, option], None))
     config = typer.Option("--config", metavar="FILE", help="Settings in TOML, e.g. state-dir = 'state'.")
-    show = typer.Option("--print-config", help="Print each setting and who said it, and do nothing else.")
-    found += [("config", Annotated[str | None, config], None), ("print_config", Annotated[bool, show], False)]
+    show = typer.Option("--print-config", help="Print each setting and where it was set, and do nothing else.")
+    parameters += [("config", Annotated[str | None, config], None), ("print_config", Annotated[bool, show], False)]
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, annotation, default in found
+        for name, annotation, default in parameters
     ]
 
 

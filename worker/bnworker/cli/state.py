@@ -47,10 +47,10 @@ def show(
 
     directory = _existing(state_dir)
     with _errors("show"):
-        found = look(directory, job) if job is not None else survey(directory)
-    if found is None:
+        surveyed = look(directory, job) if job is not None else survey(directory)
+    if surveyed is None:
         raise CommandError(f"state show: {_unknown(directory, str(job))}")
-    entries = found if isinstance(found, list) else [found]
+    entries = surveyed if isinstance(surveyed, list) else [surveyed]
     if as_json:
         shown = [entry.as_json() for entry in entries]
         typer.echo(json.dumps(shown if job is None else shown[0], indent=2))
@@ -97,18 +97,18 @@ def export(job: _Job, file: _File, state_dir: _Directory) -> None:
 
     directory = _existing(state_dir)
     with _errors("export"):
-        found = look(directory, job)
-        if found is None:
+        entry = look(directory, job)
+        if entry is None:
             raise CommandError(f"state export: {_unknown(directory, job)}")
-        if found.fault:
-            raise CommandError(f"state export: {found.fault}", 1)
-        if not found.layers:
+        if entry.fault:
+            raise CommandError(f"state export: {entry.fault}", 1)
+        if not entry.layers:
             raise CommandError(f"state export: Job {job!r} has no layers.")
         try:
-            export_layers(found.layers, file)
+            export_layers(entry.layers, file)
         except EditError as error:
             raise CommandError(f"state export: {error}") from None
-    typer.echo(f"{file}: {len(found.layers)} layers of job {job!r}")
+    typer.echo(f"{file}: {len(entry.layers)} layers of job {job!r}")
 
 
 @state.command("import")
@@ -247,10 +247,10 @@ def _print_layers(entry: Entry) -> None:
     for heading in ("layer", "channels", "dtype", "version", "moving mean", "variance"):
         right, is_name = heading in ("channels", "version"), heading == "layer"
         table.add_column(heading, justify="right" if right else "left", no_wrap=not is_name, overflow="fold")
-    for name, found in entry.layers.items():
-        spans = [f"{low:.3g} … {high:.3g}" for low, high in list(ranges(found).values())[:2]]
-        variables, renorm = found.moving.mean.dtype.name, ", renorm" if found.moving.stddev is not None else ""
-        table.add_row(_shown(name), f"{found.channels:,}", f"{variables}{renorm}", f"{found.version:,}", *spans)
+    for name, state in entry.layers.items():
+        spans = [f"{low:.3g} … {high:.3g}" for low, high in list(ranges(state).values())[:2]]
+        variables, renorm = state.moving.mean.dtype.name, ", renorm" if state.moving.stddev is not None else ""
+        table.add_row(_shown(name), f"{state.channels:,}", f"{variables}{renorm}", f"{state.version:,}", *spans)
     console().print(table)
 
 
@@ -262,6 +262,6 @@ def _print_faults(entries: list[Entry]) -> int:
     return len(faults)
 
 
-def _shown(said: str) -> str:
+def _shown(text: str) -> str:
     """What ranks said, so that it can't do anything to a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

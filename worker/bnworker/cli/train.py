@@ -139,17 +139,18 @@ def _rank(environ: Mapping[str, str], workers: int | None) -> Announcement | Non
     from bnlayer.environment import announced
 
     try:
-        found = next(iter(announced(environ)), None)
+        announcement = next(iter(announced(environ)), None)
     except ValueError as error:
         raise CommandError(f"train: {error}") from None
-    if found is None or (found.world_size == 1 and found.variable == "SLURM_PROCID"):
+    if announcement is None or (announcement.world_size == 1 and announcement.variable == "SLURM_PROCID"):
         return None
-    if workers not in (None, found.world_size):
+    if workers not in (None, announcement.world_size):
+        source, outer = announcement.source, f"rank {announcement.rank} of {announcement.world_size}"
         raise CommandError(
-            f"train: --workers {workers}, but {found.source} started this process as rank {found.rank} of "
-            f"{found.world_size}. Leave out --workers here, or start the command without {found.source}."
+            f"train: --workers {workers}, but {source} started this process as {outer}. Leave out --workers here, or "
+            f"start the command without {source}."
         )
-    return found
+    return announcement
 
 
 def _show(data: str, settings: Settings, workers: int, transport: str, start: Checkpoint | None) -> None:

@@ -28,9 +28,9 @@ def refusal(name: str, environ: Mapping[str, str]) -> tuple[str, int] | None:
         name: the command's first word.
         environ: PATH.
     """
-    found = shutil.which(name, path=variable(environ, "PATH"))
-    if found is not None:
-        return _refusal_of_script(name, Path(found))
+    executable = shutil.which(name, path=variable(environ, "PATH"))
+    if executable is not None:
+        return _refusal_of_script(name, Path(executable))
     path = Path(name)
     if "/" not in name:
         here = f"; there is a file of this name here: write {_through(path)}" if path.is_file() else ""
@@ -77,18 +77,22 @@ def foreign_python(command: tuple[str, ...], environ: Mapping[str, str]) -> str 
     A program need not import it, so this is no reason to refuse. Only another environment's Python is checked, by
     starting it.
     """
-    found = shutil.which(command[0], path=variable(environ, "PATH"))
-    if found is None or not _PYTHON.fullmatch(Path(found).name) or Path(found).parent == Path(sys.executable).parent:
+    program = shutil.which(command[0], path=variable(environ, "PATH"))
+    if (
+        program is None
+        or not _PYTHON.fullmatch(Path(program).name)
+        or Path(program).parent == Path(sys.executable).parent
+    ):
         return None
     try:
-        lacks = subprocess.run(
-            [found, "-c", _PROBE], env=dict(environ), capture_output=True, timeout=_PROBE_S, check=False
+        code = subprocess.run(
+            [program, "-c", _PROBE], env=dict(environ), capture_output=True, timeout=_PROBE_S, check=False
         ).returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if lacks != 1:
+    if code != 1:
         return None
     return (
-        f"the ranks' Python, {found}, has no bnlayer: a program that imports it fails. Start them with "
+        f"the ranks' Python, {program}, has no bnlayer: a program that imports it fails. Start them with "
         f"{sys.executable}, or install bnlayer there."
     )

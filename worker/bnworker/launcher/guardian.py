@@ -54,8 +54,8 @@ def _kill(pid: int, mark: bytes) -> None:
 def sweep(mark: bytes) -> None:
     """Kill every carrier of the mark, until there is none."""
     deadline = time.monotonic() + _LIMIT_S
-    while (found := carriers(mark)) and time.monotonic() < deadline:
-        for pid in found:
+    while (pids := carriers(mark)) and time.monotonic() < deadline:
+        for pid in pids:
             _kill(pid, mark)
         time.sleep(_PAUSE_S)
 

@@ -31,7 +31,7 @@ class Link:
         reactor: waits for it.
         connection: connected; the link's own from now on.
         received: called with each message.
-        lost: called once, when the other end is gone, or sends what is no message.
+        disconnected: called once, when the other end is gone, or sends what is no message.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Link:
         reactor: Reactor,
         connection: socket.socket,
         received: Callable[[Link, Message], None],
-        lost: Callable[[Link], None],
+        disconnected: Callable[[Link], None],
     ) -> None:
         for option, value in (
             (socket.TCP_NODELAY, 1),
@@ -53,7 +53,7 @@ class Link:
         connection.setblocking(False)
         self._reactor = reactor
         self._connection = connection
-        self._received, self._lost = received, lost
+        self._received, self._disconnected = received, disconnected
         self._rest = b""
         self._writes_to = os.dup(connection.fileno())  # a descriptor is watched for one thing
         self._sink = Sink(reactor, self._writes_to, lambda: None)  # reading says that it is broken
@@ -71,7 +71,7 @@ class Link:
             self._sink.put(json.dumps(message).encode() + b"\n")
 
     def close(self) -> None:
-        """End the connection; nobody is told here."""
+        """End the connection, without a call of `disconnected`."""
         if self._open:
             self._open = False
             self._reactor.forget(self._connection.fileno())
@@ -97,7 +97,7 @@ class Link:
             self._received(self, message)
         if self._open and (not chunk or len(self._rest) > _LONGEST):
             self.close()
-            self._lost(self)
+            self._disconnected(self)
 
 
 def _parsed(line: bytes) -> Message | None:

@@ -29,8 +29,8 @@ class Vendor(StrEnum):
 
 def find(environ: Mapping[str, str]) -> str | None:
     """The mpiexec beside this Python (a wheel's), or the first on PATH."""
-    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    return beside or shutil.which("mpiexec", path=variable(environ, "PATH"))
+    own = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    return own or shutil.which("mpiexec", path=variable(environ, "PATH"))
 
 
 def version(mpiexec: str) -> str:

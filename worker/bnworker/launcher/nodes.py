@@ -1,7 +1,7 @@
 """The launchers of one job on several hosts: how they meet, and what they tell each other.
 
 Node 0's launcher supervises the whole job: every end is reported to it, and it sends the signals, wherever the ranks
-are. The others do as they are told, and act for themselves only when node 0 is gone.
+are. The others do what it sends them, and decide for themselves only when node 0 is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VERSION = 2  # of the messages
 
 _PAUSE_S = 0.2  # between attempts to reach node 0
 _ATTEMPT_S = 2.0
-_FAREWELL_S = 10.0  # until the other launchers have ended: sweeping takes milliseconds, and at most 10 s
+_END_WAIT_S = 10.0  # until the other launchers have ended: sweeping takes milliseconds, and at most 10 s
 
 
 def parsed(rendezvous: str, *, insecure: bool) -> tuple[str, int]:
@@ -60,7 +60,7 @@ class Peer:
     node: int
     host: str
     ranks: range
-    gone: bool = False
+    is_gone: bool = False
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Head:
     interrupted: Callable[[int], None]
     refusal: LaunchError | None = None
     _peers: dict[int, Peer] = field(default_factory=dict)
-    _strangers: list[Link] = field(default_factory=list)
+    _unidentified: list[Link] = field(default_factory=list)
     _listener: Listener | None = None
 
     def listen(self) -> None:
@@ -138,20 +138,20 @@ class Head:
         """Tell the others how the job ended, and wait until they have."""
         for peer in self._peers.values():
             peer.link.send(kind="exit", code=code, cause=cause)
-        self.reactor.pump(lambda: all(peer.gone for peer in self._peers.values()), _FAREWELL_S)
-        for link in [*self._strangers, *(peer.link for peer in self._peers.values())]:
+        self.reactor.pump(lambda: all(peer.is_gone for peer in self._peers.values()), _END_WAIT_S)
+        for link in [*self._unidentified, *(peer.link for peer in self._peers.values())]:
             link.close()
         if self._listener is not None:
             self._listener.close()
 
     def _connected(self, connection: socket.socket) -> None:
-        self._strangers.append(Link(self.reactor, connection, self._received, self._lost))
+        self._unidentified.append(Link(self.reactor, connection, self._received, self._disconnected))
 
     def _received(self, link: Link, message: Message) -> None:
         peer = next((peer for peer in self._peers.values() if peer.link is link), None)
         match message, peer:
             case {"kind": "hello", "node": int(node), "first": int(first), "local": int(local)}, None:
-                self._greeted(link, message, node, range(first, first + local))
+                self._introduced(link, message, node, range(first, first + local))
             case {"kind": "unable", "text": str(text), "code": int(code)}, Peer():
                 self.refusal = self.refusal or LaunchError(f"node {peer.node} ({peer.host}): {text}", code)
             case {"kind": "ended", "who": int(who), "status": int(status), "secondary": bool(secondary)}, Peer() if (
@@ -160,10 +160,10 @@ class Head:
                 self.ended(Ended(who, status, secondary, str(message.get("left_open", "")), host=peer.host))
             case {"kind": "interrupted", "number": int(number)}, Peer():
                 self.interrupted(number)
-            case _:  # another version's, or a stranger's
+            case _:  # another version's, or no launcher's
                 pass
 
-    def _greeted(self, link: Link, message: Message, node: int, ranks: range) -> None:
+    def _introduced(self, link: Link, message: Message, node: int, ranks: range) -> None:
         place = self.job.several
         assert place is not None
         mine = {"version": VERSION, "--nnodes": place.nodes, "ranks": place.world_size}
@@ -178,15 +178,15 @@ class Head:
         if text:
             link.send(kind="refused", text=f"node 0: {text}.", code=2)
             return
-        self._strangers.remove(link)
+        self._unidentified.remove(link)
         self._peers[node] = Peer(link, node, str(message.get("host")), ranks)
 
-    def _lost(self, link: Link) -> None:
-        if link in self._strangers:
-            self._strangers.remove(link)
+    def _disconnected(self, link: Link) -> None:
+        if link in self._unidentified:
+            self._unidentified.remove(link)
             return
         peer = next(peer for peer in self._peers.values() if peer.link is link)
-        peer.gone = True
+        peer.is_gone = True
         if self._listener is not None and not self.complete:  # it may come again: its launcher was started anew
             del self._peers[peer.node]
             return
@@ -200,31 +200,31 @@ class Member:
     Attributes:
         reactor: waits for node 0.
         job: of this host.
-        told_to_signal: called with a signal that the ranks here shall get.
-        told_to_restart: called with a rank here that shall be started again, and the number of that restart.
-        lost: called when node 0 is gone.
+        signal_ranks: called with a signal that the ranks here shall get.
+        restart_rank: called with a rank here that shall be started again, and the number of that restart.
+        abandoned: called when node 0 is gone.
         started: the job's name and the service's address, once node 0 has sent them.
         refusal: why the job can't begin.
         exit: the job's exit code and its cause, once node 0 has sent them.
-        alone: whether node 0 is gone.
+        head_is_gone: whether node 0 is gone.
     """
 
     reactor: Reactor
     job: Job
-    told_to_signal: Callable[[int], None]
-    told_to_restart: Callable[[int, int], None]
-    lost: Callable[[], None]
+    signal_ranks: Callable[[int], None]
+    restart_rank: Callable[[int, int], None]
+    abandoned: Callable[[], None]
     started: tuple[str, str] | None = None
     refusal: LaunchError | None = None
     exit: tuple[int, str] | None = None
-    alone: bool = False
+    head_is_gone: bool = False
     _link: Link | None = None
 
     def connect(self, stop: Callable[[], bool]) -> None:
-        """Reach node 0, and say hello; returns without where `stop` holds.
+        """Connect to node 0, and introduce this node; returns without where `stop` holds.
 
         Raises:
-            LaunchError: nobody came in time.
+            LaunchError: node 0 could not be reached in time.
         """
         place = self.job.several
         assert place is not None
@@ -239,7 +239,7 @@ class Member:
                 reason = error.strerror or str(error)
                 self.reactor.pump(stop, _PAUSE_S)
                 continue
-            self._link = Link(self.reactor, connection, self._received, self._lost)
+            self._link = Link(self.reactor, connection, self._received, self._disconnected)
             self._link.send(
                 kind="hello",
                 node=place.node,
@@ -257,7 +257,7 @@ class Member:
     @property
     def linked(self) -> bool:
         """Whether node 0 is there and decides."""
-        return self._link is not None and not self.alone
+        return self._link is not None and not self.head_is_gone
 
     def unable(self, error: LaunchError) -> None:
         """Say that the ranks here can't be started."""
@@ -288,15 +288,15 @@ class Member:
             case {"kind": "refused", "text": str(text), "code": int(code)}:
                 self.refusal = LaunchError(text, code)
             case {"kind": "signal", "number": int(number)}:
-                self.told_to_signal(number)
+                self.signal_ranks(number)
             case {"kind": "restart", "rank": int(rank), "number": int(number)} if rank in self.job.local_ranks:
-                self.told_to_restart(rank, number)
+                self.restart_rank(rank, number)
             case {"kind": "exit", "code": int(code), "cause": str(cause)}:
                 self.exit = code, cause
             case _:
                 pass
 
-    def _lost(self, _: Link) -> None:
-        self.alone = True
+    def _disconnected(self, _: Link) -> None:
+        self.head_is_gone = True
         if self.exit is None:
-            self.lost()
+            self.abandoned()

@@ -114,7 +114,7 @@ class Outputs:
             Style.of(terminal=os.isatty(descriptor), timestamps=output.timestamps, environ=environ)
             for descriptor in (_STDOUT, _STDERR)
         )
-        self._says = f"bnlayer {job.program}:"  # in front of the launcher's own lines
+        self._label = f"bnlayer {job.program}:"  # in front of the launcher's own lines
         self._host = os.uname().nodename if job.several is not None else ""
         self._streams: list[Stream] = []
         self._logs = _opened(job, output.log_dir, self._write_on_screen) if output.log_dir is not None else {}
@@ -150,7 +150,7 @@ class Outputs:
         self._line(self._err.put, self._err_style, text)
 
     def _line(self, put: Callable[[bytes], None], style: Style, text: str) -> None:
-        _Screen(put, style, self._says, None).feed(f"{text}\n".encode())
+        _Screen(put, style, self._label, None).feed(f"{text}\n".encode())
 
     @property
     def written(self) -> bool:

@@ -81,7 +81,7 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
         starting.check(job, environ)
     if job.address is not None:
         reach(job.address, job.wait_s)
-    _stand_in()
+    _secure_standard_streams()
     run = _Run(job, output or Output(), environ)
     guardian = starting.start_guardian(run.folder, environ)
     try:
@@ -101,8 +101,8 @@ def launch(job: Job, output: Output | None = None, environ: Mapping[str, str] = 
     return run.exit_code()
 
 
-def _stand_in() -> None:
-    """Flush the standard streams; where one is closed, stand /dev/null in for it, lest a pipe take its number."""
+def _secure_standard_streams() -> None:
+    """Flush the standard streams; where one is closed, open /dev/null in its place, so that no pipe gets its number."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -124,7 +124,7 @@ class _Run:
             else None
         )
         self._host = os.uname().nodename if several else ""
-        self._said: set[str] = set()
+        self._announced: set[str] = set()
         self.supervision = Supervision(frozenset(), grace_s=job.grace_s, stop_s=job.stop_s, resumable=job.resumable)
         if job.elastic is not None and self._member is None:  # node 0 decides
             fewest = job.elastic.minimum if job.embeds_service else 1
@@ -143,7 +143,7 @@ class _Run:
             service_ended=self._service_ended,
         )
         self._finishing = False
-        self._impatient = False
+        self._interrupted = False
 
     # ---- start ----
 
@@ -211,10 +211,12 @@ class _Run:
             if member.linked:
                 member.unable(error)
             raise
-        self.reactor.pump(lambda: bool(member.started or member.refusal or member.alone or member.exit) or stop())
+        self.reactor.pump(
+            lambda: bool(member.started or member.refusal or member.head_is_gone or member.exit) or stop()
+        )
         if member.refusal is not None:
             raise member.refusal
-        if member.alone and member.exit is None and not stop():
+        if member.head_is_gone and member.exit is None and not stop():
             raise LaunchError("the launcher of node 0 ended before the job began.", 1)
         return None if stop() or member.exit else member.started
 
@@ -223,7 +225,7 @@ class _Run:
     def signalled(self, number: int) -> None:
         """The launcher got a signal."""
         if self._finishing:
-            self._impatient = True
+            self._interrupted = True
         elif number in _PASSED_ON:
             self._send_signal(number)
         else:
@@ -245,27 +247,27 @@ class _Run:
         """Node 0: a rank on another host has ended, or its launcher is gone."""
         if not self._finishing:
             if end.who <= LAUNCHER and not self.supervision.can_lose(end):
-                self._hurry()
+                self._shorten_grace()
             self._handle(end)
         elif end.who <= LAUNCHER:
-            self._hurry()
+            self._shorten_grace()
 
     def _abandoned(self) -> None:
         """Another node: the launcher of node 0 is gone."""
-        self._hurry()
+        self._shorten_grace()
         if self.supervision.phase in (Phase.RUNNING, Phase.GRACE):
             self._handle(Ended(LAUNCHER, -signal.SIGKILL))
             self.reactor.ring(_ABANDONED_S, lambda: self._handle(TimeUp()))
         else:
             self._send_signal(signal.SIGKILL)
 
-    def _hurry(self) -> None:
+    def _shorten_grace(self) -> None:
         grace_s = min(self.supervision.grace_s, _ABANDONED_S)
         self.supervision = replace(self.supervision, grace_s=grace_s, stop_s=None)
 
     def _service_ended(self, status: int) -> None:
         if not self._finishing:
-            self._handle(Ended(SERVICE, status or 1))  # even in peace: no rank can go on without it
+            self._handle(Ended(SERVICE, status or 1))  # even with code 0: no rank can go on without it
 
     def _handle(self, event: Event) -> None:
         before = self.supervision
@@ -292,7 +294,7 @@ class _Run:
         """Say how a process failed, and what becomes of the job."""
         counted = len(self.supervision.ended) > len(before.ended)
         if counted and end.failed and end.status not in self._job.explained:
-            self._said.add(str(end))
+            self._announced.add(str(end))
             self._outputs.announce(str(end))
             if end.status == 1 and self._advice is not None:  # an uncaught exception
                 self._outputs.announce(self._advice)
@@ -339,10 +341,10 @@ class _Run:
         self._finishing = True
         if self._head is not None:
             cause = self.supervision.cause
-            said = "" if cause is None or cause.status in self._job.explained else str(cause)
-            self._head.finish(self.supervision.exit_code(), said)
+            cause_text = "" if cause is None or cause.status in self._job.explained else str(cause)
+            self._head.finish(self.supervision.exit_code(), cause_text)
         elif self._member is not None:
-            if self._member.exit is not None and self._member.exit[1] not in self._said | {""}:
+            if self._member.exit is not None and self._member.exit[1] not in self._announced | {""}:
                 self._outputs.announce(self._member.exit[1])
             self._member.close()
         self._processes.stop_service()
@@ -354,4 +356,4 @@ class _Run:
             guardian.stdin.close()
         self.reactor.pump(lambda: swept[0], _SWEEP_S)
         self._outputs.close()
-        self.reactor.pump(lambda: self._impatient or self._outputs.written)
+        self.reactor.pump(lambda: self._interrupted or self._outputs.written)

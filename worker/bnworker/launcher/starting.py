@@ -173,7 +173,7 @@ def environment(job: Job, folder: Path, address: str | None, environ: Mapping[st
     Ranks that an outer launcher announced are taken out: these processes have others. So are credentials where the
     service is this job's own: it speaks plain text, and would be shown what is another service's.
     """
-    outer = {found.variable for found in announced(environ)} | {"PMIX_RANK", "BNLAYER_ADDRESS", VARIABLE, RESTARTED}
+    outer = {each.variable for each in announced(environ)} | {"PMIX_RANK", "BNLAYER_ADDRESS", VARIABLE, RESTARTED}
     if job.embeds_service:
         outer |= set(VARIABLES)
     inner = {name: value for name, value in environ.items() if name not in outer}
@@ -211,7 +211,7 @@ def check(job: Job, environ: Mapping[str, str]) -> None:
             refuse_credentials(shown)
     except CredentialsError as error:
         raise LaunchError(str(error)) from None
-    outer = next((found for found in announced(environ) if found.mpi), None)
+    outer = next((each for each in announced(environ) if each.mpi), None)
     if job.transport == "mpi" and outer is not None:
         raise LaunchError(
             f"{outer.source} started this process as rank {outer.rank}; mpiexec cannot run inside mpiexec. "

@@ -46,7 +46,7 @@ from bnworker.transports.service.events import (
     Abandon,
     Ask,
     Begin,
-    ChannelLost,
+    ChannelBroken,
     Disconnected,
     Event,
     Forked,
@@ -106,7 +106,7 @@ class Client:
         local_socket: whether to exchange over a local socket where the service is on this machine.
 
     Raises:
-        ServiceError: nobody listens there.
+        ServiceError: no service listens there.
         CollectiveError: the service refuses, or not all ranks joined in time.
 
     Attributes:
@@ -175,7 +175,7 @@ class Client:
         self._handle(OwnerVersion(layer, version))
 
     def close(self, reason: str | None) -> None:
-        """Say goodbye and hang up; never raises. None hangs up without a goodbye."""
+        """Leave, and close the connection; never raises. None closes it without a leave."""
         if reason is not None:
             self._handle(Leave(reason))
         while self.session.state is State.LEAVING:
@@ -206,7 +206,7 @@ class Client:
         try:
             answer = connection.channel.receive(turn)
         except (OSError, WireError):
-            self._handle(ChannelLost(connection.number))
+            self._handle(ChannelBroken(connection.number))
             return None
         if answer is not None:
             for action in self._handle(Received(connection.number, answer)):
@@ -239,7 +239,7 @@ class Client:
         try:
             connection.channel.send(action.requests)
         except OSError:
-            self._handle(ChannelLost(connection.number))
+            self._handle(ChannelBroken(connection.number))
 
     def _open(self, action: Open) -> None:
         stream = GrpcChannel(self._address, action.requests, self._connector.channel())

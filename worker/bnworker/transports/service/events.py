@@ -64,7 +64,7 @@ class OwnerVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class ChannelLost:
+class ChannelBroken:
     """Requests and answers can't travel on a connection any more; why it ends is not known yet."""
 
     connection: int
@@ -136,7 +136,7 @@ Event = (
     | Repeated
     | Received
     | OwnerVersion
-    | ChannelLost
+    | ChannelBroken
     | Disconnected
     | Refused
     | Probed

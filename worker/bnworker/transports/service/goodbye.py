@@ -1,6 +1,6 @@
-"""A goodbye: on which connection a rank has left, how long it waits for the answer, and what it says without one.
+"""Leaving a job: on which connection the leave was sent, how long its answer is waited for, what is logged without one.
 
-It knows nothing of how the goodbye travels, or is sent again: `session` does.
+How the leave is sent, and sent again, is in `session`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A way on which a rank's requests reach the service, and the answers come back: what one may do.
 
-Which one a connection uses is decided once, when the ranks have joined; nobody asks afterwards.
+Which one a connection uses is decided once, when the ranks have joined; nothing asks which one it is afterwards.
 """
 
 from __future__ import annotations

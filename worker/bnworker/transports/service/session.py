@@ -35,7 +35,7 @@ from bnworker.transports.service.events import (
     Abandon,
     Ask,
     Begin,
-    ChannelLost,
+    ChannelBroken,
     Disconnected,
     Event,
     Forked,
@@ -208,7 +208,7 @@ class Session:
             return [Send(self._connection, self.repetition.asked), Wake()]
         return [Wake()]
 
-    def _lose_channel(self, event: ChannelLost, now: float) -> list[Action]:
+    def _channel_broken(self, event: ChannelBroken, now: float) -> list[Action]:
         del now
         if event.connection != self._connection:
             return []
@@ -328,7 +328,7 @@ class Session:
             Repeated: _go_on,
             Received: _ignore,
             OwnerVersion: _note_version,
-            ChannelLost: _lose_channel,
+            ChannelBroken: _channel_broken,
             Disconnected: _disconnect,
             Refused: _fail,
             TimedOut: _time_out,
@@ -341,7 +341,7 @@ class Session:
             Joined: _ignore,
             Received: _receive,
             OwnerVersion: _note_version,
-            ChannelLost: _lose_channel,
+            ChannelBroken: _channel_broken,
             Disconnected: _disconnect,
             Refused: _fail,
             TimedOut: _time_out,
@@ -355,7 +355,7 @@ class Session:
             Repeated: _ignore,
             Received: _ignore,
             OwnerVersion: _note_version,
-            ChannelLost: _ignore,
+            ChannelBroken: _ignore,
             Disconnected: _disconnect,
             Refused: _fail,
             Probed: _judge_outage,
@@ -371,7 +371,7 @@ class Session:
             Repeated: _ignore,
             Received: _ignore,
             OwnerVersion: _ignore,
-            ChannelLost: _ignore,
+            ChannelBroken: _ignore,
             Disconnected: _disconnect,
             Refused: _fail_leaving,
             Probed: _judge_outage,
@@ -387,7 +387,7 @@ class Session:
             Repeated: _ignore,
             Received: _ignore,
             OwnerVersion: _ignore,
-            ChannelLost: _ignore,
+            ChannelBroken: _ignore,
             Disconnected: _ignore,
             Refused: _ignore,
             Probed: _ignore,
