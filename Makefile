@@ -49,7 +49,7 @@ LOCK := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup environments train test test-pure test-quick test-mpich test-openmpi test-keras test-adapters test-long \
-	test-pythons test-sanitized test-arm soak bench bench-full bench-docs what-works coverage format lint lint-native types types-adapters contracts stubs \
+	test-pythons test-sanitized test-arm soak bench bench-full bench-docs what-works coverage coverage-adapters format lint lint-native types types-adapters contracts stubs \
 	stubs-check docs package-test deploy-test image-test wheels lock clean ci
 
 help:  ## list the targets
@@ -163,6 +163,16 @@ test-keras: .venv-adapters/.ready  ## the layer beside Keras, JAX's autograd and
 
 test-adapters: .venv-adapters/.ready types-adapters  ## the adapters in torch, Keras, JAX and TensorFlow, and their types
 	.venv-adapters/bin/pytest $(SIDE_BY_SIDE) tests/adapters
+
+# By the tests of one process: those that start ranks need most of the time, and their programs in XLA's and TensorFlow's
+# threads are not traced.
+coverage-adapters: .venv-adapters/.ready  ## branch coverage of the adapters by their tests in one process
+	rm -rf out/adapters-coverage && mkdir -p out/adapters-coverage
+	.venv-adapters/bin/coverage run --rcfile=tests/adapters/coverage.ini -m pytest \
+		tests/adapters/test_torch.py tests/adapters/test_torch_wait.py tests/adapters/test_jax.py tests/adapters/test_keras.py \
+		-k "not (scenario or missing_exchange or are_torchs or training_is_torchs or none_is_torchs)"
+	.venv-adapters/bin/coverage combine --rcfile=tests/adapters/coverage.ini --quiet
+	.venv-adapters/bin/coverage report --rcfile=tests/adapters/coverage.ini
 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest $(PURE)
