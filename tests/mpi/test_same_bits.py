@@ -16,7 +16,7 @@ def one_process() -> same_bits.Seen:
     return same_bits.train(Alone())
 
 
-@pytest.mark.parametrize("world_size", sorted(same_bits.SHARDS))
+@pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_ranks_do_not_change_the_result(world_size: int, one_process: same_bits.Seen, tmp_path: Path) -> None:
     """Outputs, gradients, moving statistics and grids, over five steps of every family; a rank without a row too."""
     ended = mpi.run(world_size, same_bits.__file__, tmp_path, limit_s=200)

@@ -56,7 +56,7 @@ def run(address: str, world_size: int, folder: Path, *arguments: str) -> None:
             rank.communicate()
 
 
-@pytest.mark.parametrize("world_size", sorted(same_bits.SHARDS))
+@pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_ranks_can_not_be_seen(world_size: int, one_process: same_bits.Seen, address: str, tmp_path: Path) -> None:
     """Outputs, gradients, moving statistics and grids, over five steps of every family; a rank without a row too."""
     run(address, world_size, tmp_path)
