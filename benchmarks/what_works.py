@@ -122,7 +122,7 @@ def measured(row: Row) -> dict[str, Cell]:
         # What comes after a failure is what the framework makes of it, if it was told; else it is started anew.
         began = [name for name in left if not all(_left_nothing(each) for each in found[name])] or left[:1]
         for name in began:
-            cells[name] = _judged(row, CASES[name], found[name])
+            cells[name] = _verdict(row, CASES[name], found[name])
             print(f"{row.key:28} {name:12} {_line(cells[name])}", flush=True)
     return cells
 
@@ -204,7 +204,7 @@ def _left_nothing(outcome: Any) -> bool:
     return isinstance(outcome, Failed) and outcome.at == float("inf")
 
 
-def _judged(row: Row, case: Case, found: list[Any]) -> Cell:
+def _verdict(row: Row, case: Case, found: list[Any]) -> Cell:
     failed = [each for each in found if isinstance(each, Failed)]
     if failed:
         first = min(failed, key=lambda each: each.at)  # the others were told of it, or had to be ended

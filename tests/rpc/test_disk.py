@@ -24,7 +24,7 @@ from bnworker.transports.service import ServiceTransport
 pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
 _X = np.arange(3000, dtype=np.float32).reshape(2, 1500)
-_PATIENCE_S = 150.0
+_LIMIT_S = 150.0
 
 
 class _Daemon:
@@ -53,7 +53,7 @@ class _Daemon:
 
     def until(self, pattern: str) -> None:
         """Wait for a line of the log."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _LIMIT_S
         while not any(re.search(pattern, line) for line in self.log):
             assert time.monotonic() < deadline, (pattern, self.log)
             time.sleep(0.01)

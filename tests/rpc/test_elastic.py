@@ -31,7 +31,7 @@ def test_ranks_are_killed(kills: int, tmp_path: Path) -> None:
     assert len(parts.killed) == kills
     assert parts.digests == alone.digests
     assert parts.err.count("it is started again (restart ") == kills
-    assert max(int(str(line["generation"])) for line in parts.told if "generation" in line) > kills
+    assert max(int(str(line["generation"])) for line in parts.lines if "generation" in line) > kills
 
 
 @pytest.mark.fault

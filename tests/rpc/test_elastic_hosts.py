@@ -43,8 +43,8 @@ def test_a_host_is_lost(what: str, count: int, pair: list[Host], tmp_path: Path)
     story = elastic_hosts.run(tmp_path / "parts", pair, what, plan, steps)
     print(f"from each loss to the next step: {', '.join(f'{gap:.2f}' for gap in story.gaps)} s")
     assert story.codes == [0, 0], story.stranded
-    assert {line["ends"] for line in story.told if "ends" in line} == alone.digests
-    generations = [line for line in story.told if "generation" in line]
+    assert {line["ends"] for line in story.lines if "ends" in line} == alone.digests
+    generations = [line for line in story.lines if "generation" in line]
     for number in {line["generation"] for line in generations}:
         members = [line for line in generations if line["generation"] == number]
         assert sorted(line["rank"] for line in members) == list(range(members[0]["ranks"])), members

@@ -25,7 +25,7 @@ from bnlayer import PeerLostError
 from bnserver.authorization import Role, entry
 from bnworker import World
 from support.authorities import Authority
-from support.looking_on import LONG_S, joined, paired, told, train, until
+from support.looking_on import LONG_S, joined, logged_url, paired, train, until
 
 pytestmark = pytest.mark.rpc
 
@@ -69,7 +69,7 @@ def test_a_scrape_says_who_waits_for_whom(serve: Callable[..., Any], tmp_path: P
     """By rank, while it happens; and everything that Prometheus' own linter knows is right."""
     log = tmp_path / "log"
     service = serve("--metrics", "127.0.0.1:0", "--log-file", str(log), "--state-dir", str(tmp_path / "state"))
-    url = told(log, "metrics: ")
+    url = logged_url(log, "metrics: ")
     assert [name for (name, _), value in _scrape(url)[1].items() if "job_" in name or "rank" in name] == []
     go = threading.Event()
 
@@ -123,7 +123,7 @@ def test_a_lost_rank_is_counted_and_named(serve: Callable[..., Any], tmp_path: P
     log = tmp_path / "log"
     flags = ("--state-dir", str(tmp_path / "state"), "--metrics", "127.0.0.1:0", "--dashboard", "127.0.0.1:0")
     service = serve(*flags, "--log-file", str(log))
-    url = told(log, "metrics: ")
+    url = logged_url(log, "metrics: ")
 
     def second() -> None:
         with suppress(ZeroDivisionError), joined(service.address, 1, 2) as world:
@@ -139,7 +139,7 @@ def test_a_lost_rank_is_counted_and_named(serve: Callable[..., Any], tmp_path: P
     assert _value(samples, "ended_generations_total", reason="PEER_LOST") == 1
     assert (_value(samples, "failed_streams_total", reason="PEER_LOST") or 0) >= 1
     assert (_value(samples, "state_dir_free_bytes") or 0) > 0
-    page = told(log, "dashboard: ")
+    page = logged_url(log, "dashboard: ")
     until(lambda: bool(_event(page)["failures"]))
     (failure,) = _event(page)["failures"]
     assert (failure["job"], failure["generation"], failure["reason"]) == ("job", 1, "PEER_LOST")
@@ -158,7 +158,7 @@ def test_metrics_ask_for_what_the_service_asks_for(serve: Callable[..., Any], tm
     )
     flags = (*authority.flags(), "--tokens", str(tokens), "--metrics", "127.0.0.1:0", "--log-file", str(log))
     service = serve(*flags)
-    url = told(log, "metrics: ")
+    url = logged_url(log, "metrics: ")
     assert url.startswith("https://127.0.0.1:")
     with joined(service.address, job="team-1", credentials=authority.credentials(token="ops-secret")):
         seen = {
@@ -182,7 +182,7 @@ def test_who_connects_to_the_metrics_and_is_mute_holds_up_nobody(serve: Callable
     """Eight may; one more is sent away at once, and when they are gone, or have been silent for 5 s, there is room."""
     log = tmp_path / "log"
     service = serve("--metrics", "127.0.0.1:0", "--log-file", str(log))
-    url = told(log, "metrics: ")
+    url = logged_url(log, "metrics: ")
     host, _, port = url.removeprefix("http://").removesuffix("/metrics").partition(":")
     mute = [socket.create_connection((host, int(port)), timeout=LONG_S) for _ in range(8)]
     with socket.create_connection((host, int(port)), timeout=LONG_S) as ninth:
@@ -213,7 +213,7 @@ def test_who_connects_to_the_page_and_asks_for_nothing_is_closed(serve: Callable
     """Mute, or with half a request; the 129th at once. They took viewers' places and files of the service for ever."""
     log = tmp_path / "log"
     service = serve("--dashboard", "127.0.0.1:0", "--log-file", str(log))
-    url = told(log, "dashboard: ")
+    url = logged_url(log, "dashboard: ")
     host, _, port = url.removeprefix("http://").strip("/").partition(":")
     with ExitStack() as open_ones:
 
@@ -273,7 +273,7 @@ def test_the_page_shows_a_running_job(serve: Callable[..., Any], tmp_path: Path)
     """Ranks, layers and their statistics, as they are now; and every file that a browser then asks for."""
     log = tmp_path / "log"
     service = serve("--dashboard", "127.0.0.1:0", "--log-file", str(log))
-    url = told(log, "dashboard: ")
+    url = logged_url(log, "dashboard: ")
     go = threading.Event()
 
     def second(world: World) -> None:
@@ -318,7 +318,7 @@ def test_the_page_asks_for_what_the_service_asks_for(serve: Callable[..., Any], 
     )
     flags = (*authority.flags(), "--tokens", str(tokens), "--dashboard", "127.0.0.1:0", "--log-file", str(log))
     service = serve(*flags)
-    url = told(log, "dashboard: ")
+    url = logged_url(log, "dashboard: ")
     assert url.startswith("https://")
 
     def seen(name: str) -> list[str]:

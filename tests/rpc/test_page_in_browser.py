@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from bnlayer import BatchNormalization, PeerLostError
 from bnserver.authorization import Role, entry
 from support.authorities import Authority
-from support.looking_on import LONG_S, X, joined, told, train, until
+from support.looking_on import LONG_S, X, joined, logged_url, train, until
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault]
 
@@ -83,7 +83,7 @@ def test_a_job_is_seen_drifts_and_loses_a_rank(browser: Browser, serve: Callable
     """From two ranks and a quiet layer to an alarm, and to the name of the rank that was killed."""
     log = tmp_path / "log"
     service = serve("--dashboard", "127.0.0.1:0", "--log-file", str(log))
-    url, shift, lost = told(log, "dashboard: "), [0.0], threading.Event()
+    url, shift, lost = logged_url(log, "dashboard: "), [0.0], threading.Event()
 
     def first() -> None:
         try:
@@ -167,7 +167,7 @@ def test_the_page_asks_for_a_token(browser: Browser, serve: Callable[..., Any], 
     with (
         joined(service.address, job="team-1", credentials=credentials) as world,
         joined(service.address, job="other", credentials=credentials),
-        opened(browser, told(log, "dashboard: "), reported=[_UNAUTHORIZED] * 2, ignore_https_errors=True) as page,
+        opened(browser, logged_url(log, "dashboard: "), reported=[_UNAUTHORIZED] * 2, ignore_https_errors=True) as page,
     ):
         train(world, 1)
         expect(page.locator("#status")).to_have_text("a token is needed")

@@ -51,22 +51,22 @@ def _world(
 
 def _refused(address: str, credentials: Credentials = NONE, job: str = "job") -> str:
     """What both ranks of a job are told; a rank that waited for its timeout would outlast the test's own."""
-    told: list[str] = []
+    texts: list[str] = []
 
     def join(rank: int) -> None:
         try:
             _world(address, credentials, job, rank, 2)
         except ServiceError as error:
-            told.append(str(error))
+            texts.append(str(error))
 
     ranks = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(_LONG_S / 2)
-    assert len(told) == 2
-    assert told[0] == told[1]
-    return told[0]
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
+    return texts[0]
 
 
 def _tokens(path: Path) -> list[str]:

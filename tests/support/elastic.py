@@ -34,26 +34,26 @@ class Run:
 
     Attributes:
         code: the launcher's.
-        told: what the ranks told.
+        lines: what the ranks printed, as JSON.
         err: what the launcher and the ranks wrote besides.
         killed: when each planned kill was done, and in which generation.
     """
 
     code: int
-    told: list[dict[str, object]]
+    lines: list[dict[str, object]]
     err: str
     killed: list[tuple[float, int]]
 
     @property
     def digests(self) -> set[object]:
         """Of the state with which the ranks ended."""
-        return {line["ends"] for line in self.told if "ends" in line}
+        return {line["ends"] for line in self.lines if "ends" in line}
 
     @property
     def gaps(self) -> list[float]:
         """Seconds from each kill until all that were left had made another step."""
         times: dict[int, float] = {}
-        for line in self.told:
+        for line in self.lines:
             if "goes_on" in line:
                 number = int(str(line["goes_on"]))
                 times[number] = max(times.get(number, 0.0), float(str(line["time"])))
@@ -80,7 +80,7 @@ def run(folder: Path, ranks: int, elastic: str, steps: int, kills: list[Kill], *
         timeout=200 + 30 * len(kills),
         check=False,
     )
-    told = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if "] {" in line]
+    lines = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if "] {" in line]
     marks = sorted(folder.glob("kill-*"), key=lambda mark: int(mark.name.removeprefix("kill-")))
     killed = [mark.read_text().split() for mark in marks]
-    return Run(done.returncode, told, done.stderr, [(float(when), int(generation)) for when, generation in killed])
+    return Run(done.returncode, lines, done.stderr, [(float(when), int(generation)) for when, generation in killed])

@@ -35,14 +35,14 @@ class Story:
 
     Attributes:
         codes: of the launchers that were not killed.
-        told: what the ranks told.
+        lines: what the ranks printed, as JSON.
         gaps: seconds from each loss until the others had made another step.
         without: the generations that the others formed without the host that was lost.
         stranded: what the ranks wrote that were lost and lived on.
     """
 
     codes: list[int] = field(default_factory=list)
-    told: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     without: list[int] = field(default_factory=list)
     stranded: str = ""
@@ -84,7 +84,7 @@ def run(folder: Path, on: Sequence[Host], what: str, plan: list[Kill], steps: in
                     theirs.connect()
                     other = start(theirs, _OURS)
             story.codes = [stays.end(), other.end()]
-            story.told = [line for each in started for line in _told(each.out.all())]
+            story.lines = [line for each in started for line in _lines(each.out.all())]
             story.stranded = other.err.all()
         finally:
             for each in started:
@@ -106,7 +106,7 @@ def _gone_on(stays: Running, last: int) -> list[dict[str, Any]]:
     """What those that are left tell of their first step without the others."""
     deadline = time.monotonic() + _LIMIT_S
     while True:
-        lines = [line for line in _told(stays.out.so_far()) if line.get("goes_on", 0) > last]
+        lines = [line for line in _lines(stays.out.so_far()) if line.get("goes_on", 0) > last]
         for number in sorted({line["goes_on"] for line in lines}):
             first = [line for line in lines if line["goes_on"] == number]
             if len(first) == _OURS:
@@ -115,6 +115,6 @@ def _gone_on(stays: Running, last: int) -> list[dict[str, Any]]:
         time.sleep(0.01)
 
 
-def _told(text: str) -> list[dict[str, Any]]:
+def _lines(text: str) -> list[dict[str, Any]]:
     whole = text.rpartition("\n")[0].splitlines()
     return [json.loads(line.partition(" ")[2]) for line in whole if "] {" in line]

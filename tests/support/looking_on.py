@@ -51,7 +51,7 @@ def train(world: World, steps: int, begin: int = 0) -> BatchNormalization:
     return layer
 
 
-def told(log: Path, what: str) -> str:
+def logged_url(log: Path, what: str) -> str:
     """The last word of a line of the log."""
     (line,) = [line for line in log.read_text(encoding="utf-8").splitlines() if what in line]
     return line.split()[-1]

@@ -26,25 +26,25 @@ def _ranks(name: str, seen: dict[str, Array]) -> list[Any]:
 def test_a_cell_is_judged_by_its_results(name: str) -> None:
     """The bits of one process; the formula within 1e-5; anything else is wrong, and an error is what it says."""
     case, seen = CASES[name], of_one_process(CASES[name], unbiased=False)
-    assert what_works._judged(_NUMPY, case, _ranks(name, seen))["verdict"] == "exact"
+    assert what_works._verdict(_NUMPY, case, _ranks(name, seen))["verdict"] == "exact"
     near = {key: value * np.float32(1 + 2e-6) for key, value in seen.items()}
-    assert what_works._judged(_NUMPY, case, _ranks(name, near))["verdict"] == "right"
+    assert what_works._verdict(_NUMPY, case, _ranks(name, near))["verdict"] == "right"
     for key in ("y 2", "dx 0", "moving mean", "moving variance"):
-        wrong = what_works._judged(_NUMPY, case, _ranks(name, {**seen, key: seen[key] + np.float32(1e-3)}))
+        wrong = what_works._verdict(_NUMPY, case, _ranks(name, {**seen, key: seen[key] + np.float32(1e-3)}))
         assert wrong["verdict"] == "wrong", key
-        missing = what_works._judged(_NUMPY, case, _ranks(name, {**seen, key: seen[key] * np.nan}))
+        missing = what_works._verdict(_NUMPY, case, _ranks(name, {**seen, key: seen[key] * np.nan}))
         assert missing["verdict"] == "wrong", key
     one, two = _ranks(name, seen)
-    drifted = what_works._judged(_NUMPY, case, [one, {**two, "moving mean": two["moving mean"] + np.float32(1)}])
+    drifted = what_works._verdict(_NUMPY, case, [one, {**two, "moving mean": two["moving mean"] + np.float32(1)}])
     assert drifted["verdict"] == "wrong", "the ranks differ"
     told = what_works.Failed("RuntimeError: the other rank closed the connection", at=2.0)
     failed = what_works.Failed("ValueError: not on a CPU\nmore", at=1.0)
-    assert what_works._judged(_NUMPY, case, [told, failed]) == {
+    assert what_works._verdict(_NUMPY, case, [told, failed]) == {
         "verdict": "refused",
         "error": "ValueError: not on a CPU",
     }
     ended = what_works.Failed("still waiting after 300 s", hangs=True)
-    assert what_works._judged(_NUMPY, case, [one, ended])["verdict"] == "hangs"
+    assert what_works._verdict(_NUMPY, case, [one, ended])["verdict"] == "hangs"
 
 
 def test_the_page_has_the_measured_table() -> None:

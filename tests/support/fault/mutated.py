@@ -158,7 +158,7 @@ class _End:
         del self._exchanges._connections[self.connection.number]
         self.connection.disconnected()
 
-    def told(self) -> list[pb.ExchangeResponse | StatusParts | None]:
+    def received(self) -> list[pb.ExchangeResponse | StatusParts | None]:
         """What has come."""
         self.stream.unread = 0
         return [self.stream.outgoing.get_nowait() for _ in range(self.stream.outgoing.qsize())]
@@ -173,7 +173,7 @@ class _Healthy:
         for rank, end in enumerate(self._ends):
             end.say(framed(_join("healthy", rank, 2)))
         for end in self._ends:
-            end.told()
+            end.received()
 
     def exchanged(self) -> list[object]:
         """All that both ranks are told in a reduction, and by the owner after a push."""
@@ -188,7 +188,7 @@ class _Healthy:
         )
         self._ends[0].say(framed(_push(state, self._steps)))
         self._ends[1].say(framed(pb.ExchangeRequest(pull=pb.Pull(layer="a"))))
-        said = [message for end in self._ends for message in end.told()]
+        said = [message for end in self._ends for message in end.received()]
         assert len(said) == 4, said
         return [
             message.SerializeToString(deterministic=True) if isinstance(message, pb.ExchangeResponse) else repr(message)
@@ -209,7 +209,7 @@ def _visit(exchanges: Servicer, random: Random, seeds: list[bytes], outcome: Out
         listens = end.say(_mutated(random, seeds))
         outcome.messages += 1
     end.hang_up()
-    for message in end.told():
+    for message in end.received():
         if isinstance(message, StatusParts):
             outcome.codes[message.code.name] += 1
             if message.code.name not in _CODES:

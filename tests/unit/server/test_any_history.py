@@ -26,7 +26,7 @@ from support.history import SIGNATURE, Process, bits, next_of, truth
 
 _WORLD = 4
 _TIMEOUT_S = 5.0
-_PATIENCE = LivenessTimeouts(lease=1.0, away=0.5)
+_TIMEOUTS = LivenessTimeouts(lease=1.0, away=0.5)
 _RANKS = st.integers(0, _WORLD - 1)
 _ORDERS = st.permutations(range(_WORLD))
 
@@ -36,7 +36,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.service = Service(timeouts=_PATIENCE)
+        self.service = Service(timeouts=_TIMEOUTS)
         self.numbers = itertools.count(1)
         self.now = 0.0
         self.ranks: dict[int, Process] = {}
@@ -189,7 +189,7 @@ class AnyHistory(RuleBasedStateMachine):
             return
         records = self.service.records("j") if shortened else self.written
         before = {name: bits(state) for name, state in self.service.states("j").items()}
-        self.service = Service({"j": records}, _PATIENCE, self.now)
+        self.service = Service({"j": records}, _TIMEOUTS, self.now)
         assert {name: bits(state) for name, state in self.service.states("j").items()} == before
         for process in self.ranks.values():
             process.stream = None

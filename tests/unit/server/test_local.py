@@ -132,10 +132,10 @@ def test_many_small_messages_are_handled_a_few_at_a_time() -> None:
         handled = most = 0
         while handled < number:
             await asyncio.sleep(0)  # one turn of the loop
-            came = it.events.qsize()
-            for _ in range(came):
+            arrived = it.events.qsize()
+            for _ in range(arrived):
                 assert it.events.get_nowait() == Pull(1, "a")
-            handled, most = handled + came, max(most, came)
+            handled, most = handled + arrived, max(most, arrived)
         assert most <= 2 * _AT_ONCE
         ours.close()
         assert await it.events.get() == ConnectionEnded(1)

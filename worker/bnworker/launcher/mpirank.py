@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_PATIENCE_S = 5.0  # the launcher's grace
+_GRACE_S = 5.0  # the launcher's grace
 _PAUSE_S = 0.01
 _PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _signalled: list[int] = []  # signals that came
@@ -62,7 +62,7 @@ def _redirect(folder: Path, rank: str) -> int:
 
 def _wait_for_the_cause(folder: Path, ranks: range) -> None:
     """Return when every rank has ended or is marked as failing because of another, or a signal ends the wait."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _GRACE_S
     while time.monotonic() < deadline and not _signalled:
         if all((folder / f"{rank}.ended").exists() or (folder / f"{rank}.peer-failure").exists() for rank in ranks):
             return
