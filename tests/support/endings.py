@@ -37,7 +37,7 @@ class Ending:
         code: the launcher's exit code; for kill -9 of the launcher itself, what a shell says.
         body: what the ranks do once they have joined, as `w`.
         act: what is done to the job.
-        says: patterns that stderr must hold; without "bnlayer launch: " in front.
+        messages: patterns that stderr must hold; without "bnlayer launch: " in front.
         never: a pattern that neither output may hold.
         shows: what stdout must hold.
         service: what alone the job's service may say; "" if nothing.

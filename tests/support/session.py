@@ -56,7 +56,7 @@ class Play:
     """The service, its ranks, and all that is on its way between them.
 
     Args:
-        programs: of the ranks, given their number.
+        program: makes that of a rank, given its number.
         local: which ranks have a local socket.
     """
 

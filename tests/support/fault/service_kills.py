@@ -48,7 +48,7 @@ class Blow:
         number: from 0.
         exchanges: how many come before, since it listened last.
         delay: seconds after that.
-        again: seconds after its restart at which it is killed once more; None: it is not.
+        second_kill: seconds after its restart at which it is killed once more; None: it is not.
         stopped: seconds for which it is stopped, instead of being killed; None: it is killed.
     """
 

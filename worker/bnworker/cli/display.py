@@ -116,7 +116,7 @@ def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     """Show how a model does; class by class where there are few classes.
 
     Args:
-        found: what `bnlayer evaluate --json` prints.
+        evaluation: what `bnlayer evaluate --json` prints.
     """
     out = console()
     rows = _ROWS_OF[evaluation["split"]]
