@@ -132,8 +132,7 @@ def from_options(declaration: type[T], options: Mapping[str, str | bool]) -> T:
     values = {}
     for entry in declared(declaration):
         if (text := options.get(option(entry.name))) is not None:
-            written = entry.setting.written
-            values[entry.name] = read(entry, text if written is None else written(text))
+            values[entry.name] = read(entry, text)
     return declaration(**values)
 
 
