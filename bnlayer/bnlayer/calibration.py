@@ -122,8 +122,7 @@ def _some(channels: list[int]) -> str:
 def _assign(layer: BatchNormalization, mean: NDArray[np.float64], variance: NDArray[np.float64]) -> None:
     state = layer.state
     old = state.moving
-    moving = replace(
-        old,
+    moving = old._replace(
         mean=mean.astype(old.mean.dtype),
         variance=variance.astype(old.variance.dtype),
         stddev=None if old.stddev is None else np.sqrt(variance + layer.epsilon).astype(old.stddev.dtype),

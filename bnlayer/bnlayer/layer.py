@@ -197,12 +197,11 @@ class BatchNormalization(Member):
         if self._renorm is not None or self._observer is not None:
             return None
         trained = passes().train_alone(view, before.forward, self._call(before.moving, view))
-        if trained is None or trained.mean is None or trained.variance is None or trained.scale is None:
+        if trained is None or trained.mean is None or trained.variance is None:
             return None
-        moving = Moving(trained.mean, trained.variance) if update_moving else None
-        self._keep(before.after_forward(trained.statistics, before.forward, moving))
+        self._keep(before.moved_to(Moving(trained.mean, trained.variance)) if update_moving else before)
         signature, step = self._signature(), driver.done_alone(Direction.FORWARD)
-        saved = SavedTraining(driver, signature, step, view, b"", trained.statistics, trained.scale, None, None)
+        saved = SavedTraining(driver, signature, step, view, b"", trained.found, trained.scale_C, None, None)
         return trained.y, saved
 
     @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in
@@ -248,9 +247,12 @@ class BatchNormalization(Member):
 
     def _keep(self, after: LayerState) -> LayerState:
         """Commit the state after an exchange, which carried all that was set before."""
-        self._kept = after
-        for variable, vector in zip(self._moving, after.moving.values, strict=True):
-            variable.take(vector)
+        self._kept, moving = after, after.moving
+        self.moving_mean.take(moving.mean)
+        self.moving_variance.take(moving.variance)
+        if moving.stddev is not None:
+            for variable, vector in zip(self._moving, moving.values, strict=True):
+                variable.take(vector)
         self._changes_announced()
         return after
 

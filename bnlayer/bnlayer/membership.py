@@ -44,12 +44,18 @@ class Member(Definition):
             channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
             grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
             state = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
-        elif not all(map(is_, [variable.value for variable in self._moving], state.moving.values)):
+        elif not self._holds(state.moving):
             # A variable was assigned to.
             state = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
             self._state_set = True
         self._kept = state
         return state
+
+    def _holds(self, moving: Moving) -> bool:
+        """Whether these are the arrays that the variables hold."""
+        if moving.stddev is None:  # nearly always, and at every call
+            return self.moving_mean.value is moving.mean and self.moving_variance.value is moving.variance
+        return all(map(is_, [variable.value for variable in self._moving], moving.values))
 
     def restore(self, state: LayerState) -> None:
         """Take over moving statistics and grids. As with a training call, every rank must do it, with the same values.

@@ -6,7 +6,7 @@ Both apply it to the same reduced limbs, so a rank's mirror and the owner's valu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,7 @@ Vector = NDArray[Any]
 _NAMES = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
-@dataclass(frozen=True, eq=False)
-class Moving:
+class Moving(NamedTuple):
     """What a layer remembers of its batches, each (C,), in the variable dtype.
 
     Attributes:

@@ -20,7 +20,7 @@ from bnlayer.collective import Direction, LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.gradients import Gradients
 from bnlayer.grid import BackwardGrid
-from bnlayer.kernels.results import BatchStatistics
+from bnlayer.kernels.results import BatchStatistics, Record
 from bnlayer.tiling import passes, passes_of
 from bnlayer.view import View
 
@@ -65,8 +65,8 @@ class SavedTraining:
         step: the call's, among the training calls of these ranks.
         view: the batch, in the caller's memory.
         seen: a sample of it, taken at the call.
-        statistics: of the global batch.
-        scale_C: γs, or γrs with renorm: what multiplies the centered input.
+        found: the statistics of the global batch.
+        scale: γs, or γrs with renorm: what multiplies the centered input; None: γs, and the record has it.
         r_C, d_C: the corrections of renorm; None without.
     """
 
@@ -75,8 +75,8 @@ class SavedTraining:
     step: int
     view: View
     seen: bytes
-    statistics: BatchStatistics
-    scale_C: NDArray[Any]
+    found: BatchStatistics | Record
+    scale: NDArray[Any] | None
     r_C: NDArray[np.float64] | None
     d_C: NDArray[np.float64] | None
 
@@ -84,6 +84,19 @@ class SavedTraining:
     def shape(self) -> tuple[int, ...]:
         """Of the output."""
         return self.view.shape
+
+    @property
+    def statistics(self) -> BatchStatistics:
+        """Of the global batch."""
+        return self.found.statistics if isinstance(self.found, Record) else self.found
+
+    @property
+    def scale_C(self) -> NDArray[Any]:
+        """What multiplies the centered input."""
+        if self.scale is None:
+            assert isinstance(self.found, Record)
+            return self.found.scale
+        return self.scale
 
     @property
     def was_written_to(self) -> bool:
@@ -99,12 +112,12 @@ class SavedTraining:
         changes: Changes | None = None,
     ) -> Pulled:
         """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
-        view, statistics = self.view, self.statistics
+        view, statistics, scale_C = self.view, self.statistics, self.scale_C
         seen = view.alike(dy)
         if self.driver.alone and grid.known and self.r_C is None and not view.passes:
             # As forward: in one crossing, 26 µs instead of 47 at (32, 64), where nobody is to be agreed with. This
             # rank's share of the gradients is all of them.
-            pulled = passes().pull_alone(seen, view, grid, statistics, self.scale_C, dtype)
+            pulled = passes().pull_alone(seen, view, grid, statistics, scale_C, dtype)
             if pulled is not None and pulled.dx is not None:
                 self.driver.done_alone(Direction.BACKWARD)
                 return Pulled(view.restore(pulled.dx), pulled.gradients.gamma, pulled.gradients.beta, grid)
@@ -114,7 +127,7 @@ class SavedTraining:
             limbs: NDArray[np.int64], grid: BackwardGrid, accepted: bool
         ) -> tuple[Gradients, NDArray[np.bool_] | None]:
             nonlocal dx
-            arguments = seen, view, limbs, grid, statistics, self.scale_C, dtype
+            arguments = seen, view, limbs, grid, statistics, scale_C, dtype
             gradients, refused, dx = passes().finish_backward(*arguments, accepted=accepted)
             return gradients, refused
 
@@ -127,7 +140,7 @@ class SavedTraining:
             # With renorm the output is γ·(x̂·r + d) + β, and neither r nor d is differentiated.
             gamma = gamma * self.r_C + summed.beta * self.d_C
         if dx is None:
-            coefficients = statistics.rounded_mean, total.rounded_offset, total.rounded_slope, self.scale_C
+            coefficients = statistics.rounded_mean, total.rounded_offset, total.rounded_slope, scale_C
             dx = passes_of(view).input_gradient(seen, view, *coefficients, total.nonfinite, dtype)
         return Pulled(view.restore(dx), gamma, summed.beta, result.grid)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,8 +22,7 @@ def flat_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
     return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class View:
+class View(NamedTuple):
     """A batch as (A, C, B): the axes before the channels, the channels, the axes after them.
 
     A contiguous batch is not copied; another one is, once.
@@ -36,10 +34,14 @@ class View:
         shape: the batch's own.
     """
 
-    passes: ClassVar[Any] = None  # what passes over it, in place of `bnlayer.tiling`
     x: NDArray[Any]
     mask: Mask
     shape: tuple[int, ...]
+
+    @property
+    def passes(self) -> Any:
+        """What passes over it, in place of `bnlayer.tiling`; None for none."""
+        return None
 
     @classmethod
     def of(cls, x: NDArray[Any], axis: int, mask: ArrayLike | None) -> View:

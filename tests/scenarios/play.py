@@ -150,7 +150,7 @@ class Scene:
         """A rank sets the moving mean of its mirror; with `grid=none`, its state was never probed."""
         mirror = self._ranks[name].layers[options["layer"]]
         mean = numbers(options["mean"])[0]
-        mirror.state, mirror.set = replace(mirror.state, moving=replace(mirror.state.moving, mean=mean)), True
+        mirror.state, mirror.set = replace(mirror.state, moving=mirror.state.moving._replace(mean=mean)), True
         version = int(options.get("version", mirror.state.version))
         mirror.state = replace(mirror.state, version=version)
         if "grid" in options:

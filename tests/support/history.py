@@ -64,7 +64,7 @@ def after(version: int) -> LayerState:
 
 def set_by_hand(state: LayerState) -> LayerState:
     """What the ranks make their next exchange from: now and then they set it before, with and without a grid."""
-    moving = replace(state.moving, mean=state.moving.mean + np.float32(100))
+    moving = state.moving._replace(mean=state.moving.mean + np.float32(100))
     match state.version % 3:
         case 1:
             return replace(unprobed_state(1), moving=moving, version=state.version)

@@ -31,9 +31,13 @@ class DeviceView(View):
 
     __slots__ = ()
 
-    passes = sys.modules[__name__]
     x: Any
     mask: Any
+
+    @property
+    def passes(self) -> Any:
+        """The functions of this module."""
+        return sys.modules[__name__]
 
 
 def probe(view: DeviceView, grid: Grid) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import _native as native
 from bnlayer.kernels import formulas
-from bnlayer.kernels.results import BatchStatistics, Gradients, PulledBack, Trained, TrainingCall
+from bnlayer.kernels.results import BatchStatistics, Gradients, PulledBack, Record, Trained, TrainingCall
 from bnlayer.limbs import limbs_of_sum
 
 Array = NDArray[Any]
@@ -204,17 +204,13 @@ class Compiled:
             return None
         if (gamma is not None and gamma.dtype is not kind) or (beta is not None and beta.dtype is not kind):
             return None
-        channels = x.shape[1]
-        rows, singles = np.empty((8, channels)), np.empty((6, channels), np.float32)
-        reach, flags, y = np.empty(channels, np.int64), np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
+        record, y = Record.empty(x.shape[1]), np.empty(x.shape, x.dtype)
         refused = native.finish_forward(
             self._variant, self._threads, self._worth, _plain(x), None if limbs is None else _plain(limbs),
             grid.pivot_C, grid.exponent_C, call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance,
-            call.momentum, call.synchronized, call.unbiased, rows, singles, reach, flags, _plain(y),
+            call.momentum, call.synchronized, call.unbiased, record.memory, _plain(y),
         )  # fmt: skip
-        rounded, pivot, mean, variance, scale, _ = singles
-        statistics = BatchStatistics(rows, rounded, pivot, reach, flags[0])
-        return Trained(statistics, flags[1] if refused else None, mean, variance, scale, y)
+        return Trained(record, record.refused if refused else None, record.mean, record.variance, None, y)
 
     def finish_backward(
         self,

@@ -98,25 +98,6 @@ class TrainingCall(NamedTuple):
     dtype: np.dtype[Any]
 
 
-class Trained(NamedTuple):
-    """The results of a training call; where a channel is refused, and that counts, the statistics alone.
-
-    Attributes:
-        statistics: of the batch.
-        refused: (C,) bool, the channels that need a new grid; None: none does.
-        mean, variance: (C,), the moving statistics after it.
-        scale: (C,), γs, in the precision of the arithmetic.
-        y: the output.
-    """
-
-    statistics: BatchStatistics
-    refused: NDArray[np.bool_] | None
-    mean: NDArray[Any] | None = None
-    variance: NDArray[Any] | None = None
-    scale: NDArray[Any] | None = None
-    y: NDArray[Any] | None = None
-
-
 class Record(NamedTuple):
     """What a training call found, in one piece of memory: to make one array takes less than to make five.
 
@@ -163,9 +144,43 @@ class Record(NamedTuple):
         """(C,), γs."""
         return self._single(4)
 
+    @property
+    def refused(self) -> NDArray[np.bool_]:
+        """(C,), the channels that need a new grid."""
+        return self.memory[97 * (self.memory.size // 98) :].view(np.bool_)
+
     def _single(self, row: int) -> NDArray[np.float32]:
         c = self.memory.size // 98
         return self.memory[(72 + 4 * row) * c : (76 + 4 * row) * c].view(np.float32)
+
+
+class Trained(NamedTuple):
+    """The results of a training call; where a channel is refused, and that counts, the statistics alone.
+
+    Attributes:
+        found: the statistics of the batch.
+        refused: (C,) bool, the channels that need a new grid; None: none does.
+        mean, variance: (C,), the moving statistics after it.
+        scale_C: (C,), γs, in the precision of the arithmetic; None where a record has it.
+        y: the output.
+    """
+
+    found: BatchStatistics | Record
+    refused: NDArray[np.bool_] | None
+    mean: NDArray[Any] | None = None
+    variance: NDArray[Any] | None = None
+    scale_C: NDArray[Any] | None = None
+    y: NDArray[Any] | None = None
+
+    @property
+    def statistics(self) -> BatchStatistics:
+        """Of the batch."""
+        return self.found.statistics if isinstance(self.found, Record) else self.found
+
+    @property
+    def scale(self) -> NDArray[Any] | None:
+        """(C,), γs."""
+        return self.found.scale if isinstance(self.found, Record) else self.scale_C
 
 
 class Gradients(NamedTuple):

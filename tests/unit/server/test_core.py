@@ -235,7 +235,7 @@ def test_a_bad_push_ends_the_connection() -> None:
     """Numbers that are not finite never become the owner's."""
     service = Service()
     _join(service, 1)
-    bad = replace(_STATE, moving=replace(_STATE.moving, mean=np.array([np.nan], np.float32)))
+    bad = replace(_STATE, moving=_STATE.moving._replace(mean=np.array([np.nan], np.float32)))
     failed, saved = _effects_of(service, validated(Push(1, "a", bad)))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID

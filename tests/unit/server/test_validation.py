@@ -33,7 +33,7 @@ _RENORMING = replace(_STATE, moving=Moving(*[np.ones(2, np.float32)] * 5))
 
 
 def _moved(**vectors: np.ndarray[Any, np.dtype[np.float32]]) -> LayerState:
-    return replace(_STATE, moving=replace(_STATE.moving, **vectors))
+    return replace(_STATE, moving=_STATE.moving._replace(**vectors))
 
 
 def _changed(limbs: np.ndarray[Any, np.dtype[np.int64]], row: int, value: int) -> np.ndarray[Any, Any]:
@@ -172,11 +172,11 @@ def test_what_has_no_meaning_is_refused(call: Call, body: Body, text: str) -> No
         (replace(_STATE, version=2**62 + 1), r"a version from 0 to 2\^62, received 4611686018427387905"),
         (_moved(variance=np.array([1, -0.5], np.float32)), "numbers of 0 or more in moving_variance, received -0.5"),
         (
-            replace(_RENORMING, moving=replace(_RENORMING.moving, stddev=np.array([-1, 2], np.float32))),
+            replace(_RENORMING, moving=_RENORMING.moving._replace(stddev=np.array([-1, 2], np.float32))),
             "numbers of 0 or more in moving_stddev, received -1",
         ),
         (
-            replace(_RENORMING, moving=replace(_RENORMING.moving, renorm_stddev=np.array([-1, 2], np.float32))),
+            replace(_RENORMING, moving=_RENORMING.moving._replace(renorm_stddev=np.array([-1, 2], np.float32))),
             "numbers of 0 or more in renorm_stddev, received -1",
         ),
         (

@@ -9,6 +9,24 @@
 namespace bnlayer {
 namespace {
 
+// What a training call finds of each channel, in one piece of memory, which its backward pass reads. The offsets are
+// those of `results.Record`.
+struct Record {
+  static constexpr int64_t kBytes = 98;  // a channel
+
+  double* rows;        // (8, C)
+  int64_t* reach;      // (C,)
+  float* singles;      // (6, C)
+  uint8_t* nonfinite;  // (2, C)
+
+  Record(uint8_t* memory, int64_t channels)
+      : rows(reinterpret_cast<double*>(memory)),
+        reach(reinterpret_cast<int64_t*>(memory + 64 * channels)),
+        singles(reinterpret_cast<float*>(memory + 72 * channels)),
+        nonfinite(memory + 96 * channels) {}
+  const float* moved(int64_t channels) const { return singles + 2 * channels; }
+};
+
 // All that follows from the totals of a training call, in one: what `statistics`, `moved`, `coefficients` and `normalize`
 // do one after the other. Where a channel is refused, and that is not to be overlooked, the rest is left. Without totals
 // they are those of the batch itself, all of whose values count: `moments` comes first.
@@ -18,6 +36,13 @@ struct ForwardCall {
   MovedPass moving{};
   CoefficientsPass of{};
   bool accepted = false;
+
+  void writes(const Record& record) {
+    found.rows = record.rows;
+    found.rounded = record.singles;
+    found.reach = record.reach;
+    found.nonfinite = record.nonfinite;
+  }
 
   Outcome run(const Table* table, const Sharing& sharing) {
     const int64_t channels = found.channels = moving.channels = of.channels = pass.batch.layout.channels;
@@ -59,8 +84,8 @@ struct ForwardCall {
 }  // namespace
 
 PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_forward", 22);
-  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, rows, singles, reach, flags, y;
+  Arguments arguments(given, count, "finish_forward", 19);
+  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, record, y;
   ForwardCall call;
   const Table* table = arguments.variant();
   const Sharing shared = sharing(arguments);
@@ -79,15 +104,13 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   call.moving.momentum = arguments.real("momentum");
   call.moving.synchronized = arguments.truth("synchronized");
   call.moving.unbiased = arguments.truth("unbiased");
-  call.found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 8 * channels);
-  call.found.rounded = arguments.output<float>(singles, "singles", Kind::kFloat32, 6 * channels);
-  call.found.reach = arguments.output<int64_t>(reach, "reach", Kind::kInt64, channels);
-  call.found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
+  auto* memory = arguments.output<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
   call.pass.y = arguments.alike(y, "y", call.pass.batch, true);
   if (arguments.sound() && call.pass.batch.storage == Storage::kFloat64) {
     arguments.fail(PyExc_TypeError, "finish_forward: float64 batches have two folds.");
   }
   if (!arguments.sound()) return nullptr;
+  call.writes(Record(memory, channels));
   const Outcome outcome = call.run(table, shared);
   return outcome == Outcome::kNoMemory ? PyErr_NoMemory() : PyBool_FromLong(outcome == Outcome::kRefused);
 }
@@ -184,24 +207,6 @@ PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count
 
 namespace {
 
-// What a training call finds of each channel, in one piece of memory, which its backward pass reads. The offsets are
-// those of `compiled.Found`.
-struct Record {
-  static constexpr int64_t kBytes = 98;  // a channel
-
-  double* rows;        // (8, C)
-  int64_t* reach;      // (C,)
-  float* singles;      // (6, C)
-  uint8_t* nonfinite;  // (2, C)
-
-  Record(uint8_t* memory, int64_t channels)
-      : rows(reinterpret_cast<double*>(memory)),
-        reach(reinterpret_cast<int64_t*>(memory + 64 * channels)),
-        singles(reinterpret_cast<float*>(memory + 72 * channels)),
-        nonfinite(memory + 96 * channels) {}
-  const float* moved(int64_t channels) const { return singles + 2 * channels; }
-};
-
 // A float32 batch at an address, of which every value counts.
 void batch_at(Arguments& arguments, Batch& batch) {
   const int64_t a = arguments.integer("A"), c = arguments.integer("C"), b = arguments.integer("B");
@@ -251,10 +256,7 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Record found(memory, channels);
   call.moving.old_mean = mean;
   call.moving.old_variance = variance;
-  call.found.rows = found.rows;
-  call.found.rounded = found.singles;
-  call.found.reach = found.reach;
-  call.found.nonfinite = found.nonfinite;
+  call.writes(found);
   const Outcome outcome = call.run(table, shared);
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
   if (outcome == Outcome::kDone) {
