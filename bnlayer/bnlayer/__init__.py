@@ -39,9 +39,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`__version__`, the installed distribution's: who does not ask does not wait for it."""
+    """`__version__`, the installed distribution's, and modules: who does not ask does not wait for them."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("bnlayer")
+    if name in ("constraints", "regularizers"):
+        from importlib import import_module
+
+        return import_module(f"bnlayer.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

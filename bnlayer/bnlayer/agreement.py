@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from hashlib import blake2b
 from itertools import islice
 
 from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, MismatchError, PeerLostError, StallError
+from bnlayer.fingerprint import digest
 
 _GROUPS_SHOWN = 8  # of ranks that each have something else, which may be all of a large job
 _RANKS_SHOWN = 20  # of one group
@@ -203,7 +203,7 @@ def _description(call: Call) -> dict[str, str]:
         value = getattr(call.signature, field.name)
         text = f"{value:016x}" if field.name == "grid" else str(value)
         if len(text) > _SHOWN:
-            name = blake2b(text.encode(), digest_size=4).hexdigest()
+            name = digest(text.encode(), 4).hex()
             text = f"{text[:_SHOWN]}… ({len(text)} characters, {name})"
         description[field.name] = text
     return description

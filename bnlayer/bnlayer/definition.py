@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from bnlayer import constraints, initializers, regularizers
+from bnlayer import initializers
 from bnlayer.arguments import channel_axis, number, without_keras_2
 from bnlayer.base import Layer, automatic_name
 from bnlayer.collective import Collective
@@ -15,6 +15,10 @@ from bnlayer.dtypes import Policy
 from bnlayer.renorm import Renorm
 from bnlayer.serialization import described
 from bnlayer.variable import Variable
+
+if TYPE_CHECKING:
+    from bnlayer.constraints import Constraint
+    from bnlayer.regularizers import Regularizer
 
 
 class Definition(Layer):
@@ -64,10 +68,10 @@ class Definition(Layer):
         self.gamma_initializer = initializers.get(gamma_initializer)
         self.moving_mean_initializer = initializers.get(moving_mean_initializer)
         self.moving_variance_initializer = initializers.get(moving_variance_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.beta_regularizer = _regularizer(beta_regularizer)
+        self.gamma_regularizer = _regularizer(gamma_regularizer)
+        self.beta_constraint = _constraint(beta_constraint)
+        self.gamma_constraint = _constraint(gamma_constraint)
         self.renorm, self.renorm_clipping = bool(renorm), renorm_clipping
         self.renorm_momentum = number("renorm_momentum", renorm_momentum)
         self._renorm = Renorm.of(self.renorm_momentum, renorm_clipping) if renorm else None
@@ -229,3 +233,22 @@ class Definition(Layer):
             ValueError: an argument is unknown, malformed or not supported.
         """
         return cls(**without_keras_2(config))
+
+
+# Few layers have one: a process that needs neither module does not load it, 5 ms of a start.
+
+
+def _regularizer(value: Any) -> Regularizer | None:
+    if value is None:
+        return None
+    from bnlayer import regularizers
+
+    return regularizers.get(value)
+
+
+def _constraint(value: Any) -> Constraint | None:
+    if value is None:
+        return None
+    from bnlayer import constraints
+
+    return constraints.get(value)

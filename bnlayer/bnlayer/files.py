@@ -13,8 +13,9 @@ import re
 import secrets
 import stat
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
+
+from bnlayer.fingerprint import digest
 
 _SUFFIX = ".draft"
 # A name has at most 255 bytes (143 in an encrypted home folder), and a draft's is longer than its file's.
@@ -104,5 +105,5 @@ def _stem(name: str) -> str:
     encoded = os.fsencode(name)
     if len(encoded) <= _LONGEST:
         return name
-    digest = blake2b(encoded, digest_size=8).hexdigest()
-    return f"{encoded[: _LONGEST - len(digest) - 1].decode(errors='ignore')}-{digest}"
+    suffix = digest(encoded).hex()
+    return f"{encoded[: _LONGEST - len(suffix) - 1].decode(errors='ignore')}-{suffix}"

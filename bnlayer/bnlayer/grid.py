@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bnlayer.fingerprint import digest
 from bnlayer.precision import Precision, exponent_above, power_of_two, precision_of
 
 # Version of the units and roundings that an exponent means: limbs of another release can't be added to these.
@@ -24,10 +24,8 @@ _UNITS = b"2"
 
 def _fingerprint(*arrays: NDArray[np.generic]) -> int:
     """A 63-bit name of some arrays: equal grids have equal names on every machine."""
-    digest = blake2b(_UNITS, digest_size=8)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
-    return int.from_bytes(digest.digest(), "little") >> 1
+    parts = [np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes() for array in arrays]
+    return int.from_bytes(digest(b"".join((_UNITS, *parts))), "little") >> 1
 
 
 @dataclass(frozen=True, eq=False)

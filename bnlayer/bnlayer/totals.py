@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bnlayer.fingerprint import digest
 from bnlayer.limbs import product_error
 from bnlayer.plain import plain_array
 
@@ -82,7 +82,7 @@ class Totals:
     def fingerprint(self) -> int:
         """A name of the totals, of 62 bits."""
         text = repr((self.count, self.sums, self.squares)).encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 2
+        return int.from_bytes(digest(text), "little") >> 2
 
     def arrays(self) -> dict[str, Array]:
         """Integers as digits: int64, the lowest first, of 32 bits each, the last with a sign; and where they begin."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bnlayer.constraints import Constraint
 from bnlayer.plain import plain_array
-from bnlayer.regularizers import Regularizer
+
+if TYPE_CHECKING:
+    from bnlayer.constraints import Constraint
+    from bnlayer.regularizers import Regularizer
 
 
 class Variable:
