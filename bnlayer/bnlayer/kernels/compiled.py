@@ -204,13 +204,16 @@ class Compiled:
             return None
         if (gamma is not None and gamma.dtype is not kind) or (beta is not None and beta.dtype is not kind):
             return None
-        record, y = Record.empty(x.shape[1]), np.empty(x.shape, x.dtype)
+        channels = x.shape[1]
+        record, y = Record.empty(channels), np.empty(x.shape, x.dtype)
+        new_mean, new_variance = np.empty(channels, np.float32), np.empty(channels, np.float32)
         refused = native.finish_forward(
             self._variant, self._threads, self._worth, _plain(x), None if limbs is None else _plain(limbs),
             grid.pivot_C, grid.exponent_C, call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance,
-            call.momentum, call.synchronized, call.unbiased, record.memory, _plain(y),
+            call.momentum, call.synchronized, call.unbiased, new_mean, new_variance,
+            record.memory, _plain(y),
         )  # fmt: skip
-        return Trained(record, record.refused if refused else None, record.mean, record.variance, None, y)
+        return Trained(record, record.refused if refused else None, new_mean, new_variance, None, y)
 
     def finish_backward(
         self,

@@ -24,7 +24,7 @@ struct Record {
         reach(reinterpret_cast<int64_t*>(memory + 64 * channels)),
         singles(reinterpret_cast<float*>(memory + 72 * channels)),
         nonfinite(memory + 96 * channels) {}
-  const float* moved(int64_t channels) const { return singles + 2 * channels; }
+  float* moved(int64_t channels) const { return singles + 2 * channels; }
 };
 
 // All that follows from the totals of a training call, in one: what `statistics`, `moved`, `coefficients` and `normalize`
@@ -65,8 +65,6 @@ struct ForwardCall {
     moving.variance = found.rows + 3 * channels;
     moving.nonfinite = pass.nonfinite = found.nonfinite;
     moving.masked = found.e != 0.0;
-    moving.new_mean = found.rounded + 2 * channels;
-    moving.new_variance = found.rounded + 3 * channels;
     table->moved(moving);
     of.inverse_std = found.rows + 4 * channels;
     of.residual = found.rows + 5 * channels;
@@ -84,8 +82,8 @@ struct ForwardCall {
 }  // namespace
 
 PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_forward", 19);
-  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, record, y;
+  Arguments arguments(given, count, "finish_forward", 21);
+  Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, new_mean, new_variance, record, y;
   ForwardCall call;
   const Table* table = arguments.variant();
   const Sharing shared = sharing(arguments);
@@ -104,6 +102,8 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   call.moving.momentum = arguments.real("momentum");
   call.moving.synchronized = arguments.truth("synchronized");
   call.moving.unbiased = arguments.truth("unbiased");
+  call.moving.new_mean = arguments.output<float>(new_mean, "new_mean", Kind::kFloat32, channels);
+  call.moving.new_variance = arguments.output<float>(new_variance, "new_variance", Kind::kFloat32, channels);
   auto* memory = arguments.output<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
   call.pass.y = arguments.alike(y, "y", call.pass.batch, true);
   if (arguments.sound() && call.pass.batch.storage == Storage::kFloat64) {
@@ -256,6 +256,8 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Record found(memory, channels);
   call.moving.old_mean = mean;
   call.moving.old_variance = variance;
+  call.moving.new_mean = found.moved(channels);
+  call.moving.new_variance = found.moved(channels) + channels;
   call.writes(found);
   const Outcome outcome = call.run(table, shared);
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
