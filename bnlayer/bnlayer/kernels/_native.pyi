@@ -55,8 +55,8 @@ def gradients(
 def finish_forward(
     variant: int, threads: int, worth: int, x: _Array, limbs: _Long | None, pivot: _Double, exponent: _Long,
     epsilon: float, e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single,
-    old_variance: _Single, momentum: float, synchronized: bool, unbiased: bool, new_mean: _Single, new_variance: _Single,
-    record: _Bytes, y: _Array, /,
+    old_variance: _Single, momentum: float, synchronized: bool, unbiased: bool, new_mean: _Single,
+    new_variance: _Single, record: _Bytes, y: _Array, /,
 ) -> bool: ...  # fmt: skip
 def finish_backward(
     variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long | None,
