@@ -28,7 +28,7 @@ class Connection:
     """One rank's connection.
 
     Args:
-        number: names it in the core's events and effects, where it is called a stream; it is never used again.
+        number: names it in the core's events and effects; it is never used again.
         stream: the gRPC stream, on which it began.
         dispatch: takes the events.
         failpoints: faults to inject.

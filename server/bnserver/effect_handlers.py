@@ -101,15 +101,15 @@ class EffectHandlers:
             extra=fields(job=effect.job, generation=effect.generation, world_size=effect.world_size),
         )
         traffic = self._counts.traffic(effect.job)
-        for stream in effect.streams:
-            connection = self._connections[stream]
+        for number in effect.connections:
+            connection = self._connections[number]
             connection.joined(effect.generation, effect.world_size)
             connection.traffic = traffic
             invitation = self._listener.invitation(connection)
             connection.channel.send(self._writer.joined(effect.generation, effect.world_size, invitation, effect.rank))
 
     def _answer(self, effect: Totals | Enrolled | Broadcast | Released) -> None:
-        connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
+        connections = [self._connections[number] for number in effect.connections if number in self._connections]
         if not connections:
             return
         messages = self._writer.result(effect, connections[0].generation)
@@ -117,12 +117,12 @@ class EffectHandlers:
             connection.answer(messages)
 
     def _owned(self, effect: Owned) -> None:
-        connection = self._connections.get(effect.stream)
+        connection = self._connections.get(effect.connection)
         if connection is not None:
             connection.answer(self._writer.owned(effect, connection.generation))
 
     def _reduce(self, effect: Reduce) -> None:
-        connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
+        connections = [self._connections[number] for number in effect.connections if number in self._connections]
         generation = connections[0].generation if connections else 0
 
         def answer(messages: Messages) -> None:
@@ -161,15 +161,15 @@ class EffectHandlers:
         """End a connection with an error."""
         self._counts.failed[effect.reason] += 1
         status = status_of(failure_of(effect))
-        context = fields(stream=effect.stream, reason=effect.reason, ranks=effect.ranks, layer=effect.layer)
-        _log.info("stream %d ends: %s: %s", effect.stream, effect.reason, status.message, extra=context)
-        connection = self._connections.get(effect.stream)
+        context = fields(connection=effect.connection, reason=effect.reason, ranks=effect.ranks, layer=effect.layer)
+        _log.info("connection %d ends: %s: %s", effect.connection, effect.reason, status.message, extra=context)
+        connection = self._connections.get(effect.connection)
         if connection is not None:
             connection.end(status)
 
     def _close(self, effect: Closed) -> None:
         """End a connection: a leave is answered by that, once the saves of its job in progress have ended."""
-        connection = self._connections.get(effect.stream)
+        connection = self._connections.get(effect.connection)
         if connection is None:
             return
         saving = self._jobs.saving if effect.job else None
@@ -185,7 +185,7 @@ class EffectHandlers:
         self._start(later())
 
     def _goodbye(self, job: str) -> StatusParts | None:
-        """How the stream of a rank that has left ends: with an error if its job is not saved."""
+        """How the connection of a rank that has left ends: with an error if its job is not saved."""
         error = self._jobs.saving.unsaved.get(job) if self._jobs.saving is not None else None
         if error is None:
             return None

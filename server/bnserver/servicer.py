@@ -241,10 +241,10 @@ class Servicer(rpc.StatisticsServiceServicer):
     def _failed(self, event: Event) -> None:
         """An error of the service must neither hang a rank nor end the other jobs."""
         _log.exception("a fault of the service, while it handled %s", type(event).__name__)
-        stream = getattr(event, "stream", None)
-        if stream is not None:
+        number = getattr(event, "connection", None)
+        if number is not None:
             text = "The service failed at what this rank sent; its log has the traceback."
-            self._handlers.fail(Failed(stream, Reason.INTERNAL, text))
+            self._handlers.fail(Failed(number, Reason.INTERNAL, text))
 
     def _report_whether_saving(self, saving: bool) -> None:
         if self._report_saving is not None:

@@ -63,12 +63,12 @@ class Reader:
     """Turns one connection's requests into valid events.
 
     Args:
-        stream: the connection's number.
+        connection: its number.
         quotas: of ranks and channels.
     """
 
-    def __init__(self, stream: int, quotas: Quotas | None = None) -> None:
-        self._stream = stream
+    def __init__(self, connection: int, quotas: Quotas | None = None) -> None:
+        self._connection = connection
         self._quotas = quotas or Quotas()
         self._joined: Join | None = None
         self._world_size = 0
@@ -98,17 +98,17 @@ class Reader:
                     push = request.push
                     self._check_channels(push.payload)
                     state = LayerState.from_arrays(named(push.payload, data), push.dtype)
-                    return validated(Push(self._stream, push.layer, state, push.number))
+                    return validated(Push(self._connection, push.layer, state, push.number))
                 case "pull":
-                    return validated(Pull(self._stream, request.pull.layer))
+                    return validated(Pull(self._connection, request.pull.layer))
                 case "leave":
-                    return validated(Leave(self._stream, shown(request.leave.reason)))
+                    return validated(Leave(self._connection, shown(request.leave.reason)))
                 case _:
                     raise WireError(f"expected a request, received {kind or 'an empty message'}")
         except QuotaError as error:
-            return Malformed(self._stream, str(error), reason=Reason.QUOTA)
+            return Malformed(self._connection, str(error), reason=Reason.QUOTA)
         except (ValueError, KeyError) as error:
-            return Malformed(self._stream, str(error))
+            return Malformed(self._connection, str(error))
 
     def _check_channels(self, payload: pb.Payload) -> None:
         """Before any array is made: the arrays of a layer have as many columns as it has channels."""
@@ -137,7 +137,7 @@ class Reader:
             raise QuotaError(exceeded("ranks of a job", self._quotas.ranks, join.world_size, "--max-ranks"))
         peer = Peer(join.rank, shown(join.host), join.pid)
         timeouts = join.join_timeout_ms / 1000, join.timeout_ms / 1000
-        event = Join(self._stream, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
+        event = Join(self._connection, join.job, peer, join.world_size, *timeouts, join.incarnation, resume)
         if not join.HasField("elastic"):
             return event
         given = join.elastic
@@ -169,7 +169,7 @@ class Reader:
             body = tuple(unpack(message.payload, data))
         else:
             body = None
-        contribution = Contribute(self._stream, message.generation, message.sequence, call, body)
+        contribution = Contribute(self._connection, message.generation, message.sequence, call, body)
         return validated(contribution, self._world_size or self._joined.world_size)
 
 
@@ -249,7 +249,7 @@ class Writer:
 
 
 def failure_of(effect: Failed) -> pb.Failure:
-    """The wire's failure for an effect that ends a stream."""
+    """The wire's failure for an effect that ends a connection."""
     return pb.Failure(
         reason=_REASONS[effect.reason],
         text=effect.text,

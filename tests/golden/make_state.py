@@ -120,7 +120,7 @@ def jobs_in(directory: Path) -> dict[str, Any]:
 
 
 def events_of(requests: list[bytes]) -> list[Any]:
-    """What the service understands of requests, each on a stream whose rank has joined."""
+    """What the service understands of requests, each on a connection whose rank has joined."""
     return [plain(event_of(request)) for request in requests]
 
 

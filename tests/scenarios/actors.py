@@ -26,11 +26,11 @@ Options = dict[str, str]
 
 @dataclass(slots=True)
 class Rank:
-    """One rank's end of its stream."""
+    """One rank's end of its connection."""
 
     name: str
     rank: int
-    stream: int
+    connection: int
     join: Join
     generation: int = 0
     sequence: int = 0

@@ -85,10 +85,10 @@ class Scene:
     def __init__(self) -> None:
         self._service = Service()
         self._tenths = 0
-        self._streams = count(1)
+        self._connections = count(1)
         self._written: dict[str, list[JournalRecord]] = defaultdict(list)
         self._ranks: dict[str, Rank] = {}
-        self._by_stream: dict[int, Rank] = {}
+        self._by_connection: dict[int, Rank] = {}
         self._lines: dict[str, list[str]] = defaultdict(list)
 
     def act(self, commands: tuple[str, ...]) -> list[str]:
@@ -105,28 +105,32 @@ class Scene:
     # ---- commands ----
 
     def _do_join(self, name: str, options: Options) -> None:
-        stream, number = next(self._streams), int(options["rank"])
-        peer = Peer(number, f"n{name}", 100 + stream)
+        connection, number = next(self._connections), int(options["rank"])
+        peer = Peer(number, f"n{name}", 100 + connection)
         timeout = float(options.get("timeout", 300))
         world = int(options["world"])
-        join = Join(stream, options.get("job", "j"), peer, world, timeout, timeout, incarnation=1000 + stream)
+        join = Join(connection, options.get("job", "j"), peer, world, timeout, timeout, incarnation=1000 + connection)
         if "elastic" in options:
             elastic = Elastic(*map(int, options["elastic"].split(":")))
             join = replace(join, elastic=elastic, restarted="restarted" in options)
-        rank = Rank(name, number, stream, join)
-        self._ranks[name] = self._by_stream[stream] = rank
+        rank = Rank(name, number, connection, join)
+        self._ranks[name] = self._by_connection[connection] = rank
         self._handle(join)
 
     def _do_rejoin(self, name: str, options: Options) -> None:
         """A rank of an elastic job that was told to regroup joins the next generation."""
         rank = self._ranks[name]
-        rank.stream, rank.deaf, rank.frozen = next(self._streams), False, False
-        self._by_stream[rank.stream] = rank
-        peer, incarnation = replace(rank.join.peer, rank=rank.rank), 1000 + rank.stream
+        rank.connection, rank.deaf, rank.frozen = next(self._connections), False, False
+        self._by_connection[rank.connection] = rank
+        peer, incarnation = replace(rank.join.peer, rank=rank.rank), 1000 + rank.connection
         rank.join = replace(
-            rank.join, stream=rank.stream, peer=peer, incarnation=incarnation, previous_generation=rank.generation
+            rank.join,
+            connection=rank.connection,
+            peer=peer,
+            incarnation=incarnation,
+            previous_generation=rank.generation,
         )
-        self._ranks[name] = self._by_stream[rank.stream] = Rank(name, rank.rank, rank.stream, rank.join)
+        self._ranks[name] = self._by_connection[rank.connection] = Rank(name, rank.rank, rank.connection, rank.join)
         self._handle(rank.join)
 
     def _do_enroll(self, name: str, options: Options) -> None:
@@ -202,7 +206,7 @@ class Scene:
         self._contribute(rank, Call(Operation.BROADCAST, ExchangeKey(None, None, 0), PlainSignature(root=root)), body)
 
     def _do_pull(self, name: str, options: Options) -> None:
-        self._handle(Pull(self._ranks[name].stream, options["layer"]))
+        self._handle(Pull(self._ranks[name].connection, options["layer"]))
 
     def _do_push(self, name: str, options: Options) -> None:
         """A state that was never probed."""
@@ -211,35 +215,35 @@ class Scene:
         state = LayerState(Moving(mean, np.ones_like(mean)), *grids)
         rank = self._ranks[name]
         rank.pushes += "again" not in options
-        self._handle(Push(rank.stream, options["layer"], state, rank.pushes))
+        self._handle(Push(rank.connection, options["layer"], state, rank.pushes))
 
     def _do_leave(self, name: str, options: Options) -> None:
-        self._handle(Leave(self._ranks[name].stream, options.get("reason", "")))
+        self._handle(Leave(self._ranks[name].connection, options.get("reason", "")))
 
     def _do_crash(self, name: str, options: Options) -> None:
         """A connection breaks."""
         rank = self._ranks[name]
         rank.deaf = True
-        self._handle(ConnectionEnded(rank.stream))
+        self._handle(ConnectionEnded(rank.connection))
 
     def _do_deafen(self, name: str, options: Options) -> None:
         """What the service says does not arrive any more, though nobody has noticed yet."""
         self._ranks[name].deaf = True
 
     def _do_back(self, name: str, options: Options) -> None:
-        """The rank comes back on another stream, and says again what may not have been heard; a quiet one, later."""
+        """The rank connects again, and repeats what may not have been received; a quiet one, later."""
         rank = self._ranks[name]
-        rank.stream, rank.deaf = next(self._streams), False
-        self._by_stream[rank.stream] = rank
+        rank.connection, rank.deaf = next(self._connections), False
+        self._by_connection[rank.connection] = rank
         layer_answered = int(options.get("knows", rank.layer_answered))
         resume = (
             Resume(rank.generation, rank.answered, layer_answered, dict(rank.versions)) if rank.generation else None
         )
         asked = rank.last if rank.sequence > rank.answered else None
-        self._handle(replace(rank.join, stream=rank.stream, resume=resume))
+        self._handle(replace(rank.join, connection=rank.connection, resume=resume))
         for sequence, operations in ((rank.answered, rank.before), (rank.answered + 1, asked)):
             if operations is not None and "quiet" not in options:
-                self._handle(Contribute(rank.stream, rank.generation, sequence, *operations))
+                self._handle(Contribute(rank.connection, rank.generation, sequence, *operations))
 
     def _do_freeze(self, name: str, options: Options) -> None:
         """The rank gives no sign of life any more; its connection stands."""
@@ -263,7 +267,7 @@ class Scene:
             rank.deaf = True
 
     def _do_babble(self, name: str, options: Options) -> None:
-        self._handle(Malformed(self._ranks[name].stream, options["text"]))
+        self._handle(Malformed(self._ranks[name].connection, options["text"]))
 
     def _do_wait(self, name: str, options: Options) -> None:
         for _ in range(round(float(options["seconds"]) * 10)):
@@ -294,11 +298,11 @@ class Scene:
     def _contribute(self, rank: Rank, call: Call, body: Body) -> None:
         rank.sequence += 1
         rank.last = (call, body)
-        self._handle(Contribute(rank.stream, rank.generation, rank.sequence, call, body))
+        self._handle(Contribute(rank.connection, rank.generation, rank.sequence, call, body))
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Contribute | Join | Push):
-            rank = self._by_stream[event.stream]
+            rank = self._by_connection[event.connection]
             event = validated(event, rank.join.world_size)
         effects = self._service.handle(event, self._now)
         written = [number for number, effect in enumerate(effects) if isinstance(effect, Record)]
@@ -312,10 +316,10 @@ class Scene:
         if isinstance(effect, Persist | Record | Straggling):
             self._note(effect)
             return
-        streams = effect.streams if hasattr(effect, "streams") else (effect.stream,)
-        for stream in streams:
-            rank = self._by_stream[stream]
-            if rank.deaf or stream != rank.stream:
+        connections = effect.connections if hasattr(effect, "connections") else (effect.connection,)
+        for connection in connections:
+            rank = self._by_connection[connection]
+            if rank.deaf or connection != rank.connection:
                 continue
             if hasattr(effect, "sequence"):
                 rank.hears(effect.sequence)

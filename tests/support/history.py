@@ -28,14 +28,14 @@ class Process:
     """A rank's process: what it knows, and has said.
 
     Attributes:
-        stream: its connection; None while it has none.
+        connection: its connection; None while it has none.
         hears: whether what the service says arrives.
         alive: whether it gives signs of life.
     """
 
     rank: int
     incarnation: int
-    stream: int | None
+    connection: int | None
     hears: bool = True
     alive: bool = True
     generation: int = 0

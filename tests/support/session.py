@@ -66,7 +66,7 @@ class Play:
         self.links: list[Link] = []
         self.written: list[JournalRecord] = []
         self.restarts = 0
-        self._streams = count(1)
+        self._connections = count(1)
         self._start(Service(timeouts=_TIMEOUTS))
         self.ranks = [Rank(self, number, program(number), local=way) for number, way in enumerate(local)]
 
@@ -90,13 +90,12 @@ class Play:
             # The service takes the join that arrives last as the rank's: here none is overtaken.
             if old.rank == rank and not old.is_join_read:
                 old.up["stream"].clear()
-        stream = next(self._streams)
+        connection = next(self._connections)
         down: Down = {"stream": deque(), "socket": deque()}
         link = Link(
             rank,
             number,
-            stream,
-            Connection(stream, Wire(down["stream"]), self._dispatch),
+            Connection(connection, Wire(down["stream"]), self._dispatch),
             {"stream": RequestAssembler(), "socket": RequestAssembler()},
             {"stream": deque(), "socket": deque()},
             down,
@@ -188,7 +187,7 @@ class Play:
 
     def _lose(self, link: Link) -> None:
         link.closed = True
-        self._dispatch(ConnectionEnded(link.stream))
+        self._dispatch(ConnectionEnded(link.connection.number))
 
     def _deliver(self, link: Link, way: str) -> None:
         request = pb.ExchangeRequest.FromString(link.up[way].popleft())
@@ -207,34 +206,34 @@ class Play:
             case Record():
                 self.written.append(effect.record)
             case AllJoined():
-                self._send(effect.streams, self._writer.joined(effect.generation, effect.world_size, None))
-                self._attach(effect.streams)
+                self._send(effect.connections, self._writer.joined(effect.generation, effect.world_size, None))
+                self._attach(effect.connections)
             case Totals() | Enrolled() | Broadcast() | Released():
-                self._send(effect.streams, self._writer.result(effect, 1))
+                self._send(effect.connections, self._writer.result(effect, 1))
             case Reduce():
                 arrays = tuple(reduce_in_rank_order(effect.op, effect.contributions))
-                self._send(effect.streams, self._writer.reduced(effect.sequence, 1, arrays))
+                self._send(effect.connections, self._writer.reduced(effect.sequence, 1, arrays))
             case Owned():
-                self._send((effect.stream,), self._writer.owned(effect, 1))
+                self._send((effect.connection,), self._writer.owned(effect, 1))
             case Failed():
-                self._end(effect.stream, effect)
+                self._end(effect.connection, effect)
             case Closed():
-                self._end(effect.stream, None)
+                self._end(effect.connection, None)
 
-    def _send(self, streams: tuple[int, ...], messages: Messages) -> None:
+    def _send(self, connections: tuple[int, ...], messages: Messages) -> None:
         for link in self.links:
-            if link.stream in streams and not link.broken:
+            if link.connection.number in connections and not link.broken:
                 link.connection.channel.send(messages)
 
-    def _attach(self, streams: tuple[int, ...]) -> None:
+    def _attach(self, connections: tuple[int, ...]) -> None:
         """Ranks that have a local socket attach it as soon as they have joined."""
         for link in self.links:
-            if link.stream in streams and self.ranks[link.rank].local:
+            if link.connection.number in connections and self.ranks[link.rank].local:
                 link.connection.channel = Wire(link.down["socket"])
 
-    def _end(self, stream: int, status: Failed | None) -> None:
+    def _end(self, connection: int, status: Failed | None) -> None:
         for link in self.links:
-            if link.stream == stream:
+            if link.connection.number == connection:
                 link.closed = True
                 if not link.broken:
                     link.down["stream"].append(status)

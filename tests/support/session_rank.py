@@ -43,14 +43,13 @@ class Link:
 
     Attributes:
         rank: whose it is.
-        number: of the rank's session; `stream` is the service's.
+        number: of the rank's session; the service's is `connection.number`.
         broken: nothing more is sent on it; what is on its way may yet arrive.
         left: the rank has let go of it; `closed`: so has the service.
     """
 
     rank: int
     number: int
-    stream: int
     connection: Connection
     gathered: dict[str, RequestAssembler]
     up: dict[str, deque[bytes]]

@@ -9,7 +9,7 @@ from bnlayer.collective import Call, Operation, PlainSignature
 from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released, Totals
 from bnserver.core.events import Arrays, Body
 
-_NO_STREAMS = ()  # an answer is made before its recipients are known
+_NO_RECIPIENTS = ()  # an answer is made before its recipients are known
 
 
 class DisagreementError(Exception):
@@ -23,27 +23,27 @@ class Answer:
     Attributes:
         sequence: the operation's number within the generation.
         call: the one of all ranks.
-        result: the effect that sends it, without streams.
+        result: the effect that sends it, without its recipients.
     """
 
     sequence: int
     call: Call
     result: Totals | Enrolled | Reduce | Broadcast | Released
 
-    def to(self, streams: Mapping[int, int]) -> list[Effect]:
+    def to(self, connections: Mapping[int, int]) -> list[Effect]:
         """The effect that sends the answer to some ranks.
 
         Args:
-            streams: their connections, by rank.
+            connections: their numbers, by rank.
         """
         effects: list[Effect] = []
         if isinstance(self.result, Broadcast) and isinstance(self.call.signature, PlainSignature):
             root = self.call.signature.root
-            if root in streams:
-                effects.append(Released((streams[root],), self.sequence))
-            streams = {rank: stream for rank, stream in streams.items() if rank != root}
-        if streams:
-            effects.append(replace(self.result, streams=tuple(streams.values())))
+            if root in connections:
+                effects.append(Released((connections[root],), self.sequence))
+            connections = {rank: connection for rank, connection in connections.items() if rank != root}
+        if connections:
+            effects.append(replace(self.result, connections=tuple(connections.values())))
         return effects
 
 
@@ -61,17 +61,17 @@ def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
     signature = call.signature
     assert isinstance(signature, PlainSignature)
     if call.operation is Operation.BARRIER:
-        return Answer(sequence, call, Released(_NO_STREAMS, sequence))
+        return Answer(sequence, call, Released(_NO_RECIPIENTS, sequence))
     if call.operation is Operation.BROADCAST:
         body = bodies[signature.root]
         if not isinstance(body, tuple):
             raise DisagreementError(f"The root of the broadcast, rank {signature.root}, sent no arrays.")
-        return Answer(sequence, call, Broadcast(_NO_STREAMS, sequence, body))
+        return Answer(sequence, call, Broadcast(_NO_RECIPIENTS, sequence, body))
     contributions = tuple(body for _, body in sorted(bodies.items()) if isinstance(body, tuple))
     kinds = {_described(arrays) for arrays in contributions}
     if len(kinds) > 1:
         raise DisagreementError(f"The ranks sent different arrays to the allreduce: {'; '.join(sorted(kinds))}.")
-    return Answer(sequence, call, Reduce(_NO_STREAMS, sequence, signature.op, contributions))
+    return Answer(sequence, call, Reduce(_NO_RECIPIENTS, sequence, signature.op, contributions))
 
 
 def _described(arrays: Arrays) -> str:

@@ -1,4 +1,7 @@
-"""Effects: what the service is to do after an event. An effect with several streams sends the same to all of them."""
+"""Effects: what the service is to do after an event.
+
+Connections are named by their numbers, as in the events. An effect with several of them sends the same to all.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ class Joined:
     """All ranks have joined.
 
     Attributes:
-        rank: of the only stream, in an elastic job, where the service chooses the ranks; None elsewhere.
+        rank: of the only connection, in an elastic job, where the service chooses the ranks; None elsewhere.
     """
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     job: str
     generation: int
     world_size: int
@@ -29,7 +32,7 @@ class Joined:
 class Totals:
     """The reduced limbs of all ranks, and the owner's version after them."""
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     sequence: int
     limbs: Limbs
     version: int
@@ -39,7 +42,7 @@ class Totals:
 class Enrolled:
     """The owner's state of an enrolled layer: rank 0's, or the one that the owner had before."""
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     sequence: int
     state: LayerState
     known: bool = False
@@ -53,7 +56,7 @@ class Reduce:
         contributions: of the ranks, in rank order.
     """
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     sequence: int
     op: str
     contributions: tuple[Arrays, ...]
@@ -63,7 +66,7 @@ class Reduce:
 class Broadcast:
     """The root's arrays for the others."""
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     sequence: int
     arrays: Arrays
 
@@ -72,7 +75,7 @@ class Broadcast:
 class Released:
     """The operation is complete and returns no data."""
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     sequence: int
 
 
@@ -80,13 +83,13 @@ class Released:
 class Owned:
     """The answer to a pull or a push; None: there is no such layer."""
 
-    stream: int
+    connection: int
     state: LayerState | None
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The rank gets an error that says why it can't go on, and its stream ends.
+    """The rank gets an error that says why it can't go on, and its connection ends.
 
     Attributes:
         reason: the kind of failure.
@@ -95,7 +98,7 @@ class Failed:
         layer, step: the exchange in which this rank waited; None if it did not.
     """
 
-    stream: int
+    connection: int
     reason: Reason
     text: str
     ranks: tuple[int, ...] = ()
@@ -105,13 +108,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The stream ends: its leave is answered, or its rank has reconnected on another one.
+    """The connection ends: its leave is answered, or its rank has reconnected on another one.
 
     Attributes:
         job: that the rank has left: it is answered once its saves in progress are done; "" if it has reconnected.
     """
 
-    stream: int
+    connection: int
     job: str = ""
 
 

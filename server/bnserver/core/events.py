@@ -1,6 +1,6 @@
 """Events: everything that can happen to the service.
 
-A stream is one rank's connection, named by a number that is never used again.
+A connection is one rank's gRPC stream and what is attached to it, named by a number that is never used again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Join:
     """A rank joins a job, or reconnects to it.
 
     Attributes:
-        stream: its connection.
+        connection: its connection's number.
         job: the job's name.
         peer: the rank, and where it runs.
         world_size: how many ranks the job has, as this rank was configured.
@@ -84,7 +84,7 @@ class Join:
         restarted: likewise: whether it was started in place of one that was lost.
     """
 
-    stream: int
+    connection: int
     job: str
     peer: Peer
     world_size: int
@@ -102,14 +102,14 @@ class Contribute:
     """A rank takes part in an operation.
 
     Attributes:
-        stream: its connection.
+        connection: its connection's number.
         generation: the one that it sent with the contribution.
         sequence: the number of this contribution within the generation, from 1.
         call: key and signature.
         body: its arrays.
     """
 
-    stream: int
+    connection: int
     generation: int
     sequence: int
     call: Call
@@ -120,7 +120,7 @@ class Contribute:
 class Pull:
     """A rank asks for the owner's state of a layer."""
 
-    stream: int
+    connection: int
     layer: str
 
 
@@ -129,13 +129,13 @@ class Push:
     """A rank replaces the owner's state of a layer.
 
     Attributes:
-        stream: its connection.
+        connection: its connection's number.
         layer: the layer's name.
         state: the new one.
         number: of this push among those of the rank, from 1; 0: it is never repeated.
     """
 
-    stream: int
+    connection: int
     layer: str
     state: LayerState
     number: int = 0
@@ -145,13 +145,13 @@ class Push:
 class Leave:
     """A rank leaves; `reason` is empty for a clean end."""
 
-    stream: int
+    connection: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A rank's sign of life, sent as a call of its own beside its stream."""
+    """A rank's sign of life, sent as a call of its own beside its connection."""
 
     job: str
     rank: int
@@ -162,7 +162,7 @@ class Heartbeat:
 class ConnectionEnded:
     """A connection ended without a leave."""
 
-    stream: int
+    connection: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +170,13 @@ class Malformed:
     """A connection sent an invalid message, or one that exceeds a quota.
 
     Attributes:
-        stream: its connection.
+        connection: its connection's number.
         text: what was expected, and what was received.
         call: the contribution that it would have been, as far as it could be read.
         reason: INVALID, or QUOTA: it asks for more than is permitted.
     """
 
-    stream: int
+    connection: int
     text: str
     call: Call | None = None
     reason: Reason = Reason.INVALID

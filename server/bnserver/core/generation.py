@@ -113,9 +113,9 @@ class Generation:
         self._timeouts = timeouts
         self._held: list[tuple[int, Contribute]] = []  # too early: other ranks are away, or lack an answer
 
-    def rank_on(self, stream: int) -> int:
-        """The rank that is connected on a stream."""
-        return next(rank for rank, each in self.members.streams.items() if each == stream)
+    def rank_on(self, connection: int) -> int:
+        """The rank of a connection."""
+        return next(rank for rank, each in self.members.connections.items() if each == connection)
 
     @property
     def is_running(self) -> bool:
@@ -134,30 +134,30 @@ class Generation:
         self.waiting.begin(now)
         for each in self.members.here.values():
             each.last_seen = now  # no lease was in force while the ranks were joining
-        streams = tuple(self.members.streams.values())
+        connections = tuple(self.members.connections.values())
         began = Record(self._job, self.began())
         if self.elastic is None:
-            return [began, Joined(streams, self._job, self.number, self.world_size)]
-        return [began, *(self._joined(rank, stream) for rank, stream in self.members.streams.items())]
+            return [began, Joined(connections, self._job, self.number, self.world_size)]
+        return [began, *(self._joined(rank, connection) for rank, connection in self.members.connections.items())]
 
     def returned(self, event: Join, now: float) -> list[Effect]:
-        """A rank has reconnected on another stream; the end of the one before may not have been noticed yet."""
+        """A rank has reconnected; the end of the connection before may not have been noticed yet."""
         rank, resume = event.peer.rank, event.resume
         member = self.members.here[rank]
-        effects: list[Effect] = [Closed(member.stream)] if member.stream is not None else []
-        member.connect(event.stream, resume.answered if resume is not None and self.is_running else 0, now)
+        effects: list[Effect] = [Closed(member.connection)] if member.connection is not None else []
+        member.connect(event.connection, resume.answered if resume is not None and self.is_running else 0, now)
         if not self.is_running:
             return effects
         progress = self.progress
         if resume is not None and progress.is_behind(resume.layer_answered, resume.versions, self._layers.states):
             text = explanations.lost_answers(self._job, event.peer, resume.layer_answered, progress.layer_completed)
             return effects + self._abort(Verdict(ServiceError, text, ()), Reason.DATA_LOSS)
-        effects.append(self._joined(rank, event.stream))
+        effects.append(self._joined(rank, event.connection))
         return effects + self._take_held(now)
 
-    def _joined(self, rank: int, stream: int) -> Joined:
+    def _joined(self, rank: int, connection: int) -> Joined:
         chosen = rank if self.elastic is not None else None
-        return Joined((stream,), self._job, self.number, self.world_size, chosen)
+        return Joined((connection,), self._job, self.number, self.world_size, chosen)
 
     # ---- requests of ranks ----
 
@@ -182,29 +182,29 @@ class Generation:
     def pull(self, rank: int, event: Pull, now: float) -> list[Effect]:
         """A rank asks for the owner's state of a layer."""
         del rank, now
-        return [Owned(event.stream, self._layers.pulled(event.layer))]
+        return [Owned(event.connection, self._layers.pulled(event.layer))]
 
     def push(self, rank: int, event: Push, now: float) -> list[Effect]:
         """A rank replaces the owner's state of a layer."""
         member = self.members.here[rank]
         if event.number and event.number <= member.pushes:
-            return [Owned(event.stream, self._layers.pulled(event.layer))]
+            return [Owned(event.connection, self._layers.pulled(event.layer))]
         try:
             pushed = self._layers.pushed(rank, event.number, event.layer, event.state)
         except DisagreementError as error:
-            failed = Failed(event.stream, Reason.MISMATCH, str(error), (rank,), event.layer)
+            failed = Failed(event.connection, Reason.MISMATCH, str(error), (rank,), event.layer)
             reason = f"pushed what its owner refused: {str(error).rstrip('.')}"
             return [failed, *self.lose({rank: reason}, now)]
         self._layers.replace(pushed)
         member.pushes = event.number
-        return [Record(self._job, pushed), Owned(event.stream, pushed.state)]
+        return [Record(self._job, pushed), Owned(event.connection, pushed.state)]
 
     def leave(self, rank: int, reason: str, now: float) -> list[Effect]:
         """A rank leaves."""
         if not self.is_running:
             reason = reason or "left before every rank had joined"
-        stream = self.members.here[rank].stream
-        closed = [Closed(stream, self._job)] if stream is not None else []
+        connection = self.members.here[rank].connection
+        closed = [Closed(connection, self._job)] if connection is not None else []
         # Saved before the leave is answered: when the last rank has its answer, the job is on disk.
         return [*self.lose({rank: reason}, now), *closed]
 
@@ -214,10 +214,10 @@ class Generation:
         """A rank sent something invalid, or too much: remove it, and notify the others."""
         member = self.members.here[rank]
         failed: list[Effect] = []
-        if member.stream is not None:
+        if member.connection is not None:
             layer, step = (call.key.layer, call.key.step) if call is not None else (None, None)
             message = f"The service refused what {member.peer} sent: {text}."
-            failed.append(Failed(member.stream, reason, message, (rank,), layer, step))
+            failed.append(Failed(member.connection, reason, message, (rank,), layer, step))
         return [*failed, *self.lose({rank: f"sent what the service refused: {text}"}, now)]
 
     # ---- ranks are lost, and time passes ----
@@ -255,13 +255,13 @@ class Generation:
         """Time has passed: decide which ranks are dead, and whether the others have waited for long enough."""
         lost = self.members.lost(now, self._timeouts.lease if self.is_running else 0.0)
         frozen = [
-            (self.members.here[rank].peer, stream) for rank, stream in self.members.streams.items() if rank in lost
+            (self.members.here[rank].peer, number) for rank, number in self.members.connections.items() if rank in lost
         ]
         effects = self.lose(lost, now, silent=True) if lost else self._wait(now)
-        for peer, stream in frozen:
+        for peer, number in frozen:
             text = f"{peer} {lost[peer.rank]}. That is this process; the other ranks were told."
             reason = Reason.PEER_LOST if self.elastic is None else Reason.REGROUP
-            effects.append(Failed(stream, reason, text, (peer.rank,)))
+            effects.append(Failed(number, reason, text, (peer.rank,)))
         self.waiting.tick(now)
         waited = now - self.gathering.since
         is_slow = waited >= max(SLOW_S, 2 * self.gathering.straggling_logged_s)
@@ -295,8 +295,8 @@ class Generation:
         response = self.progress.repeated(event.sequence, event.call, self.members.here[rank].answered, waiting)
         if isinstance(response, str):
             return self.refuse(rank, response, event.call, now)
-        streams = self.members.streams
-        return response.to({rank: streams[rank]}) if response is not None and rank in streams else []
+        connections = self.members.connections
+        return response.to({rank: connections[rank]}) if response is not None and rank in connections else []
 
     def _wait(self, now: float) -> list[Effect]:
         if self.phase is Phase.JOINING:
@@ -340,7 +340,7 @@ class Generation:
         self.progress.finished(answer)
         self.waiting.completed(call, done.arrivals, now)
         self.gathering = Gathering(self.world_size)
-        effects = answer.to(self.members.streams)
+        effects = answer.to(self.members.connections)
         if record is not None:
             effects.insert(0, Record(self._job, record))
         return effects + self._take_held(now) if self._held else effects
@@ -374,12 +374,12 @@ class Generation:
         if self.elastic is not None and reason in (Reason.PEER_LOST, Reason.DEADLINE):
             text = f"{verdict.text} {explanations.regroup(self._job)}"
             verdict, reason = Verdict(RegroupError, text, verdict.ranks), Reason.REGROUP
-        self.left = len(self.members.streams) if reason is Reason.REGROUP else 0
+        self.left = len(self.members.connections) if reason is Reason.REGROUP else 0
         effects: list[Effect] = []
-        for rank, stream in self.members.streams.items():
+        for rank, connection in self.members.connections.items():
             call = self.gathering.calls.get(rank)
             layer, step = (call.key.layer, call.key.step) if call is not None else (None, None)
-            effects.append(Failed(stream, reason, verdict.text, verdict.ranks, layer, step))
+            effects.append(Failed(connection, reason, verdict.text, verdict.ranks, layer, step))
         return effects + self._end(Ended(self.number, reason, verdict.text, verdict.ranks))
 
     def _end(self, ended: Ended) -> list[Effect]:

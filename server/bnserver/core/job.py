@@ -69,10 +69,10 @@ class Job:
             effects = self._make_room(event, now)
             generation = self._gathering(event)
         except DisagreementError as error:
-            failed = Failed(event.stream, Reason.MISMATCH, str(error), (event.peer.rank,))
+            failed = Failed(event.connection, Reason.MISMATCH, str(error), (event.peer.rank,))
             return None, [*effects, failed]
         member = Member(event.peer, event.timeout, now + event.join_timeout, event.incarnation)
-        member.connect(event.stream, 0, now)
+        member.connect(event.connection, 0, now)
         return generation, effects + generation.joined(member, now)
 
     def tick(self, now: float) -> list[Effect]:
@@ -88,9 +88,9 @@ class Job:
             self._count_waiting()
         return effects
 
-    def withdraw(self, stream: int) -> None:
+    def withdraw(self, connection: int) -> None:
         """A rank that waited does so no more."""
-        self.rendezvous.remove(stream)
+        self.rendezvous.remove(connection)
         self._count_waiting()
 
     def stop(self, text: str) -> list[Effect]:
@@ -146,7 +146,7 @@ class Job:
     def _wait(self, event: Join, now: float) -> list[Effect]:
         """A rank of an elastic job joins: it waits for the next generation, which may begin with it."""
         if self.ended.reason is Reason.FINISHED and event.restarted and not self.is_active:
-            return [Failed(event.stream, Reason.FINISHED, explanations.finished(self.name))]
+            return [Failed(event.connection, Reason.FINISHED, explanations.finished(self.name))]
         if not self.generations and self.ended.reason is Reason.FINISHED and not self.rendezvous.waiting:
             self.rendezvous.ended(0, 0)  # another run of the same name
         self.rendezvous.add(event, now)
@@ -182,24 +182,24 @@ class Job:
         number, ended = event.resume.generation, self.ended
         if event.elastic is not None and ended.reason is not Reason.FINISHED:
             text = f"{event.peer} was away for too long, and its generation {number} of job {self.name!r} is over."
-            return Failed(event.stream, Reason.REGROUP, f"{text} {explanations.regroup(self.name)}")
+            return Failed(event.connection, Reason.REGROUP, f"{text} {explanations.regroup(self.name)}")
         if ended.generation == number and ended.reason is not None:
-            return Failed(event.stream, ended.reason, ended.text, ended.ranks)
+            return Failed(event.connection, ended.reason, ended.text, ended.ranks)
         if event.elastic is not None:  # it was given up, and the others have finished since
-            return Failed(event.stream, Reason.FINISHED, explanations.finished_meanwhile(self.name))
+            return Failed(event.connection, Reason.FINISHED, explanations.finished_meanwhile(self.name))
         if not self.number:
             why = "this service knows nothing of the job: it was started anew, without what it had kept (--state-dir)"
         else:
             why = f"that generation is over; the latest one is {self.number}"
         text = f"{event.peer} can't come back into generation {number} of job {self.name!r}: {why}. Start it again."
-        return Failed(event.stream, Reason.STALE, text)
+        return Failed(event.connection, Reason.STALE, text)
 
     def _make_room(self, event: Join, now: float) -> list[Effect]:
         """Remove a member that is away, as a new process joins with its rank: the old one can't reconnect any more."""
         effects: list[Effect] = []
         for generation in self.generations:
             member = generation.members.here.get(event.peer.rank)
-            if member is not None and member.stream is None:
+            if member is not None and member.connection is None:
                 effects += generation.lose({event.peer.rank: LOST}, now, silent=True)
         self.drop_ended()
         return effects
@@ -240,7 +240,7 @@ def _rank_of(event: Join, generation: Generation) -> int:
 def _member(rank: int, waiting: Waiting) -> Member:
     join = waiting.join
     member = Member(replace(join.peer, rank=rank), join.timeout, waiting.deadline, join.incarnation)
-    member.connect(join.stream, 0, 0.0)  # the lease begins once all have joined
+    member.connect(join.connection, 0, 0.0)  # the lease begins once all have joined
     return member
 
 

@@ -45,7 +45,7 @@ class LivenessTimeouts:
 class Presence(Enum):
     """Whether a rank is here."""
 
-    CONNECTED = auto()  # it has a stream
+    CONNECTED = auto()  # it has a connection
     AWAY = auto()  # it has none; it may connect, until a short time has passed
     RETURNING = auto()  # likewise, and longer: the service was restarted, and others are away as well
     ENDED = auto()  # it has left, or is lost
@@ -61,7 +61,7 @@ class Sign(Enum):
 
 
 PRESENCES = {
-    (Presence.CONNECTED, Sign.CONNECTS): Presence.CONNECTED,  # the end of the stream before was not noticed yet
+    (Presence.CONNECTED, Sign.CONNECTS): Presence.CONNECTED,  # the end of the connection before was not noticed yet
     (Presence.CONNECTED, Sign.BREAKS): Presence.AWAY,
     (Presence.CONNECTED, Sign.RESTARTS): Presence.RETURNING,
     (Presence.CONNECTED, Sign.ENDS): Presence.ENDED,
@@ -83,7 +83,7 @@ class Member:
         join_deadline: when it stops waiting for the others to join.
         incarnation: the random number of its process; 0: it does not reconnect.
         presence: whether it is here.
-        stream: its connection; None while it has none.
+        connection: its number; None while it has none.
         last_seen: when it last gave a sign of life; while it is away, when its connection broke.
         away_until: when it counts as lost, if it is away.
         answered: the last contribution whose answer it is known to have.
@@ -96,26 +96,26 @@ class Member:
     join_deadline: float
     incarnation: int = 0
     presence: Presence = Presence.AWAY
-    stream: int | None = None
+    connection: int | None = None
     last_seen: float = 0.0
     away_until: float = math.inf
     answered: int = 0
     pushes: int = 0
     seen: Call | None = None
 
-    def connect(self, stream: int, answered: int, now: float) -> None:
-        """It has connected, on this stream."""
+    def connect(self, connection: int, answered: int, now: float) -> None:
+        """It has connected; its connection has this number."""
         self.presence = PRESENCES[self.presence, Sign.CONNECTS]
-        self.stream, self.answered, self.last_seen, self.away_until = stream, answered, now, math.inf
+        self.connection, self.answered, self.last_seen, self.away_until = connection, answered, now, math.inf
 
     def disconnect(self, window: float, now: float, sign: Sign = Sign.BREAKS) -> None:
-        """It has no stream any more, and may connect again within so many seconds."""
+        """It has no connection any more, and may connect again within so many seconds."""
         self.presence = PRESENCES[self.presence, sign]
-        self.stream, self.last_seen, self.away_until = None, now, now + window
+        self.connection, self.last_seen, self.away_until = None, now, now + window
 
     def leave(self) -> None:
         """It has left, or is lost."""
-        self.presence, self.stream = PRESENCES[self.presence, Sign.ENDS], None
+        self.presence, self.connection = PRESENCES[self.presence, Sign.ENDS], None
 
     def end(self, now: float, lease: float) -> str:
         """Why it counts as lost now; "" if it does not.
@@ -147,14 +147,14 @@ class Membership:
         self._world_size = world_size
 
     @property
-    def streams(self) -> dict[int, int]:
-        """The streams of the connected ranks, by rank."""
-        return {rank: m.stream for rank, m in sorted(self.here.items()) if m.stream is not None}
+    def connections(self) -> dict[int, int]:
+        """The connections of the connected ranks, by rank."""
+        return {rank: m.connection for rank, m in sorted(self.here.items()) if m.connection is not None}
 
     @property
     def all_connected(self) -> bool:
         """Whether no rank is away."""
-        return all(member.stream is not None for member in self.here.values())
+        return all(member.connection is not None for member in self.here.values())
 
     @property
     def departed(self) -> dict[int, Peer]:

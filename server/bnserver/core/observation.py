@@ -123,7 +123,7 @@ def _ranks(generation: Generation, now: float) -> tuple[RankObservation, ...]:
         layers.append(
             RankObservation(
                 member.peer,
-                member.stream is not None,
+                member.connection is not None,
                 waiting.waited.get(rank, 0.0) + since,
                 held_up[rank],
                 since,

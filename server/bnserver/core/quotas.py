@@ -18,7 +18,7 @@ class Quotas:
     """The most that is permitted.
 
     Attributes:
-        connections: streams open at a time.
+        connections: open at a time.
         jobs: in which ranks take part at a time; one that is over does not count.
         ranks: of a job.
         layers: of a job.

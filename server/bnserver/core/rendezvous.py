@@ -46,7 +46,7 @@ class Rendezvous:
         job: its name.
 
     Attributes:
-        waiting: by stream, in the order in which they came.
+        waiting: by their connections, in the order in which they came.
         left: how many ranks of the generation before were connected when it ended; 0: there was none.
         before: its number.
     """
@@ -66,14 +66,16 @@ class Rendezvous:
 
     def add(self, join: Join, now: float) -> None:
         """A rank waits from now on; its place of before, if it has connected anew, is not waited in any more."""
-        earlier = [stream for stream, each in self.waiting.items() if each.join.incarnation == join.incarnation != 0]
-        for stream in earlier:
-            del self.waiting[stream]
-        self.waiting[join.stream] = Waiting(join, now + join.join_timeout)
+        earlier = [
+            connection for connection, each in self.waiting.items() if each.join.incarnation == join.incarnation != 0
+        ]
+        for connection in earlier:
+            del self.waiting[connection]
+        self.waiting[join.connection] = Waiting(join, now + join.join_timeout)
 
-    def remove(self, stream: int) -> None:
+    def remove(self, connection: int) -> None:
         """A rank does not wait any more."""
-        self.waiting.pop(stream, None)
+        self.waiting.pop(connection, None)
 
     def ended(self, number: int, left: int) -> None:
         """A generation is over, and so many of its ranks are left."""
@@ -101,8 +103,8 @@ class Rendezvous:
             self.waiting.items(), key=lambda each: (-each[1].join.previous_generation, each[1].join.peer.rank)
         )
         chosen = order[: elastic.maximum]
-        for stream, _ in chosen:
-            del self.waiting[stream]
+        for connection, _ in chosen:
+            del self.waiting[connection]
         self._enough_since = None
         return [each for _, each in chosen]
 
@@ -113,23 +115,25 @@ class Rendezvous:
             now: seconds.
             running: how many ranks the running generation has; 0: there is none, and all that wait need each other.
         """
-        late = [stream for stream, each in self.waiting.items() if now >= each.deadline]
+        late = [connection for connection, each in self.waiting.items() if now >= each.deadline]
         if not late:
             return []
         if running:
             return [
-                effect for stream in late for effect in self._fail(stream, self._why_still_waiting(stream, running))
+                effect
+                for connection in late
+                for effect in self._fail(connection, self._why_still_waiting(connection, running))
             ]
         text = self._too_few()
-        return [effect for stream in tuple(self.waiting) for effect in self._fail(stream, text)]
+        return [effect for connection in tuple(self.waiting) for effect in self._fail(connection, text)]
 
     def fail(self, reason: Reason, text: str) -> list[Effect]:
         """All that wait get an error."""
-        return [effect for stream in tuple(self.waiting) for effect in self._fail(stream, text, reason)]
+        return [effect for connection in tuple(self.waiting) for effect in self._fail(connection, text, reason)]
 
-    def _fail(self, stream: int, text: str, reason: Reason = Reason.DEADLINE) -> list[Effect]:
-        self.remove(stream)
-        return [Failed(stream, reason, text)]
+    def _fail(self, connection: int, text: str, reason: Reason = Reason.DEADLINE) -> list[Effect]:
+        self.remove(connection)
+        return [Failed(connection, reason, text)]
 
     def _number_returned(self) -> int:
         return sum(1 for each in self.waiting.values() if each.join.previous_generation == self.before)
@@ -146,8 +150,8 @@ class Rendezvous:
             "or allow fewer: min=, --elastic."
         )
 
-    def _why_still_waiting(self, stream: int, running: int) -> str:
-        join = self.waiting[stream].join
+    def _why_still_waiting(self, connection: int, running: int) -> str:
+        join = self.waiting[connection].join
         assert join.elastic is not None
         waited = f"{join.peer} has waited for {join.join_timeout:g} s to join elastic job {self._job!r}, which"
         if running >= join.elastic.maximum:

@@ -2,7 +2,7 @@
 
 Laws:
 1. Every event has its effects at once; whatever takes time (sending, saving, large sums) is an effect.
-2. A stream holds one seat: a rank of a generation of a job. Requests of a stream without a seat are ignored.
+2. A connection holds one seat: a rank of a generation of a job. Requests of a connection without a seat are ignored.
 3. Jobs are independent of each other.
 4. Whatever a rank sends is a sign of life.
 5. A job that is over costs no time: only a join for it looks at it, and it may be dropped from memory once it is saved.
@@ -76,7 +76,7 @@ class Service:
         self._jobs = {name: recovered(name, records, self._timeouts, now) for name, records in (journals or {}).items()}
         self._active = {name: job for name, job in self._jobs.items() if job.is_active}
         self._seats: dict[int, _Seat] = {}
-        self._waiting: dict[int, Job] = {}  # streams of ranks that wait for a generation of an elastic job
+        self._waiting: dict[int, Job] = {}  # connections of ranks that wait for a generation of an elastic job
         self._stopping = False
 
     @property
@@ -144,7 +144,7 @@ class Service:
                 effects = self._seated(event, now)
             case Heartbeat():
                 member = self._member(event)
-                if member is not None and member.stream is not None:
+                if member is not None and member.connection is not None:
                     member.last_seen = now
                 return []
             case Join():
@@ -158,15 +158,15 @@ class Service:
                 assert_never(event)
         for effect in effects:
             if isinstance(effect, Failed | Closed):
-                self._seats.pop(effect.stream, None)
-                self._waiting.pop(effect.stream, None)
+                self._seats.pop(effect.connection, None)
+                self._waiting.pop(effect.connection, None)
             elif isinstance(effect, Joined) and effect.rank is not None:
-                self._seat(effect.streams[0], effect.rank)
+                self._seat(effect.connections[0], effect.rank)
         return effects
 
     def _seated(self, event: _Seated, now: float) -> list[Effect]:
-        """An event of a stream: it goes to the generation of which its rank is a member."""
-        seat = self._seats.get(event.stream)
+        """An event of a connection: it goes to the generation of which its rank is a member."""
+        seat = self._seats.get(event.connection)
         if seat is None:
             return self._unseated(event)
         generation, rank = seat.generation, seat.rank
@@ -183,7 +183,7 @@ class Service:
             case Leave():
                 effects = generation.leave(rank, event.reason, now)
             case ConnectionEnded():
-                del self._seats[event.stream]
+                del self._seats[event.connection]
                 effects = generation.away(rank, now)
             case Malformed():
                 effects = generation.refuse(rank, event.text, event.call, now, event.reason)
@@ -201,28 +201,28 @@ class Service:
         if len(job.layers) < self._quotas.layers or job.layers.pulled(layer) is not None:
             return event
         text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
-        return Malformed(event.stream, text, call, Reason.QUOTA)
+        return Malformed(event.connection, text, call, Reason.QUOTA)
 
     def _unseated(self, event: Contribute | Pull | Push | Leave | ConnectionEnded | Malformed) -> list[Effect]:
-        """An event of a stream without a seat; one that waits for a generation of an elastic job waits no more."""
-        job = self._waiting.pop(event.stream, None)
+        """An event of a connection without a seat; one that waits for a generation of an elastic job waits no more."""
+        job = self._waiting.pop(event.connection, None)
         if job is not None:
-            job.withdraw(event.stream)
+            job.withdraw(event.connection)
             self._note(job)
         if isinstance(event, Malformed):
-            return [Failed(event.stream, event.reason, f"The service refused what you sent: {event.text}.")]
+            return [Failed(event.connection, event.reason, f"The service refused what you sent: {event.text}.")]
         if job is None or isinstance(event, ConnectionEnded):
             return []
         if isinstance(event, Leave):
-            return [Closed(event.stream)]
+            return [Closed(event.connection)]
         text = "The service refused what you sent: expected nothing before all ranks have joined."
-        return [Failed(event.stream, Reason.INVALID, text)]
+        return [Failed(event.connection, Reason.INVALID, text)]
 
-    def _seat(self, stream: int, rank: int) -> None:
+    def _seat(self, connection: int, rank: int) -> None:
         """A rank that waited is in a generation of its job."""
-        job = self._waiting.pop(stream, None)
+        job = self._waiting.pop(connection, None)
         if job is not None:
-            self._seats[stream] = _Seat(job, job.generations[-1], rank)
+            self._seats[connection] = _Seat(job, job.generations[-1], rank)
 
     def _all_active(self, action: Callable[[Job], list[Effect]]) -> list[Effect]:
         effects: list[Effect] = []
@@ -248,18 +248,18 @@ class Service:
 
     def _join(self, event: Join, now: float) -> list[Effect]:
         if self._stopping:
-            return [Failed(event.stream, Reason.STOPPING, _STOPPING)]
+            return [Failed(event.connection, Reason.STOPPING, _STOPPING)]
         if event.job not in self._active and len(self._active) >= self._quotas.jobs:
             text = exceeded("jobs at a time", self._quotas.jobs, len(self._active) + 1, "--max-jobs")
-            return [Failed(event.stream, Reason.QUOTA, f"The service refused job {event.job!r}: {text}.")]
+            return [Failed(event.connection, Reason.QUOTA, f"The service refused job {event.job!r}: {text}.")]
         job = self._jobs.get(event.job) or Job(event.job, self._timeouts)
         generation, effects = job.join(event, now)
         if event.job in self._jobs or job.is_active:
             self._jobs[event.job] = job
             self._note(job)
         if generation is not None:
-            rank = event.peer.rank if event.elastic is None else generation.rank_on(event.stream)
-            self._seats[event.stream] = _Seat(job, generation, rank)
+            rank = event.peer.rank if event.elastic is None else generation.rank_on(event.connection)
+            self._seats[event.connection] = _Seat(job, generation, rank)
         elif event.elastic is not None and not any(isinstance(effect, Failed) for effect in effects):
-            self._waiting[event.stream] = job
+            self._waiting[event.connection] = job
         return effects

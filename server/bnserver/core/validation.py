@@ -68,7 +68,7 @@ def validated(event: Request, world_size: int = 0) -> Request | Malformed:
                 _check_name(event.layer)
                 _check_state(event.state)
     except RefusedError as error:
-        return Malformed(event.stream, str(error), event.call if isinstance(event, Contribute) else None)
+        return Malformed(event.connection, str(error), event.call if isinstance(event, Contribute) else None)
     return event
 
 

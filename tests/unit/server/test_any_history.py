@@ -56,16 +56,18 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(rank=_RANKS)
     def joins(self, rank: int) -> None:
         """A new process takes a rank's place, or is refused because another one has it."""
-        stream = next(self.numbers)
-        taken = rank in self.ranks and self.ranks[rank].stream is not None
+        connection = next(self.numbers)
+        taken = rank in self.ranks and self.ranks[rank].connection is not None
         if self.ending or (rank in self.ranks and not taken):
             return  # told in the scenarios; here one generation at a time, and no twins
-        join = Join(stream, "j", Peer(rank, f"h{rank}", stream), _WORLD, _TIMEOUT_S, _TIMEOUT_S, 1000 + stream)
+        join = Join(
+            connection, "j", Peer(rank, f"h{rank}", connection), _WORLD, _TIMEOUT_S, _TIMEOUT_S, 1000 + connection
+        )
         if taken:
             effects = self.service.handle(join, self.now)
             assert [effect.reason for effect in effects if isinstance(effect, Failed)] == [Reason.MISMATCH]
             return
-        self.ranks[rank] = Process(rank, 1000 + stream, stream)
+        self.ranks[rank] = Process(rank, 1000 + connection, connection)
         self.does(join)
 
     @rule(order=_ORDERS)
@@ -94,9 +96,9 @@ class AnyHistory(RuleBasedStateMachine):
     def repeats_itself(self, rank: int) -> None:
         """What waits is said once more: nothing happens, or the rank gets the answer again."""
         process = self.ranks.get(rank)
-        if process is not None and process.stream is not None and process.asked is not None:
+        if process is not None and process.connection is not None and process.asked is not None:
             sequence, call, body = process.asked
-            self.does(Contribute(process.stream, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
+            self.does(Contribute(process.connection, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
 
     @rule(rank=_RANKS)
     def says_something_else(self, rank: int) -> None:
@@ -109,12 +111,12 @@ class AnyHistory(RuleBasedStateMachine):
     def leaves(self, rank: int, reason: str) -> None:
         """A rank says goodbye, and is let go."""
         process = self.ranks.get(rank)
-        if process is None or process.stream is None:
+        if process is None or process.connection is None:
             return
         del self.ranks[rank]
         self.returning.discard(rank)
-        effects = self.does(Leave(process.stream, reason))
-        assert Closed(process.stream, "j") in effects
+        effects = self.does(Leave(process.connection, reason))
+        assert Closed(process.connection, "j") in effects
         self.ending = bool(self.ranks)
 
     # ---- what happens to them ----
@@ -125,13 +127,13 @@ class AnyHistory(RuleBasedStateMachine):
         process = self.ranks.pop(rank, None)
         if process is None:
             return
-        if process.stream is not None:
-            self.does(ConnectionEnded(process.stream))
+        if process.connection is not None:
+            self.does(ConnectionEnded(process.connection))
         if self.returning or self.ending:
             self.ending = bool(self.ranks)  # it has a lease to come back, like those that still will
             return
         self.advance(0.6)
-        here = [each for each in self.ranks.values() if each.stream is not None and each.hears]
+        here = [each for each in self.ranks.values() if each.connection is not None and each.hears]
         # A process that missed the end of its generation is none of those that join the next one.
         assert not any(each.generation == process.generation for each in here)
 
@@ -139,9 +141,9 @@ class AnyHistory(RuleBasedStateMachine):
     def is_cut_off(self, rank: int) -> None:
         """A connection breaks, and the service notices."""
         process = self.ranks.get(rank)
-        if process is not None and process.stream is not None:
-            stream, process.stream = process.stream, None
-            self.does(ConnectionEnded(stream))
+        if process is not None and process.connection is not None:
+            connection, process.connection = process.connection, None
+            self.does(ConnectionEnded(connection))
 
     @rule(rank=_RANKS)
     def grows_deaf(self, rank: int) -> None:
@@ -153,28 +155,28 @@ class AnyHistory(RuleBasedStateMachine):
     def freezes(self, rank: int) -> None:
         """No sign of life any more: everybody else is told within the lease."""
         process = self.ranks.get(rank)
-        if process is None or process.stream is None or not process.generation or self.returning or self.ending:
+        if process is None or process.connection is None or not process.generation or self.returning or self.ending:
             return
         process.alive = False
         self.advance(1.2)
-        assert not any(each.stream is not None and each.hears for each in self.ranks.values())
+        assert not any(each.connection is not None and each.hears for each in self.ranks.values())
 
     @rule(rank=_RANKS)
     def comes_back(self, rank: int) -> None:
         """A rank makes a new connection, and says again what may not have been heard."""
         process = self.ranks.get(rank)
-        if process is None or (process.stream is not None and process.hears) or not process.alive:
+        if process is None or (process.connection is not None and process.hears) or not process.alive:
             return
-        process.stream, process.hears = next(self.numbers), True
+        process.connection, process.hears = next(self.numbers), True
         self.returning.discard(rank)
         resume = Resume(process.generation, process.answered, process.layer_answered) if process.generation else None
         peer = Peer(rank, f"h{rank}", process.incarnation - 1000)
         incarnation = process.incarnation
-        self.does(Join(process.stream, "j", peer, _WORLD, _TIMEOUT_S, _TIMEOUT_S, incarnation, resume))
+        self.does(Join(process.connection, "j", peer, _WORLD, _TIMEOUT_S, _TIMEOUT_S, incarnation, resume))
         for reported in (process.before, process.asked):
-            if reported is not None and process.stream is not None:
+            if reported is not None and process.connection is not None:
                 sequence, call, body = reported
-                self.does(Contribute(process.stream, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
+                self.does(Contribute(process.connection, process.generation, sequence, call, body))  # type: ignore[arg-type]  # a body is what was said
 
     @rule(orders=_ORDERS)
     def all_come_back(self, orders: list[int]) -> None:
@@ -192,7 +194,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.service = Service({"j": records}, _TIMEOUTS, self.now)
         assert {name: bits(state) for name, state in self.service.states("j").items()} == before
         for process in self.ranks.values():
-            process.stream = None
+            process.connection = None
             if not process.generation:
                 process.hears = True
         self.returning = {rank for rank, process in self.ranks.items() if process.generation}
@@ -216,7 +218,7 @@ class AnyHistory(RuleBasedStateMachine):
         """Nobody waits longer than it wants to."""
         self.advance(seconds)
         for process in self.ranks.values():
-            if process.asked is not None and process.stream is not None and process.hears:
+            if process.asked is not None and process.connection is not None and process.hears:
                 assert self.now < process.since + _TIMEOUT_S + 0.2
 
     # ---- what must be true ----
@@ -224,7 +226,7 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_for_what_can_not_come(self) -> None:
         """Ranks that all are here and have spoken are answered, or told."""
-        here = [p for p in self.ranks.values() if p.generation and p.stream is not None and p.hears and p.alive]
+        here = [p for p in self.ranks.values() if p.generation and p.connection is not None and p.hears and p.alive]
         if len(here) == _WORLD:
             assert not all(process.asked is not None for process in here), "everybody waits, and nobody is told"
 
@@ -249,8 +251,8 @@ class AnyHistory(RuleBasedStateMachine):
     def asks(self, process: Process, call: Call, body: object) -> None:
         """A rank contributes, if it has a connection."""
         process.asked, process.since = (process.answered + 1, call, body), self.now
-        if process.stream is not None:
-            self.does(Contribute(process.stream, process.generation, process.answered + 1, call, body))  # type: ignore[arg-type]  # a body is what was said
+        if process.connection is not None:
+            self.does(Contribute(process.connection, process.generation, process.answered + 1, call, body))  # type: ignore[arg-type]  # a body is what was said
 
     def advance(self, seconds: float) -> None:
         """Time passes, and whoever lives says so."""
@@ -258,7 +260,7 @@ class AnyHistory(RuleBasedStateMachine):
         while self.now < end - 1e-6:
             self.now += 0.1
             for process in self.ranks.values():
-                if process.stream is not None and process.alive:
+                if process.connection is not None and process.alive:
                     self.service.handle(Heartbeat("j", process.rank, process.incarnation), self.now)
             self.does(Tick())
 
@@ -269,9 +271,9 @@ class AnyHistory(RuleBasedStateMachine):
             if isinstance(effect, Record):
                 self.written.append(effect.record)
                 continue
-            streams = getattr(effect, "streams", None) or (getattr(effect, "stream", None),)
+            connections = getattr(effect, "connections", None) or (getattr(effect, "connection", None),)
             for process in tuple(self.ranks.values()):
-                if process.stream is not None and process.stream in streams:
+                if process.connection is not None and process.connection in connections:
                     self.hears(process, effect)
         if not self.ranks:
             self.ending = False
@@ -283,7 +285,7 @@ class AnyHistory(RuleBasedStateMachine):
         if isinstance(effect, Failed):
             assert "hold another state of the layer than its owner" not in effect.text
             # Where it does not hear it, it finds nothing to come back to.
-            process.stream = None
+            process.connection = None
             if process.hears or not process.alive:
                 del self.ranks[process.rank]
             self.returning.discard(process.rank)

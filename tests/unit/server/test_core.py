@@ -57,14 +57,14 @@ _STATE = LayerState(
 _BARRIER = Call(Operation.BARRIER, ExchangeKey(None, None, 0), PlainSignature())
 
 
-def _join(service: Service, *streams: int, job: str = "j") -> list[Effect]:
-    joins = [Join(s, job, Peer(rank, "h", s), len(streams), 9.0, 9.0) for rank, s in enumerate(streams)]
+def _join(service: Service, *connections: int, job: str = "j") -> list[Effect]:
+    joins = [Join(s, job, Peer(rank, "h", s), len(connections), 9.0, 9.0) for rank, s in enumerate(connections)]
     return [effect for join in joins for effect in _effects_of(service, join)]
 
 
-def _enroll(service: Service, stream: int, generation: int = 1) -> list[Effect]:
+def _enroll(service: Service, connection: int, generation: int = 1) -> list[Effect]:
     call = Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE)
-    return _effects_of(service, Contribute(stream, generation, 1, call, _STATE))
+    return _effects_of(service, Contribute(connection, generation, 1, call, _STATE))
 
 
 def _effects_of(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
@@ -104,7 +104,7 @@ def test_what_becomes_of_an_operation(root: int, speakers: int, reported: list[t
         Tick(),
     ],
 )
-def test_a_stream_without_a_seat_is_ignored(event: Event) -> None:
+def test_a_connection_without_a_seat_is_ignored(event: Event) -> None:
     """What a rank sent before it heard that its generation is over comes too late, and changes nothing."""
     assert Service().handle(event, 0.0) == []
 
@@ -117,8 +117,8 @@ def test_nonsense_without_a_seat_is_answered() -> None:
     assert failed.text == "The service refused what you sent: expected a join."
 
 
-def test_a_stream_loses_its_seat_with_its_connection() -> None:
-    """Numbers of streams are not used again, but what is late must not find a seat."""
+def test_a_connection_that_ends_loses_its_seat() -> None:
+    """Numbers of connections are not used again, but what is late must not find a seat."""
     service = Service()
     _join(service, 1)
     service.handle(ConnectionEnded(1), 0.0)
@@ -263,7 +263,7 @@ def test_a_reduction_is_in_rank_order() -> None:
     (reduce,) = _effects_of(service, Contribute(1, 1, 1, call, (np.zeros(1),)))
     assert isinstance(reduce, Reduce)
     assert [arrays[0].tolist() for arrays in reduce.contributions] == [[0.0], [1.0]]
-    assert reduce.streams == (1, 2)
+    assert reduce.connections == (1, 2)
 
 
 def test_the_limbs_of_a_rank_are_not_written_to() -> None:
@@ -369,8 +369,8 @@ def test_a_job_that_is_over_can_be_forgotten_and_recalled() -> None:
     """Ranks of the generation that failed still hear why, and the next one goes on from its statistics."""
     service = Service()
     _join(service, 1, 2)
-    for stream in (1, 2):
-        _enroll(service, stream)
+    for connection in (1, 2):
+        _enroll(service, connection)
     with pytest.raises(AssertionError, match="job 'j' is not over"):
         service.forget("j")
     _effects_of(service, Stop())

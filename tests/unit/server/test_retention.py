@@ -124,10 +124,10 @@ def test_a_service_without_a_state_directory_forgets_too() -> None:
     """Otherwise its memory grows with every job that there ever was."""
     service = Service()
     retention = MemoryRetention(Keep(jobs=1), service)
-    for stream, job in enumerate(("first", "second", "running"), 1):
-        service.handle(Join(stream, job, Peer(0), 1, 9.0, 9.0), 0.0)
+    for connection, job in enumerate(("first", "second", "running"), 1):
+        service.handle(Join(connection, job, Peer(0), 1, 9.0, 9.0), 0.0)
         if job != "running":
-            (persist,) = [each for each in service.handle(Leave(stream, ""), 0.0) if isinstance(each, Persist)]
+            (persist,) = [each for each in service.handle(Leave(connection, ""), 0.0) if isinstance(each, Persist)]
             retention.persist(persist)
             asyncio.run(retention.expire())
     retention.persist(Persist("running"))

@@ -146,7 +146,7 @@ def _refusal(event: Request, text: str) -> Malformed:
     """What takes the place of an invalid request."""
     refusal = validated(event, world_size=2)
     assert isinstance(refusal, Malformed)
-    assert refusal.stream == event.stream
+    assert refusal.connection == event.connection
     assert re.search(text, refusal.text)
     return refusal
 
