@@ -400,8 +400,8 @@ def test_a_log_that_nobody_reads_holds_up_nobody(serve: Callable[..., Any]) -> N
 
 def _until_stderr(process: Any, text: str) -> None:
     """Read the log until a line holds a text."""
-    stream = process.popen.stderr
-    while text not in (line := stream.readline()):
+    pipe = process.popen.stderr
+    while text not in (line := pipe.readline()):
         assert line, f"the log ended without {text!r}"
 
 

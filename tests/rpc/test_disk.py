@@ -85,9 +85,9 @@ def _daemon(directory: Path) -> Iterator[_Daemon]:
         daemon.popen.kill()
         daemon.popen.wait()
         daemon._reader.join(150)
-        for stream in (daemon.popen.stdout, daemon.popen.stderr):
-            assert stream is not None
-            stream.close()
+        for pipe in (daemon.popen.stdout, daemon.popen.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 def test_a_full_disk_and_its_recovery(serve: Callable[..., Any], tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ _GOT_USR = (
     "print('got', *sorted(got))"
 )
 _SAVES = f"try:\n    ready()\n    {_SLEEP}\nexcept KeyboardInterrupt: print('saved')"
-# Not print: the signal may come while `ready` holds the stream.
+# Not print: the signal may come while `ready` holds the lock of the output.
 _SAVES_ON_TERM = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), os._exit(0)))\n" + _WAIT
 # Rank 1 is still saving when rank 0 has ended: mpiexec ends the others within milliseconds of the first.
 _SAVES_SLOWLY = (

@@ -94,10 +94,10 @@ class Rank:
             self._process.kill()
         self._process.wait()
         self._reader.join()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
             with suppress(BrokenPipeError):  # what it did not read any more
-                stream.close()
+                pipe.close()
 
     def output(self) -> str:
         """What it wrote to stderr."""

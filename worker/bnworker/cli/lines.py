@@ -7,6 +7,6 @@ import sys
 
 def write_line(text: str, *, error: bool = False) -> None:
     """Write a line to stdout or stderr, at once: the process may be about to be ended."""
-    stream = sys.stderr if error else sys.stdout
-    stream.write(f"{text}\n")
-    stream.flush()
+    output = sys.stderr if error else sys.stdout
+    output.write(f"{text}\n")
+    output.flush()

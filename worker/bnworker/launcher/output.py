@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bnworker.launcher.prefix import Prefixer, Style
-from bnworker.launcher.reactor import Consumer, Reactor, Sink, Stream
+from bnworker.launcher.reactor import Consumer, OutputPipe, Reactor, Sink
 from bnworker.launcher.starting import Job, LaunchError
 
 _IN_LOGS = Style(timestamps=True, colour=False)
@@ -78,7 +78,7 @@ class Log:
 
 
 class _Screen:
-    """A stream as lines with their heads, for a sink or a log."""
+    """Output as lines with their heads, for a sink or a log."""
 
     def __init__(self, put: Callable[[bytes], None], style: Style, label: str, rank: int | None) -> None:
         self._put = put
@@ -116,7 +116,7 @@ class Outputs:
         )
         self._label = f"bnlayer {job.program}:"  # in front of the launcher's own lines
         self._host = os.uname().nodename if job.several is not None else ""
-        self._streams: list[Stream] = []
+        self._pipes: list[OutputPipe] = []
         self._logs = _opened(job, output.log_dir, self._write_on_screen) if output.log_dir is not None else {}
 
     def rank(self, descriptor: int, rank: int, kind: str) -> None:
@@ -127,7 +127,7 @@ class Outputs:
             log.go_on()
         label = f"[{self._host}:{rank}]" if self._host else f"[{rank}]"
         shown = _Screen(sink.put, style, label, rank)
-        self._stream(descriptor, sink, [log, shown] if log is not None else [shown])
+        self._read(descriptor, sink, [log, shown] if log is not None else [shown])
 
     def other(self, descriptor: int, name: str) -> None:
         """Pass on the output of a process that is no rank."""
@@ -135,10 +135,10 @@ class Outputs:
         shown = _Screen(self._err.put, self._err_style, label, None)
         log = self._logs.get("launch.log")
         consumers = [_Screen(log.feed, _IN_LOGS, label, None), shown] if log is not None else [shown]
-        self._stream(descriptor, self._err, consumers)
+        self._read(descriptor, self._err, consumers)
 
-    def _stream(self, descriptor: int, sink: Sink, consumers: Sequence[Consumer]) -> None:
-        self._streams.append(Stream(self._reactor, descriptor, sink, consumers))
+    def _read(self, descriptor: int, sink: Sink, consumers: Sequence[Consumer]) -> None:
+        self._pipes.append(OutputPipe(self._reactor, descriptor, sink, consumers))
 
     def announce(self, text: str) -> None:
         """A line of the launcher's own."""
@@ -159,8 +159,8 @@ class Outputs:
 
     def close(self) -> None:
         """Pass on what has arrived, without waiting for more."""
-        for stream in self._streams:
-            stream.drain()
+        for pipe in self._pipes:
+            pipe.drain()
         for log in self._logs.values():
             log.finish()
 

@@ -62,7 +62,7 @@ class Style:
 
 
 class Prefixer:
-    """One stream of one process.
+    """One output of one process.
 
     Args:
         head: called when a line is complete; returns its prefix.

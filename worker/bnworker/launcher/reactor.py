@@ -120,12 +120,12 @@ class Consumer(Protocol):
         """There are no more."""
 
 
-class Stream:
-    """A process's output on its way to its consumers.
+class OutputPipe:
+    """A pipe with a process's output, on its way to its consumers.
 
     Args:
         reactor: waits for it.
-        descriptor: where it comes from; closed here.
+        descriptor: the end of the pipe that is read; closed here.
         sink: while this one is full, nothing is read.
         consumers: get all of it, one after the other.
     """

@@ -23,7 +23,7 @@ from pathlib import Path
 from bnlayer.environment import variable
 from bnworker.launcher.nodes import parsed
 from bnworker.launcher.prefix import Prefixer
-from bnworker.launcher.reactor import Reactor, Sink, Stream, signals
+from bnworker.launcher.reactor import OutputPipe, Reactor, Sink, signals
 from bnworker.launcher.starting import LaunchError, detach
 
 AGENT = "ssh -T -o BatchMode=yes -o ServerAliveInterval=1 -o ServerAliveCountMax=5"
@@ -103,7 +103,7 @@ class _Run:
         self._died: int | None = None
         self._signals = 0
         self._sinks = [Sink(self.reactor, descriptor, self._unread) for descriptor in (1, 2)]
-        self._streams: list[Stream] = []
+        self._pipes: list[OutputPipe] = []
 
     def start(self, node: int, host: str, command: Sequence[str]) -> None:
         """Start a node's launcher."""
@@ -121,7 +121,7 @@ class _Run:
         self.running[node] = process
         for pipe, sink in zip((process.stdout, process.stderr), self._sinks, strict=True):
             assert pipe is not None
-            self._streams.append(Stream(self.reactor, detach(pipe), sink, [_Lines(sink.put)]))
+            self._pipes.append(OutputPipe(self.reactor, detach(pipe), sink, [_Lines(sink.put)]))
         handle = os.pidfd_open(process.pid)
 
         def ready() -> None:
@@ -185,8 +185,8 @@ class _Run:
             process.stdin.close()
         self.reactor.pump(lambda: not self.running, _LEFT_S)
         self._abandon()
-        for stream in self._streams:
-            stream.drain()
+        for pipe in self._pipes:
+            pipe.drain()
         self.reactor.pump(lambda: all(sink.empty for sink in self._sinks) or self._signals > 1)
 
     def exit_code(self) -> int:

@@ -191,9 +191,9 @@ def open_npz(
         DataError: it is no .npz, it lacks an array, or an array cannot be read.
     """
     file = File.at(path)
-    with file.opened() as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
+    with file.opened() as descriptor, os.fdopen(descriptor, "rb", closefd=False) as reading:
         try:
-            with zipfile.ZipFile(stream) as archive:
+            with zipfile.ZipFile(reading) as archive:
                 members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
                 missing = [key for key in required if key not in members]
                 if missing:
@@ -219,12 +219,12 @@ def _member(
         read_into(descriptor, memoryview(lengths), info.header_offset, file.path)
         offset = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(lengths))
         return _uncompressed(file, descriptor, key, offset, info.file_size, header_alone)
-    with archive.open(info) as stream:
-        dtype, shape, fortran, header = _header(stream, file.path, key)
+    with archive.open(info) as reading:
+        dtype, shape, fortran, header = _header(reading, file.path, key)
         _fits(file.path, key, shape, header + math.prod(shape) * dtype.itemsize, info.file_size)
         if header_alone:
             return Unread(str(file.path), key, dtype, shape)
-        raw = bytearray(stream.read())  # to its end, where the zip compares its checksum
+        raw = bytearray(reading.read())  # to its end, where the zip compares its checksum
     return _in_memory(file, key, np.frombuffer(raw, dtype), shape, fortran)
 
 
@@ -261,9 +261,9 @@ def _held(where: str, key: str, array: NDArray[Any], file: File | None = None) -
     return Held(where, key, array.reshape(rows, math.prod(array.shape[1:])), array.shape, file)
 
 
-def _header(stream: IO[bytes], path: Path, key: str) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
+def _header(reading: IO[bytes], path: Path, key: str) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
     """The dtype, the shape, whether the order is Fortran's, and the bytes of the header."""
-    counted = _Counting(stream)
+    counted = _Counting(reading)
     try:
         version = np.lib.format.read_magic(counted)
         if version == (1, 0):
@@ -291,14 +291,14 @@ def _numbers(where: str, key: str, dtype: np.dtype[Any]) -> None:
 
 
 class _Counting:
-    """A stream that knows how far it was read."""
+    """A file that counts the bytes that were read of it."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+    def __init__(self, reading: IO[bytes]) -> None:
+        self._reading = reading
         self.read_so_far = 0
 
     def read(self, size: int = -1, /) -> bytes:
-        got = self._stream.read(size)
+        got = self._reading.read(size)
         self.read_so_far += len(got)
         return got
 
