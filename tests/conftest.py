@@ -3,6 +3,7 @@
 1. The header names the MPI whose `mpiexec` this environment brings: one suite passes under several.
 2. A skipped test fails the run, unless `allowed-skips.txt` names it: a missing tool is no success.
 3. Property tests draw the same examples in every run, and none of them looks at the clock.
+4. Files that take long come first: side by side, the last one is not left alone.
 """
 
 import signal
@@ -16,6 +17,25 @@ import pytest
 from support.fault.seed import SEED
 
 _ALLOWED = Path(__file__).with_name("allowed-skips.txt")
+# By how long each takes. A file that is not here comes after those that are.
+_LONGEST = (
+    "packaging/test_wheel.py",
+    "rpc/test_outages.py",
+    "rpc/test_launch_endings.py",
+    "mpi/test_launch_endings.py",
+    "rpc/test_resume.py",
+    "rpc/test_elastic.py",
+    "mpi/test_contract.py",
+    "rpc/test_elastic_hosts.py",
+    "mpi/test_train_resume.py",
+    "mpi/test_endings.py",
+    "rpc/test_train.py",
+    "rpc/test_train_data.py",
+    "deploy/test_slurm.py",
+    "rpc/test_contract.py",
+    "rpc/test_daemon.py",
+    "rpc/test_launch.py",
+)
 _VENDORS = {"Open MPI": "Open MPI", "HYDRA": "MPICH"}
 
 # An example may take as long as a busy machine needs: a hang is what pytest's timeout is for. New examples, to look for
@@ -30,6 +50,12 @@ def pytest_configure() -> None:
     """A shell without job control lets commands behind & ignore SIGINT, and so would all that the tests send it to."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests of the files that take longest to the front."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_report_header() -> list[str]:

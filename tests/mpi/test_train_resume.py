@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from support.killing import killed_and_resumed, undisturbed
+from support.killing import KILLS, killed_and_resumed, undisturbed
 from support.training import FIFTY_STEPS, trained
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_kills(kills: int, tmp_path: Path) -> None:
     """Of ranks and of the launcher, with -9: the final file's bytes are those of the undisturbed run."""
     parts, steps, story = killed_and_resumed(tmp_path, "mpi", kills, seed=kills)

@@ -179,7 +179,7 @@ def test_cut_connections_heal(serve: Callable[..., Any]) -> None:
 
 def test_a_connection_that_lets_nothing_through_is_made_anew(serve: Callable[..., Any]) -> None:
     """Nobody closes it, so only heartbeats without an answer tell; it heals before the lease is over."""
-    service = serve("--lease", "2")
+    service = serve("--lease", "2", _AWAY)
     with _proxy(service.address) as (address, _, swallow):
 
         def done(rank: int, step: int) -> None:
@@ -197,7 +197,7 @@ def test_the_service_is_killed_and_the_job_goes_on(
 ) -> None:
     """kill -9 in the middle of things, four times: nothing lost, nothing counted twice."""
     address = f"127.0.0.1:{_free_port()}"
-    flags = ("-m", "bnserver", "--listen", address, "--state-dir", str(tmp_path))
+    flags = ("-m", "bnserver", "--listen", address, "--state-dir", str(tmp_path), _AWAY)
     daemons = [start(*flags)]
     assert daemons[0].line() == f"bnserver listening on {address}"
     resumed: list[float] = []
@@ -244,7 +244,7 @@ def test_the_service_dies_at_a_named_point(
 ) -> None:
     """Before, within and after each thing it does; started again, it goes on, and all is as if nothing had been."""
     address = f"127.0.0.1:{_free_port()}"
-    flags = ("-m", "bnserver", "--listen", address, "--state-dir", str(tmp_path))
+    flags = ("-m", "bnserver", "--listen", address, "--state-dir", str(tmp_path), _AWAY)
     monkeypatch.setenv("BNSERVER_FAILPOINTS", failpoint)
     dying = start(*flags)
     assert dying.line() == f"bnserver listening on {address}"
@@ -266,7 +266,7 @@ def test_the_service_dies_at_a_named_point(
 
 def test_a_service_that_slept_counts_it_against_nobody(serve: Callable[..., Any]) -> None:
     """It was stopped for longer than a lease: nobody is lost when it wakes."""
-    service = serve("--lease", "1.5")
+    service = serve("--lease", "1.5", _AWAY)
     with futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(_world, service.address, 1, 2)
         with _world(service.address, 0, 2) as world, joining.result(150) as other:

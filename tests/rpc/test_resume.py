@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.rpc, pytest.mark.timeout(600)]
 
 @pytest.mark.fault
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_kills(kills: int, tmp_path: Path) -> None:
     """Of ranks and of the launcher, with -9: the final file's bytes are those of the undisturbed run."""
     parts, steps, story = killed_and_resumed(tmp_path, "service", kills, seed=kills)

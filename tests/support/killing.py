@@ -26,7 +26,7 @@ _ELASTIC_KERNELS = {"BNLAYER_KERNELS": "reference"}
 _OPTIONS = ("--data=digits", "--epochs=1000000", "--hidden=16,8", "--seed=7")
 _MARK = "BNLAYER_TEST_MARK"  # inherited by all that a launch starts, so that it can be found
 _RANK = (b"BNLAYER_RANK", b"PMI_RANK", b"OMPI_COMM_WORLD_RANK")
-# Of the campaigns that `make test-long` runs: KILLS=20 make test-long takes half an hour.
+# Of each of the campaigns that `make test-long` runs: KILLS=20 make test-long takes half an hour.
 KILLS = int(os.environ.get("KILLS", "5"))
 
 Summary = dict[str, Any]
