@@ -35,7 +35,7 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 BY_ITSELF := tests/rpc/test_launch_over_ssh.py tests/rpc/test_several_hosts.py
 
 # What does not may have all cores.
-PURE := -m "not ($(WIRED))" -n auto --maxprocesses=8 --dist=worksteal $(NO_FRAMEWORKS)
+PURE := -m "not ($(WIRED) or soak)" -n auto --maxprocesses=8 --dist=worksteal $(NO_FRAMEWORKS)
 
 # Not in a lock file: which wheel is right depends on the machine. Another one: make TORCH=/path/to/torch.whl ...
 TORCH ?= torch==2.13.0
@@ -192,7 +192,7 @@ soak: setup  ## break the service for an hour, as often as its promises say (SOA
 # reach no line more, and tracing makes them many times slower.
 coverage: setup  ## branch coverage of the pure code by its own tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not ($(WIRED))" tests/unit tests/scenarios --ignore=tests/unit/worker \
+	$(BIN)/coverage run -m pytest -m "not ($(WIRED) or soak)" tests/unit tests/scenarios --ignore=tests/unit/worker \
 		--ignore=tests/unit/test_kernels.py --ignore=tests/unit/test_tiling.py --ignore=tests/unit/test_kernel_choice.py
 	$(BIN)/coverage report
 

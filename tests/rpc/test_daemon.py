@@ -5,6 +5,7 @@ import re
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnproto.grpc_options import CLIENT_OPTIONS, SERVICE_NAME
 from bnproto.v1 import statistics_pb2 as pb
 from bnproto.v1 import statistics_pb2_grpc as rpc
+from bnserver import daemon
+from bnserver.__main__ import USAGE, main
 from bnserver.authorization import Role, entry
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
@@ -49,6 +52,21 @@ def _refused(start: Callable[..., Any], *arguments: str) -> tuple[int, str]:
     code, out, err = start("-m", "bnserver", *arguments).end(within=150)
     assert out == ""
     return code, err
+
+
+@pytest.fixture
+def usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What is said of wrong arguments, in this process: it gets no further than reading them."""
+
+    def read(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["bnserver", *arguments])
+        monkeypatch.setattr(daemon, "serve", lambda _: pytest.fail("it would serve"))
+        assert main() == USAGE
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    return read
 
 
 # ---- quotas ----
@@ -177,10 +195,9 @@ def test_plain_text_beyond_this_machine_must_be_asked_for(start: Callable[..., A
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1", "127.0.0.1:", ":50051", "127.0.0.1:http", "127.0.0.1:65536"])
-def test_an_address_has_a_host_and_a_port(start: Callable[..., Any], listen: str) -> None:
+def test_an_address_has_a_host_and_a_port(usage_error: Callable[..., str], listen: str) -> None:
     """A typing error is told as one."""
-    code, err = _refused(start, "--listen", listen)
-    assert code == 2
+    err = usage_error("--listen", listen)
     assert f"--listen: expected HOST:PORT, such as 127.0.0.1:50051, received {listen!r}" in err
 
 
@@ -196,10 +213,9 @@ def test_an_ipv6_host_is_in_brackets(start: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("flag", ["--lease", "--away"])
 @pytest.mark.parametrize("seconds", ["-1", "inf", "nan", "soon"])
-def test_timeouts_are_numbers_of_seconds(start: Callable[..., Any], flag: str, seconds: str) -> None:
+def test_timeouts_are_numbers_of_seconds(usage_error: Callable[..., str], flag: str, seconds: str) -> None:
     """A lease that is none would find everybody dead, or nobody."""
-    code, err = _refused(start, "--listen", "127.0.0.1:0", f"{flag}={seconds}")
-    assert code == 2
+    err = usage_error("--listen", "127.0.0.1:0", f"{flag}={seconds}")
     assert f"bnserver: {flag}: expected a number of seconds, 0 or more, received '{seconds}'" in err
 
 
