@@ -13,6 +13,9 @@ from support.processes import children
 from support.running import Running
 from support.several import COMPUTES
 
+# Who is asked for in place of the second host, where nothing can be started.
+NOBODY, STRANGER, MUTE = "nobody", "stranger", "mute"
+
 _EXCHANGES = "ready()\n    while True: w.barrier(); time.sleep(0.01)"
 
 
@@ -65,4 +68,21 @@ ENDINGS = (
         COMPUTES,
         "bnlayer launch: the connection to 10.77.0.3 was killed by SIGKILL",
     ),
+)
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A host on which nothing can be started: in the table's words, which one, and what ssh says."""
+
+    row: str
+    host: str
+    says: str
+
+
+UNREACHED_CODE = 255  # ssh's own
+UNREACHED = (
+    Unreached("a host can't be reached", NOBODY, "ssh: connect to host .* port 2222: "),
+    Unreached("a host refuses the key", STRANGER, r"Permission denied \(publickey"),
+    Unreached("a host accepts the connection, and says nothing", MUTE, "Connection timed out during banner exchange"),
 )

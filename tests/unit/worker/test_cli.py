@@ -274,7 +274,9 @@ def test_a_host_file(tmp_path: Path) -> None:
     assert listed == (("me@a", 2), ("b", 3), ("c", 4))
     remote = hosts.remote(listed, ("python", "x y.py"), {"job": None, "grace": 5.0, "timestamps": False})
     *start, line = remote.command_line(1, {"BNLAYER_THREADS": "1 2", "HOME": "/root"})
-    assert start == ["ssh", "-p", "22", "b"]
+    given_up = ["ConnectTimeout=10", "ServerAliveInterval=1", "ServerAliveCountMax=5"]  # who doesn't answer
+    options = [part for option in ("BatchMode=yes", *given_up) for part in ("-o", option)]
+    assert start == ["ssh", "-p", "22", *options, "b"]
     there, _, command = line.partition(" && exec ")
     assert shlex.split(there) == ["cd", str(Path.cwd())]
     assert shlex.split(command) == [
@@ -282,4 +284,6 @@ def test_a_host_file(tmp_path: Path) -> None:
         *("--nnodes=3", "--node-rank=1", "--rendezvous=a:7431", "--ranks=3", "--first-rank=2", "--world-size=9"),
         *("--grace=5.0", "--", "python", "x y.py"),
     ]
+    hosts = Hosts(hosts="a", ssh="docker exec", rendezvous="a:7431")  # no ssh: as it is
+    assert hosts.remote((("a", 1),), ("true",), {}).command_line(0, {})[:-1] == ["docker", "exec", "a"]
     assert Hosts(hosts="me@a,b:3").listed("launch", 1) == (("me@a", 1), ("b", 3))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from support.endings import ENDINGS
 from support.over_ssh import ENDINGS as ENDINGS_OVER_SSH
+from support.over_ssh import UNREACHED, UNREACHED_CODE
 from support.several import ENDINGS as ENDINGS_OF_SEVERAL
 
 _DOCS = Path(__file__).parents[3] / "docs" / "launching.md"
@@ -31,7 +32,8 @@ def test_the_table_of_several_hosts_is_the_tested_one() -> None:
 def test_the_table_of_jobs_over_ssh_is_the_tested_one() -> None:
     """With the exit code of the launcher that started them."""
     documented = sorted((row[1].strip(), int(row[2])) for row in _rows(_SEVERAL, "## From one host, over ssh"))
-    assert documented == sorted((ending.row, ending.code) for ending in ENDINGS_OVER_SSH)
+    tested = [(ending.row, ending.code) for ending in ENDINGS_OVER_SSH]
+    assert documented == sorted([*tested, *((host.row, UNREACHED_CODE) for host in UNREACHED)])
 
 
 def _rows(page: Path, heading: str) -> list[list[str]]:

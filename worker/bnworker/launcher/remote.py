@@ -26,7 +26,11 @@ from bnworker.launcher.prefix import Prefixer
 from bnworker.launcher.reactor import OutputPipe, Reactor, Sink, signals
 from bnworker.launcher.starting import LaunchError, detach
 
-AGENT = "ssh -T -o BatchMode=yes -o ServerAliveInterval=1 -o ServerAliveCountMax=5"
+AGENT = "ssh -T"
+
+# Of any ssh, after its own options, the first of which counts: no question is asked, since nobody is there to answer; a
+# host that doesn't answer, or accepts a connection and says nothing, is given up, before and after the login.
+_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=1", "ServerAliveCountMax=5")
 
 _SSH_FAILED = 255  # ssh's own code; otherwise its code is the remote command's
 _LEFT_S = 30.0  # for the other hosts, once one connection has died: their launchers end the job within seconds
@@ -41,7 +45,8 @@ class Remote:
         hosts: names for ssh, each with its number of ranks.
         rendezvous: HOST:PORT, of the first host.
         insecure: whether plain text may be spoken there.
-        agent: the command that stands in front of a host's name and a command line: `ssh -p 2222`.
+        agent: the command that stands in front of a host's name and a command line: `ssh -p 2222`. An ssh gets
+            `_OPTIONS`.
         options: of the launchers.
     """
 
@@ -66,7 +71,10 @@ class Remote:
         ]
         ours = [f"{name}={value}" for name, value in environ.items() if name.startswith("BNLAYER_")]
         there = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *ours, *launcher])}"
-        return [*shlex.split(self.agent), name, there]
+        agent = shlex.split(self.agent)
+        if agent and Path(agent[0]).name == "ssh":
+            agent += [part for option in _OPTIONS for part in ("-o", option)]
+        return [*agent, name, there]
 
 
 def launch(remote: Remote, environ: Mapping[str, str] = os.environ) -> int:
@@ -84,7 +92,7 @@ def launch(remote: Remote, environ: Mapping[str, str] = os.environ) -> int:
             "BNLAYER_TOKEN would stand in the command lines on the hosts, which all their users can read. Set "
             "BNLAYER_TOKEN_FILE, to a file on each host, in its place."
         )
-    run = _Run()
+    run = _Run(remote.agent)
     with signals(run.reactor, run.signalled):
         try:
             for node in range(len(remote.hosts)):
@@ -96,7 +104,8 @@ def launch(remote: Remote, environ: Mapping[str, str] = os.environ) -> int:
 
 
 class _Run:
-    def __init__(self) -> None:
+    def __init__(self, agent: str) -> None:
+        self._agent = agent
         self.reactor = Reactor()
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self._codes: dict[int, int] = {}
@@ -164,7 +173,11 @@ class _Run:
             and not any(self._codes[n] for n in self._codes if n != node)
         ):
             self._died = code
-            why = f"was killed by {signal.Signals(-status).name}" if status < 0 else "failed"
+            why = (
+                f"was killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"failed; ssh's reason is above. `{self._agent} {host} true` must work here, and ask for nothing"
+            )
             self._sinks[1].put(f"bnlayer launch: the connection to {host} {why}\n".encode())
         if code:
             self.reactor.ring(_LEFT_S, self._abandon)
