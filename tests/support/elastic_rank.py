@@ -23,7 +23,9 @@ from bnlayer import BatchNormalization
 from support.elastic import BEFORE, BETWEEN, COMMIT_EVERY, POWER, RANK, SAVED, SUMMED, WAY
 
 folder, steps, full = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-slot = int(os.environ.get("BNLAYER_TEST_FIRST", "0")) + int(os.environ["BNLAYER_RANK"])
+slot = int(os.environ.get("BNLAYER_TEST_FIRST", "0")) + int(
+    os.environ.get("BNLAYER_RANK") or os.environ["OMPI_COMM_WORLD_RANK"]
+)
 kills = json.loads(os.environ.get("BNLAYER_TEST_KILLS", "[]"))
 norm = BatchNormalization(synchronized=True, name="bn", dtype="float64", momentum=0.9)
 norm.build((None, 5))

@@ -41,10 +41,15 @@ class Job:
         world_size: N.
         arguments: of the interpreter: a script and its arguments.
         environ: variables beside this process's.
+        options: of mpiexec.
     """
 
     def __init__(
-        self, world_size: int, arguments: Sequence[str | Path], environ: Mapping[str, str] | None = None
+        self,
+        world_size: int,
+        arguments: Sequence[str | Path],
+        environ: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         mpiexec = Path(sys.prefix, "bin", "mpiexec")
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
@@ -52,7 +57,7 @@ class Job:
         session = {"PRTE_MCA_prte_local_tmpdir_base": self._temporary.name}  # Open MPI's, which it leaves when killed
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
         self._process = subprocess.Popen(
-            [mpiexec, "-n", str(world_size), sys.executable, *arguments],
+            [mpiexec, *options, "-n", str(world_size), sys.executable, *arguments],
             env={**inherited, **_OPEN_MPI, **session, "PYTHONPATH": path, **(environ or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -81,8 +86,12 @@ class Job:
 
 
 def run(
-    world_size: int, *arguments: str | Path, limit_s: float = 200, environ: Mapping[str, str] | None = None
+    world_size: int,
+    *arguments: str | Path,
+    limit_s: float = 200,
+    environ: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Ended:
     """Run a script on ranks under mpiexec, and wait for its end."""
-    with Job(world_size, arguments, environ) as job:
+    with Job(world_size, arguments, environ, options) as job:
         return job.wait(limit_s)

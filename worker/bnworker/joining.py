@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bnlayer.environment import variable
 from bnworker import own_service, process_groups
 from bnworker.limits import RESTARTED, VARIABLE, Limits
-from bnworker.plan import Plan, plan
+from bnworker.plan import Plan, plan, survives_losses
 from bnworker.presence import Presence
 from bnworker.transports import Transport
 from bnworker.transports.alone import AloneTransport
@@ -20,6 +20,7 @@ from bnworker.world import World
 
 if TYPE_CHECKING:
     from bnworker.transports.mpi import MPITransport
+    from bnworker.transports.mpi_recovery import RecoverableTransport
 
 logger = logging.getLogger("bnworker")
 
@@ -96,12 +97,14 @@ class Place:
 
     Attributes:
         generation: its number.
-        rank, world_size: as the service chose them.
+        rank, world_size: as the service chose them, or the order of those that were left.
+        transport: over MPI: its end of the exchanges, from which the next one is formed.
     """
 
     generation: int
     rank: int
     world_size: int
+    transport: RecoverableTransport | None = None
 
 
 def join_elastic(
@@ -133,6 +136,8 @@ def join_elastic(
     _refuse_timeout("elastic", timeout)
     Presence.refuse_second()
     chosen = plan(os.environ, address=address, job=job, token=token, process_group=process_groups.is_initialized())
+    if chosen.transport == "mpi" and survives_losses(os.environ):
+        return _formed_over_mpi(chosen, limits, before, float(timeout))
     if chosen.transport != "service" or chosen.own is not None:
         own = chosen.own is not None
         what = (
@@ -141,7 +146,7 @@ def join_elastic(
         raise ValueError(
             f"elastic(): an elastic job needs a statistics service that outlives its ranks, and this one would use "
             f"{what} ({chosen.reason}). Start it with `bnlayer launch --elastic MIN:MAX`, or name a service: "
-            "BNLAYER_ADDRESS."
+            "BNLAYER_ADDRESS. Over MPI it works under Open MPI's `mpirun --with-ft ulfm`."
         )
     from bnproto.v1 import statistics_pb2 as pb
     from bnworker.transports.service import ServiceTransport
@@ -165,6 +170,21 @@ def join_elastic(
     )
     world = World(transport)
     place = Place(transport.generation, world.rank, world.world_size)
+    logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, place.generation, chosen.reason)
+    return world, place
+
+
+def _formed_over_mpi(chosen: Plan, limits: Limits, before: Place | None, timeout: float) -> tuple[World, Place]:
+    """The next generation of ranks that Open MPI started, and lets survive each other."""
+    _initialize_mpi_or_exit(timeout)
+    from bnworker.transports import mpi_recovery
+    from bnworker.transports.mpi_runtime import MPI
+
+    if before is None and (text := _other_mpi(chosen, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)):
+        raise RuntimeError(text)
+    transport = mpi_recovery.formed(None if before is None else before.transport, limits, timeout)
+    world = World(transport)
+    place = Place(transport.generation, world.rank, world.world_size, transport)
     logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, place.generation, chosen.reason)
     return world, place
 
@@ -209,15 +229,21 @@ def _opened(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
 
 def _opened_mpi(chosen: Plan, timeout: float, deterministic: bool) -> Transport:
     transport = _initialize_mpi_or_exit(timeout)(timeout=timeout, deterministic=deterministic)
-    if chosen.rank is None or (chosen.rank, chosen.world_size) == (transport.rank, transport.world_size):
+    if not (text := _other_mpi(chosen, transport.rank, transport.world_size)):
         return transport
-    text = (
-        f"This process is rank {chosen.rank} of {chosen.world_size} ({chosen.reason}), but to mpi4py it is rank "
-        f"{transport.rank} of {transport.world_size}. Start it with the mpiexec of the MPI that mpi4py uses "
-        "(python -m mpi4py --mpi-lib-version), and give no other rank=, world_size= or BNLAYER_RANK."
-    )
     transport.leave(f"failed with RuntimeError: {text}")
     raise RuntimeError(text)
+
+
+def _other_mpi(chosen: Plan, rank: int, world_size: int) -> str:
+    """What to say where mpi4py doesn't belong to the mpiexec that started this process; "" where it does."""
+    if chosen.rank is None or (chosen.rank, chosen.world_size) == (rank, world_size):
+        return ""
+    return (
+        f"This process is rank {chosen.rank} of {chosen.world_size} ({chosen.reason}), but to mpi4py it is rank "
+        f"{rank} of {world_size}. Start it with the mpiexec of the MPI that mpi4py uses "
+        "(python -m mpi4py --mpi-lib-version), and give no other rank=, world_size= or BNLAYER_RANK."
+    )
 
 
 def _initialize_mpi_or_exit(timeout: float) -> type[MPITransport]:

@@ -115,6 +115,11 @@ def plan(
     return Plan("service", rank, world_size, reason, address, job, local == "1", credentials=shown, own=own)
 
 
+def survives_losses(environ: Mapping[str, str]) -> bool:
+    """Whether the ranks of an MPI job survive each other, as Open MPI's `mpirun --with-ft ulfm` says to its ranks."""
+    return (variable(environ, "OMPI_MCA_mpi_ft_enable") or "").lower() in {"1", "true", "yes", "on", "t", "y"}
+
+
 def _way(
     environ: Mapping[str, str],
     transport: str | None,

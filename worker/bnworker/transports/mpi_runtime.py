@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable
 
 from bnworker import failure_marker
 
-__all__ = ["MPI", "PROCESS"]
+__all__ = ["MPI", "PROCESS", "end_by_signal", "end_job", "ends_by_signal"]
 
 _LOADED_BEFORE = "mpi4py.MPI" in sys.modules
 try:
@@ -32,9 +35,46 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
 PROCESS = os.getpid()  # the one that is a rank
 
 
+_instead: Callable[[], None] | None = None  # of finalizing
+
+
+def end_by_signal(rank: int) -> None:
+    """End this process by SIGKILL instead of finalizing MPI: of that the other ranks are told, and go on."""
+    global _instead  # noqa: PLW0603 - MPI is the process's own
+    if _instead is None:
+        sys.stderr.write(f"bnworker: process {rank} of the MPI job ends by SIGKILL: the others go on without it.\n")
+        _instead = _kill
+
+
+def ends_by_signal() -> bool:
+    """Whether this process ends otherwise than by finalizing MPI."""
+    return _instead is not None
+
+
+def end_job() -> None:
+    """End the whole MPI job instead of finalizing MPI, which would wait for ever."""
+    global _instead  # noqa: PLW0603 - MPI is the process's own
+    _instead = _abort
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _abort() -> None:
+    sys.stderr.write("bnworker: this rank ends the whole MPI job: finalizing MPI would wait for ever.\n")
+    sys.stderr.flush()
+    time.sleep(1.0)  # for the other ranks to print their errors
+    MPI.COMM_WORLD.Abort(1)
+
+
 def _finalize() -> None:
     if os.getpid() != PROCESS:
         return
+    if _instead is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _instead()
     failure_marker.closed("mpi")
     if _FINALIZES and not MPI.Is_finalized():
         MPI.Finalize()

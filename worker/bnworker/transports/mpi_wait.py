@@ -79,6 +79,7 @@ def complete(request: MPI.Request, start: float, check: Callable[[Unpack[Ts], fl
                 return
         _poll(request, start, check, *arguments)
     except MPI.Exception as error:
+        _abandoned.append(request)
         raise PeerLostError(f"MPI failed, a rank may have crashed: {error}.") from error
     except BaseException:
         _abandoned.append(request)
