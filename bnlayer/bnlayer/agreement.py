@@ -94,7 +94,7 @@ class Verdict:
         )
 
 
-def judge(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int, Peer]) -> Verdict | None:
+def check_agreement(calls: Mapping[int, Call], left: Mapping[int, str], peers: Mapping[int, Peer]) -> Verdict | None:
     """Say why these calls can't be answered; None if they can.
 
     Args:

@@ -54,8 +54,8 @@ class ForwardExchange:
     @classmethod
     def begin(cls, grid: Grid, epsilon: float, masked: bool) -> ForwardExchange:
         """The exchange before its first operation."""
-        need = np.zeros(grid.pivot_C.shape, bool) if grid.known else np.ones(grid.pivot_C.shape, bool)
-        return cls(grid, epsilon, masked, need, Operation.SUMS if grid.known else Operation.PROBE)
+        need = np.zeros(grid.pivot_C.shape, bool) if grid.is_probed else np.ones(grid.pivot_C.shape, bool)
+        return cls(grid, epsilon, masked, need, Operation.SUMS if grid.is_probed else Operation.PROBE)
 
     @property
     def rows(self) -> int:
@@ -123,8 +123,8 @@ class BackwardExchange:
     @classmethod
     def begin(cls, grid: BackwardGrid, statistics: BatchStatistics | None) -> BackwardExchange:
         """The exchange before its first operation."""
-        need = np.zeros(grid.gradient_C.shape, bool) if grid.known else np.ones(grid.gradient_C.shape, bool)
-        wants = Operation.SUMS if grid.known else Operation.PROBE
+        need = np.zeros(grid.gradient_C.shape, bool) if grid.is_probed else np.ones(grid.gradient_C.shape, bool)
+        wants = Operation.SUMS if grid.is_probed else Operation.PROBE
         return cls(grid, statistics, need, wants)
 
     @cached_property

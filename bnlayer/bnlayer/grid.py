@@ -39,13 +39,13 @@ class Grid:
         dtype: the data's dtype, "float32" or "float64".
         pivot_C: float64; for float32 data a float32 number.
         exponent_C: int64.
-        known: whether a probe has found it.
+        is_probed: whether a probe has found it.
     """
 
     dtype: str
     pivot_C: NDArray[np.float64]
     exponent_C: NDArray[np.int64]
-    known: bool
+    is_probed: bool
 
     @classmethod
     def unknown(cls, dtype: str, channels: int) -> Grid:
@@ -93,7 +93,7 @@ class Grid:
             need_C: the channels that take a new grid; the others keep theirs.
 
         Returns:
-            A known grid; a channel without a value keeps its old one.
+            A probed grid; a channel without a value keeps its old one.
         """
         precision = self.precision
         hi, lo = precision.unkey(keys[0]), -precision.unkey(keys[1])
@@ -122,13 +122,13 @@ class BackwardGrid:
         dtype: the data's dtype.
         gradient_C: int64.
         deviation_C: int64; as it is kept, what masked values have asked for beyond the reach of their batch.
-        known: whether a probe has found `gradient_C`.
+        is_probed: whether a probe has found `gradient_C`.
     """
 
     dtype: str
     gradient_C: NDArray[np.int64]
     deviation_C: NDArray[np.int64]
-    known: bool
+    is_probed: bool
 
     @classmethod
     def unknown(cls, dtype: str, channels: int) -> BackwardGrid:
@@ -150,7 +150,7 @@ class BackwardGrid:
         """The grid whose deviations hold every unmasked |x − p| < 2^reach of the forward pass."""
         floor, ceiling = self.precision.deviation_floor, self.precision.deviation_ceiling
         deviation = np.clip(np.maximum(self.deviation_C, reach_C), floor, ceiling)
-        return BackwardGrid(self.dtype, self.gradient_C, deviation, self.known)
+        return BackwardGrid(self.dtype, self.gradient_C, deviation, self.is_probed)
 
     def probed(self, exponents: NDArray[np.int64], need_C: NDArray[np.bool_]) -> BackwardGrid:
         """The grid after a probe.
@@ -173,4 +173,4 @@ class BackwardGrid:
     def renewed(self, changed_C: NDArray[np.bool_]) -> BackwardGrid:
         """What is left of it where the forward grid changed: raised deviations are forgotten."""
         deviation = np.where(changed_C, self.precision.lowest, self.deviation_C)
-        return BackwardGrid(self.dtype, self.gradient_C, deviation, self.known)
+        return BackwardGrid(self.dtype, self.gradient_C, deviation, self.is_probed)

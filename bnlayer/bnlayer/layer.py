@@ -180,7 +180,7 @@ class BatchNormalization(Member):
         """A training call; its output as (A, C, B)."""
         before = self.state
         changes = self._changes(before)
-        if driver.alone and before.forward.known and not view.passes:
+        if driver.alone and before.forward.is_probed and not view.passes:
             done = self._train_alone(driver, view, before, update_moving)
             if done is not None:
                 return done

@@ -80,7 +80,7 @@ class LayerState:
                 updates nothing, as if it had not been made, but a layer without a grid still takes this one: otherwise
                 it would probe at each such call.
         """
-        if rule is None and self.forward.known:
+        if rule is None and self.forward.is_probed:
             return self
         if grid is self.forward:
             backward = self.backward
@@ -108,7 +108,7 @@ class LayerState:
             "forward.exponent": self.forward.exponent_C,
             "backward.gradient": self.backward.gradient_C,
             "backward.deviation": self.backward.deviation_C,
-            "flags": np.array([self.forward.known, self.backward.known, self.version], np.int64),
+            "flags": np.array([self.forward.is_probed, self.backward.is_probed, self.version], np.int64),
         }
 
     @classmethod
@@ -137,12 +137,12 @@ class LayerState:
         ):
             _check(arrays, name, shape, np.dtype(kind))
         _check(arrays, "flags", (3,), np.dtype(np.int64))
-        forward_known, backward_known, version = arrays["flags"].tolist()
+        forward_probed, backward_probed, version = arrays["flags"].tolist()
         arrays = {name: np.require(array, requirements="W") for name, array in arrays.items()}  # not a message's buffer
         return cls(
             Moving(*(arrays[name] for name in variables)),
-            Grid(dtype, arrays["forward.pivot"], arrays["forward.exponent"], bool(forward_known)),
-            BackwardGrid(dtype, arrays["backward.gradient"], arrays["backward.deviation"], bool(backward_known)),
+            Grid(dtype, arrays["forward.pivot"], arrays["forward.exponent"], bool(forward_probed)),
+            BackwardGrid(dtype, arrays["backward.gradient"], arrays["backward.deviation"], bool(backward_probed)),
             version,
         )
 

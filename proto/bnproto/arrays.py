@@ -38,7 +38,7 @@ class WireError(ValueError):
     """A message is invalid."""
 
 
-def whole(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Payload:
+def payload_of(arrays: Iterable[NDArray[Any]], names: Sequence[str] = ()) -> pb.Payload:
     """Arrays as one payload, however large: for files, which know no limit.
 
     Args:

@@ -90,9 +90,9 @@ def call_of(message: pb.Contribution) -> Call:
     """
     operation = _FROM_OPERATION.get(message.operation)
     if operation is None:
-        raise WireError(f"expected one of the operations {_known(_FROM_OPERATION)}; received {message.operation}")
+        raise WireError(f"expected one of the operations {_supported(_FROM_OPERATION)}; received {message.operation}")
     if message.direction not in _FROM_DIRECTION:
-        raise WireError(f"expected one of the directions {_known(_FROM_DIRECTION)}; received {message.direction}")
+        raise WireError(f"expected one of the directions {_supported(_FROM_DIRECTION)}; received {message.direction}")
     layer = message.layer if message.HasField("layer") else None
     key = ExchangeKey(layer, _FROM_DIRECTION[message.direction], message.step)
     forward_step = message.forward_step if message.HasField("forward_step") else None
@@ -152,5 +152,5 @@ def _renorm(message: pb.Renorm) -> Renorm:
     return Renorm(message.momentum, *limits)
 
 
-def _known(table: dict[pb.Operation.ValueType, Operation] | dict[pb.Direction.ValueType, Direction | None]) -> str:
+def _supported(table: dict[pb.Operation.ValueType, Operation] | dict[pb.Direction.ValueType, Direction | None]) -> str:
     return ", ".join(f"{wire} ({meaning})" for wire, meaning in table.items())

@@ -208,18 +208,18 @@ class _TokenChannel(grpc.Channel):
         self._channel = channel
         self._metadata = (("authorization", f"Bearer {token}"),)
 
-    def unary_unary(self, *method: Any, **terms: Any) -> Any:
+    def unary_unary(self, *method: Any, **options: Any) -> Any:
         """See `grpc.Channel`, as for the others."""
-        return _Shown(self._channel.unary_unary(*method, **terms), self._metadata)
+        return _Shown(self._channel.unary_unary(*method, **options), self._metadata)
 
-    def unary_stream(self, *method: Any, **terms: Any) -> Any:
-        return _Shown(self._channel.unary_stream(*method, **terms), self._metadata)
+    def unary_stream(self, *method: Any, **options: Any) -> Any:
+        return _Shown(self._channel.unary_stream(*method, **options), self._metadata)
 
-    def stream_unary(self, *method: Any, **terms: Any) -> Any:
-        return _Shown(self._channel.stream_unary(*method, **terms), self._metadata)
+    def stream_unary(self, *method: Any, **options: Any) -> Any:
+        return _Shown(self._channel.stream_unary(*method, **options), self._metadata)
 
-    def stream_stream(self, *method: Any, **terms: Any) -> Any:
-        return _Shown(self._channel.stream_stream(*method, **terms), self._metadata)
+    def stream_stream(self, *method: Any, **options: Any) -> Any:
+        return _Shown(self._channel.stream_stream(*method, **options), self._metadata)
 
     def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
         self._channel.subscribe(callback, try_to_connect)
@@ -244,8 +244,8 @@ class _Shown:
         self._call = call
         self._metadata = metadata
 
-    def __call__(self, request: Any, **terms: Any) -> Any:
-        return self._call(request, metadata=self._metadata, **terms)
+    def __call__(self, request: Any, **options: Any) -> Any:
+        return self._call(request, metadata=self._metadata, **options)
 
-    def future(self, request: Any, **terms: Any) -> Any:
-        return self._call.future(request, metadata=self._metadata, **terms)
+    def future(self, request: Any, **options: Any) -> Any:
+        return self._call.future(request, metadata=self._metadata, **options)

@@ -1,6 +1,6 @@
 """Messages on a local socket: each after its length, in 4 bytes, little-endian.
 
-Nothing is sent or received here: bytes come in as they arrive, and whole messages go out.
+Nothing is sent or received here: bytes come in as they arrive, and announced messages go out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Frames:
         self._stop = 0
 
     def room(self) -> memoryview:
-        """Where the next bytes go; never empty, once all whole messages are taken.
+        """Where the next bytes go; never empty, once all announced messages are taken.
 
         Raises:
             WireError: a message is announced that is larger than any.
@@ -68,10 +68,10 @@ class Frames:
             WireError: it is larger than any.
         """
         held = self._stop - self._start
-        if held < _LENGTH.size or held < (whole := self._announced()):
+        if held < _LENGTH.size or held < (announced := self._announced()):
             return None
         begin = self._start + _LENGTH.size
-        self._start += whole
+        self._start += announced
         return bytes(memoryview(self._bytes)[begin : self._start])
 
     def _announced(self) -> int:

@@ -79,10 +79,10 @@ def attempt(certificate: Path, key: Path, *, of_server: bool) -> Tried:
     client_side.verify_mode = ssl.CERT_NONE
     load_pair(server_side, certificate, key)
     load_pair(client_side, certificate, key)
-    judge = client_side if of_server else server_side
-    judge.verify_mode = ssl.CERT_REQUIRED
-    judge.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is what is trusted
-    load_authorities(judge, certificate)
+    verifier = client_side if of_server else server_side
+    verifier.verify_mode = ssl.CERT_REQUIRED
+    verifier.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is what is trusted
+    load_authorities(verifier, certificate)
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_side.wrap_bio(to_client, to_server)
     server = server_side.wrap_bio(to_server, to_client, server_side=True)

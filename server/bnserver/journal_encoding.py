@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from bnlayer.agreement import Peer
 from bnlayer.state import LayerState
-from bnproto.arrays import named, unpack, whole
+from bnproto.arrays import named, payload_of, unpack
 from bnproto.calls import call_of, contribution_of, with_state, without_state
 from bnproto.v1 import journal_pb2 as pb
 from bnproto.v1 import statistics_pb2 as wire
@@ -129,7 +129,7 @@ def encode(record: JournalRecord) -> bytes:
                     arrays = with_state(body.limbs, body.state)
                 case _:
                     arrays = {"": body}
-            payload = whole(arrays.values(), tuple(arrays))
+            payload = payload_of(arrays.values(), tuple(arrays))
             operation = contribution_of(record.call, payload, record.sequence, 0)
             encoded = pb.Record(operation=operation, known=record.known)
         case Pushed():
@@ -214,7 +214,7 @@ def _operated(message: wire.Contribution, known: bool) -> Completed:
 
 def _kept(layer: str, state: LayerState) -> pb.LayerSnapshot:
     arrays = state.arrays()
-    return pb.LayerSnapshot(layer=layer, dtype=state.forward.dtype, state=whole(arrays.values(), tuple(arrays)))
+    return pb.LayerSnapshot(layer=layer, dtype=state.forward.dtype, state=payload_of(arrays.values(), tuple(arrays)))
 
 
 def _state(kept: pb.LayerSnapshot) -> LayerState:

@@ -145,8 +145,8 @@ class LocalChannel(asyncio.BufferedProtocol):
                 message = pb.ExchangeRequest.FromString(data)
                 if self._connection is None:
                     self._attach(message.attach.ticket)
-                elif (whole := self._assembler.add(message)) is not None:
-                    self._connection.receive(*whole)
+                elif (assembled := self._assembler.add(message)) is not None:
+                    self._connection.receive(*assembled)
         except (WireError, QuotaError, DecodeError) as error:
             self._garbled(error)
             return

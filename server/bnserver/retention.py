@@ -47,8 +47,8 @@ class Keep:
         too_many = 0 if self.jobs is None else max(0, len(oldest_first) - self.jobs)
         return [
             name
-            for place, name in enumerate(oldest_first)
-            if place < too_many or (self.days is not None and now - ended[name] > self.days * _DAY_S)
+            for position, name in enumerate(oldest_first)
+            if position < too_many or (self.days is not None and now - ended[name] > self.days * _DAY_S)
         ]
 
 

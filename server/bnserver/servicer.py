@@ -175,16 +175,16 @@ class Servicer(rpc.StatisticsServiceServicer):
         assembler = RequestAssembler(connection.account.add)
         try:
             async for message in requests:
-                whole = assembler.add(message)
-                if whole is None:
+                assembled = assembler.add(message)
+                if assembled is None:
                     continue
                 if not message.HasField("join"):
-                    connection.receive(*whole)
+                    connection.receive(*assembled)
                     continue
                 self._unjoined.remove(connection)
                 if not await self._recall(connection, message.join.job):
                     return
-                connection.receive(*whole)
+                connection.receive(*assembled)
                 self.jobs.release(message.join.job)
         except (WireError, QuotaError, DecodeError) as error:
             connection.garbled(error)

@@ -32,7 +32,7 @@ from bnserver.journal_encoding import encode, framed, is_over
 
 _ASIDE = ".part"
 # A journal of so many records, or bytes, is replaced by a snapshot: reading it back takes about a second.
-_LONG_ENTRIES, _LONG_BYTES = 2**12, 2**26
+_LONG_RECORDS, _LONG_BYTES = 2**12, 2**26
 # Snapshots that are written side by side: the disk syncs them together, and a long one holds up no other job's.
 _SAVES_AT_ONCE = 4
 
@@ -45,7 +45,7 @@ class Store:
     Args:
         directory: is made if it does not exist.
         failpoints: faults to inject.
-        long_entries, long_bytes: how long a journal may become.
+        long_records, long_bytes: how long a journal may become.
 
     Raises:
         StoreError: another daemon uses it, or it can't be written to.
@@ -56,12 +56,12 @@ class Store:
         directory: Path,
         failpoints: Failpoints | None = None,
         *,
-        long_entries: int = _LONG_ENTRIES,
+        long_records: int = _LONG_RECORDS,
         long_bytes: int = _LONG_BYTES,
     ) -> None:
         self._directory = directory
         self._failpoints = failpoints or Failpoints()
-        self._long_entries, self._long_bytes = long_entries, long_bytes
+        self._long_records, self._long_bytes = long_records, long_bytes
         self._files: dict[str, JobFile] = {}
         self._saves = asyncio.Semaphore(_SAVES_AT_ONCE)
         self._lock = state_directory.lock(directory)
@@ -180,7 +180,7 @@ class Store:
         file = self._files.get(job)
         if file is None:
             return False
-        long = file.records >= self._long_entries or file.size - file.snapshot >= self._long_bytes
+        long = file.records >= self._long_records or file.size - file.snapshot >= self._long_bytes
         return long and file.meanwhile is None and not file.broken
 
     async def save(self, job: str, records: Callable[[], Sequence[JournalRecord]]) -> None:

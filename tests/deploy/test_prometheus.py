@@ -152,9 +152,9 @@ def test_the_dashboard_is_one_that_grafana_reads(tmp_path: Path) -> None:
     assert code == 0, said
     cells = [
         (x, y)
-        for place in (panel["gridPos"] for panel in _panels())
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
+        for box in (panel["gridPos"] for panel in _panels())
+        for x in range(box["x"], box["x"] + box["w"])
+        for y in range(box["y"], box["y"] + box["h"])
     ]
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < 24

@@ -144,13 +144,13 @@ def answers_of(answers: list[bytes]) -> list[Any]:
 def event_of(data: bytes) -> Any:
     """What the service understands of one request."""
     request = pb.ExchangeRequest.FromString(data)
-    whole = RequestAssembler().add(request)
-    assert whole is not None
+    assembled = RequestAssembler().add(request)
+    assert assembled is not None
     reader = Reader(1)
     if not request.HasField("join"):
         join = pb.Join(job="j", world_size=2, join_timeout_ms=1, timeout_ms=1)
         reader.read(pb.ExchangeRequest(join=join), b"")
-    return reader.read(*whole)
+    return reader.read(*assembled)
 
 
 def plain(value: Any) -> Any:

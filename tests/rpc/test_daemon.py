@@ -73,7 +73,7 @@ def usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("local_socket", [True, False])
-def test_a_rank_is_told_which_quota_it_exceeds(serve: Callable[..., Any], local_socket: bool) -> None:
+def test_the_error_names_the_quota_that_was_exceeded(serve: Callable[..., Any], local_socket: bool) -> None:
     """At once and whatever its timeout, with the setting that raises it; the job beside it goes on."""
     quotas = ("--max-jobs=2", "--max-ranks=2", "--max-layers=1", "--max-channels=4")
     address = serve(*quotas, "--max-job-bytes=4MiB").address

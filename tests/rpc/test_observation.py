@@ -111,9 +111,9 @@ def test_jobs_of_a_token(serve: Callable[..., Any], tmp_path: Path) -> None:
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("bnlayer: jobs: This service asks for a token, and received none.")
     assert service.end(signal.SIGTERM)[0] == 0
-    gone = _jobs(service.address)
-    assert gone.returncode == 1
-    assert gone.stderr.startswith(f"bnlayer: jobs: {service.address} does not answer: UNAVAILABLE: ")
+    unreachable = _jobs(service.address)
+    assert unreachable.returncode == 1
+    assert unreachable.stderr.startswith(f"bnlayer: jobs: {service.address} does not answer: UNAVAILABLE: ")
 
 
 # ---- follow ----
@@ -175,8 +175,8 @@ def test_a_reader_goes_on_forever(serve: Callable[..., Any], tmp_path: Path) -> 
     run(service.address)
     code, _, _ = service.end(signal.SIGTERM)
     assert code == 0
-    again = serve(*flags, "--listen", service.address)
-    run(again.address)
+    restarted = serve(*flags, "--listen", service.address)
+    run(restarted.address)
     assert failed == []
     assert reader.is_alive()
 

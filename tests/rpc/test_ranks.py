@@ -56,11 +56,11 @@ def test_kill_9_is_reported_within_a_second(serve: Callable[..., Any], run_rank:
         world.barrier()
     world.leave()
     who = f"rank 2 (host {_HOST}, pid {lost.popen.pid})"
-    gone = f"{who} was lost: its connection broke without a goodbye (last seen "
-    assert str(caught.value).startswith(gone)
+    expected = f"{who} was lost: its connection broke without a goodbye (last seen "
+    assert str(caught.value).startswith(expected)
     assert "barrier (number 1)" in str(caught.value)
     assert (caught.value.ranks, caught.value.layer, caught.value.step) == ((2,), None, 1)
-    assert reported.startswith(f"PeerLostError [2] None 1 {gone}")
+    assert reported.startswith(f"PeerLostError [2] None 1 {expected}")
 
 
 @pytest.mark.fault

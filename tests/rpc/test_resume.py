@@ -39,7 +39,7 @@ def test_kills_of_the_whole_job(kills: int, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Of two workers whom nobody disturbed."""
     return trained(tmp_path_factory.mktemp("whole"), "--workers=2", *FIFTY_STEPS)
 
@@ -53,7 +53,7 @@ def test_with_another_number_of_workers(fifty_steps_alone: Trained, tmp_path: Pa
     same_result(fifty_steps_alone, parts)
 
 
-def test_the_owner_gets_the_checkpoints_state(whole: Trained, tmp_path: Path) -> None:
+def test_the_owner_gets_the_checkpoints_state(uninterrupted: Trained, tmp_path: Path) -> None:
     """Of a job whose service went on without the ranks: its newer statistics are replaced; the bits are the same."""
     with daemon() as address:
         job = ("--address", address, "--job=kept", "--workers=2", "--resume", *FIFTY_STEPS)
@@ -63,18 +63,18 @@ def test_the_owner_gets_the_checkpoints_state(whole: Trained, tmp_path: Path) ->
         (tmp_path / "parts" / "out" / "saved.safetensors").write_bytes(older)
         parts = trained(tmp_path / "parts", *job)
     assert parts.summary["resumed_steps"] == 20
-    for name, tensor in whole.tensors.items():
+    for name, tensor in uninterrupted.tensors.items():
         assert parts.tensors[name].tobytes() == tensor.tobytes(), name
 
 
-def test_a_new_run_in_an_old_job(whole: Trained, tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_job(uninterrupted: Trained, tmp_path: Path) -> None:
     """It begins with its own statistics, not with those that the job's last run left."""
     with daemon() as address:
         job = ("--address", address, "--job=kept", "--workers=2", *FIFTY_STEPS)
         trained(tmp_path / "first", *job, "--seed=9", "--steps=7")
-        again = trained(tmp_path / "again", *job)
-    for name, tensor in whole.tensors.items():
-        assert again.tensors[name].tobytes() == tensor.tobytes(), name
+        repeated = trained(tmp_path / "again", *job)
+    for name, tensor in uninterrupted.tensors.items():
+        assert repeated.tensors[name].tobytes() == tensor.tobytes(), name
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from support.hosts import Host, hosts, needs_root
 from support.processes import PYTHON, launch, script
 from support.running import Running
-from support.several import COMPUTES, ELASTIC, ENDINGS, GONE, JOINED, PORT, Ending, Job
+from support.several import COMPUTES, ELASTIC, ENDINGS, JOINED, LAUNCHER_LOST, PORT, Ending, Job
 
 pytestmark = [pytest.mark.rpc, needs_root]
 
@@ -102,8 +102,8 @@ def test_a_host_is_cut_off(started: Callable[..., Job]) -> None:
         assert job.end() == [137, 137]
         assert job.carriers() == []
         (_, one), (_, two) = job.said()
-        assert GONE.format("1 (two)") in one
-        assert GONE.format(0) in two
+        assert LAUNCHER_LOST.format("1 (two)") in one
+        assert LAUNCHER_LOST.format(0) in two
 
 
 def test_what_does_not_go_together(pair: list[Host], started: Callable[..., Job], tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_an_elastic_job_loses_a_host(pair: list[Host], started: Callable[..., Jo
     assert job.end() == [0, 137]
     out, err = job.said()[0]
     assert sorted(line for line in out.splitlines() if "ends" in line) == ["[one:0] ends 2", "[one:1] ends 2"]
-    assert f"bnlayer launch: {GONE.format('1 (two)')}; the job goes on with 2 ranks (--elastic)" in err
+    assert f"bnlayer launch: {LAUNCHER_LOST.format('1 (two)')}; the job goes on with 2 ranks (--elastic)" in err
     assert job.carriers() == []
 
 

@@ -270,7 +270,7 @@ def test_a_token_that_is_refused(
     assert "secret" not in log.read_text()
 
 
-def test_ranks_that_are_told_by_their_environment(
+def test_ranks_that_are_configured_by_their_environment(
     guarded: tuple[str, Path], authority: Authority, tmp_path: Path
 ) -> None:
     """As users start them: the launcher passes on what it was given, and `join` uses it."""

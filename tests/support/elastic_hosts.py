@@ -73,7 +73,7 @@ def run(folder: Path, on: Sequence[Host], what: str, plan: list[Kill], steps: in
             stays, other = start(ours, 0), start(theirs, _OURS)
             for number in range(len(plan)):
                 when, last = _mark(folder / f"kill-{number}", stays, other)
-                others = _gone_on(stays, last)
+                others = _continued(stays, last)
                 story.gaps.append(max(line["time"] for line in others) - when)
                 story.without.append(others[0]["goes_on"])
                 if what == WAY:
@@ -102,7 +102,7 @@ def _mark(path: Path, *running: Running) -> tuple[float, int]:
     return float(when), int(generation)
 
 
-def _gone_on(stays: Running, last: int) -> list[dict[str, Any]]:
+def _continued(stays: Running, last: int) -> list[dict[str, Any]]:
     """What those that are left tell of their first step without the others."""
     deadline = time.monotonic() + _LIMIT_S
     while True:

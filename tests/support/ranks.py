@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.agreement import Verdict, judge
+from bnlayer.agreement import Verdict, check_agreement
 from bnlayer.collective import Call, Operation, Total
 from bnlayer.state import LayerState
 
@@ -50,7 +50,7 @@ class Meeting:
         if not self._given:
             return
         given, self._given = self._given, {}
-        verdict = judge({rank: call for rank, (call, _) in given.items()}, {}, {})
+        verdict = check_agreement({rank: call for rank, (call, _) in given.items()}, {}, {})
         if verdict is not None:
             self._answer = verdict
             return

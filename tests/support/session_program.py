@@ -12,7 +12,7 @@ from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Ope
 from bnlayer.exchange import ForwardExchange
 from bnlayer.moving import Rule
 from bnlayer.state import LayerState
-from bnproto.arrays import named, unpack, whole
+from bnproto.arrays import named, payload_of, unpack
 from bnproto.calls import contribution_of
 from bnproto.v1 import statistics_pb2 as pb
 from bnworker.transports.service.service_channel import Answer
@@ -78,7 +78,7 @@ def _contribution(call: Call, arrays: dict[str, NDArray[Any]] | None) -> Asked:
 
 
 def _payload(arrays: dict[str, NDArray[Any]]) -> pb.Payload:
-    return whole(arrays.values(), tuple(arrays))
+    return payload_of(arrays.values(), tuple(arrays))
 
 
 def _state(message: pb.Result | pb.Owned) -> LayerState:

@@ -97,7 +97,7 @@ class Ending:
     says: tuple[str, str] = ("", "")
 
 
-GONE = "the launcher of node {} is gone: it was killed, or its host can't be reached"
+LAUNCHER_LOST = "the launcher of node {} is gone: it was killed, or its host can't be reached"
 _INTERRUPTED = ("SIGINT sent to ranks 0, 1", "SIGINT sent to ranks 2, 3")
 ENDINGS = (
     Ending(
@@ -124,15 +124,20 @@ ENDINGS = (
         _kill_service,
         says=("the statistics service was killed by SIGKILL", "the statistics service was killed by SIGKILL"),
     ),
-    Ending("the launcher of node 0 is killed with SIGKILL", (137, 137), _kill(0), says=("", GONE.format(0))),
+    Ending("the launcher of node 0 is killed with SIGKILL", (137, 137), _kill(0), says=("", LAUNCHER_LOST.format(0))),
     Ending(
         "the launcher of node 0 is killed with SIGKILL, and the ranks make no exchange",
         (137, 137),
         _kill(0),
         COMPUTES,
-        ("", GONE.format(0)),
+        ("", LAUNCHER_LOST.format(0)),
     ),
-    Ending("another node's launcher is killed with SIGKILL", (137, 137), _kill(1), says=(GONE.format("1 (two)"), "")),
+    Ending(
+        "another node's launcher is killed with SIGKILL",
+        (137, 137),
+        _kill(1),
+        says=(LAUNCHER_LOST.format("1 (two)"), ""),
+    ),
     Ending("Ctrl-C (SIGINT) on node 0", (130, 130), _interrupt(0), says=_INTERRUPTED),
     Ending("Ctrl-C (SIGINT) on another node", (130, 130), _interrupt(1), says=_INTERRUPTED),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bnlayer import MismatchError, PeerLostError, StallError
-from bnlayer.agreement import Peer, judge
+from bnlayer.agreement import Peer, check_agreement
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
 from bnlayer.environment import announced
 
@@ -23,15 +23,15 @@ def reduction(number: int, op: str = "sum") -> Call:
 
 def test_equal_calls_can_be_answered() -> None:
     """Nobody is to blame, also when no rank has made a call."""
-    assert judge({0: sums(), 1: sums()}, {}, {}) is None
-    assert judge({}, {}, {}) is None
-    assert judge({}, {1: ""}, {}) is None
+    assert check_agreement({0: sums(), 1: sums()}, {}, {}) is None
+    assert check_agreement({}, {}, {}) is None
+    assert check_agreement({}, {1: ""}, {}) is None
 
 
 def test_a_mismatch_names_rank_host_pid_layer_step_and_both_values() -> None:
     """The text of the design, and the attributes."""
     calls = {rank: sums(channels=128 if rank == 2 else 256) for rank in range(4)}
-    verdict = judge(calls, {}, {2: Peer(2, "n2", 4711)})
+    verdict = check_agreement(calls, {}, {2: Peer(2, "n2", 4711)})
     assert verdict is not None
     error = verdict.error(calls[0])
     assert isinstance(error, MismatchError)
@@ -44,7 +44,7 @@ def test_a_mismatch_names_rank_host_pid_layer_step_and_both_values() -> None:
 
 def test_a_tie_blames_both_sides() -> None:
     """With two ranks nobody is in the minority; grids are shown as their fingerprints."""
-    verdict = judge({0: sums(grid=1), 1: sums(grid=2)}, {}, {})
+    verdict = check_agreement({0: sums(grid=1), 1: sums(grid=2)}, {}, {})
     assert verdict is not None
     assert verdict.ranks == (0, 1)
     assert "grid: rank 0 sent 0000000000000001, rank 1 sent 0000000000000002." in verdict.text
@@ -54,10 +54,10 @@ def test_a_tie_blames_both_sides() -> None:
 def test_a_probe_against_sums_and_other_attempts_are_mismatches() -> None:
     """At one place, but in different rounds of it."""
     probe = Call(Operation.PROBE, sums().key, sums().signature)
-    verdict = judge({0: sums(), 1: probe, 2: sums()}, {}, {})
+    verdict = check_agreement({0: sums(), 1: probe, 2: sums()}, {}, {})
     assert verdict is not None
     assert "operation: rank 1 sent probe, ranks 0, 2 sent sums" in verdict.text
-    verdict = judge({0: sums(), 1: Call(Operation.SUMS, sums().key, sums().signature, 2)}, {}, {})
+    verdict = check_agreement({0: sums(), 1: Call(Operation.SUMS, sums().key, sums().signature, 2)}, {}, {})
     assert verdict is not None
     assert verdict.kind is MismatchError
     assert "attempt: rank 0 sent 0, rank 1 sent 2" in verdict.text
@@ -65,22 +65,22 @@ def test_a_probe_against_sums_and_other_attempts_are_mismatches() -> None:
 
 def test_plain_operations_are_compared_too() -> None:
     """Another operation, or another number of it."""
-    verdict = judge({0: reduction(3), 1: reduction(3, "max"), 2: reduction(3)}, {}, {})
+    verdict = check_agreement({0: reduction(3), 1: reduction(3, "max"), 2: reduction(3)}, {}, {})
     assert verdict is not None
     assert verdict.text.startswith("a plain operation (number 3): op: rank 1 sent max, ranks 0, 2 sent sum.")
-    verdict = judge({0: reduction(3), 1: sums()}, {}, {})
+    verdict = check_agreement({0: reduction(3), 1: sums()}, {}, {})
     assert verdict is not None
     assert verdict.kind is StallError
     assert "rank 0 waits in allreduce (number 3); rank 1 waits in layer 'bn3' (forward, step 120)" in verdict.text
     barrier = Call(Operation.BARRIER, ExchangeKey(None, None, 3), PlainSignature())
-    verdict = judge({0: reduction(3), 1: barrier}, {}, {})
+    verdict = check_agreement({0: reduction(3), 1: barrier}, {}, {})
     assert verdict is not None
     assert verdict.text.startswith(
         "a plain operation (number 3): operation: rank 0 sent allreduce, rank 1 sent barrier. All ranks"
     )
     many = tuple(f"float32[{n}]" for n in range(1000))
     other = Call(Operation.REDUCE, ExchangeKey(None, None, 3), PlainSignature("sum", many))
-    verdict = judge({0: reduction(3), 1: other}, {}, {})
+    verdict = check_agreement({0: reduction(3), 1: other}, {}, {})
     assert verdict is not None
     assert len(verdict.text) < 700
 
@@ -88,7 +88,7 @@ def test_plain_operations_are_compared_too() -> None:
 def test_different_keys_are_a_stall_and_name_the_minority() -> None:
     """Who waits where."""
     calls = {0: sums("a"), 1: sums("b"), 2: sums("a")}
-    verdict = judge(calls, {}, {})
+    verdict = check_agreement(calls, {}, {})
     assert verdict is not None
     error = verdict.error(calls[1])
     assert isinstance(error, StallError)
@@ -98,7 +98,7 @@ def test_different_keys_are_a_stall_and_name_the_minority() -> None:
 
 def test_a_clean_leave_stalls_those_that_wait() -> None:
     """An early return on one rank."""
-    verdict = judge({0: sums()}, {1: "", 2: ""}, {1: Peer(1, "n", 7)})
+    verdict = check_agreement({0: sums()}, {1: "", 2: ""}, {1: Peer(1, "n", 7)})
     assert verdict is not None
     assert verdict.kind is StallError
     assert verdict.text.startswith("rank 1 (host n, pid 7), rank 2 left the job, while rank 0 waits in layer 'bn3'")
@@ -107,13 +107,13 @@ def test_a_clean_leave_stalls_those_that_wait() -> None:
 
 def test_a_failed_rank_is_lost() -> None:
     """A failure beats a clean leave; who was not waiting is told without a place."""
-    verdict = judge({0: sums()}, {1: "failed with ValueError: x", 2: ""}, {})
+    verdict = check_agreement({0: sums()}, {1: "failed with ValueError: x", 2: ""}, {})
     assert verdict is not None
     error = verdict.error(None)
     assert isinstance(error, PeerLostError)
     assert str(error) == "rank 1 failed with ValueError: x. rank 0 waits in layer 'bn3' (forward, step 120)."
     assert (error.ranks, error.layer, error.step) == ((1,), None, None)
-    alone = judge({}, {1: "crashed"}, {})
+    alone = check_agreement({}, {1: "crashed"}, {})
     assert alone is not None
     assert alone.text == "rank 1 crashed. nobody waited for it."
 

@@ -48,7 +48,7 @@ def test_keys_order_as_the_floats_do(precision: object) -> None:
 def test_a_probed_window_holds_the_data_with_room(values: list[float]) -> None:
     """Every |x − pivot| lies in the window, 8-fold unless at the limits; −0 never shows in the pivot."""
     grid = probed(values)
-    assert grid.known
+    assert grid.is_probed
     assert not (grid.pivot_C[0] == 0 and np.signbit(grid.pivot_C[0]))
     d = np.abs(np.array(values, np.float32).astype(np.float64) - grid.pivot_C[0])
     if d.max() == 0:
@@ -146,7 +146,12 @@ def test_states_round_trip_as_arrays() -> None:
     arrays = state.arrays()
     restored = LayerState.from_arrays(arrays, "float32")
     assert {k: v.tobytes() for k, v in restored.arrays().items()} == {k: v.tobytes() for k, v in arrays.items()}
-    assert (restored.version, restored.forward.known, restored.backward.known, restored.channels) == (7, True, False, 1)
+    assert (restored.version, restored.forward.is_probed, restored.backward.is_probed, restored.channels) == (
+        7,
+        True,
+        False,
+        1,
+    )
     with pytest.raises(ValueError, match=r"The state of a layer lacks 'forward\.pivot'; it has"):
         LayerState.from_arrays({k: v for k, v in arrays.items() if k != "forward.pivot"}, "float32")
     with pytest.raises(ValueError, match="lacks 'moving_mean'; it has nothing"):

@@ -33,7 +33,7 @@ def test_a_loaded_layer_goes_on_with_the_same_bits(
     save(tmp_path / f"layer{suffix}", bn)
     (loaded,) = load(tmp_path / f"layer{suffix}").values()
     assert loaded.get_config() == bn.get_config()
-    assert (loaded.state.version, loaded.state.forward.known, loaded.state.backward.known) == (2, True, True)
+    assert (loaded.state.version, loaded.state.forward.is_probed, loaded.state.backward.is_probed) == (2, True, True)
     assert bits(loaded) == bits(bn)
     x = np.random.default_rng(6).normal(3, 2, (4, 4, channels))
     assert loaded(x, training=True).tobytes() == bn(x, training=True).tobytes()

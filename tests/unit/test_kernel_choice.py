@@ -176,7 +176,7 @@ def test_a_call_by_addresses_takes_no_null_and_no_wrong_size() -> None:
     y, dx = np.full((2, 8, 4), 7, np.float32)
     before, record = Record.of_moving(vectors[2], vectors[3]).memory, Record.empty(4).memory
     calls = np.zeros(1, np.int64)
-    places = [vector.ctypes.data for vector in (*vectors, calls)]
+    addresses = [vector.ctypes.data for vector in (*vectors, calls)]
     exponents = np.full(4, 3, np.int64)
     sound: list[Any] = [
         0,
@@ -188,7 +188,7 @@ def test_a_call_by_addresses_takes_no_null_and_no_wrong_size() -> None:
         x.ctypes.data,
         y.ctypes.data,
         True,
-        *places,
+        *addresses,
         np.zeros(4),
         exponents,
         1e-3,
@@ -206,7 +206,7 @@ def test_a_call_by_addresses_takes_no_null_and_no_wrong_size() -> None:
         x.ctypes.data,
         x.ctypes.data,
         dx.ctypes.data,
-        *places[:2],
+        *addresses[:2],
         record,
         exponents,
         exponents,

@@ -23,7 +23,7 @@ def _ranks(name: str, seen: dict[str, Array]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_cell_is_judged_by_its_results(name: str) -> None:
+def test_the_verdict_of_a_cell_follows_from_its_results(name: str) -> None:
     """The bits of one process; the formula within 1e-5; anything else is wrong, and an error is what it says."""
     case, seen = CASES[name], of_one_process(CASES[name], unbiased=False)
     assert what_works._verdict(_NUMPY, case, _ranks(name, seen))["verdict"] == "exact"
@@ -37,9 +37,9 @@ def test_a_cell_is_judged_by_its_results(name: str) -> None:
     one, two = _ranks(name, seen)
     drifted = what_works._verdict(_NUMPY, case, [one, {**two, "moving mean": two["moving mean"] + np.float32(1)}])
     assert drifted["verdict"] == "wrong", "the ranks differ"
-    told = what_works.Failed("RuntimeError: the other rank closed the connection", at=2.0)
+    notified = what_works.Failed("RuntimeError: the other rank closed the connection", at=2.0)
     failed = what_works.Failed("ValueError: not on a CPU\nmore", at=1.0)
-    assert what_works._verdict(_NUMPY, case, [told, failed]) == {
+    assert what_works._verdict(_NUMPY, case, [notified, failed]) == {
         "verdict": "refused",
         "error": "ValueError: not on a CPU",
     }

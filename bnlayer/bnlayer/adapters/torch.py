@@ -186,7 +186,7 @@ class _Core(AloneCore):
         )  # fmt: skip
         self.unbiased = module.unbiased
         self.build((None, module.num_features, None))
-        self._known: list[bytes] = []
+        self._written: list[bytes] = []
         self._contents = Contents()
         if module.track_running_stats:
             self._read([array_of(module.running_mean), array_of(module.running_var)])
@@ -224,11 +224,11 @@ class _Core(AloneCore):
 
     def _read(self, arrays: list[Any]) -> None:
         """Take over the buffers, where they are not those that were written last: all ranks must have set them."""
-        found = [array.tobytes() for array in arrays]
-        if found != self._known:
+        contents = [array.tobytes() for array in arrays]
+        if contents != self._written:
             for variable, array in zip(self._moving, arrays, strict=True):
                 variable.assign(array)
-            self._known = found
+            self._written = contents
 
     def write_back(self, module: SyncBatchNorm, buffers: list[Any]) -> None:
         """The updated statistics, written into the module's buffers, of which `prepare` has made arrays."""
@@ -240,7 +240,7 @@ class _Core(AloneCore):
                 buffer[...] = array  # in the tensor's own memory
             else:
                 tensor.copy_(tensor_of(array))
-        self._known = [array.tobytes() for array in arrays]
+        self._written = [array.tobytes() for array in arrays]
 
     def train(self, view: View, updates: bool, *, synchronized: bool) -> tuple[Any, SavedTraining]:
         """A training call; in eval, without running statistics, by those of this rank's batch, and without exchange."""
@@ -289,8 +289,8 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
         # Gradients are recorded where second derivatives are asked for: they are refused, and nobody else pays 3 µs.
         pulled = _Normalize.pulled_once if torch.is_grad_enabled() else _Normalize.pulled
-        found: tuple[Any, ...] = pulled(ctx, dy)
-        return found
+        gradients: tuple[Any, ...] = pulled(ctx, dy)
+        return gradients
 
     @staticmethod
     def pulled(ctx: Any, dy: Any) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ class SavedAlone(NamedTuple):
     Attributes:
         driver: of the world of one.
         step: the call's number.
-        record: what the kernels found.
+        record: the kernels' results.
     """
 
     driver: ExchangeDriver
@@ -82,7 +82,7 @@ class AloneCore(BatchNormalization):
         if self._driver is None or module.process_group is not None or module.momentum is None or not _is_plain(x):
             return None
         driver, kept, shape = self._joined(), self._kept, flat_shape(x.shape, 1)
-        if not driver.alone or kept is None or not kept.forward.known or shape[0] * shape[2] < 2:
+        if not driver.alone or kept is None or not kept.forward.is_probed or shape[0] * shape[2] < 2:
             return None
         buffers = module._buffers  # noqa: SLF001 - torch looks for an attribute everywhere else first: 1 µs
         tensors = weight, bias, buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
@@ -105,7 +105,7 @@ class AloneCore(BatchNormalization):
     def backward_alone(self, saved: SavedAlone, x: Any, dy: Any) -> tuple[Any, Any, Any] | None:
         """The gradients of the input, the weight and the bias; None: not this way."""
         kept, dy = self._kept, dy.contiguous()
-        if kept is None or not kept.backward.known or not _is_plain(x) or not _is_plain(dy):
+        if kept is None or not kept.backward.is_probed or not _is_plain(x) or not _is_plain(dy):
             return None
         dx, gamma, beta = torch.empty_like(x), None, None
         if self.scale:

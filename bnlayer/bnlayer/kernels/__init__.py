@@ -68,13 +68,13 @@ class Kernels(Protocol):
         """See `formulas.statistics`."""
 
     def moved(
-        self, found: BatchStatistics, old_mean: _Array, old_variance: _Array, momentum: float, *, synchronized: bool,
-        masked: bool, unbiased: bool = False,
+        self, statistics: BatchStatistics, old_mean: _Array, old_variance: _Array, momentum: float, *,
+        synchronized: bool, masked: bool, unbiased: bool = False,
     ) -> tuple[_Array, _Array]:  # fmt: skip
         """See `formulas.moved`."""
 
     def coefficients(
-        self, found: BatchStatistics, gamma: _Array | None, beta: _Array | None, dtype: np.dtype[Any]
+        self, statistics: BatchStatistics, gamma: _Array | None, beta: _Array | None, dtype: np.dtype[Any]
     ) -> tuple[_Array, _Array]:
         """See `formulas.coefficients`."""
 

@@ -135,12 +135,12 @@ class Compiled:
             self._variant, _plain(limbs), grid.pivot_C, grid.exponent_C, epsilon, e, rows, singles, reach,
             flags,
         )  # fmt: skip
-        found = BatchStatistics(rows, singles[0], singles[1], reach, flags[0])
-        return found, flags[1] if any_refused else None
+        statistics = BatchStatistics(rows, singles[0], singles[1], reach, flags[0])
+        return statistics, flags[1] if any_refused else None
 
     def moved(
         self,
-        found: BatchStatistics,
+        statistics: BatchStatistics,
         old_mean: Array,
         old_variance: Array,
         momentum: float,
@@ -152,23 +152,29 @@ class Compiled:
         """The moving mean and variance after a batch; see `formulas.moved`."""
         if old_mean.dtype != _FLOAT32:
             return formulas.moved(
-                found, old_mean, old_variance, momentum, synchronized=synchronized, masked=masked, unbiased=unbiased
+                statistics,
+                old_mean,
+                old_variance,
+                momentum,
+                synchronized=synchronized,
+                masked=masked,
+                unbiased=unbiased,
             )
         new = np.empty((2, old_mean.size), np.float32)
         native.moved(
-            self._variant, found.rows, found.nonfinite, old_mean, old_variance, momentum, synchronized, masked,
-            unbiased, new,
+            self._variant, statistics.rows, statistics.nonfinite, old_mean, old_variance, momentum,
+            synchronized, masked, unbiased, new,
         )  # fmt: skip
         return new[0], new[1]
 
     def coefficients(
-        self, found: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
+        self, statistics: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
     ) -> tuple[Array, Array]:
         """γs and β − residual·γs; see `formulas.coefficients`."""
         if dtype != _FLOAT32 or any(v is not None and v.dtype != _FLOAT32 for v in (gamma, beta)):
-            return formulas.coefficients(found, gamma, beta, dtype)
-        made = np.empty((2, found.nonfinite.size), np.float32)
-        native.coefficients(self._variant, found.rows, gamma, beta, made)
+            return formulas.coefficients(statistics, gamma, beta, dtype)
+        made = np.empty((2, statistics.nonfinite.size), np.float32)
+        native.coefficients(self._variant, statistics.rows, gamma, beta, made)
         return made[0], made[1]
 
     def gradients(

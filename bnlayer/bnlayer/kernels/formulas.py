@@ -94,19 +94,19 @@ def statistics(
             np.where(about_zero, mean, residual),
         ]
     )  # fmt: skip
-    found = BatchStatistics(
+    statistics = BatchStatistics(
         rows,
         rounded_mean,
         np.where(about_zero, 0, rounded_mean).astype(precision.dtype),
         np.where(about_zero, np.minimum(w, from_zero), from_mean),
         not_finite | out_of_range,
     )
-    return found, refused if refused.any() else None
+    return statistics, refused if refused.any() else None
 
 
 @np.errstate(all="ignore")
 def moved(
-    found: BatchStatistics,
+    statistics: BatchStatistics,
     old_mean: Array,
     old_variance: Array,
     momentum: float,
@@ -122,25 +122,25 @@ def moved(
     Which channels are left alone: see `bnlayer.moving.update`.
     """
     if unbiased:
-        found = with_unbiased_variance(found)
-    count, mean, variance = found.count, found.mean, found.variance
+        statistics = with_unbiased_variance(statistics)
+    count, mean, variance = statistics.count, statistics.mean, statistics.variance
     if not synchronized:
-        mean, variance = (np.where(found.nonfinite, np.nan, batch) for batch in (mean, variance))
+        mean, variance = (np.where(statistics.nonfinite, np.nan, batch) for batch in (mean, variance))
     to_mean, to_variance = towards(old_mean, mean, momentum), towards(old_variance, variance, momentum)
     if synchronized:
-        apply = (count > 0) & ~found.nonfinite & np.isfinite(to_mean) & np.isfinite(to_variance)
+        apply = (count > 0) & ~statistics.nonfinite & np.isfinite(to_mean) & np.isfinite(to_variance)
     else:
         apply = (count > 0) | masked
     return np.where(apply, to_mean, old_mean), np.where(apply, to_variance, old_variance)
 
 
-def with_unbiased_variance(found: BatchStatistics) -> BatchStatistics:
+def with_unbiased_variance(statistics: BatchStatistics) -> BatchStatistics:
     """The statistics with v·N/(N − 1) for the variance; a channel of one value counts as one without a value."""
-    several = found.count > 1
-    rows = found.rows.copy()
-    rows[0] = np.where(several, found.count, 0.0)
-    rows[3] = found.variance * (rows[0] / np.where(several, found.count - 1.0, 1.0))
-    return found._replace(rows=rows)
+    several = statistics.count > 1
+    rows = statistics.rows.copy()
+    rows[0] = np.where(several, statistics.count, 0.0)
+    rows[3] = statistics.variance * (rows[0] / np.where(several, statistics.count - 1.0, 1.0))
+    return statistics._replace(rows=rows)
 
 
 def towards(old: Array, batch: Doubles, momentum: float) -> Array:
@@ -155,11 +155,11 @@ def unrounded(old: Array, batch: Doubles, momentum: float) -> Doubles:
 
 @np.errstate(all="ignore")
 def coefficients(
-    found: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
+    statistics: BatchStatistics, gamma: Array | None, beta: Array | None, dtype: np.dtype[Any]
 ) -> tuple[Array, Array]:
     """γs and β − residual·γs, in a dtype; None: there is no γ, or no β."""
-    scale = found.inverse_std if gamma is None else gamma.astype(np.float64) * found.inverse_std
-    shift = (0.0 if beta is None else beta.astype(np.float64)) - found.residual * scale
+    scale = statistics.inverse_std if gamma is None else gamma.astype(np.float64) * statistics.inverse_std
+    shift = (0.0 if beta is None else beta.astype(np.float64)) - statistics.residual * scale
     return scale.astype(dtype), shift.astype(dtype)
 
 
@@ -198,8 +198,8 @@ def gradients(
     nonfinite = forward.nonfinite | not_finite | out_of_range
     dtype = grid.precision.dtype
     rows = np.stack([np.where(nonfinite, np.nan, a), np.where(nonfinite, np.nan, s * b), offset, slope])
-    found = Gradients(rows, offset.astype(dtype), slope.astype(dtype), nonfinite)
-    return found, refused_gradients(limbs)
+    gradients = Gradients(rows, offset.astype(dtype), slope.astype(dtype), nonfinite)
+    return gradients, refused_gradients(limbs)
 
 
 def refused_gradients(limbs: NDArray[np.int64]) -> NDArray[np.bool_] | None:

@@ -1,7 +1,7 @@
 """Drift: whether a layer's moving statistics leave the band in which they have lately been.
 
 Of each channel, two signals x are followed: the moving mean, and the logarithm of the moving variance. A band has a
-centre m and a width d, which follow them over about `_MEMORY` samples (α = 1/_MEMORY):
+centre m and a width d, which follow them over about `_SAMPLES_AVERAGED` samples (α = 1/_SAMPLES_AVERAGED):
 
     m ← m + α (x − m)        d ← d + α (|x − m| − d)
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 
-_MEMORY = 20
+_SAMPLES_AVERAGED = 20
 _WIDTHS = 6.0  # of a mean absolute deviation: five standard deviations of a normal distribution
 _FLOOR = 0.25
 _TINY = 1e-30  # a variance may be 0
@@ -79,13 +79,13 @@ def followed(band: Band, mean_C: Vector, variance_C: Vector) -> tuple[Band, tupl
     mean_C, log_C = np.asarray(mean_C, np.float64), _log(variance_C)
     away_mean, away_log = np.abs(mean_C - band.mean_C), np.abs(log_C - band.log_C)
     drifts: tuple[Drift, ...] = ()
-    if band.samples >= _MEMORY:  # before, its widths say nothing yet
+    if band.samples >= _SAMPLES_AVERAGED:  # before, its widths say nothing yet
         floor = _FLOOR * np.exp(np.minimum(log_C, band.log_C) / 2)
         limit = np.maximum(_WIDTHS * band.mean_width_C, floor)
         drifts += _outside("mean", away_mean, limit, band.mean_C, mean_C)
         limit = np.maximum(_WIDTHS * band.log_width_C, _FLOOR)
         drifts += _outside("variance", away_log, limit, np.exp(band.log_C), np.exp(log_C))
-    weight = 1 / min(band.samples + 1, _MEMORY)
+    weight = 1 / min(band.samples + 1, _SAMPLES_AVERAGED)
     return Band(
         band.samples + 1,
         band.mean_C + weight * (mean_C - band.mean_C),

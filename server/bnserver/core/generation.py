@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum, auto
 
-from bnlayer.agreement import Verdict, judge
+from bnlayer.agreement import Verdict, check_agreement
 from bnlayer.collective import ADMIT, Call, Operation, PlainSignature
 from bnlayer.errors import MismatchError, RegroupError, ServiceError
 from bnlayer.state import LayerState
@@ -313,7 +313,7 @@ class Generation:
                 explanations.overdue(self.members, self.gathering, self.progress.latest), Reason.DEADLINE
             )
         if self.gathering.state is State.ABORTED or (self.phase is Phase.JOINING and self.members.left):
-            verdict = judge(self.gathering.calls, self.members.left, self.members.peers)
+            verdict = check_agreement(self.gathering.calls, self.members.left, self.members.peers)
             assert verdict is not None
             return self._abort(verdict, REASON_OF[verdict.kind])
         return []

@@ -69,7 +69,7 @@ def full_disk(folder: Path, seed: int, turns: int, progress: Progress) -> Report
             with disk(turn_folder / "disk", turn.way) as tiny:
                 service = Daemon(turn_folder, state=tiny.folder / "state")
                 try:
-                    story = _Round(turn, service, tiny, team, seed, report).play()
+                    story = _Trial(turn, service, tiny, team, seed, report).play()
                     report.story.append(f"{turn}: {story}")
                     progress(report.story[-1])
                 except AssertionError as error:
@@ -83,7 +83,7 @@ def full_disk(folder: Path, seed: int, turns: int, progress: Progress) -> Report
     return report
 
 
-class _Round:
+class _Trial:
     """One job on one disk."""
 
     def __init__(self, turn: Turn, service: Daemon, tiny: Disk, team: list[Rank], seed: int, report: Report) -> None:

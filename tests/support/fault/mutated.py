@@ -104,10 +104,10 @@ async def _attack(random: Random, messages: int) -> Outcome:
     try:
         healthy, reference = _Healthy(exchanges), _Healthy(Servicer(1, None, timeouts=timeouts))
         seeds = list(_requests())
-        for visitor in count():
-            if visitor % _HEALTHY_EVERY == 0:
+        for number in count():
+            if number % _HEALTHY_EVERY == 0:
                 if healthy.exchanged() != reference.exchanged():
-                    outcome.faults.append(f"another answer of the healthy job, before visitor {visitor}")
+                    outcome.faults.append(f"another answer of the healthy job, before connection {number}")
                 exchanges.dispatch(Tick())
                 await exchanges.jobs.retention.expire()
                 await asyncio.sleep(0)
@@ -145,9 +145,9 @@ class _End:
                 while (body := self._frames.next()) is not None:
                     if self.connection.is_over:
                         return False
-                    whole = self._assembler.add(pb.ExchangeRequest.FromString(body))
-                    if whole is not None:
-                        self.connection.receive(*whole)
+                    assembled = self._assembler.add(pb.ExchangeRequest.FromString(body))
+                    if assembled is not None:
+                        self.connection.receive(*assembled)
         except (WireError, QuotaError, DecodeError) as error:
             self.connection.garbled(error)
             return False
@@ -234,18 +234,18 @@ def _mutated(random: Random, seeds: list[bytes]) -> bytes:
 
 
 def _mutate(random: Random, data: bytearray) -> None:
-    place = random.randrange(len(data) + 1)
+    at = random.randrange(len(data) + 1)
     match random.randrange(5):
-        case 0 if place < len(data):
-            data[place] ^= 1 << random.randrange(8)
-        case 1 if place < len(data):
-            data[place] = random.choice((0, 1, 0x7F, 0x80, 0xFF, random.randrange(256)))
+        case 0 if at < len(data):
+            data[at] ^= 1 << random.randrange(8)
+        case 1 if at < len(data):
+            data[at] = random.choice((0, 1, 0x7F, 0x80, 0xFF, random.randrange(256)))
         case 2:
-            data[place:place] = random.randbytes(random.randint(1, 10))
+            data[at:at] = random.randbytes(random.randint(1, 10))
         case 3:
-            del data[place : place + random.randint(1, 10)]
+            del data[at : at + random.randint(1, 10)]
         case _:
-            data[place:place] = data[random.randrange(len(data) + 1) :][:20]
+            data[at:at] = data[random.randrange(len(data) + 1) :][:20]
 
 
 def _join(job: str, rank: int, size: int) -> pb.ExchangeRequest:

@@ -137,7 +137,7 @@ class _Campaign:
         survivors = [rank for rank in range(WORLD) if rank != turn.victim]
         failures = {rank: self._team[rank].expect("told") for rank in survivors}
         for rank, answer in failures.items():
-            self._judge(turn, f"{turn}: rank {rank}", victim.pid, answer)
+            self._check(turn, f"{turn}: rank {rank}", victim.pid, answer)
         self._wake(turn, number)
         for path in job.paths:
             path.unlink()
@@ -149,7 +149,7 @@ class _Campaign:
             own[turn.paused] = {"pauses": (turn.exchange,), "how": "compute"}
         return Job(name, self._team, [self._address], self._folder, seed=self._seed, until=_STEPS, own=own)
 
-    def _judge(self, turn: Turn, who: str, pid: int, answer: dict[str, Any]) -> None:
+    def _check(self, turn: Turn, who: str, pid: int, answer: dict[str, Any]) -> None:
         """Whether a survivor was told by name: which rank, where it ran, and in which exchange this one was."""
         named = f"rank {turn.victim} (host {socket.gethostname()}, pid {pid})"
         self._report.same(f"{who}: its error", answer["kind"], "PeerLostError")

@@ -214,7 +214,7 @@ class AnyHistory(RuleBasedStateMachine):
         assert {name: bits(state) for name, state in self.service.states("j").items()} == before
 
     @rule(seconds=st.sampled_from((0.1, 0.6, 6.0)))
-    def time_passes(self, seconds: float) -> None:
+    def advance_time(self, seconds: float) -> None:
         """Nobody waits longer than it wants to."""
         self.advance(seconds)
         for process in self.ranks.values():

@@ -37,8 +37,8 @@ def test_what_is_printed_is_a_file_that_says_the_same() -> None:
     found = resolve(
         {"state_dir": 'odd"\\name\n', "lease": "0.25", "keep_jobs": "3"}, {"BNSERVER_INSECURE": "yes"}, None
     )
-    again = resolve({}, {}, (FILE, str(found)))
-    assert again.configuration == found.configuration
+    second = resolve({}, {}, (FILE, str(found)))
+    assert second.configuration == found.configuration
     assert "lease = 0.25  # --lease" in str(found)
     assert "keep-jobs = 3  # --keep-jobs" in str(found)
     assert "max-job-bytes = 2147483648  # default" in str(found)

@@ -14,13 +14,13 @@ class _Context:
     """The service's end of a call."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.received: list[str] = []
 
     async def write(self, response: health_pb2.HealthCheckResponse) -> None:
-        self.told.append(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+        self.received.append(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
     async def abort(self, code: grpc.StatusCode, text: str, details: object) -> None:
-        self.told.append(text)
+        self.received.append(text)
         raise grpc.aio.AbortError
 
 
@@ -31,19 +31,19 @@ def test_watchers_are_few_and_give_their_place_back() -> None:
         health, request = Health(), health_pb2.HealthCheckRequest()
         contexts = [_Context() for _ in range(_WATCHERS)]
         watching = [asyncio.ensure_future(health.Watch(request, context)) for context in contexts]
-        while not contexts[-1].told:  # noqa: ASYNC110 - what tells it is not ours
+        while not contexts[-1].received:  # noqa: ASYNC110 - what tells it is not ours
             await asyncio.sleep(0)
         late = _Context()
         with pytest.raises(grpc.aio.AbortError):
             await health.Watch(request, late)
-        assert late.told == ["256 clients watch the health of this service already. Use Check, or try again later."]
+        assert late.received == ["256 clients watch the health of this service already. Use Check, or try again later."]
         watching[0].cancel()
         await asyncio.wait(watching[:1])
-        again = _Context()
-        watching[0] = asyncio.ensure_future(health.Watch(request, again))
-        while not again.told:  # noqa: ASYNC110 - likewise
+        newcomer = _Context()
+        watching[0] = asyncio.ensure_future(health.Watch(request, newcomer))
+        while not newcomer.received:  # noqa: ASYNC110 - likewise
             await asyncio.sleep(0)
-        assert again.told == contexts[1].told == ["SERVING"]
+        assert newcomer.received == contexts[1].received == ["SERVING"]
         for task in watching:
             task.cancel()
         await asyncio.wait(watching)
@@ -56,4 +56,4 @@ def test_the_name_of_a_service_is_short() -> None:
     late = _Context()
     with pytest.raises(grpc.aio.AbortError):
         asyncio.run(Health().Watch(health_pb2.HealthCheckRequest(service="x" * 201), late))
-    assert late.told == ["Expected the name of a service of up to 200 characters."]
+    assert late.received == ["Expected the name of a service of up to 200 characters."]

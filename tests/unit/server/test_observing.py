@@ -96,7 +96,7 @@ def test_a_reader_waits_for_a_change() -> None:
 
 
 def test_the_last_values_of_a_job_that_ends_between_two_looks() -> None:
-    """They would be missing: it changed, and was over, when the service looked again."""
+    """They would be missing: it changed, and was over, when the service looked second."""
 
     def happens(exchanges: _Exchanges) -> None:
         exchanges.active, exchanges.kept = False, {"a": _state(2, 2.0)}
@@ -172,13 +172,13 @@ def test_a_reader_gets_other_statistics_of_the_same_version() -> None:
     first = observing._Reader(pb.ReadStatisticsRequest())
     assert first.lacks({"a": _state(3, 1.0), "b": _state(3, 1.0)})
     seen = {layer: stamp for layer, _, stamp in first.changed}
-    again = observing._Reader(pb.ReadStatisticsRequest(seen=seen))
-    assert not again.lacks({"a": _state(3, 1.0), "b": _state(3, 1.0)})
-    assert again.lacks({"a": _state(3, 2.0), "b": _state(3, 1.0)})
-    assert [layer for layer, _, _ in again.changed] == ["a"]
+    second = observing._Reader(pb.ReadStatisticsRequest(seen=seen))
+    assert not second.lacks({"a": _state(3, 1.0), "b": _state(3, 1.0)})
+    assert second.lacks({"a": _state(3, 2.0), "b": _state(3, 1.0)})
+    assert [layer for layer, _, _ in second.changed] == ["a"]
 
 
 @pytest.mark.parametrize("states", [None, {}, {"other": _state(1, 1.0)}])
-def test_a_reader_that_wants_one_layer_is_not_told_of_others(states: dict[str, LayerState] | None) -> None:
+def test_a_reader_of_one_layer_gets_no_others(states: dict[str, LayerState] | None) -> None:
     """Nor of a job that is not there."""
     assert not observing._Reader(pb.ReadStatisticsRequest(layers=["a"])).lacks(states)

@@ -46,12 +46,12 @@ class _End:
         """The event that the messages bring about, as a channel reads them."""
         for message in messages:
             try:
-                whole = self._assembler.add(message)
+                assembled = self._assembler.add(message)
             except ValueError as error:
                 self.connection.garbled(error)
                 break
-            if whole is not None:
-                self.connection.receive(*whole)
+            if assembled is not None:
+                self.connection.receive(*assembled)
         return self._events.pop() if self._events else None
 
 

@@ -283,11 +283,11 @@ def test_a_goodbye_waits_for_its_own_jobs_save_and_no_others(tmp_path: Path) -> 
             reading.append(_leaves(exchanges, stream, job))
             assert isinstance(await stream.outgoing.get(), pb.ExchangeResponse)
         assert await streams["quick"].outgoing.get() is None
-        assert [job for job, records in all_found(tmp_path).items() if isinstance(records[0], Ended)] == ["quick"]
+        assert [job for job, records in all_saved(tmp_path).items() if isinstance(records[0], Ended)] == ["quick"]
         assert streams["stuck"].outgoing.empty()
         store.disk.set()
         assert await streams["stuck"].outgoing.get() is None
-        assert list(all_found(tmp_path)) == ["quick", "stuck"]
+        assert list(all_saved(tmp_path)) == ["quick", "stuck"]
         for each in reading:
             each.cancel()
         store.close()
@@ -342,13 +342,13 @@ def test_a_job_that_can_not_be_encoded_costs_itself_alone(tmp_path: Path, caplog
     (message,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert message.getMessage().startswith("Job 'bad' could not be saved to ")
     assert message.exc_info is not None  # a fault of the service: with its traceback
-    found = all_found(tmp_path)
+    found = all_saved(tmp_path)
     assert [job for job, records in found.items() if any(isinstance(record, Ended) for record in records)] == [
         "good",
         "other",
     ]
 
 
-def all_found(directory: Path) -> dict[str, list[JournalRecord]]:
+def all_saved(directory: Path) -> dict[str, list[JournalRecord]]:
     """What is in the files of a directory that is in use."""
     return {found.job: found.records() for found in map(scan, sorted(directory.glob("*.job")))}

@@ -42,7 +42,7 @@ class _Operation:
         self.it = Gathering(len(_RANKS))
         self.now = 0.0
         self.called: dict[int, str] = {}
-        self.gone: set[int] = set()
+        self.departed: set[int] = set()
         for what, who in moves:
             self._move(what, who)
 
@@ -54,12 +54,12 @@ class _Operation:
             self.now += (GRACE_S / 4, GRACE_S, _TIMEOUT_S)[who]
             self.it.wait(self.now)
         else:
-            self.gone.add(who)
+            self.departed.add(who)
             self.it.depart(who, self.now - GRACE_S / 2, self.now, failed=what == "fails")
 
     def moves(self) -> Iterator[tuple[str, int]]:
         """What may happen next."""
-        here = [rank for rank in _RANKS if rank not in self.gone]
+        here = [rank for rank in _RANKS if rank not in self.departed]
         if self.it.state is State.COMPLETE:
             return
         yield from (("fails", rank) for rank in here)
@@ -75,24 +75,31 @@ class _Operation:
         doomed = self.it._doomed_since
         age = None if doomed is None else round(self.now - doomed, 2)
         waits = [round(deadline - self.now, 2) for deadline in self.it._deadlines.values()]
-        return self.it.state, tuple(self.called.items()), frozenset(self.gone), self.it._has_failed, age, tuple(waits)
+        return (
+            self.it.state,
+            tuple(self.called.items()),
+            frozenset(self.departed),
+            self.it._has_failed,
+            age,
+            tuple(waits),
+        )
 
     def check(self) -> None:
         """What must be true of it."""
         alike = set(self.called.values()) == {"same"}
         if self.it.state is State.COMPLETE:
             assert alike or set(self.called.values()) == {"other"}
-            assert (set(self.called), self.gone) == (set(_RANKS), set())
+            assert (set(self.called), self.departed) == (set(_RANKS), set())
             assert self.it.limbs is not None
             assert self.it.limbs.tolist() == [[7]] * 6
         elif self.it.state in (State.DOOMED, State.ABORTED):
-            assert self.gone or self.it.is_overdue or len(set(self.called.values())) == 2
+            assert self.departed or self.it.is_overdue or len(set(self.called.values())) == 2
         elif self.it.state is State.GATHERING:
             assert self.it.calls
-            assert not self.gone
+            assert not self.departed
         else:
             assert not self.it.calls
-            assert (self.it.state is State.DEPARTED) is bool(self.gone)
+            assert (self.it.state is State.DEPARTED) is bool(self.departed)
 
 
 def test_an_operation_is_always_in_its_table(monkeypatch: pytest.MonkeyPatch) -> None:

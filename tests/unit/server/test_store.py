@@ -225,7 +225,7 @@ def test_a_job_whose_first_entry_does_not_fit_begins_with_a_snapshot(tmp_path: P
 # ---- the directory ----
 
 
-@pytest.mark.parametrize("limits", [{"long_entries": 3}, {"long_bytes": 400}], ids=str)
+@pytest.mark.parametrize("limits", [{"long_records": 3}, {"long_bytes": 400}], ids=str)
 def test_a_long_journal_asks_for_a_snapshot(tmp_path: Path, limits: dict[str, Any]) -> None:
     """By its bytes, or its entries, which take time to read back. Once, and not while one is being written."""
 
@@ -244,10 +244,10 @@ def test_a_long_journal_asks_for_a_snapshot(tmp_path: Path, limits: dict[str, An
         for _ in range(3):
             store.append("j", SUMS)
         store.close()
-        again = Store(tmp_path, **limits)
-        again.load()
-        assert again.long("j")
-        again.close()
+        reopened = Store(tmp_path, **limits)
+        reopened.load()
+        assert reopened.long("j")
+        reopened.close()
 
     asyncio.run(scene())
 

@@ -61,7 +61,7 @@ def test_streams_that_wait_with_a_token_are_few(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("bnserver.admission.MOST", 1)
     grants = [Grant(name, name.encode(), ("*",), Role.WORKER) for name in ("greedy", "calm")]
     admission = Admission(Grants(tuple(grants)))
-    told: list[str] = []
+    answers: list[str] = []
 
     async def scene() -> None:
         opened = asyncio.Event()
@@ -75,10 +75,10 @@ def test_streams_that_wait_with_a_token_are_few(monkeypatch: pytest.MonkeyPatch)
             yield pb.ExchangeRequest(join=pb.Join(job="j"))
 
         async def proceed(requests: AsyncIterator[pb.ExchangeRequest], context: Any) -> None:
-            told.append((await anext(requests)).join.job)
+            answers.append((await anext(requests)).join.job)
 
         async def refused(code: grpc.StatusCode, text: str, details: object) -> None:
-            told.append(text)
+            answers.append(text)
             raise grpc.aio.AbortError
 
         context = AsyncMock()
@@ -95,4 +95,4 @@ def test_streams_that_wait_with_a_token_are_few(monkeypatch: pytest.MonkeyPatch)
         await greedy(joined(), context)
 
     asyncio.run(scene())
-    assert told == ["1 streams with the token 'greedy' are open that have not joined. Try again.", "j", "j"]
+    assert answers == ["1 streams with the token 'greedy' are open that have not joined. Try again.", "j", "j"]

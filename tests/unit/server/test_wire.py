@@ -249,10 +249,10 @@ class _End:
 
     def read(self, message: pb.ExchangeRequest) -> Event | None:
         """The event that a message brings about; None while parts are missing."""
-        whole = self._assembler.add(message)
-        if whole is None:
+        assembled = self._assembler.add(message)
+        if assembled is None:
             return None
-        self._connection.receive(*whole)
+        self._connection.receive(*assembled)
         return self._events.pop()
 
 

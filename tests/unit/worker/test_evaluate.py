@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_one_line(
     assert err.startswith("bnlayer: evaluate: ") and text in err
 
 
-def test_without_validation_rows_there_are_none_to_judge_by(command: Command) -> None:
+def test_a_run_without_validation_rows_and_one_with_many_classes(command: Command) -> None:
     """The checkpoint's run kept none; and many classes have no matrix of confusions."""
     archive("rows.npz", 30, 1)
     command("train", "--data", "rows.npz", "--transport", "none", "--epochs", "1", "--save", "run.safetensors")

@@ -293,8 +293,8 @@ def test_what_an_elastic_job_does_not_survive(events: tuple[Event, ...], code: i
 
 def test_a_host_of_an_elastic_job_is_lost() -> None:
     """Nobody could start its ranks again: the others go on, if they are enough."""
-    gone = Ended(LAUNCHER - 1, -KILL, host="two", takes=frozenset({2, 3}))
-    job, done, said = elastic(4, 2, 3, gone, Ended(0, 0), Ended(1, 0))
+    lost_node = Ended(LAUNCHER - 1, -KILL, host="two", takes=frozenset({2, 3}))
+    job, done, said = elastic(4, 2, 3, lost_node, Ended(0, 0), Ended(1, 0))
     assert (job.done, job.exit_code(), done) == (True, 0, [])
-    assert said == [f"{gone}; the job goes on with 2 ranks (--elastic)"]
-    assert elastic(4, 3, 3, gone)[0].phase is Phase.GRACE
+    assert said == [f"{lost_node}; the job goes on with 2 ranks (--elastic)"]
+    assert elastic(4, 3, 3, lost_node)[0].phase is Phase.GRACE

@@ -57,7 +57,7 @@ def test_the_choice(environ: dict[str, str], arguments: dict[str, Any], expected
     assert (chosen.transport, chosen.rank, chosen.world_size) == expected
 
 
-def test_ipv6_addresses_stand_in_brackets() -> None:
+def test_ipv6_addresses_are_in_brackets() -> None:
     """Nothing else says where the host ends."""
     where = {"job": "j", "rank": 0, "world_size": 1}
     assert plan({}, address="[::1]:7000", **where).address == "[::1]:7000"  # type: ignore[arg-type]  # mixed values
@@ -184,7 +184,7 @@ def test_an_address_needs_the_service(transport: str) -> None:
         assert " says so, so BNLAYER_ADDRESS=127.0.0.1:7000 is not used" in chosen.reason
 
 
-def test_explicit_rank_settles_a_conflict() -> None:
+def test_an_explicit_rank_resolves_a_conflict() -> None:
     """rank= and world_size= beat launchers that disagree."""
     chosen = plan(SERVICE | OURS | TORCHRUN, rank=3, world_size=4)
     assert (chosen.rank, chosen.reason) == (

@@ -231,8 +231,8 @@ def test_in_an_elastic_job_it_comes_back_under_the_rank_that_it_was_given() -> N
     disconnect(session, 1.0)
     (opened,) = session.handle(happened.PauseOver(), 1.1)
     assert isinstance(opened, do.Open)
-    again = opened.requests[0].join
-    assert (again.rank, again.world_size, again.elastic.max, again.resume.generation) == (2, 4, 9, 3)
+    rejoin = opened.requests[0].join
+    assert (rejoin.rank, rejoin.world_size, rejoin.elastic.max, rejoin.resume.generation) == (2, 4, 9, 3)
     older = Session("h:1", join, 300.0, 0.0)
     older.handle(happened.Begin(), 0.0)
     assert older.handle(happened.Joined(1, 3, durable=True), 0.0) == [do.HangUp()]

@@ -122,17 +122,17 @@ def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     rows = _ROWS_OF[evaluation["split"]]
     title = f"{evaluation['checkpoint']}, step {evaluation['steps']:,}: {evaluation['data']}, {rows}"
     out.print(Text(title), soft_wrap=True)
-    whole = Table(show_header=False)
-    whole.add_column()
-    whole.add_column(justify="right")
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     loss = evaluation["loss"]
     for name, value in (
         ("rows", f"{evaluation['rows']:,}"),
         ("accuracy", f"{evaluation['accuracy']:.2%}"),
         ("loss", "not finite" if loss is None else f"{loss:.4f}"),
     ):
-        whole.add_row(name, value)
-    out.print(whole)
+        table.add_row(name, value)
+    out.print(table)
     if len(evaluation["classes"]) > _SHOWN_CLASSES:
         return
     classes = Table(title="class by class", title_justify="left")

@@ -121,7 +121,7 @@ class Hosts:
         ranks: int,
         wait_s: float,
         *,
-        place: tuple[int, int] | None = None,
+        placement: tuple[int, int] | None = None,
         attached: bool = False,
     ) -> Several | None:
         """For the launcher; None: there is one host.
@@ -130,7 +130,7 @@ class Hosts:
             command: for errors.
             ranks: on each host.
             wait_s: seconds until all must have come; 0: the default.
-        place: the first rank here, and the number of ranks, where not all hosts have as many.
+        placement: the first rank here, and the number of ranks, where not all hosts have as many.
         attached: see `Several`.
 
         Raises:
@@ -153,7 +153,7 @@ class Hosts:
                 self.nnodes,
                 self.node_rank,
                 self.rendezvous,
-                *(place or (self.node_rank * ranks, self.nnodes * ranks)),
+                *(placement or (self.node_rank * ranks, self.nnodes * ranks)),
                 self.insecure,
                 wait_s or _WAIT_S,
                 attached,

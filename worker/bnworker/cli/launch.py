@@ -112,8 +112,8 @@ def launch(
         options: dict[str, object] = {"transport": transport.value, "job": job, "address": used, "wait": wait}
         options |= {"grace": grace, "timestamps": timestamps, "log-dir": log_dir, **elastic.given}
         raise typer.Exit(_launch_over_ssh(hosts.remote(listed, tuple(command or ()), options)))
-    place = None if first_rank is None or world_size is None else (first_rank, world_size)
-    several = hosts.several("launch", ranks, wait, place=place, attached=attached)
+    placement = None if first_rank is None or world_size is None else (first_rank, world_size)
+    several = hosts.several("launch", ranks, wait, placement=placement, attached=attached)
     try:
         described = Job(
             tuple(command or ()),

@@ -60,7 +60,7 @@ class Peer:
     node: int
     host: str
     ranks: range
-    is_gone: bool = False
+    is_disconnected: bool = False
 
 
 @dataclass
@@ -90,14 +90,14 @@ class Head:
         Raises:
             LaunchError: nothing can listen there.
         """
-        place = self.job.several
-        assert place is not None
-        host, port = parsed(place.rendezvous, insecure=place.insecure)
+        several = self.job.several
+        assert several is not None
+        host, port = parsed(several.rendezvous, insecure=several.insecure)
         try:
             self._listener = Listener(self.reactor, host, port + 1, self._connected)
         except OSError as error:
             raise LaunchError(
-                f"--rendezvous {place.rendezvous}: can't listen on port {port + 1} of {host}: {error.strerror}. Node "
+                f"--rendezvous {several.rendezvous}: can't listen on port {port + 1} of {host}: {error.strerror}. Node "
                 "0 runs on this host, whose address it is; the launchers meet at the port after the service's."
             ) from None
 
@@ -138,7 +138,7 @@ class Head:
         """Tell the others how the job ended, and wait until they have."""
         for peer in self._peers.values():
             peer.link.send(kind="exit", code=code, cause=cause)
-        self.reactor.pump(lambda: all(peer.is_gone for peer in self._peers.values()), _END_WAIT_S)
+        self.reactor.pump(lambda: all(peer.is_disconnected for peer in self._peers.values()), _END_WAIT_S)
         for link in [*self._unidentified, *(peer.link for peer in self._peers.values())]:
             link.close()
         if self._listener is not None:
@@ -164,15 +164,15 @@ class Head:
                 pass
 
     def _introduced(self, link: Link, message: Message, node: int, ranks: range) -> None:
-        place = self.job.several
-        assert place is not None
-        mine = {"version": VERSION, "--nnodes": place.nodes, "ranks": place.world_size}
+        several = self.job.several
+        assert several is not None
+        mine = {"version": VERSION, "--nnodes": several.nodes, "ranks": several.world_size}
         wrong = [f"{name} {message.get(name)}, here {is_}" for name, is_ in mine.items() if message.get(name) != is_]
         text = ""
         if wrong:
             text = f"the launchers disagree: {', '.join(wrong)}. Give all the same --nnodes and -n"
-        elif not 0 < node < place.nodes:
-            text = f"expected --node-rank from 1 to {place.nodes - 1}, received {node}"
+        elif not 0 < node < several.nodes:
+            text = f"expected --node-rank from 1 to {several.nodes - 1}, received {node}"
         elif node in self._peers:
             text = f"--node-rank {node} is taken by {self._peers[node].host}. Give each host another one"
         if text:
@@ -186,7 +186,7 @@ class Head:
             self._unidentified.remove(link)
             return
         peer = next(peer for peer in self._peers.values() if peer.link is link)
-        peer.is_gone = True
+        peer.is_disconnected = True
         if self._listener is not None and not self.complete:  # it may come again: its launcher was started anew
             del self._peers[peer.node]
             return
@@ -206,7 +206,7 @@ class Member:
         started: the job's name and the service's address, once node 0 has sent them.
         refusal: why the job can't begin.
         exit: the job's exit code and its cause, once node 0 has sent them.
-        head_is_gone: whether node 0 is gone.
+        head_is_lost: whether the connection to node 0 has ended.
     """
 
     reactor: Reactor
@@ -217,7 +217,7 @@ class Member:
     started: tuple[str, str] | None = None
     refusal: LaunchError | None = None
     exit: tuple[int, str] | None = None
-    head_is_gone: bool = False
+    head_is_lost: bool = False
     _link: Link | None = None
 
     def connect(self, stop: Callable[[], bool]) -> None:
@@ -226,11 +226,11 @@ class Member:
         Raises:
             LaunchError: node 0 could not be reached in time.
         """
-        place = self.job.several
-        assert place is not None
-        host, port = parsed(place.rendezvous, insecure=place.insecure)
+        several = self.job.several
+        assert several is not None
+        host, port = parsed(several.rendezvous, insecure=several.insecure)
         reason = ""
-        for _ in range(max(1, round(place.wait_s / _PAUSE_S))):
+        for _ in range(max(1, round(several.wait_s / _PAUSE_S))):
             if stop():
                 return
             try:
@@ -242,22 +242,22 @@ class Member:
             self._link = Link(self.reactor, connection, self._received, self._disconnected)
             self._link.send(
                 kind="hello",
-                node=place.node,
-                first=place.first_rank,
+                node=several.node,
+                first=several.first_rank,
                 local=self.job.ranks,
                 host=os.uname().nodename,
-                **{"version": VERSION, "--nnodes": place.nodes, "ranks": place.world_size},
+                **{"version": VERSION, "--nnodes": several.nodes, "ranks": several.world_size},
             )
             return
         raise LaunchError(
-            f"--rendezvous {place.rendezvous}: nobody listens on port {port + 1} of {host}, where the launchers meet: "
-            f"{reason}. Start the command with --node-rank 0 on the host that the rendezvous names."
+            f"--rendezvous {several.rendezvous}: nobody listens on port {port + 1} of {host}, where the launchers "
+            f"meet: {reason}. Start the command with --node-rank 0 on the host that the rendezvous names."
         )
 
     @property
     def linked(self) -> bool:
         """Whether node 0 is there and decides."""
-        return self._link is not None and not self.head_is_gone
+        return self._link is not None and not self.head_is_lost
 
     def unable(self, error: LaunchError) -> None:
         """Say that the ranks here can't be started."""
@@ -297,6 +297,6 @@ class Member:
                 pass
 
     def _disconnected(self, _: Link) -> None:
-        self.head_is_gone = True
+        self.head_is_lost = True
         if self.exit is None:
             self.abandoned()

@@ -212,11 +212,11 @@ class _Run:
                 member.unable(error)
             raise
         self.reactor.pump(
-            lambda: bool(member.started or member.refusal or member.head_is_gone or member.exit) or stop()
+            lambda: bool(member.started or member.refusal or member.head_is_lost or member.exit) or stop()
         )
         if member.refusal is not None:
             raise member.refusal
-        if member.head_is_gone and member.exit is None and not stop():
+        if member.head_is_lost and member.exit is None and not stop():
             raise LaunchError("the launcher of node 0 ended before the job began.", 1)
         return None if stop() or member.exit else member.started
 

@@ -20,7 +20,7 @@ from bnworker.train.data import Dataset, EpochSteps
 from bnworker.train.model import perceptron
 from bnworker.train.settings import Settings
 
-_WORD = 8  # bytes
+_BYTES_OF_INT64 = 8  # and of float64
 # The loss, the rows classified rightly, whether a rank could not read its rows, whether one is asked to end; float64.
 _STEP_SUMS = 4
 _ENROLLED_LIMBS = 4  # a channel's grids, beside its two moving statistics
@@ -95,15 +95,16 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
     dense = sum(weight.value.size for weight in model.dense_weights)
     parameters = dense + sum(weight.value.size for weight in model.norm_weights)
     forward = [
-        Exchange(f"{norm.name} forward sums", Moments.rows(folds) * _WORD * norm.state.channels) for norm in model.norms
+        Exchange(f"{norm.name} forward sums", Moments.rows(folds) * _BYTES_OF_INT64 * norm.state.channels)
+        for norm in model.norms
     ]
     backward = [
-        Exchange(f"{norm.name} backward sums", GradientSums.rows(folds) * _WORD * norm.state.channels)
+        Exchange(f"{norm.name} backward sums", GradientSums.rows(folds) * _BYTES_OF_INT64 * norm.state.channels)
         for norm in reversed(model.norms)
     ]
-    gradients = Exchange("allreduce of the Dense gradients", dense * item + _STEP_SUMS * _WORD)
+    gradients = Exchange("allreduce of the Dense gradients", dense * item + _STEP_SUMS * _BYTES_OF_INT64)
     channels = sum(norm.state.channels for norm in model.norms)
-    states = channels * (2 * item + _ENROLLED_LIMBS * _WORD) + len(model.norms) * _FLAGS * _WORD
+    states = channels * (2 * item + _ENROLLED_LIMBS * _BYTES_OF_INT64) + len(model.norms) * _FLAGS * _BYTES_OF_INT64
     per_rank = data.rows_per_rank(workers)
     step_rows = tuple(math.ceil(epoch.largest * rows / data.rows) for rows in per_rank)
     return Forecast(
@@ -115,8 +116,8 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
         step_rows,
         (*forward, *backward, gradients),
         start_bytes=parameters * item + states,
-        probe_bytes=2 * 2 * _WORD * channels,
-        evaluation_bytes=(5 + workers) * _WORD,
+        probe_bytes=2 * 2 * _BYTES_OF_INT64 * channels,
+        evaluation_bytes=(5 + workers) * _BYTES_OF_INT64,
         memory_bytes=_memory(settings, data.features, parameters, dense, max(step_rows)),
     )
 
@@ -125,11 +126,11 @@ def _memory(settings: Settings, features: int, parameters: int, dense: int, rows
     """The process, the weights' arrays, the gradients under way and the arrays of one step."""
     item = np.dtype(settings.dtype).itemsize
     copies = 4 if settings.early_stop is None else 5  # value, gradient, velocity, update; the best epoch's
-    under_way = dense * (2 * item + _WORD)  # sent and received, and added in float64
+    under_way = dense * (2 * item + _BYTES_OF_INT64)  # sent and received, and added in float64
     outputs = sum(settings.hidden)
     return (
         _PROCESS_BYTES
         + copies * parameters * item
         + under_way
-        + rows * (features * item + outputs * (4 * item + _TEMPORARIES * _WORD))
+        + rows * (features * item + outputs * (4 * item + _TEMPORARIES * _BYTES_OF_INT64))
     )

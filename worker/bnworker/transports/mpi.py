@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnlayer.agreement import Peer, judge
+from bnlayer.agreement import Peer, check_agreement
 from bnlayer.collective import Call, Operation, Total
 from bnlayer.errors import CollectiveError, PeerLostError
 from bnlayer.state import LayerState
@@ -141,7 +141,7 @@ class MPITransport(peers.PeerTransport[Wait]):
         left = {rank: why for rank, (text, why) in enumerate(reports) if text is None}
         if call is None:
             return
-        verdict = judge(calls, left, {peer.rank: peer for peer in self._peers})
+        verdict = check_agreement(calls, left, {peer.rank: peer for peer in self._peers})
         assert verdict is not None, "unequal texts are unequal calls"
         raise verdict.error(call)
 

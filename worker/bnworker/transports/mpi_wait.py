@@ -23,7 +23,7 @@ from typing import TypeVarTuple, Unpack
 import numpy as np
 from mpi4py import MPI
 
-from bnlayer.agreement import Peer, Verdict, judge
+from bnlayer.agreement import Peer, Verdict, check_agreement
 from bnlayer.collective import Call, Direction, ExchangeKey, Operation, PlainSignature
 from bnlayer.errors import CollectiveError, PeerLostError
 
@@ -140,7 +140,7 @@ class NoteExchange:
         absent = f"did not come within {wait.timeout:g} s (last seen {seen})"
         missing = {rank: absent for rank in self._peers if rank not in here}
         waiting = {rank: call for rank, call in here.items() if call is not None}
-        verdict = judge(waiting, missing, self._peers) if missing else None
+        verdict = check_agreement(waiting, missing, self._peers) if missing else None
         if verdict is None:
             text = f"All ranks came, but MPI did not complete their exchange within {wait.timeout:g} s."
             verdict = Verdict(PeerLostError, text, ())

@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from bnlayer import errors
-from bnlayer.agreement import Peer, Verdict, judge
+from bnlayer.agreement import Peer, Verdict, check_agreement
 from bnlayer.collective import Call
 from bnlayer.errors import CollectiveError, PeerLostError
 from bnworker.transports.call_encoding import decode_call, encode_call
@@ -187,7 +187,7 @@ class Watch:
     def _decide(self, here: dict[int, Call], missing: Set[int], missing_why: str, wait: Wait) -> None:
         # Where a rank is known to have left, others that have not come yet are not to blame.
         left = self._absent(wait) or dict.fromkeys(self._to_blame(missing), missing_why)
-        verdict = judge(here, left, self._peers)
+        verdict = check_agreement(here, left, self._peers)
         if verdict is None:
             text = f"All ranks came, but the process group did not complete {wait.call.where}."
             verdict = Verdict(PeerLostError, text, ())

@@ -227,7 +227,7 @@ class Session:
             return [Probe()]
         return self._reconnect(event, now)
 
-    def _judge_outage(self, event: Probed, now: float) -> list[Action]:
+    def _check_outage(self, event: Probed, now: float) -> list[Action]:
         assert self._outage.ended is not None
         if not event.listens:
             self._outage.port_is_free()
@@ -317,7 +317,7 @@ class Session:
         State.CONNECTING: {
             Begin: _open,
             PauseOver: _open,
-            Probed: _judge_outage,
+            Probed: _check_outage,
             TimedOut: _time_out,
             Abandon: _abandon,
             Forked: _fork,
@@ -358,7 +358,7 @@ class Session:
             ChannelBroken: _ignore,
             Disconnected: _disconnect,
             Refused: _fail,
-            Probed: _judge_outage,
+            Probed: _check_outage,
             PauseOver: _open,
             TimedOut: _time_out,
             Leave: _leave,
@@ -374,7 +374,7 @@ class Session:
             ChannelBroken: _ignore,
             Disconnected: _disconnect,
             Refused: _fail_leaving,
-            Probed: _judge_outage,
+            Probed: _check_outage,
             PauseOver: _open,
             TimedOut: _time_out_leaving,
             Leave: _ignore,
