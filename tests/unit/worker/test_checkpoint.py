@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -168,34 +165,6 @@ def test_every_rank_gets_what_the_first_one_read(tmp_path: Path) -> None:
         read_by_first(world, path)
     with pytest.raises(CheckpointError, match="Is a directory"):
         read_by_first(world, tmp_path)
-
-
-@pytest.mark.fault
-@pytest.mark.slow
-def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path: Path) -> None:
-    """A process that saves without pause, killed 8 times: what is there decodes, and is never older than before."""
-    code = (
-        "import sys; from pathlib import Path; import numpy as np; from dataclasses import replace\n"
-        "from bnworker.train.checkpoint import decode, encode, read\n"
-        "from bnworker.train.files import write_atomically\n"
-        "path = Path(sys.argv[1]); base = read(path)\n"
-        "while True:\n"
-        "    base = replace(base, progress=replace(base.progress, steps=base.progress.steps + 1))\n"
-        "    write_atomically(path, encode(base)); print(base.progress.steps, flush=True)\n"
-    )
-    path = tmp_path / "run.safetensors"
-    path.write_bytes(encode(made({"big": np.ones(200_000)})))
-    delays = np.random.default_rng(20).uniform(0, 0.01, 8)
-    for delay in delays:
-        with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            child.stdout.readline()
-            threading.Event().wait(delay)  # where in its work it is hit
-            child.kill()
-            reported = child.stdout.read().split()
-        checkpoint = read(path)
-        assert checkpoint is not None
-        assert checkpoint.progress.steps >= max(map(int, reported), default=0)
 
 
 def test_drafts_of_killed_processes_are_removed(tmp_path: Path) -> None:
