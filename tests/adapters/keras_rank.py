@@ -211,14 +211,40 @@ def failing(world: Any, what: str) -> Results:
     return {}
 
 
+class Raises(keras.callbacks.Callback):  # type: ignore[misc, unused-ignore]
+    """Fails after the first batch."""
+
+    at = 0.0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Called by `fit()`."""
+        Raises.at = time.monotonic()
+        raise ValueError("a fault of its own")
+
+
+def fitting(world: Any, what: str) -> None:
+    """`fit()`, in which the last rank's callback raises, or whose model there lacks a layer."""
+    last = world.rank == world.world_size - 1
+    x = keras.Input((3,))
+    h = BatchNormalization(synchronized=True, name=f"{what}_one")(x)
+    if not (last and what == "fit_skips"):
+        h = BatchNormalization(synchronized=True, name=f"{what}_two")(h)
+    model = keras.Model(x, layers.Dense(1)(h))
+    model.compile("sgd", "mse")
+    rows = RNG(4).standard_normal((12, 3)).astype("float32")
+    callbacks = [Raises()] if last and what == "fit_raises" else []
+    model.fit(rows, rows[:, :1], batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+
+
 def failure(what: str) -> Results:
-    """Run `failing` in a world of its own; the text of the error."""
+    """Run `failing`, or `fitting`, in a world of its own; the text of the error, and when it was raised."""
+    text = "no error"
     try:
         with bnworker.join(job=f"{os.environ['BNLAYER_JOB']}-{what}", timeout=120) as world:
-            failing(world, what)
+            (fitting if what.startswith("fit_") else failing)(world, what)
     except Exception as error:  # noqa: BLE001 - each framework has its own class for it
-        return {"text": np.array(f"{type(error).__name__}: {error}")}
-    return {"text": np.array("no error")}
+        text = f"{type(error).__name__}: {error}"
+    return {"text": np.array(text), "at": np.array(Raises.at or time.monotonic())}
 
 
 def main(folder: Path, parts: list[str]) -> None:

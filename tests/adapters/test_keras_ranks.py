@@ -1,9 +1,11 @@
 """The Keras adapter on 1 to 3 ranks, in every backend's own compiled steps and in `fit()`: one process's results."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from support.contract.timing import FAILURE_WITHIN_S
 from support.framework_jobs import Jobs, assert_close, differing
 
 pytestmark = [pytest.mark.rpc, pytest.mark.timeout(900)]
@@ -11,7 +13,7 @@ pytestmark = [pytest.mark.rpc, pytest.mark.timeout(900)]
 BACKENDS = ("torch", "jax", "tensorflow")
 PARTS = {
     1: ("plain", "trained", "bits", "fitted"),
-    2: ("trained", "bits", "fitted", "raises", "skips"),
+    2: ("trained", "bits", "fitted", "raises", "skips", "fit_skips", "fit_raises"),
     3: ("trained", "bits", "fitted"),
 }
 SCRIPT = Path(__file__).with_name("keras_rank.py")
@@ -27,6 +29,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 def jobs(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """All jobs of a backend."""
     return Jobs.run(SCRIPT, tmp_path_factory.mktemp(backend), PARTS, {"KERAS_BACKEND": backend})
+
+
+@pytest.fixture(scope="module")
+def over_mpi(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Two ranks under mpiexec, whose `fit()` fails."""
+    folder = tmp_path_factory.mktemp(f"{backend}-mpi")
+    return Jobs.run(SCRIPT, folder, {2: ("fit_skips", "fit_raises")}, {"KERAS_BACKEND": backend}, "mpi")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -64,3 +73,25 @@ def test_a_skipped_layer_is_named(jobs: Jobs) -> None:
         assert "StallError" in text
         assert "waits in the enrolment of layer 'skips_two'; rank 1 (" in text
         assert "waits in layer 'skips_one' (backward, step 0)" in text
+
+
+@pytest.mark.parametrize("transport", ["jobs", "over_mpi"])
+def test_a_callback_that_raises_is_named(transport: str, request: pytest.FixtureRequest) -> None:
+    """In the error that the other rank's `fit()` raises, within a second."""
+    other, raised = request.getfixturevalue(transport).ranks("fit_raises", 2)
+    assert str(raised["text"]) == "ValueError: a fault of its own"
+    text = str(other["text"])
+    assert "PeerLostError" in text
+    waits = r"rank 0 \(.*\) waits in layer 'fit_raises_(one|two)' \((forward|backward), step \d\)"
+    assert re.search(r"rank 1 \(.*\) failed with ValueError: a fault of its own\. " + waits, text), text
+    assert other["at"] - raised["at"] <= FAILURE_WITHIN_S
+
+
+@pytest.mark.parametrize("transport", ["jobs", "over_mpi"])
+def test_a_layer_that_fit_skips_is_named(transport: str, request: pytest.FixtureRequest) -> None:
+    """On both ranks: who waits where."""
+    for rank in request.getfixturevalue(transport).ranks("fit_skips", 2):
+        text = str(rank["text"])
+        assert "StallError" in text
+        assert "waits in the enrolment of layer 'fit_skips_two'" in text
+        assert "waits in layer 'fit_skips_one' (backward, step 0)" in text

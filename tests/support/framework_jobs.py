@@ -17,10 +17,16 @@ from support.adapters import Ended, run
 Arrays = dict[str, NDArray[Any]]
 
 
-def launch(world_size: int, script: Path, *arguments: str | Path, environ: Mapping[str, str]) -> Ended:
-    """Run a script on so many ranks, beside a service of their own."""
-    command = [sys.executable, "-m", "bnworker.cli", "launch", "-n", str(world_size), "--", sys.executable]
-    return run([*command, script, *arguments], environ={"TF_CPP_MIN_LOG_LEVEL": "3", **environ}, limit_s=400)
+def launch(
+    world_size: int, script: Path, *arguments: str | Path, environ: Mapping[str, str], transport: str = "service"
+) -> Ended:
+    """Run a script on so many ranks, beside a service of their own or under mpiexec."""
+    options = ["-n", str(world_size), f"--transport={transport}", "--", sys.executable]
+    return run(
+        [sys.executable, "-m", "bnworker.cli", "launch", *options, script, *arguments],
+        environ={"TF_CPP_MIN_LOG_LEVEL": "3", **environ},
+        limit_s=400,
+    )
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,17 @@ class Jobs:
 
     @classmethod
     def run(
-        cls, script: Path, folder: Path, parts: Mapping[int, Sequence[str]], environ: Mapping[str, str] | None = None
+        cls,
+        script: Path,
+        folder: Path,
+        parts: Mapping[int, Sequence[str]],
+        environ: Mapping[str, str] | None = None,
+        transport: str = "service",
     ) -> Jobs:
         """Run them all, with the parts of the script that each is to run."""
         with ThreadPoolExecutor(len(parts)) as pool:
             jobs = {
-                size: pool.submit(launch, size, script, folder, *names, environ=environ or {})
+                size: pool.submit(launch, size, script, folder, *names, environ=environ or {}, transport=transport)
                 for size, names in parts.items()
             }
         return cls(folder, {world_size: job.result() for world_size, job in jobs.items()})
