@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from support import mpi
 from support.elastic import BETWEEN, PROGRAM, RANKS, SAVED, Kill, Run, planned
 from support.killing import KILLS
+from support.training import FIFTY_STEPS, Trained, same_result, trained
 
 pytestmark = [pytest.mark.mpi, pytest.mark.fault]
 
 ULFM = ("--with-ft", "ulfm")
 AT = 4  # the step of surviving_rank.py at which something happens
 BEGUN = [(1, 3, 0)] * 3  # its first generation, as its ranks see it
+KILLED_TRAINING = Path(__file__).with_name("killed_training.py")
 SURVIVING = Path(__file__).with_name("surviving_rank.py")
 
 
@@ -146,6 +149,19 @@ def test_a_frozen_rank_ends_the_job() -> None:
     assert "PeerLostError: rank 1 (host " in ended.err
     assert ") did not come within 2 s (last seen completing layer 'bn'" in ended.err
     assert "ends the whole MPI job" in ended.err
+
+
+def test_training_goes_on(tmp_path: Path) -> None:
+    """`mpirun --with-ft ulfm bnlayer train --elastic`: rank 0 is killed, and the others have one process's result."""
+    alone = trained(tmp_path / "alone", "--transport=none", *FIFTY_STEPS)
+    out = tmp_path / "parts"
+    files = (f"--summary={out}/summary.json", f"--save={out}/saved.safetensors")
+    ended = mpi.run(3, KILLED_TRAINING, "--elastic=2:3", *FIFTY_STEPS, *files, options=ULFM)
+    assert ended.code == 0, ended.err
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["transport"], summary["world_size"]) == ("mpi", 2)
+    assert "resumed after step 10" in ended.out + ended.err
+    same_result(alone, Trained(summary, load_file(out / "saved.safetensors"), ended.out, ended.err))
 
 
 @pytest.mark.parametrize(

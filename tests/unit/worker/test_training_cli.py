@@ -180,7 +180,7 @@ def test_options_that_cannot_work(arguments: list[str], line: str, command: Comm
             ["--workers=2", "--elastic=1:2", "--transport=mpi"],
             (
                 "bnlayer: train: --elastic needs the statistics service, received transport mpi: there the loss of a "
-                "rank ends the job. Leave out --transport, or start the job again from its checkpoint (--resume).\n"
+                "rank ends the job. Leave out --transport; or start the ranks by Open MPI's `mpirun --with-ft ulfm`.\n"
             ),
         ),
         (["--elastic=2"], "bnlayer: train: --elastic: expected MIN:MAX, such as 2:8, received '2'.\n"),

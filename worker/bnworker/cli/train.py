@@ -94,16 +94,20 @@ def train(
     from bnworker.cli.checks import refuse_what_cannot_work
     from bnworker.cli.rank import run
     from bnworker.limits import VARIABLE as ELASTIC
+    from bnworker.plan import survives_losses
     from bnworker.train.loop import Replica
 
     ranks, files = given(context, Ranks), given(context, Files)
     address = address_of_service(context, ranks.address, ranks.transport)
     rank, elastic = _rank(os.environ, ranks.workers), given(context, Elasticity)
     if elastic.elastic is not None and rank is not None and variable(os.environ, ELASTIC) is None:
-        raise CommandError(
-            f"train: --elastic {elastic.elastic}, but {rank.source} started this process as rank {rank.rank}, and "
-            "starts no rank again: leave it out, or let bnlayer start the ranks: train --workers."
-        )
+        if ranks.transport not in (None, TrainTransport.mpi) or not (rank.mpi and survives_losses(os.environ)):
+            raise CommandError(
+                f"train: --elastic {elastic.elastic}, but {rank.source} started this process as rank {rank.rank}, and "
+                "starts no rank again: leave it out, or let bnlayer start the ranks: train --workers. Over MPI it "
+                "works under Open MPI's `mpirun --with-ft ulfm`."
+            )
+        os.environ[ELASTIC] = elastic.elastic
     settings = given(context, Settings)
     alone = ranks.transport is TrainTransport.none or (
         ranks.transport is None and variable(os.environ, "BNLAYER_TRANSPORT") == "alone"

@@ -139,7 +139,7 @@ class Job:
         if self.transport != "service":
             raise LaunchError(
                 f"--elastic needs the statistics service, received transport {self.transport}: there the loss of a "
-                "rank ends the job. Leave out --transport, or start the job again from its checkpoint (--resume)."
+                "rank ends the job. Leave out --transport; or start the ranks by Open MPI's `mpirun --with-ft ulfm`."
             )
         if self.max_restarts < 0:
             raise LaunchError(f"--max-restarts: expected 0 or more, received {self.max_restarts}.")
