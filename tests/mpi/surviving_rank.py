@@ -29,7 +29,7 @@ def main(way: str) -> None:
     norm.build((None, 3))
     state: Any = bnworker.State(layers=[norm], total=np.zeros(3, np.int64), step=0)
     most = 3 + (way == "limits" and FIRST_RANK == 1)
-    timeout = 2.0 if way == "freezes" else 60.0
+    timeout = 2.0 if way in {"freezes", "exits"} else 60.0
     for generation in bnworker.elastic(state, min=3 if way == "too-few" else 2, max=most, timeout=timeout):
         with generation as world:
             happens = generation.number == 1 and {"cut-at-the-end": 0}.get(way, 1) == FIRST_RANK
@@ -73,6 +73,8 @@ def befalls(way: str) -> None:
     """Between the exchanges of a step: this rank fails, freezes, or is killed."""
     if way == "fails":
         raise ValueError("no such file")
+    if way == "exits":
+        os._exit(7)
     if way in {"freezes", "too-few"}:
         os.kill(os.getpid(), signal.SIGSTOP if way == "freezes" else signal.SIGKILL)
 
