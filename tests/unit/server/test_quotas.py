@@ -15,6 +15,7 @@ from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 from bnproto.arrays import pack
 from bnproto.calls import contribution_of
+from bnproto.grpc_options import PART_BYTES
 from bnproto.v1 import statistics_pb2 as pb
 from bnserver.bytes_in_flight import BytesInFlight
 from bnserver.connection import Connection
@@ -27,7 +28,7 @@ from bnserver.rank_channel import Outgoing, RequestAssembler
 from bnserver.translation import Reader
 
 _REQUEST_BYTES = 2**10  # that each request counts for beside its payload
-_PART = 2**20
+_PART = PART_BYTES
 _PARTS = 2
 _LARGE = np.zeros(_PARTS * _PART // 8 + _PART // 8, np.float64)  # a first message and two parts
 _SMALL = np.zeros(8)
@@ -143,7 +144,7 @@ def test_an_announcement_above_the_quota_is_refused_at_once() -> None:
     first, *_ = _reduction(_LARGE)
     text = _refused(_End(quotas, in_flight).read(first))
     assert text == (
-        "expected at most 2097152 bytes in flight of a job, received a request for 3145728; the service's "
+        f"expected at most {2 * _PART} bytes in flight of a job, received a request for {3 * _PART}; the service's "
         "--max-job-bytes raises the quota"
     )
     assert in_flight.total == 0
@@ -197,7 +198,7 @@ def test_all_jobs_hold_no_more_than_the_quota() -> None:
     in_flight = BytesInFlight(quotas)
     assert isinstance(_End(quotas, in_flight, "greedy").read(*_reduction(_LARGE)), Contribute)
     text = _refused(_End(quotas, in_flight, "late").read(*_reduction(_LARGE)))
-    assert "3147776 bytes in flight of all jobs" in text
+    assert f"{_LARGE.nbytes + 2 * _REQUEST_BYTES} bytes in flight of all jobs" in text
     assert text.endswith("the service's --max-bytes raises the quota")
     assert isinstance(_End(quotas, in_flight, "small").read(*_reduction(_SMALL)), Contribute)
 
