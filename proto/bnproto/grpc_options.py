@@ -12,9 +12,9 @@ OBSERVATION_NAME = "bnproto.v1.ObservationService"
 # What the health service calls the state directory: SERVING while jobs are saved there.
 SAVING_NAME = f"{SERVICE_NAME}/saving"
 
-# gRPC refuses messages above 4 MiB. Much smaller parts keep one job's message from holding up another's, and stay in the
-# caches while they are copied: with 1 MiB a reduction of 4 MiB took 36 ms instead of 19, and a job beside one that made
-# them without a pause 1.7 times as long for an exchange, instead of 1.2 times (`python -m benchmarks.beside`).
+# gRPC refuses messages above 4 MiB. Much smaller parts keep one job's message from holding up another's, and stay in
+# the caches while they are copied: with 1 MiB a reduction of 4 MiB took 36 ms instead of 19, and a job beside one that
+# made them without a pause 1.7 times as long for an exchange, instead of 1.2 (`python -m benchmarks.beside`).
 PART_BYTES = 2**18
 
 # The details of a status name every rank of a job: far more than gRPC's default of 8 KiB for metadata.
