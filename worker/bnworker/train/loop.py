@@ -24,6 +24,7 @@ from bnworker.train.evaluation import Scores, evaluate
 from bnworker.train.events import Epoch, Event, LayerStatistics, Resumed, Saved, Step
 from bnworker.train.model import Perceptron, perceptron
 from bnworker.train.optimizer import SGD
+from bnworker.train.owned_statistics import UpdateCount, replace_owned
 from bnworker.train.settings import Settings
 from bnworker.train.steps import step
 from bnworker.world import World
@@ -89,8 +90,7 @@ class Outcome:
         test_loss, test_accuracy: of this model.
         resumed_steps: made before this process went on; 0 for a run of its own.
         rows, seconds: what this process trained on, and the time that its steps took.
-        updates: of the moving statistics that each layer holds, by its name, as their owner has counted them; rank 0's
-            are right. Its version counts replacements too, and exchanges of steps that were lost with a rank.
+        updates: how many training steps the moving statistics of each layer contain, by its name: see `UpdateCount`.
     """
 
     model: Perceptron
@@ -221,16 +221,12 @@ class _Run:
 
     def _spread(self) -> None:
         """Give the owner the starting state: every rank has it already, but the owner may hold another run's."""
-        _own(self._model, self._world)
-        self._uncounted = self._beyond(self._progress.steps)
+        replace_owned(self._model, self._world)
+        self._updates = UpdateCount(self._model, self._progress.steps)
         # The same by the seed; but a rank with another NumPy might draw other numbers.
         weights = self._optimizer.weights
         for weight, value in zip(weights, self._world.broadcast([weight.value for weight in weights]), strict=True):
             weight.assign(value)
-
-    def _beyond(self, updates: int) -> dict[str, int]:
-        """What the version of each layer's state is above the number of updates that it holds."""
-        return {norm.name: norm.state.version - updates for norm in self._model.norms}
 
     # ---- the middle ----
 
@@ -380,8 +376,8 @@ class _Run:
         if self._best and made.best is not None and made.best is not kept:
             kept = made.best
             self._model.load(self._best)
-            _own(self._model, self._world)
-            self._uncounted = self._beyond(kept.steps)
+            replace_owned(self._model, self._world)
+            self._updates = UpdateCount(self._model, kept.steps)
         return Outcome(
             self._model,
             self._optimizer,
@@ -393,20 +389,8 @@ class _Run:
             self._resumed_steps,
             self._rows,
             self._seconds,
-            {norm.name: norm.state.version - self._uncounted[norm.name] for norm in self._model.norms},
+            self._updates.by_layer(),
         )
-
-
-def _own(model: Perceptron, world: World) -> None:
-    """Make rank 0's statistics the owner's, where the owner is elsewhere and has others of an earlier run.
-
-    An owner without these layers takes them when they enroll, and its version counts on from theirs.
-    """
-    if world.rank != 0:
-        return
-    for norm in model.norms:
-        if world.pull(norm.name) is not None:
-            world.push(norm)
 
 
 def _refuse_divergence(loss: float, what: str) -> None:
