@@ -1,4 +1,4 @@
-"""`bnlayer calibrate`: a trained model's moving statistics, estimated anew over all its training rows.
+"""`bnlayer calibrate`: a trained model's moving statistics are estimated again, over all its training rows.
 
 Every rank runs its share of each batch through the model in training mode; what the layers exchange for it is pooled
 exactly (see `bnlayer.calibration`). Weights stay as they are.
@@ -23,12 +23,12 @@ from bnworker.world import World
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What a calibration leaves.
+    """The result of a calibration.
 
     Attributes:
-        checkpoint: the one it began from, with the new statistics.
-        before, after: how the model does on the held-out rows.
-        rows: that the statistics are of.
+        checkpoint: the given one with the new statistics.
+        before, after: scores on the validation and test rows with the old and the new statistics.
+        rows: the number of rows that the new statistics are of.
     """
 
     checkpoint: Checkpoint
@@ -41,7 +41,7 @@ def settings_of(checkpoint: Checkpoint) -> Settings:
     """The settings of the run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: they are not those of this version.
+        CheckpointError: this version does not have these settings.
     """
     try:
         saved = dict(checkpoint.settings)
@@ -66,12 +66,12 @@ def calibrate(
         data: loaded for this world, with the checkpoint's labels.
         world: the ranks.
         batch_size: rows of a step, of all ranks together: each is normalized with its own statistics.
-        watch: is told of the rows of each step.
+        watch: called after each step with the number of its rows.
 
     Raises:
         CheckpointError: the checkpoint does not fit the data.
-        DataError: on every rank: a row is bad.
-        ValueError: a layer saw a value that is not finite.
+        DataError: on every rank: a row is invalid.
+        ValueError: a layer's input contains NaN or Inf.
         CollectiveError: another rank is lost, or disagrees.
     """
     settings = settings_of(checkpoint)
@@ -95,13 +95,13 @@ def calibrate(
     if world.rank == 0:
         for norm in model.norms:
             world.push(norm)
-    world.barrier()  # the owner has them: from here on everybody may pull
+    world.barrier()  # no rank pulls before the owner has them
     after = evaluate(model, data, world)
     return Calibrated(_with_statistics(checkpoint, model.tensors(checkpoint.progress.steps)), before, after, rows)
 
 
 def _with_statistics(checkpoint: Checkpoint, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
-    """The checkpoint with other states of its layers, wherever it holds them for its result."""
+    """The checkpoint with other layer states for its result, which is the best epoch's model where it has one."""
     prefix = BEST if any(name.startswith(BEST) for name in checkpoint.tensors) else ""
     states = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if "/state/" in name}
     return replace(checkpoint, tensors={**checkpoint.tensors, **states})

@@ -1,10 +1,10 @@
-"""Checkpoints: all that a run needs to go on, bit for bit, in one safetensors file.
+"""Checkpoints: all that is needed to resume a run, bit for bit, in one safetensors file.
 
 Laws:
-1. Equal states make equal bytes: a checkpoint holds no time, no path but what names the data and the initial
-   weights, no number of ranks.
-2. What is read is what was written, or an error that says what is wrong with the file.
-3. One rank reads and writes; the others get what it read.
+1. Equal states make equal bytes: a checkpoint holds no time, no number of ranks, and no path except the names of the
+   data and of the initial weights.
+2. Reading returns what was written, or raises an error that says what is wrong with the file.
+3. Only rank 0 reads and writes files; the other ranks receive what it read.
 
 Tensors: "dense_1/kernel", "bn_1/gamma", …: the weights; "bn_1/state/moving_mean", …: each layer's state with its
 grids; "optimizer/dense_1/kernel", …: the velocities; "best/dense_1/kernel", "best/bn_1/state/…", …: weights and
@@ -29,7 +29,7 @@ from bnworker.train.events import Epoch
 from bnworker.train.settings import Settings
 from bnworker.world import World
 
-FORMAT = 1  # counts up when a reader of the format before could not go on from a file
+FORMAT = 1  # increased when readers of the previous format could not resume from a file
 BEST = "best/"
 VELOCITY = "optimizer/"
 
@@ -38,7 +38,7 @@ _HEADER_BYTES = 8  # a safetensors file begins with the length of its JSON heade
 
 
 class CheckpointError(ValueError):
-    """The run can't go on from this file; the text names it, and says what to do."""
+    """The run can't be resumed from this file; the text names it, and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        steps: made.
-        epochs: that are complete.
-        loss_sum, correct, rows: of the epoch under way: summed loss, rows classified rightly, and rows, so far.
+        steps: made so far.
+        epochs: the complete ones.
+        loss_sum, correct, rows: of the current epoch so far: summed loss, correctly classified rows, and rows.
     """
 
     steps: int = 0
@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def best(self) -> Epoch | None:
-        """The first of the complete epochs with the lowest validation loss."""
+        """The complete epoch with the lowest validation loss, the first of equals; None without validation rows."""
         evaluated = [(epoch.validation_loss, epoch) for epoch in self.epochs if epoch.validation_loss is not None]
         return min(evaluated, key=lambda pair: pair[0], default=(0.0, None))[1]
 
@@ -75,7 +75,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Progress:
-        """The way back."""
+        """The inverse of `as_json`."""
         return cls(**{**plain, "epochs": tuple(Epoch(**record) for record in plain["epochs"])})
 
 
@@ -86,9 +86,9 @@ class Origin:
     Attributes:
         name: as given to `--data`.
         fingerprint: of the contents.
-        features, classes: how many.
-        numbered: the labels of the classes, ascending; None: they are 0 to classes − 1. Files that do not name them
-            are of models whose output k stands for label k, whether it occurred or not.
+        features, classes: their numbers.
+        numbered: the labels of the classes, ascending; None: they are 0 to classes − 1. Files without this entry
+            belong to models whose output k stands for label k, whether it occurs or not.
     """
 
     name: str
@@ -99,13 +99,13 @@ class Origin:
 
     @classmethod
     def of(cls, data: Dataset) -> Origin:
-        """That of a data set."""
+        """The origin that describes a data set."""
         numbered = None if are_numbers(data.labels) else data.labels
         return cls(data.name, data.fingerprint, data.features, data.classes, numbered)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Of the classes: output k of the model stands for `labels[k]`."""
+        """The labels of the classes: output k of the model stands for `labels[k]`."""
         return tuple(range(self.classes)) if self.numbered is None else self.numbered
 
 
@@ -114,11 +114,11 @@ class Checkpoint:
     """The state of a run after a step.
 
     Attributes:
-        tensors: see the top of the module.
-        progress: how far it has come.
+        tensors: by name; see the top of the module.
+        progress: of the run.
         settings: `Settings.as_json()` of the run.
-        data: that it was trained on.
-        name: where it was read, for errors.
+        data: what the run was trained on.
+        name: the file that it was read from, for error messages.
     """
 
     tensors: Mapping[str, NDArray[Any]]
@@ -131,12 +131,12 @@ class Checkpoint:
         return f"<Checkpoint {self.name}: step {self.progress.steps}, {len(self.tensors)} tensors, {self.data.name}>"
 
     def best_weights(self) -> dict[str, NDArray[Any]]:
-        """Weights and states of the result: those of the best epoch where the run may stop early, else the last."""
+        """Weights and layer states of the result: with early stopping the best epoch's, otherwise the last."""
         best = {name.removeprefix(BEST): tensor for name, tensor in self.tensors.items() if name.startswith(BEST)}
         return best or {name: tensor for name, tensor in self.tensors.items() if not name.startswith(VELOCITY)}
 
     def refuse_other_settings(self, settings: Settings) -> None:
-        """Make sure that a run with these settings goes on from here.
+        """Refuse to resume a run with other settings.
 
         Raises:
             CheckpointError: a setting differs.
@@ -149,10 +149,10 @@ class Checkpoint:
             )
 
     def refuse_other_data(self, data: Origin) -> None:
-        """Make sure that a run on this data goes on from here.
+        """Refuse to resume a run on other data.
 
         Raises:
-            CheckpointError: the contents differ; the name may.
+            CheckpointError: the contents differ. The name may differ.
         """
         if data.fingerprint != self.data.fingerprint:
             raise CheckpointError(
@@ -162,10 +162,10 @@ class Checkpoint:
             )
 
     def refuse_other_tensors(self, wanted: Mapping[str, NDArray[Any]]) -> None:
-        """Make sure that the tensors fit.
+        """Refuse a checkpoint whose tensors do not fit.
 
         Args:
-            wanted: the names, shapes and dtypes that a run needs.
+            wanted: arrays with the names, shapes and dtypes that the run needs.
 
         Raises:
             CheckpointError: one is missing, or has another shape or dtype.
@@ -182,11 +182,11 @@ class Checkpoint:
 
 
 def labels_of(settings: Settings, start: Checkpoint | None) -> tuple[int, ...] | None:
-    """The labels that a run's data must have; None: whatever labels occur in them.
+    """The labels that a run's data must have; None: the labels that occur in the data.
 
     Args:
         settings: of the run.
-        start: the checkpoint that it goes on from; None: it begins.
+        start: the checkpoint that it is resumed from; None: it is a new run.
     """
     if start is not None:
         return start.data.labels
@@ -194,7 +194,7 @@ def labels_of(settings: Settings, start: Checkpoint | None) -> tuple[int, ...] |
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
-    """The file that holds a checkpoint."""
+    """The contents of a checkpoint's file."""
     from safetensors.numpy import save
 
     data = checkpoint.data
@@ -216,14 +216,14 @@ def encode(checkpoint: Checkpoint) -> bytes:
 
 
 def decode(content: bytes, name: str) -> Checkpoint:
-    """The checkpoint that a file holds.
+    """Decode a checkpoint.
 
     Args:
-        content: of the file.
-        name: of the file.
+        content: the bytes of the file.
+        name: the file's name, for error messages.
 
     Raises:
-        CheckpointError: it is corrupt, cut off, foreign, or of a newer format.
+        CheckpointError: the file is corrupt, truncated, not a checkpoint, or of a newer format.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -256,17 +256,17 @@ def decode(content: bytes, name: str) -> Checkpoint:
 
 
 def read(path: Path) -> Checkpoint | None:
-    """The checkpoint in a file; None if there is no such file.
+    """Read the checkpoint in a file; None if there is no such file.
 
     Raises:
-        CheckpointError: it can't be read, or is none.
+        CheckpointError: the file can't be read, or is not a checkpoint.
     """
     content = _content(path)
     return None if content is None else decode(content, str(path))
 
 
 def read_by_first(world: World, path: Path) -> Checkpoint | None:
-    """The checkpoint that rank 0 finds, on every rank; None if there is none. Every rank calls it.
+    """Have rank 0 read a checkpoint and broadcast it; None if there is no such file. Every rank calls it.
 
     Raises:
         CheckpointError: on every rank, with the same text.

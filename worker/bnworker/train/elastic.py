@@ -1,4 +1,4 @@
-"""What the ranks of an elastic run go on from: the run's checkpoint after its latest step, in memory."""
+"""The in-memory checkpoint that the ranks of an elastic run resume from after a loss."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Kept:
     """The latest checkpoint of a run: every rank has it after the same step (see `bnworker.elastic`).
 
     Attributes:
-        checkpoint: it; None: no step was made.
-        saves: how often one was kept.
+        checkpoint: after the latest step; None: no step was made.
+        saves: how many checkpoints were kept so far.
     """
 
     def __init__(self) -> None:
@@ -27,17 +27,17 @@ class Kept:
         self.saves = 0
 
     def keep(self, checkpoint: Checkpoint) -> None:
-        """After a step. Its arrays are copied: the run goes on in them."""
+        """Keep the checkpoint of a step; its arrays are copied, because the run continues to write to them."""
         tensors = {name: tensor.copy() for name, tensor in checkpoint.tensors.items()}
         self.checkpoint = replace(checkpoint, tensors=tensors)
         self.saves += 1
 
     def packed(self) -> list[NDArray[Any]]:
-        """As bytes; none where no step was made."""
+        """The checkpoint's bytes as one array; no array if no step was made."""
         return [] if self.checkpoint is None else [np.frombuffer(encode(self.checkpoint), np.uint8)]
 
     def take(self, world: World, saves: int, arrays: list[NDArray[Any]]) -> None:
-        """Go on from what a rank had packed."""
+        """Take over the checkpoint that another rank packed."""
         del world
         self.saves = saves
         self.checkpoint = decode(arrays[0].tobytes(), _NAME) if arrays else None

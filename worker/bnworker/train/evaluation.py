@@ -1,4 +1,4 @@
-"""How good a model is, over rows that all ranks share out."""
+"""Loss, accuracy and confusion matrix of a model; each rank evaluates its share of the rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bnworker.train.data import Batch, DataError, Dataset, raise_on_every_rank
 from bnworker.train.model import Perceptron, cross_entropy
 from bnworker.world import World
 
-_CONFUSION_CLASSES = 200  # beyond, K·K numbers are unreadable, and costly to send
+_CONFUSION_CLASSES = 200  # above it, a matrix of K·K numbers can't be read, and is costly to send
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Scores:
     Attributes:
         test_loss, test_accuracy: over the test rows.
         validation_loss, validation_accuracy: over the validation rows; None without any.
-        waiting: what each rank said of itself, in rank order.
+        waiting: each rank's `waiting`, in rank order.
     """
 
     test_loss: float
@@ -35,16 +35,16 @@ class Scores:
 
 
 def evaluate(model: Perceptron, data: Dataset, world: World, waiting: float = 0.0) -> Scores:
-    """Judge a model by its owner's moving statistics; each rank looks at its share of the rows.
+    """Evaluate a model on the validation and test rows, with its owner's moving statistics; every rank calls it.
 
     Args:
         model: the same on every rank.
-        data: that it is judged by.
+        data: with the model's features and labels.
         world: the ranks.
-        waiting: a number of this rank's own, which all ranks are told in the same exchange.
+        waiting: seconds that this rank spent inside exchanges; they are gathered in the same allreduce.
 
     Raises:
-        DataError: on every rank: one could not read its rows.
+        DataError: on every rank: a rank could not read its rows.
         CollectiveError: another rank is lost, or disagrees.
     """
     for norm in model.norms:
@@ -70,17 +70,17 @@ def evaluate(model: Perceptron, data: Dataset, world: World, waiting: float = 0.
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How a model does on some rows, class by class.
+    """The results of a model on some rows, class by class.
 
     Shape suffixes: K classes.
 
     Attributes:
         rows: how many.
         loss: mean cross-entropy.
-        rows_K: of each class.
-        predicted_K: how many rows were taken for each class.
-        correct_K: how many of them rightly.
-        confusion_KK: rows of class i that were taken for class j, at [i, j]; None above 200 classes.
+        rows_K: rows of each class.
+        predicted_K: rows that the model assigned to each class.
+        correct_K: how many of these are of that class.
+        confusion_KK: [i, j] is the number of rows of class i that were assigned to class j; None above 200 classes.
     """
 
     rows: int
@@ -92,18 +92,18 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The share of the rows that were classified rightly."""
+        """The share of the rows that were classified correctly."""
         return float(self.correct_K.sum()) / self.rows
 
 
 def evaluate_splits(model: Perceptron, data: Dataset, world: World, splits: Iterable[str]) -> Evaluation:
-    """Judge a model by its own moving statistics, on chosen rows; every rank calls it.
+    """Evaluate a model on chosen splits, with its own moving statistics; every rank calls it.
 
     Args:
         model: the same on every rank, moving statistics included.
         data: with the model's features and labels.
         world: the ranks.
-        splits: of "train", "validation" and "test".
+        splits: any of "train", "validation" and "test".
 
     Raises:
         DataError: on every rank: there are no such rows, or one rank could not read its own.
@@ -138,7 +138,7 @@ def _evaluated(model: Perceptron, batches: Iterable[Batch]) -> Iterator[tuple[Ba
 
 
 def _summed(model: Perceptron, batches: Iterator[Batch]) -> tuple[float, int, DataError | None]:
-    """Summed loss, rows classified rightly, and the first problem, of this rank's share."""
+    """Summed loss, correctly classified rows and the first problem of this rank's share."""
     loss, correct = 0.0, 0
     problem: DataError | None = None
     for batch, logits in _evaluated(model, batches):

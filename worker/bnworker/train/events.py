@@ -1,6 +1,6 @@
-"""The events of a training run, in the order in which they happen.
+"""The events of a training run. Their order, where [ ] is optional and ( )* repeats:
 
-[Resumed]  ( Step  [Saved] )*  Epoch  [Saved]   …   and so on for every epoch
+[Resumed]  ( ( Step  [Saved] )*  Epoch  [Saved] )*
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Step:
     """A step was made.
 
     Attributes:
-        number: of the step, from 1.
-        epoch: from 1.
-        loss, accuracy: mean over the step's rows, of all ranks, while training; the loss without penalties.
-        rows: of the step, of all ranks.
+        number: the step's, from 1.
+        epoch: the number of its epoch, from 1.
+        loss, accuracy: mean over the step's rows on all ranks, in training mode; the loss without penalties.
+        rows: the number of these rows.
         learning_rate: of the step.
-        seconds: that it took, reading its rows included.
-        reading_seconds: of them, for this rank's rows.
-        waiting_seconds: of them, inside exchanges.
+        seconds: the duration of the step on this rank, reading included.
+        reading_seconds: the part of it spent on reading this rank's rows.
+        waiting_seconds: the part of it spent inside exchanges.
     """
 
     number: int
@@ -67,21 +67,21 @@ class LayerStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """An epoch is over, or the last step was made within it.
+    """An epoch is complete, or the run's last step was made in the middle of it.
 
-    What depends on the run's settings and data alone is recorded in checkpoints; times are not.
+    Checkpoints record what depends on the run's settings and data alone; times do not.
 
     Attributes:
         number: from 1.
-        steps: made so far.
-        rows: trained on in this epoch, of all ranks.
-        loss, accuracy: mean over these rows, while training; the loss without penalties.
+        steps: made in the run so far.
+        rows: training rows of this epoch on all ranks.
+        loss, accuracy: mean over these rows, in training mode; the loss without penalties.
         test_loss, test_accuracy: over the test rows, with the moving statistics.
         validation_loss, validation_accuracy: likewise over the validation rows; None without any.
         learning_rate: of the last step.
-        seconds: spent in this epoch's steps, by this process: 0 for an epoch of before it was resumed.
-        waiting: seconds of them inside exchanges, of each rank; empty for an epoch of before.
-        layers: their statistics after the epoch; empty for an epoch of before.
+        seconds: duration of this epoch's steps in this process; 0 for an epoch before the run was resumed.
+        waiting: seconds that each rank spent inside exchanges; empty for an epoch before the run was resumed.
+        layers: their statistics after the epoch; empty for an epoch before the run was resumed.
     """
 
     number: int
@@ -99,17 +99,17 @@ class Epoch:
     layers: tuple[LayerStatistics, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """What depends on settings and data alone; `Epoch(**record)` is the way back."""
+        """The fields that depend on settings and data alone; `Epoch(**record)` is the inverse."""
         return {name: getattr(self, name) for name in _RECORDED}
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """The run goes on from a checkpoint; comes first, if at all.
+    """The run was resumed from a checkpoint; the first event of such a run.
 
     Attributes:
         steps: made before.
-        epochs: that were complete.
+        epochs: the complete ones.
     """
 
     steps: int
@@ -118,10 +118,10 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint was written; only the rank that writes it gets this event.
+    """A checkpoint was written; only the rank that wrote it gets this event.
 
     Attributes:
-        steps: made so far.
+        steps: made in the run so far.
     """
 
     steps: int

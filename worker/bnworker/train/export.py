@@ -8,7 +8,7 @@
 | bn_1/moving_mean            | bn_1.running_mean              |
 | bn_1/moving_variance        | bn_1.running_var               |
 
-The moving variance is the biased one, as in Keras; torch would have gathered the unbiased one.
+The moving variance is the biased one, as in Keras; torch's running_var averages the unbiased one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def layers(checkpoint: Checkpoint) -> dict[str, BatchNormalization]:
 
 
 def encoded(checkpoint: Checkpoint, names: str, suffix: str) -> bytes:
-    """The file that holds them.
+    """The contents of a weight file.
 
     Args:
         checkpoint, names: see `weights`.

@@ -1,4 +1,4 @@
-"""What a run writes: a wrong path is found before the work, and a file is there whole or not at all."""
+"""Writing result files: a wrong path is reported before the training, and files are written atomically."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bnlayer import files
 
 
 def prepare(path: Path) -> None:
-    """Make the folder of a file that will be written later, so that a wrong path fails before the work.
+    """Make the folder of a file that will be written later, so that a wrong path fails before the training.
 
     Drafts that killed processes left there are removed. Where the path is a link, the folder is that of its target.
 

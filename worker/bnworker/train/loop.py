@@ -1,11 +1,12 @@
 """The main job: data-parallel training whose result does not depend on the number of ranks.
 
 Laws:
-1. A step's rows are given (`data`); each rank takes its share of them, none is padded, and a rank may get none.
-2. What is evaluated is the owner's moving statistics.
-3. A run begins with rank 0's state, new or from a checkpoint: the owner's too, if it has one of an earlier run.
-4. What comes after a step follows from the state after it alone: a run that goes on from a checkpoint takes the very
-   steps, bit for bit, that the run which wrote it would have taken, on the same number of ranks.
+1. `data` decides the rows of a step. Each rank takes its share of them without padding; a rank's share may be empty.
+2. A model is evaluated with the owner's moving statistics.
+3. A run begins with rank 0's state, new or from a checkpoint. Statistics that the owner holds from an earlier run are
+   replaced by it.
+4. The state after a step determines everything that follows: a run that is resumed from a checkpoint makes the same
+   steps, bit for bit, as the run that wrote it would have made on the same number of ranks.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from bnworker.world import World
 
 
 class DivergedError(Exception):
-    """The loss is not finite any more."""
+    """The loss is NaN or infinite."""
 
 
 class StoppedError(Exception):
-    """A rank was asked to end before the run was over; all ended after the same step, and the progress is saved.
+    """A rank was asked to stop before the run was complete; all ranks stopped after the same step, and saved it.
 
     Attributes:
-        steps: made.
+        steps: how many had been made.
     """
 
     def __init__(self, steps: int) -> None:
@@ -48,11 +49,11 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """Which part of every step's rows belongs to this world; all of them, but for unsynchronized replicas.
+    """Which part of every step's rows this world takes: all of them, except in a run of unsynchronized replicas.
 
     Attributes:
         index: this world's number.
-        count: how many worlds train side by side, without exchange.
+        count: the number of worlds that train side by side without exchanging anything.
     """
 
     index: int = 0
@@ -61,11 +62,11 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """When checkpoints are written: after every epoch, at the end, and in between if asked for.
+    """When checkpoints are written: after every epoch, at the end of the run, and every so many steps if asked for.
 
     Attributes:
-        write: keeps a checkpoint; rank 0 alone calls it.
-        every: steps between two of them; None: at the ends of epochs alone.
+        write: writes a checkpoint; only rank 0 calls it.
+        every: steps between two checkpoints; None: only after each epoch and at the end.
     """
 
     write: Callable[[Checkpoint], None]
@@ -73,23 +74,23 @@ class Saving:
 
 
 Keep = Callable[[Checkpoint], None]
-"""Keeps the state after a step, in memory, on every rank: in an elastic job the ranks go on from there."""
+"""Keeps the state after a step in memory, on every rank; after a loss the ranks of an elastic job resume from it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-        model: trained; its layers hold the owner's moving statistics. Where the run may stop early, that of the
-            epoch with the lowest validation loss.
-        optimizer: with its velocities after the last step.
-        labels: of the classes: output k of the model stands for `labels[k]`.
-        epochs: one entry each, those of before it was resumed included.
-        kept: the number of the epoch whose model it is.
-        test_loss, test_accuracy: of this model.
-        resumed_steps: made before this process went on; 0 for a run of its own.
-        rows, seconds: what this process trained on, and the time that its steps took.
+        model: the trained model; its layers hold the owner's moving statistics. With early stopping it is the model
+            of the epoch with the lowest validation loss.
+        optimizer: its velocities are those after the last step.
+        labels: output k of the model stands for `labels[k]`.
+        epochs: one entry for each epoch, including those before the run was resumed.
+        kept: the number of the epoch that the model is of.
+        test_loss, test_accuracy: of the model.
+        resumed_steps: steps made before this process resumed the run; 0 if it began the run.
+        rows, seconds: training rows of all ranks in the steps that this process made, and the seconds that these took.
         updates: how many training steps the moving statistics of each layer contain, by its name: see `UpdateCount`.
     """
 
@@ -107,7 +108,7 @@ class Outcome:
 
     @property
     def steps(self) -> int:
-        """How many steps were made, those of before it was resumed included."""
+        """How many steps were made, including those before the run was resumed."""
         return self.epochs[-1].steps
 
 
@@ -132,18 +133,19 @@ def train(
         world: the ranks that train together.
         replica: this world's part of the rows.
         watch: called with each event.
-        start: where to go on; None: from the beginning.
-        initial: weights to begin with, as of `Perceptron.begin`; None: drawn by the seed.
-        saving: of checkpoints; None: none.
-        stop: called in every step: whether this rank shall end; if one shall, all end.
-        keep: in an elastic job: called after every step. Ranks that wait to join are let in at the ends of epochs.
+        start: the checkpoint to resume from; None: begin a new run.
+        initial: the weights to begin with, see `Perceptron.begin`; None: they are drawn by the seed.
+        saving: when and how to write checkpoints; None: write none.
+        stop: called in every step; returns whether this rank is to stop. If one rank stops, all stop.
+        keep: called after every step of an elastic job, which also admits waiting ranks after each epoch; None: the
+            job is not elastic.
 
     Raises:
         ValueError: the data was loaded for another world, or a regularizer's or constraint's name is unknown.
-        CheckpointError: on every rank: `start` is of another run.
-        DataError: on every rank: one could not read its rows.
-        DivergedError: on every rank, when the loss is not finite any more.
-        StoppedError: on every rank, when one was asked to end.
+        CheckpointError: on every rank: `start` belongs to another run.
+        DataError: on every rank: a rank could not read its rows.
+        DivergedError: on every rank: the loss is NaN or infinite.
+        StoppedError: on every rank: a rank was asked to stop.
         CollectiveError: another rank is lost, or disagrees.
     """
     if (data.rank, data.world_size) != (world.rank, world.world_size):
@@ -158,7 +160,7 @@ def train(
 
 
 class _Run:
-    """One run: its model, and how far it has come."""
+    """One run: its model and its progress."""
 
     def __init__(
         self,
@@ -190,27 +192,27 @@ class _Run:
         )
         self._progress = Progress()
         self._best: dict[str, NDArray[Any]] = {}
-        self._unfinished: Epoch | None = None  # the last epoch, where --steps ends the run within it
+        self._unfinished: Epoch | None = None  # the last epoch, if --steps ends the run in the middle of it
         self._rows, self._seconds = 0, 0.0
         self._saved_steps: int | None = None
         self._stopping = False
         if start is not None:
-            self._go_on_from(start)
+            self._resume(start)
         elif initial is not None:
             self._model.begin(initial)
         self._resumed_steps = self._progress.steps
-        self._spread()
+        self._synchronize()
         if start is not None:
             watch(Resumed(self._progress.steps, self._progress.epochs))
 
-    # ---- the beginning ----
+    # ---- start ----
 
-    def _go_on_from(self, start: Checkpoint) -> None:
+    def _resume(self, start: Checkpoint) -> None:
         start.refuse_other_settings(self._settings)
         start.refuse_other_data(self._origin)
         self._progress = start.progress
         if self._settings.early_stop is not None and self._progress.best is not None:
-            self._best = self._model.tensors(0)  # the names, shapes and dtypes that are wanted
+            self._best = self._model.tensors(0)  # only names, shapes and dtypes are read; the arrays are loaded below
         start.refuse_other_tensors(self._tensors())
         self._model.load(start.tensors)
         self._best = {name: start.tensors[f"{BEST}{name}"] for name in self._best}
@@ -219,31 +221,31 @@ class _Run:
         for weight, velocity in zip(self._model.named_weights().values(), velocities, strict=True):
             self._optimizer.velocities[order[id(weight)]] = velocity
 
-    def _spread(self) -> None:
-        """Give the owner the starting state: every rank has it already, but the owner may hold another run's."""
+    def _synchronize(self) -> None:
+        """Make rank 0's state everyone's: the owner's statistics, and the weights of all ranks."""
         replace_owned(self._model, self._world)
         self._updates = UpdateCount(self._model, self._progress.steps)
-        # The same by the seed; but a rank with another NumPy might draw other numbers.
+        # All ranks draw them from the same seed, but another NumPy version might draw other numbers.
         weights = self._optimizer.weights
         for weight, value in zip(weights, self._world.broadcast([weight.value for weight in weights]), strict=True):
             weight.assign(value)
 
-    # ---- the middle ----
+    # ---- steps and epochs ----
 
     @property
     def over(self) -> bool:
-        """Whether no step is left to make."""
-        return self._progress.steps >= self._last or self._stopped()
+        """Whether the run is complete: no step is left, or early stopping ended it."""
+        return self._progress.steps >= self._last or self._stopped_early()
 
-    def _stopped(self) -> bool:
+    def _stopped_early(self) -> bool:
         best, patience = self._progress.best, self._settings.early_stop
         return best is not None and patience is not None and len(self._progress.epochs) - best.number >= patience
 
     def epoch(self) -> None:
-        """Make the steps that are left of an epoch, or of the run; then judge it.
+        """Make the remaining steps of an epoch, or of the run; then evaluate the model.
 
         Raises:
-            StoppedError: a rank was asked to end. An epoch that is complete was judged.
+            StoppedError: a rank was asked to stop. A complete epoch is evaluated first.
         """
         number, world = len(self._progress.epochs) + 1, self._world
         first = self._progress.steps - (number - 1) * self._steps_per_epoch
@@ -259,7 +261,7 @@ class _Run:
                 self._keep(self._checkpoint())
             seconds, waited = seconds + made.seconds, waited + made.waiting_seconds
             self._watch(made)
-            if self._stopping and not self._at_an_end(number):
+            if self._stopping and not self._evaluation_follows(number):
                 self._save()
                 raise StoppedError(self._progress.steps)
             if self._due():
@@ -280,8 +282,8 @@ class _Run:
         if self._stopping and not self.over:
             raise StoppedError(self._progress.steps)
 
-    def _at_an_end(self, epoch: int) -> bool:
-        """Of the run, or of an epoch: what comes next is to judge it."""
+    def _evaluation_follows(self, epoch: int) -> bool:
+        """Whether the step that was just made is the last one of the epoch or of the run."""
         return self._progress.steps in (self._last, epoch * self._steps_per_epoch)
 
     def _step(self, batches: Iterator[Batch], epoch: int) -> Step:
@@ -337,7 +339,7 @@ class _Run:
     # ---- checkpoints ----
 
     def _due(self) -> bool:
-        """Whether to save within an epoch; at its end it is saved after its evaluation."""
+        """Whether a checkpoint is due within an epoch; after an epoch's last step the evaluation comes first."""
         steps, every = self._progress.steps, self._saving.every if self._saving is not None else None
         return every is not None and steps % every == 0 and steps % self._steps_per_epoch != 0
 
@@ -360,13 +362,13 @@ class _Run:
         of = dict(zip(map(id, self._optimizer.weights), self._optimizer.velocities, strict=True))
         return {name: of[id(weight)] for name, weight in self._model.named_weights().items()}
 
-    # ---- the end ----
+    # ---- result ----
 
     def outcome(self) -> Outcome:
-        """The result: the best epoch's model where the run may stop early, else the last one."""
+        """The result: the best epoch's model with early stopping, otherwise the last one."""
         made = self._progress
         if self._unfinished is None and made.steps > len(made.epochs) * self._steps_per_epoch:
-            # Resumed with no step left, within an epoch.
+            # The run was resumed in the middle of an epoch, with no step left to make.
             self._unfinished = self._evaluated(
                 len(made.epochs) + 1, evaluate(self._model, self._data, self._world), 0.0
             )

@@ -16,7 +16,7 @@ class UpdateCount:
 
     Args:
         model: its layers hold the owner's statistics.
-        updates: that these contain now.
+        updates: how many training steps these contain now.
     """
 
     def __init__(self, model: Perceptron, updates: int) -> None:

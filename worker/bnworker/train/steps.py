@@ -3,7 +3,7 @@
 Laws:
 1. The loss is the sum over all rows of the step, divided by their number: each rank divides its own sum by the
    number of ALL rows, and the gradients add up.
-2. One reduction a step carries the Dense gradients, the loss, and whether a rank is asked to end. Gamma's and beta's
+2. One reduction a step carries the Dense gradients, the loss, and whether a rank was asked to stop. Gamma's and beta's
    gradients are those of all ranks already; regularizers are added once, after the reduction.
 """
 
@@ -29,14 +29,14 @@ def step(
         model, optimizer: the same on every rank.
         batch: this rank's rows.
         world: the ranks.
-        stop: whether this rank is asked to end.
+        stop: whether this rank was asked to stop.
 
     Returns:
-        The summed loss and how many rows were classified rightly, of all ranks, before the update; and whether any
-        rank is asked to end, which is the same on all ranks.
+        The summed loss and the number of correctly classified rows on all ranks, both before the update; and whether
+        any rank was asked to stop, which is the same on all ranks.
 
     Raises:
-        DataError: on every rank: one could not read its rows. Nothing was updated but moving statistics.
+        DataError: on every rank: a rank could not read its rows. Only moving statistics were updated.
         CollectiveError: another rank is lost, or disagrees.
     """
     logits = model(batch.x, training=True)
