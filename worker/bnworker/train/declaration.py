@@ -1,4 +1,4 @@
-"""How a setting is declared: once, as a field of a dataclass.
+"""Declarations of settings: each setting is declared once, as a field of a dataclass.
 
     epochs: Annotated[int, Setting("Passes over the training rows.", "Training", at_least(1))] = 20
 
@@ -26,12 +26,12 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What a setting accepts.
+    """The values that a setting accepts.
 
     Attributes:
-        problem: what is wrong with a value, as text; None: nothing is.
-        lowest, highest: the range that help shows, and outside of which a value is an error of usage; None: no bound.
-        choices: likewise, the values that there are; empty: others.
+        problem: returns what is wrong with a value as text, or None for a valid value.
+        lowest, highest: the range that the help shows; the command line refuses others; None: no bound.
+        choices: the values that the help shows; the command line refuses others; empty: any value.
     """
 
     problem: Callable[[Any], str | None] = lambda _: None
@@ -42,19 +42,17 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What there is to say of a setting, besides its name, type and default.
+    """The properties of a setting besides its name, type and default.
 
     Attributes:
-        help: a sentence, in Markdown.
-        panel: the group of the help that it stands in; None: the first one.
-        accepted: what it accepts.
-        metavar: what help shows for its value; None: its type.
-        environ: the variable that gives it where the command line does not; None: there is none.
-        written: its type on the command line, where that is another one than the field's.
-        read: the value that a written one stands for.
-
-    Raises:
-        ValueError: by `read`: what was written stands for nothing; the text says why.
+        help: a sentence in Markdown.
+        panel: the group of options in the help; None: the first one.
+        accepted: the valid values.
+        metavar: the placeholder for the value in the help; None: its type.
+        environ: the environment variable that sets it if the command line does not; None: there is none.
+        written: the type on the command line; None: the field's type.
+        read: converts a value of the type `written` to the field's type; raises ValueError, with the reason, for one
+            that it can't convert.
     """
 
     help: str
@@ -68,14 +66,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A field that is a setting.
+    """A declared setting.
 
     Attributes:
-        name: of the field; `option(name)` is its option.
-        kind: its type, None aside; str for words.
-        optional: whether it may be None.
-        default: its default.
-        setting: the rest.
+        name: the field's; `option(name)` is the command line's.
+        kind: the type without None; str for literals.
+        optional: whether the value may be None.
+        default: the default value.
+        setting: its other properties.
     """
 
     name: str
@@ -86,7 +84,7 @@ class Declared:
 
 
 def declared(declaration: Any) -> tuple[Declared, ...]:
-    """The settings that a dataclass declares, in its order."""
+    """The settings that a dataclass declares, in the order of its fields."""
     return _declared(declaration)
 
 
@@ -109,10 +107,10 @@ def _declared(declaration: Any) -> tuple[Declared, ...]:
 
 
 def read(entry: Declared, value: Any) -> Any:
-    """The value that one written for this setting stands for, once it has the type of the command line.
+    """Convert a value from the command line's type to the field's.
 
     Raises:
-        ValueError: it stands for nothing; the text says why.
+        ValueError: it can't be converted; the text says why.
     """
     if entry.setting.read is not None:
         return entry.setting.read(value)
@@ -120,11 +118,11 @@ def read(entry: Declared, value: Any) -> Any:
 
 
 def from_options(declaration: type[T], options: Mapping[str, str | bool]) -> T:
-    """The settings of a command line that was checked before.
+    """Build the settings from a command line that was checked before.
 
     Args:
         declaration: of the settings.
-        options: what was given, by the option's name; True where it has no value.
+        options: the given values by the option's name; True for an option without a value.
 
     Raises:
         ValueError: a value is not accepted; the text says why.
@@ -137,10 +135,10 @@ def from_options(declaration: type[T], options: Mapping[str, str | bool]) -> T:
 
 
 def refuse(settings: Any) -> None:
-    """Refuse an instance of a declaration whose values are not accepted; None is, where it is permitted.
+    """Refuse a dataclass instance with a value that its declaration does not accept; None passes where it is optional.
 
     Raises:
-        SettingsError: the first one that isn't, by its option's name.
+        SettingsError: names the option of the first such value.
     """
     for entry in declared(type(settings)):
         value = getattr(settings, entry.name)
@@ -155,7 +153,7 @@ def option(name: str) -> str:
 
 
 def spelled(value: object) -> str:
-    """A setting's value as it is written on the command line."""
+    """A setting's value as text for the command line."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -165,12 +163,12 @@ def spelled(value: object) -> str:
 def expected(
     text: str, holds: Callable[[Any], bool], *, shown: tuple[float | None, float | None] = (None, None)
 ) -> Accepted:
-    """Values for which a condition holds; `shown` is the range of them that help shows."""
+    """Values for which a condition holds; `shown` is the range that the help shows."""
     return Accepted(lambda value: None if holds(value) else f"expected {text}, received {value!r}", *shown)
 
 
 def at_least(lowest: int, *, shown: bool = True) -> Accepted:
-    """Integers from a number on."""
+    """Integers not below a number."""
     return expected(f">= {lowest}", lambda value: value >= lowest, shown=(lowest if shown else None, None))
 
 
@@ -180,13 +178,13 @@ def fraction(*, shown: bool = False) -> Accepted:
 
 
 def finite(*, shown: bool = False) -> Accepted:
-    """Finite numbers from 0 on."""
+    """Finite numbers not below 0."""
     lowest = 0.0 if shown else None
     return expected("a finite number >= 0", lambda value: 0 <= value < math.inf, shown=(lowest, None))
 
 
 def one_of(*choices: str) -> Accepted:
-    """One of several words."""
+    """One of several strings."""
     text = f"one of {', '.join(choices)}"
     accepted = expected(text, lambda value: value in choices)
     return Accepted(accepted.problem, choices=choices)

@@ -1,9 +1,7 @@
-"""What a run will do and cost, computed from its settings and data, before anything is started.
+"""The steps, exchanges, traffic and memory of a run, computed from its settings and data without starting it.
 
-Laws:
-1. Bytes are those of arrays and words handed to the transport, as `Statistics` counts them: they follow from the
-   model alone, never from rows.
-2. A forecast starts nothing and exchanges nothing.
+Bytes are counted as in `bnworker.statistics.Statistics`: those of the arrays that are given to the transport. They
+depend on the model alone, not on the number of rows.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from bnworker.train.model import perceptron
 from bnworker.train.settings import Settings
 
 _BYTES_OF_INT64 = 8  # and of float64
-# The loss, the rows classified rightly, whether a rank could not read its rows, whether one is asked to end; float64.
+# Loss, correctly classified rows, whether a rank could not read its rows, whether one was asked to stop; float64.
 _STEP_SUMS = 4
-_ENROLLED_LIMBS = 4  # a channel's grids, beside its two moving statistics
-_FLAGS = 3  # words of a layer's state
+_ENROLLED_LIMBS = 4  # per channel: its grids, besides the two moving statistics
+_FLAGS = 3  # int64 numbers of a layer's state
 _PROCESS_BYTES = 140 * 2**20  # Python, NumPy, gRPC, and what `digits` imports: measured on Linux, x86-64
 _TEMPORARIES = 3  # float64 arrays of a layer's size that its kernels hold at once
 
@@ -35,7 +33,7 @@ class Exchange:
 
     Attributes:
         name: e.g. "bn_1 forward sums".
-        bytes: that each rank sends.
+        bytes: what each rank sends.
     """
 
     name: str
@@ -44,19 +42,19 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run will do.
+    """The forecast of a run.
 
     Attributes:
-        parameters: trainable numbers.
-        steps_per_epoch, steps: how many.
+        parameters: the number of trainable parameters.
+        steps_per_epoch, steps: of an epoch, and of the run.
         rows_per_rank: training rows that each rank reads in an epoch.
         epoch: how the training rows are divided among the steps of an epoch.
-        step_rows_per_rank: the most rows that each rank has in the largest step.
+        step_rows_per_rank: rows of each rank in the largest step, at most.
         exchanges: of one step, in their order.
-        start_bytes: that rank 0 sends once: the weights, and what makes the layers known.
-        probe_bytes: that a rank sends more where all layers look for their grids: in the first step, and rarely after.
-        evaluation_bytes: that a rank sends after an epoch.
-        memory_bytes: that a rank needs, at a guess.
+        start_bytes: what rank 0 sends once: the weights, and the enrolment of the layers.
+        probe_bytes: what a rank sends in addition when all layers probe: in the first step, and rarely afterwards.
+        evaluation_bytes: what a rank sends after an epoch.
+        memory_bytes: an estimate of the memory that a rank needs.
     """
 
     parameters: int
@@ -73,12 +71,12 @@ class Forecast:
 
     @property
     def step_bytes(self) -> int:
-        """That each rank sends in a step."""
+        """The bytes that each rank sends in a step."""
         return sum(exchange.bytes for exchange in self.exchanges)
 
 
 def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
-    """What a run will do.
+    """Compute the forecast of a run.
 
     Args:
         settings: of the run.
@@ -87,7 +85,7 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
 
     Raises:
         ValueError: a regularizer's or constraint's name is unknown.
-        DataError: an epoch would have no step.
+        DataError: an epoch would have no steps.
     """
     epoch = data.epoch_steps(settings.batch_size, settings.last_batch)
     model = perceptron(settings, data.features, data.classes)
@@ -123,9 +121,9 @@ def forecast(settings: Settings, data: Dataset, workers: int) -> Forecast:
 
 
 def _memory(settings: Settings, features: int, parameters: int, dense: int, rows: int) -> int:
-    """The process, the weights' arrays, the gradients under way and the arrays of one step."""
+    """Memory of a rank in bytes: the process, the weights, the gradients being reduced, and the arrays of one step."""
     item = np.dtype(settings.dtype).itemsize
-    copies = 4 if settings.early_stop is None else 5  # value, gradient, velocity, update; the best epoch's
+    copies = 4 if settings.early_stop is None else 5  # value, gradient, velocity, update; and the best epoch's value
     under_way = dense * (2 * item + _BYTES_OF_INT64)  # sent and received, and added in float64
     outputs = sum(settings.hidden)
     return (

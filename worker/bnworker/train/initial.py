@@ -1,10 +1,10 @@
-"""The weights that a run begins with, taken from a file: fitted to the model, or refused with what does not fit.
+"""Initial weights from a file: they are fitted to the model, or refused with the reason.
 
     [Dense ─ BatchNormalization ─ ReLU] × hidden ─ Dense
 
-Layers are matched in their order. What the file has and the model has not, or the other way round, is made up for so
-that the model computes the same: a bias before a normalization is taken off its moving mean, since
-BN(x·W + b) with the mean μ is BN(x·W) with μ − b; a missing γ is 1, a missing β or last bias 0.
+Layers are matched in their order. Where the file and the model have different weights, the model's are chosen so that
+it computes the same function: a bias before a normalization is subtracted from its moving mean, because BN(x·W + b)
+with the mean μ is BN(x·W) with the mean μ − b; a missing γ is 1, a missing β or last bias is 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _Layer = TypeVar("_Layer", Dense, Norm)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a perceptron's layers.
+    """The sizes of a perceptron's layers.
 
     Attributes:
         features, hidden, classes: as of `Perceptron`.
@@ -43,7 +43,7 @@ class Sizes:
 
     @classmethod
     def of(cls, settings: Settings, data: Dataset) -> Sizes:
-        """Those of a run's model."""
+        """The sizes of a run's model."""
         return cls(data.features, settings.hidden, data.classes, settings.epsilon)
 
     @property
@@ -52,7 +52,7 @@ class Sizes:
         return list(pairwise((self.features, *self.hidden, self.classes)))
 
     def names(self) -> list[str]:
-        """Of all weights and moving statistics."""
+        """The names of all weights and moving statistics."""
         norms = ("gamma", "beta", "moving_mean", "moving_variance")
         return [
             *(f"dense_{number}/kernel" for number in range(1, len(self.hidden) + 2)),
@@ -63,11 +63,11 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Initial:
-    """What a run begins with.
+    """The initial weights of a run.
 
     Attributes:
-        tensors: by `Sizes.names()`.
-        text: which layer comes from which of the file.
+        tensors: by the names of `Sizes.names()`.
+        text: says which layer of the file each layer was taken from.
     """
 
     tensors: dict[str, NDArray[Any]]
@@ -75,7 +75,7 @@ class Initial:
 
 
 def fitted(weights: Weights, sizes: Sizes) -> Initial:
-    """The weights of a file as those of a model.
+    """Fit the weights of a file to a model.
 
     Raises:
         WeightFileError: they do not fit; the text names the layer, and the shapes.
@@ -112,7 +112,7 @@ def fitted(weights: Weights, sizes: Sizes) -> Initial:
 
 
 def read_by_first(world: World, path: Path, sizes: Sizes) -> Initial:
-    """What `fitted` makes of the file that rank 0 reads, on every rank. Every rank calls it.
+    """Have rank 0 read and fit a file, and broadcast the result. Every rank calls it.
 
     Raises:
         WeightFileError: on every rank, with the same text.
@@ -142,7 +142,7 @@ def _in_order(
     """The layers of a file in the model's order.
 
     Raises:
-        WeightFileError: their number or a shape differs, or nobody can tell their order.
+        WeightFileError: their number or a shape differs, or their order can't be determined.
     """
     received = [_shape(layer) for layer in layers]
     if received != list(shapes):

@@ -28,7 +28,7 @@ from bnworker.train.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """How the model's layers normalize: arguments of `BatchNormalization`, with its defaults."""
+    """Arguments of the model's `BatchNormalization` layers, with the layer's own defaults."""
 
     momentum: float = 0.99
     epsilon: float = 1e-3
@@ -45,7 +45,7 @@ class Dense:
         inputs, outputs: I and O.
         generator: draws the kernel: normal, of variance 2/I, which keeps the scale through a ReLU.
         dtype: of the weights.
-        bias: whether there is one.
+        bias: whether the layer has one.
 
     Source of the variance: He et al., "Delving Deep into Rectifiers" (2015).
     """
@@ -65,7 +65,7 @@ class Dense:
 
     @property
     def weights(self) -> list[Variable]:
-        """The kernel, and the bias where there is one."""
+        """The kernel, and the bias if there is one."""
         return [self.kernel] if self.bias is None else [self.kernel, self.bias]
 
     def __call__(self, x_BI: NDArray[Any], training: bool) -> NDArray[Any]:
@@ -155,12 +155,13 @@ class Perceptron:
         return named
 
     def tensors(self, version: int) -> dict[str, NDArray[Any]]:
-        """All that the model holds, by name: "dense_1/kernel", "bn_1/gamma", "bn_1/state/moving_mean", ….
+        """All weights and layer states by name: "dense_1/kernel", "bn_1/gamma", "bn_1/state/moving_mean", ….
 
-        The arrays are the model's own, which it replaces and never writes to.
+        They are the model's arrays, not copies; the model replaces its arrays and never writes to them.
 
         Args:
-            version: of the layers' states. Their owner's counts replacements too, which a resumed run has more of.
+            version: of the layers' states. The owner's own version is not used, because it also counts replacements, so
+                a resumed run would have a higher one.
         """
         named: dict[str, NDArray[Any]] = {name: weight.value for name, weight in self.named_weights().items()}
         for norm in self.norms:
@@ -169,7 +170,7 @@ class Perceptron:
         return named
 
     def load(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Take over what `tensors` gave; every name must be there, in the right shape and dtype."""
+        """Load what `tensors` returned; every name must be present, with the right shape and dtype."""
         for name, weight in self.named_weights().items():
             weight.assign(tensors[name])
         for norm in self.norms:
@@ -177,10 +178,10 @@ class Perceptron:
             norm.restore(LayerState.from_arrays(own, norm.dtype))
 
     def begin(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Take over weights and moving statistics, rounded to the model's dtype: "bn_1/moving_mean" and so on.
+        """Load initial weights and moving statistics ("bn_1/moving_mean", …), rounded to the model's dtype.
 
         Args:
-            tensors: every trainable weight by its name, and the moving statistics, in the right shapes.
+            tensors: every trainable weight and moving statistic by its name, with the right shape.
         """
         for name, weight in self.named_weights().items():
             weight.assign(tensors[name])
@@ -201,7 +202,7 @@ class Perceptron:
         return self.dense[-1](h, training)
 
     def backward(self, dlogits_BK: NDArray[Any]) -> None:
-        """Set every weight's gradient, from that of the logits."""
+        """Set every weight's gradient from the gradient of the logits, (B, K)."""
         dh = self.dense[-1].backward(dlogits_BK)
         for dense, norm, active in zip(self.dense[-2::-1], self.norms[::-1], self._active[::-1], strict=True):
             dh = dense.backward(norm.backward(dh * active))
@@ -217,7 +218,7 @@ def cross_entropy(logits_BK: NDArray[Any], labels_B: NDArray[np.int64]) -> tuple
         labels_B: (B,), from 0 to K − 1.
 
     Returns:
-        The SUM over the rows, computed in the logits' dtype and added in float64; its gradient, (B, K).
+        The sum over the rows, not their mean, computed in the logits' dtype and added in float64; its gradient, (B, K).
     """
     shifted_BK = logits_BK - logits_BK.max(axis=1, keepdims=True, initial=-np.inf)
     exp_BK = np.exp(shifted_BK)

@@ -18,14 +18,14 @@ class SGD:
         weight   ← constraint(weight·(1 − learning_rate·weight_decay) + velocity)
 
     The decay acts on the weight, not through the gradient and the velocity (that would be an L2 penalty), and on
-    the weights in `decayed` alone: to shrink biases, gammas and betas serves nobody.
+    the weights in `decayed` alone: decaying biases, gammas and betas does not regularize the model.
 
     Args:
-        weights: what is updated; each keeps its own velocity.
+        weights: the weights to update; each has its own velocity.
         learning_rate: per step; a schedule assigns the attribute before each step.
         momentum: 0 for none.
         weight_decay: 0 for none.
-        decayed: the weights that it acts on.
+        decayed: the weights that the decay acts on.
 
     Attributes:
         velocities: one array per weight.
@@ -54,7 +54,7 @@ class SGD:
         """Update every weight.
 
         Args:
-            gradients: one per weight, complete: of all ranks, regularizers included.
+            gradients: one for each weight: summed over all ranks, regularizers included.
         """
         for index, (weight, gradient) in enumerate(zip(self.weights, gradients, strict=True)):
             velocity = self._momentum * self.velocities[index] - self.learning_rate * gradient

@@ -1,9 +1,9 @@
-"""What determines a training run, besides its data.
+"""The settings that, with its data, determine a training run.
 
 Laws:
-1. Two runs with equal settings and equal data take the same steps: nothing else is asked anywhere.
-2. A step's learning rate depends on the settings and the step's number alone, so that a resumed run needs no more.
-3. What the user calls wrong is named as the user wrote it: `--batch-size`.
+1. Two runs with equal settings and equal data make the same steps.
+2. A step's learning rate depends on the settings and the step's number alone; a resumed run needs nothing else.
+3. Errors name a setting as the user writes it: `--batch-size`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["LAST_BATCHES", "NAMES", "LastBatch", "Settings", "SettingsError", "o
 LastBatch = Literal["spread", "keep", "drop"]
 LAST_BATCHES: tuple[LastBatch, ...] = get_args(LastBatch)
 
-_EXTENDS = ("epochs", "steps")  # more of the same steps: a resumed run may ask for another number of them
-_WITHOUT_LAST_BATCH: LastBatch = "keep"  # what runs did whose checkpoints do not name it
+_EXTENDS = ("epochs", "steps")  # only the length of the run: a resumed run may change it
+_WITHOUT_LAST_BATCH: LastBatch = "keep"  # the behaviour of runs whose checkpoints lack this setting
 
 _MODEL, _TRAINING = "Model", "Training"
 
@@ -48,7 +48,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _penalty(kind: str) -> Accepted:
-    """Names that `penalties` knows."""
+    """Names of regularizers or constraints that `penalties` accepts."""
 
     def problem(text: str) -> str | None:
         from bnworker.train import penalties
@@ -69,8 +69,8 @@ class Settings:
 
     Attributes:
         hidden: outputs of each hidden layer.
-        init_from: the file of the weights that it begins with; None: they are drawn by the seed.
-        classes: how many: labels are 0 to classes − 1, whether all of them occur or not. None: those that occur.
+        init_from: the file with the initial weights; None: they are drawn by the seed.
+        classes: their number: labels are 0 to classes − 1, whether all occur or not; None: the labels that occur.
         dtype: "float32" or "float64".
         bn_momentum, epsilon: of the normalizations.
         gamma_regularizer, beta_regularizer, gamma_constraint, beta_constraint: of the normalizations, e.g. "l2=1e-4".
@@ -78,7 +78,7 @@ class Settings:
         steps: stop after so many steps, if that is sooner.
         batch_size: rows of a step, of all ranks together.
         last_batch: what becomes of the rows of an epoch that do not fill a batch, "spread", "keep" or "drop": see
-            `EpochSteps`. None: not asked for; `completed` decides.
+            `EpochSteps`. None: not given; `completed` decides.
         learning_rate, momentum: of gradient descent; see `learning_rate_of` and `SGD`.
         schedule: "constant", "cosine" or "step".
         warmup_steps: over which the rate rises to `learning_rate`.
@@ -89,7 +89,7 @@ class Settings:
         seed: of the initial weights and the order of the rows.
 
     Raises:
-        SettingsError: one is out of range.
+        SettingsError: a setting is out of range.
     """
 
     hidden: Annotated[
@@ -199,11 +199,11 @@ class Settings:
             )
 
     def completed(self, saved: Mapping[str, Any] | None) -> Settings:
-        """The same, with a value for what was not asked for: as it was in a run that goes on.
+        """The same settings with a value for `last_batch`: the given one, the resumed run's, or the default.
 
         Args:
-            saved: `as_json()` of the run that it goes on from; None: it begins. One without `last_batch` is older
-                than this setting, and kept what was left of an epoch as its last step.
+            saved: `as_json()` of the run that is resumed; None: this is a new run. Runs that were saved before
+                `last_batch` existed had a smaller last step ("keep").
         """
         otherwise = "spread" if saved is None else saved.get("last_batch") or _WITHOUT_LAST_BATCH
         return replace(self, last_batch=self.last_batch or otherwise)
@@ -245,9 +245,10 @@ class Settings:
         return plain
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """Why a run with these settings can't go on from one with others; empty: it can.
+        """The differences because of which a run can't be resumed with these settings; empty: it can.
 
-        Other `epochs` and `steps` only say how far to go; but a cosine's rate depends on the epochs that it spans.
+        `epochs` and `steps` may differ, as they only set the length of the run; with a cosine schedule `epochs` may
+        not, because the learning rate depends on it.
 
         Args:
             saved: the other run's `as_json()`.

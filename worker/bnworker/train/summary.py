@@ -1,4 +1,4 @@
-"""The results of a training run as figures: the file of `--summary`."""
+"""The summary of a training run: the file of `--summary`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def summary(outcome: Outcome, world: World, replica: Replica, settings: Settings
     """The contents of `--summary`.
 
     Returns:
-        test_accuracy, test_loss (of the model that is kept), train_loss (mean cross-entropy over the last epoch's
-        training rows), epochs, steps, kept_epoch (whose model it is), resumed_steps (made by an earlier process),
-        world_size, transport ("service", "mpi" or "alone"), seconds (of this process's training steps alone),
-        labels (output k of the model stands for the k-th), moving_version (updates that the moving statistics of
-        each layer hold: one for each completed forward exchange, where a step that was lost with a rank, and made
-        again, counts once), layers (name, channels, moving_mean, moving_variance, moving_version), history
-        (per epoch: loss, accuracy, test_loss, …); and, of this rank: rows_per_second, exchanges (by layer, direction
-        and operation), bytes_sent, bytes_received, waiting_seconds, replicas, data, settings.
+        test_accuracy, test_loss (of the resulting model), train_loss (mean cross-entropy over the last epoch's
+        training rows), epochs, steps, kept_epoch (the epoch that the model is of), resumed_steps (made by an earlier
+        process), world_size, transport ("service", "mpi" or "alone"), seconds (duration of this process's training
+        steps), labels (output k of the model stands for the k-th), moving_version (training steps that the moving
+        statistics contain; a step that was lost with a rank and repeated counts once), layers (name, channels,
+        moving_mean, moving_variance, moving_version), history (per epoch: loss, accuracy, test_loss, …),
+        rows_per_second (of all ranks), replicas, data, settings; and of this rank: exchanges (by layer, direction and
+        operation), bytes_sent, bytes_received, waiting_seconds.
     """
     last, statistics = outcome.epochs[-1], world.statistics
     layers = [
@@ -68,5 +68,5 @@ def exchanges(statistics: Statistics) -> dict[str, int]:
 
 
 def summary_file(contents: dict[str, Any]) -> bytes:
-    """The summary as a file: JSON, with an end of line."""
+    """The contents of the file: JSON, with a newline at the end."""
     return (json.dumps(contents, indent=2, allow_nan=False) + "\n").encode()

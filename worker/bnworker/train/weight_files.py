@@ -1,9 +1,9 @@
-"""Weights of a multi-layer perceptron in a file of Keras's, of torch's, or of our own.
+"""Reading the weights of a multi-layer perceptron from files of Keras, torch or bnlayer.
 
-| file | what is in it |
+| file | contents |
 |---|---|
 | `.keras`, `.weights.h5` | a Keras 3 model, or its weights; needs h5py |
-| `.safetensors`, `.npz` | arrays by name: a torch state dict, a Keras model's by their paths, or an export |
+| `.safetensors`, `.npz` | arrays by name: a torch state dict, a Keras model's variables by their paths, or an export |
 | `.safetensors` | a checkpoint of `bnlayer train` |
 
 Nothing is ever unpickled.
@@ -41,16 +41,16 @@ _TORCH = {
 }
 _KERAS = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
 _DENSE, _NORM = "dense", "batch_normalization"  # Keras's names of groups
-# Vectors of a batch normalization in Keras's order, by their number; with three nobody can tell gamma from beta.
+# Vectors of a batch normalization in Keras's order, by their number; with three, gamma and beta can't be told apart.
 _VECTORS = {
     2: ("moving_mean", "moving_variance"),
     4: ("gamma", "beta", "moving_mean", "moving_variance"),
-    7: ("gamma", "beta", "moving_mean", "moving_variance"),  # and three of renorm, which inference does not know
+    7: ("gamma", "beta", "moving_mean", "moving_variance"),  # and three of renorm, which inference does not use
 }
 
 
 class WeightFileError(ValueError):
-    """The file holds no weights that this model can begin from; the text names it, and says what to do."""
+    """The file's weights can't initialize this model; the text names the file, and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,8 @@ class Dense:
     Attributes:
         name: in the file.
         kernel: (inputs, outputs).
-        bias: (outputs,); None: there is none.
-        turned: whether the file has the kernel as (outputs, inputs).
+        bias: (outputs,); None: the layer has none.
+        turned: whether the file holds the kernel transposed, as (outputs, inputs).
     """
 
     name: str
@@ -76,7 +76,7 @@ class Norm:
 
     Attributes:
         name: in the file.
-        gamma, beta: None: there is none.
+        gamma, beta: None if the layer has none.
         mean, variance: the moving statistics.
     """
 
@@ -89,13 +89,13 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What a file holds, its layers in order.
+    """The contents of a file.
 
     Attributes:
         file: its name.
-        dense, norms: the layers.
-        ordered: whether the file keeps the order of its layers; where not, they come in the order of their names.
-        epsilon: of all normalizations; None: the file does not say.
+        dense, norms: the layers, in order.
+        ordered: whether the file states the order of its layers; otherwise they are in the order of their names.
+        epsilon: of all normalizations; None: the file does not state it.
     """
 
     file: str
@@ -106,10 +106,10 @@ class Weights:
 
 
 def read(path: Path) -> Weights:
-    """The weights in a file.
+    """Read the weights in a file.
 
     Raises:
-        WeightFileError: it can't be read, or holds something else.
+        WeightFileError: the file can't be read, or does not hold such weights.
     """
     if path.suffix in _PICKLES:
         raise WeightFileError(
@@ -150,7 +150,7 @@ def _by_name(file: str, suffix: str, content: bytes) -> Weights:
 
 
 def _arrays(file: str, suffix: str, content: bytes) -> tuple[Mapping[str, NDArray[Any]], float | None]:
-    """The arrays of a file by name, and its epsilon where it says it."""
+    """The arrays of a file by name, and its epsilon; None if the file does not state it."""
     try:
         arrays, description = arrays_in(suffix, content)
     except ValueError as error:
@@ -170,7 +170,7 @@ def _arrays(file: str, suffix: str, content: bytes) -> tuple[Mapping[str, NDArra
 
 
 def _split(file: str, name: str) -> tuple[str, str]:
-    """A layer's name, and which of its arrays it is: Keras's word, or torch's `weight`."""
+    """A layer's name, and the name of the array in it: as in Keras, or torch's `weight`."""
     layer, _, weight = name.removesuffix(":0").rpartition("/")
     if layer and weight in _KERAS:
         return layer, weight
@@ -217,12 +217,12 @@ def _dense(file: str, layer: str, parts: Mapping[str, NDArray[Any]]) -> Dense:
 
 
 def numbered(layers: Sequence[Dense] | Sequence[Norm]) -> bool:
-    """Whether the names differ by numbers alone."""
+    """Whether the names differ only in their numbers."""
     return len({re.sub(r"[._]?\d+", "", layer.name) for layer in layers}) <= 1
 
 
 def _natural(name: str) -> list[str | int]:
-    """A key that puts `10` after `2`."""
+    """A sort key that orders `10` after `2`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -240,7 +240,7 @@ def _keras_archive(file: str, content: bytes) -> Weights:
 
 
 def _groups(file: str, content: bytes) -> dict[str, list[NDArray[Any]]]:
-    """The arrays of each layer of Keras's HDF5 files, by its group's name."""
+    """The arrays of each layer of a Keras HDF5 file, by the name of its group."""
     try:
         import h5py
     except ImportError:
@@ -268,7 +268,7 @@ def _groups(file: str, content: bytes) -> dict[str, list[NDArray[Any]]]:
 
 
 def _kind(group: str) -> str | None:
-    """Of which kind a layer is; Keras names the groups by their classes, and numbers them in the model's order."""
+    """The class of a layer: Keras names groups after classes, and numbers them in the model's order."""
     name = re.sub(r"_\d+$", "", group.rpartition("/")[2])
     return name if name in (_DENSE, _NORM) and not group.startswith("optimizer") else None
 
@@ -303,10 +303,10 @@ def _of_groups(
 
 
 def _layers(file: str, config: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The configurations of the Dense layers and normalizations, once it is clear that the model is ours.
+    """The configurations of the Dense layers and normalizations of a model with the supported structure.
 
     Raises:
-        WeightFileError: it computes something else.
+        WeightFileError: the model computes something else.
     """
     try:
         listed = [(layer["class_name"], layer["config"]) for layer in config["config"]["layers"]]
@@ -328,7 +328,7 @@ def _layers(file: str, config: Mapping[str, Any]) -> dict[str, list[Mapping[str,
 
 
 def _steps(kind: str, layer: Mapping[str, Any]) -> Iterable[str]:
-    """What a layer of Keras's computes in inference mode, in words."""
+    """What a Keras layer computes in inference mode, in words."""
     if kind in ("InputLayer", "Dropout", "GaussianNoise", "GaussianDropout", "AlphaDropout"):
         return ()
     if kind == "ReLU":

@@ -1,11 +1,11 @@
-"""Data sets: where the rows are, which of them a step takes, and which rank reads them.
+"""Data sets: where rows are stored, which rows belong to a step, and which rank reads them.
 
     data = load("digits", world=world)
     for batch in data.batches(batch_size=64, seed=0, epoch=1):
         ...
 
-Read in this order: `loading`, `dataset`, `labels`, `batches`, `ownership`; then what a shard is: `sources`, `shards`,
-`arrays`, `files`.
+Read the modules in this order: `loading`, `dataset`, `labels`, `batches`, `ownership`; then those about a shard:
+`sources`, `shards`, `arrays`, `files`.
 """
 
 from bnworker.train.data.batches import EpochSteps

@@ -1,9 +1,10 @@
 """Arrays whose rows are read when they are needed.
 
-An array of a .npy file, or of an uncompressed .npz, stays in its file. One that is compressed, or saved in Fortran's
-order, has no rows to read: it is read once, and held in memory. Objects are pickles, and pickles are never loaded.
+An array of a .npy file or of an uncompressed .npz is left in its file. The rows of a compressed array, or of one in
+Fortran order, are not contiguous in the file: such an array is read once and kept in memory. Arrays of Python objects
+are pickles, which are never loaded.
 
-Shape suffixes: N rows, D columns, B rows that are read.
+Shape suffixes: N rows, D columns, B rows of one read.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bnworker.train.data.problem import DataError
 _HEADER_AT_MOST = 16_384  # NumPy itself refuses headers above 10,000 bytes
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip's member: the lengths of its name and its extra field
 _ENCRYPTED = 1  # the bit of a zip member's flags
-# What `zipfile` and its decompressors raise where the bytes make no sense.
+# What `zipfile` and its decompressors raise for damaged files.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, ValueError)
 
 
@@ -52,17 +53,17 @@ class Array(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As stored; axes after the first are one row's."""
+        """As stored; the first axis is that of the rows."""
 
     def rows(self, indices_B: Indices) -> NDArray[Any]:
         """Some rows, (B, D), of the stored dtype.
 
         Raises:
-            DataError: they cannot be read, or the file is not what it was.
+            DataError: they cannot be read, or the file was changed.
         """
 
     def soon(self, indices_B: Indices) -> None:
-        """Announce that some rows will be read soon."""
+        """Let the system prefetch rows that will be read soon."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +88,13 @@ class Held:
         return self.array_ND[indices_B]
 
     def soon(self, indices_B: Indices) -> None:
-        """They are in memory."""
+        """Does nothing: the rows are in memory."""
         del indices_B
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """An array in a file, its rows one after another from a known byte on."""
+    """An array in a file: its rows are contiguous from a given offset."""
 
     where: str
     key: str
@@ -115,16 +116,16 @@ class Stored:
         return raw.view(self.dtype).reshape(len(indices_B), math.prod(self.shape[1:]))
 
     def soon(self, indices_B: Indices) -> None:
-        """Announce rows to the system."""
+        """Let the system prefetch rows."""
         self.file.soon(self._spans(indices_B))
 
     @property
     def _width(self) -> int:
-        """The bytes of a row."""
+        """The size of a row in bytes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _spans(self, indices_B: Indices) -> Iterator[tuple[int, int]]:
-        """Offset and size of the rows; those that follow each other are one span."""
+        """Offset and size of the rows in bytes; contiguous rows are one span."""
         (starts,) = np.nonzero(np.diff(indices_B, prepend=-2) != 1)
         lengths = np.diff(starts, append=len(indices_B))
         for row, length in zip(indices_B[starts].tolist(), lengths.tolist(), strict=True):
@@ -133,7 +134,7 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class Unread:
-    """An array of which no more is known than what its header says."""
+    """An array of which only the header was read."""
 
     where: str
     key: str
@@ -141,16 +142,16 @@ class Unread:
     shape: tuple[int, ...]
 
     def rows(self, indices_B: Indices) -> NDArray[Any]:
-        """None: whoever reads rows opens the file for it."""
+        """Always raises: to read rows, open the array without naming it in `headers`."""
         raise NotImplementedError(f"{self.where}: {self.key} was opened for its header alone, not for {indices_B}")
 
     def soon(self, indices_B: Indices) -> None:
-        """Nothing will be read."""
+        """Does nothing: nothing will be read."""
         del indices_B
 
 
 def held(where: str, key: str, array: NDArray[Any]) -> Held:
-    """An array that is in memory anyway.
+    """An array that the caller has in memory.
 
     Raises:
         DataError: it does not hold real numbers.
@@ -160,14 +161,14 @@ def held(where: str, key: str, array: NDArray[Any]) -> Held:
 
 
 def open_npy(paths: Mapping[str, Path], headers: Collection[str] = ()) -> dict[str, Array]:
-    """The arrays of a shard that is a .npy file each.
+    """Open the arrays of a shard that consists of .npy files.
 
     Args:
         paths: of the files, by the array's name.
-        headers: the names of arrays of which the header alone is looked at.
+        headers: the names of arrays of which only the header is read.
 
     Raises:
-        DataError: one of them cannot be read.
+        DataError: an array cannot be read.
     """
     arrays: dict[str, Array] = {}
     for key, path in paths.items():
@@ -180,15 +181,15 @@ def open_npy(paths: Mapping[str, Path], headers: Collection[str] = ()) -> dict[s
 def open_npz(
     path: Path, required: tuple[str, ...], optional: tuple[str, ...], headers: Collection[str] = ()
 ) -> dict[str, Array]:
-    """The arrays of a .npz.
+    """Open the arrays of a .npz file.
 
     Args:
         path: of the file.
-        required, optional: the names of the arrays; others are not looked at.
-        headers: the names of arrays of which the header alone is looked at.
+        required, optional: the names of the arrays; others are ignored.
+        headers: the names of arrays of which only the header is read.
 
     Raises:
-        DataError: it is no .npz, it lacks an array, or an array cannot be read.
+        DataError: the file is no .npz, it lacks an array, or an array cannot be read.
     """
     file = File.at(path)
     with file.opened() as descriptor, os.fdopen(descriptor, "rb", closefd=False) as reading:
@@ -229,7 +230,7 @@ def _member(
 
 
 def _uncompressed(file: File, descriptor: int, key: str, offset: int, size: int, header_alone: bool) -> Array:
-    """An array that begins at a byte of a file, and has so many bytes, its header included."""
+    """An uncompressed array: its offset in the file, and its size including the header, in bytes."""
     start = io.BytesIO(os.pread(descriptor, min(size, _HEADER_AT_MOST), offset))
     dtype, shape, fortran, header = _header(start, file.path, key)
     size_in_file = min(size, file.signature.size - offset)
@@ -262,7 +263,7 @@ def _held(where: str, key: str, array: NDArray[Any], file: File | None = None) -
 
 
 def _header(reading: IO[bytes], path: Path, key: str) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
-    """The dtype, the shape, whether the order is Fortran's, and the bytes of the header."""
+    """The dtype, the shape, whether it is in Fortran order, and the size of the header in bytes."""
     counted = _Counting(reading)
     try:
         version = np.lib.format.read_magic(counted)

@@ -1,9 +1,9 @@
-"""Which rows a step takes. Pure: no rank, no world, no file occurs here.
+"""The rows of a step, computed from numbers alone: this module knows no ranks, worlds or files.
 
 Laws:
 1. The split into training, validation and test rows depends on the data alone.
 2. The rows of a step depend on (seed, epoch, step) alone.
-3. Every row is used once an epoch, but for those that `drop` leaves out; no step takes more rows than were asked for.
+3. Every row is used once in an epoch, except for those that `drop` leaves out; no step has more rows than asked for.
 
 Shape suffixes: M shards.
 """
@@ -33,19 +33,19 @@ class EpochSteps:
     """How the N rows of an epoch are divided among its S steps, of at most B rows each.
 
         spread    S = ⌈N/B⌉    first(k) = ⌊k·N/S⌋        sizes that differ by one at most
-        keep      S = ⌈N/B⌉    first(k) = min(k·B, N)    the last step takes what is left
-        drop      S = ⌊N/B⌋    first(k) = k·B            what is left is not used in this epoch
+        keep      S = ⌈N/B⌉    first(k) = min(k·B, N)    the last step takes the remaining rows
+        drop      S = ⌊N/B⌋    first(k) = k·B            the remaining rows are not used in this epoch
 
-    What is left may be a row or two. The variance of so few is far from that of all rows, and such a step at the end
-    of every epoch spoils a trained model: so the rows are spread unless something else is asked for.
+    Only one or two rows may remain. Their variance is far from that of all rows, and such a step at the end of every
+    epoch degrades a trained model: therefore "spread" is the default.
 
     Attributes:
         rows: N.
         batch_size: B.
-        last_batch: what becomes of the rows that do not fill a batch.
+        last_batch: "spread", "keep" or "drop".
 
     Raises:
-        DataError: no step would be left.
+        DataError: the epoch would have no steps.
     """
 
     rows: int
@@ -61,7 +61,7 @@ class EpochSteps:
 
     @property
     def count(self) -> int:
-        """S."""
+        """S, the number of steps."""
         return self.rows // self.batch_size if self.last_batch == "drop" else -(-self.rows // self.batch_size)
 
     def first(self, step: int) -> int:
@@ -91,23 +91,23 @@ class EpochSteps:
 
 
 def taken(rows_M: NDArray[np.int64], first: int) -> NDArray[np.int64]:
-    """How many rows of each shard are among the first so many of an epoch.
+    """How many rows of each shard are among the first `first` rows of an epoch.
 
-    Every shard gives its rows evenly over the epoch. Were the phases φ all 0, shards of one size would give their
-    rows at the same steps; multiples of the golden ratio spread them, for neighbouring shards as well, so that the
-    ranks that own them have the same work at every step.
+    The rows of every shard are spread evenly over the epoch. With phases φ of 0, shards of the same size would
+    contribute their rows in the same steps; multiples of the golden ratio distribute them, for neighbouring shards as
+    well, so that the ranks that own them have equal work in every step.
 
         c_s(θ) = ⌊n_s·θ/N + φ_s⌋        φ_s = s/golden ratio mod 1        N = Σ n_s
 
-    θ is the largest for which Σ c_s(θ) is not above what is asked for. What is still missing comes from the shards
-    that give next, in their order.
+    θ is the largest number with Σ c_s(θ) ≤ first. The rows that are then missing are taken from the shards whose next
+    row comes soonest, in their order.
 
     Args:
         rows_M: n_s, of every shard.
         first: from 0 to N.
 
     Returns:
-        (M,), of sum `first`; no element falls when `first` grows. One shard gives `first` rows.
+        (M,), with the sum `first`; no element decreases when `first` increases. A single shard gives `first` rows.
     """
     total, shards = int(rows_M.sum()), len(rows_M)
     if first >= total:
@@ -136,7 +136,7 @@ def shuffled(rows: int, seed: int, epoch: int, shard: int) -> Indices:
 
 
 def shares(share: float, rows_M: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A share of every shard's rows, (M,); what is rounded off in one is made good in the next.
+    """A share of every shard's rows, (M,); rounding errors are carried to the next shard.
 
     a_s = ⌊share·N_s + ½⌋ − ⌊share·N_(s−1) + ½⌋        N_s = n_0 + … + n_s
     """
@@ -146,15 +146,16 @@ def shares(share: float, rows_M: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def split(rows: int, shard: int, *, tests: int, validations: int) -> tuple[Indices, Indices, Indices]:
-    """The rows of a shard that are trained on, that validate, and that test.
+    """Draw a shard's training, validation and test rows.
 
     Args:
-        rows: of this shard.
+        rows: the number of this shard's rows.
         shard: its number, the seed of the draw.
-        tests, validations: how many of each are drawn.
+        tests, validations: how many rows of each kind are drawn.
 
     Returns:
-        Three sets of row numbers, disjoint and complete; the last two ascending, as they are read in order.
+        Row numbers of training, validation and test rows, disjoint and complete; the last two ascending, because they
+        are read in order.
     """
     order = np.random.default_rng([_SPLIT_SEED, shard]).permutation(rows)
     tested, validating, trained = np.split(order, [tests, tests + validations])

@@ -1,4 +1,4 @@
-"""A data set as one rank sees it: its own shards, and what all ranks know of all shards.
+"""A data set on one rank: the shards that it reads, and what all ranks know about all shards.
 
 Shape suffixes: M shards, B rows of a batch, D features.
 """
@@ -18,10 +18,10 @@ from bnworker.train.data.problem import DataError
 from bnworker.train.data.shards import Rows
 from bnworker.train.settings import LastBatch
 
-# Which rows to read, of each shard.
+# For each shard: the rows to read.
 Chosen = Sequence[tuple[Rows, Indices]]
 
-# Rows judged at once: far above what fills a matrix multiplication, and bounded in memory for wide rows.
+# Rows evaluated at once: enough for an efficient matrix multiplication, and bounded in memory for wide rows.
 _CHECKED_ROWS = 4096
 _CHECKED_BYTES = 2**25
 
@@ -32,10 +32,10 @@ class Batch:
 
     Attributes:
         x: (B, D), of the data set's dtype.
-        y: (B,) int64, numbers of classes: see `Dataset.labels`.
-        rows: of all ranks in this step.
-        problem: why this rank has no rows, although it should: they are bad. The step goes on with none, so that
-            the ranks stay in step; then `raise_on_every_rank` raises on all of them.
+        y: (B,) int64, class numbers: see `Dataset.labels`.
+        rows: the number of rows on all ranks in this step.
+        problem: the error because of which this rank could not read its rows; x and y are then empty. The step is made
+            all the same, so that all ranks make the same exchanges; then `raise_on_every_rank` raises on all of them.
     """
 
     x: NDArray[Any]
@@ -49,11 +49,11 @@ class Part:
     """A shard of which this rank reads some rows.
 
     Attributes:
-        piece: which of them.
-        given: where the training and validation rows are.
-        trained, validating: which rows of `given` these are, of all ranks.
-        tests: where the test rows are.
-        tested: which rows of `tests` these are, of all ranks.
+        piece: this rank's part of any set of the shard's rows.
+        given: holds the training and validation rows.
+        trained, validating: the numbers of all ranks' training and validation rows in `given`.
+        tests: holds the test rows.
+        tested: the numbers of all ranks' test rows in `tests`.
     """
 
     piece: Piece
@@ -66,19 +66,19 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows to train on, to validate by and to test by; a rank reads its own alone.
+    """Training, validation and test rows; each rank reads its own.
 
     Attributes:
         name: as given to `--data`.
         dtype: of the features: "float32" or "float64".
         features: D.
         labels: ascending; class k of a batch, and output k of a model, stand for `labels[k]`.
-        validation_rows, test_rows: of all ranks.
-        fingerprint: of all shards; the same on every machine, and for any number of ranks.
+        validation_rows, test_rows: their numbers on all ranks.
+        fingerprint: of all shards; the same on every machine and for any number of ranks.
         rank, world_size: of the world that it was loaded in.
-        sizes: of all shards in bytes; they decide who owns what.
-        rows_M: training rows of every shard, int64.
-        parts: what this rank reads.
+        sizes: of all shards in bytes; they determine which rank owns which rows.
+        rows_M: the number of training rows of every shard, int64.
+        parts: the shards that this rank reads.
         ignored: entries of the folder that are not read.
     """
 
@@ -98,19 +98,19 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """How many."""
+        """The number of classes."""
         return len(self.labels)
 
     @property
     def rows(self) -> int:
-        """How many rows there are to train on, of all ranks."""
+        """The number of training rows on all ranks."""
         return int(self.rows_M.sum())
 
     def epoch_steps(self, batch_size: int, last_batch: LastBatch | None = None) -> EpochSteps:
         """How the training rows are divided among the steps of an epoch.
 
         Raises:
-            DataError: no step would be left.
+            DataError: the epoch would have no steps.
         """
         return EpochSteps(self.rows, batch_size, last_batch or "spread")
 
@@ -118,12 +118,12 @@ class Dataset:
         """How many steps an epoch has.
 
         Raises:
-            DataError: none.
+            DataError: it would have none.
         """
         return self.epoch_steps(batch_size, last_batch).count
 
     def rows_per_rank(self, world_size: int) -> tuple[int, ...]:
-        """How many training rows each of so many ranks would read in an epoch."""
+        """How many training rows each rank of a world of this size would read in an epoch."""
         counts = self.rows_M.tolist()
         return tuple(
             sum(len(range(counts[piece.shard])[piece.of(counts[piece.shard])]) for piece in owned)
@@ -139,18 +139,18 @@ class Dataset:
         replica: tuple[int, int] = (0, 1),
         last_batch: LastBatch | None = None,
     ) -> Iterator[Batch]:
-        """The steps of an epoch, as this rank sees them.
+        """This rank's batch of every step of an epoch.
 
         Args:
-            batch_size: rows of a step at most, of all ranks.
-            seed, epoch: the order of the rows depends on them, and on the data.
-            first: the step to begin with, from 0.
-            replica: (index, count) of a world that trains beside others without exchange: it takes every
-                count-th row.
-            last_batch: what becomes of the rows that do not fill a batch: see `EpochSteps`; None: they are spread.
+            batch_size: rows of a step on all ranks, at most.
+            seed, epoch: the order of the rows depends on these and on the data.
+            first: the number of the first step to return, from 0.
+            replica: (index, count): this world takes every count-th row, as one of `count` worlds that train without
+                exchanging anything.
+            last_batch: see `EpochSteps`; None: "spread".
 
         Raises:
-            DataError: no step would be left.
+            DataError: the epoch would have no steps.
         """
         index, count = replica
         steps = self.epoch_steps(batch_size, last_batch)
@@ -158,7 +158,7 @@ class Dataset:
             yield self._batch(_every(chosen, index, count), len(range(index, steps.size(number), count)))
 
     def training(self) -> Iterator[Batch]:
-        """This rank's training rows, in blocks and in their order; steps take them from `batches`."""
+        """This rank's training rows in blocks, in the order in which they are stored, for evaluation."""
         return self._evaluated([(part.given, part.trained[part.piece.of(len(part.trained))]) for part in self.parts])
 
     def test(self) -> Iterator[Batch]:
@@ -209,7 +209,7 @@ class Dataset:
 
 
 def _announced(reads: Iterable[Chosen], first: int = 0) -> Iterator[tuple[int, Chosen]]:
-    """The same, numbered; each is announced to the system while the one before it is used."""
+    """The same, numbered; each is prefetched while the one before it is used."""
     before: Chosen | None = None
     number = first
     for chosen in reads:

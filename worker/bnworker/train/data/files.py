@@ -1,12 +1,12 @@
-"""Files that must stay as they are while a run reads them.
+"""Files that must not change while a run reads them.
 
-A file is opened for each read, read at given places, and closed. Mapped memory would be simpler, but a file that is
-cut short under a mapping ends the process with SIGBUS, and its pages count as this process's memory; a thousand
-shards kept open would be too many open files. Every read compares what the file is with what it was at first: its
-inode, size and time of modification.
+A file is opened for each read, read at given offsets, and closed. Memory mapping would be simpler, but if a mapped file
+is truncated, the process ends with SIGBUS, and mapped pages count as the process's memory; keeping a thousand shards
+open could exceed the limit of open files. Every read compares the file's inode, size and modification time with those
+at the start of the run.
 
-Rows in random order are slow on a cold disk one by one, and fast together: those of the next step are announced to
-the system while this step computes.
+Reading rows in random order one by one is slow on a disk without cached pages; the rows of the next step are prefetched
+while the current step computes (posix_fadvise).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class File:
 
     Attributes:
         path: as given.
-        signature: what it must still be at every read.
+        signature: at the start; it must be the same at every read.
     """
 
     path: Path
@@ -67,10 +67,10 @@ class File:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor for reading; what was read inside the block is valid once the block has ended.
+        """A descriptor for reading; the data is valid if the block ends without an error.
 
         Raises:
-            DataError: the file cannot be opened or read, or it is not what it was.
+            DataError: the file cannot be opened or read, or was changed.
         """
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -82,15 +82,15 @@ class File:
         except OSError as error:
             raise _cannot(self.path, error) from None
         except DataError:
-            self._compare(descriptor)  # a file that changes looks damaged as well: name the cause
+            self._compare(descriptor)  # a file that was changed also looks damaged: report the cause
             raise
         finally:
             os.close(descriptor)
 
     def soon(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Let the system fetch parts of the file, each (offset, size), that will be read soon; it waits for nothing.
+        """Let the system prefetch parts of the file, each (offset, size); returns at once.
 
-        What is wrong with the file is found when they are read.
+        Errors are ignored: the read itself reports them.
         """
         with suppress(OSError):
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -101,10 +101,10 @@ class File:
                 os.close(descriptor)
 
     def unchanged(self) -> None:
-        """Look whether the file is still what it was.
+        """Check that the file was not changed since the start.
 
         Raises:
-            DataError: it is not.
+            DataError: it was.
         """
         self._compare(self.path)
 
@@ -118,10 +118,10 @@ class File:
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill a buffer from a place in a file.
+    """Fill a buffer from an offset in a file.
 
     Raises:
-        DataError: the file ends before.
+        DataError: the file ends before the buffer is full.
     """
     while buffer:
         got = os.preadv(descriptor, [buffer], offset)

@@ -1,8 +1,8 @@
-"""Which labels there are, and which output of a model stands for which label.
+"""The labels of a data set, and which output of a model stands for which label.
 
-The K classes are the distinct labels of the rows to train on, in their order: output k stands for `labels[k]`. So
-labels from 1 to 5 make five classes, not six of which one is empty. They are kept in checkpoints, and shown wherever
-output k is not label k.
+The K classes are the distinct labels of the training rows, ascending: output k stands for `labels[k]`. So labels from
+1 to 5 make five classes, not six of which one is empty. Checkpoints contain the labels, and output shows them wherever
+output k does not stand for label k.
 
 Shape suffixes: N rows, K classes, P labels from 0 to the greatest.
 """
@@ -23,8 +23,8 @@ def distinct(world: Ranks | None, labels_of_rank: list[NDArray[np.int64]], great
 
     Args:
         world: the ranks; None: this process has all labels.
-        labels_of_rank: this rank's.
-        greatest: of all ranks; -1: there are none.
+        labels_of_rank: this rank's labels.
+        greatest: the greatest label on any rank; -1: there are no labels.
     """
     occurs_P = np.zeros(greatest + 1, np.uint8)
     for labels_N in labels_of_rank:
@@ -35,12 +35,12 @@ def distinct(world: Ranks | None, labels_of_rank: list[NDArray[np.int64]], great
 
 
 def numbered(shard: Shard, labels: tuple[int, ...], whose: str) -> Shard:
-    """The shard with the number of its class in place of each label.
+    """Replace each label of a shard by the number of its class.
 
     Args:
         shard: with labels as they are stored.
-        labels: ascending; their places are the classes' numbers.
-        whose: they are, for the error.
+        labels: ascending; a label's index is the number of its class.
+        whose: whose labels they are, for the error message.
 
     Raises:
         DataError: a row has another label.

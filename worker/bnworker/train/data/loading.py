@@ -1,10 +1,10 @@
-"""From a name on the command line to a data set, on all ranks together.
+"""Loading a data set by its name on the command line, on all ranks together.
 
 Laws:
-1. A rank opens its own shards alone. What all must know of all shards is exchanged: rows, features, classes.
-2. What is wrong is the same error on every rank, and names the file.
-3. Labels are looked through here; features when they are read, so that nothing is read twice before the first step.
-4. `examine` finds what `load` would find in the files, without reading features: one process, before ranks are started.
+1. A rank opens only its own shards. What all ranks must know about all shards is exchanged: rows, features, classes.
+2. An error is the same on every rank, and names the file.
+3. Labels are checked here, features when they are read, so that nothing is read twice before the first step.
+4. `examine` checks the files as `load` does, in one process before ranks are started, without reading features.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ class _Source:
 
 
 def check(name: str) -> None:
-    """Make sure that a data set is there, before anything is opened or started.
+    """Check that a data set exists, before anything is opened or started.
 
     Raises:
-        DataError: it is not.
+        DataError: it does not.
     """
     _listed(name)
 
 
 def examine(name: str, *, validation_split: float = 0.0, labels: Iterable[int] | None = None) -> int | None:
-    """Look through the files of a data set, all but the features, as one process.
+    """Check the files of a data set except for the features, in one process.
 
     Args:
-        name, validation_split, labels: those of `load`.
+        name, validation_split, labels: as of `load`.
 
     Returns:
-        How many rows there are to train on; None: it comes with a package, whose rows are not counted for this.
+        The number of training rows; None for a data set of a package, whose rows are not counted here.
 
     Raises:
-        DataError: what `load` would raise.
+        DataError: as of `load`.
     """
     if name in PACKAGED:
         PACKAGED[name].file()
@@ -92,12 +92,12 @@ def load(
         name: "digits", "mnist5k", FILE.npz, or a folder with shards.
         dtype: of the features, "float32" or "float64".
         world: the ranks that share the data; None: this process reads all of it.
-        validation_split: the share of the training rows that validates instead, from 0 to below 1.
-        labels: that a model knows, one for each of its outputs; None: those that occur among the rows to train on.
-        training: whether there must be rows to train on and to test by; a single row can be looked at without.
+        validation_split: the share of the training rows that is used for validation instead, from 0 to below 1.
+        labels: of a model, one for each of its outputs; None: the labels of the training rows.
+        training: whether there must be training and test rows; evaluation needs only one row of any kind.
 
     Raises:
-        DataError: on every rank: it cannot be had, or is bad.
+        DataError: on every rank: the data set does not exist, or is invalid.
         CollectiveError: another rank is lost, or disagrees.
     """
     listed, ignored = _together(world, lambda: _listed(name))
@@ -118,10 +118,10 @@ def from_arrays(
     validation_split: float = 0.0,
     labels: Iterable[int] | None = None,
 ) -> Dataset:
-    """A data set of arrays in memory, which every rank holds; the arguments are those of `load` and of a .npz.
+    """A data set of arrays that every rank has in memory; the arguments are those of `load` and the arrays of a .npz.
 
     Raises:
-        DataError: on every rank: the arrays are bad.
+        DataError: on every rank: the arrays are invalid.
     """
     given = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
     arrays: dict[str, Array] = {k: held(name, k, plain_array(v, k)) for k, v in given.items() if v is not None}
@@ -129,7 +129,7 @@ def from_arrays(
 
 
 def _listed(name: str) -> tuple[tuple[_Source, ...], tuple[str, ...]]:
-    """The shards, and what is not read."""
+    """The shards, and the ignored entries."""
     if name in PACKAGED:
         return (_Source(name, 1, PACKAGED[name].load, PACKAGED[name].load),), ()
     if not name.endswith(".npz") and not os.path.lexists(name):
@@ -188,14 +188,14 @@ def _load(
 
 @dataclass(frozen=True, eq=False)
 class _Looked:
-    """What is known of a data set before features are read.
+    """What is known about a data set before features are read.
 
     Attributes:
         manifest: of all shards.
         labels: of the classes.
-        shards: this rank's, with numbers of classes in place of labels.
-        drawn_M, validations_M, trained_M: rows of every shard that test, that validate, and that are trained on.
-        tests: how many rows to test by there are, of all shards.
+        shards: this rank's, with class numbers in place of labels.
+        drawn_M, validations_M, trained_M: the numbers of test, validation and training rows of every shard.
+        tests: the number of test rows of all shards.
     """
 
     manifest: Manifest
@@ -256,7 +256,7 @@ def _enough(name: str, rows: int, trained: int, tests: int, validations: int, va
 
 
 def _agree(world: Ranks, name: str, listed: Sequence[_Source]) -> None:
-    """All ranks see shards of the same names and sizes, on whatever host they are."""
+    """Check that all ranks, on every host, see shards of the same names and sizes."""
     seen = sources.listing([(source.where, source.size) for source in listed])
     least, negative = world.allreduce([np.array(seen), np.array(-seen)], "min")
     if least != -negative:
@@ -267,7 +267,7 @@ def _agree(world: Ranks, name: str, listed: Sequence[_Source]) -> None:
 
 
 def _together(world: Ranks | None, action: Callable[[], T]) -> T:
-    """Do something that may show bad data; if it does on one rank, all ranks raise."""
+    """Call a function on every rank; if it raises a DataError on one rank, all ranks raise it."""
     result, problem = None, None
     try:
         result = action()

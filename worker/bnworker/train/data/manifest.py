@@ -1,6 +1,6 @@
-"""What all ranks know of all shards, although each opened its own alone.
+"""What all ranks know about all shards, exchanged between the ranks that opened them.
 
-Shape suffixes: M shards, K things that are known of each.
+Shape suffixes: M shards, K columns of the exchanged table.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from bnworker.train.data.problem import DataError, Ranks
 from bnworker.train.data.shards import Shard
 
-_NOTHING = -1  # below everything that is known: the maximum over the ranks is what one of them knows
+_NOTHING = -1  # below every value: the maximum over the ranks is the value of the rank that has one
 # The columns of the exchanged table.
 _ROWS, _TESTS, _FEATURES, _DTYPE, _GREATEST, _FINGERPRINT, _COLUMNS = range(7)
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """Of a data set whose shards fit together.
+    """Properties of a data set whose shards fit together.
 
     Attributes:
-        rows_M: rows of every shard, those to test by not counted where they are given.
-        tests_M: test rows that are given.
-        has_tests: whether they are.
+        rows_M: rows of every shard, without given test rows.
+        tests_M: given test rows of every shard.
+        has_tests: whether test rows are given.
         features: D.
-        greatest_label: of the rows to train on; -1: there are no rows.
+        greatest_label: of the training rows; -1: there are none.
         fingerprint: of all shards, in hexadecimal.
     """
 
@@ -45,13 +45,13 @@ class Manifest:
 def exchanged(
     world: Ranks | None, opened: Mapping[int, Shard], names: Sequence[str], *, fingerprinted: bool = True
 ) -> Manifest:
-    """Put together what the ranks found.
+    """Exchange what the ranks found in their shards.
 
     Args:
         world: the ranks; None: this process opened all.
         opened: the shards that this rank opened, by number.
         names: of all shards.
-        fingerprinted: whether the fingerprint is asked for, which reads some features.
+        fingerprinted: whether to compute the fingerprint, for which some features are read.
 
     Raises:
         DataError: on every rank: shards do not fit together.
@@ -92,7 +92,7 @@ def _described(shard: Shard, fingerprint: int) -> list[int]:
 
 
 def _same(table_MK: NDArray[np.int64], column: int, what: str, names: Sequence[str]) -> None:
-    """All shards have the same; those that have nothing are not asked."""
+    """Check that a property is the same for all shards that have it."""
     (asked,) = np.nonzero(table_MK[:, column] != _NOTHING)
     values = table_MK[asked, column]
     if (values != values[:1]).any():

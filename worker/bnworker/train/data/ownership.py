@@ -1,9 +1,9 @@
-"""Which rank reads what. Pure: the same sizes give the same answer on every rank.
+"""Which rank reads which rows; a pure function, so the same sizes give the same result on every rank.
 
-With at least as many shards as ranks a rank owns whole shards, contiguous in their order: the shard belongs to the
-rank in whose equal part of all bytes its middle lies. With fewer shards than ranks all bytes, in order, are cut into
-equal parts, one a rank; a rank whose part covers the share a … b of a shard takes of each step's c rows of that
-shard those from ⌊a·c⌋ to ⌊b·c⌋. Sizes are those of the files: they are known before any file is opened.
+With at least as many shards as ranks, a rank owns whole, consecutive shards: all bytes are divided into equal parts,
+one for each rank, and a shard belongs to the rank whose part contains the shard's middle. With fewer shards than
+ranks, the parts cut through shards: a rank whose part covers the share a … b of a shard takes, of each step's c rows
+of that shard, the rows from ⌊a·c⌋ to ⌊b·c⌋. Sizes are those of the files, which are known before a file is opened.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Piece:
     denominator: int = 1
 
     def of(self, rows: int) -> slice:
-        """Which of so many rows; over all ranks, each of them once."""
+        """The rows of this piece among so many rows; over all ranks, every row belongs to one piece."""
         return slice(rows * self.start // self.denominator, rows * self.stop // self.denominator)
 
 
 def pieces(sizes: Sequence[int], rank: int, world_size: int) -> tuple[Piece, ...]:
-    """What a rank reads, in order of the shards; it may be nothing.
+    """The pieces that a rank reads, in the order of the shards; possibly none.
 
     Args:
         sizes: of the shards, in bytes; each at least 1.
@@ -42,7 +42,7 @@ def pieces(sizes: Sequence[int], rank: int, world_size: int) -> tuple[Piece, ...
         return tuple(Piece(shard) for shard, owner in enumerate(owners) if owner == rank)
     owned = []
     for shard, (start, end) in enumerate(spans):
-        # In units of 1/world_size byte, in which every border is a whole number.
+        # In units of 1/world_size byte, so that every border is an integer.
         first, last = start * world_size, end * world_size
         low, high = max(first, rank * total), min(last, (rank + 1) * total)
         if low < high:

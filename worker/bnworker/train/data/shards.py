@@ -1,6 +1,6 @@
-"""One shard that this rank reads: its arrays fit together, its labels are known, its features are read as needed.
+"""A shard that this rank reads: its arrays fit together, its labels are in memory, its features are read as needed.
 
-Shape suffixes: N rows, B rows that are read, D features.
+Shape suffixes: N rows, B rows of one read, D features.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from bnworker.train.data.arrays import Array
 from bnworker.train.data.batches import Indices
 from bnworker.train.data.problem import DataError
 
-CLASSES_AT_MOST = 65_536  # an output each: more is a column of numbers that are no labels
+CLASSES_AT_MOST = 65_536  # each label is an output of the model: a larger number can't be a label
 _BRIGHTEST = 255.0  # uint8 features are pixels
-_SAMPLED = 16  # rows of a shard that its fingerprint looks at
+_SAMPLED = 16  # rows of a shard that its fingerprint covers
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Rows:
 
     Attributes:
         x: (N, …).
-        y_N: int64, at least 0: labels as they are stored, or the numbers of their classes.
+        y_N: int64, at least 0: labels as stored, or class numbers.
     """
 
     x: Array
@@ -37,14 +37,14 @@ class Rows:
 
     @property
     def features(self) -> int:
-        """D: all numbers of a row."""
+        """D, the number of values in a row."""
         return math.prod(self.x.shape[1:])
 
     def read(self, indices_B: Indices, dtype: str) -> NDArray[Any]:
-        """Some rows, (B, D); uint8 is divided by 255, everything else is taken as it is.
+        """Read some rows, (B, D); uint8 is divided by 255, other dtypes are converted without scaling.
 
         Raises:
-            DataError: a number is not finite in `dtype`, or the rows cannot be read.
+            DataError: a value is not finite in `dtype`, or the rows cannot be read.
         """
         raw_BD = self.x.rows(indices_B)
         with np.errstate(over="ignore"):  # found below, with its row
@@ -63,11 +63,11 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A shard that was opened and looked through, but for its features.
+    """A shard that was opened and checked, except for its features.
 
     Attributes:
-        given: the rows to train on; those of the test as well, where it has no own.
-        tests: the rows to test by; None where it has none.
+        given: the training rows; they include the test rows if those are not given separately.
+        tests: test rows that are given separately; None: there are none.
     """
 
     given: Rows
@@ -75,7 +75,7 @@ class Shard:
 
     @property
     def fingerprint(self) -> int:
-        """63 bits of the shape, the labels and some rows; the way in which they are stored does not count."""
+        """A hash of 63 bits over the shape, the labels and some rows; independent of the file format."""
         seen = hashlib.sha256()
         for rows in (self.given, self.tests):
             if rows is None:
@@ -89,10 +89,10 @@ class Shard:
 
 
 def shard(arrays: Mapping[str, Array]) -> Shard:
-    """Put the arrays of a shard together.
+    """Build a shard from its arrays.
 
     Raises:
-        DataError: they do not fit together, or a label is none.
+        DataError: they do not fit together, or a label is invalid.
     """
     given = _rows(arrays["x"], arrays["y"])
     if ("x_test" in arrays) != ("y_test" in arrays):

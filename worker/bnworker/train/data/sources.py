@@ -1,13 +1,13 @@
-"""Which files a data set is made of; nothing is opened here.
+"""The files of a data set; nothing is opened here.
 
-A folder holds shards of one kind, in the order of their names:
+A folder contains shards of one kind, in the order of their names:
 
-* `NAME.npz`, each with the arrays x and y, and maybe x_test and y_test;
-* `x-NAME.npy` with `y-NAME.npy`, and maybe `x_test-NAME.npy` with `y_test-NAME.npy`.
+* `NAME.npz`, each with the arrays x and y, and optionally x_test and y_test;
+* `x-NAME.npy` with `y-NAME.npy`, and optionally `x_test-NAME.npy` with `y_test-NAME.npy`.
 
-No entry of a folder is passed over in silence. One whose name is that of a shard is read, or named in an error: a link
-without a target, a folder, a pipe, `NAME.NPZ`. All others are listed as not read: files with other endings, hidden
-ones, folders within.
+No entry of a folder is ignored silently. One with the name of a shard is read or named in an error: a link without a
+target, a folder, a pipe, `NAME.NPZ`. All others are listed as ignored: files with other suffixes, hidden files,
+subfolders.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Source:
     """A shard that was found.
 
     Attributes:
-        where: for messages: the file, or the file of x.
-        size: of its files together, in bytes.
-        paths: one .npz, or a .npy of each array, by the array's name.
+        where: the file, or the file of x, for messages.
+        size: the total size of its files in bytes.
+        paths: of one .npz, or of a .npy for each array, by the array's name.
         archive: whether it is a .npz.
     """
 
@@ -45,13 +45,13 @@ class Source:
     archive: bool
 
     def open(self, *, features: bool = True) -> dict[str, Array]:
-        """Its arrays by name, x and y among them.
+        """Open the arrays, by name; x and y are among them.
 
         Args:
-            features: whether rows of features will be read; without them a compressed file costs little to open.
+            features: whether rows of features will be read; if not, x of a compressed file is not decompressed.
 
         Raises:
-            DataError: they cannot be read.
+            DataError: an array cannot be read.
         """
         headers = () if features else _FEATURES
         if self.archive:
@@ -64,8 +64,8 @@ class Listing:
     """What a name on the command line stands for.
 
     Attributes:
-        shards: in their order.
-        ignored: entries of the folder that are not read, and why where the name does not say it.
+        shards: in the order of their names.
+        ignored: entries of the folder that are not read, with the reason unless the name shows it.
     """
 
     shards: tuple[Source, ...]
@@ -76,19 +76,19 @@ def listed_shards(name: str) -> Listing:
     """The shards that a name on the command line stands for.
 
     Raises:
-        DataError: there are none, or what has the name of one is none.
+        DataError: there are none, or an entry with the name of a shard is not one.
     """
     path = Path(name)
     if _is_folder(path):
         return _folder(path)
     if path.suffix != ".npz":
-        File.at(path)  # a link without a target, or a pipe, is named as such
+        File.at(path)  # the error names a link without a target, or a pipe, as such
         raise DataError(f"{name}: expected the name of a .npz file, or of a folder with shards.")
     return Listing((_archive(path),))
 
 
 def listing(seen: Iterable[tuple[str, int]]) -> int:
-    """A number that two hosts share if they see shards of the same names and sizes, in whatever folder."""
+    """A hash of the names and sizes of the shards: equal on two hosts that see the same ones, in any folder."""
     return zlib.crc32(repr([(Path(where).name, size) for where, size in seen]).encode())
 
 
@@ -119,7 +119,7 @@ def _folder(path: Path) -> Listing:
 
 
 def listed(names: tuple[str, ...]) -> str:
-    """Names for a line of text, the first ones of many."""
+    """Names as a line of text; only the first ones of many."""
     shown = ", ".join(names[:_LISTED])
     return f"{shown} and {len(names) - _LISTED:,} more" if len(names) > _LISTED else shown
 

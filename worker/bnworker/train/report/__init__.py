@@ -1,13 +1,13 @@
-"""What a training run leaves to look at: a page with pictures (`--report`) and TensorBoard files (`--tensorboard`).
+"""The report of a training run: a page with figures (`--report`), and TensorBoard files (`--tensorboard`).
 
     events → history → figures → page
                     └→ event files
 
-Laws of this package:
-1. It only listens: a run with a report takes the same steps, and makes the same exchanges, as one without.
-2. What it needs is looked for before the run starts (`extras`), so that no training is lost to a missing package.
-3. Memory and files are bounded: of a run of any length about a thousand points of steps are kept.
-4. The page is one file: it fetches nothing, and says so to the browser.
+Laws:
+1. A report does not influence the run: it makes the same steps and exchanges with and without one.
+2. The packages that it needs are checked before the run (`extras`), so that no training is lost to a missing one.
+3. Memory and files are bounded: about a thousand points are kept of a run of any length.
+4. The page is one file that loads nothing; its content security policy forbids it.
 """
 
 from bnworker.train.report.extras import MissingExtraError, check

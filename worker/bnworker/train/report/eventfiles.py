@@ -10,17 +10,17 @@ from tensorboardX import SummaryWriter
 from bnworker.train.events import Epoch, Event, Resumed
 from bnworker.train.report.history import Point
 
-_FLUSH_S = 5  # what a killed run may lose of its curves
+_FLUSH_S = 5  # seconds between flushes: a killed run loses the points of this time
 
 
 class EventFiles:
-    """Writes while the run goes on.
+    """Writes TensorBoard event files during the run.
 
-    Points of steps and what is known after an epoch are written at the number of the step; a resumed run hides what
-    the interrupted one wrote behind the step that it goes on from.
+    Points and the results of epochs are written with the number of the step. A resumed run purges what the interrupted
+    run wrote for steps after the one that it resumes from.
 
     Args:
-        folder: that `tensorboard --logdir` is given; a run adds a file to it.
+        folder: for `tensorboard --logdir`; each run adds a file to it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,7 +28,7 @@ class EventFiles:
         self._opened: SummaryWriter | None = None
 
     def add(self, event: Event, point: Point | None) -> None:
-        """Write an event, and the point that it completed."""
+        """Write an event, and the point that it completed, if any."""
         if isinstance(event, Resumed):
             self._opened = self._open(purge_step=event.steps + 1)
         if point is not None:
@@ -37,7 +37,7 @@ class EventFiles:
             self._add_epoch(event)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         if self._opened is not None:
             self._opened.close()
 
@@ -74,5 +74,5 @@ class EventFiles:
         for layer in epoch.layers:
             for name, values_C in (("moving_mean", layer.moving_mean), ("moving_variance", layer.moving_variance)):
                 finite = values_C[np.isfinite(values_C)]
-                if finite.size:  # a histogram of nothing is refused
+                if finite.size:  # tensorboardX refuses an empty histogram
                     self._writer.add_histogram(f"{layer.name}/{name}", finite, epoch.steps)

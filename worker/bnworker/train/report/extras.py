@@ -1,4 +1,4 @@
-"""What a report needs, looked for before the run starts."""
+"""Checks, before the run starts, of what a report needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class MissingExtraError(ImportError):
 
 
 def check(report: Path | None, tensorboard: Path | None) -> None:
-    """Make sure that what was asked for can be written; makes the folders.
+    """Check that the requested report can be written; makes the folders.
 
     Args:
         report: the folder of the page and its pictures; None: not asked for.
         tensorboard: the folder of the event files; None: not asked for.
 
     Raises:
-        MissingExtraError: the package that draws or writes is not installed.
-        OSError: a folder can't be made, or not be written to.
+        MissingExtraError: matplotlib or tensorboardX is not installed.
+        OSError: a folder can't be created or written to.
     """
     if report is not None:
         _need("--report", "matplotlib", "report")

@@ -1,9 +1,7 @@
-"""The pictures of a run, drawn with matplotlib.
+"""The figures of a run's report, drawn with matplotlib.
 
-Laws:
-1. The same history gives the same pictures: the reader's own matplotlib settings are left out.
-2. No window, no display: a figure is drawn into memory.
-3. Every axis says what it shows, and in which unit.
+The same history gives the same figures: the user's own matplotlib settings are not used. Figures are drawn into memory
+without a display. Every axis is labelled with its quantity and unit.
 
 Shape suffixes: E epochs, C channels, R ranks.
 """
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from bnworker.train.events import LayerStatistics
 from bnworker.train.report.history import History
 
-# Okabe and Ito's colours, which the colour-blind tell apart too.
+# Okabe and Ito's colours: also distinguishable with colour blindness.
 _TRAIN, _TEST, _VALIDATION, _FADED = "#0072B2", "#D55E00", "#009E73", "#9DB8CC"
 _WAITING, _WORKING = "#D55E00", "#9DB8CC"
 
@@ -50,9 +48,9 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 _WIDE = (9.0, 3.2)  # inches; two panels side by side
-_FEW = 40  # epochs that are drawn as dots too; more would run into a thick line
+_FEW = 40  # up to so many epochs get a marker; more would merge into a thick line
 _LOGARITHMIC = 100.0  # a variance that spans two decades is unreadable on a linear axis
-_RANKS_NAMED = 16  # bars that have room for a number each
+_RANKS_NAMED = 16  # up to so many bars have room for a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Picture:
 
 
 def pictures(history: History) -> list[Picture]:
-    """All pictures that a history has something for, in the order of a reader's interest."""
+    """All pictures for which the history has data, the most important first."""
     drawn: list[Picture] = []
     with matplotlib.style.context(["default", _STYLE]):
         if history.points or history.epochs:
@@ -136,7 +134,7 @@ def _learning(history: History, figure: Figure) -> None:
     accuracy.set_ylim(top=1.005)
     if history.epochs:
         last = history.epochs[-1]
-        # The first steps guess; an axis that shows them squeezes all the rest into its top.
+        # The first steps have a low accuracy; an axis that included them would compress the rest.
         lowest = min(min(epoch.accuracy, epoch.test_accuracy) for epoch in history.epochs)
         accuracy.set_ylim(bottom=max(0.0, lowest - 0.05))
         accuracy.annotate(
@@ -172,7 +170,7 @@ def _bands(axes: Axes, ends: NDArray[np.float64], values_EC: NDArray[np.float64]
     axes.fill_between(ends, low, high, color=_TRAIN, alpha=0.15, linewidth=0, label="all channels")
     axes.fill_between(ends, lower, upper, color=_TRAIN, alpha=0.35, linewidth=0, label="middle half")
     axes.plot(ends, middle, color=_TRAIN, marker="o" if len(ends) <= _FEW else "", markersize=3, label="median")
-    if len(ends) == 1:  # a band of no width is not seen
+    if len(ends) == 1:  # a band of width 0 would be invisible
         axes.vlines(ends, low, high, color=_TRAIN, alpha=0.3, linewidth=6)
         axes.vlines(ends, lower, upper, color=_TRAIN, alpha=0.5, linewidth=6)
 
@@ -224,13 +222,13 @@ def _epochs(axes: Axes, history: History) -> None:
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
-    """One legend for both panels, where it hides nothing."""
+    """One legend for both panels, below them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def _scale(axes: Axes, values: Sequence[float] | NDArray[np.float64]) -> None:
-    """A logarithmic axis where the values span decades and allow it; otherwise one that begins at zero."""
+    """Make an axis logarithmic if its values are positive and span decades; otherwise let it begin at zero."""
     finite = np.asarray(values, np.float64)
     finite = finite[np.isfinite(finite)]
     if finite.size and finite.min() > 0 and finite.max() > _LOGARITHMIC * finite.min():

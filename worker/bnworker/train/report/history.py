@@ -1,4 +1,4 @@
-"""The events of a run so far, in the order of time, thinned so that a run of any length fits.
+"""The events of a run so far, averaged over groups of steps so that a run of any length fits.
 
 point = the mean over `stride` steps, weighted by their rows        stride = ⌈steps / 1000⌉
 """
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from bnworker.train.events import Epoch, Event, LayerStatistics, Resumed, Step
 
-_POINTS = 1000  # as many as a picture has columns for; TensorBoard shows as many
+_POINTS = 1000  # about the width of a figure in pixels, and the number of points that TensorBoard shows
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Some steps in a row, as one.
+    """The average of some consecutive steps.
 
     Attributes:
-        step: the last of them, from 1.
-        loss, accuracy: mean over their rows, while training.
+        step: the number of the last of them, from 1.
+        loss, accuracy: mean over their rows, in training mode.
         learning_rate: of the last of them.
         rows_per_second: of all ranks.
         waiting_share, reading_share: of this rank's time, spent inside exchanges and reading rows; from 0 to 1.
@@ -38,16 +38,16 @@ class Point:
 
 
 class History:
-    """Of one run.
+    """The history of one run.
 
     Args:
-        steps: how many there will be, at most.
-        steps_per_epoch: of them, in a whole epoch.
+        steps: the number of steps of the run, at most.
+        steps_per_epoch: the number of steps of a complete epoch.
 
     Attributes:
-        points: of the steps.
-        epochs: including those before a resumption, which have neither times nor layers.
-        resumed: steps made before the run was resumed; None: it was not.
+        points: averages over `stride` steps.
+        epochs: including those before the run was resumed, which have neither times nor layers.
+        resumed: steps made before the run was resumed; None: it was not resumed.
     """
 
     def __init__(self, steps: int, steps_per_epoch: int) -> None:
@@ -60,7 +60,7 @@ class History:
         self._seconds = self._reading = 0.0
 
     def add(self, event: Event) -> Point | None:
-        """Take in an event; returns the point that it completes, if any."""
+        """Add an event; returns the point that it completes, if any."""
         if isinstance(event, Resumed):
             self.resumed = event.steps
             self.epochs = list(event.epochs)
@@ -74,7 +74,7 @@ class History:
         return None
 
     def finish(self) -> None:
-        """End the run: the last steps make a point even if they do not fill one."""
+        """End the run: the last steps make a point even if they are fewer than `stride`."""
         self._point()
 
     def _point(self) -> Point | None:
@@ -98,7 +98,7 @@ class History:
         return point
 
     def position(self, step: int) -> float:
-        """Where a step lies on an axis of epochs: 1.5 is in the middle of the second."""
+        """A step's position on an axis of epochs: 1.5 is the middle of the second epoch."""
         return step / self._steps_per_epoch
 
     @property
@@ -108,11 +108,11 @@ class History:
 
     @property
     def reading_share(self) -> float:
-        """Of this rank's time in steps, spent reading rows; from 0 to 1."""
+        """The share of this rank's time in steps that was spent on reading rows, from 0 to 1."""
         return self._reading / self._seconds if self._seconds else 0.0
 
     def layers(self) -> dict[str, list[tuple[int, LayerStatistics]]]:
-        """Each layer's statistics after each epoch that knows them: name → (steps made, statistics)."""
+        """Each layer's statistics after each epoch that has them: name → (steps made, statistics)."""
         statistics: dict[str, list[tuple[int, LayerStatistics]]] = {}
         for epoch in self.epochs:
             for layer in epoch.layers:
@@ -120,7 +120,7 @@ class History:
         return statistics
 
     def waiting(self) -> tuple[list[Epoch], NDArray[np.float64]]:
-        """The epochs that know every rank's waiting time, and those times in seconds, (epochs, ranks)."""
+        """The epochs that have every rank's waiting time, and these times in seconds, (epochs, ranks)."""
         timed = [epoch for epoch in self.epochs if epoch.waiting]
         ranks = len(timed[0].waiting) if timed else 0
         return timed, np.array([epoch.waiting for epoch in timed], np.float64).reshape(len(timed), ranks)

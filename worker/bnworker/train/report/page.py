@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that holds its pictures and fetches nothing."""
+"""The report page of a run: one HTML file that contains its pictures and loads nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnworker.train.events import Epoch
 from bnworker.train.report.figures import Picture
 from bnworker.train.report.history import History
 
-# What the page may load: pictures and style that it carries itself. The browser refuses all else.
+# The content security policy: embedded pictures and styles only; the browser refuses everything else.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -31,10 +31,10 @@ def page(
     Args:
         history: of the run.
         pictures: to show, in order.
-        summary: what is known of the run: the contents of `--summary`, or of a run that failed what there is.
-        when: it ended.
-        failure: why it did not end well; None: it did.
-        stopped: whether that is because it was asked to end.
+        summary: the contents of `--summary`; of a failed run, the entries that are available.
+        when: the time at which the run ended.
+        failure: the error of a run that did not complete; None: it completed.
+        stopped: whether it did not complete because it was asked to stop.
     """
     title = f"bnlayer train: {summary['data']}"
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")

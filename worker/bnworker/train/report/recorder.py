@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Of one run, on the rank that writes.
+    """Records one run, on the rank that writes the report.
 
     Args:
         report: the folder of the page and its pictures; None: not asked for.
         tensorboard: the folder of the event files; None: not asked for.
-        steps: how many there will be, at most.
-        steps_per_epoch: of them, in a whole epoch.
+        steps: the number of steps of the run, at most.
+        steps_per_epoch: the number of steps of a complete epoch.
 
     Raises:
-        ImportError: a package that was asked for does not work here.
+        ImportError: a package that is needed can't be imported.
     """
 
     def __init__(self, report: Path | None, tensorboard: Path | None, steps: int, steps_per_epoch: int) -> None:
@@ -48,14 +48,14 @@ class Recorder:
             self._files.add(event, point)
 
     def finish(self, summary: Mapping[str, Any], failure: str | None = None, *, stopped: bool = False) -> Path | None:
-        """Write what was asked for: `index.html`, and a PNG for each of its pictures.
+        """Write the report: `index.html`, and a PNG for each of its pictures.
 
-        A run that failed before its first step leaves an earlier run's report as it is.
+        A run that failed before its first step does not overwrite an earlier run's report.
 
         Args:
-            summary: the contents of `--summary`; of a run that failed at least data, world_size and transport.
-            failure: why the run did not end well; None: it did.
-            stopped: whether that is because it was asked to end.
+            summary: the contents of `--summary`; of a failed run at least data, world_size and transport.
+            failure: the error of a run that did not complete; None: it completed.
+            stopped: whether it did not complete because it was asked to stop.
 
         Returns:
             The page; None: none was written.
