@@ -1,4 +1,4 @@
-"""What a docstring calls an argument or an attribute is one: a name that was changed is changed there, too."""
+"""Names in docstrings and in docs/architecture.md exist: a name that was changed in the code is changed there, too."""
 
 from __future__ import annotations
 
@@ -66,3 +66,26 @@ def test_what_is_described_is_there(folder: str) -> None:
         if (names := sorted(_wrong(ast.parse(file.read_text(encoding="utf-8")))))
     }
     assert wrong == {}
+
+
+def _members(source: str) -> set[str]:
+    """Class.name of the methods and the annotated or assigned names in the bodies of a module's classes."""
+    members: set[str] = set()
+    for body in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        members |= {f"{body.name}.{each.name}" for each in body.body if isinstance(each, Function)}
+        assigned = (each for each in body.body if isinstance(each, ast.Assign | ast.AnnAssign))
+        targets = (each.targets if isinstance(each, ast.Assign) else [each.target] for each in assigned)
+        members |= {f"{body.name}.{name.id}" for names in targets for name in names if isinstance(name, ast.Name)}
+    return members
+
+
+def test_the_architecture_names_what_is_there() -> None:
+    """Whoever looks for where something is done finds it by the name that docs/architecture.md gives."""
+    page = (_ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([A-Z]\w*\.\w+)`", page))
+    files = {path.rpartition("/")[2] for path in re.findall(r"`([\w/]+\.py)`", page)}
+    there = {file.name for file in [*_FILES, *(_ROOT / "tests").rglob("*.py")]}
+    members = {name for file in _FILES for name in _members(file.read_text(encoding="utf-8"))}
+    assert len(named) > 50
+    assert sorted(named - members) == []
+    assert sorted(files - there) == []
