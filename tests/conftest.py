@@ -35,6 +35,12 @@ _LONGEST = (
     "rpc/test_contract.py",
     "rpc/test_daemon.py",
     "rpc/test_launch.py",
+    "adapters/test_keras_ranks.py",
+    "adapters/test_torch.py",
+    "adapters/test_keras_own_tests.py",
+    "adapters/test_torch_examples.py",
+    "adapters/test_jax_ranks.py",
+    "adapters/test_examples.py",
 )
 # What starts nothing is in folders of its own: runs of all else need not collect it.
 _PURE = {Path(__file__).parent / "unit", Path(__file__).parent / "scenarios"}

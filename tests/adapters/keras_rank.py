@@ -5,6 +5,8 @@
 What a part returns is saved as FOLDER/PART-N-RANK.npz.
 """
 
+# ruff: noqa: E402 - what a rank does without is said before Keras is imported
+
 from __future__ import annotations
 
 import os
@@ -13,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.modules["sklearn"] = None  # type: ignore[assignment]  # Keras imports it for a wrapper: a quarter of a rank's start
 
 import keras
 import numpy as np
