@@ -11,7 +11,7 @@ Laws:
 3. A new communicator is not used before all have agreed that all have it: Open MPI 5.0 crashes a rank that hears of
    the revocation of one that it is still making.
 4. A rank that leaves the others with a failure, or in the middle, ends by SIGKILL: of a process that exits before MPI
-   is finalized Open MPI tells the others nothing, and to finalize it would wait for them.
+   is finalized Open MPI tells the others nothing, and to finalize it would wait for them. All others just end.
 """
 
 from __future__ import annotations
@@ -230,6 +230,7 @@ def formed(before: RecoverableTransport | None, limits: Limits, timeout: float) 
             raise _overdue(timeout)
 
     rank = MPI.COMM_WORLD.rank
+    mpi_runtime.skip_finalizing()
     try:
         if before is None:
             parent, generation = MPI.COMM_WORLD, 0

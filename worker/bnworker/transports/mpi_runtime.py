@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from bnworker import failure_marker
 
-__all__ = ["MPI", "PROCESS", "end_by_signal", "end_job", "ends_by_signal"]
+__all__ = ["MPI", "PROCESS", "end_by_signal", "end_job", "ends_by_signal", "skip_finalizing"]
 
 _LOADED_BEFORE = "mpi4py.MPI" in sys.modules
 try:
@@ -34,27 +34,42 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
 
 PROCESS = os.getpid()  # the one that is a rank
 
-
 _instead: Callable[[], None] | None = None  # of finalizing
+
+
+def skip_finalizing() -> None:
+    """Let this process just end: one rank of a job that may have lost others.
+
+    Where more than one was lost, about every tenth `MPI_Finalize` of Open MPI 5.0 waits for ever for the others.
+    """
+    if _instead is None:
+        _end_by(_nothing)
 
 
 def end_by_signal(rank: int) -> None:
     """End this process by SIGKILL instead of finalizing MPI: of that the other ranks are told, and go on."""
-    global _instead  # noqa: PLW0603 - MPI is the process's own
-    if _instead is None:
+    if not ends_by_signal():
         sys.stderr.write(f"bnworker: process {rank} of the MPI job ends by SIGKILL: the others go on without it.\n")
-        _instead = _kill
-
-
-def ends_by_signal() -> bool:
-    """Whether this process ends otherwise than by finalizing MPI."""
-    return _instead is not None
+        _end_by(_kill)
 
 
 def end_job() -> None:
     """End the whole MPI job instead of finalizing MPI, which would wait for ever."""
+    _end_by(_abort)
+
+
+def ends_by_signal() -> bool:
+    """Whether this process will neither finalize MPI nor just end."""
+    return _instead not in (None, _nothing)
+
+
+def _end_by(action: Callable[[], None]) -> None:
     global _instead  # noqa: PLW0603 - MPI is the process's own
-    _instead = _abort
+    _instead = action
+
+
+def _nothing() -> None:
+    pass
 
 
 def _kill() -> None:
@@ -76,7 +91,7 @@ def _finalize() -> None:
         sys.stderr.flush()
         _instead()
     failure_marker.closed("mpi")
-    if _FINALIZES and not MPI.Is_finalized():
+    if _FINALIZES and _instead is None and not MPI.Is_finalized():
         MPI.Finalize()
 
 
