@@ -274,7 +274,9 @@ def elastic(
     token: str | None = None,
     timeout: float = 300,
 ) -> ElasticJob:
-    """Take part in a job whose ranks may change while it runs; over the statistics service.
+    """Take part in a job whose ranks may change while it runs: over the statistics service, or over MPI.
+
+    Over MPI it works under Open MPI's `mpirun --with-ft ulfm`. Ranks that are left go on there, and none joins.
 
         for generation in bnworker.elastic(state, min=2, max=8):
             with generation as world:
@@ -296,7 +298,8 @@ def elastic(
         The generations.
 
     Raises:
-        ValueError: the limits are missing or out of range, or the job would not use a service that outlives its ranks.
+        ValueError: the limits are missing or out of range, or the job would use neither a service that outlives its
+            ranks nor an MPI that lets them survive each other.
         CollectiveError: in the loop: too few ranks are left, the ranks disagree, or the service refuses.
     """
     return ElasticJob(state, _limits(min, max), timeout, address=address, job=job, token=token)

@@ -127,7 +127,8 @@ def join_elastic(
         The world, and where in the job it is.
 
     Raises:
-        ValueError: as `join`; or the job would not use a service that outlives its ranks.
+        ValueError: as `join`; or the job would use neither a service that outlives its ranks, nor an MPI that lets
+            them survive each other.
         RuntimeError: the process has joined already.
         JobFinishedError: the others have finished the job.
         RegroupError: the ranks changed again.

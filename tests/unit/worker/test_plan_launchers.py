@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bnlayer import BatchNormalization
-from bnworker.plan import plan
+from bnworker.plan import plan, survives_losses
 from support import environments as started
 
 ADDRESS = {"BNLAYER_ADDRESS": "h:1"}
@@ -220,3 +220,9 @@ def test_in_the_environment_of_each_launcher(launcher: str, address: bool, monke
         bn = BatchNormalization(synchronized=True)
         with pytest.raises(RuntimeError, match=r"no world was joined, and .* ranks |no world was joined, and prterun"):
             bn([[1.0], [2.0]], training=True)
+
+
+@pytest.mark.parametrize(("value", "survive"), [("1", True), ("true", True), ("0", False), ("", False), (None, False)])
+def test_whether_ranks_survive_each_other(value: str | None, survive: bool) -> None:
+    """As `mpirun --with-ft ulfm` says."""
+    assert survives_losses({} if value is None else {"OMPI_MCA_mpi_ft_enable": value}) is survive

@@ -192,11 +192,25 @@ def test_an_elastic_run_that_cannot_be(options: list[str], line: str, command: C
     assert command("train", *options) == (2, "", line)
 
 
-def test_an_elastic_run_under_another_launcher(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would start no rank again."""
-    monkeypatch.setenv("PMI_RANK", "0")
-    monkeypatch.setenv("PMI_SIZE", "2")
-    code, _, err = command("train", "--elastic=1:2")
+@pytest.mark.parametrize(
+    ("environ", "options"),
+    [
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, []),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, []),
+        ({"RANK": "0", "WORLD_SIZE": "2", "OMPI_MCA_mpi_ft_enable": "1"}, []),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_mpi_ft_enable": "1"},
+            ["--transport=service", "--address=127.0.0.1:1"],
+        ),
+    ],
+)
+def test_an_elastic_run_under_another_launcher(
+    environ: dict[str, str], options: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would start no rank again, and none would survive but over MPI, where it was started so."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = command("train", "--elastic=1:2", *options)
     assert code == 2
     assert err.startswith("bnlayer: train: --elastic 1:2, but ")
     assert "started this process as rank 0, and starts no rank again: leave it out, or let bnlayer start" in err

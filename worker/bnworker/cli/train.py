@@ -74,6 +74,8 @@ def train(
 
     `bnlayer train --workers 4 --elastic 2:4`
 
+    The same over Open MPI, which starts none again: `mpirun --with-ft ulfm -n 4 bnlayer train --elastic 2:4`
+
     One that begins where a Keras or torch model of this form is, or an export of ours:
 
     `bnlayer train --data digits --init-from model.keras`
