@@ -175,6 +175,12 @@ class Configuration:
             "forget jobs that are over beyond the latest so many; all are kept if it is not set",
         ),
     )
+    keep_checkpoints: int | None = field(
+        default=None,
+        metadata=_setting(
+            _count, "N", "delete the checkpoints of a job beyond the latest so many; all are kept if it is not set"
+        ),
+    )
     tls_cert: Path | None = field(
         default=None,
         metadata=_setting(
@@ -242,6 +248,13 @@ class Configuration:
         default=_QUOTAS.channels,
         metadata=_setting(_count, "N", "quota: channels of a layer; 131072 of them hold up every job for 0.15 s"),
     )
+    max_layer_bytes: int = field(
+        default=_QUOTAS.layer_bytes,
+        metadata=_setting(_bytes, "BYTES", "quota: bytes of the statistics and grids of all layers of a job together"),
+    )
+    max_checkpoints: int = field(
+        default=_QUOTAS.checkpoints, metadata=_setting(_count, "N", "quota: checkpoints of a job")
+    )
     max_job_bytes: int = field(
         default=_QUOTAS.job_bytes,
         metadata=_setting(
@@ -278,6 +291,8 @@ class Configuration:
             ranks=self.max_ranks,
             layers=self.max_layers,
             channels=self.max_channels,
+            layer_bytes=self.max_layer_bytes,
+            checkpoints=self.max_checkpoints,
             job_bytes=self.max_job_bytes,
             total_bytes=self.max_bytes,
         )

@@ -17,6 +17,8 @@ from bnlayer.state import LayerState
 from bnserver.core.events import Elastic, Limbs, Replacing
 from bnserver.core.reasons import Reason
 
+NOBODY = 2**32 - 1  # no job has so many ranks
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSnapshot:
@@ -75,7 +77,7 @@ class Pushed:
     """A rank has replaced the owner's state of a layer.
 
     Attributes:
-        rank: which.
+        rank: which; `NOBODY`: none has, it is what came of records that are not kept.
         number: of the push among those of this rank.
         layer: the layer's name.
         state: what it is now, with its new version.

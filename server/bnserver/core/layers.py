@@ -8,6 +8,8 @@ Laws:
 4. What all ranks set by hand is taken over with the exchange that carries it: once, and only when it completes.
 5. A layer keeps its state before the latest training call, and what was reduced since: `records` writes both. Of
    training calls whose gradients are still to come it keeps nothing: see `BackwardExchange`.
+6. What a layer keeps is bounded, however many backward exchanges, pushes and enrolments follow one training call: they
+   are replaced by the state that came of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from bnlayer.state import LayerState
 from bnserver.core.answers import Answer, DisagreementError
 from bnserver.core.effects import Enrolled, Totals
 from bnserver.core.events import Limbs, Replacing
-from bnserver.core.journal_records import Completed, LayerSnapshot, Pushed
+from bnserver.core.journal_records import NOBODY, Completed, LayerSnapshot, Pushed
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +35,7 @@ class _Layer:
         state: the authoritative one.
         base: the state before the latest training call.
         since: the records since then.
+        called: how many of them lead to the end of the training call; those that follow don't change what it is.
         forward, backward: the exchange in progress.
         set: the state that all ranks have set, and from which the exchange in progress begins; None if it begins from
             the owner's.
@@ -42,6 +45,7 @@ class _Layer:
     state: LayerState
     base: LayerState
     since: list[Completed | Pushed] = field(default_factory=list)
+    called: int = 0
     forward: ForwardExchange | None = None
     backward: BackwardExchange | None = None
     set: LayerState | None = None
@@ -52,12 +56,28 @@ class _Layer:
         """A layer that has nothing but a state."""
         return cls(state, state)
 
+    @property
+    def size(self) -> int:
+        """Bytes of its state."""
+        return size(self.state)
+
+
+def size(state: LayerState) -> int:
+    """Bytes of a layer's statistics and grids."""
+    grids = (state.forward.pivot_C, state.forward.exponent_C, state.backward.gradient_C, state.backward.deviation_C)
+    return sum(array.nbytes for array in (*state.moving.vectors.values(), *grids))
+
 
 class Layers:
-    """The layers of one job, by name."""
+    """The layers of one job, by name.
+
+    Attributes:
+        size: bytes of their states.
+    """
 
     def __init__(self) -> None:
         self._layers: dict[str, _Layer] = {}
+        self.size = 0
 
     def __len__(self) -> int:
         """How many there are."""
@@ -76,9 +96,20 @@ class Layers:
             records += [LayerSnapshot(name, layer.base), *layer.since]
         return records
 
+    def size_with(self, name: str, state: LayerState) -> int:
+        """Bytes of all states, once a layer has this one; no less than now."""
+        layer = self._layers.get(name)
+        return self.size + max(0, size(state) - (layer.size if layer is not None else 0))
+
     def keep(self, record: LayerSnapshot) -> None:
         """Restore a layer from a snapshot."""
-        self._layers[record.layer] = _Layer.of(record.state)
+        self._set(record.layer, record.state)
+
+    def _set(self, name: str, state: LayerState) -> None:
+        """A layer has nothing but this state."""
+        before = self._layers.get(name)
+        self.size += size(state) - (before.size if before is not None else 0)
+        self._layers[name] = _Layer.of(state)
 
     def forget_unfinished(self) -> None:
         """Drop exchanges that were cut short: a new generation's ranks don't continue them."""
@@ -105,7 +136,7 @@ class Layers:
         """Apply a push."""
         layer = self._layers.get(record.layer)
         if layer is None or not layer.since:
-            self._layers[record.layer] = _Layer.of(record.state)
+            self._set(record.layer, record.state)
             return
         if isinstance(layer.since[-1], Pushed):
             layer.since.pop()  # replaced by this one, and not needed any more
@@ -152,10 +183,11 @@ class Layers:
         if layer is not None and not anew:
             return
         if layer is None or not layer.since or layer.state.kind != state.kind:
-            self._layers[name] = _Layer.of(state)
+            self._set(name, state)
             return
-        layer.since.append(record)  # a backward pass may still come
-        layer.state = state
+        # A backward pass may still come. Of what else came since the training call nothing is left.
+        layer.since[layer.called :] = [record]
+        layer.state, layer.backward = state, None
 
     def _reduced(self, record: Completed, signature: LayerSignature, body: Limbs | Replacing) -> int:
         """Apply the reduced limbs, and the state that the ranks set before; returns the layer's version after them."""
@@ -176,14 +208,20 @@ class Layers:
             limbs, layer.set = body.limbs, body.state
         else:
             limbs = body
-        begins = layer.forward is None
         if call.key.direction is Direction.BACKWARD:
+            begins = layer.backward is None
             _backward(layer, call, signature, limbs)
+            if begins and len(layer.since) > layer.called:
+                # What came of the backward exchanges before this one: nobody asks for their answers any more.
+                layer.since[layer.called :] = [Pushed(NOBODY, 0, name or "", before)]
+            layer.since.append(record)
         else:
+            begins = layer.forward is None
             _forward(layer, call, signature, limbs)
             if begins:
                 layer.base, layer.since = before, []
-        layer.since.append(record)
+            layer.since.append(record)
+            layer.called = len(layer.since)
         return layer.state.version
 
 

@@ -23,6 +23,8 @@ class Quotas:
         ranks: of a job.
         layers: of a job.
         channels: of a layer. A layer's work is done in the event loop: 2**17 channels take it 0.15 s.
+        layer_bytes: of the states of all layers of a job.
+        checkpoints: of a job.
         job_bytes: of a job's requests that are not answered yet.
         total_bytes: likewise, of all jobs. Requests that come in one message are exempt: they are small, and one job
             that fills the quota shall not end those whose exchanges are.
@@ -33,6 +35,8 @@ class Quotas:
     ranks: int = 2**20
     layers: int = 2**12
     channels: int = 2**17
+    layer_bytes: int = 2**28
+    checkpoints: int = 100
     job_bytes: int = 2**31
     total_bytes: int = 2**33
 

@@ -195,13 +195,18 @@ class Service:
         return effects
 
     def _within_quota(self, job: Job, event: Contribute | Push) -> Contribute | Push | Malformed:
-        """A push or an enrolment; or what takes its place, if it would add a layer to a job that may have no more."""
+        """A push or an enrolment; or what takes its place, if the job may have no more layers, or bytes of them."""
         call = event.call if isinstance(event, Contribute) else None
         layer = event.layer if isinstance(event, Push) else event.call.key.layer or ""
-        if len(job.layers) < self._quotas.layers or job.layers.pulled(layer) is not None:
-            return event
-        text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
-        return Malformed(event.connection, text, call, Reason.QUOTA)
+        state = event.state if isinstance(event, Push) else event.body
+        text = ""
+        if len(job.layers) >= self._quotas.layers and job.layers.pulled(layer) is None:
+            text = exceeded("layers of a job", self._quotas.layers, len(job.layers) + 1, "--max-layers")
+        elif isinstance(state, LayerState):
+            size = job.layers.size_with(layer, state)
+            if size > max(self._quotas.layer_bytes, job.layers.size):  # what was taken before stays
+                text = exceeded("bytes of a job's layers", self._quotas.layer_bytes, size, "--max-layer-bytes")
+        return Malformed(event.connection, text, call, Reason.QUOTA) if text else event
 
     def _unseated(self, event: Contribute | Pull | Push | Leave | ConnectionEnded | Malformed) -> list[Effect]:
         """An event of a connection without a seat; one that waits for a generation of an elastic job waits no more."""

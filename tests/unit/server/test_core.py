@@ -41,12 +41,13 @@ from bnserver.core.events import (
 from bnserver.core.gathering import GRACE_S
 from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
-from bnserver.core.layers import Layers
+from bnserver.core.layers import Layers, size
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.quotas import Quotas
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.core.validation import validated
+from support.journals import state_of
 
 _SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
 _STATE = LayerState(
@@ -415,3 +416,44 @@ def test_a_layer_too_many_is_refused(pushed: bool) -> None:
         "for 2; the service's --max-layers raises the quota."
     )
     assert set(service.states("j")) == {"a"}
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+def test_all_layers_together_have_a_quota(pushed: bool) -> None:
+    """Many layers of many channels were permitted, whatever they hold; what is there is enrolled and pushed on."""
+    wide = replace(_STATE, moving=Moving(np.zeros(1, np.float64), np.ones(1, np.float64)))
+    first, second = size(_STATE), size(wide)
+    assert (first, second) == (40, 48)
+    service = Service(quotas=Quotas(layer_bytes=first + second))
+    _join(service, 1)
+    _enroll(service, 1)
+    assert [type(effect) for effect in _effects_of(service, Push(1, "b", wide, 1))] == [Owned]
+    assert [type(effect) for effect in _effects_of(service, Push(1, "a", _STATE, 2))] == [Owned]
+    other = Contribute(1, 1, 2, Call(Operation.ENROLL, ExchangeKey("c", None, 0), _SIGNATURE), _STATE)
+    failed, *_ = _effects_of(service, Push(1, "c", _STATE, 3) if pushed else other)
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.QUOTA
+    assert failed.text == (
+        "The service refused what rank 0 (host h, pid 1) sent: expected at most 88 bytes of a job's layers, received a "
+        "request for 128; the service's --max-layer-bytes raises the quota."
+    )
+    assert set(service.states("j")) == {"a", "b"}
+
+
+def test_a_layer_that_grows_counts() -> None:
+    """Rank 0's state replaces the owner's, with more channels; and what it was before does not count any more."""
+    layers = _layers()
+    layers.keep(LayerSnapshot("a", state_of("float64", 3)))
+    assert layers.size == size(state_of("float64", 3)) == 144
+    assert layers.size_with("a", _STATE) == 144
+    assert layers.size_with("b", _STATE) == 184
+    anew = Call(Operation.ENROLL, ExchangeKey("a", None, 0), replace(_SIGNATURE, anew=True))
+    layers.completed(Completed(1, anew, state_of("float64", 9)))
+    assert layers.size == 3 * 144
+
+
+def test_a_job_above_the_quota_goes_on() -> None:
+    """What it has was permitted when it began: the operator has lowered the quota since."""
+    service = Service({"j": [Ended(1), LayerSnapshot("a", _STATE)]}, quotas=Quotas(layer_bytes=1))
+    _join(service, 1)
+    assert [type(effect) for effect in _enroll(service, 1, 2)] == [Enrolled]
