@@ -114,9 +114,10 @@ class PlainSignature:
     """What must be equal on all ranks for a plain operation.
 
     Attributes:
-        op: "sum", "max" or "min"; "" for a broadcast or a barrier; "synchronize" for the broadcast that is part of it.
+        op: "sum", "max" or "min"; "" for a broadcast or a barrier; "synchronize" for the broadcast that is part of it;
+            "checkpoint" for the barrier after which the owner keeps its state.
         arrays: dtype and shape of each array, as text; empty for a broadcast, whose root alone knows them; to
-            synchronize, each layer.
+            synchronize, each layer; of a checkpoint, its name and its training step.
         root: the broadcasting rank; -1 elsewhere.
     """
 
@@ -127,6 +128,7 @@ class PlainSignature:
 
 SYNCHRONIZE = "synchronize"
 ADMIT = "admit"
+CHECKPOINT = "checkpoint"
 
 
 class Call(NamedTuple):

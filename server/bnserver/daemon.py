@@ -114,7 +114,7 @@ async def _serve(configuration: Configuration, failpoints: Failpoints) -> None:
             timeouts=LivenessTimeouts(configuration.lease, configuration.away),
             failpoints=failpoints,
             saving=report_whether_saving,
-            keep=Keep(configuration.keep_jobs_days, configuration.keep_jobs),
+            keep=Keep(configuration.keep_jobs_days, configuration.keep_jobs, configuration.keep_checkpoints),
             quotas=configuration.quotas,
         )
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[admission] if admission is not None else None)

@@ -14,9 +14,11 @@ from typing import Any
 
 from bnlayer.reduction import reduce_in_rank_order
 from bnproto.failures import StatusParts, status_of
+from bnserver.checkpoints import NotKeptError
 from bnserver.connection import Connection
 from bnserver.core.effects import (
     Broadcast,
+    Checkpoint,
     Closed,
     Effect,
     Enrolled,
@@ -81,6 +83,7 @@ class EffectHandlers:
             Broadcast: self._answer,
             Released: self._answer,
             Reduce: self._reduce,
+            Checkpoint: self._checkpoint,
             Owned: self._owned,
             Joined: self._joined,
             Record: self._record,
@@ -154,6 +157,29 @@ class EffectHandlers:
 
     def _persist(self, effect: Persist) -> None:
         self._jobs.retention.persist(effect)
+
+    def _checkpoint(self, effect: Checkpoint) -> None:
+        """Keep a job's layers, then answer: the ranks wait for the disk, and nobody else does."""
+        connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
+        generation = connections[0].generation if connections else 0
+
+        async def keep() -> None:
+            refused, context = "", fields(job=effect.job, checkpoint=effect.name, step=effect.step)
+            try:
+                await self._jobs.checkpoints.write(effect)
+                text = "job %r: checkpoint %r of step %d"
+                _log.info(text, effect.job, effect.name, effect.step, extra=context)
+            except Exception as error:  # noqa: BLE001 - the rim: the ranks wait for an answer
+                refused = str(error)
+                if not isinstance(error, NotKeptError):
+                    refused = f"The service failed at checkpoint {effect.name!r}; its log has the traceback."
+                    _log.exception("a fault of the service, at a checkpoint", extra=context)
+                else:
+                    _log.warning("%s", refused, extra=context)
+            for connection in connections:
+                connection.answer(self._writer.checkpointed(effect.sequence, generation, refused))
+
+        self._start(keep())
 
     # ---- ends ----
 

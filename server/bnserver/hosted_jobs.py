@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from bnlayer.state import LayerState
+from bnserver.checkpoints import Checkpoints
 from bnserver.core.members import LivenessTimeouts
 from bnserver.core.observation import JobObservation
 from bnserver.core.quotas import Quotas
@@ -41,6 +42,7 @@ class HostedJobs:
         clock: what the core takes for the time.
         saving: keeps the jobs on disk; None without a store.
         retention: what forgets jobs that are over.
+        checkpoints: what writes them.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class HostedJobs:
         self._counts = counts
         self._report_saving = report_saving
         self._loaded = asyncio.Event()
+        self.checkpoints = Checkpoints(
+            store.directory if store is not None else None, quotas.checkpoints, keep.checkpoints
+        )
         self.clock = SuspendAwareClock(time.monotonic())
         self._host(Service(timeouts=timeouts, quotas=quotas))
 

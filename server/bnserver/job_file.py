@@ -27,6 +27,7 @@ from bnserver.journal_encoding import FrameError, RecordError, Torn, decode, enc
 SUFFIX = ".job"
 
 _FORMAT = 1
+_HEADER_BYTES = 2**12  # a header has less: names of up to 200 characters
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -144,7 +145,9 @@ def file_name(job: str) -> str:
     return f"{quote(job[:80], safe='')[:80]}.{digest}{SUFFIX}"
 
 
-def header(job: str, *, synced: int, directory: str = "", number: int = 0) -> bytes:
+def header(
+    job: str, *, synced: int, directory: str = "", number: int = 0, checkpoint: str = "", step: int = 0
+) -> bytes:
     """What a file begins with.
 
     Args:
@@ -152,8 +155,18 @@ def header(job: str, *, synced: int, directory: str = "", number: int = 0) -> by
         synced: records of the snapshot, this one included; they were synced to the disk.
         directory: the name of the state directory; "" if it has none.
         number: of the snapshot.
+        checkpoint, step: of a checkpoint: its name and its training step.
     """
-    fields = pb.Header(format=_FORMAT, job=job, machine=_machine(), synced=synced, directory=directory, number=number)
+    fields = pb.Header(
+        format=_FORMAT,
+        job=job,
+        machine=_machine(),
+        synced=synced,
+        directory=directory,
+        number=number,
+        checkpoint=checkpoint,
+        step=step,
+    )
     return encode_header(fields)
 
 
@@ -172,8 +185,10 @@ def write_all(handle: int, data: bytes) -> None:
         view = view[os.write(handle, view) :]
 
 
-def read_regular(path: Path) -> tuple[bytes, int]:
-    """The content of a regular file, and its mode. What else has its name is refused without being waited for.
+def read_regular(path: Path, most: int = -1) -> tuple[bytes, int]:
+    """The content of a regular file, or its first bytes, and its mode.
+
+    What else has its name is refused without being waited for.
 
     Raises:
         StoreError: it is something else.
@@ -185,7 +200,7 @@ def read_regular(path: Path) -> tuple[bytes, int]:
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
         status = os.fstat(descriptor)
         _refuse_others(path, status)
-        return file.readall(), stat.S_IMODE(status.st_mode)
+        return file.read(most), stat.S_IMODE(status.st_mode)
 
 
 def _refuse_others(path: Path, status: os.stat_result) -> None:
@@ -231,7 +246,7 @@ def scan(path: Path) -> Scan:
                     break
                 end, body = frame
                 if first is None:
-                    first = _header_of(body)
+                    first = _header_of(body, path)
                 else:
                     bodies.append(body)
                 count, size = count + 1, end
@@ -249,9 +264,23 @@ def scan(path: Path) -> Scan:
     return Scan(path, first, bodies, count, size, snapshot, torn, mode)
 
 
-def _content(path: Path) -> tuple[bytes, int]:
+def first_header(path: Path) -> pb.Header:
+    """A file's header; what follows it is not looked at.
+
+    Raises:
+        StoreError: it is corrupt, or no regular file.
+    """
+    data, _ = _content(path, _HEADER_BYTES)
+    with _naming(path):
+        frame = next(frames(data), None)
+        if frame is None or isinstance(frame, Torn):
+            raise RecordError("it lacks its header")
+        return _header_of(frame[1], path)
+
+
+def _content(path: Path, most: int = -1) -> tuple[bytes, int]:
     try:
-        return read_regular(path)
+        return read_regular(path, most)
     except OSError as error:
         raise StoreError(
             f"{path} can't be read: {error.strerror}. Give it to the user that runs the service (chown, chmod 600); or "
@@ -271,12 +300,14 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _header_of(body: bytes) -> pb.Header:
+def _header_of(body: bytes, path: Path) -> pb.Header:
     header = decode(body)
     if not isinstance(header, pb.Header):
         raise RecordError("it does not begin with a header")
     if header.format != _FORMAT:
         raise RecordError(f"expected the format {_FORMAT}, found {header.format}")
+    if header.checkpoint and path.suffix == SUFFIX:
+        raise RecordError(f"it is the checkpoint {header.checkpoint!r}, of which bnlayer state restore makes a job")
     return header
 
 

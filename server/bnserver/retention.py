@@ -21,19 +21,21 @@ _log = logging.getLogger("bnserver")
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What is kept of jobs that are over.
+    """What is kept of jobs that are over, and how many checkpoints of each job.
 
     Attributes:
         days: after their end; None: for ever.
         jobs: the latest so many; None: all.
+        checkpoints: of a job, the latest so many; None: all.
     """
 
     days: float | None = None
     jobs: int | None = None
+    checkpoints: int | None = None
 
     @property
     def is_everything(self) -> bool:
-        """Whether nothing is ever forgotten."""
+        """Whether no job is ever forgotten."""
         return self.days is None and self.jobs is None
 
     def expired(self, ended: Mapping[str, float], now: float) -> list[str]:

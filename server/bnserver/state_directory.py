@@ -126,6 +126,19 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE)
 
 
+def sync(directory: Path) -> None:
+    """Have the names in a directory survive a power cut.
+
+    Raises:
+        OSError: they can't be written.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def close_to_others(scan: Scan) -> None:
     """Take a file that an earlier version wrote from everybody but its owner, where this process may do so."""
     if scan.mode & 0o077:

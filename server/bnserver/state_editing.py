@@ -13,6 +13,7 @@ from pathlib import Path
 from bnlayer import BatchNormalization, interchange
 from bnlayer.agreement import Peer
 from bnlayer.state import LayerState
+from bnserver.checkpoints import headers
 from bnserver.core.events import Join, Malformed, Push
 from bnserver.core.journal_records import Ended, JournalRecord, LayerSnapshot
 from bnserver.core.members import LivenessTimeouts
@@ -22,7 +23,7 @@ from bnserver.core.validation import validated
 from bnserver.job_file import StoreError, file_name
 from bnserver.store import Store
 
-_REPLACED = "The job's statistics were replaced by bnlayer state import. Start the job again."
+_REPLACED = "The job's statistics were replaced by bnlayer state import or restore. Start the job again."
 
 
 class EditError(ValueError):
@@ -70,7 +71,9 @@ def imported_layers(path: Path) -> dict[str, LayerState]:
     return states
 
 
-def replace_job(store: Store, job: str, states: Mapping[str, LayerState], *, replace: bool) -> None:
+def replace_job(
+    store: Store, job: str, states: Mapping[str, LayerState], *, replace: bool, flag: str = "--replace"
+) -> None:
     """Give a job these layers, and no others. A run that was not finished can't go on.
 
     Args:
@@ -78,6 +81,7 @@ def replace_job(store: Store, job: str, states: Mapping[str, LayerState], *, rep
         job: the job's name.
         states: by the names of the layers.
         replace: whether there may be such a job already.
+        flag: what else the command could be told, where there is one.
 
     Raises:
         EditError: there is one, or none can have this name.
@@ -89,7 +93,7 @@ def replace_job(store: Store, job: str, states: Mapping[str, LayerState], *, rep
     ended = Ended(0)
     if store.holds(job):
         if not replace:
-            raise EditError(f"There is a job {job!r} already: give another name, or --replace.")
+            raise EditError(f"There is a job {job!r} already: give another name, or {flag}.")
         try:
             before = recovered(job, store.read(job), LivenessTimeouts(), 0.0)
         except RecoveryError as error:
@@ -100,12 +104,12 @@ def replace_job(store: Store, job: str, states: Mapping[str, LayerState], *, rep
 
 
 def forget_job(store: Store, job: str) -> bool:
-    """Delete a job's file; returns whether there was one.
+    """Delete a job's file and its checkpoints; returns whether there was any.
 
     Raises:
-        OSError: it can't be deleted.
+        OSError: one can't be deleted.
     """
-    there = store.holds(job)
+    there = store.holds(job) or bool(headers(store.directory, job))
     store.delete(file_name(job))
     return there
 

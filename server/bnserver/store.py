@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bnserver import state_directory
+from bnserver import checkpoints, state_directory
 from bnserver.core.journal_records import JournalRecord
 from bnserver.failpoints import Failpoints
 from bnserver.job_file import SUFFIX, JobFile, Scan, StoreError, file_name, header, scan, write_all
@@ -144,8 +144,14 @@ class Store:
         return written
 
     def delete(self, name: str) -> None:
-        """Delete a job's file, by its name."""
+        """Delete a job's file, by its name, and its checkpoints."""
         (self._directory / name).unlink(missing_ok=True)
+        checkpoints.remove(self._directory, name)
+
+    @property
+    def directory(self) -> Path:
+        """Where it is."""
+        return self._directory
 
     def append(self, job: str, record: JournalRecord) -> None:
         """Append a record to a job's journal; it survives the end of this process once this returns.
@@ -203,7 +209,7 @@ class Store:
                 if file.lost is not None:
                     raise file.lost
                 self._take_place(file, aside, path, count, size)
-                await asyncio.to_thread(_sync, self._directory)
+                await asyncio.to_thread(state_directory.sync, self._directory)
             except OSError as error:
                 raise self._store_error(job, error) from error
             finally:
@@ -279,11 +285,3 @@ class Store:
     def _store_error(self, job: str, error: Exception) -> StoreError:
         what = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return StoreError(f"Job {job!r} could not be saved to {self.path(job)}: {what}.")
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -230,6 +230,10 @@ class Writer:
         """The answer to an integer sum that does not fit its dtype."""
         return self._messages(generation, pb.Result(sequence=sequence, overflow=text), [])
 
+    def checkpointed(self, sequence: int, generation: int, refused: str) -> Messages:
+        """The answer to a checkpoint; why it is not kept, or ""."""
+        return self._messages(generation, pb.Result(sequence=sequence, refused=refused), [])
+
     def owned(self, effect: Owned, generation: int) -> Messages:
         """The answer to a pull or a push."""
         message, parts = pb.Owned(), list[pb.Part]()

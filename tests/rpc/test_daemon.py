@@ -1,5 +1,6 @@
 """The daemon from outside: how it starts, what it refuses, how it ends, and what outlives it."""
 
+import json
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
 from bnlayer import BatchNormalization, PeerLostError, ServiceError
 from bnproto.grpc_options import CLIENT_OPTIONS, SERVICE_NAME
@@ -24,7 +26,8 @@ from bnproto.v1 import statistics_pb2_grpc as rpc
 from bnserver import daemon
 from bnserver.__main__ import USAGE, main
 from bnserver.authorization import Role, entry
-from bnworker import World
+from bnworker import CheckpointError, World
+from bnworker.cli.commands import app
 from bnworker.transports.service import ServiceTransport
 
 pytestmark = pytest.mark.rpc
@@ -346,6 +349,89 @@ def test_statistics_outlive_a_drain(serve: Callable[..., Any], tmp_path: Path) -
     _trained(whole.address, 3)
     assert got == _trained(whole.address, 2)
     assert got[1] == 5
+
+
+def _on_both(address: str, steps: Callable[[World, BatchNormalization], Any], *, trained: bool = True) -> list[Any]:
+    """The same steps on two ranks, which are threads; what each returned or raised."""
+    results: list[Any] = [None, None]
+
+    def rank(number: int) -> None:
+        try:
+            with _world(address, number, 2) as world:
+                layer = BatchNormalization(synchronized=True, name="a", collective=world)
+                layer.build((None, 2))
+                if trained:
+                    layer(_X + number, training=True)
+                else:
+                    world.pull(layer)
+                results[number] = steps(world, layer)
+        except BaseException as error:  # noqa: BLE001 - what a thread raised is one of the results
+            results[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(150)
+    return results
+
+
+def test_a_job_goes_back_to_a_checkpoint(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """It is on disk when the call returns: the daemon is killed; restored, the job goes on with the same bits."""
+
+    def steps(world: World, layer: BatchNormalization) -> tuple[bytes, bytes]:
+        world.checkpoint("early", step=1)
+        layer(_X * 3, training=True)
+        world.checkpoint("late", step=2)
+        kept = _bits(layer)
+        layer(_X * 5, training=True)
+        return kept, _bits(layer)
+
+    service = serve("--state-dir", str(tmp_path), "--keep-checkpoints=1")
+    (kept, expected), other = _on_both(service.address, steps)
+    assert other == (kept, expected)
+    service.end(signal.SIGKILL)
+    shown = CliRunner().invoke(app, ["state", "checkpoints", "job", "--json", "--state-dir", str(tmp_path)])
+    assert [(each["checkpoint"], each["step"]) for each in json.loads(shown.stdout)] == [("late", 2)]
+    restored = CliRunner().invoke(app, ["state", "restore", "job", "late", "--state-dir", str(tmp_path)])
+    assert restored.stdout == "job 'job': 1 layers of checkpoint 'late', step 2\n"
+
+    def again(world: World, layer: BatchNormalization) -> tuple[bytes, bytes]:
+        before = _bits(layer)
+        layer(_X * 5, training=True)
+        return before, _bits(layer)
+
+    assert _on_both(serve("--state-dir", str(tmp_path)).address, again, trained=False) == [(kept, expected)] * 2
+
+
+@pytest.mark.parametrize(
+    ("durable", "text"),
+    [
+        (True, "expected at most 1 checkpoints of a job, received a request for 2"),
+        (False, "has no state directory"),
+    ],
+)
+def test_a_checkpoint_that_is_not_kept_ends_nothing(
+    durable: bool, text: str, serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Every rank is told, and goes on."""
+
+    def steps(world: World, layer: BatchNormalization) -> str:
+        if durable:
+            world.checkpoint("first", step=1)
+        with pytest.raises(CheckpointError) as told:
+            world.checkpoint("second", step=2)
+        layer(_X, training=True)
+        return str(told.value)
+
+    arguments = ("--state-dir", str(tmp_path), "--max-checkpoints=1") if durable else ()
+    first, second = _on_both(serve(*arguments).address, steps)
+    assert first == second
+    assert text in first
+
+
+def _bits(layer: BatchNormalization) -> bytes:
+    return b"".join(array.tobytes() for array in layer.state.arrays().values())
 
 
 def test_what_the_last_rank_left_behind_outlives_kill_9(serve: Callable[..., Any], tmp_path: Path) -> None:

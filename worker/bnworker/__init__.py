@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ServiceError,
         StallError,
     )
+    from bnworker.checkpointing import CheckpointError
     from bnworker.elastic_job import State, elastic
     from bnworker.following import MovingStatistics, follow
     from bnworker.joining import join
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = os.environ.get("GRPC_ENABLE_FORK_SUPPORT") or "0"
 
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "JobFinishedError",
     "MismatchError",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CheckpointError": "bnworker.checkpointing",
     "MovingStatistics": "bnworker.following",
     "State": "bnworker.elastic_job",
     "World": "bnworker.world",

@@ -29,6 +29,8 @@ from bnlayer.reduction import OPS
 from bnlayer.state import LayerState
 from bnworker import failure_marker
 from bnworker.arrays import reducible, size
+from bnworker.checkpointing import CheckpointError, KeepsCheckpoints
+from bnworker.checkpointing import checked as checked_checkpoint
 from bnworker.presence import Presence, failure
 from bnworker.statistics import Statistics
 from bnworker.synchronizing import checked, contents, described, taken, warn_of_replacement
@@ -296,6 +298,35 @@ class World:
             values = taken(layer, values)
             if layer.synchronized:
                 layer.reseed()
+
+    def checkpoint(self, name: str, *, step: int) -> None:
+        """Have the service keep the moving statistics and grids of all layers, as they are now; every rank calls it.
+
+            world.checkpoint("epoch-3", step=optimizer_steps)
+
+        It is on the service's disk when this returns, in one piece; one of the same name is replaced. `bnlayer state
+        checkpoints JOB` lists what there is, and `bnlayer state restore JOB NAME` goes back to one.
+
+        Args:
+            name: letters, digits, dots, dashes and underscores.
+            step: the training step that it belongs to, 0 or more.
+
+        Raises:
+            TypeError, ValueError: the name or the step can't be used.
+            RuntimeError: the world has no service.
+            CheckpointError: on every rank: it is not kept. The world goes on.
+            CollectiveError: the ranks disagree, or one is lost.
+        """
+        signature = checked_checkpoint(name, step)
+        transport = self._transport
+        if not isinstance(transport, KeepsCheckpoints):
+            raise RuntimeError(
+                f"checkpoint({name!r}): the service keeps checkpoints, and this world has none: its ranks reach each "
+                f"other by {self.transport!r}. Save the layers with bnlayer.interchange.save."
+            )
+        refused = self._plain(Operation.BARRIER, signature, 0, transport.checkpoint, lambda _: 0)
+        if refused:
+            raise CheckpointError(refused)
 
     # ---- the end ----
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from bnproto.v1 import statistics_pb2 as bnproto_dot_v1_dot_statistics__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62nproto/v1/journal.proto\x12\nbnproto.v1\x1a\x1b\x62nproto/v1/statistics.proto\"\xb5\x02\n\x06Record\x12$\n\x06header\x18\x01 \x01(\x0b\x32\x12.bnproto.v1.HeaderH\x00\x12-\n\x08snapshot\x18\x02 \x01(\x0b\x32\x19.bnproto.v1.LayerSnapshotH\x00\x12\"\n\x05\x62\x65gan\x18\x03 \x01(\x0b\x32\x11.bnproto.v1.BeganH\x00\x12-\n\toperation\x18\x04 \x01(\x0b\x32\x18.bnproto.v1.ContributionH\x00\x12$\n\x06pushed\x18\x05 \x01(\x0b\x32\x12.bnproto.v1.PushedH\x00\x12 \n\x04left\x18\x06 \x01(\x0b\x32\x10.bnproto.v1.LeftH\x00\x12\"\n\x05\x65nded\x18\x07 \x01(\x0b\x32\x11.bnproto.v1.EndedH\x00\x12\r\n\x05known\x18\x08 \x01(\x08\x42\x08\n\x06record\"i\n\x06Header\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0f\n\x07machine\x18\x03 \x01(\t\x12\x0e\n\x06synced\x18\x04 \x01(\x04\x12\x11\n\tdirectory\x18\x05 \x01(\t\x12\x0e\n\x06number\x18\x06 \x01(\x04\"Q\n\rLayerSnapshot\x12\r\n\x05layer\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0b\x32\x13.bnproto.v1.Payload\"\x80\x01\n\x05\x42\x65gan\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12)\n\x07members\x18\x03 \x03(\x0b\x32\x18.bnproto.v1.MemberRecord\x12\x11\n\tmin_ranks\x18\x04 \x01(\r\x12\x11\n\tmax_ranks\x18\x05 \x01(\r\"m\n\x0cMemberRecord\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\x0f\n\x07timeout\x18\x05 \x01(\x01\x12\x0e\n\x06pushes\x18\x06 \x01(\x04\"P\n\x06Pushed\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12(\n\x05layer\x18\x03 \x01(\x0b\x32\x19.bnproto.v1.LayerSnapshot\"8\n\x04Left\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"a\n\x05\x45nded\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.bnproto.v1.ErrorReason\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05ranks\x18\x04 \x03(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62nproto/v1/journal.proto\x12\nbnproto.v1\x1a\x1b\x62nproto/v1/statistics.proto\"\xb5\x02\n\x06Record\x12$\n\x06header\x18\x01 \x01(\x0b\x32\x12.bnproto.v1.HeaderH\x00\x12-\n\x08snapshot\x18\x02 \x01(\x0b\x32\x19.bnproto.v1.LayerSnapshotH\x00\x12\"\n\x05\x62\x65gan\x18\x03 \x01(\x0b\x32\x11.bnproto.v1.BeganH\x00\x12-\n\toperation\x18\x04 \x01(\x0b\x32\x18.bnproto.v1.ContributionH\x00\x12$\n\x06pushed\x18\x05 \x01(\x0b\x32\x12.bnproto.v1.PushedH\x00\x12 \n\x04left\x18\x06 \x01(\x0b\x32\x10.bnproto.v1.LeftH\x00\x12\"\n\x05\x65nded\x18\x07 \x01(\x0b\x32\x11.bnproto.v1.EndedH\x00\x12\r\n\x05known\x18\x08 \x01(\x08\x42\x08\n\x06record\"\x8b\x01\n\x06Header\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0f\n\x07machine\x18\x03 \x01(\t\x12\x0e\n\x06synced\x18\x04 \x01(\x04\x12\x11\n\tdirectory\x18\x05 \x01(\t\x12\x0e\n\x06number\x18\x06 \x01(\x04\x12\x12\n\ncheckpoint\x18\x07 \x01(\t\x12\x0c\n\x04step\x18\x08 \x01(\x04\"Q\n\rLayerSnapshot\x12\r\n\x05layer\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0b\x32\x13.bnproto.v1.Payload\"\x80\x01\n\x05\x42\x65gan\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12)\n\x07members\x18\x03 \x03(\x0b\x32\x18.bnproto.v1.MemberRecord\x12\x11\n\tmin_ranks\x18\x04 \x01(\r\x12\x11\n\tmax_ranks\x18\x05 \x01(\r\"m\n\x0cMemberRecord\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\x0f\n\x07timeout\x18\x05 \x01(\x01\x12\x0e\n\x06pushes\x18\x06 \x01(\x04\"P\n\x06Pushed\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12(\n\x05layer\x18\x03 \x01(\x0b\x32\x19.bnproto.v1.LayerSnapshot\"8\n\x04Left\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"a\n\x05\x45nded\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.bnproto.v1.ErrorReason\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05ranks\x18\x04 \x03(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +34,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RECORD']._serialized_start=70
   _globals['_RECORD']._serialized_end=379
-  _globals['_HEADER']._serialized_start=381
-  _globals['_HEADER']._serialized_end=486
-  _globals['_LAYERSNAPSHOT']._serialized_start=488
-  _globals['_LAYERSNAPSHOT']._serialized_end=569
-  _globals['_BEGAN']._serialized_start=572
-  _globals['_BEGAN']._serialized_end=700
-  _globals['_MEMBERRECORD']._serialized_start=702
-  _globals['_MEMBERRECORD']._serialized_end=811
-  _globals['_PUSHED']._serialized_start=813
-  _globals['_PUSHED']._serialized_end=893
-  _globals['_LEFT']._serialized_start=895
-  _globals['_LEFT']._serialized_end=951
-  _globals['_ENDED']._serialized_start=953
-  _globals['_ENDED']._serialized_end=1050
+  _globals['_HEADER']._serialized_start=382
+  _globals['_HEADER']._serialized_end=521
+  _globals['_LAYERSNAPSHOT']._serialized_start=523
+  _globals['_LAYERSNAPSHOT']._serialized_end=604
+  _globals['_BEGAN']._serialized_start=607
+  _globals['_BEGAN']._serialized_end=735
+  _globals['_MEMBERRECORD']._serialized_start=737
+  _globals['_MEMBERRECORD']._serialized_end=846
+  _globals['_PUSHED']._serialized_start=848
+  _globals['_PUSHED']._serialized_end=928
+  _globals['_LEFT']._serialized_start=930
+  _globals['_LEFT']._serialized_end=986
+  _globals['_ENDED']._serialized_start=988
+  _globals['_ENDED']._serialized_end=1085
 # @@protoc_insertion_point(module_scope)

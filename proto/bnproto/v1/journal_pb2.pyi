@@ -88,6 +88,8 @@ class Header(google.protobuf.message.Message):
     SYNCED_FIELD_NUMBER: builtins.int
     DIRECTORY_FIELD_NUMBER: builtins.int
     NUMBER_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
     format: builtins.int
     job: builtins.str
     machine: builtins.str
@@ -98,6 +100,11 @@ class Header(google.protobuf.message.Message):
     """Names the state directory in which the file was written; empty: a version that gave it no name."""
     number: builtins.int
     """Which one of the job's snapshots it is, from 1; 0: none yet, or a version that did not count them."""
+    checkpoint: builtins.str
+    """Of a checkpoint, which is a file of its own: what it is called, and the training step that it belongs to. Its number
+    is counted by itself.
+    """
+    step: builtins.int
     def __init__(
         self,
         *,
@@ -107,8 +114,10 @@ class Header(google.protobuf.message.Message):
         synced: builtins.int = ...,
         directory: builtins.str = ...,
         number: builtins.int = ...,
+        checkpoint: builtins.str = ...,
+        step: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["directory", b"directory", "format", b"format", "job", b"job", "machine", b"machine", "number", b"number", "synced", b"synced"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["checkpoint", b"checkpoint", "directory", b"directory", "format", b"format", "job", b"job", "machine", b"machine", "number", b"number", "step", b"step", "synced", b"synced"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Header: typing_extensions.TypeAlias = Header

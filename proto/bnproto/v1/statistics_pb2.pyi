@@ -688,13 +688,16 @@ class PlainSignature(google.protobuf.message.Message):
     ROOT_FIELD_NUMBER: builtins.int
     op: builtins.str
     """"sum", "max" or "min"; empty for a broadcast or a barrier; "synchronize" for a broadcast of layers; "admit" for a
-    barrier at which ranks that wait to join an elastic job are let in.
+    barrier at which ranks that wait to join an elastic job are let in; "checkpoint" for one after which the owner's
+    state is kept.
     """
     root: builtins.int
     """The broadcasting rank; -1 elsewhere."""
     @property
     def arrays(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Dtype and shape of each array, as text; empty for a broadcast; the layers that are synchronized."""
+        """Dtype and shape of each array, as text; empty for a broadcast; the layers that are synchronized; the name and the
+        training step of a checkpoint.
+        """
 
     def __init__(
         self,
@@ -719,6 +722,7 @@ class Result(google.protobuf.message.Message):
     OVERFLOW_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     KNOWN_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     version: builtins.int
     """The owner's version of the layer after it; absent for plain operations."""
@@ -726,6 +730,10 @@ class Result(google.protobuf.message.Message):
     """Why an integer sum does not fit its dtype; there is no payload then. The ranks go on."""
     known: builtins.bool
     """Of an enrolment: the owner had the layer before, and the state is not rank 0's."""
+    refused: builtins.str
+    """Of a checkpoint: why it is not kept; empty: it is on disk. The ranks go on in both cases. A service that leaves it
+    out knows no checkpoints.
+    """
     @property
     def payload(self) -> Global___Payload:
         """Absent where nothing comes back: barriers, and the root of a broadcast."""
@@ -738,13 +746,19 @@ class Result(google.protobuf.message.Message):
         overflow: builtins.str = ...,
         payload: Global___Payload | None = ...,
         known: builtins.bool = ...,
+        refused: builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_version", b"_version", "payload", b"payload", "version", b"version"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refused", b"_refused", "_version", b"_version", "payload", b"payload", "refused", b"refused", "version", b"version"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_version", b"_version", "known", b"known", "overflow", b"overflow", "payload", b"payload", "sequence", b"sequence", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_refused", b"_refused", "_version", b"_version", "known", b"known", "overflow", b"overflow", "payload", b"payload", "refused", b"refused", "sequence", b"sequence", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__refused: typing_extensions.TypeAlias = typing.Literal["refused"]
+    _WhichOneofArgType__refused: typing_extensions.TypeAlias = typing.Literal["_refused", b"_refused"]
     _WhichOneofReturnType__version: typing_extensions.TypeAlias = typing.Literal["version"]
     _WhichOneofArgType__version: typing_extensions.TypeAlias = typing.Literal["_version", b"_version"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refused) -> _WhichOneofReturnType__refused | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___Result: typing_extensions.TypeAlias = Result

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bnlayer.collective import Call, Operation, PlainSignature
-from bnserver.core.effects import Broadcast, Effect, Enrolled, Reduce, Released, Totals
+from bnlayer.collective import CHECKPOINT, Call, Operation, PlainSignature
+from bnlayer.state import LayerState
+from bnserver.core.effects import Broadcast, Checkpoint, Effect, Enrolled, Reduce, Released, Totals
 from bnserver.core.events import Arrays, Body
 
 _NO_RECIPIENTS = ()  # an answer is made before its recipients are known
@@ -28,7 +29,7 @@ class Answer:
 
     sequence: int
     call: Call
-    result: Totals | Enrolled | Reduce | Broadcast | Released
+    result: Totals | Enrolled | Reduce | Broadcast | Released | Checkpoint
 
     def to(self, connections: Mapping[int, int]) -> list[Effect]:
         """The effect that sends the answer to some ranks.
@@ -72,6 +73,26 @@ def plain(sequence: int, call: Call, bodies: Mapping[int, Body]) -> Answer:
     if len(kinds) > 1:
         raise DisagreementError(f"The ranks sent different arrays to the allreduce: {'; '.join(sorted(kinds))}.")
     return Answer(sequence, call, Reduce(_NO_RECIPIENTS, sequence, signature.op, contributions))
+
+
+def is_checkpoint(call: Call) -> bool:
+    """Whether a call asks the owner to keep its state."""
+    signature = call.signature
+    return call.operation is Operation.BARRIER and isinstance(signature, PlainSignature) and signature.op == CHECKPOINT
+
+
+def checkpoint(sequence: int, call: Call, job: str, layers: Mapping[str, LayerState]) -> Answer:
+    """The answer to a checkpoint. A rank that asks for it again has it written again: it is the same.
+
+    Args:
+        sequence: its number.
+        call: the one of all ranks.
+        job: the job's name.
+        layers: the owner's states.
+    """
+    assert isinstance(call.signature, PlainSignature)
+    name, step = call.signature.arrays
+    return Answer(sequence, call, Checkpoint(_NO_STREAMS, sequence, job, name, int(step), layers))
 
 
 def _described(arrays: Arrays) -> str:

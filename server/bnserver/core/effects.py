@@ -5,6 +5,7 @@ Connections are named by their numbers, as in the events. An effect with several
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bnlayer.state import LayerState
@@ -80,6 +81,25 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A job's layers are to be kept under a name; the ranks get their answer once they are on disk, or can't be.
+
+    Attributes:
+        job: whose.
+        name: of the checkpoint.
+        step: the training step that it belongs to.
+        layers: the owner's states at that moment, by layer.
+    """
+
+    streams: tuple[int, ...]
+    sequence: int
+    job: str
+    name: str
+    step: int
+    layers: Mapping[str, LayerState]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Owned:
     """The answer to a pull or a push; None: there is no such layer."""
 
@@ -142,5 +162,17 @@ class Persist:
 
 
 Effect = (
-    Joined | Totals | Enrolled | Reduce | Broadcast | Released | Owned | Failed | Closed | Straggling | Record | Persist
+    Joined
+    | Totals
+    | Enrolled
+    | Reduce
+    | Broadcast
+    | Released
+    | Checkpoint
+    | Owned
+    | Failed
+    | Closed
+    | Straggling
+    | Record
+    | Persist
 )

@@ -23,7 +23,7 @@ from bnlayer.collective import ADMIT, Call, Operation, PlainSignature
 from bnlayer.errors import MismatchError, RegroupError, ServiceError
 from bnlayer.state import LayerState
 from bnserver.core import explanations
-from bnserver.core.answers import DisagreementError, plain
+from bnserver.core.answers import DisagreementError, checkpoint, is_checkpoint, plain
 from bnserver.core.effects import Closed, Effect, Failed, Joined, Owned, Persist, Record, Straggling
 from bnserver.core.events import Contribute, Elastic, Join, Pull, Push, Replacing
 from bnserver.core.gathering import Gathering, State
@@ -325,7 +325,9 @@ class Generation:
             text = explanations.joiners(self._job, self.awaited)
             return self._abort(Verdict(RegroupError, text, ()), Reason.REGROUP)
         try:
-            if isinstance(call.signature, PlainSignature):
+            if is_checkpoint(call):
+                answer = checkpoint(sequence, call, self._job, self._layers.states)
+            elif isinstance(call.signature, PlainSignature):
                 answer = plain(sequence, call, done.bodies)
             elif done.limbs is not None:
                 body = done.limbs if done.replacing is None else Replacing(done.limbs, done.replacing)

@@ -8,10 +8,11 @@ which it arrived. Whether it is the rank's turn is checked in `generation`, whet
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
-from bnlayer.collective import Call, Direction, LayerSignature, Operation, PlainSignature
+from bnlayer.collective import CHECKPOINT, Call, Direction, LayerSignature, Operation, PlainSignature
 from bnlayer.gradients import GradientSums
 from bnlayer.moments import Moments
 from bnlayer.precision import DOUBLE, SINGLE
@@ -19,6 +20,10 @@ from bnlayer.state import LayerState
 from bnserver.core.events import Body, Contribute, Join, Leave, Limbs, Malformed, Pull, Push, Replacing
 
 NAME_CHARACTERS = 200  # of a job or a layer: it is part of every error and of file names
+# It is part of the name of a file, and has no slash and no dot at its begin.
+CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+CHECKPOINT_NAMES = "1 to 100 letters, digits, dots, dashes and underscores, the first a letter or a digit,"
+_STEP = re.compile(r"0|[1-9][0-9]{0,18}")
 _HOST_CHARACTERS = 255
 _TERM_CHARACTERS = 1000  # of what a plain operation says of one of its arrays or layers
 _SHOWN_CHARACTERS = 60  # of what was received instead
@@ -245,8 +250,20 @@ def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: 
         case Operation.BARRIER:
             if body is not None:
                 raise RefusedError("expected no arrays in a barrier")
+            if signature.op == CHECKPOINT:
+                _check_checkpoint(signature.arrays)
         case _:
             raise RefusedError(f"expected the terms of a layer for {call.operation}, received plain ones")
+
+
+def _check_checkpoint(terms: tuple[str, ...]) -> None:
+    if len(terms) != len(("name", "step")):
+        raise RefusedError(f"expected the name and the step of a checkpoint, received {len(terms)} terms")
+    name, step = terms
+    if not CHECKPOINT_NAME.fullmatch(name):
+        raise RefusedError(f"expected {CHECKPOINT_NAMES} as the name of a checkpoint, received {_shown(name)}")
+    if not (_STEP.fullmatch(step) and int(step) <= _MOST_VERSION):
+        raise RefusedError(f"expected a checkpoint's step from 0 to 2^62, received {_shown(step)}")
 
 
 def _shown(received: str | None) -> str:

@@ -1,5 +1,6 @@
 """`bnlayer state`: what is in a state directory, for people and for programs, and what may be changed there."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bnlayer import BatchNormalization, interchange
+from bnserver.checkpoints import Checkpoints
+from bnserver.core.effects import Checkpoint
 from bnserver.job_file import file_name
 from bnserver.state_survey import survey
 from bnserver.store import Store
@@ -54,13 +57,15 @@ def _contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix == ".job"}
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "export", "import", "forget"])
+@pytest.mark.parametrize("command", ["show", "verify", "checkpoints", "export", "import", "restore", "forget"])
 def test_help_teaches(command: str) -> None:
     """An example that can be copied, the exit codes, and whether the service must be stopped."""
     shown = " ".join(CliRunner().invoke(app, ["state", command, "--help"], env={"COLUMNS": "200"}).stdout.split())
     assert f"bnlayer state {command} " in shown
     assert "xit code" in shown
-    assert ("The service must not be running" if command in ("import", "forget") else "may be running") in shown
+    assert (
+        "The service must not be running" if command in ("import", "restore", "forget") else "may be running"
+    ) in shown
 
 
 def test_jobs_are_listed(directory: Path) -> None:
@@ -162,7 +167,7 @@ def test_import_replaces_a_job_only_where_that_is_said(directory: Path, tmp_path
     _run(directory, "import", "running", str(file), "--replace")
     (entry,) = [entry for entry in survey(directory) if entry.job == "running"]
     assert (entry.state, entry.generation, entry.snapshot, list(entry.layers)) == ("failed", 2, 2, ["a"])
-    assert entry.text == "The job's statistics were replaced by bnlayer state import. Start the job again."
+    assert entry.text == "The job's statistics were replaced by bnlayer state import or restore. Start the job again."
 
 
 @pytest.mark.parametrize(
@@ -234,3 +239,76 @@ def test_a_directory_in_use_is_read_and_not_changed(held: Path, tmp_path: Path) 
             f"state {arguments[0]}: {held} is in use by {who}. Stop that service first (kill -TERM, "
         )
     assert _contents(held) == before
+
+
+@pytest.fixture
+def kept(directory: Path) -> Path:
+    """Job "over" has two checkpoints: of its own layers, and of one layer less."""
+    (entry,) = [entry for entry in survey(directory) if entry.job == "over"]
+    less = dict(list(entry.layers.items())[1:])
+    checkpoints = Checkpoints(directory, 9, None)
+    for name, step, layers in (("epoch-1", 100, less), ("epoch-2", 2**40, entry.layers)):
+        asyncio.run(checkpoints.write(Checkpoint((), 1, "over", name, step, layers)))
+    return directory
+
+
+def test_checkpoints_are_listed(kept: Path) -> None:
+    """The first one first, each with its step."""
+    lines = [line for line in _run(kept, "checkpoints", "over").stdout.splitlines() if "│" in line]
+    assert [[word.strip() for word in line.split("│")[1:4]] for line in lines] == [
+        ["epoch-1", "100", "3"],
+        ["epoch-2", "1,099,511,627,776", "4"],
+    ]
+    listed = json.loads(_run(kept, "checkpoints", "over", "--json").stdout)
+    assert [(each["checkpoint"], each["step"], each["number"], len(each["layers"])) for each in listed] == [
+        ("epoch-1", 100, 1, 3),
+        ("epoch-2", 2**40, 2, 4),
+    ]
+    assert _refused(kept, "checkpoints", "failed") == (
+        2,
+        f"state checkpoints: job 'failed' has no checkpoints in {kept}.",
+    )
+
+
+def test_a_job_is_restored_by_name(kept: Path) -> None:
+    """As it was, or as another job; a run that was not finished can't go on, and the checkpoints stay."""
+    _run(kept, "restore", "over", "epoch-2", "--to", "again")
+    assert _bits(kept, "again") == _bits(kept, "over")
+    _run(kept, "restore", "over", "epoch-1")
+    assert list(_bits(kept, "over")) == list(_bits(kept, "again"))[1:]
+    assert len(json.loads(_run(kept, "checkpoints", "over", "--json").stdout)) == 2
+    assert _refused(kept, "restore", "over", "epoch-1", "--to", "failed") == (
+        2,
+        "state restore: There is a job 'failed' already: give another name, or forget it first.",
+    )
+    assert _refused(kept, "restore", "over", "epoch-3") == (
+        2,
+        "state restore: job 'over' has no checkpoint 'epoch-3'; the latest are: 'epoch-1', 'epoch-2'.",
+    )
+
+
+def test_a_checkpoint_is_exported(kept: Path, tmp_path: Path) -> None:
+    """Its layers, and not the job's."""
+    _run(kept, "export", "over", str(tmp_path / "one.npz"), "--checkpoint", "epoch-1")
+    assert list(interchange.load(tmp_path / "one.npz")) == list(_bits(kept, "over"))[1:]
+
+
+def test_a_damaged_checkpoint_takes_no_job_back(kept: Path) -> None:
+    """It is named, with exit code 1; the job is as it was."""
+    (path,) = kept.glob("over*.epoch-1.checkpoint")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    before = _contents(kept)
+    shown = _run(kept, "checkpoints", "over", code=1)
+    assert "damaged" in shown.stdout
+    assert f"The snapshot {path} is corrupt" in shown.stderr
+    code, text = _refused(kept, "restore", "over", "epoch-1")
+    assert (code, f"{path} is corrupt" in text) == (1, True)
+    assert _contents(kept) == before
+
+
+def test_a_job_and_its_checkpoints_are_forgotten(kept: Path) -> None:
+    """All of them."""
+    _run(kept, "forget", "over")
+    assert not list(kept.glob("over*"))

@@ -20,9 +20,13 @@ from bnlayer.exchange import ForwardExchange
 from bnlayer.grid import Grid
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
+from bnproto.v1 import statistics_pb2 as pb
+from bnworker import CheckpointError
 from bnworker.plan import plan
 from bnworker.transports import Seeded
 from bnworker.transports.alone import AloneTransport
+from bnworker.transports.service import ServiceTransport
+from bnworker.transports.service.service_channel import Answer
 from bnworker.world import World
 from support.ranks import Meeting, SimulatedRank, run_all, run_ranks
 
@@ -48,6 +52,42 @@ def test_an_interrupted_exchange_ends_the_world() -> None:
     for call in (lambda: bn(np.ones((2, 2)), training=True), world.barrier):
         with pytest.raises(CollectiveError, match="An exchange of rank 0 was cut off by Preempted before it was comp"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "kind", "text"),
+    [
+        ("best", 1, RuntimeError, r"this world has none: its ranks reach each other by 'alone'"),
+        ("../best", 1, ValueError, r"checkpoint\(name=\): expected 1 to 100 letters, .* received '../best'"),
+        (7, 1, TypeError, r"checkpoint\(name=\): expected text, received 7"),
+        ("best", -1, ValueError, r"checkpoint\(step=\): expected 0 to 2\^62, received -1"),
+        ("best", 2**62 + 1, ValueError, r"checkpoint\(step=\): expected 0 to 2\^62"),
+        ("best", 1.5, TypeError, "'float' object cannot be interpreted as an integer"),
+    ],
+)
+def test_a_checkpoint_that_nobody_would_keep_is_refused(name: Any, step: Any, kind: type[Exception], text: str) -> None:
+    """Before anything is sent; without a service there is nobody to keep it, which is no success."""
+    world = World(AloneTransport(), install=False)
+    with pytest.raises(kind, match=text):
+        world.checkpoint(name, step=step)
+    world.barrier()
+    assert world.statistics.exchanges.total() == 1
+
+
+def test_a_service_of_an_earlier_version_keeps_no_checkpoint() -> None:
+    """It takes the call for a barrier, and its answer says nothing of a checkpoint: that is no success either."""
+
+    class Earlier(ServiceTransport):
+        def __init__(self) -> None:
+            self.rank, self.world_size = 0, 1
+
+        def _exchanged(self, call: Call, arrays: Any, names: Sequence[str] = ()) -> Answer:
+            return Answer(pb.ExchangeResponse(result=pb.Result(sequence=1)), b"")
+
+    world = World(Earlier(), install=False)
+    with pytest.raises(CheckpointError, match=r"it is of an earlier version than its ranks\. Upgrade it"):
+        world.checkpoint("best", step=1)
+    assert world.world_size == 1
 
 
 def test_a_second_exchange_at_a_time_is_refused() -> None:

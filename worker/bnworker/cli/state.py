@@ -13,6 +13,7 @@ import typer
 from bnworker.cli.errors import CommandError
 
 if TYPE_CHECKING:
+    from bnserver.checkpoints import Found
     from bnserver.state_survey import Entry
     from bnserver.store import Store
 
@@ -24,6 +25,8 @@ _Directory = Annotated[
     Path,
     typer.Option("--state-dir", metavar="DIR", envvar="BNSERVER_STATE_DIR", help="What the service was given."),
 ]
+_LISTED = 5  # checkpoints in an error
+
 _Job = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 _File = Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Or FILE.npz.")]
 
@@ -83,10 +86,20 @@ def verify(state_dir: _Directory) -> None:
 
 
 @state.command("export")
-def export(job: _Job, file: _File, state_dir: _Directory) -> None:
+def export(
+    job: _Job,
+    file: _File,
+    state_dir: _Directory,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="NAME", help="The layers of a checkpoint, not the latest ones."),
+    ] = None,
+) -> None:
     """Write a job's layers to a file: moving statistics, grids and versions, to the bit.
 
     `bnlayer state export mine mine.safetensors --state-dir /var/lib/bnlayer`
+
+    `bnlayer state export mine epoch-3.safetensors --checkpoint epoch-3 --state-dir /var/lib/bnlayer`
 
     `bnlayer.interchange.load` reads it, as layers without gamma and beta, which the service does not know; so does
     `bnlayer state import`. The service may be running. Exit code 2: there is no such job, or the file's name has
@@ -97,18 +110,81 @@ def export(job: _Job, file: _File, state_dir: _Directory) -> None:
 
     directory = _existing(state_dir)
     with _errors("export"):
-        entry = look(directory, job)
-        if entry is None:
-            raise CommandError(f"state export: {_unknown(directory, job)}")
-        if entry.fault:
-            raise CommandError(f"state export: {entry.fault}", 1)
-        if not entry.layers:
+        if checkpoint is not None:
+            layers = _checkpoint("export", directory, job, checkpoint).layers
+        else:
+            entry = look(directory, job)
+            if entry is None:
+                raise CommandError(f"state export: {_unknown(directory, job)}")
+            if entry.fault:
+                raise CommandError(f"state export: {entry.fault}", 1)
+            layers = entry.layers
+        if not layers:
             raise CommandError(f"state export: Job {job!r} has no layers.")
         try:
-            export_layers(entry.layers, file)
+            export_layers(layers, file)
         except EditError as error:
             raise CommandError(f"state export: {error}") from None
-    typer.echo(f"{file}: {len(entry.layers)} layers of job {job!r}")
+    typer.echo(f"{file}: {len(layers)} layers of job {job!r}")
+
+
+@state.command("checkpoints")
+def checkpoints(
+    job: _Job,
+    state_dir: _Directory,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, for programs.")] = False,
+) -> None:
+    """List the checkpoints of a job, the first one first: name, training step, layers, size; each is read and checked.
+
+    `bnlayer state checkpoints mine --state-dir /var/lib/bnlayer`
+
+    Ranks make them with `world.checkpoint(NAME, step=N)`. The service may be running. Exit code 1: one is damaged; 2:
+    the job has none, or there is no such directory.
+    """
+    from bnserver.checkpoints import look
+
+    with _errors("checkpoints"):
+        found = look(_existing(state_dir), job)
+    if not found:
+        raise CommandError(f"state checkpoints: job {job!r} has no checkpoints in {state_dir}.")
+    if as_json:
+        typer.echo(json.dumps([each.as_json() for each in found], indent=2))
+    else:
+        _print_checkpoints(found)
+    faults = [each.fault for each in found if each.fault]
+    for fault in faults:
+        typer.echo(_shown(fault), err=True)
+    raise typer.Exit(1 if faults else 0)
+
+
+@state.command("restore")
+def restore(
+    job: _Job,
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its name.")],
+    state_dir: _Directory,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="JOB", help="Make another job of it, and leave this one as it is.")
+    ] = None,
+) -> None:
+    """Take a job back to a checkpoint: its layers replace all that the job has; its ranks go on from them.
+
+    `bnlayer state restore mine epoch-3 --state-dir /var/lib/bnlayer`
+
+    `bnlayer state restore mine epoch-3 --to mine-again --state-dir /var/lib/bnlayer`
+
+    To the bit, grids and versions included. The checkpoints stay. The service must not be running; a run that was not
+    finished can't go on: its ranks are told. Exit code 1: the checkpoint is damaged; 2: there is none of this name, the
+    directory is in use, or `--to` names a job that exists.
+    """
+    from bnserver.state_editing import EditError, replace_job
+
+    with _errors("restore"), _held(state_dir, "restore") as store:
+        found = _checkpoint("restore", state_dir, job, checkpoint)
+        try:
+            replace_job(store, to or job, found.layers, replace=to is None, flag="forget it first")
+        except EditError as error:
+            raise CommandError(f"state restore: {error}") from None
+    typer.echo(f"job {to or job!r}: {len(found.layers)} layers of checkpoint {checkpoint!r}, step {found.step}")
 
 
 @state.command("import")
@@ -144,7 +220,7 @@ def import_(
 
 @state.command("forget")
 def forget(job: _Job, state_dir: _Directory) -> None:
-    """Delete a job for good; a job of this name begins anew.
+    """Delete a job for good, its checkpoints included; a job of this name begins anew.
 
     `bnlayer state forget mine --state-dir /var/lib/bnlayer`
 
@@ -210,6 +286,38 @@ def _unknown(directory: Path, job: str) -> str:
     near = difflib.get_close_matches(job, names, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else f" There are {len(names)}: bnlayer state show lists them."
     return f"there is no job {job!r} in {directory}.{guess}"
+
+
+def _checkpoint(command: str, directory: Path, job: str, name: str) -> Found:
+    """One checkpoint, whole."""
+    from bnserver.checkpoints import look
+
+    found = look(directory, job)
+    one = next((each for each in found if each.name == name), None)
+    if one is None:
+        names = ", ".join(repr(each.name) for each in found[-_LISTED:]) or "none"
+        raise CommandError(f"state {command}: job {job!r} has no checkpoint {name!r}; the latest are: {names}.")
+    if one.fault:
+        raise CommandError(f"state {command}: {one.fault}", 1)
+    return one
+
+
+def _print_checkpoints(found: list[Found]) -> None:
+    from datetime import UTC, datetime
+
+    from rich.table import Table
+
+    from bnworker.cli.console import console
+
+    table = Table()
+    for heading in ("checkpoint", "step", "layers", "bytes", "written"):
+        right, is_name = heading in ("step", "layers", "bytes"), heading == "checkpoint"
+        table.add_column(heading, justify="right" if right else "left", no_wrap=not is_name, overflow="fold")
+    for each in found:
+        written = datetime.fromtimestamp(each.written, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if each.size else "damaged"
+        numbers = (f"{number:,}" for number in (each.step, len(each.layers), each.size))
+        table.add_row(_shown(each.name), *numbers, written)
+    console().print(table)
 
 
 def _print_jobs(entries: list[Entry]) -> None:

@@ -23,6 +23,10 @@ from bnworker.transports import Seeded
 from bnworker.transports.service.client import Client
 from bnworker.transports.service.service_channel import Answer
 
+_NO_CHECKPOINTS = (
+    "The service keeps no checkpoints: it is of an earlier version than its ranks. Upgrade it, with bnlayer serve."
+)
+
 
 class ServiceTransport:
     """One rank's seat in a job.
@@ -131,6 +135,11 @@ class ServiceTransport:
     def barrier(self, call: Call) -> None:
         """Return when every rank has called it."""
         self._exchanged(call, None)
+
+    def checkpoint(self, call: Call) -> str:
+        """Have the owner keep its state under a name; returns why it did not, or ""."""
+        result = self._exchanged(call, None).response.result
+        return result.refused if result.HasField("refused") else _NO_CHECKPOINTS
 
     def leave(self, reason: str) -> None:
         """Leave the job: "" for a clean end, otherwise what failed. Never raises; quick after an error."""
