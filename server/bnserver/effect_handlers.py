@@ -160,7 +160,7 @@ class EffectHandlers:
 
     def _checkpoint(self, effect: Checkpoint) -> None:
         """Keep a job's layers, then answer: the ranks wait for the disk, and nobody else does."""
-        connections = [self._connections[stream] for stream in effect.streams if stream in self._connections]
+        connections = [self._connections[each] for each in effect.connections if each in self._connections]
         generation = connections[0].generation if connections else 0
 
         async def keep() -> None:

@@ -92,7 +92,7 @@ def checkpoint(sequence: int, call: Call, job: str, layers: Mapping[str, LayerSt
     """
     assert isinstance(call.signature, PlainSignature)
     name, step = call.signature.arrays
-    return Answer(sequence, call, Checkpoint(_NO_STREAMS, sequence, job, name, int(step), layers))
+    return Answer(sequence, call, Checkpoint(_NO_RECIPIENTS, sequence, job, name, int(step), layers))
 
 
 def _described(arrays: Arrays) -> str:

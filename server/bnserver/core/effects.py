@@ -91,7 +91,7 @@ class Checkpoint:
         layers: the owner's states at that moment, by layer.
     """
 
-    streams: tuple[int, ...]
+    connections: tuple[int, ...]
     sequence: int
     job: str
     name: str

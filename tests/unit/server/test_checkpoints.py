@@ -65,7 +65,7 @@ def test_all_ranks_ask_and_are_answered_once_it_is_kept() -> None:
     _, effects = _of_two_ranks(("best", "7"), ("best", "7"))
     (kept,) = effects
     assert isinstance(kept, Checkpoint)
-    assert (kept.streams, kept.job, kept.name, kept.step, list(kept.layers)) == ((0, 1), "j", "best", 7, ["a"])
+    assert (kept.connections, kept.job, kept.name, kept.step, list(kept.layers)) == ((0, 1), "j", "best", 7, ["a"])
 
 
 def test_a_rank_that_asks_again_has_the_same_state_kept() -> None:
@@ -76,7 +76,7 @@ def test_a_rank_that_asks_again_has_the_same_state_kept() -> None:
     (again,) = service.handle(Contribute(1, 1, 1, _call("best", "7"), None), 0.0)
     assert isinstance(again, Checkpoint)
     assert again.layers["a"] is kept.layers["a"]
-    assert again.streams == (1,)
+    assert again.connections == (1,)
 
 
 @pytest.mark.parametrize("other", [("best", "8"), ("worst", "7")])
