@@ -75,6 +75,7 @@ def test_a_skipped_layer_is_named(jobs: Jobs) -> None:
         assert "waits in layer 'skips_one' (backward, step 0)" in text
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("transport", ["jobs", "over_mpi"])
 def test_a_callback_that_raises_is_named(transport: str, request: pytest.FixtureRequest) -> None:
     """In the error that the other rank's `fit()` raises, within a second."""
@@ -87,6 +88,7 @@ def test_a_callback_that_raises_is_named(transport: str, request: pytest.Fixture
     assert other["at"] - raised["at"] <= FAILURE_WITHIN_S
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("transport", ["jobs", "over_mpi"])
 def test_a_layer_that_fit_skips_is_named(transport: str, request: pytest.FixtureRequest) -> None:
     """On both ranks: who waits where."""

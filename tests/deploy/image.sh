@@ -23,10 +23,12 @@ if [[ -z ${IMAGE_TEST_FOLDER:-} ]]; then
     fail "expected root that may mount; received one without CAP_SYS_ADMIN: start the container with it"
   IMAGE_TEST_FOLDER=$(mktemp -d)
   export IMAGE_TEST_FOLDER
-  trap 'rm -rf "$IMAGE_TEST_FOLDER"' EXIT
-  trap 'exit 143' TERM   # once the command below has ended, as its children get the signal, too
-  trap 'exit 130' INT
-  unshare --mount --pid --fork --kill-child --mount-proc bash "${BASH_SOURCE[0]}"
+  # What has just been killed may still be ending.
+  trap 'for _ in {1..50}; do rm -rf "$IMAGE_TEST_FOLDER" 2>/dev/null && break; sleep 0.2; done' EXIT
+  unshare --mount --pid --fork --kill-child --mount-proc bash "${BASH_SOURCE[0]}" &
+  inside=$!
+  trap 'kill -KILL "$inside"; exit 143' TERM INT   # buildah goes on after a SIGTERM
+  wait "$inside"
   exit
 fi
 
@@ -47,15 +49,21 @@ container=$(buildah from scratch)
 buildah add --quiet "$container" "$base" /
 buildah commit --quiet --rm "$container" docker.io/library/python:3.13-slim-bookworm
 
-# The machine's settings of pip, and its certificates, hold inside as well. The kernels are not optimized, in a fifth of
-# the time: what they compute is the same.
-shared=(--env SKBUILD_CMAKE_BUILD_TYPE=None)
+# The machine's settings of pip, and its certificates, hold inside as well; those in variables as a file.
+printf '[global]\n' >"$work/pip.conf"
+for name in index_url extra_index_url trusted_host cert default_timeout; do
+  variable=PIP_${name^^}
+  [[ -z ${!variable:-} ]] || printf '%s = %s\n' "${name//_/-}" "${!variable}" >>"$work/pip.conf"
+done
+shared=(--volume "$work/pip.conf:/root/.config/pip/pip.conf:ro")
 for path in /etc/pip.conf /etc/xdg/pip /etc/ssl/certs; do
   [[ ! -e $path ]] || shared+=(--volume "$path:$path:ro")
 done
-for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_CERT PIP_DEFAULT_TIMEOUT; do
-  [[ -z ${!name:-} ]] || shared+=(--env "$name=${!name}")
-done
+# Unoptimized, in a fifth of the time: what the kernels compute is the same.
+compiler=$(uname -m)-linux-gnu-g++
+printf '#!/bin/sh\nexec /usr/bin/%s "$@" -O0\n' "$compiler" >"$work/compiler"
+chmod 755 "$work/compiler"
+shared+=(--volume "$work/compiler:/usr/local/bin/$compiler:ro")
 build=(build --pull-never --format docker --network host "${shared[@]}")
 step "deploy/docker/Dockerfile"
 buildah "${build[@]}" --file deploy/docker/Dockerfile --tag bnlayer .
