@@ -54,6 +54,22 @@ class Keep:
         ]
 
 
+class SteadyTime:
+    """The time of day, but it never runs ahead: a clock that is set forward must not make jobs look old.
+
+    Args:
+        began: seconds since 1970, when it is made.
+        steady: seconds at the same moment, on a clock that nobody sets.
+    """
+
+    def __init__(self, began: float, steady: float) -> None:
+        self._ahead = began - steady
+
+    def time(self, now: float, steady: float) -> float:
+        """Seconds since 1970, no later than if the clock had not been set since the begin."""
+        return min(now, steady + self._ahead)
+
+
 class MemoryRetention:
     """Forgets jobs of a service without a state directory, which has them in memory alone.
 
@@ -66,20 +82,24 @@ class MemoryRetention:
         self._keep = keep
         self._service = service
         self._ended: dict[str, float] = {}
+        self._clock = SteadyTime(time.time(), time.monotonic())
 
     def persist(self, effect: Persist) -> None:
         """Note that a job may be over."""
         if not self._keep.is_everything:
-            self._ended[effect.job] = time.time()
+            self._ended[effect.job] = self._now()
 
     async def expire(self) -> None:
         """Forget what is not kept any more."""
         ended = {job: since for job, since in self._ended.items() if self._service.is_over(job)}
-        expired = self._keep.expired(ended, time.time())
+        expired = self._keep.expired(ended, self._now())
         for job in expired:
             self._service.forget(job)
             del self._ended[job]
         log_forgotten(expired)
+
+    def _now(self) -> float:
+        return self._clock.time(time.time(), time.monotonic())
 
 
 def log_forgotten(forgotten: Sequence[str]) -> None:

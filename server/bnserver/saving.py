@@ -23,7 +23,7 @@ from bnserver.core.service import Service
 from bnserver.counts import Counts
 from bnserver.job_file import StoreError
 from bnserver.logs import fields
-from bnserver.retention import Keep, log_forgotten
+from bnserver.retention import Keep, SteadyTime, log_forgotten
 from bnserver.store import Store
 
 _log = logging.getLogger("bnserver")
@@ -67,6 +67,7 @@ class Saving:
         self._due: set[str] = set()  # jobs of which a snapshot will be taken
         self._saves: dict[str, set[asyncio.Task[None]]] = {}  # in progress, by job
         self._recalling = asyncio.Lock()
+        self._clock = SteadyTime(time.time(), time.monotonic())
 
     def record(self, effect: Record) -> None:
         """Append a record, without a thread: it goes to the kernel's page cache, and is not synced."""
@@ -146,7 +147,7 @@ class Saving:
         ended = await asyncio.to_thread(self._store.last_written)
         for name in self._in_memory():
             ended.pop(name, None)
-        expired = self._keep.expired(ended, time.time())
+        expired = self._keep.expired(ended, self._clock.time(time.time(), time.monotonic()))
         for start in range(0, len(expired), _DELETED_AT_ONCE):
             async with self._recalling:  # what is being read back is in memory afterwards
                 in_memory = self._in_memory()

@@ -7,7 +7,12 @@ such a file holds moving statistics, grids and versions, to the bit. From a file
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import stat
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from bnlayer import BatchNormalization, interchange
@@ -23,6 +28,8 @@ from bnserver.core.validation import validated
 from bnserver.job_file import StoreError, file_name
 from bnserver.store import Store
 
+_MOST_BYTES = 2**30  # of a file that is imported: four times what the layers of one job may take
+_SHOWN = 200  # characters of a name in an error
 _REPLACED = "The job's statistics were replaced by bnlayer state import or restore. Start the job again."
 
 
@@ -54,6 +61,7 @@ def imported_layers(path: Path) -> dict[str, LayerState]:
         EditError: it is another program's or damaged, or a layer has no state that the service would take.
         OSError: it can't be read.
     """
+    _check_file(path)
     try:
         layers = interchange.load(path)
     except ValueError as error:
@@ -65,7 +73,7 @@ def imported_layers(path: Path) -> dict[str, LayerState]:
         states[name] = layer.state
         refused = validated(Push(0, name, layer.state))
         if isinstance(refused, Malformed):
-            raise EditError(f"{path}: layer {name!r}: {refused.text}.")
+            raise EditError(f"{path}: layer {name[:_SHOWN]!r}: {refused.text}.")
     if not states:
         raise EditError(f"{path}: it holds no layers.")
     return states
@@ -112,6 +120,25 @@ def forget_job(store: Store, job: str) -> bool:
     there = store.holds(job) or bool(headers(store.directory, job))
     store.delete(file_name(job))
     return there
+
+
+def _check_file(path: Path) -> None:
+    """Make sure that a file can be read to its end, and that it fits in memory: it may come from anybody.
+
+    Raises:
+        EditError: it is a pipe or a device, or too large; or it is an archive that says so of what is in it.
+        OSError: it can't be read.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise EditError(f"{path}: expected a regular file, received a pipe, a socket or a device.")
+    size = status.st_size
+    with suppress(zipfile.BadZipFile, NotImplementedError, ValueError), zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())  # of each no more than that is read
+    if size > _MOST_BYTES:
+        raise EditError(f"{path}: expected a file of up to {_MOST_BYTES:,} bytes of layers, received {size:,}.")
 
 
 def _layer(name: str, state: LayerState) -> BatchNormalization:

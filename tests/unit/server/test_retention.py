@@ -133,3 +133,30 @@ def test_a_service_without_a_state_directory_forgets_too() -> None:
     retention.persist(Persist("running"))
     asyncio.run(retention.expire())
     assert service.jobs == ("second", "running")
+
+
+@pytest.mark.parametrize("days", [400, -400])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_clock_that_is_set_deletes_nothing(
+    days: int, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong time, for a minute, deleted every job that was over; what it says is believed at the next start."""
+    _left_behind(tmp_path, {"young": 1, "old": 40})
+    store, keep = Store(tmp_path), Keep(days=30.0)
+    real = time.time
+    if in_memory:
+        service = Service()
+        retention = MemoryRetention(keep, service)
+        service.handle(Join(1, "j", Peer(0), 1, 9.0, 9.0), 0.0)
+        service.handle(Leave(1, ""), 0.0)
+        retention.persist(Persist("j"))
+        monkeypatch.setattr(time, "time", lambda: real() + days * _DAY_S)
+        asyncio.run(retention.expire())
+        assert service.knows("j")
+    else:
+        saving, _ = _saving(store, keep)
+        monkeypatch.setattr(time, "time", lambda: real() + days * _DAY_S)
+        asyncio.run(saving.expire())
+        assert store.holds("young")
+        assert store.holds("old") is (days < 0)
+    store.close()

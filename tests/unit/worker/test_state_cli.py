@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,45 @@ def test_a_job_and_its_checkpoints_are_forgotten(kept: Path) -> None:
     """All of them."""
     _run(kept, "forget", "over")
     assert not list(kept.glob("over*"))
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**30 + 1)
+
+
+def _bomb(path: Path) -> None:
+    """A small archive that says that it holds 2 GiB, and does hold a MiB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", bytes(2**20))
+    path.write_bytes(path.read_bytes().replace((2**20).to_bytes(4, "little"), (2**31).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "text"),
+    [
+        ("pipe.npz", os.mkfifo, "expected a regular file, received a pipe, a socket or a device."),
+        ("zero.safetensors", lambda path: path.symlink_to("/dev/zero"), "expected a regular file"),
+        ("sparse.safetensors", _sparse, "of up to 1,073,741,824 bytes of layers, received 1,073,741,825."),
+        ("bomb.npz", _bomb, "of up to 1,073,741,824 bytes of layers, received 2,147,483,648."),
+    ],
+)
+def test_a_file_from_anybody_neither_hangs_nor_fills_the_memory(
+    name: str, make: Callable[[Path], Any], text: str, directory: Path, tmp_path: Path
+) -> None:
+    """A pipe was waited for without end, a device and an archive of zeros were read until there was no memory."""
+    make(tmp_path / name)
+    before = _contents(directory)
+    code, told = _refused(directory, "import", "mine", str(tmp_path / name))
+    assert (code, told.startswith(f"state import: {tmp_path / name}: "), text in told) == (2, True, True), told
+    assert _contents(directory) == before
+
+
+def test_a_layer_of_any_name_is_refused_in_few_words(directory: Path, tmp_path: Path) -> None:
+    """The error had all of it."""
+    layer = BatchNormalization(name="a", center=False, scale=False)
+    layer.build((None, 2))
+    interchange.save(tmp_path / "long.npz", {"x" * 50_000: layer})
+    code, told = _refused(directory, "import", "mine", str(tmp_path / "long.npz"))
+    assert (code, len(told) < 1000) == (2, True)
+    assert "expected a layer name of 1 to 200 characters" in told
