@@ -64,6 +64,14 @@ def test_a_checkpoint_round_trips() -> None:
     assert after.name == "FILE"
 
 
+def test_the_best_epoch_is_the_first_of_equals() -> None:
+    """So that more epochs with the same loss change neither the result nor when a run stops early."""
+    losses = (0.9, 0.7, 0.7, None)
+    epochs = [replace(EPOCH, number=number, validation_loss=loss) for number, loss in enumerate(losses, 1)]
+    assert Progress(9, tuple(epochs)).best == epochs[1]
+    assert Progress(9, (epochs[3],)).best is None
+
+
 def test_equal_states_make_equal_bytes() -> None:
     """In whatever order and layout the tensors and settings come."""
     one = made({"a": np.ones((2, 3)), "b": np.zeros(2)})

@@ -49,9 +49,10 @@ def test_a_line_leaves_as_soon_as_it_ends() -> None:
     assert lines.feed(b"c\n") == b"[1] bc\n"
 
 
-def test_a_long_line_leaves_in_pieces_between_characters() -> None:
-    """Memory stays bounded, and no character is cut."""
-    text = ("€" * LIMIT).encode()  # three bytes each: the limit falls inside one
+@pytest.mark.parametrize("line", ["€" * LIMIT, "a" + "𝄞" * LIMIT], ids=["three bytes", "four bytes"])
+def test_a_long_line_leaves_in_pieces_between_characters(line: str) -> None:
+    """Memory stays bounded, and no character is cut: the limit falls inside one, at its last byte of four."""
+    text = line.encode()
     lines = prefixer(b"")
     left = b""
     for start in range(0, len(text), 1000):

@@ -67,6 +67,7 @@ def test_the_ranks_environment() -> None:
 def test_the_ranks_of_an_elastic_job() -> None:
     """They know its limits; what an outer launcher said of its own is gone."""
     outer = {"BNLAYER_ELASTIC": "1:9", "BNLAYER_RESTART_COUNT": "3"}
+    assert Job(("x",), 4, elastic=Limits(2, 4)).world_size == 4  # it may begin with the most
     inner = environment(Job(("x",), 2, elastic=Limits(2, 4)), FOLDER, "127.0.0.1:5", outer)
     assert inner["BNLAYER_ELASTIC"] == "2:4"
     assert not {"BNLAYER_ELASTIC", "BNLAYER_RESTART_COUNT"} & environment(Job(("x",), 2), FOLDER, None, outer).keys()
