@@ -26,6 +26,7 @@ _LONGEST = (
     "rpc/test_resume.py",
     "rpc/test_elastic.py",
     "mpi/test_contract.py",
+    "mpi/test_elastic.py",
     "rpc/test_elastic_hosts.py",
     "mpi/test_train_resume.py",
     "mpi/test_endings.py",
