@@ -44,7 +44,7 @@ class Desk:
         """What still does when the promised time has passed."""
         deadline = time.monotonic() + _LEFT_S
         while self.left() and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.1)
         return self.left()
 
 

@@ -83,7 +83,7 @@ def test_ending(ending: Ending, pair: list[Host], started: Callable[..., Job]) -
     codes = job.end()
     ended = time.monotonic()
     while job.carriers() and time.monotonic() < ended + _LEFT_S:
-        time.sleep(0.01)
+        time.sleep(0.05)
     left, said = job.carriers(), job.said()
     assert tuple(codes) == ending.codes, said
     assert left == []
