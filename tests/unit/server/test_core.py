@@ -398,6 +398,12 @@ def test_a_job_too_many_is_refused() -> None:
     assert [type(effect) for effect in _join(service, 3, job="k")] == [Joined]
 
 
+def test_the_ranks_of_a_job_that_is_there_are_no_other_jobs() -> None:
+    """At the quota of jobs the second rank joins."""
+    service = Service(quotas=Quotas(jobs=1))
+    assert [type(effect) for effect in _join(service, 1, 2)] == [Joined]
+
+
 @pytest.mark.parametrize("pushed", [True, False])
 def test_a_layer_too_many_is_refused(pushed: bool) -> None:
     """However it comes; a layer that is there is enrolled and pushed as before."""

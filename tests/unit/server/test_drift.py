@@ -54,6 +54,35 @@ def test_what_moves_by_less_than_a_quarter_is_no_alarm() -> None:
     assert [drift.what for drift in followed(band, np.full(2, 0.26), np.full(2, 1.29))[1]] == ["mean", "variance"]
 
 
+def test_a_band_says_something_from_the_twentieth_sample_on() -> None:
+    """Not from the nineteenth, and not later."""
+    still = [(np.zeros(2), np.ones(2))]
+    gone = [(np.full(2, 9.0), np.ones(2))]
+    assert [bool(_after(still * number + gone)[1][-1]) for number in (19, 20)] == [False, True]
+
+
+def test_a_band_follows_as_its_formula_says() -> None:
+    """Each sample counts alike at first, so that the first one says no more than others; then the last twenty or so."""
+    samples = [(np.array([float(step)]), np.array([np.exp(2.0 * step)])) for step in range(60)]
+    band, _ = _after(samples)
+    centre = width = 0.0
+    for number, (mean, _variance) in enumerate(samples[1:], start=2):
+        away = abs(mean[0] - centre)
+        centre += (mean[0] - centre) / min(number, 20)
+        width += (away - width) / min(number, 20)
+    assert (band.mean_C[0], band.mean_width_C[0]) == (pytest.approx(centre), pytest.approx(width))
+    assert (band.log_C[0], band.log_width_C[0]) == (pytest.approx(2 * centre), pytest.approx(2 * width))
+
+
+def test_the_channel_that_is_furthest_outside_is_named() -> None:
+    """In widths of its own band: a channel that always moves much may go further."""
+    random = np.random.default_rng(2)
+    noise = np.array([0.01, 1.0])
+    band, _ = _after([(noise * random.standard_normal(2), np.full(2, 1e-4)) for _ in range(200)])
+    _, (drift,) = followed(band, np.array([4.0, 8.0]), np.full(2, 1e-4))
+    assert (drift.channels, drift.channel) == (2, 0)
+
+
 def test_an_alarm_ends_when_the_statistics_stay_where_they_are() -> None:
     """The band is a recent one."""
     _, found = _after(_noisy(100) + _noisy(200, mean=9.0))

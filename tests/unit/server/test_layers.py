@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnlayer import BatchNormalization
-from bnlayer.collective import Alone, Call, ExchangeKey, LayerSignature, Operation, Total
+from bnlayer.collective import Alone, Call, Direction, ExchangeKey, LayerSignature, Operation, Total
 from bnlayer.state import LayerState
 from bnserver.core.events import Replacing
 from bnserver.core.journal_records import Completed, LayerSnapshot, Pushed
@@ -96,3 +96,18 @@ def test_enrolling_again_and_again_takes_no_more_memory() -> None:
         owner.enroll(anew, layer.state)
         owner.recover()
     assert owner.longest <= 5
+
+
+def test_an_enrolment_ends_the_gradients_in_progress() -> None:
+    """Their first round was dropped from the records: what is recovered must expect what the owner did."""
+    owner = _Owner()
+    layer = BatchNormalization(synchronized=True, name="a", collective=owner)
+    rows = np.random.default_rng(1).normal(size=(8, 2)).astype(np.float32)
+    _, pullback = layer.vjp(rows, training=True)
+    signature = replace(_SIGNATURE, epsilon=layer.epsilon, momentum=layer.momentum)
+    probe = Call(Operation.PROBE, ExchangeKey("a", Direction.BACKWARD, 0), signature, 0, 0)
+    owner.exchange(probe, np.zeros((2, 2), np.int64))
+    owner.enroll(Call(Operation.ENROLL, ExchangeKey("a", None, 0), replace(signature, anew=True)), layer.state)
+    pullback(rows)
+    owner.recover()
+    assert owner.layers.states["a"].backward.fingerprint == layer.state.backward.fingerprint

@@ -178,6 +178,24 @@ def test_what_a_rank_remembers_is_counted(names: Any, text: str) -> None:
     assert event.text.startswith(text)
 
 
+def test_a_rank_may_remember_as_many_layers_as_permitted() -> None:
+    """A job at its quota comes back."""
+    join = _join("j", 2)
+    join.join.resume.versions.update({"a": 1, "b": 2})
+    assert isinstance(Reader(7, Quotas(layers=2)).read(join, b""), Join)
+
+
+@pytest.mark.parametrize("which", ["job_bytes", "total_bytes"])
+def test_as_many_bytes_as_permitted_are_held(which: str) -> None:
+    """And not one more."""
+    in_flight = BytesInFlight(Quotas())
+    _End(Quotas(), in_flight).read(*_reduction(_LARGE))
+    held = in_flight.total
+    for most, kind in ((held, Contribute), (held - 1, Malformed)):
+        quotas = Quotas(**{which: most})
+        assert isinstance(_End(quotas, BytesInFlight(quotas)).read(*_reduction(_LARGE)), kind)
+
+
 def test_a_job_holds_no_more_than_its_quota() -> None:
     """Whichever rank brings one part too many; other jobs go on, and what is answered does not count."""
     quotas = Quotas(job_bytes=5 * _PART)
