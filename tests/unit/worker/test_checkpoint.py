@@ -25,6 +25,7 @@ from bnworker.train.checkpoint import (
     read,
     read_by_first,
 )
+from bnworker.train.elastic import Kept
 from bnworker.train.events import Epoch
 from bnworker.train.export import encoded, weights
 from bnworker.train.settings import Settings
@@ -225,6 +226,20 @@ def test_exported_files(suffix: str, tmp_path: Path) -> None:
         read_back = load_file(path)
     assert np.array_equal(read_back["dense_1/kernel"], np.arange(6.0).reshape(2, 3))
     assert len(read_back) == 5
+
+
+def test_an_elastic_run_keeps_copies() -> None:
+    """What the run writes after a step is not in the state of that step; another rank takes over every bit of it."""
+    before, kept, other = made(), Kept(), Kept()
+    assert kept.packed() == []
+    kept.keep(before)
+    before.tensors["dense_1/kernel"][...] = 9
+    world = World(AloneTransport(), install=False)
+    other.take(world, kept.saves, kept.packed())
+    assert other.saves == 1
+    for each in (kept, other):
+        assert each.checkpoint is not None
+        assert np.array_equal(each.checkpoint.tensors["dense_1/kernel"], np.arange(6.0).reshape(2, 3))
 
 
 def test_the_best_epochs_weights_are_exported() -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from bnlayer import constraints, regularizers
 from bnlayer.collective import install, installed
+from bnworker.train.calibration import calibrate
+from bnworker.train.checkpoint import Checkpoint
 from bnworker.train.data import Batch, DataError, Dataset, LastBatch, from_arrays, load
 from bnworker.train.evaluation import evaluate
 from bnworker.train.events import Epoch, Event, Step
-from bnworker.train.loop import DivergedError, Replica, train
+from bnworker.train.loop import DivergedError, Replica, Saving, train
 from bnworker.train.model import Perceptron
 from bnworker.train.optimizer import SGD
 from bnworker.train.settings import Settings
@@ -163,24 +165,25 @@ def test_a_row_that_cannot_be_read_ends_it(world: World) -> None:
     with pytest.raises(DataError, match=r"^x\.npz: row 3: a feature is nan$"):
         step(model, SGD(weights, learning_rate=1.0, momentum=0.0), bad, world)
     assert [weight.value.tobytes() for weight in weights] == before
-    with pytest.raises(DataError, match="row 3"):
-        evaluate(model, _Unreadable(data, bad), world)  # type: ignore[arg-type]  # it quacks like one
+    for split in ("test", "validation"):
+        with pytest.raises(DataError, match="row 3"):
+            evaluate(model, _Unreadable(data, bad, split), world)  # type: ignore[arg-type]  # it has what is needed
 
 
 class _Unreadable:
-    """A data set whose test rows are bad."""
+    """A data set of which the rows of one split are bad."""
 
-    def __init__(self, data: Dataset, bad: Batch) -> None:
+    def __init__(self, data: Dataset, bad: Batch, split: str) -> None:
         self.test_rows, self.validation_rows = data.test_rows, 0
-        self._bad = bad
+        self._bad = {split: [bad]}
 
     def test(self) -> Iterator[Batch]:
-        """A bad block."""
-        return iter([self._bad])
+        """A bad block, or none."""
+        return iter(self._bad.get("test", []))
 
     def validation(self) -> Iterator[Batch]:
-        """None."""
-        return iter([])
+        """A bad block, or none."""
+        return iter(self._bad.get("validation", []))
 
 
 def test_data_of_another_world_is_refused(world: World) -> None:
@@ -240,3 +243,15 @@ def test_early_stop_keeps_the_best(world: World) -> None:
         outcome.epochs[best].test_accuracy,
     )
     assert evaluate(outcome.model, small(0.3), world).validation_loss == losses[best]
+
+
+def test_a_calibration_replaces_the_statistics_of_the_result(world: World) -> None:
+    """Where the run stopped early those of its best epoch; everything else in the checkpoint stays."""
+    saved: list[Checkpoint] = []
+    settings = replace(SMALL, epochs=40, validation_split=0.3, early_stop=2, learning_rate=1.0)
+    train(settings, small(0.3), world, saving=Saving(saved.append))
+    before, after = saved[-1].tensors, calibrate(saved[-1], small(0.3), world, 8).checkpoint.tensors
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert {"best/bn_1/state/moving_mean", "best/bn_1/state/moving_variance"} <= changed
+    assert all(name.startswith("best/bn_1/state/") for name in changed)
