@@ -2,12 +2,14 @@
 
 python torch_ending_rank.py FOLDER ENDING...
 
-The ranks are forked, so that torch is imported once; what torchrun's agent does, the store, is done here.
+The ranks are forked, so that torch is imported once. What torchrun's agent does, the store, another child does: it has
+threads, and a process with threads must not fork, as its child may wait for a lock that one of them held.
 """
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
 import sys
@@ -25,26 +27,45 @@ ODD = 1  # the rank that does something else
 
 
 RANKS = 3
+_HANGS_S = 120  # that no rank takes: it prints where it is then, and ends
 
 
 def main(folder: Path, endings: list[str]) -> None:
     """Run the jobs, one after the other."""
-    agent = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    port, agent = _agent()
     for ending in endings:
         (folder / ending).mkdir()
         pids = []
         for rank in range(RANKS):
             pid = os.fork()
             if pid == 0:
-                _as_a_process(folder / ending, ending, rank, agent.port)
+                _as_a_process(folder / ending, ending, rank, port)
             pids.append(pid)
         for pid in pids:
             os.waitpid(pid, 0)
+    os.kill(agent, signal.SIGKILL)
+    os.waitpid(agent, 0)
+
+
+def _agent() -> tuple[int, int]:
+    """Start the store in a process of its own; its port, and the process."""
+    reading, writing = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid == 0:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        os.write(writing, f"{store.port}\n".encode())
+        while os.getppid() == parent:  # which ends it; it does not outlive the parent
+            time.sleep(1)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, encoding="ascii") as pipe:
+        return int(pipe.readline()), pid
 
 
 def _as_a_process(folder: Path, ending: str, rank: int, port: int) -> None:
     """Run a rank in a forked child, with the end of an ordinary process."""
     code = 0
+    faulthandler.dump_traceback_later(_HANGS_S, exit=True)
     try:
         store = dist.PrefixStore(ending, dist.TCPStore("127.0.0.1", port, None, False))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
