@@ -82,7 +82,7 @@ def mute(address: str) -> None:
         held.append(socket.create_connection((host, int(port)), timeout=5))
     print("ready", flush=True)
     while True:
-        time.sleep(0.1)
+        time.sleep(0.1)  # the service closes the mute after seconds
         for place, each in enumerate(held):
             each.setblocking(False)
             with contextlib.suppress(BlockingIOError):

@@ -236,8 +236,9 @@ class BatchNormalization(Member):
         if result.version is not None and result.version != after.version:
             self._take_over(driver)
         r = d = None
-        if trained is not None and trained.y is not None and trained.scale is not None:
-            y, scale = trained.y, trained.scale
+        scale = None if trained is None else trained.scale
+        if trained is not None and trained.y is not None and scale is not None:
+            y = trained.y
         else:
             r, d = (None, None) if self._renorm is None else self._correction(statistics, before.moving)
             scale, shift = self._corrected(statistics, r, d)

@@ -114,7 +114,8 @@ class Checkpoints:
                 ) from error
 
     def _write(self, directory: Path, asked: Checkpoint) -> None:
-        others = {found.name: found for found in headers(directory, asked.job) if found.name != asked.name}
+        there = headers(directory, asked.job)
+        others = [found for found in there if found.name != asked.name]
         # With --keep-checkpoints the oldest ones make room; without, only an operator deletes any.
         left = len(others) if self._keep is None else min(len(others), self._keep - 1)
         if left >= self._most:
@@ -124,7 +125,7 @@ class Checkpoints:
                 "--keep-checkpoints it deletes the oldest ones by itself."
             )
         path = path_of(directory, asked.job, asked.name)
-        number = 1 + max((found.number for found in headers(directory, asked.job)), default=0)
+        number = 1 + max((found.number for found in there), default=0)
         records = [LayerSnapshot(name, state) for name, state in asked.layers.items()]
         first = header(
             asked.job,
@@ -148,7 +149,7 @@ class Checkpoints:
             raise
         state_directory.sync(directory)
         if self._keep is not None:
-            sound = sorted((found for found in others.values() if not found.fault), key=lambda found: found.number)
+            sound = sorted((found for found in others if not found.fault), key=lambda found: found.number)
             for found in sound[: max(0, len(sound) + 1 - self._keep)]:
                 found.path.unlink(missing_ok=True)
                 _log.info("deleted checkpoint %r of job %r (--keep-checkpoints)", found.name, asked.job)

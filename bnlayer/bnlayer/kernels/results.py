@@ -101,7 +101,8 @@ class TrainingCall(NamedTuple):
 class Record(NamedTuple):
     """What a training call found, in one piece of memory: to make one array takes less than to make five.
 
-    The offsets are those of `Record` in `native/training.cpp`.
+    The offsets are those of `Record` in `native/training.cpp`. `finish_forward` gives the moving statistics as arrays
+    of their own, and leaves their place in it empty.
 
     Attributes:
         memory: (98·C,) bytes: (8, C) float64, (C,) int64, (6, C) float32, (2, C) bool, one after the other.
@@ -131,7 +132,7 @@ class Record(NamedTuple):
 
     @property
     def mean(self) -> NDArray[np.float32]:
-        """(C,), the moving mean after the call."""
+        """(C,), the moving mean after a call of `forward_at`."""
         return self._single(2)
 
     @property
