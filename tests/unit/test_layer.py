@@ -371,3 +371,18 @@ def test_the_unbiased_moving_variance_is_torchs() -> None:
         bn(x[:1], training=True)
         bn(x[:0], training=True)
         assert [w.tobytes() for w in bn.get_weights()] == before
+
+
+def test_only_channels_that_do_not_fit_get_a_new_grid() -> None:
+    """One channel grows beyond its window: the others keep theirs, and the result is that of the exact statistics."""
+    x = np.random.default_rng(8).standard_normal((64, 5)).astype(np.float32)
+    layer = BatchNormalization()
+    layer(x, training=True)
+    before = layer.state.forward
+    x *= np.float32(0.25)  # which a probe would answer with a finer grid
+    x[:, 2] *= np.float32(1e6)
+    y = layer(x, training=True)
+    after = layer.state.forward
+    assert np.flatnonzero(after.exponent_C != before.exponent_C).tolist() == [2]
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(y, (exact - exact.mean(0)) / np.sqrt(exact.var(0) + layer.epsilon), atol=1e-5)
