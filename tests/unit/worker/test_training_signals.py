@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from bnworker.cli import rank
 from bnworker.cli.files import Files
 from bnworker.cli.interruption import Interruption, WaitInterrupted
 from bnworker.cli.rank import _end_stopped, _stopped_between
 from bnworker.train.checkpoint import Checkpoint, Origin, Progress, encode, read
+from bnworker.train.loop import Replica, StoppedError
 from bnworker.train.settings import Settings
 from bnworker.transports.alone import AloneTransport
 from bnworker.world import World
@@ -57,6 +59,34 @@ def test_the_exit_code_of_a_run_that_was_stopped(by: signal.Signals, saved: Path
         assert _end_stopped(by, 3, "digits", Settings(), world, Files(save=saved), None).code == code
         for number, handler in before.items():
             assert signal.getsignal(number) == (signal.SIG_IGN if code == 75 else handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("late", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_after_the_other_ranks_does_not_end_this_one(
+    late: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank's has stopped the run already; it was killed while the ranks agreed on which signal that was."""
+    received: list[int] = []
+
+    def stopped(*_: object, **__: object) -> None:
+        raise StoppedError(3)
+
+    def agreed(*_: object) -> signal.Signals:
+        signal.raise_signal(late)
+        return late
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    monkeypatch.setattr(rank, "train", stopped)
+    monkeypatch.setattr(rank, "_agreed", agreed)
+    try:
+        world = World(AloneTransport(), install=False)
+        ended = rank._train("digits", Settings(epochs=1), world, Replica(), Files(), first=False)
+        assert isinstance(ended, rank._Stopped)
+        assert (ended.signal, received) == (late, [])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -198,25 +198,27 @@ def _train(
 
         saving = _saving(files) if first else None
         outcome: Outcome | StoppedError
-        with display or nullcontext(), interruption if elastic is None else nullcontext():
-            try:
-                outcome = train(
-                    settings,
-                    loaded,
-                    world,
-                    replica,
-                    watch,
-                    start=start,
-                    initial=initial,
-                    saving=saving,
-                    stop=interruption.asked,
-                    keep=None if kept is None else kept.keep,
-                )
-            except StoppedError as error:
-                outcome = error
-        if isinstance(outcome, StoppedError):
-            by = _agreed(world, interruption.signal)
-            return _end_stopped(by, outcome.steps, data, settings, world, files, recorder)
+        with interruption if elastic is None else nullcontext():
+            with display or nullcontext():
+                try:
+                    outcome = train(
+                        settings,
+                        loaded,
+                        world,
+                        replica,
+                        watch,
+                        start=start,
+                        initial=initial,
+                        saving=saving,
+                        stop=interruption.asked,
+                        keep=None if kept is None else kept.keep,
+                    )
+                except StoppedError as error:
+                    outcome = error
+            if isinstance(outcome, StoppedError):
+                # The signal that stopped another rank may reach this one only now: it must not end it.
+                by = _agreed(world, interruption.signal)
+                return _end_stopped(by, outcome.steps, data, settings, world, files, recorder)
     except (DataError, CheckpointError, WeightFileError) as error:
         _report_failure(recorder, data, settings, world, str(error))
         return error
