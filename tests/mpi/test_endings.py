@@ -46,7 +46,7 @@ def test_leaving_is_reported_at_once(world_size: int, way: str, kind: str, what:
     """An exception, a failing exit and an early return reach the others within a second; the job fails."""
     ended, events = end(world_size, way, tmp_path)
     assert ended.code != 0
-    assert len(events) == world_size - 1
+    assert len(events) == world_size - 1, ended.err
     for name, text, ranks, seconds in events:
         assert name == kind
         assert without_hosts(text).startswith(f"rank {world_size - 1} {what}")
@@ -60,7 +60,7 @@ def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_p
     """A rank that is stopped (SIGSTOP), before an exchange or in the middle of it; the job ends, and fails."""
     ended, events = end(world_size, way, tmp_path)
     assert ended.code != 0
-    assert len(events) == world_size - 1
+    assert len(events) == world_size - 1, ended.err
     waiting = "rank 0 waits" if world_size == 2 else "rank 0, rank 1 wait"
     for name, text, ranks, seconds in events:
         assert name == "PeerLostError"

@@ -110,7 +110,8 @@ def test_what_does_not_go_together(pair: list[Host], started: Callable[..., Job]
     """A node that differs is refused, and the job goes on without it until the right one comes."""
     program = script(JOINED + "    print('here')")
     over = tmp_path / "over"
-    held = script(JOINED + f"    ready()\n    while not os.path.exists({str(over)!r}): w.barrier(); time.sleep(0.01)")
+    ended = f"w.allreduce([int(w.rank == 0 and os.path.exists({str(over)!r}))])[0]"  # rank 0 looks: all leave at once
+    held = script(JOINED + f"    ready()\n    while not {ended}: time.sleep(0.01)")
     job = started(pair, held)
     where = ["--insecure", f"--rendezvous={pair[0].address}:{PORT + 10}", "--nnodes=2"]
     head = Running(1, program, [*where, "--node-rank=0"], tmp_path / "head", prefix=pair[0].prefix)
@@ -146,7 +147,7 @@ def test_what_does_not_go_together(pair: list[Host], started: Callable[..., Job]
         assert done.returncode in (1, 2)
         assert f"bnlayer: launch: {says}" in done.stderr, done.stderr
     over.touch()
-    assert job.end() == [0, 0]
+    assert job.end() == [0, 0], job.said()
 
 
 def test_training_on_two_hosts(pair: list[Host], tmp_path: Path) -> None:
