@@ -16,7 +16,9 @@ import bnworker
 from bnlayer import BatchNormalization
 from bnlayer.collective import ADMIT, Call, PlainSignature
 from bnlayer.environment import announced
+from bnlayer.errors import PeerLostError
 from bnworker.transports import mpi_recovery
+from bnworker.transports.mpi_runtime import MPI
 from bnworker.transports.mpi_wait import Wait
 
 STEPS, COMMIT_EVERY, AT = 6, 3, 4
@@ -38,9 +40,9 @@ def main(way: str) -> None:
                 mine = rows[world.shard(len(rows))]
                 norm(mine.astype(np.float64), training=True)
                 if way in {"freezes", "exits"} and state.step == AT:
-                    world._transport._timeout = 2.0  # type: ignore[attr-defined]  # not before: joining takes its time
+                    world._transport._timeout = 6.0  # type: ignore[attr-defined]  # not before: joining takes its time
                 if happens and state.step == AT:
-                    befalls(way)
+                    befalls(way, world._transport)  # type: ignore[arg-type]
                 (total,) = world.allreduce([mine.sum(axis=0)])
                 if happens and state.step == AT and way == "falls-behind":
                     raise world._transport._loss(None)  # type: ignore[attr-defined]
@@ -70,12 +72,24 @@ def cut_off_admissions(transport: mpi_recovery.RecoverableTransport) -> None:
     transport._agree = cut_off  # type: ignore[method-assign]
 
 
-def befalls(way: str) -> None:
+def fail_unspecifically(transport: mpi_recovery.RecoverableTransport) -> None:
+    """Let this rank's next request fail as Open MPI's does that was revoked between two rounds of its schedule."""
+
+    def fail(request: MPI.Request, wait: Wait) -> None:
+        raise PeerLostError("MPI failed") from MPI.Exception(MPI.ERR_OTHER)
+
+    transport._comm.Revoke()
+    transport._complete = fail  # type: ignore[method-assign]
+
+
+def befalls(way: str, transport: mpi_recovery.RecoverableTransport) -> None:
     """Between the exchanges of a step: this rank fails, freezes, or is killed."""
     if way == "fails":
         raise ValueError("no such file")
     if way == "exits":
         os._exit(7)
+    if way == "unspecific":
+        fail_unspecifically(transport)
     if way in {"freezes", "too-few"}:
         os.kill(os.getpid(), signal.SIGSTOP if way == "freezes" else signal.SIGKILL)
 

@@ -130,12 +130,13 @@ def test_a_rank_that_fails_is_lost(undisturbed: set[object]) -> None:
     [
         ("falls-behind", [(2, 3, AT + 1)] * 3),  # the exchange completed on the others, which have saved the step
         ("cut-at-the-end", [(2, 3, 5)] * 3),  # the last admission did: they must not finish without it
+        ("unspecific", [(2, 3, AT)] * 3),  # by an error that does not say that the communicator was revoked
     ],
 )
 def test_an_exchange_that_fails_on_some(
     way: str, generations: list[tuple[int, int, int]], undisturbed: set[object]
 ) -> None:
-    """It completed on others: all go on from the state of the rank that is ahead, and none of them alone."""
+    """All go on from the state of the rank that is ahead, where it completed on others; and none of them alone."""
     ended, said = survive(way)
     assert ended.code == 0, ended.err
     assert numbers(said) == BEGUN + generations
@@ -148,7 +149,7 @@ def test_a_rank_that_is_not_known_to_be_dead_ends_the_job(way: str) -> None:
     ended, _ = survive(way)
     assert ended.code != 0
     assert "PeerLostError: rank 1 (host " in ended.err
-    assert ") did not come within 2 s (last seen completing layer 'bn'" in ended.err
+    assert ") did not come within 6 s (last seen completing layer 'bn'" in ended.err
     assert "ends the whole MPI job" in ended.err
 
 

@@ -13,7 +13,7 @@ from support.contract.disagreements import without_hosts
 
 pytestmark = [pytest.mark.mpi, pytest.mark.fault]
 
-TIMEOUT_S = 2.0  # of ending_rank.py
+TIMEOUT_S = 6.0  # of ending_rank.py
 
 
 def end(world_size: int, way: str, folder: Path) -> tuple[mpi.Ended, list[Any]]:
@@ -65,11 +65,11 @@ def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_p
     for name, text, ranks, seconds in events:
         assert name == "PeerLostError"
         assert without_hosts(text) == (
-            f"rank {world_size - 1} did not come within 2 s (last seen completing barrier (number 0)). {waiting} in "
+            f"rank {world_size - 1} did not come within 6 s (last seen completing barrier (number 0)). {waiting} in "
             "allreduce (number 1)."
         )
         assert ranks == [world_size - 1]
-        assert TIMEOUT_S - 0.5 < seconds < TIMEOUT_S + 1.0  # told by the first to give up, who came a little earlier
+        assert TIMEOUT_S - 2 < seconds < TIMEOUT_S + 2  # told by the first to give up, who came a little earlier
     assert len({text for _, text, _, _ in events}) == 1
     assert "ends the whole MPI job" in ended.err
 
@@ -80,7 +80,7 @@ def test_a_late_rank_is_not_blamed(tmp_path: Path) -> None:
     assert ended.code != 0
     assert [ranks for _, _, ranks, _ in events] == [[2], [2]]
     first, second = (without_hosts(text) for _, text, _, _ in events)
-    late = "rank 2 did not come within 2 s (last seen completing barrier (number 0))"
+    late = "rank 2 did not come within 6 s (last seen completing barrier (number 0))"
     assert first == f"{late}. rank 0, rank 1 wait in allreduce (number 1)."
     assert second == first
     assert events[0][3] >= TIMEOUT_S

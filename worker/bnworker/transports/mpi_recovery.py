@@ -123,17 +123,27 @@ class RecoverableTransport(MPITransport):
         try:
             yield
         except MPI.Exception as error:
-            if not _is_loss(error):
+            if not self._follows_from_loss(error):
                 raise
             raise self._loss(call) from error
         except PeerLostError as error:
-            if _is_loss(error.__cause__):
+            if self._follows_from_loss(error.__cause__):
                 raise self._loss(call) from error
             if not self._over:
                 self._overdue = True
                 raise
             self._lost = True  # it left with a failure: all have agreed on that, and it ends
             raise RegroupError(str(error), ranks=error.ranks, layer=error.layer, step=error.step) from error
+
+    def _follows_from_loss(self, error: BaseException | None) -> bool:
+        """Whether a rank was lost, even if the error does not say so.
+
+        A collective of Open MPI 5.0 whose communicator is revoked between two rounds of its schedule fails with
+        MPI_ERR_OTHER.
+        """
+        if not isinstance(error, MPI.Exception):
+            return False
+        return _is_loss(error) or self._comm.Is_revoked() or self._comm.Get_failed().size > 0
 
     def _loss(self, call: Call | None) -> RegroupError:
         """Revoke the communicator; the error that says why."""
