@@ -69,7 +69,7 @@ def test_a_frozen_rank_is_named_at_the_deadline(world_size: int, way: str, tmp_p
             "allreduce (number 1)."
         )
         assert ranks == [world_size - 1]
-        assert TIMEOUT_S - 2 < seconds < TIMEOUT_S + 2  # told by the first to give up, who came a little earlier
+        assert TIMEOUT_S - 2 < seconds < TIMEOUT_S + 4  # told by the first to give up, who came a little earlier
     assert len({text for _, text, _, _ in events}) == 1
     assert "ends the whole MPI job" in ended.err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bnworker.launcher.remote import Remote, launch
-from bnworker.launcher.starting import Job, LaunchError, Several, check, environment
+from bnworker.launcher.starting import Job, LaunchError, Several, check, environment, service_command
 from bnworker.limits import Limits
 from bnworker.own_service import daemon_environment
 
@@ -72,6 +72,13 @@ def test_the_ranks_of_an_elastic_job() -> None:
     assert inner["BNLAYER_ELASTIC"] == "2:4"
     assert not {"BNLAYER_ELASTIC", "BNLAYER_RESTART_COUNT"} & environment(Job(("x",), 2), FOLDER, None, outer).keys()
     assert "BNLAYER_RESTART_COUNT" not in inner
+
+
+def test_the_service_of_an_elastic_job_misses_a_lost_host_earlier() -> None:
+    """So that another step is made within the 5 s that are everybody's lease."""
+    lease = ["--lease", "4"]
+    assert service_command(Job(("x",), 2, elastic=Limits(2, 4)), None)[-2:] == lease
+    assert "--lease" not in service_command(Job(("x",), 2), None)
 
 
 def test_a_job_without_a_name_gets_a_fresh_one() -> None:

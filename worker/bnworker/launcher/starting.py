@@ -29,6 +29,7 @@ from bnworker.limits import RESTARTED, VARIABLE, Limits
 from bnworker.own_service import daemon_environment, refuse_credentials
 
 _HERE = Path(__file__).parent
+_ELASTIC_LEASE_S = 4  # of the service of an elastic job, whose ranks shall go on within 5 s of a host's loss
 
 
 class LaunchError(Exception):
@@ -238,14 +239,19 @@ def start_guardian(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen
 def start_service(job: Job, environ: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     """Start a statistics service for this job alone: a free loopback port or the rendezvous, nothing kept.
 
-    It prints warnings and errors only; the rest goes to its log, if there is one. What the environment says of another
-    daemon, such as its certificates, is not for this one.
+    What the environment says of another daemon, such as its certificates, is not for this one.
     """
+    return _start(service_command(job, log), daemon_environment(environ), subprocess.PIPE)
+
+
+def service_command(job: Job, log: Path | None) -> list[str]:
+    """Its command: it prints warnings and errors only; the rest goes to its log, if there is one."""
     listen = job.several.rendezvous if job.several is not None else "127.0.0.1:0"
     command = [sys.executable, "-P", "-m", "bnserver", "--listen", listen, "--log-level", "warning"]
     command += ["--insecure"] if job.several is not None and job.several.insecure else []
+    command += ["--lease", str(_ELASTIC_LEASE_S)] if job.elastic is not None else []
     command += ["--log-file", str(log)] if log is not None else []
-    return _start(command, daemon_environment(environ), subprocess.PIPE)
+    return command
 
 
 def start_rank(
