@@ -359,6 +359,36 @@ def test_a_rank_that_holds_the_gil_is_not_dead(
     assert re.search(straggler + r" waiting for 2\.\d s", log)
 
 
+_HELD_UP = """
+import ctypes, os, threading
+from bnworker.transports.service.heartbeat import Heartbeat
+hold, send, over = ctypes.PyDLL(None).usleep, Heartbeat._send, threading.Event()
+def sends(self):
+    before = self._last
+    os.kill(PID, 19)
+    send(self)
+    if self._last == before:
+        return os.kill(PID, 18)
+    Heartbeat._send = send
+    os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 2.7; kill -CONT PID"], os.environ)
+    over.set()
+    hold(3_000_000)
+Heartbeat._send = sends
+over.wait()
+time.sleep(0.005)
+hold(3_000_000)
+world.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_held_up_keeps_its_connection(serve: Callable[..., Any], run_rank: Callable[..., Any]) -> None:
+    """No heartbeat was answered for half a lease; it could not come back within `--away`, as it is held up again."""
+    service = serve()
+    rank = run_rank(service.address, 0, 1, _HELD_UP.replace("PID", str(service.popen.pid)))
+    assert (rank.line(), rank.line()) == ("joined", "left"), rank.end()
+
+
 def test_a_service_without_its_state_tells_who_comes_back(start: Callable[..., Any]) -> None:
     """It was started again, and kept nothing: there is nothing to come back to."""
     address = f"127.0.0.1:{_free_port()}"

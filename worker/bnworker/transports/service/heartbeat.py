@@ -8,7 +8,8 @@ For the same reason it decides by itself which connections to cut, and takes no 
 
 A heartbeat that is not answered shows a connection that lets nothing through, though nobody has closed it. One that
 another run of the service answers (its boot id says so) shows a connection to a service that knows no stream of this
-rank's. Either is cut, and made anew.
+rank's. Either is cut, and made anew. A heartbeat during which this process was held up itself shows nothing: a rank that
+cut its connection and was held up again could not come back in time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bnproto.v1 import statistics_pb2_grpc as rpc
 
 _PER_LEASE = 5  # a rank that is held up for half a lease is still alive
 _ANSWERED_WITHIN = 0.5  # of a lease: the other half is for coming back
+_HELD_UP = 2.0  # times the interval between two heartbeats that no thread of this module ran: the process could not
 _FIRST_LEASE_S = 5.0  # until the service says how long its lease is: when all ranks have joined
 
 Cut = Callable[[tuple[str, str]], None]
@@ -60,6 +62,8 @@ class Heartbeat:
         self._woken = Event()
         self._over = False
         self._last = 0.0
+        self._ran = time.monotonic()
+        self._held_up_until = 0.0
         self._target: _Target | None = None
         self._thread = Thread(target=self._run, name="bnworker-heartbeat", daemon=True)
         self._thread.start()
@@ -98,6 +102,9 @@ class Heartbeat:
     def _send(self) -> None:
         """Send one, unless there was one just now."""
         target, now, lease = self._target, time.monotonic(), self._lease
+        if now > self._ran + _HELD_UP * lease / _PER_LEASE:
+            self._held_up_until = now
+        self._ran = now
         if target is None or now < self._last + lease / _PER_LEASE / 2:
             return
         self._last = now
@@ -105,9 +112,9 @@ class Heartbeat:
             future = target.stub.Heartbeat.future(self._request, timeout=lease * _ANSWERED_WITHIN)
         except ValueError:  # the channel was closed in this moment
             return
-        future.add_done_callback(partial(self._answered, target, lease * _ANSWERED_WITHIN))
+        future.add_done_callback(partial(self._answered, target, now, lease * _ANSWERED_WITHIN))
 
-    def _answered(self, target: _Target, limit: float, done: grpc.Future[pb.HeartbeatResponse]) -> None:
+    def _answered(self, target: _Target, sent: float, limit: float, done: grpc.Future[pb.HeartbeatResponse]) -> None:
         """Cut a connection that lets nothing through, or leads to another run of the service."""
         self._send()
         if done.cancelled():
@@ -117,4 +124,6 @@ class Heartbeat:
             if target.boot_id not in (None, done.result().boot_id):
                 target.cut(_RESTARTED)
         elif isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if self._held_up_until > sent:
+                return
             target.cut(_cut_off(limit))
