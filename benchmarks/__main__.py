@@ -111,13 +111,13 @@ def main() -> int:
     _flag(console, machine, enforced)
     figures, seconds, failed = run(names, settings, console)
     table = bars.narrowed(bars.BARS, settings.shapes) if settings.shapes else bars.BARS
-    judgements = bars.judge(table, figures, ran=names, missing=settings.missing)
+    judgements = bars.compare(table, figures, ran=names, missing=settings.missing)
     missed_sections = remeasure.missed(judgements, figures) if enforced and not failed else []
     if missed_sections:
         console.print(f"[bold]a bar is missed; measured once more: {', '.join(missed_sections)}[/]")
         second = remeasure.measured(missed_sections, settings, lambda name, narrowed: run([name], narrowed, console)[0])
         figures = remeasure.merged(table, figures, second)
-        judgements = bars.judge(table, figures, ran=names, missing=settings.missing)
+        judgements = bars.compare(table, figures, ran=names, missing=settings.missing)
     if "kernels" in names:
         console.print(report.kernel_table(figures))
     others = [name for name in names if name != "kernels"]

@@ -165,7 +165,7 @@ def narrowed(bars: Iterable[Bar], shapes: Collection[str]) -> list[Bar]:
     return narrow
 
 
-def judge(
+def compare(
     bars: Iterable[Bar], figures: Mapping[str, float], *, ran: Collection[str], missing: Collection[str]
 ) -> list[Judgement]:
     """Hold the figures against the bars.

@@ -83,7 +83,7 @@ def mute(address: str) -> None:
     print("ready", flush=True)
     while True:
         time.sleep(0.1)  # the service closes the mute after seconds
-        for place, each in enumerate(held):
+        for index, each in enumerate(held):
             each.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 try:
@@ -92,7 +92,7 @@ def mute(address: str) -> None:
                     closed = True
                 if closed:
                     each.close()
-                    held[place] = socket.create_connection((host, int(port)), timeout=5)
+                    held[index] = socket.create_connection((host, int(port)), timeout=5)
 
 
 def _local_socket(daemon: Daemon) -> str:
@@ -159,8 +159,8 @@ def measure(rounds: int, calls: int) -> dict[str, dict[str, float]]:
         for daemon in daemons.values():
             daemon.stop()
     figures: dict[str, dict[str, float]] = {}
-    for (way, where), found in every.items():
-        medians = [statistics.median(column) for column in zip(*found, strict=True)]
+    for (way, where), summaries in every.items():
+        medians = [statistics.median(column) for column in zip(*summaries, strict=True)]
         figures[f"{way}, {where}"] = dict(zip(("p50", "p99", "max"), medians, strict=True))
     return figures
 

@@ -118,11 +118,11 @@ def measured(row: Row) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
     while len(cells) < len(CASES):
         left = [name for name in CASES if name not in cells]
-        found = _job(row, left)
+        outcomes = _job(row, left)
         # What comes after a failure is what the framework makes of it, if it was told; else it is started anew.
-        began = [name for name in left if not all(_left_nothing(each) for each in found[name])] or left[:1]
+        began = [name for name in left if not all(_left_nothing(each) for each in outcomes[name])] or left[:1]
         for name in began:
-            cells[name] = _verdict(row, CASES[name], found[name])
+            cells[name] = _verdict(row, CASES[name], outcomes[name])
             print(f"{row.key:28} {name:12} {_line(cells[name])}", flush=True)
     return cells
 
@@ -204,16 +204,17 @@ def _left_nothing(outcome: Any) -> bool:
     return isinstance(outcome, Failed) and outcome.at == float("inf")
 
 
-def _verdict(row: Row, case: Case, found: list[Any]) -> Cell:
-    failed = [each for each in found if isinstance(each, Failed)]
+def _verdict(row: Row, case: Case, outcomes: list[Any]) -> Cell:
+    failed = [each for each in outcomes if isinstance(each, Failed)]
     if failed:
         first = min(failed, key=lambda each: each.at)  # the others were told of it, or had to be ended
         return {"verdict": "hangs" if first.hangs else "refused", "error": _one_line(first.text)}
     union = {
-        name: np.concatenate([rank[name] for rank in found]) if name[0] in "yd" else found[0][name] for name in found[0]
+        name: np.concatenate([rank[name] for rank in outcomes]) if name[0] in "yd" else outcomes[0][name]
+        for name in outcomes[0]
     }
     want = truth(case, row.unbiased)
-    off = {name: max(deviation(rank[name], want[name]) for rank in found) for name in want if name[0] == "m"}
+    off = {name: max(deviation(rank[name], want[name]) for rank in outcomes) for name in want if name[0] == "m"}
     for kind in ("y", "dx"):
         off[kind] = max(deviation(union[name], want[name]) for name in want if name.split()[0] == kind)
     if max(off.values()) > CLOSE:
@@ -221,7 +222,7 @@ def _verdict(row: Row, case: Case, found: list[Any]) -> Cell:
     alone = of_one_process(case, row.unbiased)
     same = all(union[name].tobytes() == value.tobytes() for name, value in alone.items())
     same = same and all(
-        rank[name].tobytes() == alone[name].tobytes() for rank in found for name in off if name in alone
+        rank[name].tobytes() == alone[name].tobytes() for rank in outcomes for name in off if name in alone
     )
     return {"verdict": "exact" if same else "right", "deviation": off}
 

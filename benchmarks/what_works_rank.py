@@ -239,12 +239,12 @@ def flax_theirs(_name: str) -> Layer:
     def step(x: Array, dy: Array, mask: Array | None) -> tuple[Array, Array]:
         arrays = [a for a in (x, dy, mask) if a is not None]
         count = sum(_sizes)
-        whole = [
+        sharded = [
             jax.make_array_from_process_local_data(NamedSharding(mesh, rows), a, (count, *a.shape[1:])) for a in arrays
         ]
         specs = (everywhere, *[rows] * len(arrays))
         program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(rows, rows, everywhere)))
-        y, dx, held[0] = program(held[0], *whole)
+        y, dx, held[0] = program(held[0], *sharded)
         return tuple(np.asarray(a.addressable_shards[0].data) for a in (y, dx))  # type: ignore[return-value]
 
     def moving() -> list[Array]:

@@ -67,8 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not _PURE.isdisjoint(item.path.parents) and any(map(item.get_closest_marker, _WIRED)):
             raise pytest.UsageError(f"{item.nodeid}: its markers keep it out of every run. Move it to another folder.")
-    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    positions = {Path(__file__).parent / name: position for position, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: positions.get(item.path, len(positions)))
 
 
 def pytest_report_header() -> list[str]:

@@ -201,7 +201,7 @@ class BatchNormalization(Member):
             return None
         self._keep(before.moved_to(Moving(trained.mean, trained.variance)) if update_moving else before)
         signature, step = self._signature(), driver.done_alone(Direction.FORWARD)
-        saved = SavedTraining(driver, signature, step, view, b"", trained.found, trained.scale_C, None, None)
+        saved = SavedTraining(driver, signature, step, view, b"", trained.batch_statistics, trained.scale_C, None, None)
         return trained.y, saved
 
     @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in

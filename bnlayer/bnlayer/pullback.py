@@ -65,7 +65,7 @@ class SavedTraining:
         step: the call's, among the training calls of these ranks.
         view: the batch, in the caller's memory.
         seen: a sample of it, taken at the call.
-        found: the statistics of the global batch.
+        batch_statistics: the statistics of the global batch.
         scale: γs, or γrs with renorm: what multiplies the centered input; None: γs, and the record has it.
         r_C, d_C: the corrections of renorm; None without.
     """
@@ -75,7 +75,7 @@ class SavedTraining:
     step: int
     view: View
     seen: bytes
-    found: BatchStatistics | Record
+    batch_statistics: BatchStatistics | Record
     scale: NDArray[Any] | None
     r_C: NDArray[np.float64] | None
     d_C: NDArray[np.float64] | None
@@ -88,14 +88,14 @@ class SavedTraining:
     @property
     def statistics(self) -> BatchStatistics:
         """Of the global batch."""
-        return self.found.statistics if isinstance(self.found, Record) else self.found
+        return self.batch_statistics.statistics if isinstance(self.batch_statistics, Record) else self.batch_statistics
 
     @property
     def scale_C(self) -> NDArray[Any]:
         """What multiplies the centered input."""
         if self.scale is None:
-            assert isinstance(self.found, Record)
-            return self.found.scale
+            assert isinstance(self.batch_statistics, Record)
+            return self.batch_statistics.scale
         return self.scale
 
     @property

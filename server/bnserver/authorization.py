@@ -210,12 +210,12 @@ def parse(text: str) -> Grants:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise TokensError(f"expected TOML: {error}") from None
-    entries = table.pop("token", [])
-    if table or not isinstance(entries, list):
+    tables = table.pop("token", [])
+    if table or not isinstance(tables, list):
         raise TokensError(f"expected [[token]] tables alone, received {', '.join(map(repr, table)) or 'one [token]'}")
-    if len(entries) > MOST:
-        raise TokensError(f"expected at most {MOST} tokens, received {len(entries)}")
-    grants = [_grant(entry, f"token {number}") for number, entry in enumerate(entries, 1)]
+    if len(tables) > MOST:
+        raise TokensError(f"expected at most {MOST} tokens, received {len(tables)}")
+    grants = [_grant(token, f"token {number}") for number, token in enumerate(tables, 1)]
     names: set[str] = set()
     owners: dict[bytes, str] = {}
     for number, grant in enumerate(grants, 1):

@@ -37,7 +37,7 @@ class NotKeptError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredCheckpoint:
     """A checkpoint on disk.
 
     Attributes:
@@ -115,7 +115,7 @@ class Checkpoints:
 
     def _write(self, directory: Path, asked: Checkpoint) -> None:
         there = headers(directory, asked.job)
-        others = [found for found in there if found.name != asked.name]
+        others = [stored for stored in there if stored.name != asked.name]
         # With --keep-checkpoints the oldest ones make room; without, only an operator deletes any.
         left = len(others) if self._keep is None else min(len(others), self._keep - 1)
         if left >= self._most:
@@ -125,7 +125,7 @@ class Checkpoints:
                 "--keep-checkpoints it deletes the oldest ones by itself."
             )
         path = path_of(directory, asked.job, asked.name)
-        number = 1 + max((found.number for found in there), default=0)
+        number = 1 + max((stored.number for stored in there), default=0)
         records = [LayerSnapshot(name, state) for name, state in asked.layers.items()]
         first = header(
             asked.job,
@@ -149,10 +149,10 @@ class Checkpoints:
             raise
         state_directory.sync(directory)
         if self._keep is not None:
-            sound = sorted((found for found in others if not found.fault), key=lambda found: found.number)
-            for found in sound[: max(0, len(sound) + 1 - self._keep)]:
-                found.path.unlink(missing_ok=True)
-                _log.info("deleted checkpoint %r of job %r (--keep-checkpoints)", found.name, asked.job)
+            sound = sorted((stored for stored in others if not stored.fault), key=lambda stored: stored.number)
+            for stored in sound[: max(0, len(sound) + 1 - self._keep)]:
+                stored.path.unlink(missing_ok=True)
+                _log.info("deleted checkpoint %r of job %r (--keep-checkpoints)", stored.name, asked.job)
 
 
 def path_of(directory: Path, job: str, name: str) -> Path:
@@ -160,29 +160,29 @@ def path_of(directory: Path, job: str, name: str) -> Path:
     return directory / f"{_stem(file_name(job))}.{name}{CHECKPOINT_SUFFIX}"
 
 
-def headers(directory: Path, job: str) -> list[Found]:
+def headers(directory: Path, job: str) -> list[StoredCheckpoint]:
     """A job's checkpoints, the first ones first; without what is in them, which is not read.
 
     Raises:
         OSError: the directory can't be read.
     """
-    found = []
+    stored = []
     for path, name in _files(directory, file_name(job)):
         try:
-            found.append(_found(path, job, name, first_header(path)))
+            stored.append(_from_header(path, job, name, first_header(path)))
         except StoreError as error:
-            found.append(Found(path, job, name, fault=str(error)))
-    return sorted(found, key=lambda each: (each.number, each.name))
+            stored.append(StoredCheckpoint(path, job, name, fault=str(error)))
+    return sorted(stored, key=lambda each: (each.number, each.name))
 
 
-def look(directory: Path, job: str) -> list[Found]:
+def look(directory: Path, job: str) -> list[StoredCheckpoint]:
     """A job's checkpoints, the first ones first, each read and checked.
 
     Raises:
         OSError: the directory can't be read.
     """
-    found = [_read(path, job, name) for path, name in _files(directory, file_name(job))]
-    return sorted(found, key=lambda each: (each.number, each.name))
+    stored = [_read(path, job, name) for path, name in _files(directory, file_name(job))]
+    return sorted(stored, key=lambda each: (each.number, each.name))
 
 
 def remove(directory: Path, job_file: str) -> int:
@@ -211,20 +211,20 @@ def _stem(job_file: str) -> str:
     return job_file.removesuffix(SUFFIX)
 
 
-def _read(path: Path, job: str, name: str) -> Found:
+def _read(path: Path, job: str, name: str) -> StoredCheckpoint:
     try:
         scanned: Scan = scan(path)
-        found = _found(path, job, name, scanned.header)
+        stored = _from_header(path, job, name, scanned.header)
         records = scanned.records()
     except StoreError as error:
-        return Found(path, job, name, fault=str(error))
+        return StoredCheckpoint(path, job, name, fault=str(error))
     layers = {record.layer: record.state for record in records if isinstance(record, LayerSnapshot)}
-    return Found(path, job, name, found.step, found.number, found.size, found.written, layers=layers)
+    return StoredCheckpoint(path, job, name, stored.step, stored.number, stored.size, stored.written, layers=layers)
 
 
-def _found(path: Path, job: str, name: str, head: pb.Header) -> Found:
+def _from_header(path: Path, job: str, name: str, head: pb.Header) -> StoredCheckpoint:
     if (head.job, head.checkpoint) != (job, name):
         what = f"checkpoint {head.checkpoint!r}" if head.checkpoint else "no checkpoint, but a file"
         raise StoreError(f"{path} holds {what} of job {head.job!r}, expected {name!r} of job {job!r}: move it away.")
     status = path.stat()
-    return Found(path, job, name, head.step, head.number, status.st_size, status.st_mtime)
+    return StoredCheckpoint(path, job, name, head.step, head.number, status.st_size, status.st_mtime)

@@ -49,7 +49,7 @@ def test_the_bits_of_one_process_on_two_hosts(tmp_path: Path) -> None:
     assert said == [f"{way}: rank {rank} of 4 over {way}" for way in ("service", "torch") for rank in range(4)]
     # Which host has rank 0, and so the service, is torchrun's choice: the other one has sent its sums, for two ranks.
     assert min(sent) > 2 * _LIMBS, sent
-    whole = Jobs(tmp_path, {1: alone}).union("service", 1)
+    reference = Jobs(tmp_path, {1: alone}).union("service", 1)
     parts = Jobs(tmp_path, {4: ended[0]})
     for way in ("service", "torch"):
-        assert differing(parts.union(way, 4), whole) == []
+        assert differing(parts.union(way, 4), reference) == []

@@ -38,9 +38,9 @@ _LONG_S = 150.0
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name)
-    assert found is not None, f"{name} is missing: see .ci/system-tools"
-    return found
+    executable = shutil.which(name)
+    assert executable is not None, f"{name} is missing: see .ci/system-tools"
+    return executable
 
 
 def _promtool(*arguments: Any) -> tuple[int, str]:
@@ -112,9 +112,9 @@ class _Everything(Collector):
             source = Source(exchanges, asyncio.get_running_loop(), None, certificates, self._folder)
             return Seen(exchanges, lambda _: True), source
 
-        found, source = asyncio.run(seen())
-        yield from of_service(found, source)
-        yield from of_jobs(found)
+        snapshot, source = asyncio.run(seen())
+        yield from of_service(snapshot, source)
+        yield from of_jobs(snapshot)
 
 
 def _exported(folder: Path) -> set[str]:
@@ -171,8 +171,8 @@ def _prometheus(configuration: Path, data: Path) -> Iterator[str]:
             said = []
             while line := process.stderr.readline():
                 said.append(line)
-                if found := re.search(r'msg="Listening on" address=(\S+)', line):
-                    yield f"http://{found[1]}"
+                if match := re.search(r'msg="Listening on" address=(\S+)', line):
+                    yield f"http://{match[1]}"
                     return
             raise AssertionError("".join(said))
         finally:
@@ -217,8 +217,8 @@ def test_a_real_prometheus_scrapes_as_configured(tmp_path: Path) -> None:
 
             while not asked("up == 1"):  # a test that waits in vain ends by its timeout
                 time.sleep(0.1)
-            (found,) = asked('bnserver_jobs{state="running"}')
-            assert found["metric"]["job"] == "bnserver"
-            assert found["value"][1] == "0"
+            (jobs,) = asked('bnserver_jobs{state="running"}')
+            assert jobs["metric"]["job"] == "bnserver"
+            assert jobs["value"][1] == "0"
             (ends,) = asked("bnserver_certificate_expiry_timestamp_seconds > time()")
             assert ends["metric"]["instance"] == target

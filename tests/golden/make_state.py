@@ -131,13 +131,13 @@ def answers_of(answers: list[bytes]) -> list[Any]:
         response = pb.ExchangeResponse.FromString(data)
         kind = response.WhichOneof("message") or ""
         message = getattr(response, kind)
-        terms = {
+        fields = {
             field.name: getattr(message, field.name)
             for field in message.DESCRIPTOR.fields
             if field.name not in ("payload", "local_socket")
         }
         arrays = unpack(message.payload, message.payload.data) if hasattr(message, "payload") else []
-        read.append({"kind": kind, "generation": response.generation, **terms, "arrays": plain(arrays)})
+        read.append({"kind": kind, "generation": response.generation, **fields, "arrays": plain(arrays)})
     return read
 
 

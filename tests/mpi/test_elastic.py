@@ -24,12 +24,12 @@ SURVIVING = Path(__file__).with_name("surviving_rank.py")
 
 def lines(text: str) -> list[dict[str, object]]:
     """What ranks printed as JSON; two may share a line."""
-    found, decoder = [], json.JSONDecoder()
+    items, decoder = [], json.JSONDecoder()
     while (start := text.find("{")) >= 0:
         item, end = decoder.raw_decode(text[start:])
-        found.append(item)
+        items.append(item)
         text = text[start + end :]
-    return found
+    return items
 
 
 def run(folder: Path, ranks: int, steps: int, kills: list[Kill]) -> Run:

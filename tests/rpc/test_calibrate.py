@@ -22,9 +22,9 @@ def bnlayer(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def checkpoint(path: Path) -> Checkpoint:
     """What is in a file."""
-    found = read(path)
-    assert found is not None
-    return found
+    content = read(path)
+    assert content is not None
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,12 @@ def test_bad_files_are_one_line_and_exit_code_2(trained: Path, tmp_path: Path) -
 
 def test_any_number_of_workers_judges_the_same(trained: Path) -> None:
     """`bnlayer evaluate`: the counts are equal, the loss up to the rounding of a matrix product."""
-    found = {}
+    evaluations = {}
     for workers in (1, 2):
         done = bnlayer("evaluate", trained, "--split", "all", "--json", "--workers", workers)
         assert done.returncode == 0, done.stderr
-        found[workers] = json.loads(done.stdout)
-        assert (found[workers]["rows"], found[workers]["world_size"]) == (1797, workers)
+        evaluations[workers] = json.loads(done.stdout)
+        assert (evaluations[workers]["rows"], evaluations[workers]["world_size"]) == (1797, workers)
     for key in ("accuracy", "classes", "confusion"):
-        assert found[1][key] == found[2][key]
-    assert found[1]["loss"] == pytest.approx(found[2]["loss"], rel=1e-6)
+        assert evaluations[1][key] == evaluations[2][key]
+    assert evaluations[1]["loss"] == pytest.approx(evaluations[2]["loss"], rel=1e-6)

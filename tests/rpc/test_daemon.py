@@ -345,9 +345,9 @@ def test_statistics_outlive_a_drain(serve: Callable[..., Any], tmp_path: Path) -
     assert first.end(signal.SIGTERM)[0] == 0
     second = serve("--state-dir", str(tmp_path / "two"))
     got = _trained(second.address, 2)
-    whole = serve("--state-dir", str(tmp_path / "one"))
-    _trained(whole.address, 3)
-    assert got == _trained(whole.address, 2)
+    uninterrupted = serve("--state-dir", str(tmp_path / "one"))
+    _trained(uninterrupted.address, 3)
+    assert got == _trained(uninterrupted.address, 2)
     assert got[1] == 5
 
 
@@ -396,12 +396,12 @@ def test_a_job_goes_back_to_a_checkpoint(serve: Callable[..., Any], tmp_path: Pa
     restored = CliRunner().invoke(app, ["state", "restore", "job", "late", "--state-dir", str(tmp_path)])
     assert restored.stdout == "job 'job': 1 layers of checkpoint 'late', step 2\n"
 
-    def again(world: World, layer: BatchNormalization) -> tuple[bytes, bytes]:
+    def one_more_step(world: World, layer: BatchNormalization) -> tuple[bytes, bytes]:
         before = _bits(layer)
         layer(_X * 5, training=True)
         return before, _bits(layer)
 
-    assert _on_both(serve("--state-dir", str(tmp_path)).address, again, trained=False) == [(kept, expected)] * 2
+    assert _on_both(serve("--state-dir", str(tmp_path)).address, one_more_step, trained=False) == [(kept, expected)] * 2
 
 
 @pytest.mark.parametrize(
@@ -419,10 +419,10 @@ def test_a_checkpoint_that_is_not_kept_ends_nothing(
     def steps(world: World, layer: BatchNormalization) -> str:
         if durable:
             world.checkpoint("first", step=1)
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as raised:
             world.checkpoint("second", step=2)
         layer(_X, training=True)
-        return str(told.value)
+        return str(raised.value)
 
     arguments = ("--state-dir", str(tmp_path), "--max-checkpoints=1") if durable else ()
     first, second = _on_both(serve(*arguments).address, steps)

@@ -118,9 +118,9 @@ def test_a_full_disk_and_its_recovery(serve: Callable[..., Any], tmp_path: Path)
     (tmp_path / "kept" / path.name).write_bytes(kept)
     service = serve("--state-dir", str(tmp_path / "kept"))
     with World(ServiceTransport(service.address, "job", 0, 1, timeout=60.0), install=False) as world:
-        found = world.pull("a")
-        assert found is not None
-        assert {name: array.tobytes() for name, array in found.arrays().items()} == {
+        pulled = world.pull("a")
+        assert pulled is not None
+        assert {name: array.tobytes() for name, array in pulled.arrays().items()} == {
             name: array.tobytes() for name, array in expected.arrays().items()
         }
-        assert found.version == 11
+        assert pulled.version == 11

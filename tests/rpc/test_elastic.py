@@ -43,14 +43,14 @@ def test_training_goes_on(kills: int, tmp_path: Path) -> None:
     A step that was cut short, and made again, has updated the moving statistics once.
     """
     undisturbed, disturbed, output = killed_and_going_on(tmp_path, kills, seed=kills)
-    whole, parts = undisturbed["test_accuracy"], disturbed["test_accuracy"]
-    print(f"accuracy {whole:.4f} undisturbed, {parts:.4f} after {kills} kills")
+    expected, accuracy = undisturbed["test_accuracy"], disturbed["test_accuracy"]
+    print(f"accuracy {expected:.4f} undisturbed, {accuracy:.4f} after {kills} kills")
     for summary in (undisturbed, disturbed):
         assert {layer["moving_version"] for layer in summary["layers"]} == {summary["steps"]}
         assert summary["moving_version"] == summary["steps"]
     assert output.count("it is started again (restart ") == kills
     assert "resumed after step" in output
-    assert abs(whole - parts) < 0.005
+    assert abs(expected - accuracy) < 0.005
 
 
 @pytest.mark.fault

@@ -53,10 +53,10 @@ def test_synchronized_is_one_process_and_plain_is_not(tmp_path: Path) -> None:
     """The experiment, with three workers and one epoch; its picture is drawn."""
     program = EXAMPLES / "many_workers" / "run.py"
     out = ran(sys.executable, program, "--workers", "3", "--epochs", "1", "--out", tmp_path)
-    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    curves = found["test_accuracy"]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    curves = result["test_accuracy"]
     assert curves["synchronized"] == curves["one process"]
-    assert found["largest_difference_of_moving_statistics"] < 1e-9
+    assert result["largest_difference_of_moving_statistics"] < 1e-9
     assert curves["synchronized"][-1] > curves["plain, statistics averaged"][-1] + 0.05
     assert "synchronized and one process: the same after every epoch;" in out
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
@@ -64,9 +64,9 @@ def test_synchronized_is_one_process_and_plain_is_not(tmp_path: Path) -> None:
 
 def test_the_readme_says_what_was_measured() -> None:
     """Its numbers are those of the committed result, and its picture is small enough to load at once."""
-    found = json.loads((EXAMPLES / "many_workers" / "result.json").read_text(encoding="utf-8"))
+    result = json.loads((EXAMPLES / "many_workers" / "result.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, curve in found["test_accuracy"].items():
+    for name, curve in result["test_accuracy"].items():
         assert f"| {name} | {curve[-1]:.1%} |" in readme
-    assert found["synchronized_equals_one_process_after_every_epoch"] is True
+    assert result["synchronized_equals_one_process_after_every_epoch"] is True
     assert (ROOT / "docs" / "images" / "many_workers.png").stat().st_size <= 150 * 1024

@@ -37,8 +37,8 @@ class Desk:
 
     def left(self) -> set[int]:
         """What runs on the hosts besides their ssh servers."""
-        found = {pid for host in self.hosts for pid in host.processes()} - self.servers
-        return {pid for pid in found if _name(pid) != "sshd"}  # one for each connection, which it may not know is dead
+        pids = {pid for host in self.hosts for pid in host.processes()} - self.servers
+        return {pid for pid in pids if _name(pid) != "sshd"}  # one for each connection, which it may not know is dead
 
     def left_in_time(self) -> set[int]:
         """What still does when the promised time has passed."""

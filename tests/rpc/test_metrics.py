@@ -265,8 +265,8 @@ def _event(url: str, token: str | None = None, ca: Path | None = None) -> dict[s
     with urllib.request.urlopen(request, timeout=LONG_S, context=context) as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         line = answer.readline().decode()
-    found: dict[str, Any] = json.loads(line.removeprefix("data: "))
-    return found
+    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    return event
 
 
 def test_the_page_shows_a_running_job(serve: Callable[..., Any], tmp_path: Path) -> None:

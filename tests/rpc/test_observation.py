@@ -119,8 +119,8 @@ def test_jobs_of_a_token(serve: Callable[..., Any], tmp_path: Path) -> None:
 # ---- follow ----
 
 
-def _bits(found: MovingStatistics) -> tuple[int, bytes, bytes]:
-    return found.version, found.mean.tobytes(), found.variance.tobytes()
+def _bits(statistics: MovingStatistics) -> tuple[int, bytes, bytes]:
+    return statistics.version, statistics.mean.tobytes(), statistics.variance.tobytes()
 
 
 def _owned(layer: BatchNormalization) -> tuple[int, bytes, bytes]:
@@ -142,9 +142,9 @@ def test_a_reader_sees_the_owners_bits_and_a_slow_one_the_latest(
             layer(X + step, training=True)
         assert _bits(next(values)) == _owned(layer)
         layer(X, training=True)
-    assert [_bits(found) for found in values] == [_owned(layer)]
+    assert [_bits(statistics) for statistics in values] == [_owned(layer)]
     # Over, and with a state directory in a file alone: what it ended with.
-    assert [_bits(found) for found in follow("job", service.address)] == [_owned(layer)]
+    assert [_bits(statistics) for statistics in follow("job", service.address)] == [_owned(layer)]
     assert list(follow("job", service.address, layers=["other"])) == []
     with pytest.raises(ServiceError, match=r"knows no job 'nob'\. Compare the name with `bnlayer jobs`; to wait"):
         list(follow("nob", service.address))

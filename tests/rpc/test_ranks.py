@@ -279,18 +279,18 @@ def test_arrays_beyond_a_message_travel_in_parts(serve: Callable[..., Any]) -> N
     """Reductions and broadcasts of more than gRPC's 4 MiB; and the exact bytes come back."""
     service = serve()
     big = np.random.default_rng(0).normal(size=1_300_001)
-    whole = np.arange(7, dtype=np.int16)
+    integers = np.arange(7, dtype=np.int16)
 
     def rank(number: int) -> tuple[bytes, bytes, bytes]:
         with _world(service.address, number, 2) as world:
-            total, small = world.allreduce([big * (number + 1), whole])
+            total, small = world.allreduce([big * (number + 1), integers])
             (sent,) = world.broadcast([big] if number == 1 else [np.zeros(1)], root=1)
             return total.tobytes(), small.tobytes(), sent.tobytes()
 
     with futures.ThreadPoolExecutor(2) as pool:
         got = [pool.submit(rank, number) for number in range(2)]
         for one in got:
-            assert one.result(150) == ((big + big * 2).tobytes(), (whole * 2).tobytes(), big.tobytes())
+            assert one.result(150) == ((big + big * 2).tobytes(), (integers * 2).tobytes(), big.tobytes())
 
 
 def _until_ended(world: World) -> None:

@@ -35,7 +35,7 @@ def test_kills(kills: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_kills_of_the_whole_job(kills: int, tmp_path: Path) -> None:
     """Four ranks, launcher and service at once: weights, statistics and grids are those of the undisturbed run."""
-    parts, steps, story = killed_and_resumed(tmp_path, "service", kills, seed=kills, ranks=4, whole=True)
+    parts, steps, story = killed_and_resumed(tmp_path, "service", kills, seed=kills, ranks=4, whole_job=True)
     print("\n".join(story))
     assert parts == undisturbed(tmp_path, "service", steps, ranks=4)
 

@@ -34,8 +34,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     x, y = rows(300)
     x[:, 0] = 4 * (y == 0)
     np.savez(tmp_path / "mine.npz", x=x, y=y)
-    found = trained(tmp_path, f"--data={tmp_path / 'mine.npz'}", "--workers=2", "--epochs=5", "--batch-size=32")
-    assert found.summary["test_accuracy"] > 0.9
+    run = trained(tmp_path, f"--data={tmp_path / 'mine.npz'}", "--workers=2", "--epochs=5", "--batch-size=32")
+    assert run.summary["test_accuracy"] > 0.9
 
 
 # Each rank says which files below the folder it opened.

@@ -112,8 +112,8 @@ def _grpc_server(pair: tuple[Path, Path] | None) -> Iterator[str]:
             port = server.add_insecure_port("127.0.0.1:0")
         else:
             certificate, key = pair
-            terms = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-            port = server.add_secure_port("127.0.0.1:0", terms)
+            credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+            port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
         yield f"127.0.0.1:{port}"
         server.stop(None).wait()
@@ -316,7 +316,7 @@ def test_reflection_where_it_was_asked_for(
         service: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # its types lack the calls
         answers = service.ServerReflectionInfo(iter([ask]), timeout=_LONG_S)
         if code is None:
-            names = {found.name for found in next(answers).list_services_response.service}
+            names = {listed.name for listed in next(answers).list_services_response.service}
             assert SERVICE_NAME in names
             return
         with pytest.raises(grpc.RpcError) as caught:
@@ -365,11 +365,11 @@ def test_everything_can_be_replaced_while_it_runs(serve: Callable[..., Any], tmp
     assert "not signed by the CA" in _refused(service.address, authority.credentials(token="team-secret"))
 
     # The tokens: a broken file, then one without the team's.
-    whole = tokens.read_bytes()
+    original = tokens.read_bytes()
     reloads(tokens, b"[[token]", "expected TOML")
     for world in (team, late):
         _exchanges(world)
-    reloads(tokens, whole[whole.index(b'[[token]]\nname = "eval"') :], "2 streams ended")
+    reloads(tokens, original[original.index(b'[[token]]\nname = "eval"') :], "2 streams ended")
     for world in (team, late):
         with pytest.raises(ServiceError) as caught:
             world.barrier()

@@ -116,5 +116,5 @@ def _continued(stays: Running, last: int) -> list[dict[str, Any]]:
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
-    whole = text.rpartition("\n")[0].splitlines()
-    return [json.loads(line.partition(" ")[2]) for line in whole if "] {" in line]
+    complete = text.rpartition("\n")[0].splitlines()
+    return [json.loads(line.partition(" ")[2]) for line in complete if "] {" in line]

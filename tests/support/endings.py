@@ -21,8 +21,8 @@ from support.running import Running
 _AFTER_KILL_S = 3.0  # the promise: so long after kill -9 of the launcher nothing of it runs
 
 # `make test` plays each once; ENDINGS=10 make test-long ten times more.
-_AGAIN = range(2, 2 + int(os.environ.get("ENDINGS", "0")))
-repeated = pytest.mark.parametrize("repetition", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in _AGAIN)])
+_REPETITIONS = range(2, 2 + int(os.environ.get("ENDINGS", "0")))
+repeated = pytest.mark.parametrize("repetition", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in _REPETITIONS)])
 
 
 def _nothing(job: Running) -> None:

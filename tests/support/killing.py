@@ -44,7 +44,7 @@ def undisturbed(folder: Path, transport: str, steps: int, *, ranks: int = RANKS)
 
 
 def killed_and_resumed(
-    folder: Path, transport: str, kills: int, seed: int, *, ranks: int = RANKS, whole: bool = False
+    folder: Path, transport: str, kills: int, seed: int, *, ranks: int = RANKS, whole_job: bool = False
 ) -> tuple[bytes, int, list[str]]:
     """Kill a run with -9 so many times, go on each time, and then let it make the rest of its steps.
 
@@ -59,7 +59,7 @@ def killed_and_resumed(
     made = 0
     for _ in range(kills):
         drawn, every = int(rng.integers(ranks + 1)), int(rng.integers(1, 6))
-        victim = _ALL if whole else _LAUNCHER if drawn == ranks else drawn
+        victim = _ALL if whole_job else _LAUNCHER if drawn == ranks else drawn
         checkpoints, delay = int(rng.integers(3)), float(rng.uniform(0, 0.05))
         with _Launch(path, transport, ranks, every, _ENDLESS) as launch:
             launch.await_ranks()
@@ -95,8 +95,8 @@ def killed_and_going_on(folder: Path, kills: int, seed: int, *, ranks: int = 3) 
             launch.kill(int(rng.integers(ranks)))
         assert launch.wait() == 0, launch.output()
         output = launch.output()
-    whole, parts = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "parts"))
-    return whole, parts, output
+    expected, parts = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "parts"))
+    return expected, parts, output
 
 
 class _Launch:

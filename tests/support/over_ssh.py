@@ -32,9 +32,9 @@ class Ending:
 
 def _connections(job: Running) -> list[int]:
     """The ssh processes, node 0's first."""
-    found = children(job.process.pid)
-    assert not any(guardian.__file__ in Path(f"/proc/{pid}/cmdline").read_text() for pid in found)
-    return sorted(found)
+    pids = children(job.process.pid)
+    assert not any(guardian.__file__ in Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
+    return sorted(pids)
 
 
 def _kill_connection(number: int) -> Callable[[Running], None]:

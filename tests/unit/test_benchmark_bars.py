@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.bars import BARS, Bar, Judgement, Verdict, exit_code, judge
+from benchmarks.bars import BARS, Bar, Judgement, Verdict, compare, exit_code
 from benchmarks.remeasure import measured, merged, missed
 from benchmarks.sections import Figures, Settings
 
@@ -19,7 +19,7 @@ def enforced(
 ) -> Judgement:
     """The judgement of one bar; figures by the last part of their names."""
     named = {name: figures[name.rpartition("/")[2]] for name in bar.figures if name.rpartition("/")[2] in figures}
-    (judgement,) = judge([bar], named, ran=ran, missing=missing)
+    (judgement,) = compare([bar], named, ran=ran, missing=missing)
     return judgement
 
 
@@ -77,7 +77,7 @@ def test_every_bar_of_the_table_can_be_met_and_missed() -> None:
         assert bar.aim is None or (bar.aim > bar.must if bar.at_least else bar.aim < bar.must)
         for scale in (0.5, 2.0):
             figures = dict.fromkeys(bar.figures, bar.must * scale)
-            (judgement,) = judge([bar], figures, ran=[bar.section], missing=[])
+            (judgement,) = compare([bar], figures, ran=[bar.section], missing=[])
             assert (judgement.verdict is Verdict.MISSED) == ((scale < 1) if bar.at_least else (scale > 1))
 
 
@@ -93,7 +93,7 @@ FIRST = {
 
 def test_only_what_misses_a_bar_is_remeasured() -> None:
     """By the shape for kernels, whose section takes a minute."""
-    judgements = judge([SHAPES, STEPS], FIRST, ran=("kernels", "step"), missing=())
+    judgements = compare([SHAPES, STEPS], FIRST, ran=("kernels", "step"), missing=())
     missed_sections = missed(judgements, FIRST)
     assert missed_sections == ["kernels/1,2/forward", "step"]
     asked: list[tuple[str, tuple[str, ...]]] = []

@@ -21,8 +21,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _described(docstring: str, section: str) -> set[str]:
-    found = re.search(_SECTION.format(section), docstring, re.DOTALL)
-    listed = _NAMES.findall("" if found is None else found[1])
+    match = re.search(_SECTION.format(section), docstring, re.DOTALL)
+    listed = _NAMES.findall("" if match is None else match[1])
     return {name.strip().lstrip("*") for names in listed for name in names.split(",")}
 
 

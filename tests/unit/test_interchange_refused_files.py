@@ -83,10 +83,10 @@ def _npy(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _zip(entries: dict[str, bytes]) -> bytes:
+def _zip(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in entries.items():
+        for name, data in members.items():
             archive.writestr(name, data)
     return buffer.getvalue()
 
@@ -194,9 +194,9 @@ def _array(key: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], N
     return change
 
 
-def _with(**entries: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+def _with(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
     def change(arrays: dict[str, Any], description: dict[str, Any]) -> None:
-        description.update(entries)
+        description.update(fields)
 
     return change
 

@@ -33,7 +33,7 @@ from bnlayer import BatchNormalization
 from bnlayer.environment import variable
 from bnlayer.errors import JobFinishedError, MismatchError, RegroupError
 from bnworker import failure_marker, limits
-from bnworker.joining import Place, join_elastic
+from bnworker.joining import Placement, join_elastic
 from bnworker.limits import Limits
 from bnworker.synchronizing import contents, described, taken
 from bnworker.world import World
@@ -206,7 +206,7 @@ class ElasticJob(Iterator[Generation]):
         self._limits = limits
         self._timeout = timeout
         self._given = given
-        self._place: Place | None = None
+        self._placement: Placement | None = None
         self._inside = False
         self._finished = False
 
@@ -218,7 +218,9 @@ class ElasticJob(Iterator[Generation]):
             raise RuntimeError("elastic(): expected `with generation as world:` around the body of the loop.")
         while not self._finished:
             try:
-                world, self._place = join_elastic(self._limits, self._place, timeout=self._timeout, **self._given)
+                world, self._placement = join_elastic(
+                    self._limits, self._placement, timeout=self._timeout, **self._given
+                )
             except JobFinishedError as error:
                 logger.warning("%s", error)
                 break
@@ -234,7 +236,7 @@ class ElasticJob(Iterator[Generation]):
                 self.leave(world, error, finished=False)
                 raise
             self._inside = True
-            return Generation(self, world, self._place.generation)
+            return Generation(self, world, self._placement.generation)
         raise StopIteration
 
     def leave(self, world: World, error: BaseException | None, *, finished: bool) -> None:
@@ -258,7 +260,7 @@ class ElasticJob(Iterator[Generation]):
             "rank %d of %d in generation %d: goes on from what rank %d had saved (number %d)",
             world.rank,
             world.world_size,
-            self._place.generation if self._place is not None else 0,
+            self._placement.generation if self._placement is not None else 0,
             root,
             saves[root],
         )

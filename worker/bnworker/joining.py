@@ -92,7 +92,7 @@ def join(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Where a rank was in an elastic job.
 
     Attributes:
@@ -109,13 +109,13 @@ class Place:
 
 def join_elastic(
     limits: Limits,
-    before: Place | None,
+    before: Placement | None,
     *,
     address: str | None = None,
     job: str | None = None,
     token: str | None = None,
     timeout: float = 300,
-) -> tuple[World, Place]:
+) -> tuple[World, Placement]:
     """Make this process a rank of an elastic job's next generation; for `elastic`.
 
     Args:
@@ -170,12 +170,12 @@ def join_elastic(
         elastic=elastic,
     )
     world = World(transport)
-    place = Place(transport.generation, world.rank, world.world_size)
-    logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, place.generation, chosen.reason)
-    return world, place
+    placement = Placement(transport.generation, world.rank, world.world_size)
+    logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, placement.generation, chosen.reason)
+    return world, placement
 
 
-def _formed_over_mpi(chosen: Plan, limits: Limits, before: Place | None, timeout: float) -> tuple[World, Place]:
+def _formed_over_mpi(chosen: Plan, limits: Limits, before: Placement | None, timeout: float) -> tuple[World, Placement]:
     """The next generation of ranks that Open MPI started, and lets survive each other."""
     _initialize_mpi_or_exit(timeout)
     from bnworker.transports import mpi_recovery
@@ -185,9 +185,9 @@ def _formed_over_mpi(chosen: Plan, limits: Limits, before: Place | None, timeout
         raise RuntimeError(text)
     transport = mpi_recovery.formed(None if before is None else before.transport, limits, timeout)
     world = World(transport)
-    place = Place(transport.generation, world.rank, world.world_size, transport)
-    logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, place.generation, chosen.reason)
-    return world, place
+    placement = Placement(transport.generation, world.rank, world.world_size, transport)
+    logger.info("rank %d of %d in generation %d: %s", world.rank, world.world_size, placement.generation, chosen.reason)
+    return world, placement
 
 
 def _refuse_timeout(function: str, timeout: float) -> None:

@@ -127,10 +127,10 @@ def _npz_arrays(data: bytes) -> Arrays:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             # Each entry is read whole before it is parsed, so that its checksum comes first.
-            entries = {info.filename: archive.read(info) for info in archive.infolist()}
+            members = {info.filename: archive.read(info) for info in archive.infolist()}
     except _UNREADABLE as error:
         raise ValueError(f"expected a whole .npz archive, received {len(data)} bytes: {error}.") from error
-    return {name.removesuffix(".npy"): _entry(name, entry) for name, entry in entries.items()}
+    return {name.removesuffix(".npy"): _member(name, member) for name, member in members.items()}
 
 
 def _tensor(key: str, spec: dict[str, Any]) -> NDArray[Any]:
@@ -140,7 +140,7 @@ def _tensor(key: str, spec: dict[str, Any]) -> NDArray[Any]:
     return np.frombuffer(spec["data"], dtype_named(name)).reshape(spec["shape"])
 
 
-def _entry(name: str, data: bytes) -> NDArray[Any]:
+def _member(name: str, data: bytes) -> NDArray[Any]:
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except _MALFORMED as error:

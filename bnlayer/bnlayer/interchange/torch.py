@@ -156,16 +156,16 @@ def torch_arguments(layer: BatchNormalization) -> dict[str, Any]:
 def _arrays(state: Mapping[str, Any], prefix: str) -> dict[str, NDArray[Any]]:
     """The entries of one module, by torch's names, their names and shapes checked."""
     names = (*_VECTORS, _COUNT)
-    entries = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    missing = {"running_mean", "running_var"} - entries.keys()
-    if missing or entries.keys() - set(names):
+    tensors = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    missing = {"running_mean", "running_var"} - tensors.keys()
+    if missing or tensors.keys() - set(names):
         modules = [repr(key.removesuffix("running_mean")) for key in state if key.endswith("running_mean")]
         raise ValueError(
-            f"prefix={prefix!r}: expected {', '.join(names)}, received {', '.join(sorted(entries)) or 'nothing'}. "
+            f"prefix={prefix!r}: expected {', '.join(names)}, received {', '.join(sorted(tensors)) or 'nothing'}. "
             f"The state dict has batch normalizations under: {', '.join(modules) or 'nothing'}. "
             "(One with track_running_stats=False has no running statistics, and no counterpart here.)"
         )
-    arrays = {name: _array(value) for name, value in entries.items()}
+    arrays = {name: _array(value) for name, value in tensors.items()}
     shape = arrays["running_mean"].shape
     for name, array in arrays.items():
         if name == _COUNT and array.size == 1:

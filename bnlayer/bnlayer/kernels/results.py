@@ -159,14 +159,14 @@ class Trained(NamedTuple):
     """The results of a training call; where a channel is refused, and that counts, the statistics alone.
 
     Attributes:
-        found: the statistics of the batch.
+        batch_statistics: the statistics of the batch.
         refused: (C,) bool, the channels that need a new grid; None: none does.
         mean, variance: (C,), the moving statistics after it.
         scale_C: (C,), γs, in the precision of the arithmetic; None where a record has it.
         y: the output.
     """
 
-    found: BatchStatistics | Record
+    batch_statistics: BatchStatistics | Record
     refused: NDArray[np.bool_] | None
     mean: NDArray[Any] | None = None
     variance: NDArray[Any] | None = None
@@ -176,12 +176,12 @@ class Trained(NamedTuple):
     @property
     def statistics(self) -> BatchStatistics:
         """Of the batch."""
-        return self.found.statistics if isinstance(self.found, Record) else self.found
+        return self.batch_statistics.statistics if isinstance(self.batch_statistics, Record) else self.batch_statistics
 
     @property
     def scale(self) -> NDArray[Any] | None:
         """(C,), γs."""
-        return self.found.scale if isinstance(self.found, Record) else self.scale_C
+        return self.batch_statistics.scale if isinstance(self.batch_statistics, Record) else self.scale_C
 
 
 class Gradients(NamedTuple):

@@ -256,10 +256,10 @@ def _check_plain(call: Call, signature: PlainSignature, body: Body, world_size: 
             raise RefusedError(f"expected the terms of a layer for {call.operation}, received plain ones")
 
 
-def _check_checkpoint(terms: tuple[str, ...]) -> None:
-    if len(terms) != len(("name", "step")):
-        raise RefusedError(f"expected the name and the step of a checkpoint, received {len(terms)} terms")
-    name, step = terms
+def _check_checkpoint(fields: tuple[str, ...]) -> None:
+    if len(fields) != len(("name", "step")):
+        raise RefusedError(f"expected the name and the step of a checkpoint, received {len(fields)} terms")
+    name, step = fields
     if not CHECKPOINT_NAME.fullmatch(name):
         raise RefusedError(f"expected {CHECKPOINT_NAMES} as the name of a checkpoint, received {_shown(name)}")
     if not (_STEP.fullmatch(step) and int(step) <= _MOST_VERSION):

@@ -112,9 +112,9 @@ def test_all_tokens_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         return one == other
 
     monkeypatch.setattr("bnserver.authorization.hmac.compare_digest", compare)
-    found = GRANTS.find("READER")
-    assert found is not None
-    assert found.role is Role.READER
+    grant = GRANTS.find("READER")
+    assert grant is not None
+    assert grant.role is Role.READER
     assert len(compared) == 3
 
 

@@ -26,8 +26,8 @@ from support.journals import SNAPSHOT, state_of, written
 _STATES = {"a": state_of("float32", 2), "ü": state_of("float64", 3)}
 
 
-def _call(*terms: str) -> Call:
-    return Call(Operation.BARRIER, ExchangeKey(None, None, 0), PlainSignature(CHECKPOINT, terms))
+def _call(*fields: str) -> Call:
+    return Call(Operation.BARRIER, ExchangeKey(None, None, 0), PlainSignature(CHECKPOINT, fields))
 
 
 def _asked(name: str, step: int = 7, job: str = "j") -> Checkpoint:
@@ -43,19 +43,19 @@ def _write(to: Checkpoints, *asked: Checkpoint) -> None:
 
 
 def _names(directory: Path, job: str = "j") -> list[str]:
-    return [found.name for found in checkpoints.look(directory, job) if not found.fault]
+    return [stored.name for stored in checkpoints.look(directory, job) if not stored.fault]
 
 
 # ---- in the core ----
 
 
-def _of_two_ranks(*terms: Sequence[str]) -> tuple[Service, list[Effect]]:
+def _of_two_ranks(*fields: Sequence[str]) -> tuple[Service, list[Effect]]:
     service = Service()
     for rank in range(2):
         service.handle(Join(rank, "j", Peer(rank), 2, 9.0, 9.0), 0.0)
     service.handle(Push(0, "a", _STATES["a"]), 0.0)
     effects = []
-    for rank, each in enumerate(terms):
+    for rank, each in enumerate(fields):
         effects = service.handle(Contribute(rank, 1, 1, _call(*each), None), 0.0)
     return service, effects
 
@@ -73,10 +73,10 @@ def test_a_rank_that_asks_again_has_the_same_state_kept() -> None:
     service, (kept,) = _of_two_ranks(("best", "7"), ("best", "7"))
     assert isinstance(kept, Checkpoint)
     service.handle(Push(0, "a", state_of("float32", 2), 1), 0.0)
-    (again,) = service.handle(Contribute(1, 1, 1, _call("best", "7"), None), 0.0)
-    assert isinstance(again, Checkpoint)
-    assert again.layers["a"] is kept.layers["a"]
-    assert again.connections == (1,)
+    (repeated,) = service.handle(Contribute(1, 1, 1, _call("best", "7"), None), 0.0)
+    assert isinstance(repeated, Checkpoint)
+    assert repeated.layers["a"] is kept.layers["a"]
+    assert repeated.connections == (1,)
 
 
 @pytest.mark.parametrize("other", [("best", "8"), ("worst", "7")])
@@ -87,7 +87,7 @@ def test_ranks_must_agree(other: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("terms", "text"),
+    ("fields", "text"),
     [
         ((), "expected the name and the step of a checkpoint, received 0 terms"),
         (("a", "1", "2"), "expected the name and the step of a checkpoint, received 3 terms"),
@@ -105,9 +105,9 @@ def test_ranks_must_agree(other: tuple[str, str]) -> None:
         (("a", "9" * 900), "of 900 characters"),
     ],
 )
-def test_what_can_not_be_a_file_is_refused(terms: tuple[str, ...], text: str) -> None:
+def test_what_can_not_be_a_file_is_refused(fields: tuple[str, ...], text: str) -> None:
     """Before the core sees it: the name becomes part of a path."""
-    refused = validated(Contribute(0, 1, 1, _call(*terms), None))
+    refused = validated(Contribute(0, 1, 1, _call(*fields), None))
     assert isinstance(refused, Malformed)
     assert text in refused.text
     for name, step in (("a", "0"), ("Epoch-3_b.2", str(2**62)), ("a" * 100, "10")):
@@ -132,12 +132,12 @@ def test_what_is_read_back_is_what_was_kept(tmp_path: Path) -> None:
         _write(Checkpoints(tmp_path, 9, None), _asked("best", 2**62))
     finally:
         os.umask(before)
-    (found,) = checkpoints.look(tmp_path, "j")
-    assert (found.name, found.step, found.number, found.fault) == ("best", 2**62, 1, "")
-    assert {name: state.fingerprint for name, state in found.layers.items()} == {
+    (stored,) = checkpoints.look(tmp_path, "j")
+    assert (stored.name, stored.step, stored.number, stored.fault) == ("best", 2**62, 1, "")
+    assert {name: state.fingerprint for name, state in stored.layers.items()} == {
         name: state.fingerprint for name, state in _STATES.items()
     }
-    assert stat.S_IMODE(found.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(stored.path.stat().st_mode) == 0o600
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -150,7 +150,7 @@ def test_each_is_of_its_job(tmp_path: Path) -> None:
 def test_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     """It is the latest then."""
     _write(Checkpoints(tmp_path, 2, None), _asked("best", 1), _asked("b", 2), _asked("best", 3))
-    assert [(found.name, found.step) for found in checkpoints.look(tmp_path, "j")] == [("b", 2), ("best", 3)]
+    assert [(stored.name, stored.step) for stored in checkpoints.look(tmp_path, "j")] == [("b", 2), ("best", 3)]
 
 
 def test_the_latest_are_kept(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_one_too_many_is_refused(tmp_path: Path) -> None:
     """At the quota it is written, above it nothing is; one that replaces another is none more."""
     kept = Checkpoints(tmp_path, 2, None)
     _write(kept, _asked("a"), _asked("b"))
-    with pytest.raises(NotKeptError) as told:
+    with pytest.raises(NotKeptError) as raised:
         _write(kept, _asked("c"))
-    assert str(told.value) == (
+    assert str(raised.value) == (
         "The service refused checkpoint 'c' of job 'j': expected at most 2 checkpoints of a job, received a request "
         "for 3; the service's --max-checkpoints raises the quota. With --keep-checkpoints it deletes the oldest ones "
         "by itself."
@@ -191,10 +191,10 @@ def test_a_damaged_one_is_named_and_never_deleted_by_itself(tmp_path: Path) -> N
     path.write_bytes(content[:40])
     _write(kept, _asked("b"), _asked("c"))
     assert _names(tmp_path) == ["c"]
-    assert [found.name for found in checkpoints.look(tmp_path, "j") if "is corrupt" in found.fault] == ["a"]
-    for place in range(0, len(content), 97):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        assert [found.name for found in checkpoints.look(tmp_path, "j") if found.fault] == ["a"], place
+    assert [stored.name for stored in checkpoints.look(tmp_path, "j") if "is corrupt" in stored.fault] == ["a"]
+    for offset in range(0, len(content), 97):
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
+        assert [stored.name for stored in checkpoints.look(tmp_path, "j") if stored.fault] == ["a"], offset
 
 
 def test_another_name_than_the_files_is_a_fault(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_another_name_than_the_files_is_a_fault(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.checkpoint")
     copy = path.with_name(path.name.replace(".a.", ".b."))
     copy.write_bytes(path.read_bytes())
-    (fault,) = [found.fault for found in checkpoints.look(tmp_path, "j") if found.name == "b"]
+    (fault,) = [stored.fault for stored in checkpoints.look(tmp_path, "j") if stored.name == "b"]
     assert fault == f"{copy} holds checkpoint 'a' of job 'j', expected 'b' of job 'j': move it away."
     (tmp_path / file_name("j")).write_bytes(path.read_bytes())
     store = Store(tmp_path)
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(NotKeptError, match=r"'a' of job 'j' could not be written: .* No space left on device"):
         _write(kept, _asked("a", 2))
-    assert [(found.name, found.step) for found in checkpoints.look(tmp_path, "j")] == [("a", 1)]
+    assert [(stored.name, stored.step) for stored in checkpoints.look(tmp_path, "j")] == [("a", 1)]
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -282,5 +282,5 @@ def test_the_service_starts_without_reading_them(tmp_path: Path) -> None:
         assert list(store.load()) == ["j"]
     finally:
         store.close()
-    assert [found.name for found in checkpoints.headers(tmp_path, "j")] == ["a"]
+    assert [stored.name for stored in checkpoints.headers(tmp_path, "j")] == ["a"]
     assert state_directory.job_files(tmp_path) == [tmp_path / file_name("j")]

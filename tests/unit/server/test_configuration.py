@@ -18,11 +18,11 @@ def test_a_flag_beats_a_variable_which_beats_the_file() -> None:
     """And each says who said it."""
     file = (FILE, 'lease = 1\naway = 1.5\nlisten = "127.0.0.1:1"\ninsecure = true\n')
     environ = {"BNSERVER_LEASE": "2", "BNSERVER_AWAY": "2", "BNSERVER_LISTEN": "", "BNSERVER_STATE_DIR": "kept"}
-    found = resolve({"lease": "3", "away": None}, environ, file)
-    assert found.configuration == Configuration(
+    resolved = resolve({"lease": "3", "away": None}, environ, file)
+    assert resolved.configuration == Configuration(
         lease=3.0, away=2.0, listen="127.0.0.1:1", insecure=True, state_dir=Path("kept")
     )
-    sources = {name: source for name, source in found.sources.items() if source != "default"}
+    sources = {name: source for name, source in resolved.sources.items() if source != "default"}
     assert sources == {
         "lease": "--lease",
         "away": "BNSERVER_AWAY",
@@ -34,15 +34,15 @@ def test_a_flag_beats_a_variable_which_beats_the_file() -> None:
 
 def test_what_is_printed_is_a_file_that_says_the_same() -> None:
     """`--print-config > service.toml`, whatever stands in a path."""
-    found = resolve(
+    resolved = resolve(
         {"state_dir": 'odd"\\name\n', "lease": "0.25", "keep_jobs": "3"}, {"BNSERVER_INSECURE": "yes"}, None
     )
-    second = resolve({}, {}, (FILE, str(found)))
-    assert second.configuration == found.configuration
-    assert "lease = 0.25  # --lease" in str(found)
-    assert "keep-jobs = 3  # --keep-jobs" in str(found)
-    assert "max-job-bytes = 2147483648  # default" in str(found)
-    assert "# tokens is not set" in str(found)
+    second = resolve({}, {}, (FILE, str(resolved)))
+    assert second.configuration == resolved.configuration
+    assert "lease = 0.25  # --lease" in str(resolved)
+    assert "keep-jobs = 3  # --keep-jobs" in str(resolved)
+    assert "max-job-bytes = 2147483648  # default" in str(resolved)
+    assert "# tokens is not set" in str(resolved)
 
 
 def test_every_setting_says_the_same_in_three_ways() -> None:
@@ -150,6 +150,6 @@ def test_nobody_is_let_in_by_mistake(said: dict[str, str], error: str | None) ->
 def test_quotas_are_settings() -> None:
     """Each by a setting of its own."""
     said = {"max_connections": "1", "max_jobs": "2", "max_ranks": "3", "max_layers": "4", "max_channels": "5"}
-    found = resolve({**said, "max_job_bytes": "6KiB", "max_bytes": "7"}, {}, None).configuration.quotas
-    assert found == Quotas(connections=1, jobs=2, ranks=3, layers=4, channels=5, job_bytes=6 * 2**10, total_bytes=7)
+    quotas = resolve({**said, "max_job_bytes": "6KiB", "max_bytes": "7"}, {}, None).configuration.quotas
+    assert quotas == Quotas(connections=1, jobs=2, ranks=3, layers=4, channels=5, job_bytes=6 * 2**10, total_bytes=7)
     assert Configuration().quotas == Quotas()

@@ -9,11 +9,11 @@ from bnserver.core.drift import Band, Drift, Vector, followed
 
 
 def _after(samples: list[tuple[Vector, Vector]]) -> tuple[Band, list[tuple[Drift, ...]]]:
-    band, found = Band.around(*samples[0]), []
+    band, alarms = Band.around(*samples[0]), []
     for mean, variance in samples[1:]:
         band, drifts = followed(band, mean, variance)
-        found.append(drifts)
-    return band, found
+        alarms.append(drifts)
+    return band, alarms
 
 
 def _noisy(count: int, mean: float = 3.0, variance: float = 4.0, noise: float = 0.02) -> list[tuple[Vector, Vector]]:
@@ -57,8 +57,8 @@ def test_what_moves_by_less_than_a_quarter_is_no_alarm() -> None:
 def test_a_band_says_something_from_the_twentieth_sample_on() -> None:
     """Not from the nineteenth, and not later."""
     still = [(np.zeros(2), np.ones(2))]
-    gone = [(np.full(2, 9.0), np.ones(2))]
-    assert [bool(_after(still * number + gone)[1][-1]) for number in (19, 20)] == [False, True]
+    outlier = [(np.full(2, 9.0), np.ones(2))]
+    assert [bool(_after(still * number + outlier)[1][-1]) for number in (19, 20)] == [False, True]
 
 
 def test_a_band_follows_as_its_formula_says() -> None:
@@ -85,15 +85,15 @@ def test_the_channel_that_is_furthest_outside_is_named() -> None:
 
 def test_an_alarm_ends_when_the_statistics_stay_where_they_are() -> None:
     """The band is a recent one."""
-    _, found = _after(_noisy(100) + _noisy(200, mean=9.0))
-    assert found[99]
-    assert not any(found[99 + 100 :])
+    _, alarms = _after(_noisy(100) + _noisy(200, mean=9.0))
+    assert alarms[99]
+    assert not any(alarms[99 + 100 :])
 
 
 def test_a_band_of_few_samples_says_nothing() -> None:
     """Training begins with statistics that are nobody's."""
-    _, found = _after([(np.full(2, float(step)), np.full(2, 2.0**step)) for step in range(20)])
-    assert not any(found)
+    _, alarms = _after([(np.full(2, float(step)), np.full(2, 2.0**step)) for step in range(20)])
+    assert not any(alarms)
 
 
 def test_a_variance_of_zero_is_a_number() -> None:

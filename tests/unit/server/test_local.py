@@ -39,7 +39,7 @@ class _Scene:
 def _played(scene: Callable[[_Scene], Coroutine[Any, Any, None]], attach_within_s: float = _LIMIT_S) -> None:
     """Run a scene with an open listener."""
 
-    async def whole() -> None:
+    async def run() -> None:
         it = _Scene(attach_within_s)
         await it.listener.open(50051)
         try:
@@ -49,7 +49,7 @@ def _played(scene: Callable[[_Scene], Coroutine[Any, Any, None]], attach_within_
             for _ in range(3):  # both ends hear of it
                 await asyncio.sleep(0)
 
-    asyncio.run(whole())
+    asyncio.run(run())
 
 
 def test_who_says_nothing_is_shown_out_and_who_has_a_ticket_is_not() -> None:

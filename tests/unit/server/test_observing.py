@@ -80,8 +80,8 @@ def _servicer(exchanges: _Exchanges) -> ObservationServicer:
 
 def _seen(exchanges: _Exchanges) -> dict[str, bytes]:
     """What a reader has that has asked before."""
-    (found, _) = _asked(_servicer(exchanges)).written
-    return {"a": found.statistics.stamp}
+    (first, _) = _asked(_servicer(exchanges)).written
+    return {"a": first.statistics.stamp}
 
 
 def test_a_reader_waits_for_a_change() -> None:
@@ -90,8 +90,8 @@ def test_a_reader_waits_for_a_change() -> None:
     def happens(exchanges: _Exchanges) -> None:
         exchanges.kept = {"a": _state(2, 2.0)}
 
-    found, last = _asked(_servicer(_Exchanges(happens)), seen=_seen(_Exchanges())).written
-    assert (found.statistics.layer, found.statistics.version) == ("a", 2)
+    first, last = _asked(_servicer(_Exchanges(happens)), seen=_seen(_Exchanges())).written
+    assert (first.statistics.layer, first.statistics.version) == ("a", 2)
     assert last.job == pb.JobSeen(known=True, over=False)
 
 
@@ -101,8 +101,8 @@ def test_the_last_values_of_a_job_that_ends_between_two_looks() -> None:
     def happens(exchanges: _Exchanges) -> None:
         exchanges.active, exchanges.kept = False, {"a": _state(2, 2.0)}
 
-    found, last = _asked(_servicer(_Exchanges(happens)), seen=_seen(_Exchanges())).written
-    assert found.statistics.version == 2
+    first, last = _asked(_servicer(_Exchanges(happens)), seen=_seen(_Exchanges())).written
+    assert first.statistics.version == 2
     assert last.job == pb.JobSeen(known=True, over=True)
 
 
@@ -119,8 +119,8 @@ def test_what_is_over_is_said_at_once_but_to_those_who_wait_forever(kept: dict[s
 
     exchanges = _Exchanges(happens)
     exchanges.active, exchanges.kept = False, kept
-    found, _ = _asked(_servicer(exchanges), seen=_seen(_Exchanges()), forever=True).written
-    assert found.statistics.version == 2
+    first, _ = _asked(_servicer(exchanges), seen=_seen(_Exchanges()), forever=True).written
+    assert first.statistics.version == 2
 
 
 def test_a_reader_does_not_hold_up_the_end_of_the_service() -> None:

@@ -342,8 +342,8 @@ def test_a_job_that_can_not_be_encoded_costs_itself_alone(tmp_path: Path, caplog
     (message,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert message.getMessage().startswith("Job 'bad' could not be saved to ")
     assert message.exc_info is not None  # a fault of the service: with its traceback
-    found = all_saved(tmp_path)
-    assert [job for job, records in found.items() if any(isinstance(record, Ended) for record in records)] == [
+    saved = all_saved(tmp_path)
+    assert [job for job, records in saved.items() if any(isinstance(record, Ended) for record in records)] == [
         "good",
         "other",
     ]
@@ -351,4 +351,4 @@ def test_a_job_that_can_not_be_encoded_costs_itself_alone(tmp_path: Path, caplog
 
 def all_saved(directory: Path) -> dict[str, list[JournalRecord]]:
     """What is in the files of a directory that is in use."""
-    return {found.job: found.records() for found in map(scan, sorted(directory.glob("*.job")))}
+    return {job_file.job: job_file.records() for job_file in map(scan, sorted(directory.glob("*.job")))}

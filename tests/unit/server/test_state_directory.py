@@ -62,9 +62,9 @@ def test_a_file_says_where_it_was_written_and_which_snapshot_it_is(
     here, there = tmp_path / "here", tmp_path / "there"
     written(here, "j", SNAPSHOT)
     path = written(here, "j", SNAPSHOT, [SUMS])
-    found = scan(path)
-    assert (found.header.number, found.journal) == (2, 1)
-    assert found.header.directory == (here / "directory-id").read_text().strip()
+    scanned = scan(path)
+    assert (scanned.header.number, scanned.journal) == (2, 1)
+    assert scanned.header.directory == (here / "directory-id").read_text().strip()
     written(there, "k", SNAPSHOT)
     assert not caplog.messages
     shutil.copy(path, there / path.name)
@@ -73,8 +73,8 @@ def test_a_file_says_where_it_was_written_and_which_snapshot_it_is(
         f"1 files in {there} were written in another state directory, e.g. {path.name} of job 'j': they are taken over"
     ]
     written(there, "j", SNAPSHOT)
-    found = scan(there / path.name)
-    assert (found.header.number, found.header.directory) == (3, (there / "directory-id").read_text().strip())
+    scanned = scan(there / path.name)
+    assert (scanned.header.number, scanned.header.directory) == (3, (there / "directory-id").read_text().strip())
 
 
 # ---- what is no file ----

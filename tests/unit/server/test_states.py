@@ -120,8 +120,8 @@ def test_an_operation_is_always_in_its_table(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _join(connection: int, rank: int, *, resume: bool = False) -> Join:
-    known = Resume(1, 0, 0) if resume else None
-    return Join(connection, "j", Peer(rank, "h", rank), 2, _TIMEOUT_S, _TIMEOUT_S, 1000 + rank, known)
+    resumption = Resume(1, 0, 0) if resume else None
+    return Join(connection, "j", Peer(rank, "h", rank), 2, _TIMEOUT_S, _TIMEOUT_S, 1000 + rank, resumption)
 
 
 def _played(events: list[Event | float | None]) -> None:

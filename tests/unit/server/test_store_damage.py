@@ -31,11 +31,11 @@ def test_a_file_cut_at_every_byte_is_what_was_before_or_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A snapshot that lacks its end was never in place; of a journal the last entry was being written."""
-    whole = written(tmp_path, "j", SNAPSHOT, JOURNAL).read_bytes()
+    content = written(tmp_path, "j", SNAPSHOT, JOURNAL).read_bytes()
     begins = [len(written(tmp_path, "j", SNAPSHOT, JOURNAL[:count]).read_bytes()) for count in range(6)]
     path = tmp_path / written(tmp_path).name
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
         caplog.clear()
         if length < begins[0]:
             with pytest.raises(StoreError, match="is corrupt"):

@@ -91,10 +91,10 @@ def test_a_jobs_layers_are_shown(directory: Path) -> None:
     assert said.startswith("job running: unfinished, generation 2: 2 of 2 ranks may come back\n")
     assert f"{directory / file_name('running')}: snapshot 1 and 22 records after it, " in said
     assert "│ ü/renorm │        6 │ float32, renorm │       4 │" in said
-    found: Any = json.loads(_run(directory, "show", "running", "--json").stdout)
+    shown: Any = json.loads(_run(directory, "show", "running", "--json").stdout)
     (entry,) = [entry for entry in survey(directory) if entry.job == "running"]
-    assert list(found["layers"]) == ["plain", "ü/renorm", "double", "half"]
-    for name, layer in found["layers"].items():
+    assert list(shown["layers"]) == ["plain", "ü/renorm", "double", "half"]
+    for name, layer in shown["layers"].items():
         state = entry.layers[name]
         assert (layer["channels"], layer["version"]) == (6, state.version)
         for statistic, vector in state.moving.vectors.items():
@@ -342,8 +342,8 @@ def test_a_file_from_anybody_neither_hangs_nor_fills_the_memory(
     """A pipe was waited for without end, a device and an archive of zeros were read until there was no memory."""
     make(tmp_path / name)
     before = _contents(directory)
-    code, told = _refused(directory, "import", "mine", str(tmp_path / name))
-    assert (code, told.startswith(f"state import: {tmp_path / name}: "), text in told) == (2, True, True), told
+    code, error = _refused(directory, "import", "mine", str(tmp_path / name))
+    assert (code, error.startswith(f"state import: {tmp_path / name}: "), text in error) == (2, True, True), error
     assert _contents(directory) == before
 
 
@@ -352,6 +352,6 @@ def test_a_layer_of_any_name_is_refused_in_few_words(directory: Path, tmp_path: 
     layer = BatchNormalization(name="a", center=False, scale=False)
     layer.build((None, 2))
     interchange.save(tmp_path / "long.npz", {"x" * 50_000: layer})
-    code, told = _refused(directory, "import", "mine", str(tmp_path / "long.npz"))
-    assert (code, len(told) < 1000) == (2, True)
-    assert "expected a layer name of 1 to 200 characters" in told
+    code, error = _refused(directory, "import", "mine", str(tmp_path / "long.npz"))
+    assert (code, len(error) < 1000) == (2, True)
+    assert "expected a layer name of 1 to 200 characters" in error

@@ -13,7 +13,7 @@ import typer
 from bnworker.cli.errors import CommandError
 
 if TYPE_CHECKING:
-    from bnserver.checkpoints import Found
+    from bnserver.checkpoints import StoredCheckpoint
     from bnserver.state_survey import Entry
     from bnserver.store import Store
 
@@ -53,15 +53,15 @@ def show(
         surveyed = look(directory, job) if job is not None else survey(directory)
     if surveyed is None:
         raise CommandError(f"state show: {_unknown(directory, str(job))}")
-    entries = surveyed if isinstance(surveyed, list) else [surveyed]
+    files = surveyed if isinstance(surveyed, list) else [surveyed]
     if as_json:
-        shown = [entry.as_json() for entry in entries]
+        shown = [entry.as_json() for entry in files]
         typer.echo(json.dumps(shown if job is None else shown[0], indent=2))
     elif job is None:
-        _print_jobs(entries)
+        _print_jobs(files)
     else:
-        _print_layers(entries[0])
-    raise typer.Exit(1 if _print_faults(entries) else 0)
+        _print_layers(files[0])
+    raise typer.Exit(1 if _print_faults(files) else 0)
 
 
 @state.command("verify")
@@ -76,12 +76,12 @@ def verify(state_dir: _Directory) -> None:
     from bnserver.state_survey import survey
 
     with _errors("verify"):
-        entries = survey(_existing(state_dir))
-    for entry in entries:
+        files = survey(_existing(state_dir))
+    for entry in files:
         if entry.torn:
             typer.echo(f"{entry.path} {entry.torn}")
-    wrong = _print_faults(entries)
-    typer.echo(f"{len(entries)} files, {wrong} of them damaged" if wrong else f"{len(entries)} files, all sound")
+    wrong = _print_faults(files)
+    typer.echo(f"{len(files)} files, {wrong} of them damaged" if wrong else f"{len(files)} files, all sound")
     raise typer.Exit(1 if wrong else 0)
 
 
@@ -144,14 +144,14 @@ def checkpoints(
     from bnserver.checkpoints import look
 
     with _errors("checkpoints"):
-        found = look(_existing(state_dir), job)
-    if not found:
+        stored = look(_existing(state_dir), job)
+    if not stored:
         raise CommandError(f"state checkpoints: job {job!r} has no checkpoints in {state_dir}.")
     if as_json:
-        typer.echo(json.dumps([each.as_json() for each in found], indent=2))
+        typer.echo(json.dumps([each.as_json() for each in stored], indent=2))
     else:
-        _print_checkpoints(found)
-    faults = [each.fault for each in found if each.fault]
+        _print_checkpoints(stored)
+    faults = [each.fault for each in stored if each.fault]
     for fault in faults:
         typer.echo(_shown(fault), err=True)
     raise typer.Exit(1 if faults else 0)
@@ -179,12 +179,12 @@ def restore(
     from bnserver.state_editing import EditError, replace_job
 
     with _errors("restore"), _held(state_dir, "restore") as store:
-        found = _checkpoint("restore", state_dir, job, checkpoint)
+        stored = _checkpoint("restore", state_dir, job, checkpoint)
         try:
-            replace_job(store, to or job, found.layers, replace=to is None, flag="forget it first")
+            replace_job(store, to or job, stored.layers, replace=to is None, flag="forget it first")
         except EditError as error:
             raise CommandError(f"state restore: {error}") from None
-    typer.echo(f"job {to or job!r}: {len(found.layers)} layers of checkpoint {checkpoint!r}, step {found.step}")
+    typer.echo(f"job {to or job!r}: {len(stored.layers)} layers of checkpoint {checkpoint!r}, step {stored.step}")
 
 
 @state.command("import")
@@ -288,21 +288,21 @@ def _unknown(directory: Path, job: str) -> str:
     return f"there is no job {job!r} in {directory}.{guess}"
 
 
-def _checkpoint(command: str, directory: Path, job: str, name: str) -> Found:
+def _checkpoint(command: str, directory: Path, job: str, name: str) -> StoredCheckpoint:
     """One checkpoint, whole."""
     from bnserver.checkpoints import look
 
-    found = look(directory, job)
-    one = next((each for each in found if each.name == name), None)
+    checkpoints = look(directory, job)
+    one = next((each for each in checkpoints if each.name == name), None)
     if one is None:
-        names = ", ".join(repr(each.name) for each in found[-_LISTED:]) or "none"
+        names = ", ".join(repr(each.name) for each in checkpoints[-_LISTED:]) or "none"
         raise CommandError(f"state {command}: job {job!r} has no checkpoint {name!r}; the latest are: {names}.")
     if one.fault:
         raise CommandError(f"state {command}: {one.fault}", 1)
     return one
 
 
-def _print_checkpoints(found: list[Found]) -> None:
+def _print_checkpoints(checkpoints: list[StoredCheckpoint]) -> None:
     from datetime import UTC, datetime
 
     from rich.table import Table
@@ -313,14 +313,14 @@ def _print_checkpoints(found: list[Found]) -> None:
     for heading in ("checkpoint", "step", "layers", "bytes", "written"):
         right, is_name = heading in ("step", "layers", "bytes"), heading == "checkpoint"
         table.add_column(heading, justify="right" if right else "left", no_wrap=not is_name, overflow="fold")
-    for each in found:
+    for each in checkpoints:
         written = datetime.fromtimestamp(each.written, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if each.size else "damaged"
         numbers = (f"{number:,}" for number in (each.step, len(each.layers), each.size))
         table.add_row(_shown(each.name), *numbers, written)
     console().print(table)
 
 
-def _print_jobs(entries: list[Entry]) -> None:
+def _print_jobs(files: list[Entry]) -> None:
     from datetime import UTC, datetime
 
     from rich.table import Table
@@ -331,7 +331,7 @@ def _print_jobs(entries: list[Entry]) -> None:
     for heading in ("job", "state", "generation", "layers", "bytes", "written"):
         right, is_name = heading in ("generation", "layers", "bytes"), heading == "job"
         table.add_column(heading, justify="right" if right else "left", no_wrap=not is_name, overflow="fold")
-    for entry in entries:
+    for entry in files:
         written = datetime.fromtimestamp(entry.written, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         name = entry.path.name if entry.job is None else _shown(entry.job)
         numbers = (f"{number:,}" for number in (entry.generation, len(entry.layers), entry.size))
@@ -362,9 +362,9 @@ def _print_layers(entry: Entry) -> None:
     console().print(table)
 
 
-def _print_faults(entries: list[Entry]) -> int:
+def _print_faults(files: list[Entry]) -> int:
     """Say what is wrong, each thing once; returns how many files that are."""
-    faults = [entry.fault for entry in entries if entry.fault]
+    faults = [entry.fault for entry in files if entry.fault]
     for fault in dict.fromkeys(faults):
         typer.echo(_shown(fault), err=True)
     return len(faults)
