@@ -1,42 +1,37 @@
 """`World`: this process as one of the ranks of a job.
 
 Laws:
-1. A `CollectiveError` ends the world: every later exchange raises it again at once.
-2. User input is checked here, before anything is sent; a transport gets what it can reduce.
-3. The other ranks are notified of an exception that leaves the `with` block.
-4. A process that was forked from a rank can't exchange, leave or fail in its place.
-5. What is refused before anything is sent leaves no trace: numbers and counters advance when an exchange begins.
+1. User input is checked here, before anything is sent; a transport gets what it can reduce.
+2. The other ranks are notified of an exception that leaves the `with` block.
+3. A process that was forked from a rank can't leave or fail in its place.
+
+What holds for each exchange is in `exchanges.py`.
 """
 
 from __future__ import annotations
 
 import operator
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnlayer import BatchNormalization
-from bnlayer.collective import ADMIT, SYNCHRONIZE, Call, ExchangeKey, Operation, PlainSignature, Total
-from bnlayer.errors import CollectiveError
+from bnlayer.collective import ADMIT, SYNCHRONIZE, Call, Operation, PlainSignature, Total
 from bnlayer.reduction import OPS
 from bnlayer.state import LayerState
 from bnworker import failure_marker
 from bnworker.arrays import reducible, size
 from bnworker.checkpointing import CheckpointError, KeepsCheckpoints
 from bnworker.checkpointing import checked as checked_checkpoint
+from bnworker.exchanges import Exchanges
 from bnworker.presence import Presence, failure
 from bnworker.statistics import Statistics
 from bnworker.synchronizing import checked, contents, described, taken, warn_of_replacement
 from bnworker.transports import Transport
-
-T = TypeVar("T")
 
 _limbs_size: Callable[[Total], int] = operator.attrgetter("limbs.nbytes")
 
@@ -82,11 +77,7 @@ class World:
     def __init__(self, transport: Transport, *, install: bool = True, joined: bool = True) -> None:
         self.statistics = Statistics()
         self._transport = transport
-        self._plain_exchanges = 0
-        self._error: CollectiveError | None = None
-        self._left = False
-        self._free = threading.Lock()
-        self._process = os.getpid()
+        self._exchanges = Exchanges(self, transport, self.statistics)
         self._joined = install and joined
         self._presence = Presence(self, self._depart, joined=joined) if install else None
         if self._joined:
@@ -159,7 +150,7 @@ class World:
         checked = reducible("allreduce", arrays, op)
         described = tuple(f"{array.dtype.name}{list(array.shape)}" for array in checked)
         signature = PlainSignature(op, described)
-        return self._plain(
+        return self._exchanges.plain(
             Operation.REDUCE, signature, size(checked), lambda call: self._transport.reduce(call, checked), size
         )
 
@@ -185,7 +176,7 @@ class World:
         if root == self.rank:
             mine = [array.copy() for array in reducible("broadcast", () if arrays is None else arrays, "max")]
         signature = PlainSignature(root=root)
-        return self._plain(
+        return self._exchanges.plain(
             Operation.BROADCAST, signature, size(mine or ()), lambda call: self._transport.broadcast(call, mine), size
         )
 
@@ -195,15 +186,15 @@ class World:
         Raises:
             CollectiveError: the ranks disagree, or one is lost.
         """
-        self._plain(Operation.BARRIER, PlainSignature(), 0, self._transport.barrier, lambda _: 0)
+        self._exchanges.plain(Operation.BARRIER, PlainSignature(), 0, self._transport.barrier, lambda _: 0)
 
     # ---- called by layers ----
 
     def enroll(self, call: Call, state: LayerState) -> LayerState:
         """Enroll a layer with all ranks; a layer calls it. Returns the owner's state."""
-        seeded, known = self._latched(
+        seeded, known = self._exchanges.run(
             partial(
-                self._counted,
+                self._exchanges.counted,
                 call,
                 size(state.arrays().values()),
                 partial(self._transport.enroll, call, state),
@@ -218,7 +209,7 @@ class World:
         """Reduce exact limbs over all ranks; a layer calls it, with the state that it set since the last time."""
         sent = limbs.nbytes if state is None else limbs.nbytes + size(state.arrays().values())
         action = partial(self._transport.exchange, call, limbs, state)
-        return self._latched(partial(self._counted, call, sent, action, _limbs_size))
+        return self._exchanges.run(partial(self._exchanges.counted, call, sent, action, _limbs_size))
 
     def admit(self) -> None:
         """Return when every rank has called it; in an elastic job, let ranks in that wait to join.
@@ -230,7 +221,7 @@ class World:
             CollectiveError: the ranks disagree, one is lost, or they regroup.
         """
         signature = PlainSignature(ADMIT)
-        self._plain(Operation.BARRIER, signature, 0, self._transport.barrier, lambda _: 0)
+        self._exchanges.plain(Operation.BARRIER, signature, 0, self._transport.barrier, lambda _: 0)
 
     def pull(self, layer: Layer | str) -> LayerState | None:
         """Fetch the owner's moving statistics of a layer, and put them into it.
@@ -248,9 +239,9 @@ class World:
             ValueError: the layer is not built.
             CollectiveError: the service refuses, or can't be reached.
         """
-        self._alive()
+        self._exchanges.check()
         name = layer if isinstance(layer, str) else layer.name
-        state = self._latched(lambda: self._transport.pull(name))
+        state = self._exchanges.run(lambda: self._transport.pull(name))
         if state is not None and not isinstance(layer, str):
             layer.follow(state)
         return state
@@ -265,10 +256,10 @@ class World:
             ValueError: the layer is not built, or its statistics are not finite.
             CollectiveError: the service refuses, or can't be reached.
         """
-        self._alive()
+        self._exchanges.check()
         state = layer.state
         state.refuse_nonfinite(layer.name)
-        taken = self._latched(lambda: self._transport.push(layer.name, state))
+        taken = self._exchanges.run(lambda: self._transport.push(layer.name, state))
         if taken is not None:
             layer.follow(taken)
 
@@ -291,7 +282,7 @@ class World:
         chosen = checked(layers, self)
         signature = PlainSignature(SYNCHRONIZE, tuple(map(described, chosen)), root=0)
         mine = [array for layer in chosen for array in contents(layer)] if self.rank == 0 else None
-        values = self._plain(
+        values = self._exchanges.plain(
             Operation.BROADCAST, signature, size(mine or ()), lambda call: self._transport.broadcast(call, mine), size
         )
         for layer in chosen:
@@ -324,7 +315,7 @@ class World:
                 f"checkpoint({name!r}): the service keeps checkpoints, and this world has none: its ranks reach each "
                 f"other by {self.transport!r}. Save the layers with bnlayer.interchange.save."
             )
-        refused = self._plain(Operation.BARRIER, signature, 0, transport.checkpoint, lambda _: 0)
+        refused = self._exchanges.plain(Operation.BARRIER, signature, 0, transport.checkpoint, lambda _: 0)
         if refused:
             raise CheckpointError(refused)
 
@@ -343,91 +334,18 @@ class World:
         self._depart(failure(error))
 
     def __repr__(self) -> str:
-        left = ", left" if self._left else ""
-        ended = left if self._error is None else f", ended by {type(self._error).__name__}"
+        left, error = ", left" if self._exchanges.left else "", self._exchanges.error
+        ended = left if error is None else f", ended by {type(error).__name__}"
         return f"World(rank={self.rank}, world_size={self.world_size}, transport={self.transport!r}{ended})"
 
     def _depart(self, reason: str) -> None:
-        if self._left:
+        if self._exchanges.left:
             return
-        self._left = True
+        self._exchanges.left = True
         if self._presence is not None:
             self._presence.end()
-        if self._is_forked():
+        if self._exchanges.is_forked:
             return
         self._transport.leave(reason)
         if self._joined:
             failure_marker.closed("world")
-
-    # ---- one exchange ----
-
-    def _plain(
-        self,
-        operation: Operation,
-        signature: PlainSignature,
-        sent: int,
-        action: Callable[[Call], T],
-        received: Callable[[T], int],
-    ) -> T:
-        """Make the next plain exchange. Its number is taken only after all checks have passed."""
-
-        def numbered() -> T:
-            call = Call(operation, ExchangeKey(None, None, self._plain_exchanges), signature)
-            self._plain_exchanges += 1
-            return self._counted(call, sent, lambda: action(call), received)
-
-        return self._latched(numbered)
-
-    def _counted(self, call: Call, sent: int, action: Callable[[], T], received: Callable[[T], int]) -> T:
-        self.statistics.bytes_sent += sent
-        start = time.perf_counter()
-        try:
-            result = action()
-        finally:
-            self.statistics.waiting_seconds += time.perf_counter() - start
-        self.statistics.completed(call, received(result))
-        return result
-
-    def _is_forked(self) -> bool:
-        """Whether this is a forked child of the rank's process; always False in a world of one, which any may use."""
-        return os.getpid() != self._process and self.transport != "alone"
-
-    def _alive(self) -> None:
-        if os.getpid() != self._process and self._is_forked():
-            raise CollectiveError(
-                f"Process {os.getpid()} was forked from rank {self.rank} (pid {self._process}), which has joined its "
-                "job: a rank is one process. Make exchanges there, or start processes before joining.",
-                ranks=(self.rank,),
-            )
-        if self._error is not None:
-            raise self._error.copy_for_raise()
-        if self._left:
-            raise RuntimeError(f"{self!r}: this world was left; make exchanges inside `with bnworker.join()`.")
-
-    def _latched(self, action: Callable[[], T]) -> T:
-        """Run an action on the transport, one at a time, and keep the error that ends the world."""
-        if not self._free.acquire(blocking=False):
-            self._alive()
-            raise RuntimeError(
-                f"{self!r}: a second exchange was begun before the first one was complete. A rank makes one exchange "
-                "at a time: call layers and the world from one thread, and not from a signal handler."
-            )
-        try:
-            self._alive()
-            try:
-                return action()
-            except CollectiveError as error:
-                self._error = error
-                failure_marker.mark()
-                raise
-            except OverflowError:  # every rank gets this error: they stay in step
-                raise
-            except BaseException as error:
-                self._error = CollectiveError(
-                    f"An exchange of rank {self.rank} was cut off by {type(error).__name__} before it was complete: "
-                    "the ranks are out of step, and this world is over. Leave it, and join anew.",
-                    ranks=(self.rank,),
-                )
-                raise
-        finally:
-            self._free.release()

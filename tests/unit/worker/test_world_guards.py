@@ -161,7 +161,7 @@ def test_what_is_refused_takes_no_number_and_counts_nowhere() -> None:
         with pytest.raises(RuntimeError, match="this world was left"):
             refused()
     assert transport.steps == [0, 1, 2]
-    assert world._plain_exchanges == 3
+    assert world._exchanges.plain_count == 3
     assert (world.statistics.bytes_sent, sum(world.statistics.exchanges.values())) == (0, 3)
 
 
