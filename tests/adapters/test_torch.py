@@ -247,6 +247,8 @@ def test_a_converted_model_is_the_same_model() -> None:
     reverted = revert_sync_batchnorm(model)
     assert not any(isinstance(m, SyncBatchNorm) for m in reverted.modules())
     assert torch.equal(reverted(x), evaluated)
+    paths = {type(module).__module__ for module in (model.first, SyncBatchNorm(3))}
+    assert paths == {"bnlayer.adapters.torch"}, "models that are saved whole name the public path"
     shared = torch.nn.BatchNorm1d(3)
     twice = convert_sync_batchnorm(torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared), "c": shared}))
     assert twice["a"] is twice["b"][0] is twice["c"], "a module that stands in two places is still one"
