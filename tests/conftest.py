@@ -36,6 +36,8 @@ _LONGEST = (
     "rpc/test_contract.py",
     "rpc/test_daemon.py",
     "rpc/test_launch.py",
+    "rpc/test_limits.py",
+    "rpc/test_durability.py",
     "adapters/test_keras_ranks.py",
     "adapters/test_torch.py",
     "adapters/test_keras_own_tests.py",
