@@ -9,16 +9,12 @@ import pytest
 
 from bnlayer.agreement import RANKS_BLAMED, Peer
 from bnlayer.collective import Call, Direction, ExchangeKey, LayerSignature, Operation, PlainSignature
-from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.moving import Moving
-from bnlayer.state import LayerState
 from bnserver.core.answers import DisagreementError
 from bnserver.core.effects import (
     Effect,
     Enrolled,
     Failed,
     Joined,
-    Owned,
     Persist,
     Record,
     Reduce,
@@ -41,36 +37,13 @@ from bnserver.core.events import (
 from bnserver.core.gathering import GRACE_S
 from bnserver.core.job import Job
 from bnserver.core.journal_records import Began, Completed, Ended, JournalRecord, LayerSnapshot
-from bnserver.core.layers import Layers, size
 from bnserver.core.members import LivenessTimeouts
-from bnserver.core.quotas import Quotas
 from bnserver.core.reasons import Reason
 from bnserver.core.service import Service
 from bnserver.core.validation import validated
-from support.journals import state_of
+from support.core import SIGNATURE, STATE, effects_of, enroll, join, layers_with_one
 
-_SIGNATURE = LayerSignature(1, "float32", 0.9, 0.001)
-_STATE = LayerState(
-    Moving(np.zeros(1, np.float32), np.ones(1, np.float32)),
-    Grid.unknown("float32", 1),
-    BackwardGrid.unknown("float32", 1),
-)
 _BARRIER = Call(Operation.BARRIER, ExchangeKey(None, None, 0), PlainSignature())
-
-
-def _join(service: Service, *connections: int, job: str = "j") -> list[Effect]:
-    joins = [Join(s, job, Peer(rank, "h", s), len(connections), 9.0, 9.0) for rank, s in enumerate(connections)]
-    return [effect for join in joins for effect in _effects_of(service, join)]
-
-
-def _enroll(service: Service, connection: int, generation: int = 1) -> list[Effect]:
-    call = Call(Operation.ENROLL, ExchangeKey("a", None, 0), _SIGNATURE)
-    return _effects_of(service, Contribute(connection, generation, 1, call, _STATE))
-
-
-def _effects_of(service: Service, event: Event, now: float = 0.0) -> list[Effect]:
-    """What the ranks are told, and what is saved; not what the service does for itself."""
-    return [effect for effect in service.handle(event, now) if not isinstance(effect, Record)]
 
 
 @pytest.mark.parametrize(
@@ -81,15 +54,15 @@ def _effects_of(service: Service, event: Event, now: float = 0.0) -> list[Effect
 def test_what_becomes_of_an_operation(root: int, speakers: int, reported: list[type]) -> None:
     """It follows from two truths: whether who spoke agrees, and whether somebody may still speak, who is waited for."""
     service = Service()
-    _join(service, 1, 2, 3)
+    join(service, 1, 2, 3)
     calls = [_BARRIER, _BARRIER._replace(signature=PlainSignature(root=root)), _BARRIER][:speakers]
     effects = [
-        effect for s, call in enumerate(calls, 1) for effect in _effects_of(service, Contribute(s, 1, 1, call, None))
+        effect for s, call in enumerate(calls, 1) for effect in effects_of(service, Contribute(s, 1, 1, call, None))
     ]
     if (root, speakers) == (0, 2):
         assert effects == []
-        assert _effects_of(service, Tick(), GRACE_S / 2) == []
-        effects = _effects_of(service, Tick(), GRACE_S)
+        assert effects_of(service, Tick(), GRACE_S / 2) == []
+        effects = effects_of(service, Tick(), GRACE_S)
     assert [type(effect) for effect in effects] == reported
 
 
@@ -98,7 +71,7 @@ def test_what_becomes_of_an_operation(root: int, speakers: int, reported: list[t
     [
         Contribute(7, 1, 1, _BARRIER, None),
         Pull(7, "a"),
-        Push(7, "a", _STATE),
+        Push(7, "a", STATE),
         Leave(7, ""),
         ConnectionEnded(7),
         Heartbeat("j", 0, 1),
@@ -121,7 +94,7 @@ def test_nonsense_without_a_seat_is_answered() -> None:
 def test_a_connection_that_ends_loses_its_seat() -> None:
     """Numbers of connections are not used again, but what is late must not find a seat."""
     service = Service()
-    _join(service, 1)
+    join(service, 1)
     service.handle(ConnectionEnded(1), 0.0)
     assert service.handle(Leave(1, ""), 0.0) == []
 
@@ -135,13 +108,13 @@ def test_a_refused_join_makes_no_job() -> None:
 
 def test_a_job_goes_on_from_its_snapshot() -> None:
     """What was saved is what the next run of the service owns, and generations go on counting."""
-    kept = replace(_STATE, version=17)
+    kept = replace(STATE, version=17)
     records: list[JournalRecord] = [Ended(4), LayerSnapshot("a", kept)]
     service = Service({"j": records})
-    (joined,) = _join(service, 1)
+    (joined,) = join(service, 1)
     assert isinstance(joined, Joined)
     assert joined.generation == 5
-    (enrolled,) = _enroll(service, 1, generation=5)
+    (enrolled,) = enroll(service, 1, generation=5)
     assert isinstance(enrolled, Enrolled)
     assert enrolled.state.version == 17
     assert service.states("j") == {"a": kept}
@@ -151,7 +124,7 @@ def test_of_many_missing_ranks_some_are_named() -> None:
     """The text stays readable, and fits a status, where a whole job never came."""
     service = Service()
     service.handle(Join(1, "j", Peer(0), 1000, 9.0, 9.0), 0.0)
-    failed, _ = _effects_of(service, Tick(), 9.0)
+    failed, _ = effects_of(service, Tick(), 9.0)
     assert isinstance(failed, Failed)
     assert failed.text.startswith("Ranks 1, 2, 3, ")
     assert "19, 20 and 979 more of 1000 did not join in time; rank 0 waited." in failed.text
@@ -183,7 +156,7 @@ def test_errors_stay_short_in_a_large_job(alike: bool) -> None:
     for rank in range(500):
         call = Call(Operation.BARRIER, ExchangeKey(None, None, 0 if alike else rank), PlainSignature())
         service.handle(Contribute(rank + 1, 1, 1, call, None), 0.0)
-    effects = _effects_of(service, Tick(), 9.0)
+    effects = effects_of(service, Tick(), 9.0)
     texts = {effect.text for effect in effects if isinstance(effect, Failed)}
     assert len(texts) == 1
     assert len(texts.pop()) < 5_000
@@ -192,8 +165,8 @@ def test_errors_stay_short_in_a_large_job(alike: bool) -> None:
 def test_a_contribution_to_another_generation_is_refused() -> None:
     """A rank that believes to be in a generation that is over can't add to this one."""
     service = Service()
-    _join(service, 1)
-    failed, *_ = _effects_of(service, Contribute(1, 2, 1, _BARRIER, None))
+    join(service, 1)
+    failed, *_ = effects_of(service, Contribute(1, 2, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert "expected contributions to generation 1, which is running; received one to 2" in failed.text
 
@@ -202,7 +175,7 @@ def test_a_contribution_before_all_have_joined_is_refused() -> None:
     """Nobody can take part in a job that has not begun."""
     service = Service()
     service.handle(Join(1, "j", Peer(0), 2, 9.0, 9.0), 0.0)
-    failed, saved = _effects_of(service, Contribute(1, 1, 1, _BARRIER, None))
+    failed, saved = effects_of(service, Contribute(1, 1, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert "generation 1, which is not complete yet" in failed.text
     assert saved == Persist("j")
@@ -211,10 +184,10 @@ def test_a_contribution_before_all_have_joined_is_refused() -> None:
 def test_another_call_while_one_waits_is_refused() -> None:
     """The same number with another content is no repetition."""
     service = Service()
-    _join(service, 1, 2)
+    join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
     other = _BARRIER._replace(key=ExchangeKey(None, None, 1))
-    failed, *_ = _effects_of(service, Contribute(1, 1, 1, other, None))
+    failed, *_ = effects_of(service, Contribute(1, 1, 1, other, None))
     assert isinstance(failed, Failed)
     assert "expected nothing while contribution 1 waits for its answer, received another" in failed.text
 
@@ -222,10 +195,10 @@ def test_another_call_while_one_waits_is_refused() -> None:
 def test_a_leave_while_its_own_call_waits_counts() -> None:
     """An interrupted rank says goodbye in the middle of an exchange: the others don't complete without it."""
     service = Service()
-    _join(service, 1, 2)
+    join(service, 1, 2)
     service.handle(Contribute(1, 1, 1, _BARRIER, None), 0.0)
     assert not any(isinstance(effect, Failed) for effect in service.handle(Leave(1, ""), 0.0))
-    (failed, saved) = _effects_of(service, Contribute(2, 1, 1, _BARRIER, None))
+    (failed, saved) = effects_of(service, Contribute(2, 1, 1, _BARRIER, None))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.STALL
     assert failed.text.startswith("rank 0 (host h, pid 1) left the job, while rank 1 (host h, pid 2) waits")
@@ -235,9 +208,9 @@ def test_a_leave_while_its_own_call_waits_counts() -> None:
 def test_a_bad_push_ends_the_connection() -> None:
     """Numbers that are not finite never become the owner's."""
     service = Service()
-    _join(service, 1)
-    bad = replace(_STATE, moving=_STATE.moving._replace(mean=np.array([np.nan], np.float32)))
-    failed, saved = _effects_of(service, validated(Push(1, "a", bad)))
+    join(service, 1)
+    bad = replace(STATE, moving=STATE.moving._replace(mean=np.array([np.nan], np.float32)))
+    failed, saved = effects_of(service, validated(Push(1, "a", bad)))
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INVALID
     assert "expected finite numbers in moving_mean" in failed.text
@@ -248,8 +221,8 @@ def test_a_bad_push_ends_the_connection() -> None:
 def test_a_stopped_service_tells_nobody_twice() -> None:
     """After the stop all seats are empty."""
     service = Service()
-    _join(service, 1)
-    (failed, _) = _effects_of(service, Stop())
+    join(service, 1)
+    (failed, _) = effects_of(service, Stop())
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.STOPPING
     assert service.handle(Stop(), 0.0) == []
@@ -258,10 +231,10 @@ def test_a_stopped_service_tells_nobody_twice() -> None:
 def test_a_reduction_is_in_rank_order() -> None:
     """Whoever comes first: the float sum starts with rank 0."""
     service = Service()
-    _join(service, 1, 2)
+    join(service, 1, 2)
     call = Call(Operation.REDUCE, ExchangeKey(None, None, 0), PlainSignature("sum", ("x",)))
     service.handle(Contribute(2, 1, 1, call, (np.ones(1),)), 0.0)
-    (reduce,) = _effects_of(service, Contribute(1, 1, 1, call, (np.zeros(1),)))
+    (reduce,) = effects_of(service, Contribute(1, 1, 1, call, (np.zeros(1),)))
     assert isinstance(reduce, Reduce)
     assert [arrays[0].tolist() for arrays in reduce.contributions] == [[0.0], [1.0]]
     assert reduce.connections == (1, 2)
@@ -270,22 +243,16 @@ def test_a_reduction_is_in_rank_order() -> None:
 def test_the_limbs_of_a_rank_are_not_written_to() -> None:
     """Adding on arrival must not write into what a rank sent: it is the message's memory."""
     service = Service()
-    _join(service, 1, 2)
-    _enroll(service, 1)
-    _enroll(service, 2)
-    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
+    join(service, 1, 2)
+    enroll(service, 1)
+    enroll(service, 2)
+    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), SIGNATURE)
     first, second = np.array([[1], [2]]), np.array([[3], [0]])
     service.handle(Contribute(1, 1, 2, call, first), 0.0)
-    (totals,) = _effects_of(service, Contribute(2, 1, 2, call, second))
+    (totals,) = effects_of(service, Contribute(2, 1, 2, call, second))
     assert isinstance(totals, Totals)
     assert totals.limbs.tolist() == [[3], [2]]
     assert (first.tolist(), second.tolist()) == ([[1], [2]], [[3], [0]])
-
-
-def _layers() -> Layers:
-    layers = Layers()
-    layers.keep(LayerSnapshot("a", _STATE))
-    return layers
 
 
 @pytest.mark.parametrize(
@@ -293,19 +260,19 @@ def _layers() -> Layers:
     [
         (
             ExchangeKey("b", Direction.FORWARD, 0),
-            _SIGNATURE,
+            SIGNATURE,
             "The owner knows no layer 'b': enroll it first, on every rank.",
         ),
         (
             ExchangeKey("a", Direction.FORWARD, 0),
-            replace(_SIGNATURE, channels=2),
+            replace(SIGNATURE, channels=2),
             "the ranks have 2 channels in float32",
         ),
     ],
 )
 def test_limbs_for_another_layer_are_refused(key: ExchangeKey, signature: LayerSignature, text: str) -> None:
     """All ranks may agree on a layer that their owner does not have."""
-    layers = _layers()
+    layers = layers_with_one()
     record = Completed(1, Call(Operation.PROBE, key, signature), np.zeros((2, signature.channels), np.int64))
     with pytest.raises(DisagreementError, match=text):
         layers.completed(record)
@@ -313,10 +280,10 @@ def test_limbs_for_another_layer_are_refused(key: ExchangeKey, signature: LayerS
 
 def test_a_mask_can_not_change_within_an_exchange() -> None:
     """After the probe the ranks must send the sums of the same call."""
-    layers = _layers()
-    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
+    layers = layers_with_one()
+    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), SIGNATURE)
     layers.completed(Completed(1, call, np.zeros((2, 1), np.int64)))
-    masked = replace(_SIGNATURE, masked=True)
+    masked = replace(SIGNATURE, masked=True)
     call = Call(Operation.SUMS, ExchangeKey("a", Direction.FORWARD, 0), masked, 1)
     with pytest.raises(DisagreementError, match="epsilon or the mask changed in the middle of an exchange"):
         layers.completed(Completed(1, call, np.zeros((6, 1), np.int64)))
@@ -336,7 +303,7 @@ def test_what_is_over_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service({f"over-{number}": [Ended(1)] for number in range(20_000)})
     assert len(service.jobs) == 20_000
     for job in ("leaves", "fails", "stays"):
-        _join(service, *((1, 2) if job == "leaves" else (3, 4) if job == "fails" else (5, 6)), job=job)
+        join(service, *((1, 2) if job == "leaves" else (3, 4) if job == "fails" else (5, 6)), job=job)
     assert list(service.active) == ["leaves", "fails", "stays"]
     service.handle(Leave(1, ""), 0.0)
     service.handle(Leave(2, ""), 0.0)
@@ -357,109 +324,27 @@ def test_what_is_over_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_job_that_is_over_leaves_its_statistics_alone_behind() -> None:
     """What led to them is for ranks that are still in it: a snapshot and the memory hold the state of each layer."""
     service = Service()
-    _join(service, 1)
-    _enroll(service, 1)
-    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), _SIGNATURE)
-    _effects_of(service, Contribute(1, 1, 2, call, np.zeros((2, 1), np.int64)))
+    join(service, 1)
+    enroll(service, 1)
+    call = Call(Operation.PROBE, ExchangeKey("a", Direction.FORWARD, 0), SIGNATURE)
+    effects_of(service, Contribute(1, 1, 2, call, np.zeros((2, 1), np.int64)))
     assert [type(record) for record in service.records("j")] == [Ended, Began, LayerSnapshot, Completed]
-    _effects_of(service, Leave(1, ""))
+    effects_of(service, Leave(1, ""))
     assert [type(record) for record in service.records("j")] == [Ended, LayerSnapshot]
 
 
 def test_a_job_that_is_over_can_be_forgotten_and_recalled() -> None:
     """Ranks of the generation that failed still hear why, and the next one goes on from its statistics."""
     service = Service()
-    _join(service, 1, 2)
+    join(service, 1, 2)
     for connection in (1, 2):
-        _enroll(service, connection)
+        enroll(service, connection)
     with pytest.raises(AssertionError, match="job 'j' is not over"):
         service.forget("j")
-    _effects_of(service, Stop())
+    effects_of(service, Stop())
     records = service.records("j")
     service.forget("j")
     assert not service.knows("j")
     service.recall("j", records, 1.0)
     assert service.records("j")[0] == records[0]
     assert list(service.states("j")) == ["a"]
-
-
-def test_a_job_too_many_is_refused() -> None:
-    """It is no job then; one that is there goes on, and when it is over there is room."""
-    service = Service(quotas=Quotas(jobs=1))
-    _join(service, 1)
-    text = (
-        "The service refused job 'k': expected at most 1 jobs at a time, received a request for 2; the service's "
-        "--max-jobs raises the quota."
-    )
-    assert _join(service, 2, job="k") == [Failed(2, Reason.QUOTA, text)]
-    assert service.jobs == ("j",)
-    assert [type(effect) for effect in _enroll(service, 1)] == [Enrolled]
-    _effects_of(service, Leave(1, ""))
-    assert [type(effect) for effect in _join(service, 3, job="k")] == [Joined]
-
-
-def test_the_ranks_of_a_job_that_is_there_are_no_other_jobs() -> None:
-    """At the quota of jobs the second rank joins."""
-    service = Service(quotas=Quotas(jobs=1))
-    assert [type(effect) for effect in _join(service, 1, 2)] == [Joined]
-
-
-@pytest.mark.parametrize("pushed", [True, False])
-def test_a_layer_too_many_is_refused(pushed: bool) -> None:
-    """However it comes; a layer that is there is enrolled and pushed as before."""
-    service = Service(quotas=Quotas(layers=1))
-    _join(service, 1)
-    _enroll(service, 1)
-    call = Call(Operation.ENROLL, ExchangeKey("a", None, 1), _SIGNATURE)
-    assert [type(effect) for effect in _effects_of(service, Contribute(1, 1, 2, call, _STATE))] == [Enrolled]
-    assert [type(effect) for effect in _effects_of(service, Push(1, "a", _STATE, 1))] == [Owned]
-    other = Contribute(1, 1, 3, Call(Operation.ENROLL, ExchangeKey("b", None, 0), _SIGNATURE), _STATE)
-    failed, *_ = _effects_of(service, Push(1, "b", _STATE, 2) if pushed else other)
-    assert isinstance(failed, Failed)
-    assert failed.reason is Reason.QUOTA
-    assert failed.text == (
-        "The service refused what rank 0 (host h, pid 1) sent: expected at most 1 layers of a job, received a request "
-        "for 2; the service's --max-layers raises the quota."
-    )
-    assert set(service.states("j")) == {"a"}
-
-
-@pytest.mark.parametrize("pushed", [True, False])
-def test_all_layers_together_have_a_quota(pushed: bool) -> None:
-    """Many layers of many channels were permitted, whatever they hold; what is there is enrolled and pushed on."""
-    wide = replace(_STATE, moving=Moving(np.zeros(1, np.float64), np.ones(1, np.float64)))
-    first, second = size(_STATE), size(wide)
-    assert (first, second) == (40, 48)
-    service = Service(quotas=Quotas(layer_bytes=first + second))
-    _join(service, 1)
-    _enroll(service, 1)
-    assert [type(effect) for effect in _effects_of(service, Push(1, "b", wide, 1))] == [Owned]
-    assert [type(effect) for effect in _effects_of(service, Push(1, "a", _STATE, 2))] == [Owned]
-    other = Contribute(1, 1, 2, Call(Operation.ENROLL, ExchangeKey("c", None, 0), _SIGNATURE), _STATE)
-    failed, *_ = _effects_of(service, Push(1, "c", _STATE, 3) if pushed else other)
-    assert isinstance(failed, Failed)
-    assert failed.reason is Reason.QUOTA
-    assert failed.text == (
-        "The service refused what rank 0 (host h, pid 1) sent: expected at most 88 bytes of a job's layers, received a "
-        "request for 128; the service's --max-layer-bytes raises the quota."
-    )
-    assert set(service.states("j")) == {"a", "b"}
-
-
-def test_a_layer_that_grows_counts() -> None:
-    """Rank 0's state replaces the owner's, with more channels; and what it was before does not count any more."""
-    layers = _layers()
-    layers.keep(LayerSnapshot("a", state_of("float64", 3)))
-    assert layers.size == size(state_of("float64", 3)) == 144
-    assert layers.size_with("a", _STATE) == 144
-    assert layers.size_with("b", _STATE) == 184
-    anew = Call(Operation.ENROLL, ExchangeKey("a", None, 0), replace(_SIGNATURE, anew=True))
-    layers.completed(Completed(1, anew, state_of("float64", 9)))
-    assert layers.size == 3 * 144
-
-
-def test_a_job_above_the_quota_goes_on() -> None:
-    """What it has was permitted when it began: the operator has lowered the quota since."""
-    service = Service({"j": [Ended(1), LayerSnapshot("a", _STATE)]}, quotas=Quotas(layer_bytes=1))
-    _join(service, 1)
-    assert [type(effect) for effect in _enroll(service, 1, 2)] == [Enrolled]
