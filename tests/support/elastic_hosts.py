@@ -52,7 +52,8 @@ def run(folder: Path, on: Sequence[Host], what: str, plan: list[Kill], steps: in
     """A job from start to end, whose second host is lost as planned."""
     folder.mkdir(parents=True)
     story, ours, theirs = Story(), *on
-    with daemon(f"--listen={ours.address}:0", "--insecure", prefix=ours.prefix) as address:
+    like_launchers = "--insecure", "--lease=4"
+    with daemon(f"--listen={ours.address}:0", *like_launchers, prefix=ours.prefix) as address:
         started: list[Running] = []
 
         def start(host: Host, first: int) -> Running:

@@ -82,7 +82,7 @@ class Generation:
         progress: how far it is.
         ended: how it ended; None while it is not over.
         waiting: who has waited for whom.
-        left: of an elastic job: how many ranks were connected when it ended, and go on.
+        left: of an elastic job: how many ranks were connected, and not silent, when it ended, and go on.
         awaited: likewise: how many ranks wait to join.
     """
 
@@ -376,7 +376,7 @@ class Generation:
         if self.elastic is not None and reason in (Reason.PEER_LOST, Reason.DEADLINE):
             text = f"{verdict.text} {explanations.regroup(self._job)}"
             verdict, reason = Verdict(RegroupError, text, verdict.ranks), Reason.REGROUP
-        self.left = len(self.members.connections) if reason is Reason.REGROUP else 0
+        self.left = self.members.heard_lately(self._timeouts.lease) if reason is Reason.REGROUP else 0
         effects: list[Effect] = []
         for rank, connection in self.members.connections.items():
             call = self.gathering.calls.get(rank)

@@ -151,6 +151,14 @@ class Membership:
         """The connections of the connected ranks, by rank."""
         return {rank: m.connection for rank, m in sorted(self.here.items()) if m.connection is not None}
 
+    def heard_lately(self, lease: float) -> int:
+        """How many connected ranks gave a sign of life less than half a lease before the last that any of them gave.
+
+        With a host all its ranks are lost, and the lease of one ends first.
+        """
+        signs = [member.last_seen for member in self.here.values() if member.connection is not None]
+        return sum(1 for sign in signs if not lease or sign > max(signs) - lease / 2)
+
     @property
     def all_connected(self) -> bool:
         """Whether no rank is away."""

@@ -47,7 +47,7 @@ class Rendezvous:
 
     Attributes:
         waiting: by their connections, in the order in which they came.
-        left: how many ranks of the generation before were connected when it ended; 0: there was none.
+        left: how many ranks of the generation before go on: `Generation.left`; 0: there was none.
         before: its number.
     """
 

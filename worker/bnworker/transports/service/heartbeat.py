@@ -8,8 +8,8 @@ For the same reason it decides by itself which connections to cut, and takes no 
 
 A heartbeat that is not answered shows a connection that lets nothing through, though nobody has closed it. One that
 another run of the service answers (its boot id says so) shows a connection to a service that knows no stream of this
-rank's. Either is cut, and made anew. A heartbeat during which this process was held up itself shows nothing: a rank that
-cut its connection and was held up again could not come back in time.
+rank's. Either is cut, and made anew. A heartbeat during which this process was held up itself shows nothing: a rank
+that cut its connection and was held up again could not come back in time.
 """
 
 from __future__ import annotations
