@@ -101,33 +101,33 @@ bool Arguments::fail(PyObject* kind, const char* format, ...) {
 int64_t Arguments::integer(const char* name) {
   PyObject* value = next(name);
   if (value == nullptr) return 0;
-  const long long found = PyLong_AsLongLong(value);
-  if (found == -1 && PyErr_Occurred() != nullptr) sound_ = false;
-  return found;
+  const long long number = PyLong_AsLongLong(value);
+  if (number == -1 && PyErr_Occurred() != nullptr) sound_ = false;
+  return number;
 }
 
 double Arguments::real(const char* name) {
   PyObject* value = next(name);
   if (value == nullptr) return 0.0;
-  const double found = PyFloat_AsDouble(value);
-  if (found == -1.0 && PyErr_Occurred() != nullptr) sound_ = false;
-  return found;
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred() != nullptr) sound_ = false;
+  return number;
 }
 
 bool Arguments::truth(const char* name) {
   PyObject* value = next(name);
   if (value == nullptr) return false;
-  const int found = PyObject_IsTrue(value);
-  if (found < 0) sound_ = false;
-  return found > 0;
+  const int number = PyObject_IsTrue(value);
+  if (number < 0) sound_ = false;
+  return number > 0;
 }
 
 void* Arguments::address(const char* name) {
   PyObject* value = next(name);
   if (value == nullptr) return nullptr;
-  void* found = PyLong_AsVoidPtr(value);
-  if (found == nullptr && PyErr_Occurred() != nullptr) sound_ = false;
-  return found;
+  void* number = PyLong_AsVoidPtr(value);
+  if (number == nullptr && PyErr_Occurred() != nullptr) sound_ = false;
+  return number;
 }
 
 bool Arguments::array(Array& to, const char* name, Kind kind, bool written) {
@@ -178,10 +178,10 @@ bool Arguments::mask(Array& to, const Array& x, Batch& batch) {
   }
   if (!array(to, "mask", Kind::kTruths)) return false;
   const int64_t a = x.shape(0), c = x.shape(1), b = x.shape(2);
-  const bool known = to.dimensions() == 3 && to.shape(0) == a;
-  const int64_t truths = known ? to.shape(2) : 0;
-  const bool rows = known && to.shape(1) == 1 && truths == 1 && b == 1 && c > 1;
-  const bool elements = known && to.shape(1) == c && (truths > 0 ? b % truths == 0 : b == 0);
+  const bool fits = to.dimensions() == 3 && to.shape(0) == a;
+  const int64_t truths = fits ? to.shape(2) : 0;
+  const bool rows = fits && to.shape(1) == 1 && truths == 1 && b == 1 && c > 1;
+  const bool elements = fits && to.shape(1) == c && (truths > 0 ? b % truths == 0 : b == 0);
   if (!rows && !elements) {
     return fail(
         PyExc_ValueError, "%s: expected a mask of shape (A, 1, 1) for channels in the last axis, or (A, C, M).",

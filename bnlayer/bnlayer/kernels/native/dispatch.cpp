@@ -24,11 +24,11 @@ BNLAYER_DECLARE(neon)
 
 namespace {
 
-struct Found {
+struct Available {
   const Table* runnable[kVariants + 1] = {};
   const char* names[kVariants + 1] = {};
 
-  Found() {
+  Available() {
 #if defined(__x86_64__)
     __builtin_cpu_init();  // may be called before the compiler's own initialization
 #endif
@@ -56,11 +56,11 @@ struct Found {
 
 // When the module is loaded. A static variable of a function would need the C++ library for its guard, which the module
 // does without: that way it is linked on any system.
-const Found found;
+const Available available;
 
 }  // namespace
 
-const Table* const* variants() { return found.runnable; }
-const char* const* compiled() { return found.names; }
+const Table* const* variants() { return available.runnable; }
+const char* const* compiled() { return available.names; }
 
 }  // namespace bnlayer

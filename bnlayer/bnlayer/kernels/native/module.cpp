@@ -187,10 +187,10 @@ PyObject* py_moved(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Table* table = arguments.variant();
   if (!arguments.array(rows, "rows", Kind::kFloat64)) return nullptr;
   const int64_t channels = pass.channels = rows.size() / 8;
-  const double* found = rows.data<double>();
-  pass.count = found;
-  pass.mean = found + 2 * channels;
-  pass.variance = found + 3 * channels;
+  const double* values = rows.data<double>();
+  pass.count = values;
+  pass.mean = values + 2 * channels;
+  pass.variance = values + 3 * channels;
   pass.nonfinite = arguments.elements<uint8_t>(nonfinite, "nonfinite", Kind::kTruths, channels);
   pass.old_mean = arguments.elements<float>(old_mean, "old_mean", Kind::kFloat32, channels);
   pass.old_variance = arguments.elements<float>(old_variance, "old_variance", Kind::kFloat32, channels);

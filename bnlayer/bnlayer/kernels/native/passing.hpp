@@ -21,9 +21,9 @@ struct Work {
   const Pass& pass;
   const Parts& parts;
   char* workspace;
-  int64_t bytes;   // of a part's workspace
-  int64_t* found;  // of all parts, one after the other
-  int64_t words;   // of what one part finds
+  int64_t bytes;     // of a part's workspace
+  int64_t* results;  // of all parts, one after the other
+  int64_t words;     // of what one part finds
   void (*reduce)(const Pass&, const Part&, void*, int64_t*);
   void (*write)(const Pass&, const Part&, void*);
 };
@@ -33,13 +33,13 @@ void do_part(void* given, int i) {
   const auto& work = *static_cast<Work<Pass>*>(given);
   void* workspace = work.workspace + i * work.bytes;
   if (work.reduce != nullptr) {
-    work.reduce(work.pass, work.parts.part[i], workspace, work.found + i * work.words);
+    work.reduce(work.pass, work.parts.part[i], workspace, work.results + i * work.words);
   } else {
     work.write(work.pass, work.parts.part[i], workspace);
   }
 }
 
-// Makes a pass that reduces; `merge(total, part)` joins what the other parts have found to the first one's. False: there
+// Makes a pass that reduces; `merge(total, part)` joins what the other parts have results to the first one's. False: there
 // is not so much memory.
 template <class Pass, class Merge>
 bool reduce_to(
@@ -50,12 +50,12 @@ bool reduce_to(
   const int64_t bytes = workspace_of(pass), result = parts.count > 1 ? (words * 8 + 63) / 64 * 8 : 0;
   auto* memory = static_cast<char*>(workspace(parts.count * (bytes + result * 8)));
   if (memory == nullptr) return false;
-  int64_t* found = parts.count > 1 ? reinterpret_cast<int64_t*>(memory) : to;
-  Work<Pass> work{pass, parts, memory + parts.count * result * 8, bytes, found, result, reduce, nullptr};
+  int64_t* results = parts.count > 1 ? reinterpret_cast<int64_t*>(memory) : to;
+  Work<Pass> work{pass, parts, memory + parts.count * result * 8, bytes, results, result, reduce, nullptr};
   Py_BEGIN_ALLOW_THREADS;
   over(parts.count, do_part<Pass>, &work);
-  for (int i = 1; i < parts.count; ++i) merge(found, found + i * result);
-  for (int64_t at = 0; parts.count > 1 && at < words; ++at) to[at] = found[at];
+  for (int i = 1; i < parts.count; ++i) merge(results, results + i * result);
+  for (int64_t at = 0; parts.count > 1 && at < words; ++at) to[at] = results[at];
   Py_END_ALLOW_THREADS;
   return true;
 }

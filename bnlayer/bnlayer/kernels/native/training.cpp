@@ -32,46 +32,46 @@ struct Record {
 // they are those of the batch itself, all of whose values count: `moments` comes first.
 struct ForwardCall {
   NormalizePass pass{};
-  StatisticsPass found{};
+  StatisticsPass statistics{};
   MovedPass moving{};
   CoefficientsPass of{};
   bool accepted = false;
 
   void writes(const Record& record) {
-    found.rows = record.rows;
-    found.rounded = record.singles;
-    found.reach = record.reach;
-    found.nonfinite = record.nonfinite;
+    statistics.rows = record.rows;
+    statistics.rounded = record.singles;
+    statistics.reach = record.reach;
+    statistics.nonfinite = record.nonfinite;
   }
 
   Outcome run(const Table* table, const Sharing& sharing) {
-    const int64_t channels = found.channels = moving.channels = of.channels = pass.batch.layout.channels;
-    const Integers own(found.limbs == nullptr ? 6 * channels : 0);
-    if (found.limbs == nullptr) {
-      const MomentsPass summed{pass.batch, found.pivot, found.exponent};
+    const int64_t channels = statistics.channels = moving.channels = of.channels = pass.batch.layout.channels;
+    const Integers own(statistics.limbs == nullptr ? 6 * channels : 0);
+    if (statistics.limbs == nullptr) {
+      const MomentsPass summed{pass.batch, statistics.pivot, statistics.exponent};
       const Limbs merge{channels, 4, true};
       if (own.get() == nullptr ||
           !reduce_to(summed, sharing, table->moments_workspace, table->moments, 6 * channels, own.get(), merge)) {
         return Outcome::kNoMemory;
       }
-      found.limbs = own.get();
+      statistics.limbs = own.get();
     }
-    found.about = found.rounded + channels;
-    found.refused = found.nonfinite + channels;
-    const bool refused = table->statistics(found);
+    statistics.about = statistics.rounded + channels;
+    statistics.refused = statistics.nonfinite + channels;
+    const bool refused = table->statistics(statistics);
     if (refused && !accepted) return Outcome::kRefused;
-    moving.count = found.rows;
-    moving.mean = found.rows + 2 * channels;
-    moving.variance = found.rows + 3 * channels;
-    moving.nonfinite = pass.nonfinite = found.nonfinite;
-    moving.masked = found.e != 0.0;
+    moving.count = statistics.rows;
+    moving.mean = statistics.rows + 2 * channels;
+    moving.variance = statistics.rows + 3 * channels;
+    moving.nonfinite = pass.nonfinite = statistics.nonfinite;
+    moving.masked = statistics.e != 0.0;
     table->moved(moving);
-    of.inverse_std = found.rows + 4 * channels;
-    of.residual = found.rows + 5 * channels;
-    of.scale = found.rounded + 4 * channels;
-    of.shift = found.rounded + 5 * channels;
+    of.inverse_std = statistics.rows + 4 * channels;
+    of.residual = statistics.rows + 5 * channels;
+    of.scale = statistics.rounded + 4 * channels;
+    of.shift = statistics.rounded + 5 * channels;
     table->coefficients(of);
-    pass.mean = found.rounded;
+    pass.mean = statistics.rounded;
     pass.scale = of.scale;
     pass.shift = of.shift;
     if (!wrote(pass, sharing, table->normalize_workspace, table->normalize)) return Outcome::kNoMemory;
@@ -89,11 +89,11 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   const Sharing shared = sharing(arguments);
   arguments.batch(x, call.pass.batch);
   const int64_t channels = call.pass.batch.layout.channels;
-  call.found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
-  call.found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
-  call.found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
-  call.found.epsilon = arguments.real("epsilon");
-  call.found.e = arguments.real("e");
+  call.statistics.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
+  call.statistics.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
+  call.statistics.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
+  call.statistics.epsilon = arguments.real("epsilon");
+  call.statistics.e = arguments.real("e");
   call.accepted = arguments.truth("accepted");
   call.of.gamma = arguments.elements<float>(gamma, "gamma", Kind::kFloat32, channels, true);
   call.of.beta = arguments.elements<float>(beta, "beta", Kind::kFloat32, channels, true);
@@ -122,7 +122,7 @@ namespace {
 // that are not finite is refused.
 struct BackwardCall {
   InputGradientPass pass{};
-  GradientsPass found{};
+  GradientsPass gradients{};
   const void* pivot = nullptr;
   const int64_t* reach = nullptr;
   int64_t lowest = 0, highest = 0;
@@ -130,37 +130,37 @@ struct BackwardCall {
   bool accepted = false;
 
   Outcome run(const Table* table, const Sharing& sharing) {
-    const int64_t channels = found.channels = pass.batch.layout.channels;
-    const Integers own(found.limbs == nullptr ? 7 * channels : 0);
-    if (found.limbs == nullptr) {
+    const int64_t channels = gradients.channels = pass.batch.layout.channels;
+    const Integers own(gradients.limbs == nullptr ? 7 * channels : 0);
+    if (gradients.limbs == nullptr) {
       int64_t *sums = own.get(), *deviations = sums + 6 * channels;
       if (sums == nullptr) return Outcome::kNoMemory;
       for (int64_t c = 0; c < channels; ++c) {
-        if (found.forward_nonfinite[c] != 0) return Outcome::kRefused;
-        const int64_t wide = reach[c] > found.deviation[c] ? reach[c] : found.deviation[c];
+        if (gradients.forward_nonfinite[c] != 0) return Outcome::kRefused;
+        const int64_t wide = reach[c] > gradients.deviation[c] ? reach[c] : gradients.deviation[c];
         deviations[c] = wide < lowest ? lowest : wide > highest ? highest : wide;
       }
-      const GradientSumsPass summed{pass.batch, pass.dy, pivot, found.gradient, deviations, true};
+      const GradientSumsPass summed{pass.batch, pass.dy, pivot, gradients.gradient, deviations, true};
       const Limbs merge{channels, 4, false};
       if (!reduce_to(
               summed, sharing, table->gradient_sums_workspace, table->gradient_sums, 6 * channels, sums, merge)) {
         return Outcome::kNoMemory;
       }
-      found.deviation = deviations;
-      found.limbs = sums;
+      gradients.deviation = deviations;
+      gradients.limbs = sums;
     }
-    found.divisor = forward + channels;
-    found.inverse_std = forward + 4 * channels;
-    found.residual = forward + 5 * channels;
-    found.mean_share = forward + 6 * channels;
-    found.pivot_residual = forward + 7 * channels;
-    found.slope = found.offset + channels;
-    found.refused = found.nonfinite + channels;
-    const bool refused = table->gradients(found);
+    gradients.divisor = forward + channels;
+    gradients.inverse_std = forward + 4 * channels;
+    gradients.residual = forward + 5 * channels;
+    gradients.mean_share = forward + 6 * channels;
+    gradients.pivot_residual = forward + 7 * channels;
+    gradients.slope = gradients.offset + channels;
+    gradients.refused = gradients.nonfinite + channels;
+    const bool refused = table->gradients(gradients);
     if (refused && !accepted) return Outcome::kRefused;
-    pass.offset = found.offset;
-    pass.slope = found.slope;
-    pass.nonfinite = found.nonfinite;
+    pass.offset = gradients.offset;
+    pass.slope = gradients.slope;
+    pass.nonfinite = gradients.nonfinite;
     if (!wrote(pass, sharing, table->input_gradient_workspace, table->input_gradient)) return Outcome::kNoMemory;
     return refused ? Outcome::kRefused : Outcome::kDone;
   }
@@ -180,22 +180,22 @@ PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count
   call.pass.dy = arguments.alike(dy, "dy", batch, false);
   arguments.mask(mask, x, batch);
   const int64_t channels = batch.layout.channels;
-  call.found.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
-  call.found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
-  call.found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  call.gradients.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
+  call.gradients.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
+  call.gradients.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
   call.pivot = arguments.coefficients(pivot, "pivot", batch.storage, channels);
   call.reach = arguments.elements<int64_t>(reach, "reach", Kind::kInt64, channels);
   call.lowest = arguments.integer("lowest");
   call.highest = arguments.integer("highest");
   call.accepted = arguments.truth("accepted");
   call.forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
-  call.found.forward_nonfinite =
+  call.gradients.forward_nonfinite =
       arguments.elements<uint8_t>(forward_nonfinite, "forward_nonfinite", Kind::kTruths, channels);
   call.pass.mean = arguments.coefficients(mean, "mean", batch.storage, channels);
   call.pass.scale = arguments.coefficients(scale, "scale", batch.storage, channels);
-  call.found.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 4 * channels);
-  call.found.offset = arguments.output<float>(singles, "singles", Kind::kFloat32, 2 * channels);
-  call.found.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
+  call.gradients.rows = arguments.output<double>(rows, "rows", Kind::kFloat64, 4 * channels);
+  call.gradients.offset = arguments.output<float>(singles, "singles", Kind::kFloat32, 2 * channels);
+  call.gradients.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
   call.pass.dx = arguments.alike(dx, "dx", batch, true);
   if (arguments.sound() && batch.storage == Storage::kFloat64) {
     arguments.fail(PyExc_TypeError, "finish_backward: float64 batches have two folds.");
@@ -236,9 +236,9 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   auto* mean = static_cast<float*>(arguments.address("mean"));
   auto* variance = static_cast<float*>(arguments.address("variance"));
   auto* calls = static_cast<int64_t*>(arguments.address("calls"));
-  call.found.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
-  call.found.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
-  call.found.epsilon = arguments.real("epsilon");
+  call.statistics.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
+  call.statistics.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
+  call.statistics.epsilon = arguments.real("epsilon");
   call.moving.momentum = arguments.real("momentum");
   call.moving.synchronized = true;
   call.moving.unbiased = arguments.truth("unbiased");
@@ -249,21 +249,21 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
                          variance != nullptr && calls != nullptr && affine == (call.of.gamma != nullptr) &&
                          affine == (call.of.beta != nullptr);
   const auto size = static_cast<size_t>(channels) * sizeof(float);
-  const float* known = Record(const_cast<uint8_t*>(last), channels).moved(channels);
-  if (!given_all || std::memcmp(mean, known, size) != 0 || std::memcmp(variance, known + channels, size) != 0) {
+  const float* recorded = Record(const_cast<uint8_t*>(last), channels).moved(channels);
+  if (!given_all || std::memcmp(mean, recorded, size) != 0 || std::memcmp(variance, recorded + channels, size) != 0) {
     Py_RETURN_FALSE;
   }
-  const Record found(memory, channels);
+  const Record written(memory, channels);
   call.moving.old_mean = mean;
   call.moving.old_variance = variance;
-  call.moving.new_mean = found.moved(channels);
-  call.moving.new_variance = found.moved(channels) + channels;
-  call.writes(found);
+  call.moving.new_mean = written.moved(channels);
+  call.moving.new_variance = written.moved(channels) + channels;
+  call.writes(written);
   const Outcome outcome = call.run(table, shared);
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
   if (outcome == Outcome::kDone) {
-    std::memcpy(mean, found.moved(channels), size);
-    std::memcpy(variance, found.moved(channels) + channels, size);
+    std::memcpy(mean, written.moved(channels), size);
+    std::memcpy(variance, written.moved(channels) + channels, size);
     ++*calls;
   }
   return PyBool_FromLong(outcome == Outcome::kDone);
@@ -283,8 +283,8 @@ PyObject* py_backward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   auto* gamma = static_cast<float*>(arguments.address("gamma"));
   auto* beta = static_cast<float*>(arguments.address("beta"));
   auto* memory = arguments.elements<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
-  call.found.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
-  call.found.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  call.gradients.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
+  call.gradients.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
   call.lowest = arguments.integer("lowest");
   call.highest = arguments.integer("highest");
   if (!arguments.sound()) return nullptr;
@@ -292,20 +292,20 @@ PyObject* py_backward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Record of_call(memory, channels);
   call.forward = of_call.rows;
   call.reach = of_call.reach;
-  call.found.forward_nonfinite = of_call.nonfinite;
+  call.gradients.forward_nonfinite = of_call.nonfinite;
   call.pass.mean = of_call.singles;
   call.pivot = of_call.singles + channels;
   call.pass.scale = of_call.singles + 4 * channels;
   const Integers own(4 * channels + channels + channels);  // (4, C) doubles, (2, C) singles, (2, C) truths
   if (own.get() == nullptr) return PyErr_NoMemory();
-  call.found.rows = reinterpret_cast<double*>(own.get());
-  call.found.offset = reinterpret_cast<float*>(own.get() + 4 * channels);
-  call.found.nonfinite = reinterpret_cast<uint8_t*>(own.get() + 5 * channels);
+  call.gradients.rows = reinterpret_cast<double*>(own.get());
+  call.gradients.offset = reinterpret_cast<float*>(own.get() + 4 * channels);
+  call.gradients.nonfinite = reinterpret_cast<uint8_t*>(own.get() + 5 * channels);
   const Outcome outcome = call.run(table, shared);
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
   for (int64_t c = 0; outcome == Outcome::kDone && c < channels; ++c) {
-    if (beta != nullptr) beta[c] = static_cast<float>(call.found.rows[c]);
-    if (gamma != nullptr) gamma[c] = static_cast<float>(call.found.rows[channels + c]);
+    if (beta != nullptr) beta[c] = static_cast<float>(call.gradients.rows[c]);
+    if (gamma != nullptr) gamma[c] = static_cast<float>(call.gradients.rows[channels + c]);
   }
   return PyBool_FromLong(outcome == Outcome::kDone);
 }

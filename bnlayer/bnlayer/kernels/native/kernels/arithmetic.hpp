@@ -27,7 +27,7 @@ constexpr int64_t kLongest = int64_t{1} << Precision<float>::kGradientSlack;
 constexpr int64_t kShorter = 4;    // by how much fewer they become where a chain of squares did not hold
 constexpr int64_t kAhead = 32768;  // bytes ahead of which cache lines are asked for
 constexpr int64_t kLine = 64;
-constexpr int kRows = 4;  // rows of a step: the sums of a place are loaded and stored once for all of them
+constexpr int kRows = 4;  // rows of a step: the sums of a group are loaded and stored once for all of them
 constexpr double kShrink = 1.0 - 0x1p-53;  // what ties are broken by: see `limbs.py`
 constexpr double kSplitter = 134217729.0;  // 2^27 + 1: halves a float64's digits
 constexpr int64_t kLow = 0xFFFF'FFFF;
@@ -47,7 +47,7 @@ inline int64_t repeats(int64_t channels, int64_t lanes, int64_t width) {
   return most > 1 ? least * most : least;
 }
 
-// Of eight places, those below `count`.
+// Of eight lanes, those below `count`.
 inline Longs live_lanes(int64_t count) {
   alignas(64) static constexpr int64_t kIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
   return Longs::load(kIndex) < Longs::all(count);
@@ -94,7 +94,7 @@ BNLAYER_INLINE Doubles square_error(const Doubles& d, const Doubles& square) {
   return lo * lo - (((square - hi * hi) - lo * hi) - hi * lo);
 }
 
-// Sums of integers as they leave a pass: (limbs, 8) per place.
+// Sums of integers as they leave a pass: (limbs, 8) per group.
 BNLAYER_INLINE void add_limbs(int64_t* hi, const Longs& q) {
   (Longs::load(hi) + shifted_right<32>(q)).store(hi);
   int64_t* lo = hi + kLanes;
@@ -105,9 +105,9 @@ inline void add_limbs_of_one(int64_t* hi, int64_t* lo, int64_t q) {
   *lo += q & kLow;
 }
 
-// Adds up the places of each channel, carries, and writes the canonical limbs.
+// Adds up the groups of each channel, carries, and writes the canonical limbs.
 //
-// places: of `width` lanes side by side, each `4·folds` limbs; lanes: of a channel, 1 or 8.
+// groups: of `width` lanes side by side, each `4·folds` limbs; lanes: of a channel, 1 or 8.
 inline void gather(const int64_t* totals, int rows, int64_t width, int64_t lanes, int64_t channels, int64_t* limbs) {
   for (int row = 0; row < rows; ++row) {
     int64_t* to = limbs + row * channels;

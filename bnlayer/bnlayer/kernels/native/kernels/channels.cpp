@@ -75,7 +75,7 @@ BNLAYER_INLINE Longs exponent_above(const Doubles& a) {
 bool statistics(const StatisticsPass& p) {
   constexpr int kSlack = Precision<float>::kSlack;
   const Doubles zero{}, one = Doubles::all(1.0), e = Doubles::all(p.e), epsilon = Doubles::all(p.epsilon);
-  Longs again{};
+  Longs remeasured{};
   for (int64_t c = 0; c < p.channels; c += kLanes) {
     const int64_t left = p.channels - c;
     const auto limb = [&](int row) { return in(p.limbs + row * p.channels, c, left); };
@@ -88,11 +88,11 @@ bool statistics(const StatisticsPass& p) {
     const Doubles difference = as_float(limb(2), limb(3)) * u2 / some - a * a;
     const Doubles spread = either(difference <= zero, zero, difference);
     const Doubles of_mean = absolute(a) * power(w + Longs::all(kSlack - 52));
-    const Doubles unit = either(of_mean > u2, of_mean, u2), terms = Doubles::all(0x1p42) / some;
-    const Doubles many = either(terms < Doubles::all(0x1p22), terms, Doubles::all(0x1p22));
+    const Doubles unit = either(of_mean > u2, of_mean, u2), limit = Doubles::all(0x1p42) / some;
+    const Doubles many = either(limit < Doubles::all(0x1p22), limit, Doubles::all(0x1p22));
     const Longs coarse = (w > Longs::all(kLowest)) & (count > Longs{}) & (spread + epsilon < unit * many);
     const Longs refused = (out_of_range | coarse) & negated(not_finite);
-    again = again | (refused & live_lanes(left));
+    remeasured = remeasured | (refused & live_lanes(left));
     const Doubles divisor = either(n + e > zero, n + e, one), share = e / divisor;
     const Doubles center = pivot + a, delta = center * share, mean = center - delta;
     const Doubles variance = (spread + delta * delta) * (n / divisor);
@@ -119,7 +119,7 @@ bool statistics(const StatisticsPass& p) {
     out_truths(p.nonfinite, c, left, not_finite | out_of_range);
     out_truths(p.refused, c, left, refused);
   }
-  return any(again);
+  return any(remeasured);
 }
 
 void moved(const MovedPass& p) {
@@ -164,7 +164,7 @@ void coefficients(const CoefficientsPass& p) {
 bool gradients(const GradientsPass& p) {
   constexpr int kUnit = Precision<float>::kGradientSlack - 51;
   const Doubles nan = Doubles::all(__builtin_nan(""));
-  Longs again{};
+  Longs remeasured{};
   for (int64_t c = 0; c < p.channels; c += kLanes) {
     const int64_t left = p.channels - c;
     const auto limb = [&](int row) { return in(p.limbs + row * p.channels, c, left); };
@@ -172,7 +172,7 @@ bool gradients(const GradientsPass& p) {
     const auto low = [](const Longs& flags) { return (flags & Longs::all(kLow)) > Longs{}; };
     const Longs unfit = limb(4), sizes = limb(5), not_finite = low(unfit);
     const Longs refused = (high(unfit) | (low(sizes) & negated(high(sizes)))) & negated(not_finite);
-    again = again | (refused & live_lanes(left));
+    remeasured = remeasured | (refused & live_lanes(left));
     const Longs unit = in(p.gradient, c, left) + Longs::all(kUnit);
     const Doubles s = in(p.inverse_std, c, left), divisor = in(p.divisor, c, left);
     const Doubles a = as_float(limb(0), limb(1)) * power(unit);
@@ -188,7 +188,7 @@ bool gradients(const GradientsPass& p) {
     out_truths(p.nonfinite, c, left, bad);
     out_truths(p.refused, c, left, refused);
   }
-  return any(again);
+  return any(remeasured);
 }
 
 }  // namespace bnlayer::BNLAYER_VARIANT

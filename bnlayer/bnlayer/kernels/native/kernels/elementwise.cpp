@@ -95,8 +95,8 @@ class Writing {
   N coefficient(int which, int64_t channel) const {
     return which == kScale && nonfinite_[channel] != 0 ? static_cast<N>(__builtin_nan("")) : given_[which][channel];
   }
-  void coefficients(int64_t channel, N* found) const {
-    for (int k = 0; k < kCount; ++k) found[k] = coefficient(k, channel);
+  void coefficients(int64_t channel, N* values) const {
+    for (int k = 0; k < kCount; ++k) values[k] = coefficient(k, channel);
   }
 
   // How many elements from `begin` on lie before the next place where a whole vector's bytes begin.
@@ -107,9 +107,9 @@ class Writing {
   }
 
   void one(int64_t at, int64_t channel) const {
-    N found[kCount];
-    coefficients(channel, found);
-    store_one(out_ + at, formula_.one(at, found));
+    N values[kCount];
+    coefficients(channel, values);
+    store_one(out_ + at, formula_.one(at, values));
   }
 
   // As wide as `repeats` rows, for rows that begin `by` elements later.
@@ -124,9 +124,9 @@ class Writing {
   }
 
   BNLAYER_INLINE void vector(int64_t at, N* const* made, int64_t c) const {
-    V found[kCount];
-    for (int k = 0; k < kCount; ++k) found[k] = V::load(made[k] + c);
-    store_numbers<kVector<N>, kVector<N>>(out_ + at, formula_.of(at, found));
+    V values[kCount];
+    for (int k = 0; k < kCount; ++k) values[k] = V::load(made[k] + c);
+    store_numbers<kVector<N>, kVector<N>>(out_ + at, formula_.of(at, values));
   }
 
   void rows(const Part& part) {
@@ -166,13 +166,13 @@ class Writing {
   }
 
   void run_of(int64_t start, int64_t end, int64_t channel) const {
-    N found[kCount];
+    N values[kCount];
     V all[kCount];
-    coefficients(channel, found);
-    for (int k = 0; k < kCount; ++k) all[k] = V::all(found[k]);
+    coefficients(channel, values);
+    for (int k = 0; k < kCount; ++k) all[k] = V::all(values[k]);
     const auto eight = [&](int64_t at) { store_numbers<kVector<N>, kVector<N>>(out_ + at, formula_.of(at, all)); };
     if (end - start < kStep) {
-      for (int64_t at = start; at < end; ++at) store_one(out_ + at, formula_.one(at, found));
+      for (int64_t at = start; at < end; ++at) store_one(out_ + at, formula_.one(at, values));
       return;
     }
     int64_t at = start;

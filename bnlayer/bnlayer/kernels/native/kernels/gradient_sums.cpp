@@ -24,16 +24,16 @@ namespace {
 // Of eight lanes, in consecutive cache lines (see `moments.cpp`). The largest |x − pivot| comes last: without a check it
 // is not there.
 template <class N>
-struct Place;
+struct Accumulators;
 template <>
-struct alignas(kLine) Place<float> {
+struct alignas(kLine) Accumulators<float> {
   double ma[kLanes], mb[kLanes];
   double a[kLanes], b[kLanes];  // chains
   float pivot[kLanes];
   int32_t top_g[kLanes];
 };
 template <>
-struct alignas(kLine) Place<double> {
+struct alignas(kLine) Accumulators<double> {
   double ma[kLanes], mb[kLanes];
   uint64_t a[kLanes], b[kLanes];  // bit patterns, added up
   double pivot[kLanes];
@@ -66,11 +66,11 @@ class Pass {
     runs_ = layout_.length > 1 || layout_.channels == 1;
     repeats_ = runs_ ? 1 : taken_together(given);
     width_ = layout_.channels * (runs_ ? kLanes : repeats_);
-    places_ = ceiling(width_, kLanes);
+    groups_ = ceiling(width_, kLanes);
     Room room(workspace);
-    place_ = room.take<Place<N>>(places_);
-    totals_ = room.take<int64_t>(places_ * kTotals * kLanes);
-    top_h_ = room.take<I>(places_ * kLanes);
+    accumulators_ = room.take<Accumulators<N>>(groups_);
+    totals_ = room.take<int64_t>(groups_ * kTotals * kLanes);
+    top_h_ = room.take<I>(groups_ * kLanes);
     const int64_t size = layout_.images * layout_.channels * layout_.length;
     x_end_ = x_ + size;
     dy_end_ = dy_ + size;
@@ -84,8 +84,9 @@ class Pass {
   static int64_t workspace(const GradientSumsPass& given) {
     const Layout& layout = given.batch.layout;
     const bool runs = layout.length > 1 || layout.channels == 1;
-    const int64_t lanes = layout.channels * (runs ? kLanes : taken_together(given)), places = ceiling(lanes, kLanes);
-    return Room::of<Place<N>>(places) + Room::of<int64_t>(places * kTotals * kLanes) + Room::of<I>(places * kLanes);
+    const int64_t lanes = layout.channels * (runs ? kLanes : taken_together(given)), groups = ceiling(lanes, kLanes);
+    return Room::of<Accumulators<N>>(groups) + Room::of<int64_t>(groups * kTotals * kLanes) +
+           Room::of<I>(groups * kLanes);
   }
 
   // The part's sums; false: some value was not finite, or outside its window, and they are worth nothing.
@@ -105,51 +106,51 @@ class Pass {
 
   void begin() {
     const N* pivot = static_cast<const N*>(given_.pivot);
-    for (int64_t at = 0; at < places_ * kLanes; ++at) {
+    for (int64_t at = 0; at < groups_ * kLanes; ++at) {
       const int64_t lane = at % kLanes, channel = channel_of(at);
-      Place<N>& place = place_[at / kLanes];
+      Accumulators<N>& group = accumulators_[at / kLanes];
       const int64_t a = given_.gradient[channel] + Precision<N>::kGradientSlack, b = a + given_.deviation[channel];
-      place.ma[lane] = 3.0 * power(a);
-      place.mb[lane] = 3.0 * power(b);
+      group.ma[lane] = 3.0 * power(a);
+      group.mb[lane] = 3.0 * power(b);
       if constexpr (kFolds == 2) {
-        place.ma_finer[lane] = 3.0 * power(a - 52);
-        place.mb_finer[lane] = 3.0 * power(b - 52);
+        group.ma_finer[lane] = 3.0 * power(a - 52);
+        group.mb_finer[lane] = 3.0 * power(b - 52);
       }
-      place.pivot[lane] = pivot[channel];
-      place.top_g[lane] = 0;
+      group.pivot[lane] = pivot[channel];
+      group.top_g[lane] = 0;
       top_h_[at] = 0;
     }
-    for (int64_t at = 0; at < places_ * kTotals * kLanes; ++at) totals_[at] = 0;
-    for (int64_t i = 0; i < places_; ++i) begin_again(place_[i]);
+    for (int64_t at = 0; at < groups_ * kTotals * kLanes; ++at) totals_[at] = 0;
+    for (int64_t i = 0; i < groups_; ++i) begin_again(accumulators_[i]);
   }
 
-  static void begin_again(Place<N>& place) {
+  static void begin_again(Accumulators<N>& group) {
     if constexpr (kFolds == 1) {
-      Doubles::load(place.ma).store(place.a);
-      Doubles::load(place.mb).store(place.b);
+      Doubles::load(group.ma).store(group.a);
+      Doubles::load(group.mb).store(group.b);
     } else {
       const Words none = zeros<uint64_t, kLanes, kWide>();
-      none.store(place.a);
-      none.store(place.b);
-      none.store(place.a_finer);
-      none.store(place.b_finer);
+      none.store(group.a);
+      none.store(group.b);
+      none.store(group.a_finer);
+      none.store(group.b_finer);
     }
   }
 
   void fold(int64_t terms) {
-    for (int64_t i = 0; i < places_; ++i) {
-      Place<N>& place = place_[i];
+    for (int64_t i = 0; i < groups_; ++i) {
+      Accumulators<N>& group = accumulators_[i];
       int64_t* totals = totals_ + i * kTotals * kLanes;
       if constexpr (kFolds == 1) {
-        add_limbs(totals, bits(Doubles::load(place.a)) - bits(Doubles::load(place.ma)));
-        add_limbs(totals + 2 * kLanes, bits(Doubles::load(place.b)) - bits(Doubles::load(place.mb)));
+        add_limbs(totals, bits(Doubles::load(group.a)) - bits(Doubles::load(group.ma)));
+        add_limbs(totals + 2 * kLanes, bits(Doubles::load(group.b)) - bits(Doubles::load(group.mb)));
       } else {
-        bring(totals, place.a, place.ma, terms);
-        bring(totals + 2 * kLanes, place.a_finer, place.ma_finer, terms);
-        bring(totals + 4 * kLanes, place.b, place.mb, terms);
-        bring(totals + 6 * kLanes, place.b_finer, place.mb_finer, terms);
+        bring(totals, group.a, group.ma, terms);
+        bring(totals + 2 * kLanes, group.a_finer, group.ma_finer, terms);
+        bring(totals + 4 * kLanes, group.b, group.mb, terms);
+        bring(totals + 6 * kLanes, group.b_finer, group.mb_finer, terms);
       }
-      begin_again(place);
+      begin_again(group);
     }
   }
   static void bring(int64_t* totals, const uint64_t* sums, const double* magic, int64_t terms) {
@@ -166,15 +167,16 @@ class Pass {
     }
   }
 
-  // Adds `kSteps` times eight elements, `stride` apart, in one place.
+  // Adds `kSteps` times eight elements, `stride` apart, in one group.
   template <int kSteps, bool kPartial>
-  BNLAYER_INLINE void add(const S* dy, const S* x, int64_t stride, Place<N>& place, I* tops_h, const Tail& tail) {
-    const Numbers pivot = Numbers::load(place.pivot);
-    Ints top_g = Ints::load(place.top_g), top_h = kCheck ? Ints::load(tops_h) : Ints{};
+  BNLAYER_INLINE void add(
+      const S* dy, const S* x, int64_t stride, Accumulators<N>& group, I* tops_h, const Tail& tail) {
+    const Numbers pivot = Numbers::load(group.pivot);
+    Ints top_g = Ints::load(group.top_g), top_h = kCheck ? Ints::load(tops_h) : Ints{};
     Doubles a, b;
     if constexpr (kFolds == 1) {
-      a = Doubles::load(place.a);
-      b = Doubles::load(place.b);
+      a = Doubles::load(group.a);
+      b = Doubles::load(group.b);
     }
     const Doubles shrink = Doubles::all(kShrink);
 #pragma GCC unroll 8
@@ -195,24 +197,24 @@ class Pass {
         a = a + shrunk;
         b = fused(shrunk, h, b);
       } else {
-        add_by_itself(g, h, place);
+        add_by_itself(g, h, group);
       }
     }
     if constexpr (kFolds == 1) {
-      a.store(place.a);
-      b.store(place.b);
+      a.store(group.a);
+      b.store(group.b);
     }
-    top_g.store(place.top_g);
+    top_g.store(group.top_g);
     if constexpr (kCheck) top_h.store(tops_h);
   }
 
-  static BNLAYER_INLINE void add_by_itself(const Doubles& g, const Doubles& h, Place<double>& place) {
-    const Doubles ma = Doubles::load(place.ma), mb = Doubles::load(place.mb), product = g * h;
+  static BNLAYER_INLINE void add_by_itself(const Doubles& g, const Doubles& h, Accumulators<double>& group) {
+    const Doubles ma = Doubles::load(group.ma), mb = Doubles::load(group.mb), product = g * h;
     const Doubles a = g + ma, b = product + mb;
-    plus(place.a, a);
-    plus(place.b, b);
-    plus(place.a_finer, g - (a - ma) + Doubles::load(place.ma_finer));
-    plus(place.b_finer, product - (b - mb) + Doubles::load(place.mb_finer));
+    plus(group.a, a);
+    plus(group.b, b);
+    plus(group.a_finer, g - (a - ma) + Doubles::load(group.ma_finer));
+    plus(group.b_finer, product - (b - mb) + Doubles::load(group.mb_finer));
   }
   static BNLAYER_INLINE void plus(uint64_t* sums, const Doubles& rounded) {
     (Words::load(sums) + as<uint64_t>(rounded)).store(sums);
@@ -220,13 +222,13 @@ class Pass {
 
   template <int kSteps>
   BNLAYER_INLINE void add_rows_at_once(int64_t from, int64_t width) {
-    const int64_t whole = width / kLanes;
+    const int64_t full = width / kLanes;
     const Tail tail{width % kLanes, live_lanes(width % kLanes)};
-    Place<N>* const place = place_;
+    Accumulators<N>* const group = accumulators_;
     I* const tops_h = top_h_;
     const S *const x = x_ + from, *const dy = dy_ + from;
     const int64_t stride = width_;
-    for (int64_t i = 0; i < whole; ++i) {
+    for (int64_t i = 0; i < full; ++i) {
       if constexpr (kSteps == kRows) {
         constexpr int64_t kStep = kRows * kLanes * static_cast<int64_t>(sizeof(S));
         for (int64_t line = 0; line < kStep; line += kLine) {
@@ -234,9 +236,9 @@ class Pass {
           prefetch(dy, kAhead + i * kStep + line);
         }
       }
-      add<kSteps, false>(dy + i * kLanes, x + i * kLanes, stride, place[i], tops_h + i * kLanes, tail);
+      add<kSteps, false>(dy + i * kLanes, x + i * kLanes, stride, group[i], tops_h + i * kLanes, tail);
     }
-    if (tail.count != 0) add_rest(from + whole * kLanes, kSteps, whole, tail);
+    if (tail.count != 0) add_rest(from + full * kLanes, kSteps, full, tail);
   }
   __attribute__((noinline)) void add_row(int64_t from, int64_t width) { add_rows_at_once<1>(from, width); }
 
@@ -244,7 +246,7 @@ class Pass {
   __attribute__((noinline)) void add_rest(int64_t from, int rows, int64_t i, const Tail& tail) {
     for (int j = 0; j < rows; ++j) {
       const int64_t at = from + j * width_;
-      add<1, true>(dy_ + at, x_ + at, 0, place_[i], top_h_ + i * kLanes, tail);
+      add<1, true>(dy_ + at, x_ + at, 0, accumulators_[i], top_h_ + i * kLanes, tail);
     }
   }
 
@@ -262,7 +264,7 @@ class Pass {
     add_row(base + rows * width_, rest);
     if constexpr (kFolds == 2) {
       const Doubles none = zeros<double, kLanes, kWide>();
-      for (int64_t i = ceiling(rest, kLanes); i < places_; ++i) add_by_itself(none, none, place_[i]);
+      for (int64_t i = ceiling(rest, kLanes); i < groups_; ++i) add_by_itself(none, none, accumulators_[i]);
     }
     fold(1);
   }
@@ -281,28 +283,28 @@ class Pass {
   }
 
   void add_run(int64_t image, int64_t channel, int64_t begin, int64_t end) {
-    const int64_t from = (image * layout_.channels + channel) * layout_.length + begin, whole = (end - begin) / kLanes;
+    const int64_t from = (image * layout_.channels + channel) * layout_.length + begin, full = (end - begin) / kLanes;
     const Tail tail{(end - begin) % kLanes, live_lanes((end - begin) % kLanes)};
     if constexpr (kFolds == 1) {
-      add_two_chains(from, whole, channel);
+      add_two_chains(from, full, channel);
     } else {
-      for (int64_t k = 0; k < whole; ++k) {
+      for (int64_t k = 0; k < full; ++k) {
         const int64_t at = from + k * kLanes;
-        add<1, false>(dy_ + at, x_ + at, 0, place_[channel], top_h_ + channel * kLanes, tail);
+        add<1, false>(dy_ + at, x_ + at, 0, accumulators_[channel], top_h_ + channel * kLanes, tail);
       }
     }
-    if (tail.count != 0) add_rest(from + whole * kLanes, 1, channel, tail);
+    if (tail.count != 0) add_rest(from + full * kLanes, 1, channel, tail);
   }
 
   // Each chain is two while it lasts, for one addition to begin before another has ended; see `moments.cpp`.
   BNLAYER_INLINE void add_two_chains(int64_t from, int64_t steps, int64_t i) {
     constexpr int kChains = 2;
-    Place<N>& place = place_[i];
-    const Numbers pivot = Numbers::load(place.pivot);
-    const Doubles ma = Doubles::load(place.ma), mb = Doubles::load(place.mb), shrink = Doubles::all(kShrink);
-    Ints top_g = Ints::load(place.top_g), top_h = kCheck ? Ints::load(top_h_ + i * kLanes) : Ints{};
+    Accumulators<N>& group = accumulators_[i];
+    const Numbers pivot = Numbers::load(group.pivot);
+    const Doubles ma = Doubles::load(group.ma), mb = Doubles::load(group.mb), shrink = Doubles::all(kShrink);
+    Ints top_g = Ints::load(group.top_g), top_h = kCheck ? Ints::load(top_h_ + i * kLanes) : Ints{};
     const S *const x = x_, *const dy = dy_;
-    Doubles a[kChains] = {Doubles::load(place.a), ma}, b[kChains] = {Doubles::load(place.b), mb};
+    Doubles a[kChains] = {Doubles::load(group.a), ma}, b[kChains] = {Doubles::load(group.b), mb};
     const auto one = [&](int64_t at, int chain) __attribute__((always_inline)) {
       const Numbers gradient = load_numbers<kLanes, kWide>(dy + at);
       Numbers deviation = load_numbers<kLanes, kWide>(x + at);
@@ -323,9 +325,9 @@ class Pass {
       one(from + (k + 1) * kLanes, 1);
     }
     for (; k < steps; ++k) one(from + k * kLanes, 0);
-    (a[0] + (a[1] - ma)).store(place.a);
-    (b[0] + (b[1] - mb)).store(place.b);
-    top_g.store(place.top_g);
+    (a[0] + (a[1] - ma)).store(group.a);
+    (b[0] + (b[1] - mb)).store(group.b);
+    top_g.store(group.top_g);
     if constexpr (kCheck) top_h.store(top_h_ + i * kLanes);
   }
 
@@ -337,7 +339,7 @@ class Pass {
     for (int64_t c = 0; c < channels; ++c) bad[c] = seen[c] = 0;
     for (int64_t at = 0; at < width_; ++at) {
       const int64_t c = at / lanes % channels, w = given_.gradient[c];
-      const I top = place_[at / kLanes].top_g[at % kLanes];
+      const I top = accumulators_[at / kLanes].top_g[at % kLanes];
       const double size = __builtin_bit_cast(N, top);
       fits &= size < power(w);
       seen[c] |= (int64_t{size >= power(w - Precision<N>::kGradientSpan)} << 32) | (top > 0);
@@ -351,8 +353,8 @@ class Pass {
   const Part part_;
   const S *x_, *dy_, *x_end_, *dy_end_;
   bool runs_;
-  int64_t repeats_, width_, places_;
-  Place<N>* place_;
+  int64_t repeats_, width_, groups_;
+  Accumulators<N>* accumulators_;
   int64_t* totals_;
   I* top_h_;
 };

@@ -26,15 +26,15 @@ namespace {
 // What eight lanes need, in consecutive cache lines: an array for each would put them 4 KB apart at 512 channels, in the
 // same set of a first-level cache whose ways the rows of the batch take already.
 template <class N>
-struct Place;
+struct Accumulators;
 template <>
-struct alignas(kLine) Place<float> {
+struct alignas(kLine) Accumulators<float> {
   double m1[kLanes], m2[kLanes];
   double s[kLanes], t[kLanes];  // chains
   double pivot[kLanes];
 };
 template <>
-struct alignas(kLine) Place<double> {
+struct alignas(kLine) Accumulators<double> {
   double m1[kLanes], m2[kLanes];
   uint64_t s[kLanes], t[kLanes];  // bit patterns, added up
   double pivot[kLanes];
@@ -61,12 +61,12 @@ class Pass {
     runs_ = layout.length > 1 || layout.channels == 1;
     repeats_ = runs_ ? 1 : taken_together(given);
     width_ = runs_ ? layout.channels * kLanes : layout.channels * repeats_;
-    places_ = ceiling(width_, kLanes);
+    groups_ = ceiling(width_, kLanes);
     Room room(workspace);
-    place_ = room.take<Place<N>>(places_);
-    totals_ = room.take<int64_t>(places_ * kTotals * kLanes);
-    pending_ = room.take<int64_t>(places_ * kLanes);
-    counted_ = room.take<int64_t>(places_ * kLanes);
+    accumulators_ = room.take<Accumulators<N>>(groups_);
+    totals_ = room.take<int64_t>(groups_ * kTotals * kLanes);
+    pending_ = room.take<int64_t>(groups_ * kLanes);
+    counted_ = room.take<int64_t>(groups_ * kLanes);
     truths_ = room.take<uint8_t>(kLongest * kLanes);
     end_ = x_ + layout.images * layout.channels * layout.length;
   }
@@ -83,9 +83,9 @@ class Pass {
   static int64_t workspace(const MomentsPass& given) {
     const Layout& layout = given.batch.layout;
     const bool runs = layout.length > 1 || layout.channels == 1;
-    const int64_t lanes = layout.channels * (runs ? kLanes : taken_together(given)), places = ceiling(lanes, kLanes);
-    return Room::of<Place<N>>(places) + Room::of<int64_t>(places * kTotals * kLanes) +
-           2 * Room::of<int64_t>(places * kLanes) + Room::of<uint8_t>(kLongest * kLanes);
+    const int64_t lanes = layout.channels * (runs ? kLanes : taken_together(given)), groups = ceiling(lanes, kLanes);
+    return Room::of<Accumulators<N>>(groups) + Room::of<int64_t>(groups * kTotals * kLanes) +
+           2 * Room::of<int64_t>(groups * kLanes) + Room::of<uint8_t>(kLongest * kLanes);
   }
 
   // The part's moments; false: some value was not finite, or outside its window, and they are worth nothing.
@@ -108,39 +108,39 @@ class Pass {
 
  private:
   void begin() {
-    for (int64_t at = 0; at < places_ * kLanes; ++at) {
+    for (int64_t at = 0; at < groups_ * kLanes; ++at) {
       const int64_t lane = at % kLanes, channel = at < width_ ? (runs_ ? at / kLanes : at % layout_.channels) : 0;
-      Place<N>& place = place_[at / kLanes];
+      Accumulators<N>& group = accumulators_[at / kLanes];
       const int64_t w = given_.exponent[channel];
-      place.m1[lane] = 3.0 * power(w + Precision<N>::kSlack);
-      place.m2[lane] = power(2 * w);
+      group.m1[lane] = 3.0 * power(w + Precision<N>::kSlack);
+      group.m2[lane] = power(2 * w);
       if constexpr (kFolds == 2) {
-        place.m1_finer[lane] = 3.0 * power(w - 52);
-        place.m2_finer[lane] = 1.5 * power(2 * w - 51);
+        group.m1_finer[lane] = 3.0 * power(w - 52);
+        group.m2_finer[lane] = 1.5 * power(2 * w - 51);
       }
-      place.pivot[lane] = given_.pivot[channel];
+      group.pivot[lane] = given_.pivot[channel];
     }
-    for (int64_t at = 0; at < places_ * kTotals * kLanes; ++at) totals_[at] = 0;
-    for (int64_t at = 0; at < places_ * kLanes; ++at) counted_[at] = 0;
+    for (int64_t at = 0; at < groups_ * kTotals * kLanes; ++at) totals_[at] = 0;
+    for (int64_t at = 0; at < groups_ * kLanes; ++at) counted_[at] = 0;
     begin_again();
   }
 
   void begin_again() {
-    for (int64_t i = 0; i < places_; ++i) {
-      Place<N>& place = place_[i];
+    for (int64_t i = 0; i < groups_; ++i) {
+      Accumulators<N>& group = accumulators_[i];
       if constexpr (kFolds == 1) {
-        Doubles::load(place.m1).store(place.s);
-        Doubles::load(place.m2).store(place.t);
+        Doubles::load(group.m1).store(group.s);
+        Doubles::load(group.m2).store(group.t);
       } else {
         const Words none = zeros<uint64_t, kLanes, kWide>();
-        none.store(place.s);
-        none.store(place.t);
-        none.store(place.s_finer);
-        none.store(place.t_finer);
+        none.store(group.s);
+        none.store(group.t);
+        none.store(group.s_finer);
+        none.store(group.t_finer);
       }
     }
     if constexpr (kMasked) {
-      for (int64_t at = 0; at < places_ * kLanes; ++at) pending_[at] = 0;
+      for (int64_t at = 0; at < groups_ * kLanes; ++at) pending_[at] = 0;
     }
     odd_ = zeros<int64_t, kLanes, kWide>();
   }
@@ -148,37 +148,37 @@ class Pass {
   // Whether squares have kept the exponents of their M2: the sums of chains, or each by itself.
   bool held() {
     if constexpr (kFolds == 1) {
-      for (int64_t i = 0; i < places_; ++i) {
-        odd_ = odd_ | (bits(Doubles::load(place_[i].t)) ^ bits(Doubles::load(place_[i].m2)));
+      for (int64_t i = 0; i < groups_; ++i) {
+        odd_ = odd_ | (bits(Doubles::load(accumulators_[i].t)) ^ bits(Doubles::load(accumulators_[i].m2)));
       }
     }
     return !any(shifted_right<52>(as<uint64_t>(odd_)));
   }
 
   // Brings what was added since the last time into the totals, if it held, or forgets it; whether it did.
-  bool settled(int64_t terms) {
+  bool folded(int64_t terms) {
     if (!held()) {
       begin_again();
       return false;
     }
-    for (int64_t i = 0; i < places_; ++i) {
-      Place<N>& place = place_[i];
+    for (int64_t i = 0; i < groups_; ++i) {
+      Accumulators<N>& group = accumulators_[i];
       int64_t* totals = totals_ + i * kTotals * kLanes;
       if constexpr (kFolds == 1) {
-        const Doubles m1 = Doubles::load(place.m1), m2 = Doubles::load(place.m2);
-        add_limbs(totals, bits(Doubles::load(place.s)) - bits(m1));
-        add_limbs(totals + 2 * kLanes, bits(Doubles::load(place.t)) - bits(m2));
-        m1.store(place.s);
-        m2.store(place.t);
+        const Doubles m1 = Doubles::load(group.m1), m2 = Doubles::load(group.m2);
+        add_limbs(totals, bits(Doubles::load(group.s)) - bits(m1));
+        add_limbs(totals + 2 * kLanes, bits(Doubles::load(group.t)) - bits(m2));
+        m1.store(group.s);
+        m2.store(group.t);
       } else {
-        bring(totals, place.s, place.m1, terms);
-        bring(totals + 2 * kLanes, place.s_finer, place.m1_finer, terms);
-        bring(totals + 4 * kLanes, place.t, place.m2, terms);
-        bring(totals + 6 * kLanes, place.t_finer, place.m2_finer, terms);
+        bring(totals, group.s, group.m1, terms);
+        bring(totals + 2 * kLanes, group.s_finer, group.m1_finer, terms);
+        bring(totals + 4 * kLanes, group.t, group.m2, terms);
+        bring(totals + 6 * kLanes, group.t_finer, group.m2_finer, terms);
       }
     }
     if constexpr (kMasked) {
-      for (int64_t at = 0; at < places_ * kLanes; ++at) {
+      for (int64_t at = 0; at < groups_ * kLanes; ++at) {
         counted_[at] += pending_[at];
         pending_[at] = 0;
       }
@@ -213,43 +213,43 @@ class Pass {
     return d;
   }
 
-  // Adds `kSteps` times eight elements in one place.
+  // Adds `kSteps` times eight elements in one group.
   template <int kSteps, bool kPartial>
   BNLAYER_INLINE void add(
-      const S* const* from, const uint8_t* const* truths, int64_t at, Place<N>& place, int64_t* pending,
+      const S* const* from, const uint8_t* const* truths, int64_t at, Accumulators<N>& group, int64_t* pending,
       const Tail& tail) {
-    const Doubles pivot = Doubles::load(place.pivot);
+    const Doubles pivot = Doubles::load(group.pivot);
     Longs count = kMasked ? Longs::load(pending) : Longs{};
     if constexpr (kFolds == 1) {
       const Doubles shrink = Doubles::all(kShrink);
-      Doubles s = Doubles::load(place.s), t = Doubles::load(place.t);
+      Doubles s = Doubles::load(group.s), t = Doubles::load(group.t);
 #pragma GCC unroll 8
       for (int j = 0; j < kSteps; ++j) {
         const Doubles d = deviation<kPartial>(from[j] + at, kMasked ? truths[j] + at : nullptr, pivot, tail, count);
         s = fused(d, shrink, s);
         t = fused(d, d, t);
       }
-      s.store(place.s);
-      t.store(place.t);
+      s.store(group.s);
+      t.store(group.t);
     } else {
       for (int j = 0; j < kSteps; ++j) {
         const Doubles d = deviation<kPartial>(from[j] + at, kMasked ? truths[j] + at : nullptr, pivot, tail, count);
-        add_by_itself(d, place);
+        add_by_itself(d, group);
       }
     }
     if constexpr (kMasked) count.store(pending);
   }
 
   // float64 data: adds the bits of eight rounded terms, and of what the rounding took.
-  BNLAYER_INLINE void add_by_itself(const Doubles& d, Place<double>& place) {
-    const Doubles m1 = Doubles::load(place.m1), m2 = Doubles::load(place.m2), square = d * d;
+  BNLAYER_INLINE void add_by_itself(const Doubles& d, Accumulators<double>& group) {
+    const Doubles m1 = Doubles::load(group.m1), m2 = Doubles::load(group.m2), square = d * d;
     const Doubles s = d + m1, t = square + m2;
     odd_ = odd_ | (bits(t) ^ bits(m2));
     const Doubles rest = (square - (t - m2)) + square_error(d, square);
-    plus(place.s, s);
-    plus(place.t, t);
-    plus(place.s_finer, d - (s - m1) + Doubles::load(place.m1_finer));
-    plus(place.t_finer, rest + Doubles::load(place.m2_finer));
+    plus(group.s, s);
+    plus(group.t, t);
+    plus(group.s_finer, d - (s - m1) + Doubles::load(group.m1_finer));
+    plus(group.t_finer, rest + Doubles::load(group.m2_finer));
   }
   static BNLAYER_INLINE void plus(uint64_t* sums, const Doubles& rounded) {
     (Words::load(sums) + as<uint64_t>(rounded)).store(sums);
@@ -258,7 +258,7 @@ class Pass {
   // Adds `kSteps` rows, of which the first `width` elements are there.
   template <int kSteps>
   BNLAYER_INLINE void add_rows_at_once(const S* const* given, const uint8_t* const* truths, int64_t width) {
-    const int64_t whole = width / kLanes;
+    const int64_t full = width / kLanes;
     const S* from[kSteps];
     const uint8_t* true_from[kSteps];
     for (int j = 0; j < kSteps; ++j) {
@@ -266,16 +266,16 @@ class Pass {
       true_from[j] = kMasked ? truths[j] : nullptr;
     }
     const Tail tail{width % kLanes, live_lanes(width % kLanes)};
-    Place<N>* const place = place_;
+    Accumulators<N>* const group = accumulators_;
     int64_t* const pending = pending_;
-    for (int64_t i = 0; i < whole; ++i) {
+    for (int64_t i = 0; i < full; ++i) {
       if constexpr (kSteps == kRows) {
         constexpr int64_t kStep = kRows * kLanes * static_cast<int64_t>(sizeof(S));
         for (int64_t line = 0; line < kStep; line += kLine) prefetch(from[0], kAhead + i * kStep + line);
       }
-      add<kSteps, false>(from, true_from, i * kLanes, place[i], pending + i * kLanes, tail);
+      add<kSteps, false>(from, true_from, i * kLanes, group[i], pending + i * kLanes, tail);
     }
-    if (tail.count != 0) add_rest(from, true_from, kSteps, whole * kLanes, whole, tail);
+    if (tail.count != 0) add_rest(from, true_from, kSteps, full * kLanes, full, tail);
   }
 
   __attribute__((noinline)) void add_row(const S* const* from, const uint8_t* const* truths, int64_t width) {
@@ -285,7 +285,8 @@ class Pass {
   // The elements of some rows, or of a run, that are fewer than eight.
   __attribute__((noinline)) void add_rest(
       const S* const* from, const uint8_t* const* truths, int rows, int64_t at, int64_t i, const Tail& tail) {
-    for (int j = 0; j < rows; ++j) add<1, true>(from + j, truths + j, at, place_[i], pending_ + i * kLanes, tail);
+    for (int j = 0; j < rows; ++j)
+      add<1, true>(from + j, truths + j, at, accumulators_[i], pending_ + i * kLanes, tail);
   }
 
   // Adds rows that count, from `row` on, until there were as many as `longest`; the row after them.
@@ -299,19 +300,19 @@ class Pass {
     const uint8_t* true_from[kRows];
     terms = 0;
     while (row < rows && terms < longest) {
-      int found = 0;
-      for (; found < kRows && row < rows && terms + found < longest; ++row) {
+      int taken = 0;
+      for (; taken < kRows && row < rows && terms + taken < longest; ++row) {
         if (counts != nullptr && counts[row] == 0) continue;
-        from[found] = base + row * width_;
-        if constexpr (kMasked) true_from[found] = truths + row * width_;
-        ++found;
+        from[taken] = base + row * width_;
+        if constexpr (kMasked) true_from[taken] = truths + row * width_;
+        ++taken;
       }
-      if (found == kRows) {
+      if (taken == kRows) {
         add_rows_at_once<kRows>(from, true_from, width_);
       } else {
-        for (int j = 0; j < found; ++j) add_row(from + j, true_from + j, width_);
+        for (int j = 0; j < taken; ++j) add_row(from + j, true_from + j, width_);
       }
-      terms += found;
+      terms += taken;
     }
     return row;
   }
@@ -323,7 +324,7 @@ class Pass {
     live_rows_ = 0;
     while (row < rows) {
       const int64_t next = add_chain_of_rows(row, rows, longest, terms);
-      if (settled(terms)) {
+      if (folded(terms)) {
         row = next;
         live_rows_ += terms * repeats_;
       } else if (!shorter(longest)) {
@@ -336,17 +337,17 @@ class Pass {
         kMasked ? given_.batch.mask.truths + part_.first * layout_.channels + rows * width_ : nullptr;
     add_row(&from, &truths, rest);
     live_rows_ += rest / layout_.channels;
-    // float64: each place whose bits(M) came in, and only those.
+    // float64: each group whose bits(M) came in, and only those.
     return settled_rest(rest);
   }
 
-  // As `settled`, of one term in the first `rest` lanes, or in the places that these are in.
+  // As `settled`, of one term in the first `rest` lanes, or in the groups that these are in.
   bool settled_rest(int64_t rest) {
     if constexpr (kFolds == 2) {
       const int64_t touched = ceiling(rest, kLanes);
-      for (int64_t i = touched; i < places_; ++i) add_by_itself(zeros<double, kLanes, kWide>(), place_[i]);
+      for (int64_t i = touched; i < groups_; ++i) add_by_itself(zeros<double, kLanes, kWide>(), accumulators_[i]);
     }
-    return settled(1);
+    return folded(1);
   }
 
   static bool shorter(int64_t& longest) {
@@ -357,34 +358,34 @@ class Pass {
 
   // Adds the positions from `begin` to `end` of one run.
   void add_run(int64_t image, int64_t channel, int64_t begin, int64_t end) {
-    const int64_t run = image * layout_.channels + channel, whole = (end - begin) / kLanes;
+    const int64_t run = image * layout_.channels + channel, full = (end - begin) / kLanes;
     const S* from = x_ + run * layout_.length + begin;
     const uint8_t* truths =
         kMasked ? truths_of_run(given_.batch.mask, run, layout_.length, begin, end, truths_) : nullptr;
     const Tail tail{(end - begin) % kLanes, live_lanes((end - begin) % kLanes)};
     if constexpr (kFolds == 1) {
-      add_four_chains(from, truths, whole, channel);
+      add_four_chains(from, truths, full, channel);
     } else {
-      for (int64_t k = 0; k < whole; ++k) {
+      for (int64_t k = 0; k < full; ++k) {
         const S* at = from + k * kLanes;
         const uint8_t* true_at = kMasked ? truths + k * kLanes : nullptr;
-        add<1, false>(&at, &true_at, 0, place_[channel], pending_ + channel * kLanes, tail);
+        add<1, false>(&at, &true_at, 0, accumulators_[channel], pending_ + channel * kLanes, tail);
       }
     }
     if (tail.count != 0) {
-      from += whole * kLanes;
-      if constexpr (kMasked) truths += whole * kLanes;
+      from += full * kLanes;
+      if constexpr (kMasked) truths += full * kLanes;
       add_rest(&from, &truths, 1, 0, channel, tail);
     }
   }
 
   // Each chain is four while it lasts, for one addition to begin before another has ended. They are put together exactly:
-  // their sums are whole units, and fit if the whole does.
+  // their sums are full units, and fit if the full does.
   BNLAYER_INLINE void add_four_chains(const S* from, const uint8_t* truths, int64_t steps, int64_t i) {
-    Place<N>& place = place_[i];
-    const Doubles m1 = Doubles::load(place.m1), m2 = Doubles::load(place.m2), shrink = Doubles::all(kShrink);
-    const Doubles pivot = Doubles::load(place.pivot);
-    Doubles s[4] = {Doubles::load(place.s), m1, m1, m1}, t[4] = {Doubles::load(place.t), m2, m2, m2};
+    Accumulators<N>& group = accumulators_[i];
+    const Doubles m1 = Doubles::load(group.m1), m2 = Doubles::load(group.m2), shrink = Doubles::all(kShrink);
+    const Doubles pivot = Doubles::load(group.pivot);
+    Doubles s[4] = {Doubles::load(group.s), m1, m1, m1}, t[4] = {Doubles::load(group.t), m2, m2, m2};
     Longs count = kMasked ? Longs::load(pending_ + i * kLanes) : Longs{};
     int64_t k = 0;
     for (; k + 4 <= steps; k += 4) {
@@ -402,8 +403,8 @@ class Pass {
       s[0] = fused(d, shrink, s[0]);
       t[0] = fused(d, d, t[0]);
     }
-    (s[0] + (s[1] - m1) + (s[2] - m1) + (s[3] - m1)).store(place.s);
-    (t[0] + (t[1] - m2) + (t[2] - m2) + (t[3] - m2)).store(place.t);
+    (s[0] + (s[1] - m1) + (s[2] - m1) + (s[3] - m1)).store(group.s);
+    (t[0] + (t[1] - m2) + (t[2] - m2) + (t[3] - m2)).store(group.t);
     if constexpr (kMasked) count.store(pending_ + i * kLanes);
   }
 
@@ -414,7 +415,7 @@ class Pass {
       for (int64_t i = image; i < to.last; ++i) {
         for (int64_t c = 0; c < layout_.channels; ++c) add_run(i, c, begun, to.end);
       }
-      if (settled(ceiling(to.end - begun, kLanes) * (to.last - image))) {
+      if (folded(ceiling(to.end - begun, kLanes) * (to.last - image))) {
         image = to.end == part_.end ? to.last : image;
         begun = to.end == part_.end ? part_.begin : to.end;
       } else if (!shorter(longest)) {
@@ -429,8 +430,8 @@ class Pass {
   const Part part_;
   const S *x_, *end_;
   bool runs_;
-  int64_t repeats_, width_, places_, live_rows_ = 0;
-  Place<N>* place_;
+  int64_t repeats_, width_, groups_, live_rows_ = 0;
+  Accumulators<N>* accumulators_;
   int64_t *totals_, *pending_, *counted_;
   uint8_t* truths_;
   Longs odd_;  // how squares' sums differ from their M2: in its exponent, if one has left its binade

@@ -8,12 +8,12 @@ namespace {
 
 // Walks a part eight elements at a time; what is kept of each channel is eight lanes wide.
 //
-// step(index, count, channel or place, lanes): `count` of the eight elements from `index` on are there.
+// step(index, count, channel or group, lanes): `count` of the eight elements from `index` on are there.
 struct Walk {
   Layout layout;
   Part part;
   bool runs;
-  int64_t repeats, width, places;
+  int64_t repeats, width, groups;
 
   Walk(const Batch& batch, const Part& of) : layout(batch.layout), part(of) {
     runs = layout.length > 1 || layout.channels == 1;
@@ -21,7 +21,7 @@ struct Walk {
                   ? 1
                   : bnlayer::BNLAYER_VARIANT::repeats(layout.channels, kLanes, kNarrowRow);
     width = layout.channels * (runs ? kLanes : repeats);
-    places = ceiling(width, kLanes);
+    groups = ceiling(width, kLanes);
   }
   explicit Walk(const Batch& batch) : Walk(batch, Part{}) {}
 
@@ -69,9 +69,9 @@ void probe_of(const ProbePass& given, const Part& part, void* workspace, int64_t
   const S *x = static_cast<const S*>(given.batch.x), *end = x + layout.images * layout.channels * layout.length;
   constexpr I kNone = static_cast<I>(Precision<N>::kNoKey), kSign = I(1) << (sizeof(N) * 8 - 1);
   Room room(workspace);
-  I *up = room.take<I>(walk.places * kLanes), *down = room.take<I>(walk.places * kLanes);
-  for (int64_t at = 0; at < walk.places * kLanes; ++at) up[at] = down[at] = kNone;
-  walk.over([&](int64_t at, int64_t count, int64_t place) {
+  I *up = room.take<I>(walk.groups * kLanes), *down = room.take<I>(walk.groups * kLanes);
+  for (int64_t at = 0; at < walk.groups * kLanes; ++at) up[at] = down[at] = kNone;
+  walk.over([&](int64_t at, int64_t count, int64_t group) {
     const auto value = load_some<kLanes, kWide>(x + at, count, end);
     Ints<N> live = finite(value);
     if (count < kLanes || mask.truths != nullptr) {
@@ -85,8 +85,8 @@ void probe_of(const ProbePass& given, const Part& part, void* workspace, int64_t
     const Ints<N> none = Ints<N>::all(kNone), pattern = bits(value);
     const Ints<N> above = either(live, key<N>(pattern), none);
     const Ints<N> below = either(live, key<N>(pattern ^ Ints<N>::all(kSign)), none);
-    greater(Ints<N>::load(up + place * kLanes), above).store(up + place * kLanes);
-    greater(Ints<N>::load(down + place * kLanes), below).store(down + place * kLanes);
+    greater(Ints<N>::load(up + group * kLanes), above).store(up + group * kLanes);
+    greater(Ints<N>::load(down + group * kLanes), below).store(down + group * kLanes);
   });
   for (int64_t c = 0; c < 2 * layout.channels; ++c) best[c] = kNone;
   for (int64_t lane = 0; lane < walk.width; ++lane) {
@@ -116,21 +116,21 @@ void gradient_probe_of(const GradientProbePass& given, const Part& part, void* w
   const S *x = static_cast<const S*>(given.batch.x), *dy = static_cast<const S*>(given.dy);
   const N* pivot = static_cast<const N*>(given.pivot);
   Room room(workspace);
-  I *top_g = room.take<I>(walk.places * kLanes), *top_h = room.take<I>(walk.places * kLanes);
-  N* pivots = room.take<N>(walk.places * kLanes);
-  for (int64_t at = 0; at < walk.places * kLanes; ++at) {
+  I *top_g = room.take<I>(walk.groups * kLanes), *top_h = room.take<I>(walk.groups * kLanes);
+  N* pivots = room.take<N>(walk.groups * kLanes);
+  for (int64_t at = 0; at < walk.groups * kLanes; ++at) {
     top_g[at] = top_h[at] = 0;
     pivots[at] = pivot[walk.channel_of(at)];
   }
-  walk.over([&](int64_t at, int64_t count, int64_t place) {
+  walk.over([&](int64_t at, int64_t count, int64_t group) {
     const Ints<N> live = converted<I>(live_lanes(count));
     const auto gradient = load_some<kLanes, kWide>(dy + at, count, dy + size);
     const auto deviation =
-        load_some<kLanes, kWide>(x + at, count, x + size) - Pack<N, kLanes, kWide>::load(pivots + place * kLanes);
+        load_some<kLanes, kWide>(x + at, count, x + size) - Pack<N, kLanes, kWide>::load(pivots + group * kLanes);
     const Ints<N> g = magnitude(where(finite(gradient) & live, gradient));
     const Ints<N> h = magnitude(where((g > zeros<I, kLanes, kWide>()) & finite(deviation), deviation));
-    greater(Ints<N>::load(top_g + place * kLanes), g).store(top_g + place * kLanes);
-    greater(Ints<N>::load(top_h + place * kLanes), h).store(top_h + place * kLanes);
+    greater(Ints<N>::load(top_g + group * kLanes), g).store(top_g + group * kLanes);
+    greater(Ints<N>::load(top_h + group * kLanes), h).store(top_h + group * kLanes);
   });
   for (int64_t c = 0; c < 2 * layout.channels; ++c) best[c] = Precision<N>::kLowest;
   for (int64_t lane = 0; lane < walk.width; ++lane) {
@@ -142,13 +142,13 @@ void gradient_probe_of(const GradientProbePass& given, const Part& part, void* w
 
 }  // namespace
 
-int64_t probe_workspace(const ProbePass& given) { return 2 * Room::of<int64_t>(Walk(given.batch).places * kLanes); }
+int64_t probe_workspace(const ProbePass& given) { return 2 * Room::of<int64_t>(Walk(given.batch).groups * kLanes); }
 void probe(const ProbePass& given, const Part& part, void* workspace, int64_t* best) {
   by_storage(given.batch.storage, [&]<class S>(const S*) { probe_of<S>(given, part, workspace, best); });
 }
 
 int64_t gradient_probe_workspace(const GradientProbePass& given) {
-  return 3 * Room::of<int64_t>(Walk(given.batch).places * kLanes);
+  return 3 * Room::of<int64_t>(Walk(given.batch).groups * kLanes);
 }
 void gradient_probe(const GradientProbePass& given, const Part& part, void* workspace, int64_t* best) {
   by_storage(given.batch.storage, [&]<class S>(const S*) { gradient_probe_of<S>(given, part, workspace, best); });

@@ -34,7 +34,7 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-constexpr int kLanes = 8;                    // channels of a place: a cache line of float64
+constexpr int kLanes = 8;                    // channels of a group: a cache line of float64
 constexpr int kWide = kRegisterBytes / 8;    // float64 in a register
 constexpr int kNarrow = kRegisterBytes / 4;  // float32 in a register
 
@@ -187,9 +187,9 @@ template <class T, int N, int L>
 BNLAYER_INLINE bool any(const Pack<T, N, L>& truths) {
   Register<T, L> seen = truths.reg[0];
   for (int i = 1; i < truths.kCount; ++i) seen |= truths.reg[i];
-  T found = 0;
-  for (int lane = 0; lane < L; ++lane) found |= seen[lane];
-  return found != 0;
+  T seen_bits = 0;
+  for (int lane = 0; lane < L; ++lane) seen_bits |= seen[lane];
+  return seen_bits != 0;
 }
 
 // |a| as an integer in the order of the numbers: infinity above all of them, NaN above infinity.
