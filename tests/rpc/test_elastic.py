@@ -89,6 +89,39 @@ def test_training_is_stopped_while_a_rank_is_missing(tmp_path: Path) -> None:
     assert f"resumed after step {steps:,}" in resumed.stdout
 
 
+_KILLED_ONCE_SAVED = """\
+from bnworker.cli import main, rank as command
+write = command.write_atomically
+def killed(*given):
+    write(*given)
+    if 'BNLAYER_RESTART_COUNT' not in os.environ: os.kill(os.getpid(), signal.SIGKILL)
+command.write_atomically = killed
+main()
+"""
+
+
+@pytest.mark.fault
+def test_training_is_stopped_when_the_missing_rank_has_saved_it(tmp_path: Path) -> None:
+    """Nobody has anything to write: the first of those that are left says all the same how to go on."""
+    saved = tmp_path / "saved.safetensors"
+    train = ("train", "--data=digits", "--hidden=8", f"--save={saved}", "--save-every=5", "--epochs=1000")
+    command = arguments(3, *script(_KILLED_ONCE_SAVED), *train, options=("--elastic=3:3", "--max-restarts=1"))
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("BNLAYER_")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environ)
+    try:
+        assert process.stderr is not None
+        assert next(line for line in process.stderr if "it is started again (restart 1 of 1" in line)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+        process.wait()
+    assert f"stopped after step 5, while the ranks formed the next generation; {saved} goes on from" in err, err
+    kept = read(saved)
+    assert kept is not None
+    assert kept.progress.steps == 5
+
+
 # ---- ranks join, and are missing ----
 
 _LOOP = """\

@@ -170,12 +170,14 @@ class Generation:
     Attributes:
         world: they.
         number: of the generation; those of one job ascend.
+        change: what ended it for this rank, once its block is left; None: all of them finished, or an error did.
     """
 
     def __init__(self, job: ElasticJob, world: World, number: int) -> None:
         self._job = job
         self.world = world
         self.number = number
+        self.change: RegroupError | None = None
 
     def __enter__(self) -> World:
         return self.world
@@ -194,6 +196,7 @@ class Generation:
         finished = finished or isinstance(
             error, JobFinishedError
         )  # this rank was given up, and the others go without it
+        self.change = error if isinstance(error, RegroupError) else None
         self._job.leave(self.world, error, finished=finished)
         return isinstance(error, RegroupError | JobFinishedError)
 

@@ -105,6 +105,8 @@ def _run_elastic(data: str, settings: Settings, *, address: str | None, job: str
                 with generation as world:
                     first = world.rank == 0
                     problem = _train(data, settings, world, Replica(), files, first=first, elastic=(kept, interruption))
+                if generation.change is not None:
+                    first = world.rank == min(set(range(world.world_size)) - set(generation.change.ranks), default=-1)
     except CollectiveError as error:
         raise CommandError(f"train: {type(error).__name__}: {error}", 1) from None
     except (ValueError, ImportError, RuntimeError) as error:
@@ -116,7 +118,7 @@ def _stopped_between(latest: Checkpoint | None, interruption: Interruption, file
     """Stop where the ranks of an elastic job are no world: some are lost, and who of the others is first is open.
 
     Each holds the state after the step before, or after the one before that. Either is good to go on from, so each
-    writes it, unless the file is as far already.
+    writes it, unless the file is as far already; the first of those that are left says so even then.
     """
     assert interruption.signal is not None
     saving = _saving(files)
