@@ -100,7 +100,7 @@ def test_a_host_is_not_reached(host: Unreached, desk: Desk, tmp_path: Path) -> N
     where = {NOBODY: "10.77.0.99", STRANGER: f"stranger@{two.address}", MUTE: desk.mute.address}[host.host]
     silent = [*desk.mute.prefix, PYTHON, "-c", _SILENT.format(port=SSH_PORT)]
     # One attempt, and two seconds of the ten, for the test's sake.
-    ssh = desk.ssh.replace("ssh ", "ssh -o ConnectionAttempts=1 -o ConnectTimeout=2 ", 1)
+    ssh = desk.ssh.replace("ssh ", "ssh -o ConnectionAttempts=1 -o ConnectTimeout=6 ", 1)
     options = ["--insecure", f"--ssh={ssh}", f"--hosts={one.address}:2,{where}:2", "--grace=5"]
     with subprocess.Popen(silent, stdout=subprocess.PIPE) as listener:
         assert listener.stdout is not None

@@ -20,6 +20,7 @@ from bnworker import World
 from bnworker.transports.service import ServiceTransport, local_channel, transport
 from bnworker.transports.service.client import Client
 from support.breaker import Breaker
+from support.ports import free_port
 from support.service import daemon
 
 pytestmark = [pytest.mark.rpc, pytest.mark.fault]
@@ -136,12 +137,6 @@ def _forever(action: Callable[[], object]) -> None:
         action()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # ---- what heals ----
 
 
@@ -196,7 +191,7 @@ def test_the_service_is_killed_and_the_job_goes_on(
     start: Callable[..., Any], serve: Callable[..., Any], tmp_path: Path
 ) -> None:
     """kill -9 in the middle of things, four times: nothing lost, nothing counted twice."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     flags = ("-m", "bnserver", "--listen", address, "--state-dir", str(tmp_path), _AWAY)
     daemons = [start(*flags)]
     assert daemons[0].line() == f"bnserver listening on {address}"
@@ -243,7 +238,7 @@ def test_the_service_dies_at_a_named_point(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before, within and after each thing it does; started again, it goes on, and all is as if nothing had been."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     flags = ("-m", "bnserver", "--listen", address, "--state-dir", str(tmp_path), _AWAY)
     monkeypatch.setenv("BNSERVER_FAILPOINTS", failpoint)
     dying = start(*flags)
@@ -391,7 +386,7 @@ def test_a_rank_that_was_held_up_keeps_its_connection(serve: Callable[..., Any],
 
 def test_a_service_without_its_state_tells_who_comes_back(start: Callable[..., Any]) -> None:
     """It was started again, and kept nothing: there is nothing to come back to."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     flags = ("-m", "bnserver", "--listen", address)
     first = start(*flags)
     first.line()

@@ -17,6 +17,7 @@ from bnlayer import MismatchError, PeerLostError, ServiceError
 from bnworker import World
 from bnworker.transports.service import ServiceTransport
 from bnworker.transports.service.goodbye import GOODBYE_S
+from support.ports import free_port
 
 pytestmark = pytest.mark.rpc
 
@@ -25,12 +26,6 @@ _HOST = socket.gethostname()
 
 def _world(address: str, rank: int, world_size: int, timeout: float = 60.0) -> World:
     return World(ServiceTransport(address, "job", rank, world_size, timeout=timeout), install=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- ranks that go ----
@@ -212,7 +207,7 @@ def test_a_service_that_dies_is_reported_at_once(serve: Callable[..., Any]) -> N
 
 def test_nobody_listens(caplog: pytest.LogCaptureFixture) -> None:
     """The rank tries for as long as it may, says so in the log, and then names the address and what to do."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with caplog.at_level(logging.WARNING, "bnworker"), pytest.raises(ServiceError) as caught:
         _world(address, 0, 1, timeout=4.0)
@@ -228,7 +223,7 @@ def test_nobody_listens(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_service_that_comes_late_is_found(start: Callable[..., Any]) -> None:
     """Ranks and their daemon are often started together."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     with futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(_world, address, 0, 1, 60.0)
         service = start("-m", "bnserver", "--listen", address)

@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.ports import free_port
+
 NODES = ("n1", "n2")
 _LIMIT_S = 300.0  # ends a test that hangs; a busy machine takes a tenth of it
 _PAUSE_S = 0.1
@@ -140,8 +142,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     )
     host = socket.gethostname().partition(".")[0]
     configuration = folder / "slurm.conf"
+    ports = [free_port() for _ in range(3)]
     configuration.write_text(
-        _CONFIGURATION.format(folder=folder, host=host, user=getpass.getuser(), ports=_free_ports(3)), encoding="ascii"
+        _CONFIGURATION.format(folder=folder, host=host, user=getpass.getuser(), ports=ports), encoding="ascii"
     )
     for name in ("state", *NODES):
         (folder / name).mkdir()
@@ -226,11 +229,3 @@ def _await_nodes(running: Cluster) -> None:
 
 def _daemon(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
