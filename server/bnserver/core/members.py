@@ -157,7 +157,8 @@ class Membership:
         With a host all its ranks are lost, and the lease of one ends first.
         """
         signs = [member.last_seen for member in self.here.values() if member.connection is not None]
-        return sum(1 for sign in signs if not lease or sign > max(signs) - lease / 2)
+        since = max(signs, default=0.0) - (lease / 2 if lease else math.inf)
+        return sum(sign > since for sign in signs)
 
     @property
     def all_connected(self) -> bool:
