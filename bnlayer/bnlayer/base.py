@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,19 @@ def automatic_name(stem: str) -> str:
     return f"{stem}_{number}" if number else stem
 
 
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """What waits for `backward`.
+
+    Attributes:
+        calls: those in training mode since the last one.
+        saved: of the one call that waits; None: none does, or several do.
+    """
+
+    calls: int = 0
+    saved: Any = None
+
+
 class Layer:
     """A layer's name, its variables and their penalties.
 
@@ -34,6 +48,7 @@ class Layer:
         self.name = name
         self.trainable = trainable
         self._variables: list[Variable] = []
+        self._waiting = Waiting()
         self._weights_set = False  # since the ranks last compared them
 
     @property

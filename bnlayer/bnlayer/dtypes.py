@@ -27,6 +27,7 @@ _POLICIES = ("float32", "float64", "float16", "bfloat16", "mixed_float16", "mixe
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "float32", "float64")} | {
     "bfloat16": _BFLOAT16
 }
+_COMPUTE: dict[str, np.dtype[Any]] = {name: _DTYPES[name.removeprefix("mixed_")] for name in _POLICIES}
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
@@ -102,7 +103,7 @@ class Policy:
     @property
     def compute_dtype(self) -> np.dtype[Any]:
         """Of what comes in, once cast, and of what goes out."""
-        return _DTYPES[self.name.removeprefix("mixed_")]
+        return _COMPUTE[self.name]
 
     @property
     def arithmetic(self) -> str:
@@ -135,9 +136,9 @@ class Policy:
         Raises:
             TypeError: the values are not real numbers, or an array of a kind whose meaning would be lost.
         """
+        if type(x) is np.ndarray and x.dtype is _COMPUTE[self.name]:  # nearly always, at every call
+            return x
         array = plain_array(x, what)
-        if array.dtype is self.compute_dtype:
-            return array
         if not is_real(array.dtype):
             raise TypeError(f"Expected {what} of a real dtype, received dtype {array.dtype}.")
         if array.dtype.kind in "iub":

@@ -103,7 +103,7 @@ class ExchangeDriver:
         self.collective = collective
         self.alone = type(collective) is Alone  # every exchange returns its own input
         self._name = name
-        self._steps = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
+        self._forward_steps = self._backward_steps = 0  # exchanges that were completed
         self._signatures: dict[tuple[Direction, bool], tuple[LayerSignature, LayerSignature]] = {}
 
     def enroll(
@@ -130,11 +130,15 @@ class ExchangeDriver:
             release(self.collective, self._name, claimed)
             raise
 
-    def done_alone(self, direction: Direction) -> int:
-        """Count an exchange with nobody, which the kernels made by themselves; returns its step."""
-        step = self._steps[direction]
-        self._steps[direction] = step + 1
+    def called_alone(self) -> int:
+        """Count a forward exchange with nobody, which the kernels made by themselves; returns its step."""
+        step = self._forward_steps
+        self._forward_steps = step + 1
         return step
+
+    def pulled_alone(self) -> None:
+        """Count a backward exchange with nobody."""
+        self._backward_steps += 1
 
     def forward(
         self,
@@ -147,7 +151,7 @@ class ExchangeDriver:
         finish: ForwardFinish | None = None,
     ) -> ForwardResult:
         """Agree on the statistics of the union of all ranks' batches; `finish` as in `ForwardExchange.reduced`."""
-        step = self._steps[Direction.FORWARD]
+        step = self._forward_steps
         exchange = ForwardExchange.begin(grid, signature.epsilon, view.mask is not None)
         version, passes = None, passes_of(view)
         while exchange.wants is not None:
@@ -160,7 +164,7 @@ class ExchangeDriver:
             total = self._exchange(Call(exchange.wants, key, full_signature, exchange.attempt), limbs, changes)
             version = total.version
             exchange = exchange.reduced(total.limbs, finish)
-        self._steps[Direction.FORWARD] += 1
+        self._forward_steps += 1
         assert exchange.moments is not None
         assert exchange.statistics is not None
         return ForwardResult(exchange.moments, exchange.statistics, exchange.grid, version, step)
@@ -178,7 +182,7 @@ class ExchangeDriver:
         finish: BackwardFinish | None = None,
     ) -> BackwardResult:
         """Agree on the gradient sums of the union of all ranks' batches, for the training call of a step."""
-        key = ExchangeKey(self._name, Direction.BACKWARD, self._steps[Direction.BACKWARD])
+        key = ExchangeKey(self._name, Direction.BACKWARD, self._backward_steps)
         exchange = BackwardExchange.begin(grid, statistics)
         pivot = statistics.pivot
         fits, passes = not statistics.nonfinite.any(), passes_of(view)
@@ -196,7 +200,7 @@ class ExchangeDriver:
             exchange = exchange.reduced(self._exchange(call, limbs, changes).limbs, finish)
             if exchange.gradients is not None:
                 assert sums is not None
-                self._steps[Direction.BACKWARD] += 1
+                self._backward_steps += 1
                 return BackwardResult(exchange.gradients, sums, exchange.grid)
 
     def _exchange(self, call: Call, limbs: NDArray[np.int64], changes: Changes | None) -> Total:

@@ -26,23 +26,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer.collective import Direction
+from bnlayer.alone import Gradients, MemberAlone, SavedAlone
 from bnlayer.dtypes import cast
 from bnlayer.errors import CollectiveError
 from bnlayer.exchange_driver import Changes, ExchangeDriver
 from bnlayer.grid import Grid
 from bnlayer.kernels import kernels
 from bnlayer.kernels.results import BatchStatistics, Trained, TrainingCall
-from bnlayer.membership import Member
 from bnlayer.moments import MASKED_COUNT_EPSILON, Moments
 from bnlayer.moving import Moving, Rule
-from bnlayer.pullback import Pullback, SavedInference, SavedTraining, sample
+from bnlayer.pullback import Pullback, SavedInference, SavedTraining
 from bnlayer.state import LayerState
 from bnlayer.tiling import passes, passes_of
 from bnlayer.view import View
 
+Saved = SavedTraining | SavedAlone | SavedInference
 
-class BatchNormalization(Member):
+
+class BatchNormalization(MemberAlone):
     """Normalizes its inputs over all axes but one.
 
         training    y = γ·(x − μ)/√(v + ε) + β          moving ← moving·momentum + batch·(1 − momentum)
@@ -84,10 +85,6 @@ class BatchNormalization(Member):
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); `keras.layers.BatchNormalization`, Keras 3.15.1.
     """
 
-    _saved: SavedTraining | SavedInference | None = None  # of the one call that waits for backward()
-    _waiting = 0  # calls in training mode since the last backward()
-    _observer: Callable[[Moments], None] | None = None
-
     # The step
 
     def __call__(
@@ -122,13 +119,15 @@ class BatchNormalization(Member):
             RuntimeError: synchronized, and several ranks are announced, but no world was joined.
             CollectiveError: a synchronized exchange could not complete.
         """
-        y, saved = self._normalize(inputs, training, mask, update_moving)
+        done = self._train_again(inputs, update_moving) if training and mask is None else None
+        y, saved = self._normalize(inputs, training, mask, update_moving) if done is None else done
+        waiting = self._waiting
         if training:
             # After several calls backward() can't know which one its gradient belongs to: no batch is kept.
-            self._waiting += 1
-            self._saved = saved if self._waiting == 1 else None
-        elif not self._waiting:
-            self._saved = saved
+            waiting.calls += 1
+            waiting.saved = saved if waiting.calls == 1 else None
+        elif not waiting.calls:
+            waiting.saved = saved
         return y
 
     def vjp(
@@ -152,7 +151,8 @@ class BatchNormalization(Member):
         computes, dgamma and dbeta as `grad_reduction` says (None where there is no such weight, and in inference mode),
         and writes to no variable's `.gradient`. `backward` ignores these calls.
         """
-        y, saved = self._normalize(inputs, training, mask, update_moving)
+        done = self._train_again(inputs, update_moving) if training and mask is None else None
+        y, saved = self._normalize(inputs, training, mask, update_moving) if done is None else done
         return y, partial(self._pull, saved)
 
     def _normalize(
@@ -173,36 +173,20 @@ class BatchNormalization(Member):
         if driver is None:
             return self._infer(view)
         y, saved = self._train(driver, view, bool(update_moving))
-        saved.seen = sample(view.x)
+        saved.seen = passes().kernels.sample(view.x)
         return view.restore(y), saved
 
     def _train(self, driver: ExchangeDriver, view: View, update_moving: bool) -> tuple[Any, SavedTraining]:
         """A training call; its output as (A, C, B)."""
         before = self.state
         changes = self._changes(before)
-        if driver.alone and before.forward.is_probed and not view.passes:
-            done = self._train_alone(driver, view, before, update_moving)
-            if done is not None:
-                return done
+        prepared = self._prepare(driver, view, before) if changes is None and before.forward.is_probed else None
+        done = self._train_alone(prepared, view.x, view.x.shape, update_moving) if prepared is not None else None
+        if done is not None:
+            y, saved = done
+            return y, saved.general(view)
+        self._prepared = None
         return self._train_with_ranks(driver, view, before, changes, update_moving)
-
-    def _train_alone(
-        self, driver: ExchangeDriver, view: View, before: LayerState, update_moving: bool
-    ) -> tuple[Any, SavedTraining] | None:
-        """The call of a world of one, which has nothing to agree on: all in one crossing into the kernels.
-
-        At (32, 64) it takes half of the time of an exchange with nobody, which has the same bits, and takes what is
-        refused here. None: refused, nothing has happened.
-        """
-        if self._renorm is not None or self._observer is not None:
-            return None
-        trained = passes().train_alone(view, before.forward, self._call(before.moving, view))
-        if trained is None or trained.mean is None or trained.variance is None:
-            return None
-        self._keep(before.moved_to(Moving(trained.mean, trained.variance)) if update_moving else before)
-        signature, step = self._signature(), driver.done_alone(Direction.FORWARD)
-        saved = SavedTraining(driver, signature, step, view, b"", trained.batch_statistics, trained.scale_C, None, None)
-        return trained.y, saved
 
     @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in
     def _train_with_ranks(
@@ -244,7 +228,8 @@ class BatchNormalization(Member):
             scale, shift = self._corrected(statistics, r, d)
             coefficients = statistics.rounded_mean, scale, shift, statistics.nonfinite
             y = passes_of(view).normalize(view, *coefficients, self.compute_dtype)
-        return y, SavedTraining(driver, signature, result.step, view, b"", statistics, scale, r, d)
+        batch = trained.batch_statistics if trained is not None and driver.alone else statistics
+        return y, SavedTraining(driver, signature, result.step, view, b"", batch, scale, r, d)
 
     def _keep(self, after: LayerState) -> LayerState:
         """Commit the state after an exchange, which carried all that was set before."""
@@ -290,7 +275,8 @@ class BatchNormalization(Member):
             TypeError: dy is not of real numbers, or an array of a kind whose meaning would be lost.
             CollectiveError: a synchronized exchange could not complete.
         """
-        saved, calls = self._saved, self._waiting
+        saved: Saved | None = self._waiting.saved
+        calls = self._waiting.calls
         if saved is None and not calls:
             raise RuntimeError(
                 f"Layer {self.name!r}: backward() belongs to the latest training call, and there was none since the "
@@ -311,12 +297,20 @@ class BatchNormalization(Member):
 
     def forget_calls(self) -> None:
         """Drop the calls that wait for `backward`: they were made for their statistics alone."""
-        self._saved, self._waiting = None, 0
+        self._waiting.saved, self._waiting.calls = None, 0
+
+    def _pull(self, saved: Saved, dy: ArrayLike, *, forget: bool = False) -> Gradients:
+        if isinstance(saved, SavedAlone):
+            done = self._pull_again(saved, dy)
+            if done is not None:
+                if forget:
+                    self.forget_calls()
+                return done
+            saved = saved.general(saved.view)
+        return self._pull_checked(saved, dy, forget=forget)
 
     @np.errstate(all="ignore")
-    def _pull(
-        self, saved: SavedTraining | SavedInference, dy: ArrayLike, *, forget: bool = False
-    ) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
+    def _pull_checked(self, saved: SavedTraining | SavedInference, dy: ArrayLike, *, forget: bool) -> Gradients:
         gradient = self.dtype_policy.received(dy, "dy")
         if gradient.shape != saved.shape:
             raise ValueError(
@@ -338,12 +332,13 @@ class BatchNormalization(Member):
             self.forget_calls()  # not before: the exchange may have been refused, and may be repeated
         return results
 
-    def _pull_training(
-        self, saved: SavedTraining, gradient: Any
-    ) -> tuple[Any, NDArray[Any] | None, NDArray[Any] | None]:
+    def _pull_training(self, saved: SavedTraining, gradient: Any) -> Gradients:
         """The backward pass of a training call, for a dy of the compute dtype and the output's shape."""
         state = self.state
         changes = self._changes(state)
+        done = saved.pull_alone(gradient, state.backward, self.scale, self.center) if changes is None else None
+        if done is not None:
+            return done
         pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype, changes)
         self._kept = state.after_backward(pulled.grid)
         self._changes_announced()

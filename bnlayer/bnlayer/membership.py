@@ -7,15 +7,18 @@ finite is refused then, before anything is sent and whatever the ranks exchange 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
 from typing import Any
 
+from bnlayer.base import Waiting
 from bnlayer.collective import Alone, Collective, LayerSignature, current, is_current
 from bnlayer.definition import Definition
 from bnlayer.exchange_driver import Changes, ExchangeDriver
 from bnlayer.fingerprint import fingerprint
 from bnlayer.grid import BackwardGrid, Grid
+from bnlayer.moments import Moments
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
 
@@ -27,6 +30,7 @@ class Member(Definition):
     _signature_cache: LayerSignature | None = None
     _driver: ExchangeDriver | None = None
     _state_set = False
+    _observer: Callable[[Moments], None] | None = None  # of each training call's exact moments
     unbiased = False  # whether the moving variance is N/(N − 1) times the biased one, as in torch; a setting of the run
 
     # State that is shared with the ranks
@@ -168,7 +172,13 @@ class Member(Definition):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no collective, and no batch that waits for its backward pass."""
-        return {**self.__dict__, "collective": None, "_driver": None, "_saved": None, "_waiting": 0, "_observer": None}
+        return {
+            **self.__dict__,
+            "collective": None,
+            "_driver": None,
+            "_waiting": Waiting(),
+            "_observer": None,
+        }
 
     def _must_be_built(self) -> None:
         if not self.built:

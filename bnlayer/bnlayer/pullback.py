@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnlayer.collective import Direction, LayerSignature
+from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import Changes, ExchangeDriver, share
 from bnlayer.gradients import Gradients
 from bnlayer.grid import BackwardGrid
@@ -26,17 +26,6 @@ from bnlayer.view import View
 
 # Takes dy; returns dinputs, dgamma and dbeta.
 Pullback = Callable[[ArrayLike], tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]]
-
-_SAMPLES = 64  # of a batch, to detect writes to it: in-place operations nearly always write all of it
-
-
-def sample(x: NDArray[Any]) -> bytes:
-    """Some values of a batch, spread over its rows and channels; all of them, if there are few.
-
-    The stride is odd: an even one would hit the same channels in each row.
-    """
-    flat = x.ravel() if x.flags.c_contiguous else x.flat
-    return flat[:: x.size // _SAMPLES | 1].tobytes()
 
 
 @dataclass(eq=False, slots=True)
@@ -101,7 +90,25 @@ class SavedTraining:
     @property
     def was_written_to(self) -> bool:
         """Whether the sampled values differ from those at the call."""
-        return sample(self.view.x) != self.seen
+        return passes().kernels.sample(self.view.x) != self.seen
+
+    def pull_alone(
+        self, dy: Any, grid: BackwardGrid, scale: bool, center: bool
+    ) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None] | None:
+        """The gradients of the inputs, gamma and beta in a world of one; None: `pull` gives them.
+
+        Where nobody is to be agreed with, this rank's share of the gradients is all of them.
+        """
+        view, record = self.view, self.batch_statistics
+        if not (self.driver.alone and grid.is_probed and isinstance(record, Record) and dy.dtype is view.x.dtype):
+            return None
+        x, memory = view.x, record.memory
+        pulled = passes().kernels.pull_alone(
+            dy.reshape(x.shape), x, view.mask, None, view.shape, grid, memory, scale, center
+        )
+        if pulled is not None:
+            self.driver.pulled_alone()
+        return pulled
 
     def pull(
         self,
@@ -114,13 +121,6 @@ class SavedTraining:
         """Agree with the other ranks on the sums of dy, and write the gradient of the inputs, rounded to `dtype`."""
         view, statistics, scale_C = self.view, self.statistics, self.scale_C
         seen = view.alike(dy)
-        if self.driver.alone and grid.is_probed and self.r_C is None and not view.passes:
-            # As forward: in one crossing, 26 µs instead of 47 at (32, 64), where nobody is to be agreed with. This
-            # rank's share of the gradients is all of them.
-            pulled = passes().pull_alone(seen, view, grid, statistics, scale_C, dtype)
-            if pulled is not None and pulled.dx is not None:
-                self.driver.done_alone(Direction.BACKWARD)
-                return Pulled(view.restore(pulled.dx), pulled.gradients.gamma, pulled.gradients.beta, grid)
         dx = None
 
         def finish(

@@ -39,16 +39,16 @@ class Passes:
     """
 
     def __init__(self, kernels: Kernels, piece: int = PIECE) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
         self._piece = piece
 
     def probe(self, view: View, grid: Grid) -> NDArray[np.int64]:
         """The largest keys of x and of −x over all finite unmasked values; (2, C)."""
-        return _largest(self._over(view, None, grid, lambda x, mask, _: self._kernels.probe(x, mask, grid)))
+        return _largest(self._over(view, None, grid, lambda x, mask, _: self.kernels.probe(x, mask, grid)))
 
     def moments(self, view: View, grid: Grid) -> NDArray[np.int64]:
         """The limbs of the batch's exact moments; (W, C)."""
-        return _pooled(self._over(view, None, grid, lambda x, mask, _: self._kernels.moments(x, mask, grid)), flags=1)
+        return _pooled(self._over(view, None, grid, lambda x, mask, _: self.kernels.moments(x, mask, grid)), flags=1)
 
     def normalize(
         self, view: View, mean_C: Array, scale_C: Array, shift_C: Array, nonfinite_C: Array, dtype: np.dtype[Any]
@@ -58,7 +58,7 @@ class Passes:
 
         def write(x: Array, mask: Array | None, dy: Array | None, out: Array | None) -> Array:
             del mask, dy
-            return self._kernels.normalize(x, *coefficients, out)
+            return self.kernels.normalize(x, *coefficients, out)
 
         return self._written(View(view.x, None, view.shape), None, mean_C.dtype, dtype, write)
 
@@ -67,7 +67,7 @@ class Passes:
 
         def pass_over(x: Array, mask: Array | None, gradient: Array) -> NDArray[np.int64]:
             del mask
-            return self._kernels.gradient_probe(gradient, x, pivot_C, grid)
+            return self.kernels.gradient_probe(gradient, x, pivot_C, grid)
 
         return _largest(self._over(View(view.x, None, view.shape), dy, grid, pass_over))
 
@@ -81,7 +81,7 @@ class Passes:
         """
 
         def pass_over(x: Array, mask: Array | None, gradient: Array) -> NDArray[np.int64]:
-            return self._kernels.gradient_sums(gradient, x, mask, pivot_C, grid, fits=fits)
+            return self.kernels.gradient_sums(gradient, x, mask, pivot_C, grid, fits=fits)
 
         return _pooled(self._over(view, dy, grid, pass_over), flags=2)
 
@@ -101,7 +101,7 @@ class Passes:
 
         def write(x: Array, mask: Array | None, gradient: Array | None, out: Array | None) -> Array:
             assert gradient is not None
-            return self._kernels.input_gradient(gradient, x, mask, *coefficients, out)
+            return self.kernels.input_gradient(gradient, x, mask, *coefficients, out)
 
         return self._written(view, dy, mean_C.dtype, dtype, write)
 
@@ -117,7 +117,7 @@ class Passes:
             call: what else the results follow from.
             accepted: whether channels that are refused are taken all the same.
         """
-        kernels = self._kernels
+        kernels = self.kernels
         if kernels.takes(view.x, None):
             trained = kernels.finish_forward(view.x, limbs, grid, call, accepted=accepted)
             if trained is not None:
@@ -137,28 +137,6 @@ class Passes:
         scale, shift = kernels.coefficients(statistics, call.gamma, call.beta, grid.precision.dtype)
         y = self.normalize(view, statistics.rounded_mean, scale, shift, statistics.nonfinite, call.dtype)
         return Trained(statistics, refused, mean, variance, scale, y)
-
-    def train_alone(self, view: View, grid: Grid, call: TrainingCall) -> Trained | None:
-        """A training call of a world of one, in one crossing; None: not for this call, or the grid does not fit."""
-        if view.mask is not None or not self._kernels.takes(view.x, None):
-            return None
-        trained = self._kernels.finish_forward(view.x, None, grid, call, accepted=False)
-        return None if trained is None or trained.refused is not None else trained
-
-    def pull_alone(
-        self,
-        dy: View,
-        view: View,
-        grid: BackwardGrid,
-        forward: BatchStatistics,
-        scale_C: Array,
-        dtype: np.dtype[Any],
-    ) -> PulledBack | None:
-        """The same of a backward pass, with the kept grid."""
-        if view.x.dtype is not dtype or not self._takes(view, dy):
-            return None
-        pulled = self._kernels.finish_backward(dy.x, view.x, view.mask, None, grid, forward, scale_C, accepted=False)
-        return None if pulled is None or pulled.refused is not None else pulled
 
     def finish_backward(
         self,
@@ -183,7 +161,7 @@ class Passes:
             dtype: of dx.
             accepted: whether channels that are refused are taken all the same.
         """
-        kernels = self._kernels
+        kernels = self.kernels
         if view.x.dtype is dtype and self._takes(view, dy):
             pulled = kernels.finish_backward(dy.x, view.x, view.mask, limbs, grid, forward, scale_C, accepted=accepted)
             if pulled is not None:
@@ -237,7 +215,7 @@ class Passes:
         return written
 
     def _takes(self, view: View, dy: View | None) -> bool:
-        return self._kernels.takes(view.x, view.mask) and (dy is None or dy.x.dtype == view.x.dtype)
+        return self.kernels.takes(view.x, view.mask) and (dy is None or dy.x.dtype == view.x.dtype)
 
     def _pieces(self, view: View) -> list[slice]:
         """The pieces of a batch, along A; one at least."""

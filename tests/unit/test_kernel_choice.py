@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bnlayer import BatchNormalization
+from bnlayer.dtypes import dtype_named
 from bnlayer.grid import Grid
 from bnlayer.kernels import compiled, kernels, reference
 from bnlayer.kernels.choice import VARIANTS
@@ -68,6 +69,7 @@ sys.modules["bnlayer.kernels._native"] = None
 import logging
 logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
 from bnlayer import BatchNormalization
+from bnlayer.dtypes import dtype_named
 from bnlayer.grid import Grid
 import numpy as np
 layers = [BatchNormalization() for _ in range(2)]
@@ -239,6 +241,54 @@ def test_a_call_by_addresses_takes_no_null_and_no_wrong_size() -> None:
     assert y.tolist() == np.ones((8, 4)).tolist()  # (1 − 1)·γs + β
     assert calls.tolist() == [1]
     assert vectors[2:].tolist() == [[1.0] * 4, [np.float32(0.9)] * 4]
+
+
+def test_a_call_of_a_world_of_one_takes_no_wrong_array() -> None:
+    """Of another size or dtype, or float64, which has two folds: before anything is read or written."""
+    native: Any = sys.modules["bnlayer.kernels._native"]
+
+    x, ones, exponents = np.ones((8, 4, 1), np.float32), np.ones(4, np.float32), np.full(4, 3, np.int64)
+    y, dx = np.full((2, 8, 4), 7, np.float32)
+    new, record = np.full((4, 4), 7, np.float32), Record.of_moving(ones, ones).memory
+    sound: list[Any] = [0, 1, 1, x, np.zeros(4), exponents, 1e-3, ones, ones, ones, ones, 0.9, False, False]
+    sound += [new[0], new[1], record, y]
+    back: list[Any] = [0, 1, 1, x, y, None, native.sample(x), record, exponents, exponents, -148, 130]
+    back += [new[2], new[3], dx]
+    for function, arguments in ((native.train_alone, sound), (native.pull_alone, back)):
+        for at, value in enumerate(arguments):
+            if isinstance(value, np.ndarray):
+                for other in (value[:-1], value.astype(np.float64 if value.dtype == np.float32 else np.float32)):
+                    wrong = [*arguments]
+                    wrong[at] = other
+                    with pytest.raises((TypeError, ValueError)):
+                        function(*wrong)
+        with pytest.raises(TypeError, match=f"expected {len(arguments)} arguments, received 1"):
+            function(0)
+        wrong = [each.astype(float) if each is x or each is y or each is dx else each for each in arguments]
+        with pytest.raises(TypeError, match="float64 batches have two folds"):
+            function(*wrong)
+    assert set(y.ravel()) | set(dx.ravel()) | set(new.ravel()) == {7}, "something was written"
+    assert native.train_alone(*sound) == x.tobytes()
+    assert y.tolist() == np.ones((8, 4)).tolist()  # (1 − 1)·γs + β
+    written = [*back]
+    written[6] = native.sample(x * 2)
+    assert native.pull_alone(*written) is True
+    assert set(dx.ravel()) == {7}, "something was written"
+    assert native.pull_alone(*back) is False
+    assert new[2:].tolist() == [[0.0] * 4, [8.0] * 4]
+    with pytest.raises(TypeError, match="x: expected an aligned array"):
+        native.sample(x.astype(np.int8))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 127, 128, 129, 1000, 4097])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+def test_both_kernel_sets_take_the_same_sample(size: int, dtype: str) -> None:
+    """Of an array in one piece or not."""
+    x = np.arange(size).astype(dtype_named(dtype)).reshape(1, size, 1)
+    wide = np.repeat(x, 2, axis=1)[:, ::2]
+    samples = {set_of.sample(array) for set_of in (reference, Compiled(variants()[-1])) for array in (x, wide)}
+    assert len(samples) == 1
+    assert len(samples.pop()) // x.itemsize in range(min(size, 43), 128)
 
 
 def test_a_batch_that_is_not_aligned_or_not_in_one_piece_is_taken() -> None:

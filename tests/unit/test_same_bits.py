@@ -82,13 +82,18 @@ def test_the_short_way_of_a_world_of_one_has_the_bits_of_an_exchange(
     """In one crossing, or step by step: on data that leave the grid, that are not finite, of one row and of none."""
     before = tiling.install(Passes(Compiled(variant)))
     short = []
-    done_alone = ExchangeDriver.done_alone
+    called, pulled = ExchangeDriver.called_alone, ExchangeDriver.pulled_alone
 
-    def counted(driver: ExchangeDriver, direction: Direction) -> int:
-        short.append(direction)
-        return done_alone(driver, direction)
+    def count_call(driver: ExchangeDriver) -> int:
+        short.append(Direction.FORWARD)
+        return called(driver)
 
-    monkeypatch.setattr(ExchangeDriver, "done_alone", counted)
+    def count_pull(driver: ExchangeDriver) -> None:
+        short.append(Direction.BACKWARD)
+        pulled(driver)
+
+    monkeypatch.setattr(ExchangeDriver, "called_alone", count_call)
+    monkeypatch.setattr(ExchangeDriver, "pulled_alone", count_pull)
     try:
         seen = [_trained(family, dtype, world) for world in (Alone, ByExchange)]
     finally:

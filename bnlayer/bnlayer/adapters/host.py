@@ -34,7 +34,8 @@ from bnlayer.collective import current
 from bnlayer.dtypes import is_real
 from bnlayer.kernels.results import BatchStatistics
 from bnlayer.layer import BatchNormalization
-from bnlayer.pullback import SavedTraining, sample
+from bnlayer.pullback import SavedTraining
+from bnlayer.tiling import passes
 from bnlayer.view import View
 
 # Rows of `saved`: those of the statistics and their other vectors, what the centered input is multiplied by, the two
@@ -169,7 +170,7 @@ class HostLayer(BatchNormalization):
             self._signature(),
             int(step[0]),
             view,
-            sample(view.x),
+            passes().kernels.sample(view.x),
             BatchStatistics(np.ascontiguousarray(saved[:_ROWS]), *vectors),
             scale.astype(arithmetic),
             *correction,

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bnlayer.collective import Direction
 from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.kernels import kernels
 from bnlayer.kernels.results import Record
@@ -43,9 +42,8 @@ class SavedAlone(NamedTuple):
 
     def general(self, core: AloneCore, view: View) -> SavedTraining:
         """The same as the layer saves it, for a backward pass that goes its way."""
-        statistics, scale_C = self.record.statistics, self.record.scale
         signature = core._signature()  # noqa: SLF001 - of the same object
-        return SavedTraining(self.driver, signature, self.step, view, b"", statistics, scale_C, None, None)
+        return SavedTraining(self.driver, signature, self.step, view, b"", self.record, None, None, None)
 
 
 class AloneCore(BatchNormalization):
@@ -60,14 +58,9 @@ class AloneCore(BatchNormalization):
     _held: tuple[Any, ...] = ()  # their memory, so that nothing else can come to lie at its addresses
     _addresses: tuple[int, ...] = ()
 
-    @property
-    def state(self) -> LayerState:
-        """The moving statistics and grids."""
-        self.catch_up()
-        return super().state
-
     def catch_up(self) -> None:
         """Make the calls known to the state."""
+        super().catch_up()
         record, kept = self._record, self._kept
         if not self._calls or record is None or kept is None:
             return
@@ -100,7 +93,7 @@ class AloneCore(BatchNormalization):
             return None
         self._record = record
         self._calls += 1
-        return y, SavedAlone(driver, driver.done_alone(Direction.FORWARD), record)
+        return y, SavedAlone(driver, driver.called_alone(), record)
 
     def backward_alone(self, saved: SavedAlone, x: Any, dy: Any) -> tuple[Any, Any, Any] | None:
         """The gradients of the input, the weight and the bias; None: not this way."""
@@ -117,7 +110,7 @@ class AloneCore(BatchNormalization):
         )  # fmt: skip
         if not done:
             return None
-        saved.driver.done_alone(Direction.BACKWARD)
+        saved.driver.pulled_alone()
         return dx, gamma, beta
 
     def _are_here(self, tensors: tuple[Any, ...]) -> bool:

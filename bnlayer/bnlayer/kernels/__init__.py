@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels.choice import REFERENCE, chosen, threads
-from bnlayer.kernels.results import BatchStatistics, Gradients, PulledBack, Trained, TrainingCall
+from bnlayer.kernels.results import BatchStatistics, CallSettings, Gradients, PulledBack, Trained, TrainingCall
 
 _Array = NDArray[Any]
 _Limbs = NDArray[np.int64]
@@ -84,15 +84,33 @@ class Kernels(Protocol):
         """See `formulas.gradients`."""
 
     def finish_forward(
-        self, x: _Array, limbs: _Limbs | None, grid: Grid, call: TrainingCall, *, accepted: bool
+        self, x: _Array, limbs: _Limbs, grid: Grid, call: TrainingCall, *, accepted: bool
     ) -> Trained | None:
-        """`moments` without limbs, `statistics`, `moved`, `coefficients` and `normalize` in one; None: not for this."""
+        """`statistics`, `moved`, `coefficients` and `normalize` in one; None: not for this call."""
 
     def finish_backward(
-        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs | None, grid: BackwardGrid, forward: BatchStatistics,
+        self, dy: _Array, x: _Array, mask: _Mask, limbs: _Limbs, grid: BackwardGrid, forward: BatchStatistics,
         scale_C: _Array, *, accepted: bool,
     ) -> PulledBack | None:  # fmt: skip
-        """`gradient_sums` without limbs, `gradients` and `input_gradient` in one; None: not for this call."""
+        """`gradients` and `input_gradient` in one; None: not for this call."""
+
+    def has_calls_alone(self, arithmetic: np.dtype[Any], variables: np.dtype[Any]) -> bool:
+        """Whether the next two are for layers of these dtypes."""
+
+    def train_alone(
+        self, x: _Array, shape: tuple[int, ...], grid: Grid, gamma: _Array | None, beta: _Array | None,
+        mean: _Array, variance: _Array, settings: CallSettings, /,
+    ) -> tuple[_Array, _Array, _Array, NDArray[np.uint8], bytes] | None:  # fmt: skip
+        """A training call of a world of one; None: refused. See `compiled.Compiled`."""
+
+    def pull_alone(
+        self, dy: _Array, x: _Array, mask: _Mask, seen: bytes | None, shape: tuple[int, ...], grid: BackwardGrid,
+        record: NDArray[np.uint8], scale: bool, center: bool, /,
+    ) -> tuple[_Array, _Array | None, _Array | None] | None:  # fmt: skip
+        """Its backward pass; None: refused."""
+
+    def sample(self, x: _Array) -> bytes:
+        """See `formulas.sample`."""
 
     def forward_at(
         self, shape: tuple[int, int, int], x: int, y: int, affine: bool, weights: tuple[int, ...], grid: Grid,

@@ -53,17 +53,27 @@ def gradients(
     rows: _Double, singles: _Single, flags: _Truths, /,
 ) -> bool: ...  # fmt: skip
 def finish_forward(
-    variant: int, threads: int, worth: int, x: _Array, limbs: _Long | None, pivot: _Double, exponent: _Long,
+    variant: int, threads: int, worth: int, x: _Array, limbs: _Long, pivot: _Double, exponent: _Long,
     epsilon: float, e: float, accepted: bool, gamma: _Single | None, beta: _Single | None, old_mean: _Single,
     old_variance: _Single, momentum: float, synchronized: bool, unbiased: bool, new_mean: _Single,
     new_variance: _Single, record: _Bytes, y: _Array, /,
 ) -> bool: ...  # fmt: skip
 def finish_backward(
     variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, limbs: _Long | None,
-    gradient: _Long, deviation: _Long, pivot: _Single, reach: _Long, lowest: int, highest: int, accepted: bool,
-    forward: _Double, forward_nonfinite: _Truths, mean: _Single, scale: _Single, rows: _Double, singles: _Single,
-    flags: _Truths, dx: _Array, /,
+    gradient: _Long, deviation: _Long, accepted: bool, forward: _Double, forward_nonfinite: _Truths, mean: _Single,
+    scale: _Single, rows: _Double, singles: _Single, flags: _Truths, dx: _Array, /,
 ) -> bool: ...  # fmt: skip
+def train_alone(
+    variant: int, threads: int, worth: int, x: _Array, pivot: _Double, exponent: _Long, epsilon: float,
+    gamma: _Single | None, beta: _Single | None, old_mean: _Single, old_variance: _Single, momentum: float,
+    synchronized: bool, unbiased: bool, new_mean: _Single, new_variance: _Single, record: _Bytes, y: _Array, /,
+) -> bytes | None: ...  # fmt: skip
+def pull_alone(
+    variant: int, threads: int, worth: int, x: _Array, dy: _Array, mask: _Truths | None, seen: bytes | None,
+    record: _Bytes, gradient: _Long, deviation: _Long, lowest: int, highest: int, gamma: _Single | None,
+    beta: _Single | None, dx: _Array, /,
+) -> bool: ...  # fmt: skip
+def sample(x: _Array, /) -> bytes: ...
 def forward_at(
     variant: int, threads: int, worth: int, a: int, c: int, b: int, x: int, y: int, affine: bool, gamma: int, beta: int,
     mean: int, variance: int, calls: int, pivot: _Double, exponent: _Long, epsilon: float, momentum: float,

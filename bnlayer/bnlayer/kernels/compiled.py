@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.kernels import _native as native
 from bnlayer.kernels import formulas
-from bnlayer.kernels.results import BatchStatistics, Gradients, PulledBack, Record, Trained, TrainingCall
+from bnlayer.kernels.buffers import BFLOAT16, Array, Mask, fitting, plain
+from bnlayer.kernels.compiled_alone import CompiledAlone
+from bnlayer.kernels.results import (
+    BatchStatistics,
+    Gradients,
+    PulledBack,
+    Record,
+    Trained,
+    TrainingCall,
+)
 from bnlayer.limbs import limbs_of_sum
 
-Array = NDArray[Any]
-Mask = NDArray[np.bool_] | None
-
-_FLOAT32, _BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
-_TAKEN = frozenset((_FLOAT32, np.dtype(np.float64), np.dtype(np.float16), _BFLOAT16))
+_FLOAT32 = np.dtype(np.float32)
+_TAKEN = frozenset((_FLOAT32, np.dtype(np.float64), np.dtype(np.float16), BFLOAT16))
 WORTH_A_THREAD = 2**16  # elements: a thread's part of fewer is done sooner than it is handed over
 
 
@@ -35,7 +40,7 @@ def all_variants() -> list[str]:
     return native.compiled()
 
 
-class Compiled:
+class Compiled(CompiledAlone):
     """One variant of the compiled kernels.
 
     Args:
@@ -59,14 +64,14 @@ class Compiled:
         """The largest keys of x and of −x over all finite unmasked values; see `reference.probe`."""
         del grid
         best = np.empty((2, x.shape[1]), np.int64)
-        native.probe(self._variant, self._threads, self._worth, _plain(x), _fitting(mask, x), best)
+        native.probe(self._variant, self._threads, self._worth, plain(x), fitting(mask, x), best)
         return best
 
     def moments(self, x: Array, mask: Mask, grid: Grid) -> NDArray[np.int64]:
         """The exact moments of a shard; see `reference.moments`."""
         limbs = np.empty((limbs_of_sum(grid.precision.folds), x.shape[1]), np.int64)
         native.moments(
-            self._variant, self._threads, self._worth, _plain(x), _fitting(mask, x), grid.pivot_C, grid.exponent_C,
+            self._variant, self._threads, self._worth, plain(x), fitting(mask, x), grid.pivot_C, grid.exponent_C,
             limbs,
         )  # fmt: skip
         return limbs
@@ -77,7 +82,7 @@ class Compiled:
         """(x − mean)·scale + shift; see `reference.normalize`. Of half types, the coefficients are float32."""
         y = np.empty(x.shape, x.dtype) if out is None else out
         native.normalize(
-            self._variant, self._threads, self._worth, _plain(x), mean_C, scale_C, shift_C, nonfinite_C, _plain(y)
+            self._variant, self._threads, self._worth, plain(x), mean_C, scale_C, shift_C, nonfinite_C, plain(y)
         )
         return y
 
@@ -85,7 +90,7 @@ class Compiled:
         """The exponents of the largest finite |dy| and |x − pivot|; see `reference.gradient_probe`."""
         del grid
         best = np.empty((2, x.shape[1]), np.int64)
-        native.gradient_probe(self._variant, self._threads, self._worth, _plain(x), _plain(dy), pivot_C, best)
+        native.gradient_probe(self._variant, self._threads, self._worth, plain(x), plain(dy), pivot_C, best)
         return best
 
     def gradient_sums(
@@ -94,7 +99,7 @@ class Compiled:
         """The exact sums of a shard's output gradients; see `reference.gradient_sums`."""
         limbs = np.empty((limbs_of_sum(grid.precision.folds), x.shape[1]), np.int64)
         native.gradient_sums(
-            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), pivot_C,
+            self._variant, self._threads, self._worth, plain(x), plain(dy), fitting(mask, x), pivot_C,
             grid.gradient_C, grid.deviation_C, fits, limbs,
         )  # fmt: skip
         return limbs
@@ -117,8 +122,8 @@ class Compiled:
         """
         dx = np.empty(x.shape, x.dtype) if out is None else out
         native.input_gradient(
-            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x), mean_C, offset_C,
-            slope_C, scale_C, nonfinite_C, _plain(dx),
+            self._variant, self._threads, self._worth, plain(x), plain(dy), fitting(mask, x), mean_C, offset_C,
+            slope_C, scale_C, nonfinite_C, plain(dx),
         )  # fmt: skip
         return dx
 
@@ -132,7 +137,7 @@ class Compiled:
         rows, singles = np.empty((8, channels)), np.empty((2, channels), np.float32)
         reach, flags = np.empty(channels, np.int64), np.empty((2, channels), np.bool_)
         any_refused = native.statistics(
-            self._variant, _plain(limbs), grid.pivot_C, grid.exponent_C, epsilon, e, rows, singles, reach,
+            self._variant, plain(limbs), grid.pivot_C, grid.exponent_C, epsilon, e, rows, singles, reach,
             flags,
         )  # fmt: skip
         statistics = BatchStatistics(rows, singles[0], singles[1], reach, flags[0])
@@ -187,19 +192,19 @@ class Compiled:
         rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
         flags = np.empty((2, channels), np.bool_)
         any_refused = native.gradients(
-            self._variant, _plain(limbs), grid.gradient_C, grid.deviation_C, forward.rows,
+            self._variant, plain(limbs), grid.gradient_C, grid.deviation_C, forward.rows,
             forward.nonfinite, rows, singles, flags,
         )  # fmt: skip
         return Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if any_refused else None
 
     def finish_forward(
-        self, x: Array, limbs: NDArray[np.int64] | None, grid: Grid, call: TrainingCall, *, accepted: bool
+        self, x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool
     ) -> Trained | None:
         """All that follows from a training call's totals, in one; None: not for this call.
 
         Args:
             x: (A, C, B), the batch; `takes` it.
-            limbs: (W, C), reduced; None: those of the batch itself, where every value counts.
+            limbs: (W, C), reduced.
             grid: what they are in units of.
             call: what else the results follow from.
             accepted: whether channels that are refused are taken all the same.
@@ -214,10 +219,10 @@ class Compiled:
         record, y = Record.empty(channels), np.empty(x.shape, x.dtype)
         new_mean, new_variance = np.empty(channels, np.float32), np.empty(channels, np.float32)
         refused = native.finish_forward(
-            self._variant, self._threads, self._worth, _plain(x), None if limbs is None else _plain(limbs),
-            grid.pivot_C, grid.exponent_C, call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance,
+            self._variant, self._threads, self._worth, plain(x), plain(limbs), grid.pivot_C,
+            grid.exponent_C, call.epsilon, call.e, accepted, gamma, beta, mean, call.moving_variance,
             call.momentum, call.synchronized, call.unbiased, new_mean, new_variance,
-            record.memory, _plain(y),
+            record.memory, plain(y),
         )  # fmt: skip
         return Trained(record, record.refused if refused else None, new_mean, new_variance, None, y)
 
@@ -226,7 +231,7 @@ class Compiled:
         dy: Array,
         x: Array,
         mask: Mask,
-        limbs: NDArray[np.int64] | None,
+        limbs: NDArray[np.int64],
         grid: BackwardGrid,
         forward: BatchStatistics,
         scale_C: Array,
@@ -237,92 +242,25 @@ class Compiled:
 
         Args:
             dy, x, mask: the batch; `takes` it.
-            limbs: (W, C), reduced; None: those of the batch itself.
-            grid: what they are in units of; without them, the kept one: it is made to reach the call's batch.
+            limbs: (W, C), reduced.
+            grid: what they are in units of.
             forward: the statistics of the training call.
             scale_C: γs.
             accepted: whether channels that are refused are taken all the same.
         """
-        precision = grid.precision
-        if precision.folds == 2:
+        if grid.precision.folds == 2:
             return None
         channels = x.shape[1]
         rows, singles = np.empty((4, channels)), np.empty((2, channels), np.float32)
         flags, dx = np.empty((2, channels), np.bool_), np.empty(x.shape, x.dtype)
         refused = native.finish_backward(
-            self._variant, self._threads, self._worth, _plain(x), _plain(dy), _fitting(mask, x),
-            None if limbs is None else _plain(limbs), grid.gradient_C, grid.deviation_C, forward.pivot, forward.reach,
-            precision.deviation_floor, precision.deviation_ceiling, accepted, forward.rows, forward.nonfinite,
-            forward.rounded_mean, scale_C, rows, singles, flags, _plain(dx),
+            self._variant, self._threads, self._worth, plain(x), plain(dy), fitting(mask, x),
+            plain(limbs), grid.gradient_C, grid.deviation_C, accepted, forward.rows, forward.nonfinite,
+            forward.rounded_mean, scale_C, rows, singles, flags, plain(dx),
         )  # fmt: skip
         return PulledBack(Gradients(rows, singles[0], singles[1], flags[0]), flags[1] if refused else None, dx)
 
-    def forward_at(
-        self,
-        shape: tuple[int, int, int],
-        x: int,
-        y: int,
-        affine: bool,
-        weights: tuple[int, ...],
-        grid: Grid,
-        epsilon: float,
-        momentum: float,
-        unbiased: bool,
-        before: NDArray[np.uint8],
-        record: NDArray[np.uint8],
-    ) -> bool:
-        """A training call of a world of one on contiguous float32 memory, given by its addresses.
-
-        Args:
-            shape: (A, C, B).
-            x, y: where the batch and the output lie.
-            affine: whether there are gamma and beta.
-            weights: where gamma, beta, the moving mean and variance, and an int64 that counts the calls lie; the last
-                three are updated in place.
-            grid: that is known.
-            epsilon, momentum, unbiased: the layer's.
-            before: the `Record` of the call before: the moving statistics must still be its.
-            record: the `Record` to write.
-
-        Returns:
-            Whether it was made; otherwise nothing of it counts.
-        """
-        gamma, beta, mean, variance, calls = weights
-        return native.forward_at(
-            self._variant, self._threads, self._worth, *shape, x, y, affine, gamma, beta, mean, variance, calls,
-            grid.pivot_C, grid.exponent_C, epsilon, momentum, unbiased, before, record,
-        )  # fmt: skip
-
-    def backward_at(
-        self,
-        shape: tuple[int, int, int],
-        x: int,
-        dy: int,
-        dx: int,
-        gradients: tuple[int, int],
-        record: NDArray[np.uint8],
-        grid: BackwardGrid,
-    ) -> bool:
-        """Its backward pass, which writes dx, and dγ and dβ, rounded, at `gradients`; 0: there are none."""
-        precision = grid.precision
-        return native.backward_at(
-            self._variant, self._threads, self._worth, *shape, x, dy, dx, *gradients, record, grid.gradient_C,
-            grid.deviation_C, precision.deviation_floor, precision.deviation_ceiling,
-        )  # fmt: skip
-
-
-def _plain(x: Array) -> Array:
-    """A batch as the module takes it: in one piece, and of a dtype that has a buffer."""
-    if not (x.flags.c_contiguous and x.flags.aligned):
-        x = np.require(x, requirements=["C", "A"])
-    return x.view(np.uint16) if x.dtype == _BFLOAT16 else x
-
-
-def _fitting(mask: Mask, x: Array) -> Mask:
-    """A mask of a form that the module takes: (A, 1, 1) for channels in the last axis, or (A, C, M)."""
-    if mask is None:
-        return None
-    a, c, b = x.shape
-    rows = mask.shape == (a, 1, 1) and b == 1
-    elements = mask.shape[:2] == (a, c) and (mask.shape[2] == b or (mask.shape[2] > 0 and b % mask.shape[2] == 0))
-    return np.ascontiguousarray(mask if rows or elements else np.broadcast_to(mask, x.shape))
+    @staticmethod
+    def sample(x: Array) -> bytes:
+        """Some values of a batch; see `formulas.sample`."""
+        return native.sample(plain(x)) if x.flags.c_contiguous else formulas.sample(x)

@@ -19,6 +19,8 @@ from bnlayer.kernels.results import BatchStatistics, Gradients
 from bnlayer.limbs import as_float, counted, two_folds
 from bnlayer.precision import exponent_above, power_of_two
 
+_SAMPLES = 64
+
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
@@ -141,6 +143,16 @@ def with_unbiased_variance(statistics: BatchStatistics) -> BatchStatistics:
     rows[0] = np.where(several, statistics.count, 0.0)
     rows[3] = statistics.variance * (rows[0] / np.where(several, statistics.count - 1.0, 1.0))
     return statistics._replace(rows=rows)
+
+
+def sample(x: NDArray[Any]) -> bytes:
+    """Some 64 values of a batch, spread over its rows and channels, to detect writes to it; all, if there are few.
+
+    In-place operations nearly always write to all of it. The stride is odd: an even one would hit the same channels in
+    each row.
+    """
+    flat = x.ravel() if x.flags.c_contiguous else x.flat
+    return flat[:: x.size // _SAMPLES | 1].tobytes()
 
 
 def towards(old: Array, batch: Doubles, momentum: float) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnlayer.grid import BackwardGrid, Grid
-from bnlayer.kernels.formulas import coefficients, gradients, moved, statistics
+from bnlayer.kernels.formulas import coefficients, gradients, moved, sample, statistics
 from bnlayer.kernels.results import BatchStatistics, TrainingCall
 from bnlayer.limbs import (
     LOW,
@@ -34,7 +34,8 @@ Mask = NDArray[np.bool_] | None
 
 __all__ = [
     "backward_at", "coefficients", "finish_backward", "finish_forward", "forward_at", "gradient_probe", "gradient_sums",
-    "gradients", "input_gradient", "moments", "moved", "name", "normalize", "probe", "statistics", "takes",
+    "gradients", "has_calls_alone", "input_gradient", "moments", "moved", "name", "normalize", "probe",
+    "pull_alone", "sample", "statistics", "takes", "train_alone",
 ]  # fmt: skip
 
 name = "reference (NumPy)"
@@ -321,11 +322,25 @@ def _shape(x: Array) -> tuple[int, int, int]:
     return a, c, b
 
 
-def finish_forward(
-    x: Array, limbs: NDArray[np.int64] | None, grid: Grid, call: TrainingCall, *, accepted: bool
-) -> None:
+def finish_forward(x: Array, limbs: NDArray[np.int64], grid: Grid, call: TrainingCall, *, accepted: bool) -> None:
     """None: one after the other."""
     del x, limbs, grid, call, accepted
+
+
+def has_calls_alone(arithmetic: np.dtype[Any], variables: np.dtype[Any]) -> bool:
+    """False: they go by an exchange with nobody."""
+    del arithmetic, variables
+    return False
+
+
+def train_alone(*arguments: Any) -> None:
+    """None: by an exchange with nobody."""
+    del arguments
+
+
+def pull_alone(*arguments: Any) -> None:
+    """None: by an exchange with nobody."""
+    del arguments
 
 
 def forward_at(*arguments: Any) -> bool:
@@ -344,7 +359,7 @@ def finish_backward(
     dy: Array,
     x: Array,
     mask: Mask,
-    limbs: NDArray[np.int64] | None,
+    limbs: NDArray[np.int64],
     grid: BackwardGrid,
     forward: BatchStatistics,
     scale_C: Array,

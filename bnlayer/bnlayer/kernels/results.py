@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
 
+RECORD_BYTES = 98  # of a channel, in a `Record`
+
 
 class BatchStatistics(NamedTuple):
     """The statistics of one global batch.
@@ -98,6 +100,19 @@ class TrainingCall(NamedTuple):
     dtype: np.dtype[Any]
 
 
+class CallSettings(NamedTuple):
+    """What of a layer's settings the results of a training call follow from.
+
+    Attributes:
+        epsilon, momentum, synchronized, unbiased: as of `TrainingCall`.
+    """
+
+    epsilon: float
+    momentum: float
+    synchronized: bool
+    unbiased: bool
+
+
 class Record(NamedTuple):
     """What a training call found, in one piece of memory: to make one array takes less than to make five.
 
@@ -113,19 +128,19 @@ class Record(NamedTuple):
     @classmethod
     def empty(cls, channels: int) -> Record:
         """One to be written."""
-        return cls(np.empty(98 * channels, np.uint8))
+        return cls(np.empty(RECORD_BYTES * channels, np.uint8))
 
     @classmethod
     def of_moving(cls, mean: NDArray[Any], variance: NDArray[Any]) -> Record:
         """One that holds float32 moving statistics, and nothing else."""
-        record = cls(np.zeros(98 * mean.size, np.uint8))
+        record = cls(np.zeros(RECORD_BYTES * mean.size, np.uint8))
         record.mean[...], record.variance[...] = mean, variance
         return record
 
     @property
     def statistics(self) -> BatchStatistics:
         """Of the batch."""
-        c = self.memory.size // 98
+        c = self.memory.size // RECORD_BYTES
         rows, reach = self.memory[: 64 * c].view(np.float64), self.memory[64 * c : 72 * c].view(np.int64)
         nonfinite = self.memory[96 * c : 97 * c].view(np.bool_)
         return BatchStatistics(rows.reshape(8, c), self._single(0), self._single(1), reach, nonfinite)
@@ -148,10 +163,10 @@ class Record(NamedTuple):
     @property
     def refused(self) -> NDArray[np.bool_]:
         """(C,), the channels that need a new grid."""
-        return self.memory[97 * (self.memory.size // 98) :].view(np.bool_)
+        return self.memory[97 * (self.memory.size // RECORD_BYTES) :].view(np.bool_)
 
     def _single(self, row: int) -> NDArray[np.float32]:
-        c = self.memory.size // 98
+        c = self.memory.size // RECORD_BYTES
         return self.memory[(72 + 4 * row) * c : (76 + 4 * row) * c].view(np.float32)
 
 

@@ -30,6 +30,7 @@ class Array {
   int64_t size() const;
   int dimensions() const { return buffer_.ndim; }
   int64_t shape(int axis) const { return buffer_.shape[axis]; }
+  int64_t item() const { return buffer_.itemsize; }  // bytes
   Storage storage() const { return storage_; }
   template <class T>
   T* data() const {
@@ -51,6 +52,7 @@ class Arguments {
   int64_t integer(const char* name);
   double real(const char* name);
   bool truth(const char* name);
+  PyObject* object(const char* name) { return next(name); }  // borrowed
   void* address(const char* name);  // an integer; null: 0
   bool array(Array& to, const char* name, Kind kind, bool written = false);
   // Of so many elements, or null for None where that is allowed.
@@ -59,8 +61,8 @@ class Arguments {
     return static_cast<T*>(memory(to, name, kind, size, false, optional));
   }
   template <class T>
-  T* output(Array& to, const char* name, Kind kind, int64_t size) {
-    return static_cast<T*>(memory(to, name, kind, size, true, false));
+  T* output(Array& to, const char* name, Kind kind, int64_t size, bool optional = false) {
+    return static_cast<T*>(memory(to, name, kind, size, true, optional));
   }
   // Numbers as a batch is computed with.
   const void* coefficients(Array& to, const char* name, Storage storage, int64_t size) {

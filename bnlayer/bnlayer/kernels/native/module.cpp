@@ -239,11 +239,7 @@ PyObject* py_gradients(PyObject*, PyObject* const* given, Py_ssize_t count) {
   pass.offset = arguments.output<float>(singles, "singles", Kind::kFloat32, 2 * channels);
   pass.nonfinite = arguments.output<uint8_t>(flags, "flags", Kind::kTruths, 2 * channels);
   if (!arguments.sound()) return nullptr;
-  pass.divisor = of_forward + channels;
-  pass.inverse_std = of_forward + 4 * channels;
-  pass.residual = of_forward + 5 * channels;
-  pass.mean_share = of_forward + 6 * channels;
-  pass.pivot_residual = of_forward + 7 * channels;
+  pass.follows(of_forward);
   pass.slope = pass.offset + channels;
   pass.refused = pass.nonfinite + channels;
   return PyBool_FromLong(table->gradients(pass));
@@ -267,6 +263,9 @@ PyMethodDef methods[] = {
     BNLAYER_METHOD("gradients", py_gradients),
     BNLAYER_METHOD("finish_forward", py_finish_forward),
     BNLAYER_METHOD("finish_backward", py_finish_backward),
+    BNLAYER_METHOD("train_alone", py_train_alone),
+    BNLAYER_METHOD("pull_alone", py_pull_alone),
+    BNLAYER_METHOD("sample", py_sample),
     BNLAYER_METHOD("forward_at", py_forward_at),
     BNLAYER_METHOD("backward_at", py_backward_at),
     {nullptr, nullptr, 0, nullptr},

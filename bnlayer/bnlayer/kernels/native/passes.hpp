@@ -118,6 +118,15 @@ struct GradientsPass {
   double* rows;  // (4, C): beta, gamma, offset, slope
   float *offset, *slope;
   uint8_t *nonfinite, *refused;
+
+  // Takes the statistics of the training call, (8, C), as `statistics` writes them.
+  void follows(const double* forward) {
+    divisor = forward + channels;
+    inverse_std = forward + 4 * channels;
+    residual = forward + 5 * channels;
+    mean_share = forward + 6 * channels;
+    pivot_residual = forward + 7 * channels;
+  }
 };
 
 // One variant's passes. `workspace` says how many bytes a part's pass needs beside it; they begin with a cache line.

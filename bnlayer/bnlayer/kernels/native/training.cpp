@@ -79,22 +79,34 @@ struct ForwardCall {
   }
 };
 
-}  // namespace
+// Some 64 values of an array, of an odd stride: an even one would hit the same channels in each row.
+PyObject* sampled(const Array& x) {
+  const int64_t size = x.size(), stride = (size / 64) | 1, item = x.item();
+  PyObject* made = PyBytes_FromStringAndSize(nullptr, (size + stride - 1) / stride * item);
+  if (made == nullptr) return nullptr;
+  char* to = PyBytes_AsString(made);
+  for (int64_t at = 0; at < size; at += stride, to += item) {
+    std::memcpy(to, x.data<char>() + at * item, static_cast<size_t>(item));
+  }
+  return made;
+}
 
-PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_forward", 21);
+// A training call from its totals; or `alone`, from its batch: it returns a sample of it then, or None where it is refused.
+PyObject* forward(PyObject* const* given, Py_ssize_t count, bool alone) {
+  const char* name = alone ? "train_alone" : "finish_forward";
+  Arguments arguments(given, count, name, alone ? 18 : 21);
   Array x, limbs, pivot, exponent, gamma, beta, old_mean, old_variance, new_mean, new_variance, record, y;
   ForwardCall call;
   const Table* table = arguments.variant();
   const Sharing shared = sharing(arguments);
   arguments.batch(x, call.pass.batch);
   const int64_t channels = call.pass.batch.layout.channels;
-  call.statistics.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
+  if (!alone) call.statistics.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
   call.statistics.pivot = arguments.elements<double>(pivot, "pivot", Kind::kFloat64, channels);
   call.statistics.exponent = arguments.elements<int64_t>(exponent, "exponent", Kind::kInt64, channels);
   call.statistics.epsilon = arguments.real("epsilon");
-  call.statistics.e = arguments.real("e");
-  call.accepted = arguments.truth("accepted");
+  if (!alone) call.statistics.e = arguments.real("e");
+  if (!alone) call.accepted = arguments.truth("accepted");
   call.of.gamma = arguments.elements<float>(gamma, "gamma", Kind::kFloat32, channels, true);
   call.of.beta = arguments.elements<float>(beta, "beta", Kind::kFloat32, channels, true);
   call.moving.old_mean = arguments.elements<float>(old_mean, "old_mean", Kind::kFloat32, channels);
@@ -107,13 +119,30 @@ PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count)
   auto* memory = arguments.output<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
   call.pass.y = arguments.alike(y, "y", call.pass.batch, true);
   if (arguments.sound() && call.pass.batch.storage == Storage::kFloat64) {
-    arguments.fail(PyExc_TypeError, "finish_forward: float64 batches have two folds.");
+    arguments.fail(PyExc_TypeError, "%s: float64 batches have two folds.", name);
   }
   if (!arguments.sound()) return nullptr;
   call.writes(Record(memory, channels));
   const Outcome outcome = call.run(table, shared);
-  return outcome == Outcome::kNoMemory ? PyErr_NoMemory() : PyBool_FromLong(outcome == Outcome::kRefused);
+  if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
+  if (!alone) return PyBool_FromLong(outcome == Outcome::kRefused);
+  if (outcome == Outcome::kRefused) Py_RETURN_NONE;
+  return sampled(x);
 }
+
+}  // namespace
+
+PyObject* py_sample(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "sample", 1);
+  Array x;
+  return arguments.array(x, "x", Kind::kNumbers) ? sampled(x) : nullptr;
+}
+
+PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return forward(given, count, false);
+}
+
+PyObject* py_train_alone(PyObject*, PyObject* const* given, Py_ssize_t count) { return forward(given, count, true); }
 
 namespace {
 
@@ -149,11 +178,7 @@ struct BackwardCall {
       gradients.deviation = deviations;
       gradients.limbs = sums;
     }
-    gradients.divisor = forward + channels;
-    gradients.inverse_std = forward + 4 * channels;
-    gradients.residual = forward + 5 * channels;
-    gradients.mean_share = forward + 6 * channels;
-    gradients.pivot_residual = forward + 7 * channels;
+    gradients.follows(forward);
     gradients.slope = gradients.offset + channels;
     gradients.refused = gradients.nonfinite + channels;
     const bool refused = table->gradients(gradients);
@@ -169,8 +194,8 @@ struct BackwardCall {
 }  // namespace
 
 PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  Arguments arguments(given, count, "finish_backward", 22);
-  Array x, dy, mask, limbs, gradient, deviation, pivot, reach, forward, forward_nonfinite, mean, scale;
+  Arguments arguments(given, count, "finish_backward", 18);
+  Array x, dy, mask, limbs, gradient, deviation, forward, forward_nonfinite, mean, scale;
   Array rows, singles, flags, dx;
   BackwardCall call;
   const Table* table = arguments.variant();
@@ -180,13 +205,9 @@ PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count
   call.pass.dy = arguments.alike(dy, "dy", batch, false);
   arguments.mask(mask, x, batch);
   const int64_t channels = batch.layout.channels;
-  call.gradients.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels, true);
+  call.gradients.limbs = arguments.elements<int64_t>(limbs, "limbs", Kind::kInt64, 6 * channels);
   call.gradients.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
   call.gradients.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
-  call.pivot = arguments.coefficients(pivot, "pivot", batch.storage, channels);
-  call.reach = arguments.elements<int64_t>(reach, "reach", Kind::kInt64, channels);
-  call.lowest = arguments.integer("lowest");
-  call.highest = arguments.integer("highest");
   call.accepted = arguments.truth("accepted");
   call.forward = arguments.elements<double>(forward, "forward", Kind::kFloat64, 8 * channels);
   call.gradients.forward_nonfinite =
@@ -269,7 +290,72 @@ PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return PyBool_FromLong(outcome == Outcome::kDone);
 }
 
-// Its backward pass, which writes the gradients of gamma and beta, rounded, where there are such.
+namespace {
+
+// The backward pass of a call that is known by its record alone, on the sums of its own batch. Writes the gradients of
+// gamma and beta, rounded, where there are such. True: refused, and nothing that was written counts.
+PyObject* pulled_by_record(
+    BackwardCall& call, const Table* table, const Sharing& shared, uint8_t* memory, float* gamma, float* beta) {
+  const int64_t channels = call.pass.batch.layout.channels;
+  const Record of_call(memory, channels);
+  call.forward = of_call.rows;
+  call.reach = of_call.reach;
+  call.gradients.forward_nonfinite = of_call.nonfinite;
+  call.pass.mean = of_call.singles;
+  call.pivot = of_call.singles + channels;
+  call.pass.scale = of_call.singles + 4 * channels;
+  const Integers own(4 * channels + channels + channels);  // (4, C) doubles, (2, C) singles, (2, C) truths
+  if (own.get() == nullptr) return PyErr_NoMemory();
+  call.gradients.rows = reinterpret_cast<double*>(own.get());
+  call.gradients.offset = reinterpret_cast<float*>(own.get() + 4 * channels);
+  call.gradients.nonfinite = reinterpret_cast<uint8_t*>(own.get() + 5 * channels);
+  const Outcome outcome = call.run(table, shared);
+  if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
+  for (int64_t c = 0; outcome == Outcome::kDone && c < channels; ++c) {
+    if (beta != nullptr) beta[c] = static_cast<float>(call.gradients.rows[c]);
+    if (gamma != nullptr) gamma[c] = static_cast<float>(call.gradients.rows[channels + c]);
+  }
+  return PyBool_FromLong(outcome == Outcome::kRefused);
+}
+
+}  // namespace
+
+// The backward pass in a world of one. It is refused, too, where a sample of the batch is given that it has no more.
+PyObject* py_pull_alone(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments(given, count, "pull_alone", 15);
+  Array x, dy, mask, record, gradient, deviation, gamma, beta, dx;
+  BackwardCall call;
+  const Table* table = arguments.variant();
+  const Sharing shared = sharing(arguments);
+  Batch& batch = call.pass.batch;
+  arguments.batch(x, batch);
+  call.pass.dy = arguments.alike(dy, "dy", batch, false);
+  arguments.mask(mask, x, batch);
+  PyObject* seen = arguments.object("seen");
+  const int64_t channels = batch.layout.channels;
+  auto* memory = arguments.elements<uint8_t>(record, "record", Kind::kTruths, Record::kBytes * channels);
+  call.gradients.gradient = arguments.elements<int64_t>(gradient, "gradient", Kind::kInt64, channels);
+  call.gradients.deviation = arguments.elements<int64_t>(deviation, "deviation", Kind::kInt64, channels);
+  call.lowest = arguments.integer("lowest");
+  call.highest = arguments.integer("highest");
+  auto* of_gamma = arguments.output<float>(gamma, "gamma", Kind::kFloat32, channels, true);
+  auto* of_beta = arguments.output<float>(beta, "beta", Kind::kFloat32, channels, true);
+  call.pass.dx = arguments.alike(dx, "dx", batch, true);
+  if (arguments.sound() && batch.storage == Storage::kFloat64) {
+    arguments.fail(PyExc_TypeError, "pull_alone: float64 batches have two folds.");
+  }
+  if (!arguments.sound()) return nullptr;
+  if (seen != Py_None) {
+    PyObject* now = sampled(x);
+    const int alike = now == nullptr ? -1 : PyObject_RichCompareBool(now, seen, Py_EQ);
+    Py_XDECREF(now);
+    if (alike < 0) return nullptr;
+    if (alike == 0) Py_RETURN_TRUE;
+  }
+  return pulled_by_record(call, table, shared, memory, of_gamma, of_beta);
+}
+
+// The same on addresses, for a call of `forward_at`. False: refused, or an address is null.
 PyObject* py_backward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Arguments arguments(given, count, "backward_at", 16);
   Array record, gradient, deviation;
@@ -289,25 +375,11 @@ PyObject* py_backward_at(PyObject*, PyObject* const* given, Py_ssize_t count) {
   call.highest = arguments.integer("highest");
   if (!arguments.sound()) return nullptr;
   if (call.pass.batch.x == nullptr || call.pass.dy == nullptr || call.pass.dx == nullptr) Py_RETURN_FALSE;
-  const Record of_call(memory, channels);
-  call.forward = of_call.rows;
-  call.reach = of_call.reach;
-  call.gradients.forward_nonfinite = of_call.nonfinite;
-  call.pass.mean = of_call.singles;
-  call.pivot = of_call.singles + channels;
-  call.pass.scale = of_call.singles + 4 * channels;
-  const Integers own(4 * channels + channels + channels);  // (4, C) doubles, (2, C) singles, (2, C) truths
-  if (own.get() == nullptr) return PyErr_NoMemory();
-  call.gradients.rows = reinterpret_cast<double*>(own.get());
-  call.gradients.offset = reinterpret_cast<float*>(own.get() + 4 * channels);
-  call.gradients.nonfinite = reinterpret_cast<uint8_t*>(own.get() + 5 * channels);
-  const Outcome outcome = call.run(table, shared);
-  if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
-  for (int64_t c = 0; outcome == Outcome::kDone && c < channels; ++c) {
-    if (beta != nullptr) beta[c] = static_cast<float>(call.gradients.rows[c]);
-    if (gamma != nullptr) gamma[c] = static_cast<float>(call.gradients.rows[channels + c]);
-  }
-  return PyBool_FromLong(outcome == Outcome::kDone);
+  PyObject* refused = pulled_by_record(call, table, shared, memory, gamma, beta);
+  if (refused == nullptr) return nullptr;
+  const bool done = refused == Py_False;
+  Py_DECREF(refused);
+  return PyBool_FromLong(done);
 }
 
 }  // namespace bnlayer

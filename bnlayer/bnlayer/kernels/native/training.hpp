@@ -8,6 +8,9 @@ namespace bnlayer {
 
 PyObject* py_finish_forward(PyObject*, PyObject* const* given, Py_ssize_t count);
 PyObject* py_finish_backward(PyObject*, PyObject* const* given, Py_ssize_t count);
+PyObject* py_sample(PyObject*, PyObject* const* given, Py_ssize_t count);
+PyObject* py_train_alone(PyObject*, PyObject* const* given, Py_ssize_t count);
+PyObject* py_pull_alone(PyObject*, PyObject* const* given, Py_ssize_t count);
 PyObject* py_forward_at(PyObject*, PyObject* const* given, Py_ssize_t count);
 PyObject* py_backward_at(PyObject*, PyObject* const* given, Py_ssize_t count);
 

@@ -1,0 +1,228 @@
+"""A layer's training calls in a world of one, which has nothing to agree on: one crossing into the kernels each way.
+
+Between two calls of a layer the rest of the network goes through the caches, and Python's own code and objects leave
+them: each line of them that is fetched anew costs as much as a hundred operations. So what does not change from one
+call to the next is looked up once, and compared as a whole; the state is brought up to date when somebody looks at it.
+
+An exchange with nobody has the same bits, and takes what is refused here.
+
+Shape suffixes: A axes before the channels, C channels, B axes after them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bnlayer.collective import LayerSignature
+from bnlayer.exchange_driver import ExchangeDriver
+from bnlayer.kernels import Kernels
+from bnlayer.kernels.results import CallSettings, Record
+from bnlayer.membership import Member
+from bnlayer.moving import Moving
+from bnlayer.pullback import SavedTraining
+from bnlayer.state import LayerState
+from bnlayer.tiling import passes
+from bnlayer.view import View, flat_shape
+
+Gradients = tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]  # of the input, gamma and beta
+
+
+@dataclass(eq=False, slots=True)
+class _Prepared:
+    """What a call looks up for the next ones, and how far they have come.
+
+    Attributes:
+        driver: of the world of one.
+        signature: of the layer.
+        kernels: of the process.
+        call: what the kernels take of the settings.
+        dtype: of the batches.
+        axis: of their channels, from the front.
+        kept: the layer's state before these calls.
+        mean, variance: the moving statistics after them, (C,).
+        calls: how many of them there were.
+        shape, flat: of the latest batch, and as (A, C, B).
+        fits: whether that batch fitted the grid.
+    """
+
+    driver: ExchangeDriver
+    signature: LayerSignature
+    kernels: Kernels
+    call: CallSettings
+    dtype: np.dtype[Any]
+    axis: int
+    kept: LayerState
+    mean: NDArray[Any]
+    variance: NDArray[Any]
+    calls: int = 0
+    shape: tuple[int, ...] = ()
+    flat: tuple[int, int, int] = (0, 0, 0)
+    fits: bool = True
+
+
+@dataclass(eq=False, slots=True)
+class SavedAlone:
+    """What such a call saves.
+
+    Attributes:
+        prepared: what it went by.
+        step: its number, among the training calls of the driver.
+        x: (A, C, B), the batch, in the caller's memory.
+        shape: of the output.
+        seen: a sample of the batch, taken at the call.
+        record: the memory of its `Record`.
+    """
+
+    prepared: _Prepared
+    step: int
+    x: NDArray[Any]
+    shape: tuple[int, ...]
+    seen: bytes
+    record: NDArray[np.uint8]
+
+    @property
+    def view(self) -> View:
+        """The batch."""
+        return View(self.x, None, self.shape)
+
+    def general(self, view: View) -> SavedTraining:
+        """The same as any training call of that batch saves it."""
+        prepared, record = self.prepared, Record(self.record)
+        return SavedTraining(prepared.driver, prepared.signature, self.step, view, self.seen, record, None, None, None)
+
+
+class MemberAlone(Member):
+    """The part of a layer that makes the calls which nobody else takes part in."""
+
+    _prepared: _Prepared | None = None
+
+    @property
+    def state(self) -> LayerState:
+        """The moving statistics and grids, as their owner keeps them.
+
+        Raises:
+            ValueError: the layer is not built yet.
+        """
+        self.catch_up()
+        return super().state
+
+    def catch_up(self) -> None:
+        """Make the calls known to the state."""
+        prepared = self._prepared
+        if prepared is None or not prepared.calls:
+            return
+        kept, moving = prepared.kept, Moving(prepared.mean, prepared.variance)
+        prepared.kept = LayerState(moving, kept.forward, kept.backward, kept.version + prepared.calls)
+        prepared.calls = 0
+        object.__setattr__(self, "_kept", prepared.kept)
+
+    if not TYPE_CHECKING:  # it would let a name that is misspelt pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Nothing that was looked up holds any longer."""
+            own = self.__dict__
+            if own.get("_prepared") is not None and own.get(name) is not value:
+                self.catch_up()
+                own["_prepared"] = None
+            object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: the state, without what was looked up."""
+        self.catch_up()
+        return {**super().__getstate__(), "_prepared": None}
+
+    def _prepare(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:
+        """What a call like that of a batch goes by, from a state on; None: it goes by an exchange."""
+        if not driver.alone or view.passes or view.mask is not None or self._renorm or self._observer:
+            return None
+        prepared, policy, kernels = self._prepared, self.dtype_policy, passes().kernels
+        if prepared is not None and not prepared.fits:
+            return None
+        if prepared is not None and prepared.kernels is kernels and prepared.driver is driver:
+            return prepared
+        if not kernels.has_calls_alone(policy.arithmetic_dtype, policy.variable_dtype):
+            return None
+        self._prepared = _Prepared(
+            driver,
+            self._signature(),
+            kernels,
+            CallSettings(self.epsilon, self.momentum, self.synchronized, self.unbiased),
+            policy.compute_dtype,
+            self.axis % self.ndim,
+            state,
+            state.moving.mean,
+            state.moving.variance,
+        )
+        return self._prepared
+
+    def _train_again(self, inputs: ArrayLike, update_moving: bool) -> tuple[NDArray[Any], SavedAlone] | None:
+        """A training call like the one before; None: it is not, or the grid does not fit, and nothing has happened."""
+        prepared = self._prepared
+        if (
+            prepared is None
+            or type(inputs) is not np.ndarray
+            or inputs.dtype is not prepared.dtype
+            or self.moving_mean.value is not prepared.mean
+            or self.moving_variance.value is not prepared.variance
+            or (prepared.call.synchronized and self._joined() is not prepared.driver)
+        ):
+            return None
+        shape = inputs.shape
+        if shape != prepared.shape:
+            axis = prepared.axis
+            if len(shape) != self.ndim or shape[axis] != prepared.mean.size:
+                return None
+            prepared.shape, prepared.flat = shape, flat_shape(shape, axis)
+        return self._train_alone(prepared, inputs.reshape(prepared.flat), shape, update_moving)
+
+    def _train_alone(
+        self, prepared: _Prepared, x: NDArray[Any], shape: tuple[int, ...], update_moving: bool
+    ) -> tuple[NDArray[Any], SavedAlone] | None:
+        """A training call on (A, C, B), its output in a shape; None: it does not fit the grid, nothing has happened."""
+        gamma, beta = self.gamma, self.beta
+        trained = prepared.kernels.train_alone(
+            x, shape, prepared.kept.forward, None if gamma is None else gamma.value,
+            None if beta is None else beta.value, prepared.mean, prepared.variance, prepared.call,
+        )  # fmt: skip
+        if trained is None:
+            prepared.fits = False
+            return None
+        y, mean, variance, record, seen = trained
+        if update_moving:
+            prepared.mean, prepared.variance = mean, variance
+            self.moving_mean.take(mean)
+            self.moving_variance.take(variance)
+            prepared.calls += 1
+        return y, SavedAlone(prepared, prepared.driver.called_alone(), x, shape, seen, record)
+
+    def _pull_again(self, saved: SavedAlone, dy: ArrayLike) -> Gradients | None:
+        """The backward pass of such a call; None: by the way of all calls, and nothing has happened."""
+        prepared, x = self._prepared, saved.x
+        if (
+            prepared is None
+            or type(dy) is not np.ndarray
+            or dy.dtype is not x.dtype
+            or dy.shape != saved.shape
+            or not prepared.kept.backward.is_probed
+            or self.moving_mean.value is not prepared.mean
+            or self.moving_variance.value is not prepared.variance
+        ):
+            return None
+        pulled = prepared.kernels.pull_alone(
+            dy.reshape(x.shape),
+            x,
+            None,
+            saved.seen,
+            saved.shape,
+            prepared.kept.backward,
+            saved.record,
+            self.scale,
+            self.center,
+        )
+        if pulled is not None:
+            saved.prepared.driver.pulled_alone()
+        return pulled
