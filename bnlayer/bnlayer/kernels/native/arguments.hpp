@@ -53,7 +53,7 @@ class Arguments {
   double real(const char* name);
   bool truth(const char* name);
   PyObject* object(const char* name) { return next(name); }  // borrowed
-  void* address(const char* name);  // an integer; null: 0
+  void* address(const char* name);                           // an integer; null: 0
   bool array(Array& to, const char* name, Kind kind, bool written = false);
   // Of so many elements, or null for None where that is allowed.
   template <class T>

@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <time.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -12,9 +13,9 @@
 namespace bnlayer {
 namespace {
 
-constexpr int64_t kAligned = 64;  // positions: parts of a run begin where a vector does
-constexpr int kPatience =
-    20'000;  // turns of a loop, some tens of microseconds: to wake a thread takes longer than most passes
+constexpr int64_t kAligned = 64;          // positions: parts of a run begin where a vector does
+constexpr int64_t kPatienceNs = 100'000;  // about what it takes to wake a thread, which is longer than most passes
+constexpr int kTurns = 64;                // between two looks at the clock
 
 void pause() {
 #if defined(__x86_64__)
@@ -24,48 +25,65 @@ void pause() {
 #endif
 }
 
+int64_t now_ns() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1'000'000'000LL + now.tv_nsec;
+}
+
+// Waits for a condition without sleeping. False: it took too long.
+template <class Condition>
+bool soon(Condition holds) {
+  for (int64_t until = 0;;) {
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (holds()) return true;
+      pause();
+    }
+    const int64_t now = now_ns();
+    if (until == 0) until = now + kPatienceNs;
+    if (now >= until) return false;
+  }
+}
+
 struct Job {
   void (*call)(void*, int);
   void* context;
   int count;
   std::atomic<int> next{0};
-  std::atomic<int> users{0};  // threads of the pool that work on it; changed under the pool's lock
 
   void work() {
     for (int i = next.fetch_add(1); i < count; i = next.fetch_add(1)) call(context, i);
   }
 };
 
+// The threads that help with a pass. As long as nobody sleeps, a pass takes no lock: a thread says that it is at work, and
+// then looks for the job; who gave the job takes it back, and then looks who is at work. One of the two sees the other.
 class Pool {
  public:
   void over(Job& job) {
     if (pthread_mutex_trylock(&busy_) != 0) return job.work();  // another thread's pass has the pool
-    publish(job);
+    while (threads_ < job.count - 1 && start()) ++threads_;
+    job_.store(&job);
+    number_.fetch_add(1);
+    if (asleep_.load() > 0) {
+      pthread_mutex_lock(&lock_);
+      pthread_cond_broadcast(&wake_);
+      pthread_mutex_unlock(&lock_);
+    }
     job.work();
-    retire(job);
+    job_.store(nullptr);
+    const auto nobody = [this] { return working_.load() == 0; };
+    if (!soon(nobody)) {
+      pthread_mutex_lock(&lock_);
+      waits_.store(true);
+      while (!nobody()) pthread_cond_wait(&done_, &lock_);
+      waits_.store(false);
+      pthread_mutex_unlock(&lock_);
+    }
     pthread_mutex_unlock(&busy_);
   }
 
  private:
-  void publish(Job& job) {
-    pthread_mutex_lock(&lock_);
-    while (threads_ < job.count - 1 && start()) ++threads_;
-    job_ = &job;
-    number_.fetch_add(1, std::memory_order_release);
-    if (asleep_ > 0) pthread_cond_broadcast(&wake_);
-    pthread_mutex_unlock(&lock_);
-  }
-
-  void retire(Job& job) {
-    pthread_mutex_lock(&lock_);
-    job_ = nullptr;  // nobody else takes it up
-    pthread_mutex_unlock(&lock_);
-    for (int turn = 0; job.users.load() > 0 && turn < kPatience; ++turn) pause();
-    pthread_mutex_lock(&lock_);
-    while (job.users.load() > 0) pthread_cond_wait(&done_, &lock_);
-    pthread_mutex_unlock(&lock_);
-  }
-
   bool start() {
     // Signals are for the threads of Python.
     sigset_t all, before;
@@ -86,35 +104,42 @@ class Pool {
   void serve() {
     unsigned seen = 0;  // a job that was published before this thread began to look is still there, or is null
     for (;;) {
-      for (int turn = 0; number_.load(std::memory_order_acquire) == seen && turn < kPatience; ++turn) pause();
-      pthread_mutex_lock(&lock_);
-      ++asleep_;
-      while (number_.load(std::memory_order_relaxed) == seen) pthread_cond_wait(&wake_, &lock_);
-      --asleep_;
-      seen = number_.load(std::memory_order_relaxed);
-      Job* job = job_;
-      if (job != nullptr) job->users.fetch_add(1);
-      pthread_mutex_unlock(&lock_);
-      if (job == nullptr) continue;
-      job->work();
-      pthread_mutex_lock(&lock_);
-      if (job->users.fetch_sub(1) == 1) pthread_cond_signal(&done_);
-      pthread_mutex_unlock(&lock_);
+      const auto published = [this, &seen] { return number_.load() != seen; };
+      if (!soon(published)) {
+        pthread_mutex_lock(&lock_);
+        asleep_.fetch_add(1);
+        while (!published()) pthread_cond_wait(&wake_, &lock_);
+        asleep_.fetch_sub(1);
+        pthread_mutex_unlock(&lock_);
+      }
+      seen = number_.load();
+      working_.fetch_add(1);
+      Job* job = job_.load();
+      if (job != nullptr) job->work();
+      if (working_.fetch_sub(1) == 1 && waits_.load()) {
+        pthread_mutex_lock(&lock_);
+        pthread_cond_signal(&done_);
+        pthread_mutex_unlock(&lock_);
+      }
     }
   }
 
-  pthread_mutex_t busy_ = PTHREAD_MUTEX_INITIALIZER, lock_ = PTHREAD_MUTEX_INITIALIZER;
-  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
+  // What is waited for lies in one cache line, and the locks in others.
+  alignas(64) std::atomic<Job*> job_{nullptr};
   std::atomic<unsigned> number_{0};
-  int threads_ = 0, asleep_ = 0;
-  Job* job_ = nullptr;
+  std::atomic<int> working_{0}, asleep_{0};
+  std::atomic<bool> waits_{false};
+  int threads_ = 0;  // by whoever has the pool
+  alignas(64) pthread_mutex_t busy_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
 };
 
 Pool* pool = nullptr;
 pthread_once_t made_once = PTHREAD_ONCE_INIT, keyed_once = PTHREAD_ONCE_INIT;
 
 void make_pool() {
-  pool = static_cast<Pool*>(std::malloc(sizeof(Pool)));
+  pool = static_cast<Pool*>(std::aligned_alloc(alignof(Pool), sizeof(Pool)));
   if (pool != nullptr) new (pool) Pool;
 }
 

@@ -102,12 +102,11 @@ class Pass {
   }
 
  private:
-  int64_t channel_of(int64_t at) const { return at >= width_ ? 0 : runs_ ? at / kLanes : at % layout_.channels; }
-
   void begin() {
     const N* pivot = static_cast<const N*>(given_.pivot);
-    for (int64_t at = 0; at < groups_ * kLanes; ++at) {
-      const int64_t lane = at % kLanes, channel = channel_of(at);
+    for (int64_t at = 0, next = 0; at < groups_ * kLanes; ++at) {
+      const int64_t lane = at % kLanes, channel = at < width_ ? (runs_ ? at / kLanes : next) : 0;
+      if (++next == layout_.channels) next = 0;
       Accumulators<N>& group = accumulators_[at / kLanes];
       const int64_t a = given_.gradient[channel] + Precision<N>::kGradientSlack, b = a + given_.deviation[channel];
       group.ma[lane] = 3.0 * power(a);

@@ -108,8 +108,10 @@ class Pass {
 
  private:
   void begin() {
-    for (int64_t at = 0; at < groups_ * kLanes; ++at) {
-      const int64_t lane = at % kLanes, channel = at < width_ ? (runs_ ? at / kLanes : at % layout_.channels) : 0;
+    // A division takes as long as all else that is done for a lane.
+    for (int64_t at = 0, next = 0; at < groups_ * kLanes; ++at) {
+      const int64_t lane = at % kLanes, channel = at < width_ ? (runs_ ? at / kLanes : next) : 0;
+      if (++next == layout_.channels) next = 0;
       Accumulators<N>& group = accumulators_[at / kLanes];
       const int64_t w = given_.exponent[channel];
       group.m1[lane] = 3.0 * power(w + Precision<N>::kSlack);
