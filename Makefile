@@ -22,7 +22,8 @@ WERROR ?= $(if $(CI),ON,OFF)
 unexport PYTHONDONTWRITEBYTECODE
 
 # The suite that every build of the kernels passes: with sanitizers, and on Arm.
-KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py
+KERNEL_TESTS := tests/unit/test_kernels.py tests/unit/test_channels.py tests/unit/test_kernels_in_any_memory.py \
+	tests/unit/test_alone.py
 
 # What starts servers, ranks and commands, and may look at the clock. Most of it waits: for a lease, an end, a process.
 # With one file per core, the cores are idle for two thirds of the time. So files run side by side, two per core, those that

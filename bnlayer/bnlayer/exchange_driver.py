@@ -185,7 +185,7 @@ class ExchangeDriver:
         key = ExchangeKey(self._name, Direction.BACKWARD, self._backward_steps)
         exchange = BackwardExchange.begin(grid, statistics)
         pivot = statistics.pivot
-        fits, passes = not statistics.nonfinite.any(), passes_of(view)
+        fits, passes = np.count_nonzero(statistics.nonfinite) == 0, passes_of(view)
         while True:
             assert exchange.wants is not None
             sums = None

@@ -149,7 +149,8 @@ class BackwardGrid:
     def reaching(self, reach_C: NDArray[np.int64]) -> BackwardGrid:
         """The grid whose deviations hold every unmasked |x − p| < 2^reach of the forward pass."""
         floor, ceiling = self.precision.deviation_floor, self.precision.deviation_ceiling
-        deviation = np.clip(np.maximum(self.deviation_C, reach_C), floor, ceiling)
+        # np.clip takes five times as long, at every backward pass.
+        deviation = np.minimum(np.maximum(np.maximum(self.deviation_C, reach_C), floor), ceiling)
         return BackwardGrid(self.dtype, self.gradient_C, deviation, self.is_probed)
 
     def probed(self, exponents: NDArray[np.int64], need_C: NDArray[np.bool_]) -> BackwardGrid:

@@ -112,8 +112,13 @@ inline void gather(const int64_t* totals, int rows, int64_t width, int64_t lanes
   for (int row = 0; row < rows; ++row) {
     int64_t* to = limbs + row * channels;
     for (int64_t c = 0; c < channels; ++c) to[c] = 0;
-    int64_t c = 0, lane = 0;
-    for (int64_t at = 0; at < width; ++at) {
+    int64_t c = 0, lane = 0, at = 0;
+    // Whole groups of different channels are added as they are.
+    for (; lanes == 1 && channels % kLanes == 0 && at + kLanes <= width; at += kLanes) {
+      (Longs::load(to + c) + Longs::load(totals + (at / kLanes * rows + row) * kLanes)).store(to + c);
+      c = c + kLanes == channels ? 0 : c + kLanes;
+    }
+    for (; at < width; ++at) {
       to[c] += totals[(at / kLanes * rows + row) * kLanes + at % kLanes];
       if (++lane == lanes) {
         lane = 0;
