@@ -9,6 +9,8 @@ An exchange with nobody has the same bits, and takes what is refused here.
 Shape suffixes: A axes before the channels, C channels, B axes after them.
 """
 
+# ruff: noqa: SLF001 - a variable's property is a function of Python's: six of them are a tenth of what a call takes
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -166,8 +168,8 @@ class MemberAlone(Member):
             prepared is None
             or type(inputs) is not np.ndarray
             or inputs.dtype is not prepared.dtype
-            or self.moving_mean.value is not prepared.mean
-            or self.moving_variance.value is not prepared.variance
+            or self.moving_mean._value is not prepared.mean
+            or self.moving_variance._value is not prepared.variance
             or (prepared.call.synchronized and self._joined() is not prepared.driver)
         ):
             return None
@@ -185,8 +187,8 @@ class MemberAlone(Member):
         """A training call on (A, C, B), its output in a shape; None: it does not fit the grid, nothing has happened."""
         gamma, beta = self.gamma, self.beta
         trained = prepared.kernels.train_alone(
-            x, shape, prepared.kept.forward, None if gamma is None else gamma.value,
-            None if beta is None else beta.value, prepared.mean, prepared.variance, prepared.call,
+            x, shape, prepared.kept.forward, None if gamma is None else gamma._value,
+            None if beta is None else beta._value, prepared.mean, prepared.variance, prepared.call,
         )  # fmt: skip
         if trained is None:
             prepared.fits = False
@@ -194,8 +196,7 @@ class MemberAlone(Member):
         y, mean, variance, record, seen = trained
         if update_moving:
             prepared.mean, prepared.variance = mean, variance
-            self.moving_mean.take(mean)
-            self.moving_variance.take(variance)
+            self.moving_mean._value, self.moving_variance._value = mean, variance
             prepared.calls += 1
         return y, SavedAlone(prepared, prepared.driver.called_alone(), x, shape, seen, record)
 
@@ -208,8 +209,8 @@ class MemberAlone(Member):
             or dy.dtype is not x.dtype
             or dy.shape != saved.shape
             or not prepared.kept.backward.is_probed
-            or self.moving_mean.value is not prepared.mean
-            or self.moving_variance.value is not prepared.variance
+            or self.moving_mean._value is not prepared.mean
+            or self.moving_variance._value is not prepared.variance
         ):
             return None
         pulled = prepared.kernels.pull_alone(

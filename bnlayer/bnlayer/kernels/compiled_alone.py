@@ -55,7 +55,8 @@ class CompiledAlone:
             The output, the moving mean and variance after it, the `Record` of the batch, and its `sample`.
         """
         channels, (epsilon, momentum, synchronized, unbiased) = mean.size, settings
-        rows = plain(x)
+        flags = x.flags
+        rows = x if x.dtype is _FLOAT32 and flags.c_contiguous and flags.aligned else plain(x)
         y, record = np.empty(shape, rows.dtype), np.empty(RECORD_BYTES * channels, _UINT8)
         new_mean, new_variance = np.empty(channels, _FLOAT32), np.empty(channels, _FLOAT32)
         seen = native.train_alone(
