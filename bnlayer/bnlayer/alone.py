@@ -28,7 +28,11 @@ from bnlayer.moving import Moving
 from bnlayer.pullback import SavedTraining
 from bnlayer.state import LayerState
 from bnlayer.tiling import passes
+from bnlayer.variable import Variable
 from bnlayer.view import View, flat_shape
+
+# Of the layer's own, in its `__dict__`: an attribute of a subclass's, a property say, may change unseen.
+_SETTINGS = frozenset(("momentum", "epsilon", "trainable", "synchronized", "collective", "axis", "dtype_policy"))
 
 Gradients = tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]  # of the input, gamma and beta
 
@@ -132,6 +136,22 @@ class MemberAlone(Member):
                 own["_prepared"] = None
             object.__setattr__(self, name, value)
 
+        def __delattr__(self, name: str) -> None:
+            """As when it is set."""
+            self.catch_up()
+            self.__dict__["_prepared"] = None
+            object.__delattr__(self, name)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether settings are what was last set, and variables give and take what they hold: in no subclass's way."""
+        variables = self.gamma, self.beta, self.moving_mean, self.moving_variance
+        return self.__dict__.keys() >= _SETTINGS and all(v is None or type(v) is Variable for v in variables)
+
+    def _has_single_gradients(self) -> bool:
+        """Whether the gradients of gamma and beta are float32, as one crossing gives them."""
+        return all(v is None or v.dtype == np.float32 for v in (self.gamma, self.beta))
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: the state, without what was looked up."""
         self.catch_up()
@@ -139,7 +159,9 @@ class MemberAlone(Member):
 
     def _prepare(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:
         """What a call like that of a batch goes by, from a state on; None: it goes by an exchange."""
-        if not driver.alone or view.passes or view.mask is not None or self._renorm or self._observer:
+        if not driver.alone or view.passes or view.mask is not None:
+            return None
+        if self._renorm is not None or self._observer is not None or not self._is_plain:
             return None
         prepared, policy, kernels = self._prepared, self.dtype_policy, passes().kernels
         if prepared is not None and not prepared.fits:
@@ -170,6 +192,7 @@ class MemberAlone(Member):
             or inputs.dtype is not prepared.dtype
             or self.moving_mean._value is not prepared.mean
             or self.moving_variance._value is not prepared.variance
+            or self.unbiased is not prepared.call.unbiased
             or (prepared.call.synchronized and self._joined() is not prepared.driver)
         ):
             return None
@@ -186,10 +209,13 @@ class MemberAlone(Member):
     ) -> tuple[NDArray[Any], SavedAlone] | None:
         """A training call on (A, C, B), its output in a shape; None: it does not fit the grid, nothing has happened."""
         gamma, beta = self.gamma, self.beta
-        trained = prepared.kernels.train_alone(
-            x, shape, prepared.kept.forward, None if gamma is None else gamma._value,
-            None if beta is None else beta._value, prepared.mean, prepared.variance, prepared.call,
-        )  # fmt: skip
+        try:
+            trained = prepared.kernels.train_alone(
+                x, shape, prepared.kept.forward, None if gamma is None else gamma._value,
+                None if beta is None else beta._value, prepared.mean, prepared.variance, prepared.call,
+            )  # fmt: skip
+        except (TypeError, ValueError, BufferError):  # a variable of another dtype, say: before anything was read
+            trained = None
         if trained is None:
             prepared.fits = False
             return None
@@ -205,6 +231,7 @@ class MemberAlone(Member):
         prepared, x = self._prepared, saved.x
         if (
             prepared is None
+            or saved.prepared is not prepared
             or type(dy) is not np.ndarray
             or dy.dtype is not x.dtype
             or dy.shape != saved.shape
@@ -212,6 +239,9 @@ class MemberAlone(Member):
             or self.moving_mean._value is not prepared.mean
             or self.moving_variance._value is not prepared.variance
         ):
+            return None
+        gamma, beta = self.gamma, self.beta
+        if not self._has_single_gradients():
             return None
         pulled = prepared.kernels.pull_alone(
             dy.reshape(x.shape),
@@ -221,8 +251,8 @@ class MemberAlone(Member):
             saved.shape,
             prepared.kept.backward,
             saved.record,
-            self.scale,
-            self.center,
+            gamma is not None,
+            beta is not None,
         )
         if pulled is not None:
             saved.prepared.driver.pulled_alone()

@@ -336,7 +336,9 @@ class BatchNormalization(MemberAlone):
         """The backward pass of a training call, for a dy of the compute dtype and the output's shape."""
         state = self.state
         changes = self._changes(state)
-        done = saved.pull_alone(gradient, state.backward, self.scale, self.center) if changes is None else None
+        done = None
+        if changes is None and self._has_single_gradients():
+            done = saved.pull_alone(gradient, state.backward, self.gamma is not None, self.beta is not None)
         if done is not None:
             return done
         pulled = saved.pull(gradient, state.backward, self.grad_reduction, self.compute_dtype, changes)

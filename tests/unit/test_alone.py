@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization
 from bnlayer.collective import Alone, install
+from bnlayer.dtypes import Policy
 from bnlayer.kernels import _native
+from bnlayer.variable import Variable
 
 Step = Callable[[BatchNormalization, NDArray[Any]], Any]
 
@@ -75,7 +77,59 @@ def _of_another_axis(layer: BatchNormalization, x: NDArray[Any]) -> Any:
         layer.axis = -1
 
 
+def _observed_by_a_list(layer: BatchNormalization, x: NDArray[Any]) -> Any:
+    """An observer that is false as long as it has seen nothing."""
+
+    class Log(list[Any]):
+        def __call__(self, moments: Any) -> None:
+            self.append(moments.limbs)
+
+    log = Log()
+    layer.observe(log)
+    layer(x, training=True)
+    layer.observe(None)
+    return list(log)
+
+
+def _replaced(dtype: Any) -> Step:
+    def step(layer: BatchNormalization, x: NDArray[Any]) -> Any:
+        layer.gamma = None if dtype is None else Variable(np.full(x.shape[-1], 2, dtype), "gamma", True)
+
+    return step
+
+
+def _taken(dtype: Any) -> Step:
+    def step(layer: BatchNormalization, x: NDArray[Any]) -> Any:
+        assert layer.gamma is not None
+        layer.gamma.take(np.full(x.shape[-1], 2, dtype))
+
+    return step
+
+
+def _set_and_deleted(layer: BatchNormalization, x: NDArray[Any]) -> Any:
+    layer.unbiased = True
+    seen = [layer(x, training=True), layer(x, training=True), *layer.get_weights()]
+    del layer.unbiased
+    return seen
+
+
+def _of_another_policy(layer: BatchNormalization, x: NDArray[Any]) -> Any:
+    """A handle that was taken before."""
+    pull = layer.vjp(x, training=True)[1]
+    layer.dtype_policy = Policy.of("mixed_bfloat16")
+    seen = [layer(x, training=True), layer(x, training=True), pull(x)[0]]
+    layer.dtype_policy = Policy.of("float32")
+    return [seen, [each.dtype.name for each in seen]]
+
+
 STEPS: dict[str, Step] = {
+    "an observer that is false": _observed_by_a_list,
+    "gamma of float64": _replaced(np.float64),
+    "no gamma": _replaced(None),
+    "gamma takes float64": _taken(np.float64),
+    "gamma takes float16": _taken(np.float16),
+    "an attribute is deleted": _set_and_deleted,
+    "dtype_policy": _of_another_policy,
     "momentum": _set("momentum", 0.5),
     "epsilon": _set("epsilon", 0.25),
     "unbiased": _set("unbiased", True),
@@ -112,6 +166,63 @@ STEPS: dict[str, Step] = {
 def test_nothing_that_was_looked_up_outlives_a_change(name: str) -> None:
     """Whatever happens between two calls, or between a call and its gradients: as by an exchange, bit by bit."""
     assert _everything(STEPS[name], Alone()) == _everything(STEPS[name], ByExchange())
+
+
+class Scheduled(BatchNormalization):
+    """Its momentum falls with each call that reads it, and it may be frozen by a class of its own."""
+
+    frozen = False
+
+    @property
+    def momentum(self) -> float:
+        """Of the calls so far."""
+        return 1.0 / (1 + self.state.version if self.built else 1)
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        del value
+
+    @property
+    def trainable(self) -> bool:
+        """As the class says."""
+        return not type(self).frozen
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        del value
+
+
+def test_settings_that_a_subclass_computes_are_read_at_each_call() -> None:
+    """They change without being set."""
+    layers = [Scheduled(synchronized=True, name="bn", collective=world) for world in (Alone(), ByExchange())]
+    x = np.random.default_rng(0).normal(size=(5, 8, 3)).astype(np.float32)
+    for batch in x:
+        for layer in layers:
+            layer(batch, training=True)
+    assert _bytes(list(layers[0].state.arrays().values())) == _bytes(list(layers[1].state.arrays().values()))
+    Scheduled.frozen = True
+    try:
+        layers[0](x[0], training=True)
+    finally:
+        Scheduled.frozen = False
+    assert layers[0].state.version == 5
+
+
+def test_variables_of_a_subclass_give_and_take_their_values() -> None:
+    """What a variable's value is, it says itself."""
+
+    class Doubled(Variable):
+        @property
+        def value(self) -> NDArray[Any]:
+            return self._value * 2
+
+    seen = []
+    for world in (Alone(), ByExchange()):
+        layer, x = BatchNormalization(synchronized=True, name="bn", collective=world), np.eye(3, dtype=np.float32)
+        layer(x, training=True)
+        layer.gamma = Doubled(np.ones(3, np.float32), "gamma", True)
+        seen.append([layer(x, training=True).tobytes() for _ in range(3)])
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("arguments", [{"renorm": True}, {"center": False}, {"scale": False}, {"own_weights": True}])
