@@ -2,7 +2,8 @@
 
 Between two calls of a layer the rest of the network goes through the caches, and Python's own code and objects leave
 them: each line of them that is fetched anew costs as much as a hundred operations. So what does not change from one
-call to the next is looked up once, and compared as a whole; the state is brought up to date when somebody looks at it.
+call to the next is looked up once, and holds until an attribute of the layer is set; the state is brought up to date
+when somebody looks at it.
 
 An exchange with nobody has the same bits, and takes what is refused here.
 
@@ -121,8 +122,7 @@ class MemberAlone(Member):
         prepared = self._prepared
         if prepared is None or not prepared.calls:
             return
-        kept, moving = prepared.kept, Moving(prepared.mean, prepared.variance)
-        prepared.kept = LayerState(moving, kept.forward, kept.backward, kept.version + prepared.calls)
+        prepared.kept = prepared.kept.moved_to(Moving(prepared.mean, prepared.variance), prepared.calls)
         prepared.calls = 0
         object.__setattr__(self, "_kept", prepared.kept)
 

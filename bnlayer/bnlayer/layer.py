@@ -173,7 +173,8 @@ class BatchNormalization(MemberAlone):
         if driver is None:
             return self._infer(view)
         y, saved = self._train(driver, view, bool(update_moving))
-        saved.seen = passes().kernels.sample(view.x)
+        if not saved.seen:
+            saved.seen = passes().kernels.sample(view.x)
         return view.restore(y), saved
 
     def _train(self, driver: ExchangeDriver, view: View, update_moving: bool) -> tuple[Any, SavedTraining]:
@@ -185,7 +186,8 @@ class BatchNormalization(MemberAlone):
         if done is not None:
             y, saved = done
             return y, saved.general(view)
-        self._prepared = None
+        if self._prepared is not None:
+            self._prepared = None
         return self._train_with_ranks(driver, view, before, changes, update_moving)
 
     @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in

@@ -47,12 +47,11 @@ class Member(Definition):
         if state is None:
             channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
             grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
-            state = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
+            state = self._kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
         elif not self._holds(state.moving):
             # A variable was assigned to.
-            state = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
+            state = self._kept = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
             self._state_set = True
-        self._kept = state
         return state
 
     def _holds(self, moving: Moving) -> bool:
@@ -112,7 +111,8 @@ class Member(Definition):
 
     def _changes_announced(self) -> None:
         """Record that an exchange carried the changes, and that they were the same on all ranks."""
-        self._state_set = self._weights_set = False
+        if self._state_set or self._weights_set:
+            self._state_set = self._weights_set = False
 
     def _weights(self) -> int:
         """Fingerprint of gamma and beta; 0 where each rank has its own."""

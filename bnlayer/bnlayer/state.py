@@ -92,9 +92,9 @@ class LayerState:
         moving = rule if isinstance(rule, Moving) else update(self.moving, statistics, rule)
         return LayerState(moving, grid, backward, self.version + 1)
 
-    def moved_to(self, moving: Moving) -> LayerState:
-        """The state after a forward exchange on the kept grid, whose moving statistics are known already."""
-        return LayerState(moving, self.forward, self.backward, self.version + 1)
+    def moved_to(self, moving: Moving, exchanges: int) -> LayerState:
+        """The state after some forward exchanges on the kept grid, whose moving statistics are known already."""
+        return LayerState(moving, self.forward, self.backward, self.version + exchanges)
 
     def after_backward(self, grid: BackwardGrid) -> LayerState:
         """The state after one completed backward exchange: only the grid can have changed."""

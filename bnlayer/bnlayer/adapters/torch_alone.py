@@ -21,13 +21,12 @@ from bnlayer.kernels.results import Record
 from bnlayer.layer import BatchNormalization
 from bnlayer.moving import Moving
 from bnlayer.pullback import SavedTraining
-from bnlayer.state import LayerState
 from bnlayer.view import View, flat_shape
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-class SavedAlone(NamedTuple):
+class SavedByAddress(NamedTuple):
     """What such a call saves for its backward pass, beside the batch.
 
     Attributes:
@@ -65,12 +64,12 @@ class AloneCore(BatchNormalization):
         if not self._calls or record is None or kept is None:
             return
         moving = Moving(record.mean, record.variance)
-        self._kept = LayerState(moving, kept.forward, kept.backward, kept.version + self._calls)
+        self._kept = kept.moved_to(moving, self._calls)
         for variable, vector in zip(self._moving, moving.values, strict=True):
             variable.take(vector)
         self._calls = 0
 
-    def forward_alone(self, module: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, SavedAlone] | None:
+    def forward_alone(self, module: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, SavedByAddress] | None:
         """A training call that updates the running statistics; None: not this way, nothing has happened."""
         if self._driver is None or module.process_group is not None or module.momentum is None or not _is_plain(x):
             return None
@@ -93,9 +92,9 @@ class AloneCore(BatchNormalization):
             return None
         self._record = record
         self._calls += 1
-        return y, SavedAlone(driver, driver.called_alone(), record)
+        return y, SavedByAddress(driver, driver.called_alone(), record)
 
-    def backward_alone(self, saved: SavedAlone, x: Any, dy: Any) -> tuple[Any, Any, Any] | None:
+    def backward_alone(self, saved: SavedByAddress, x: Any, dy: Any) -> tuple[Any, Any, Any] | None:
         """The gradients of the input, the weight and the bias; None: not this way."""
         kept, dy = self._kept, dy.contiguous()
         if kept is None or not kept.backward.is_probed or not _is_plain(x) or not _is_plain(dy):

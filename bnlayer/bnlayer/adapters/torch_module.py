@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlayer.adapters.torch_alone import AloneCore, SavedAlone
+from bnlayer.adapters.torch_alone import AloneCore, SavedByAddress
 from bnlayer.adapters.torch_tensors import HALF, Contents, array_of, flattened, layout_of, restored, tensor_of, view_of
 from bnlayer.base import automatic_name
 from bnlayer.collective import Collective
@@ -284,8 +284,8 @@ class _Normalize(torch.autograd.Function):
     def pulled(ctx: Any, dy: Any) -> tuple[Any, ...]:
         x, mask = ctx.saved_tensors
         core: _Core = ctx.core
-        saved: SavedTraining | SavedAlone = ctx.saved
-        if isinstance(saved, SavedAlone):
+        saved: SavedTraining | SavedByAddress = ctx.saved
+        if isinstance(saved, SavedByAddress):
             done = core.backward_alone(saved, x, dy)
             if done is not None:
                 return *done, None, None
