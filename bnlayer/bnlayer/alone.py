@@ -24,7 +24,7 @@ from bnlayer.collective import LayerSignature
 from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.kernels import Kernels
 from bnlayer.kernels.results import CallSettings, Record
-from bnlayer.membership import Member
+from bnlayer.membership import STATE_LOCK, Member
 from bnlayer.moving import Moving
 from bnlayer.pullback import SavedTraining
 from bnlayer.state import LayerState
@@ -111,20 +111,31 @@ class MemberAlone(Member):
     def state(self) -> LayerState:
         """The moving statistics and grids, as their owner keeps them.
 
+        Another thread may look at them, or set attributes, while one trains: it sees them as between two calls.
+
         Raises:
             ValueError: the layer is not built yet.
         """
-        self.catch_up()
-        return super().state
+        with STATE_LOCK:
+            self.catch_up()
+            return super().state
 
     def catch_up(self) -> None:
         """Make the calls known to the state."""
-        prepared = self._prepared
-        if prepared is None or not prepared.calls:
-            return
-        prepared.kept = prepared.kept.moved_to(Moving(prepared.mean, prepared.variance), prepared.calls)
-        prepared.calls = 0
-        object.__setattr__(self, "_kept", prepared.kept)
+        with STATE_LOCK:
+            if self._prepared is not None:
+                self._commit(self._prepared)
+
+    def _commit(self, prepared: _Prepared) -> None:
+        if prepared.calls:
+            prepared.kept = prepared.kept.moved_to(Moving(prepared.mean, prepared.variance), prepared.calls)
+            prepared.calls = 0
+            object.__setattr__(self, "_kept", prepared.kept)
+
+    def _drop_prepared(self) -> None:
+        with STATE_LOCK:
+            self.catch_up()
+            self.__dict__["_prepared"] = None
 
     if not TYPE_CHECKING:  # it would let a name that is misspelt pass
 
@@ -132,14 +143,12 @@ class MemberAlone(Member):
             """Nothing that was looked up holds any longer."""
             own = self.__dict__
             if own.get("_prepared") is not None and own.get(name) is not value:
-                self.catch_up()
-                own["_prepared"] = None
+                self._drop_prepared()
             object.__setattr__(self, name, value)
 
         def __delattr__(self, name: str) -> None:
             """As when it is set."""
-            self.catch_up()
-            self.__dict__["_prepared"] = None
+            self._drop_prepared()
             object.__delattr__(self, name)
 
     @property
@@ -221,9 +230,12 @@ class MemberAlone(Member):
             return None
         y, mean, variance, record, seen = trained
         if update_moving:
-            prepared.mean, prepared.variance = mean, variance
-            self.moving_mean._value, self.moving_variance._value = mean, variance
-            prepared.calls += 1
+            with STATE_LOCK:
+                prepared.mean, prepared.variance = mean, variance
+                self.moving_mean._value, self.moving_variance._value = mean, variance
+                prepared.calls += 1
+                if self._prepared is not prepared:  # another thread has set an attribute meanwhile
+                    self._commit(prepared)
         return y, SavedAlone(prepared, prepared.driver.called_alone(), x, shape, seen, record)
 
     def _pull_again(self, saved: SavedAlone, dy: ArrayLike) -> Gradients | None:

@@ -33,6 +33,7 @@ from bnlayer.exchange_driver import Changes, ExchangeDriver
 from bnlayer.grid import Grid
 from bnlayer.kernels import kernels
 from bnlayer.kernels.results import BatchStatistics, Trained, TrainingCall
+from bnlayer.membership import STATE_LOCK
 from bnlayer.moments import MASKED_COUNT_EPSILON, Moments
 from bnlayer.moving import Moving, Rule
 from bnlayer.pullback import Pullback, SavedInference, SavedTraining
@@ -235,13 +236,15 @@ class BatchNormalization(MemberAlone):
 
     def _keep(self, after: LayerState) -> LayerState:
         """Commit the state after an exchange, which carried all that was set before."""
-        self._kept, moving = after, after.moving
-        self.moving_mean.take(moving.mean)
-        self.moving_variance.take(moving.variance)
-        if moving.stddev is not None:
-            for variable, vector in zip(self._moving, moving.values, strict=True):
-                variable.take(vector)
-        self._changes_announced()
+        moving = after.moving
+        with STATE_LOCK:
+            self._kept = after
+            self.moving_mean.take(moving.mean)
+            self.moving_variance.take(moving.variance)
+            if moving.stddev is not None:
+                for variable, vector in zip(self._moving, moving.values, strict=True):
+                    variable.take(vector)
+            self._changes_announced()
         return after
 
     @np.errstate(all="ignore")

@@ -7,6 +7,8 @@ finite is refused then, before anything is sent and whatever the ranks exchange 
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
@@ -21,6 +23,11 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import Moments
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
+
+# A thread that looks at a layer's state, while another one trains, sees it as it is between two calls; otherwise half a
+# call would look as if a variable had been assigned to. One lock for all layers: it is held for a microsecond.
+STATE_LOCK = threading.RLock()
+os.register_at_fork(before=STATE_LOCK.acquire, after_in_parent=STATE_LOCK.release, after_in_child=STATE_LOCK.release)
 
 
 class Member(Definition):
@@ -78,10 +85,11 @@ class Member(Definition):
         self._must_be_built()
         if state.kind != self.state.kind:
             raise ValueError(f"Layer {self.name!r}: expected a state of {self.state.kind}, received {state.kind}.")
-        for variable, vector in zip(self._moving, state.moving.values, strict=True):
-            variable.assign(vector)
-        self._kept = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
-        self._state_set = False
+        with STATE_LOCK:
+            for variable, vector in zip(self._moving, state.moving.values, strict=True):
+                variable.assign(vector)
+            self._kept = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
+            self._state_set = False
 
     def reseed(self) -> None:
         """Give rank 0's moving statistics and grids to all ranks and the owner; every rank calls it.

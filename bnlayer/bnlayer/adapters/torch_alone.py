@@ -19,6 +19,7 @@ from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.kernels import kernels
 from bnlayer.kernels.results import Record
 from bnlayer.layer import BatchNormalization
+from bnlayer.membership import STATE_LOCK
 from bnlayer.moving import Moving
 from bnlayer.pullback import SavedTraining
 from bnlayer.view import View, flat_shape
@@ -59,15 +60,16 @@ class AloneCore(BatchNormalization):
 
     def catch_up(self) -> None:
         """Make the calls known to the state."""
-        super().catch_up()
-        record, kept = self._record, self._kept
-        if not self._calls or record is None or kept is None:
-            return
-        moving = Moving(record.mean, record.variance)
-        self._kept = kept.moved_to(moving, self._calls)
-        for variable, vector in zip(self._moving, moving.values, strict=True):
-            variable.take(vector)
-        self._calls = 0
+        with STATE_LOCK:
+            super().catch_up()
+            record, kept = self._record, self._kept
+            if not self._calls or record is None or kept is None:
+                return
+            moving = Moving(record.mean, record.variance)
+            self._kept = kept.moved_to(moving, self._calls)
+            for variable, vector in zip(self._moving, moving.values, strict=True):
+                variable.take(vector)
+            self._calls = 0
 
     def forward_alone(self, module: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, SavedByAddress] | None:
         """A training call that updates the running statistics; None: not this way, nothing has happened."""
@@ -90,8 +92,9 @@ class AloneCore(BatchNormalization):
         )  # fmt: skip
         if not done:
             return None
-        self._record = record
-        self._calls += 1
+        with STATE_LOCK:
+            self._record = record
+            self._calls += 1
         return y, SavedByAddress(driver, driver.called_alone(), record)
 
     def backward_alone(self, saved: SavedByAddress, x: Any, dy: Any) -> tuple[Any, Any, Any] | None:
