@@ -133,23 +133,24 @@ class MemberAlone(Member):
             object.__setattr__(self, "_kept", prepared.kept)
 
     def _drop_prepared(self) -> None:
-        with STATE_LOCK:
-            self.catch_up()
-            self.__dict__["_prepared"] = None
+        self.catch_up()
+        self.__dict__["_prepared"] = None
 
     if not TYPE_CHECKING:  # it would let a name that is misspelt pass
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Nothing that was looked up holds any longer."""
             own = self.__dict__
-            if own.get("_prepared") is not None and own.get(name) is not value:
-                self._drop_prepared()
-            object.__setattr__(self, name, value)
+            with STATE_LOCK:  # or another thread could look the old value up before the new one is there
+                if own.get("_prepared") is not None and own.get(name) is not value:
+                    self._drop_prepared()
+                object.__setattr__(self, name, value)
 
         def __delattr__(self, name: str) -> None:
             """As when it is set."""
-            self._drop_prepared()
-            object.__delattr__(self, name)
+            with STATE_LOCK:
+                self._drop_prepared()
+                object.__delattr__(self, name)
 
     @property
     def _is_plain(self) -> bool:
@@ -168,9 +169,13 @@ class MemberAlone(Member):
 
     def _prepare(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:
         """What a call like that of a batch goes by, from a state on; None: it goes by an exchange."""
+        with STATE_LOCK:
+            return self._look_up(driver, view, state)
+
+    def _look_up(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:
         if not driver.alone or view.passes or view.mask is not None:
             return None
-        if self._renorm is not None or self._observer is not None or not self._is_plain:
+        if not self.trainable or self._renorm is not None or self._observer is not None or not self._is_plain:
             return None
         prepared, policy, kernels = self._prepared, self.dtype_policy, passes().kernels
         if prepared is not None and not prepared.fits:

@@ -430,6 +430,31 @@ def test_an_attribute_that_is_set_during_a_call_loses_nothing(monkeypatch: pytes
     assert layer.state.version == 4
 
 
+@pytest.mark.parametrize(("name", "value"), [("momentum", 0.5), ("trainable", False)])
+def test_a_call_while_an_attribute_is_set_does_not_keep_the_old_value(name: str, value: Any) -> None:
+    """Another thread calls the layer after nothing of the old value holds, and before the new one is there."""
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    calls: list[threading.Thread] = []
+
+    class Called(BatchNormalization):
+        def _drop_prepared(self) -> None:
+            super()._drop_prepared()
+            if not calls:
+                calls.append(threading.Thread(target=lambda: self.vjp(x, training=True)))
+                calls[0].start()
+                calls[0].join(0.2)  # it waits for the new value, so this is how long it lasts
+
+    layer = Called()
+    for _ in range(3):
+        layer(x, training=True)
+    setattr(layer, name, value)
+    calls[0].join()
+    before = layer.moving_mean.numpy()
+    layer(x, training=True)
+    expected = before * 0.5 + x.mean(axis=0) * 0.5 if name == "momentum" else before
+    np.testing.assert_allclose(layer.moving_mean.numpy(), expected, rtol=1e-6)
+
+
 _FORK = """
 import os, threading
 import numpy as np
