@@ -156,7 +156,8 @@ class MemberAlone(Member):
     def _is_plain(self) -> bool:
         """Whether settings are what was last set, and variables give and take what they hold: in no subclass's way."""
         variables = self.gamma, self.beta, self.moving_mean, self.moving_variance
-        return self.__dict__.keys() >= _SETTINGS and all(v is None or type(v) is Variable for v in variables)
+        own = self.__dict__.keys() >= _SETTINGS and not any(hasattr(type(self), name) for name in _SETTINGS)
+        return own and all(v is None or type(v) is Variable for v in variables)
 
     def _has_single_gradients(self) -> bool:
         """Whether the gradients of gamma and beta are float32, as one crossing gives them."""
@@ -173,16 +174,21 @@ class MemberAlone(Member):
             return self._look_up(driver, view, state)
 
     def _look_up(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:
-        if not driver.alone or view.passes or view.mask is not None:
+        policy = self.dtype_policy
+        if not driver.alone or view.passes or view.mask is not None or view.x.dtype != policy.compute_dtype:
             return None
         if not self.trainable or self._renorm is not None or self._observer is not None or not self._is_plain:
             return None
-        prepared, policy, kernels = self._prepared, self.dtype_policy, passes().kernels
-        if prepared is not None and not prepared.fits:
-            return None
-        if prepared is not None and prepared.kernels is kernels and prepared.driver is driver:
-            return prepared
+        prepared, kernels = self._prepared, passes().kernels
+        if prepared is not None:
+            if not prepared.fits:
+                return None
+            same = prepared.kernels is kernels and prepared.driver is driver
+            if same and prepared.call.unbiased is self.unbiased:
+                return prepared
         if not kernels.has_calls_alone(policy.arithmetic_dtype, policy.variable_dtype):
+            return None
+        if state.forward.dtype != policy.arithmetic:  # of a policy that was set since
             return None
         self._prepared = _Prepared(
             driver,

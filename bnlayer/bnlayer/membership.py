@@ -52,14 +52,19 @@ class Member(Definition):
         self._must_be_built()
         state = self._kept
         if state is None:
-            channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
-            grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
-            state = self._kept = LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
+            state = self._kept = self._without_grids()
         elif not self._holds(state.moving):
-            # A variable was assigned to.
-            state = self._kept = replace(state, moving=Moving(*(variable.value for variable in self._moving)))
+            # A variable was assigned to; or all are others, because the layer was built anew.
+            new = self._without_grids()
+            grids = state if state.kind == new.kind else new
+            state = self._kept = LayerState(new.moving, grids.forward, grids.backward, state.version)
             self._state_set = True
         return state
+
+    def _without_grids(self) -> LayerState:
+        channels, arithmetic = self.moving_mean.shape[0], self.dtype_policy.arithmetic
+        grids = Grid.unknown(arithmetic, channels), BackwardGrid.unknown(arithmetic, channels)
+        return LayerState(Moving(*(variable.value for variable in self._moving)), *grids)
 
     def _holds(self, moving: Moving) -> bool:
         """Whether these are the arrays that the variables hold."""

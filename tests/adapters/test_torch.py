@@ -290,6 +290,54 @@ def test_errors_name_what_was_expected() -> None:
         layer(torch.zeros(2, 3, 4), torch.ones(2, 3))
 
 
+def test_statistics_that_are_restored_count() -> None:
+    """Those of any call, also where others have moved on since, by whichever way: as torch's own."""
+    for saved_after in range(4):
+        ours, theirs = SyncBatchNorm(3), torch.nn.BatchNorm1d(3)
+        for layer in (ours, theirs):
+            for step in range(6):
+                if step == saved_after:
+                    saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+                layer(batch((16, 3), torch.float32, step))
+            layer.load_state_dict(saved)
+            layer(batch((16, 3), torch.float32, 9))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_statistics_that_are_not_finite_are_refused_at_every_call() -> None:
+    """Until they are finite again."""
+    layer, x = SyncBatchNorm(3), batch((16, 3), torch.float32, 0)
+    for _ in range(3):
+        layer(x)
+    layer.running_mean[1] = torch.nan
+    for _ in range(3):
+        with pytest.raises(ValueError, match="expected finite numbers in moving_mean, received nan in channel 1"):
+            layer(x)
+    layer.running_mean[1] = 0
+    assert torch.isfinite(layer(x)).all()
+
+
+def test_a_batch_that_comes_back_larger_is_refused() -> None:
+    """From a hook on saved tensors: the gradient is not read beyond its end."""
+    layer, x = SyncBatchNorm(3), batch((16, 3), torch.float32, 0)
+    for _ in range(3):
+        layer(x.clone().requires_grad_()).sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved.repeat(1000, 1)):
+        y = layer(x.clone().requires_grad_())
+    with pytest.raises(ValueError, match="cannot reshape"):
+        y.sum().backward()
+
+
+def test_parameters_need_not_be_in_one_piece() -> None:
+    """As for torch's own layers."""
+    outputs = []
+    for layer in (SyncBatchNorm(3), torch.nn.BatchNorm1d(3)):
+        layer.weight = torch.nn.Parameter(torch.arange(6.0)[::2])
+        layer.bias = torch.nn.Parameter(torch.arange(6.0)[1::2])
+        outputs.append([layer(batch((16, 3), torch.float32, step)) for step in range(3)])
+    torch.testing.assert_close(*outputs)
+
+
 def test_an_input_modified_before_its_backward_pass_is_refused() -> None:
     """By autograd itself, as for torch's own layers."""
     layer = SyncBatchNorm(3)

@@ -125,7 +125,18 @@ def _of_another_policy(layer: BatchNormalization, x: NDArray[Any]) -> Any:
     return [seen, [each.dtype.name for each in seen]]
 
 
+def _built_anew(layer: BatchNormalization, x: NDArray[Any]) -> Any:
+    """Its grid is of other channels, and of another dtype, then."""
+    seen = []
+    for policy, batch in (("float64", x[:, :3]), ("float32", x)):
+        layer.dtype_policy = Policy.of(policy)
+        layer.build(batch.shape)
+        seen += [layer(batch, training=True), layer(batch, training=True)]
+    return [seen, [each.dtype.name for each in seen]]
+
+
 STEPS: dict[str, Step] = {
+    "built anew": _built_anew,
     "an observer that is false": _observed_by_a_list,
     "gamma of float64": _replaced(np.float64),
     "no gamma": _replaced(None),
@@ -171,6 +182,14 @@ def test_nothing_that_was_looked_up_outlives_a_change(name: str) -> None:
     assert _everything(STEPS[name], Alone()) == _everything(STEPS[name], ByExchange())
 
 
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", ["integers", "a list", "float64", "every other row", "a mask", "no row"])
+def test_what_a_half_policy_converts_has_its_dtype(name: str, dtype: str) -> None:
+    """Integers become float32 on their way."""
+    step = STEPS[name]
+    assert _everything(step, Alone(), dtype=dtype) == _everything(step, ByExchange(), dtype=dtype)
+
+
 class Scheduled(BatchNormalization):
     """Its momentum falls with each call that reads it, and it may be frozen by a class of its own."""
 
@@ -209,6 +228,53 @@ def test_settings_that_a_subclass_computes_are_read_at_each_call() -> None:
     finally:
         Scheduled.frozen = False
     assert layers[0].state.version == 5
+
+
+class Halved(BatchNormalization):
+    """Its momentum is kept under its own name, and read as another."""
+
+    @property
+    def momentum(self) -> float:
+        """Less from call to call."""
+        kept: float = self.__dict__["momentum"]
+        return kept / (1 + self.state.version if self.built else 1)
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        self.__dict__["momentum"] = value
+
+
+def test_a_setting_that_is_kept_under_the_name_it_is_read_by() -> None:
+    """What a property of the class makes of it counts."""
+    layers = [Halved(synchronized=True, name="bn", collective=world) for world in (Alone(), ByExchange())]
+    for batch in np.random.default_rng(0).normal(size=(5, 8, 3)).astype(np.float32):
+        for layer in layers:
+            layer(batch, training=True)
+    assert _bytes(list(layers[0].state.arrays().values())) == _bytes(list(layers[1].state.arrays().values()))
+
+
+def test_a_setting_of_the_class_is_read_at_each_call() -> None:
+    """`unbiased` is one of the class, until it is set on a layer."""
+    seen = []
+    for world in (Alone(), ByExchange()):
+
+        class Kind(BatchNormalization):
+            pass
+
+        layer, x = Kind(synchronized=True, name="bn", collective=world), np.eye(3, dtype=np.float32)
+        for step in range(6):
+            Kind.unbiased = step >= 3
+            layer(x, training=True)
+        seen.append(layer.moving_variance.numpy().tobytes())
+    assert seen[0] == seen[1]
+
+
+def test_a_batch_without_rows_need_not_be_aligned() -> None:
+    """NumPy says that it is, wherever it begins."""
+    layer, nothing = BatchNormalization(), np.ndarray((0, 3), np.float32, buffer=bytearray(8), offset=1)
+    for x in (np.ones((4, 3), np.float32), nothing, nothing):
+        y, pull = layer.vjp(x, training=True)
+        assert pull(x)[0].shape == y.shape == x.shape
 
 
 def test_variables_of_a_subclass_give_and_take_their_values() -> None:
@@ -272,7 +338,7 @@ def _everything(step: Step, world: Alone, **arguments: Any) -> list[Any]:
 
     def train(between: Step) -> None:
         """A call, something else, and the call's gradients; without a look at the state, which brings it up to date."""
-        x, dy = rng.normal(size=(2, 24, 5)).astype(np.float32)
+        x, dy = rng.normal(size=(2, 24, 5)).astype(layer.compute_dtype)
         y, pull = layer.vjp(x, training=True)
         seen.append(y)
         seen.append(between(layer, x))
@@ -282,9 +348,9 @@ def _everything(step: Step, world: Alone, **arguments: Any) -> list[Any]:
     for _ in range(3):
         train(lambda layer, x: None)
     for _ in range(2):
-        seen.append(step(layer, rng.normal(size=(24, 5)).astype(np.float32)))
+        seen.append(step(layer, rng.normal(size=(24, 5)).astype(layer.compute_dtype)))
         for _ in range(3):
-            seen.append(layer(rng.normal(size=(24, 5)).astype(np.float32), training=True))
+            seen.append(layer(rng.normal(size=(24, 5)).astype(layer.compute_dtype), training=True))
             seen.append(layer.get_weights())
             layer.forget_calls()
         train(step)

@@ -80,6 +80,8 @@ class AloneCore(BatchNormalization):
             return None
         buffers = module._buffers  # noqa: SLF001 - torch looks for an attribute everywhere else first: 1 µs
         tensors = weight, bias, buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if self._state_set or self._weights_set:  # they are compared, or refused, before anything else
+            return None
         if self._observer is not None or self.dtype_policy.name != "float32" or not self._are_here(tensors):
             return None
         before = self._record
@@ -100,7 +102,7 @@ class AloneCore(BatchNormalization):
     def backward_alone(self, saved: SavedByAddress, x: Any, dy: Any) -> tuple[Any, Any, Any] | None:
         """The gradients of the input, the weight and the bias; None: not this way."""
         kept, dy = self._kept, dy.contiguous()
-        if kept is None or not kept.backward.is_probed or not _is_plain(x) or not _is_plain(dy):
+        if kept is None or not kept.backward.is_probed or not _is_plain(x) or not _is_plain(dy) or x.shape != dy.shape:
             return None
         dx, gamma, beta = torch.empty_like(x), None, None
         if self.scale:
@@ -122,7 +124,7 @@ class AloneCore(BatchNormalization):
             channels, *of_channels, count = self.moving_mean.shape, *tensors
             if not all(tensor is None or (_is_plain(tensor) and tensor.shape == channels) for tensor in of_channels):
                 return False
-            if count is None or not _is_plain(count, torch.int64):
+            if count is None or not _is_plain(count, torch.int64) or count.numel() != 1:
                 return False
             self._tensors, self._addresses = tensors, addresses
             self._held = tuple([None if tensor is None else tensor.detach() for tensor in tensors])

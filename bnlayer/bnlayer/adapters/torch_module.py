@@ -23,6 +23,7 @@ from bnlayer.base import automatic_name
 from bnlayer.collective import Collective
 from bnlayer.discovery import discovered
 from bnlayer.dtypes import Policy
+from bnlayer.membership import STATE_LOCK
 from bnlayer.pullback import SavedTraining
 from bnlayer.view import View
 
@@ -199,8 +200,8 @@ class _Core(AloneCore):
         if self.gamma is not None and self.beta is not None:
             assert gamma is not None
             assert beta is not None
-            self.gamma.take(gamma)
-            self.beta.take(beta)
+            self.gamma.take(np.ascontiguousarray(gamma))
+            self.beta.take(np.ascontiguousarray(beta))
         if updates:
             batches, momentum = module._buffers["num_batches_tracked"], module.momentum  # noqa: SLF001
             assert batches is not None
@@ -209,6 +210,14 @@ class _Core(AloneCore):
         if module.track_running_stats:
             self._read(moving)
         return moving
+
+    def catch_up(self) -> None:
+        """Make the calls known to the state, whose statistics they have written into the module's buffers."""
+        with STATE_LOCK:
+            written = self._calls
+            super().catch_up()
+            if written:
+                self._written = [variable.value.tobytes() for variable in self._moving]
 
     def _read(self, arrays: list[Any]) -> None:
         """Take over the buffers, where they are not those that were written last: all ranks must have set them."""

@@ -68,7 +68,8 @@ bool Array::take(PyObject* from, const char* name, Kind kind, bool written) {
       break;
   }
   const auto address = reinterpret_cast<uintptr_t>(buffer_.buf);
-  if (fits && address % static_cast<uintptr_t>(item) == 0) return true;
+  // Without elements there is nothing to lie aligned: NumPy says so of such an array, and makes no copy of it.
+  if (fits && (address % static_cast<uintptr_t>(item) == 0 || size() == 0)) return true;
   PyErr_Format(
       PyExc_TypeError, "%s: expected an aligned array of %s, received one of format '%s'%s.", name, described(kind),
       format == nullptr ? "" : format, fits ? " that is not aligned" : "");
