@@ -295,11 +295,11 @@ def test_statistics_that_are_restored_count() -> None:
     for saved_after in range(4):
         ours, theirs = SyncBatchNorm(3), torch.nn.BatchNorm1d(3)
         for layer in (ours, theirs):
+            saved = []
             for step in range(6):
-                if step == saved_after:
-                    saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+                saved.append({name: tensor.clone() for name, tensor in layer.state_dict().items()})
                 layer(batch((16, 3), torch.float32, step))
-            layer.load_state_dict(saved)
+            layer.load_state_dict(saved[saved_after])
             layer(batch((16, 3), torch.float32, 9))
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from bnworker.launcher import mpirank
 from support.processes import launch, launch_oddly, launched, script
 
 pytestmark = pytest.mark.mpi
@@ -40,11 +45,64 @@ def test_arguments_and_variables_arrive_as_given() -> None:
 
 @pytest.mark.fault
 def test_a_program_that_knows_mpi_alone() -> None:
-    """A rank that ends with 0 without finalizing MPI: mpiexec kills the others, and says 0 itself now and then."""
+    """A rank that ends with 0 without finalizing MPI: mpiexec kills the others, whatever it says itself."""
     text = "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\nif rank == 1: os._exit(0)\nMPI.COMM_WORLD.Barrier()"
     done = launch(2, *script(text), options=MPI)
     assert done.returncode != 0
     assert "bnlayer launch: rank 0 " in done.stderr  # did not report an end, or was killed
+
+
+@contextmanager
+def _rank_of_mpich(
+    folder: Path, command: str, *, finalized: bool = False
+) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """Rank 1 of 2 as MPICH's mpiexec starts it, and mpiexec's end of the connection, closed by `MPI_Finalize`."""
+    for name in ("out", "err", "end"):
+        os.mkfifo(folder / f"1.{name}")
+    pipes = [os.open(folder / f"1.{name}", os.O_RDWR) for name in ("out", "err", "end")]
+    ours, theirs = socket.socketpair()
+    if finalized:
+        ours.close()
+    shim = subprocess.Popen(
+        [sys.executable, "-I", "-S", mpirank.__file__, str(folder), "2", "=sh", "=-c", f"={command}"],
+        env={**os.environ, "PMI_RANK": "1", "PMI_FD": str(theirs.fileno())},
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    try:
+        yield shim, ours
+    finally:
+        shim.kill()
+        shim.wait()
+        ours.close()
+        for pipe in pipes:
+            os.close(pipe)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("end", ["the other rank's", "a signal"])
+def test_mpiexec_sees_that_the_connection_is_lost_before_the_end(tmp_path: Path, end: str) -> None:
+    """MPICH's does not end the others for an end with 0 that it sees first."""
+    with _rank_of_mpich(tmp_path, "exit 0") as (shim, connection):
+        connection.settimeout(60)
+        assert connection.recv(1) == b""
+        with pytest.raises(subprocess.TimeoutExpired):
+            shim.wait(0.5)  # an end that was to come at once would
+        if end == "a signal":
+            shim.send_signal(signal.SIGTERM)
+        else:
+            (tmp_path / "0.ended").touch()
+        assert shim.wait(60) == 0
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("command", "code", "finalized"), [("exit 0", 0, True), ("exit 3", 3, False)])
+def test_a_rank_of_mpich_that_has_finalized_or_failed_waits_for_nobody(
+    tmp_path: Path, command: str, code: int, finalized: bool
+) -> None:
+    """Nothing is left that mpiexec would have to notice."""
+    with _rank_of_mpich(tmp_path, command, finalized=finalized) as (shim, _):
+        assert shim.wait(60) == code
 
 
 @pytest.mark.fault

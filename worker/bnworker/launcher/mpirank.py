@@ -14,6 +14,11 @@ ranks when the first fails, and would end the one that caused it. For the same r
 (`stopping`) first waits for the others that were, which may still be saving. If it ended with 0 but has left its world
 or MPI open (`N.world`, `N.mpi`), this process ends with 1: mpiexec ends the others then, at times with exit code 0.
 
+A rank that knows MPI alone leaves no such mark. MPICH's mpiexec ends the others when it loses the connection to a rank
+that has not finalized MPI; but not if it has waited for the process before it sees that (`exit_status` in `pmi_cb`):
+then the others wait for ever. So after an end with 0 this process closes the connection, and stays until mpiexec has
+killed it, or the others have ended; unless mpiexec itself has closed it, as it does when a rank finalizes.
+
 Standard library alone: it starts once per rank, before the rank does.
 """
 
@@ -22,6 +27,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -80,6 +86,20 @@ def _wait_for_those_who_stop(folder: Path) -> None:
         time.sleep(_PAUSE_S)
 
 
+def _let_mpiexec_notice(folder: Path, ranks: range) -> None:
+    """Return when mpiexec has no reason to end the others, they have ended, or a signal has come."""
+    connection = os.environ.get("PMI_FD", "")
+    if not connection.isdecimal():
+        return
+    poll = select.poll()
+    poll.register(int(connection), 0)
+    if poll.poll(0):  # it hung up
+        return
+    os.close(int(connection))
+    while not _signalled and folder.is_dir() and not all((folder / f"{rank}.ended").exists() for rank in ranks):
+        time.sleep(_PAUSE_S)
+
+
 def _end_like(status: int) -> None:
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank has dumped its core already
@@ -130,6 +150,8 @@ def main() -> None:
     unfinished = status == 0 and any((folder / f"{rank}.{what}").exists() for what in _OPEN)
     if status != 0 or unfinished:
         _wait_for_those_who_stop(folder)
+    else:
+        _let_mpiexec_notice(folder, ranks)
     _end_like(1 if unfinished else status)
 
 
