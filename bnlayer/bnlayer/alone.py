@@ -49,9 +49,10 @@ class _Prepared:
         call: what the kernels take of the settings.
         dtype: of the batches.
         axis: of their channels, from the front.
-        kept: the layer's state before these calls.
+        before: the layer's state before these calls.
         mean, variance: the moving statistics after them, (C,).
         calls: how many of them there were.
+        known: how many of these the layer's state knows of.
         shape, flat: of the latest batch, and as (A, C, B).
         fits: whether that batch fitted the grid.
     """
@@ -62,10 +63,11 @@ class _Prepared:
     call: CallSettings
     dtype: np.dtype[Any]
     axis: int
-    kept: LayerState
+    before: LayerState
     mean: NDArray[Any]
     variance: NDArray[Any]
     calls: int = 0
+    known: int = 0
     shape: tuple[int, ...] = ()
     flat: tuple[int, int, int] = (0, 0, 0)
     fits: bool = True
@@ -127,10 +129,12 @@ class MemberAlone(Member):
                 self._commit(self._prepared)
 
     def _commit(self, prepared: _Prepared) -> None:
-        if prepared.calls:
-            prepared.kept = prepared.kept.moved_to(Moving(prepared.mean, prepared.variance), prepared.calls)
-            prepared.calls = 0
-            object.__setattr__(self, "_kept", prepared.kept)
+        # A signal's handler that looks at the state in the middle of this does all of it, and this does the same again.
+        if prepared.calls != prepared.known:
+            calls = prepared.calls
+            after = prepared.before.moved_to(Moving(prepared.mean, prepared.variance), calls)
+            object.__setattr__(self, "_kept", after)
+            prepared.known = calls
 
     def _drop_prepared(self) -> None:
         self.catch_up()
@@ -231,7 +235,7 @@ class MemberAlone(Member):
         gamma, beta = self.gamma, self.beta
         try:
             trained = prepared.kernels.train_alone(
-                x, shape, prepared.kept.forward, None if gamma is None else gamma._value,
+                x, shape, prepared.before.forward, None if gamma is None else gamma._value,
                 None if beta is None else beta._value, prepared.mean, prepared.variance, prepared.call,
             )  # fmt: skip
         except (TypeError, ValueError, BufferError):  # a variable of another dtype, say: before anything was read
@@ -258,7 +262,7 @@ class MemberAlone(Member):
             or type(dy) is not np.ndarray
             or dy.dtype is not x.dtype
             or dy.shape != saved.shape
-            or not prepared.kept.backward.is_probed
+            or not prepared.before.backward.is_probed
             or self.moving_mean._value is not prepared.mean
             or self.moving_variance._value is not prepared.variance
         ):
@@ -272,7 +276,7 @@ class MemberAlone(Member):
             None,
             saved.seen,
             saved.shape,
-            prepared.kept.backward,
+            prepared.before.backward,
             saved.record,
             gamma is not None,
             beta is not None,

@@ -327,6 +327,13 @@ def claim(collective: Collective, name: str, layer: object) -> Claim:
     return result
 
 
+def hand_over(collective: Collective, name: str, layer: object) -> None:
+    """Let go of the name that a layer holds: another one takes its place, while something may still hold on to it."""
+    held = _names.get(collective)
+    if held is not None and held.get(name) is layer:
+        del held[name]
+
+
 def release(collective: Collective, name: str, claim: Claim) -> None:
     """Take a claim back, where the enrolment was refused."""
     if claim.fresh:

@@ -15,7 +15,7 @@ from operator import is_
 from typing import Any
 
 from bnlayer.base import Waiting
-from bnlayer.collective import Alone, Collective, LayerSignature, current, is_current
+from bnlayer.collective import Alone, Collective, LayerSignature, current, hand_over, is_current
 from bnlayer.definition import Definition
 from bnlayer.exchange_driver import Changes, ExchangeDriver
 from bnlayer.fingerprint import fingerprint
@@ -152,6 +152,11 @@ class Member(Definition):
                 )
             return self._enroll(ExchangeDriver(collective, self.name))
         return self._driver
+
+    def _replaced(self) -> None:
+        """Another layer goes by this one's name from now on."""
+        if self._driver is not None:
+            hand_over(self._driver.collective, self.name, self)
 
     def _in_force(self) -> Collective:
         return self.collective if self.collective is not None else current()

@@ -328,6 +328,19 @@ def test_a_batch_that_comes_back_larger_is_refused() -> None:
         y.sum().backward()
 
 
+def test_the_dtype_of_a_module_may_change() -> None:
+    """Also while an output of the old one waits for its gradients."""
+    ours, theirs = SyncBatchNorm(3), torch.nn.BatchNorm1d(3)
+    x = batch((16, 3), torch.float32, 0)
+    waiting = [layer(x.clone().requires_grad_()) for layer in (ours, theirs)]
+    for dtype in (torch.float64, torch.float32):
+        outputs = [layer.to(dtype)(x.to(dtype)) for layer in (ours, theirs)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    for output in waiting:
+        output.sum().backward()
+
+
 def test_parameters_need_not_be_in_one_piece() -> None:
     """As for torch's own layers."""
     outputs = []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,15 @@ def test_a_program_that_knows_mpi_alone() -> None:
     done = launch(2, *script(text), options=MPI)
     assert done.returncode != 0
     assert "bnlayer launch: rank 0 " in done.stderr  # did not report an end, or was killed
+
+
+@pytest.mark.fault
+def test_a_process_in_the_background_keeps_nothing_waiting() -> None:
+    """A shell's has all of the rank's descriptors, those of MPICH's mpiexec too; it is killed with the job."""
+    done = launch(2, "sh", "-c", "[ $BNLAYER_RANK = 1 ] || { sleep 1000 & echo $!; }", options=MPI)
+    assert done.returncode == 0, done.stderr
+    with suppress(FileNotFoundError):
+        assert Path("/proc", done.stdout.split()[-1], "stat").read_text(encoding="ascii").split()[2] == "Z"
 
 
 @contextmanager

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bnlayer import BatchNormalization
+from bnlayer import BatchNormalization, alone
 from bnlayer.collective import Alone, install
 from bnlayer.dtypes import Policy
 from bnlayer.kernels import _native
+from bnlayer.moving import Moving
 from bnlayer.variable import Variable
 
 Step = Callable[[BatchNormalization, NDArray[Any]], Any]
@@ -480,6 +481,22 @@ def test_another_thread_may_look_at_a_layer_that_trains(world: type[Alone], name
     assert not layer._state_set
 
 
+def test_a_look_from_within_a_look_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal's handler does it, while the state is brought up to date."""
+    layer, x = BatchNormalization(), np.ones((4, 3), np.float32)
+    for _ in range(4):
+        layer.vjp(x, training=True)
+
+    def meanwhile(*vectors: Any) -> Moving:
+        monkeypatch.setattr(alone, "Moving", Moving)
+        assert layer.state.version == 4
+        return Moving(*vectors)
+
+    monkeypatch.setattr(alone, "Moving", meanwhile)
+    assert layer.state.version == 4
+    assert not layer._state_set
+
+
 def test_an_attribute_that_is_set_during_a_call_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, say: the kernels don't hold Python's lock."""
     layer, x = BatchNormalization(), np.ones((4, 3), np.float32)
@@ -524,7 +541,7 @@ def test_a_call_while_an_attribute_is_set_does_not_keep_the_old_value(name: str,
 _FORK = """
 import os, threading
 import numpy as np
-from bnlayer import BatchNormalization
+from bnlayer import BatchNormalization, alone
 
 inside, leave = threading.Event(), threading.Event()
 

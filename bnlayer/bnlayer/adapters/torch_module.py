@@ -149,7 +149,8 @@ class SyncBatchNorm(_BatchNorm):
             )
         core = self.core
         if core is None or (core.dtype_policy is not policy and not core.suits(policy)):
-            self.core = None  # the old one lets go of the name first
+            if core is not None:
+                core._replaced()  # noqa: SLF001 - outputs whose gradients are due may still hold it
             core = self.core = _Core(self, policy)
         updates = self.training and self.track_running_stats and not _within_backward()
         buffers = core.prepare(self, policy, updates, weight, bias)

@@ -55,6 +55,16 @@ def _become_the_rank(parent: int, command: list[str]) -> None:
         os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
+def _close_what_is_mpiexecs() -> None:
+    """Close the pipes that MPICH's mpiexec leaves open in ranks: it waits for everything that has one."""
+    connection = _connection()
+    if connection is not None:
+        for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+            if descriptor > 2 and descriptor != connection:
+                with suppress(OSError):  # the listing's own
+                    os.close(descriptor)
+
+
 def _redirect(folder: Path, rank: str) -> int:
     """Send the output to the launcher; returns where to report, /dev/null where the launcher is elsewhere."""
     if not (folder / f"{rank}.end").is_fifo():
@@ -86,16 +96,22 @@ def _wait_for_those_who_stop(folder: Path) -> None:
         time.sleep(_PAUSE_S)
 
 
+def _connection() -> int | None:
+    """The descriptor by which MPICH's mpiexec hears from the rank; None: it is not MPICH's."""
+    given = os.environ.get("PMI_FD", "")
+    return int(given) if given.isdecimal() and Path("/proc/self/fd", given).exists() else None
+
+
 def _let_mpiexec_notice(folder: Path, ranks: range) -> None:
     """Return when mpiexec has no reason to end the others, they have ended, or a signal has come."""
-    connection = os.environ.get("PMI_FD", "")
-    if not connection.isdecimal():
+    connection = _connection()
+    if connection is None:
         return
     poll = select.poll()
-    poll.register(int(connection), 0)
+    poll.register(connection, 0)
     if poll.poll(0):  # it hung up
         return
-    os.close(int(connection))
+    os.close(connection)
     while not _signalled and folder.is_dir() and not all((folder / f"{rank}.ended").exists() for rank in ranks):
         time.sleep(_PAUSE_S)
 
@@ -124,6 +140,7 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
         os.setpgid(0, 0)
+        _close_what_is_mpiexecs()
         _become_the_rank(me, command)
     with suppress(PermissionError, ProcessLookupError):  # the child did it, and has become the rank, or ended
         os.setpgid(child, child)
