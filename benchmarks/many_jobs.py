@@ -134,7 +134,7 @@ def measured(directory: Path, arguments: argparse.Namespace) -> dict[str, float]
     """What a daemon on this directory does."""
     daemon = Daemon(directory)
     memory = daemon.memory_mib()
-    time.sleep(1)
+    time.sleep(1)  # what a start leaves to do is not idling
     before = daemon.cpu_s()
     time.sleep(arguments.seconds)
     idle = 100 * (daemon.cpu_s() - before) / arguments.seconds

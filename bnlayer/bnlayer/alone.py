@@ -140,6 +140,20 @@ class MemberAlone(Member):
         self.catch_up()
         self.__dict__["_prepared"] = None
 
+    def _take(self, after: LayerState) -> None:
+        """Hold a state, and let the variables hold its vectors; nothing that was looked up before goes on from it."""
+        moving, own = after.moving, self.__dict__
+        mean, variance = self.moving_mean, self.moving_variance
+        with STATE_LOCK:
+            own["_prepared"] = None
+            if moving.stddev is None and type(mean) is type(variance) is Variable:
+                # Nothing is called from here to the end, so no signal's handler can see half of it.
+                own["_kept"], mean._value, variance._value = after, moving.mean, moving.variance
+            else:
+                own["_kept"] = after
+                for variable, vector in zip(self._moving, moving.values, strict=True):
+                    variable.take(vector)
+
     if not TYPE_CHECKING:  # it would let a name that is misspelt pass
 
         def __setattr__(self, name: str, value: Any) -> None:

@@ -236,14 +236,8 @@ class BatchNormalization(MemberAlone):
 
     def _keep(self, after: LayerState) -> LayerState:
         """Commit the state after an exchange, which carried all that was set before."""
-        moving = after.moving
         with STATE_LOCK:
-            self._kept = after
-            self.moving_mean.take(moving.mean)
-            self.moving_variance.take(moving.variance)
-            if moving.stddev is not None:
-                for variable, vector in zip(self._moving, moving.values, strict=True):
-                    variable.take(vector)
+            self._take(after)
             self._changes_announced()
         return after
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bnlayer.adapters import torch_tensors
+from bnlayer.adapters import torch_alone, torch_tensors
 from bnlayer.adapters.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from bnlayer.adapters.torch_alone import AloneCore
+from bnlayer.moving import Moving
 from support.adapters import SIZES, batch, network, one_training, shard, torchrun
 
 Outcomes = dict[int, list[dict[str, Any]]]
@@ -302,6 +303,24 @@ def test_statistics_that_are_restored_count() -> None:
             layer.load_state_dict(saved[saved_after])
             layer(batch((16, 3), torch.float32, 9))
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_look_from_within_a_look_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal's handler does it, while the state is brought up to date."""
+    layer, x = SyncBatchNorm(3), batch((16, 3), torch.float32, 0)
+    for _ in range(4):
+        layer(x)
+    assert layer.core is not None
+    core = layer.core
+
+    def meanwhile(*vectors: Any) -> Moving:
+        monkeypatch.setattr(torch_alone, "Moving", Moving)
+        assert core.state.version == 4
+        return Moving(*vectors)
+
+    monkeypatch.setattr(torch_alone, "Moving", meanwhile)
+    assert core.state.version == 4
+    assert not core._state_set
 
 
 def test_statistics_that_are_not_finite_are_refused_at_every_call() -> None:

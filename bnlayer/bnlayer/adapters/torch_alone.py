@@ -62,14 +62,13 @@ class AloneCore(BatchNormalization):
         """Make the calls known to the state."""
         with STATE_LOCK:
             super().catch_up()
-            record, kept = self._record, self._kept
-            if not self._calls or record is None or kept is None:
+            record, kept, calls = self._record, self._kept, self._calls
+            if not calls or record is None or kept is None:
                 return
-            moving = Moving(record.mean, record.variance)
-            self._kept = kept.moved_to(moving, self._calls)
-            for variable, vector in zip(self._moving, moving.values, strict=True):
-                variable.take(vector)
+            # A signal's handler that comes before the state is held does all of this, and this does the same again.
+            after = kept.moved_to(Moving(record.mean, record.variance), calls)
             self._calls = 0
+            self._take(after)
 
     def forward_alone(self, module: Any, x: Any, weight: Any, bias: Any) -> tuple[Any, SavedByAddress] | None:
         """A training call that updates the running statistics; None: not this way, nothing has happened."""

@@ -112,8 +112,11 @@ def _let_mpiexec_notice(folder: Path, ranks: range) -> None:
     if poll.poll(0):  # it hung up
         return
     os.close(connection)
-    while not _signalled and folder.is_dir() and not all((folder / f"{rank}.ended").exists() for rank in ranks):
-        time.sleep(_PAUSE_S)
+    for rank in ranks:  # one after the other: hundreds may wait like this, for hours
+        while not (folder / f"{rank}.ended").exists():
+            if _signalled or not folder.is_dir():
+                return
+            time.sleep(_PAUSE_S)
 
 
 def _end_like(status: int) -> None:
