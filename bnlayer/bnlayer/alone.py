@@ -183,7 +183,6 @@ class MemberAlone(Member):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: the state, without what was looked up."""
-        self.catch_up()
         return {**super().__getstate__(), "_prepared": None}
 
     def _prepare(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:

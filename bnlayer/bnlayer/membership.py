@@ -14,6 +14,8 @@ from dataclasses import replace
 from operator import is_
 from typing import Any
 
+from numpy.typing import NDArray
+
 from bnlayer.base import Waiting
 from bnlayer.collective import Alone, Collective, LayerSignature, current, hand_over, is_current
 from bnlayer.definition import Definition
@@ -188,15 +190,31 @@ class Member(Definition):
             )
         return signature
 
+    def get_weights(self) -> list[NDArray[Any]]:
+        """Copies of all values, in the order of `weights`; the moving ones of one call, also while a thread trains."""
+        with STATE_LOCK:
+            values = [variable.value for variable in self._variables]
+        return [value.copy() for value in values]
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no collective, and no batch that waits for its backward pass."""
-        return {
-            **self.__dict__,
-            "collective": None,
-            "_driver": None,
-            "_waiting": Waiting(),
-            "_observer": None,
-        }
+        with STATE_LOCK:
+            if self.built:
+                _ = self.state  # what was assigned is in it from here on
+            return {
+                **self.__dict__,
+                "collective": None,
+                "_driver": None,
+                "_waiting": Waiting(),
+                "_observer": None,
+            }
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        """Hold what the layer held when the copy was begun: another thread may have trained it meanwhile."""
+        self.__dict__.update(given)
+        if self._kept is not None:
+            for variable, vector in zip(self._moving, self._kept.moving.values, strict=True):
+                variable.take(vector)
 
     def _must_be_built(self) -> None:
         if not self.built:

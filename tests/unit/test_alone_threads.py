@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from bnlayer import BatchNormalization, alone
 from bnlayer.collective import Alone
 from bnlayer.kernels import _native
 from bnlayer.moving import Moving
+from bnlayer.variable import Variable
 
 
 class ByExchange(Alone):
@@ -64,6 +67,55 @@ def test_a_look_from_within_a_look_loses_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(alone, "Moving", meanwhile)
     assert layer.state.version == 4
     assert not layer._state_set
+
+
+class Trains:
+    """Something whose copy is made while the layer is trained once more."""
+
+    def __init__(self, layer: BatchNormalization) -> None:
+        self.layer: BatchNormalization | None = layer
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        if self.layer is not None:
+            self.layer(np.ones((4, 3), np.float32), training=True)
+        return Trains, (None,)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("settings", [{}, {"synchronized": True}, {"renorm": True}])
+def test_a_copy_made_while_a_layer_trains_is_of_one_moment(copied: Any, settings: dict[str, Any]) -> None:
+    """Its vectors are of the same call, and none of them looks as if it had been assigned to."""
+    layer, x = BatchNormalization(**settings), np.ones((4, 3), np.float32)
+    layer(x, training=True)
+    layer.moving_mean.note = Trains(layer)  # type: ignore[attr-defined]  # after the mean, before the variance
+    before = layer.state.arrays()
+    new = copied(layer)
+    assert layer.state.version == 2
+    assert new.state.version == 1
+    assert not new._state_set
+    for name, array in before.items():
+        np.testing.assert_array_equal(new.state.arrays()[name], array, err_msg=name)
+    new.name = "the copy"  # beside the first, among synchronized layers
+    new(x, training=True)
+    for name, array in layer.state.arrays().items():
+        np.testing.assert_array_equal(new.state.arrays()[name], array, err_msg=name)
+
+
+def test_weights_read_while_a_layer_trains_are_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying takes time, and what is copied is of one call all the same."""
+    layer, x = BatchNormalization(), np.ones((4, 3), np.float32)
+    layer(x, training=True)
+    expected = [variable.value.copy() for variable in layer.weights]
+    one = Variable.numpy
+
+    def slow(variable: Variable) -> Any:
+        layer(x, training=True)
+        return one(variable)
+
+    monkeypatch.setattr(Variable, "numpy", slow)
+    values = layer.get_weights()
+    assert [value.tolist() for value in values] == [value.tolist() for value in expected]
+    assert all(value is not variable.value for value, variable in zip(values, layer.weights, strict=True))
 
 
 def test_an_attribute_that_is_set_during_a_call_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
