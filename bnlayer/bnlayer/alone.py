@@ -137,44 +137,52 @@ class MemberAlone(Member):
             prepared.known = calls
 
     def _drop_prepared(self) -> None:
-        self.catch_up()
-        self.__dict__["_prepared"] = None
+        with STATE_LOCK:
+            if self._prepared is not None:
+                self.catch_up()
+                self.__dict__["_prepared"] = None
 
     def _take(self, after: LayerState) -> None:
         """Hold a state, and let the variables hold its vectors; nothing that was looked up before goes on from it."""
         moving, own = after.moving, self.__dict__
-        mean, variance = self.moving_mean, self.moving_variance
+        variables = (self.moving_mean, self.moving_variance) if moving.stddev is None else tuple(self._moving)
         with STATE_LOCK:
             own["_prepared"] = None
-            if moving.stddev is None and type(mean) is type(variance) is Variable:
-                # Nothing is called from here to the end, so no signal's handler can see half of it.
-                own["_kept"], mean._value, variance._value = after, moving.mean, moving.variance
-            else:
+            # Nothing is called in the lines that set values, so no signal's handler can see half of them.
+            if any(type(variable) is not Variable for variable in variables):
                 own["_kept"] = after
-                for variable, vector in zip(self._moving, moving.values, strict=True):
-                    variable.take(vector)
+                for variable, value in zip(variables, moving.values, strict=True):
+                    variable.take(value)
+            elif len(variables) == 2:
+                a, b = variables
+                own["_kept"], a._value, b._value = after, moving.mean, moving.variance
+            else:
+                values, (a, b, c, d, e) = moving.values, variables
+                own["_kept"], (a._value, b._value, c._value, d._value, e._value) = after, values
 
     if not TYPE_CHECKING:  # it would let a name that is misspelt pass
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Nothing that was looked up holds any longer."""
-            own = self.__dict__
-            with STATE_LOCK:  # or another thread could look the old value up before the new one is there
-                if own.get("_prepared") is not None and own.get(name) is not value:
-                    self._drop_prepared()
-                object.__setattr__(self, name, value)
+            changes = self.__dict__.get(name) is not value
+            if changes:
+                self._drop_prepared()
+            object.__setattr__(self, name, value)  # a subclass's property, say, which may wait for another thread
+            if changes:
+                self._drop_prepared()  # another thread may have looked the old value up meanwhile
 
         def __delattr__(self, name: str) -> None:
             """As when it is set."""
-            with STATE_LOCK:
-                self._drop_prepared()
-                object.__delattr__(self, name)
+            self._drop_prepared()
+            object.__delattr__(self, name)
+            self._drop_prepared()
 
     @property
     def _is_plain(self) -> bool:
         """Whether settings are what was last set, and variables give and take what they hold: in no subclass's way."""
         variables = self.gamma, self.beta, self.moving_mean, self.moving_variance
         own = self.__dict__.keys() >= _SETTINGS and not any(hasattr(type(self), name) for name in _SETTINGS)
+        own = own and type(self).compute_dtype is MemberAlone.compute_dtype
         return own and all(v is None or type(v) is Variable for v in variables)
 
     def _has_single_gradients(self) -> bool:
@@ -183,7 +191,9 @@ class MemberAlone(Member):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: the state, without what was looked up."""
-        return {**super().__getstate__(), "_prepared": None}
+        with STATE_LOCK:
+            self.catch_up()
+            return {**super().__getstate__(), "_prepared": None}
 
     def _prepare(self, driver: ExchangeDriver, view: View, state: LayerState) -> _Prepared | None:
         """What a call like that of a batch goes by, from a state on; None: it goes by an exchange."""
@@ -207,7 +217,7 @@ class MemberAlone(Member):
             return None
         if state.forward.dtype != policy.arithmetic:  # of a policy that was set since
             return None
-        self._prepared = _Prepared(
+        self.__dict__["_prepared"] = prepared = _Prepared(
             driver,
             self._signature(),
             kernels,
@@ -218,7 +228,7 @@ class MemberAlone(Member):
             state.moving.mean,
             state.moving.variance,
         )
-        return self._prepared
+        return prepared
 
     def _train_again(self, inputs: ArrayLike, update_moving: bool) -> tuple[NDArray[Any], SavedAlone] | None:
         """A training call like the one before; None: it is not, or the grid does not fit, and nothing has happened."""

@@ -9,8 +9,9 @@ Shape suffixes: C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,18 @@ def _fingerprint(*arrays: NDArray[np.generic]) -> int:
     return int.from_bytes(digest(b"".join((_UNITS, *parts))), "little") >> 1
 
 
+class _Fields:
+    """A dataclass of whose instances copies and pickles take the fields, and not what was computed from them.
+
+    That is computed when it is asked for, in whatever thread: a copy must not walk through it meanwhile.
+    """
+
+    def __getstate__(self: Any) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
 @dataclass(frozen=True, eq=False)
-class Grid:
+class Grid(_Fields):
     """The forward grid: d = x − pivot, |d| < 2^exponent.
 
     Deviations are integers in units of u1 = 2^(exponent + slack − 51), squared deviations in units of
@@ -109,7 +120,7 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class BackwardGrid:
+class BackwardGrid(_Fields):
     """The backward grid: |dy| < 2^gradient, |x − p| < 2^deviation, with the p of the batch's statistics.
 
     Gradients are integers in units of 2^(gradient + slack − 51), their products with deviations in units of

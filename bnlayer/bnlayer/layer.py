@@ -181,14 +181,14 @@ class BatchNormalization(MemberAlone):
     def _train(self, driver: ExchangeDriver, view: View, update_moving: bool) -> tuple[Any, SavedTraining]:
         """A training call; its output as (A, C, B)."""
         before = self.state
+        self._must_fit(before, before.channels, self.dtype_policy.arithmetic)
         changes = self._changes(before)
         prepared = self._prepare(driver, view, before) if changes is None and before.forward.is_probed else None
         done = self._train_alone(prepared, view.x, view.x.shape, update_moving) if prepared is not None else None
         if done is not None:
             y, saved = done
             return y, saved.general(view)
-        if self._prepared is not None:
-            self._prepared = None
+        self._drop_prepared()
         return self._train_with_ranks(driver, view, before, changes, update_moving)
 
     @np.errstate(all="ignore")  # the user's settings must not end an exchange that other ranks are in
@@ -243,9 +243,11 @@ class BatchNormalization(MemberAlone):
 
     @np.errstate(all="ignore")
     def _infer(self, view: View) -> tuple[NDArray[Any], SavedInference]:
-        dtype, variance = self.dtype_policy.arithmetic_dtype, self.moving_variance.value.astype(np.float64)
+        with STATE_LOCK:  # both of one call, whoever trains meanwhile
+            moving_mean, moving_variance = self.moving_mean.value, self.moving_variance.value
+        dtype, variance = self.dtype_policy.arithmetic_dtype, moving_variance.astype(np.float64)
         scale = (self._gamma() / np.sqrt(variance + self.epsilon)).astype(dtype)
-        mean, shift = self.moving_mean.value.astype(dtype), self._beta().astype(dtype)
+        mean, shift = moving_mean.astype(dtype), self._beta().astype(dtype)
         none_nonfinite = np.zeros(mean.shape, bool)
         y = passes().normalize(view, mean, scale, shift, none_nonfinite, self.compute_dtype)
         return view.restore(y), SavedInference(view.shape, view.x.shape, scale)
@@ -334,6 +336,7 @@ class BatchNormalization(MemberAlone):
     def _pull_training(self, saved: SavedTraining, gradient: Any) -> Gradients:
         """The backward pass of a training call, for a dy of the compute dtype and the output's shape."""
         state = self.state
+        self._must_fit(state, saved.signature.channels, saved.signature.dtype)
         changes = self._changes(state)
         done = None
         if changes is None and self._has_single_gradients():

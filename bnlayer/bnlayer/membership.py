@@ -8,6 +8,7 @@ finite is refused then, before anything is sent and whatever the ranks exchange 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,11 +26,33 @@ from bnlayer.grid import BackwardGrid, Grid
 from bnlayer.moments import Moments
 from bnlayer.moving import Moving
 from bnlayer.state import LayerState
+from bnlayer.variable import Variable
 
 # A thread that looks at a layer's state, while another one trains, sees it as it is between two calls; otherwise half a
 # call would look as if a variable had been assigned to. One lock for all layers: it is held for a microsecond.
 STATE_LOCK = threading.RLock()
 os.register_at_fork(before=STATE_LOCK.acquire, after_in_parent=STATE_LOCK.release, after_in_child=STATE_LOCK.release)
+
+
+def _held(variables: list[Variable]) -> list[NDArray[Any] | None]:
+    """What variables hold at one moment; None of a subclass's, whose code must not run while others wait."""
+    with STATE_LOCK:
+        return [v._value if type(v) is Variable else None for v in variables]  # noqa: SLF001
+
+
+class _Snapshot:
+    """What the moving variables held when a copy was begun: another thread may train the layer before it is made.
+
+    Attributes:
+        values: as `_held` gives them.
+        detached: whether this is a copy itself; not so where `copy.copy` shares the variables with the layer.
+    """
+
+    def __init__(self, values: list[NDArray[Any] | None], detached: bool = False) -> None:
+        self.values, self.detached = values, detached
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Snapshot, (self.values, True)
 
 
 class Member(Definition):
@@ -173,13 +196,14 @@ class Member(Definition):
 
     def _signature(self) -> LayerSignature:
         """The part of this layer's signature that is the same for every call."""
-        signature, policy = self._signature_cache, self.dtype_policy.name
-        own = (self.momentum, self.epsilon, self._renorm, self.own_weights, policy)
+        signature, policy, channels = self._signature_cache, self.dtype_policy.name, self.moving_mean.shape[0]
+        own = (channels, self.momentum, self.epsilon, self._renorm, self.own_weights, self.unbiased, policy)
         if signature is None or own != (
-            signature.momentum, signature.epsilon, signature.renorm, signature.own_weights, signature.policy
+            signature.channels, signature.momentum, signature.epsilon, signature.renorm, signature.own_weights,
+            signature.unbiased, signature.policy,
         ):  # fmt: skip
             signature = self._signature_cache = LayerSignature(
-                channels=self.moving_mean.shape[0],
+                channels=channels,
                 dtype=self.dtype_policy.arithmetic,
                 momentum=self.momentum,
                 epsilon=self.epsilon,
@@ -192,30 +216,37 @@ class Member(Definition):
 
     def get_weights(self) -> list[NDArray[Any]]:
         """Copies of all values, in the order of `weights`; the moving ones of one call, also while a thread trains."""
-        with STATE_LOCK:
-            values = [variable.value for variable in self._variables]
-        return [value.copy() for value in values]
+        variables = self._variables
+        values = _held(variables)
+        return [v.numpy() if value is None else value.copy() for v, value in zip(variables, values, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no collective, and no batch that waits for its backward pass."""
         with STATE_LOCK:
-            if self.built:
-                _ = self.state  # what was assigned is in it from here on
-            return {
-                **self.__dict__,
-                "collective": None,
-                "_driver": None,
-                "_waiting": Waiting(),
-                "_observer": None,
-            }
+            own, moving = self.__dict__.copy(), _held(self._moving)
+        absent = {"collective": None, "_driver": None, "_waiting": Waiting(), "_observer": None}
+        return {**own, **absent, "_snapshot": _Snapshot(moving)}
 
-    def __setstate__(self, given: dict[str, Any]) -> None:
-        """Hold what the layer held when the copy was begun: another thread may have trained it meanwhile."""
-        self.__dict__.update(given)
-        if self._kept is not None:
-            for variable, vector in zip(self._moving, self._kept.moving.values, strict=True):
-                variable.take(vector)
+    def __setstate__(self, given: dict[str, Any] | tuple[dict[str, Any] | None, dict[str, Any] | None]) -> None:
+        """Hold what the layer held when the copy was begun."""
+        own, slots = given if isinstance(given, tuple) else (given, None)  # a subclass may have slots
+        self.__dict__.update((sys.intern(name), value) for name, value in (own or {}).items())
+        for name, value in (slots or {}).items():
+            setattr(self, name, value)
+        snapshot = self.__dict__.pop("_snapshot", None)
+        if snapshot is not None and snapshot.detached:
+            for variable, value in zip(self._moving, snapshot.values, strict=False):  # in a cycle not all are there yet
+                if value is not None:
+                    variable.take(value)
 
     def _must_be_built(self) -> None:
         if not self.built:
             raise ValueError(f"Layer {self.name!r} has no state yet: call it once, or build(input_shape).")
+
+    def _must_fit(self, state: LayerState, channels: int, arithmetic: str) -> None:
+        if channels != state.channels or arithmetic != state.forward.dtype:
+            raise RuntimeError(
+                f"Layer {self.name!r}: this call is of {channels} channels in {arithmetic}, and the layer's state of "
+                f"{state.channels} in {state.forward.dtype}. Pull calls back before a layer is built anew, and build "
+                "it anew after its dtype policy was set to one with another arithmetic."
+            )
