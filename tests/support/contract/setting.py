@@ -123,6 +123,17 @@ def _before_the_first_call(t: Trainer) -> None:
     t.call(0)
 
 
+def _settings(t: Trainer) -> None:
+    t.call(0)
+    t.bn.unbiased = True
+    t.call(1)
+    t.bn.momentum, t.bn.epsilon = 0.25, 0.125
+    t.call(2)
+    t.backward()
+    t.bn.unbiased = False
+    t.call(0)
+
+
 def _in_a_new_layer(t: Trainer) -> None:
     t.call(0)
     weights = t.bn.get_weights()
@@ -142,6 +153,7 @@ _PROGRAMS = (
     _before_the_backward_pass,
     _after_evaluation,
     _before_the_first_call,
+    _settings,
     _in_a_new_layer,
 )
 
