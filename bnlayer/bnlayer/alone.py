@@ -145,20 +145,19 @@ class MemberAlone(Member):
     def _take(self, after: LayerState) -> None:
         """Hold a state, and let the variables hold its vectors; nothing that was looked up before goes on from it."""
         moving, own = after.moving, self.__dict__
-        variables = (self.moving_mean, self.moving_variance) if moving.stddev is None else tuple(self._moving)
+        mean, variance = self.moving_mean, self.moving_variance
         with STATE_LOCK:
             own["_prepared"] = None
             # Nothing is called in the lines that set values, so no signal's handler can see half of them.
-            if any(type(variable) is not Variable for variable in variables):
-                own["_kept"] = after
-                for variable, value in zip(variables, moving.values, strict=True):
-                    variable.take(value)
-            elif len(variables) == 2:
-                a, b = variables
-                own["_kept"], a._value, b._value = after, moving.mean, moving.variance
-            else:
-                values, (a, b, c, d, e) = moving.values, variables
+            if moving.stddev is None and type(mean) is type(variance) is Variable:
+                own["_kept"], mean._value, variance._value = after, moving.mean, moving.variance
+            elif moving.stddev is not None and all(type(variable) is Variable for variable in self._moving):
+                values, (a, b, c, d, e) = moving.values, self._moving
                 own["_kept"], (a._value, b._value, c._value, d._value, e._value) = after, values
+            else:
+                own["_kept"] = after
+                for variable, value in zip(self._moving, moving.values, strict=True):
+                    variable.take(value)
 
     if not TYPE_CHECKING:  # it would let a name that is misspelt pass
 
