@@ -214,8 +214,6 @@ class MemberAlone(Member):
                 return prepared
         if not kernels.has_calls_alone(policy.arithmetic_dtype, policy.variable_dtype):
             return None
-        if state.forward.dtype != policy.arithmetic:  # of a policy that was set since
-            return None
         self.__dict__["_prepared"] = prepared = _Prepared(
             driver,
             self._signature(),

@@ -117,7 +117,8 @@ class BatchNormalization(MemberAlone):
             ValueError: the inputs' shape contradicts the one the layer was built for, or the mask's the inputs'; or
                 synchronized, and moving statistics were set to NaN or infinity.
             TypeError: the inputs are not real numbers, or an array of a kind whose meaning would be lost.
-            RuntimeError: synchronized, and several ranks are announced, but no world was joined.
+            RuntimeError: synchronized, and several ranks are announced, but no world was joined; or the dtype policy
+                was set to one of another arithmetic since the layer was built.
             CollectiveError: a synchronized exchange could not complete.
         """
         done = self._train_again(inputs, update_moving) if training and mask is None else None
@@ -270,8 +271,8 @@ class BatchNormalization(MemberAlone):
             A new array of the inputs' shape and the compute dtype.
 
         Raises:
-            RuntimeError: no call was made since the last backward, or more than one in training mode; or the inputs
-                were found to have been written to since their call.
+            RuntimeError: no call was made since the last backward, or more than one in training mode; or, since the
+                call, the inputs were found to have been written to, or the layer was built anew for others.
             ValueError: dy has another shape than the output.
             TypeError: dy is not of real numbers, or an array of a kind whose meaning would be lost.
             CollectiveError: a synchronized exchange could not complete.

@@ -1,4 +1,4 @@
-"""Short ways to ask a layer."""
+"""Short ways to ask a layer, and a world for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bnlayer import BatchNormalization
+from bnlayer.collective import Alone
+
+
+class ByExchange(Alone):
+    """A world of one that the layer does not know for one: it goes by way of an exchange."""
 
 
 def gradients(bn: BatchNormalization) -> tuple[NDArray[Any], NDArray[Any]]:

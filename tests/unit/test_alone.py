@@ -16,12 +16,9 @@ from bnlayer.collective import Alone, install
 from bnlayer.dtypes import Policy
 from bnlayer.kernels import _native
 from bnlayer.variable import Variable
+from support.layers import ByExchange
 
 Step = Callable[[BatchNormalization, NDArray[Any]], Any]
-
-
-class ByExchange(Alone):
-    """A world of one that the layer does not know for one: it goes by way of an exchange."""
 
 
 def _set(name: str, value: Any) -> Step:

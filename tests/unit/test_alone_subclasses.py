@@ -10,10 +10,7 @@ from numpy.typing import NDArray
 from bnlayer import BatchNormalization
 from bnlayer.collective import Alone
 from bnlayer.variable import Variable
-
-
-class ByExchange(Alone):
-    """A world of one that the layer does not know for one: it goes by way of an exchange."""
+from support.layers import ByExchange
 
 
 def _bytes(layer: BatchNormalization) -> list[bytes]:

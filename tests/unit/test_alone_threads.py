@@ -15,10 +15,7 @@ from bnlayer.collective import Alone
 from bnlayer.kernels import _native
 from bnlayer.moving import Moving
 from bnlayer.variable import Variable
-
-
-class ByExchange(Alone):
-    """A world of one that the layer does not know for one: it goes by way of an exchange."""
+from support.layers import ByExchange
 
 
 @pytest.mark.parametrize("world", [Alone, ByExchange])

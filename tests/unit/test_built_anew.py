@@ -8,10 +8,7 @@ import pytest
 from bnlayer import BatchNormalization
 from bnlayer.collective import Alone
 from bnlayer.dtypes import Policy
-
-
-class ByExchange(Alone):
-    """A world of one that the layer does not know for one: it goes by way of an exchange."""
+from support.layers import ByExchange
 
 
 @pytest.mark.parametrize("world", [Alone, ByExchange])

@@ -17,7 +17,7 @@ from bnlayer.exchange_driver import ExchangeDriver
 from bnlayer.kernels.compiled import Compiled, variants
 from bnlayer.tiling import Passes
 from support.families import FAMILIES, draw
-from support.layers import gradients
+from support.layers import ByExchange, gradients
 from support.ranks import Meeting, SimulatedRank, run_all
 from support.truth import error, evaluate
 
@@ -67,10 +67,6 @@ def test_uneven_and_empty_shards_give_one_process_bits(family: str, dtype: str, 
     one = train(family, dtype, masked, [[]] * STEPS, 32)
     for cuts in ([13], [7, 7], [0, 5, 31]):
         assert train(family, dtype, masked, [cuts] * STEPS, 32) == one
-
-
-class ByExchange(Alone):
-    """A world of one that the layer does not know for one: it goes by way of an exchange."""
 
 
 @pytest.mark.parametrize("variant", variants())
